@@ -1,0 +1,71 @@
+"""What the callbacks share: finding masked layers, and seeing each optimiser step exactly once.
+
+``on_train_batch_end`` fires for every micro-batch; the optimiser steps only at the end of an accumulation window.
+``trainer.global_step`` tells the two apart. At that hook the weights are updated, and checkpointing and validation
+come later, so both see what a callback did. Whatever a callback decides there is a pure function of the step count:
+a run that resumes at any step then decides the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from sbn_lightning.errors import ConfigError
+from sbn_lightning.layers import MaskedLinear, masked_layers
+
+
+def require_masked_layers(callback: Callback, module: LightningModule) -> dict[str, MaskedLinear]:
+    """Masked layers of ``module`` by name.
+
+    Raises:
+        ConfigError: If there is none: training would be dense without anyone noticing.
+    """
+    layers = dict(masked_layers(module))
+    if not layers:
+        raise ConfigError(
+            f"{type(callback).__name__} found no SparseBitLinear or SparseLinear in {type(module).__name__}; "
+            "add the TernarySparseConversion callback, or build the model with these layers"
+        )
+    return layers
+
+
+def schedule_length(callback: Callback, trainer: Trainer, total_steps: int | None) -> int:
+    """Optimiser steps that a schedule spans: ``total_steps``, or the trainer's ``max_steps``.
+
+    ``trainer.estimated_stepping_batches`` is avoided: it sets up the data loaders early, which loses a resumed
+    loader's position.
+
+    Raises:
+        ConfigError: If neither is given.
+    """
+    steps = total_steps if total_steps is not None else trainer.max_steps
+    if steps < 1:
+        raise ConfigError(
+            f"{type(callback).__name__} must know how long training is: set the trainer's max_steps, "
+            "or the callback's total_steps"
+        )
+    return steps
+
+
+class StepCallback(Callback):
+    """A callback whose :meth:`on_step` runs once before training and once after each optimiser step."""
+
+    def __init__(self) -> None:
+        self._seen = -1
+
+    def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Called with the number of optimiser steps done, ``trainer.global_step``."""
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen = trainer.global_step
+        self.on_step(trainer, pl_module, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._seen:
+            self._seen = trainer.global_step
+            self.on_step(trainer, pl_module, trainer.global_step)

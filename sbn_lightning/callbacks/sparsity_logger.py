@@ -1,0 +1,146 @@
+"""Zeros, flip rates, gamma, histograms and pictures of the pattern, for any Lightning logger.
+
+A look happens when the first batch after a due step begins: by then every other callback has done its work at that
+step, so the order of callbacks does not matter. Scalars go to all loggers; histograms and pictures to TensorBoard.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from sbn_lightning.callbacks.base import require_masked_layers
+from sbn_lightning.errors import ConfigError
+from sbn_lightning.layers import MaskedLinear, SparseBitLinear
+from sbn_lightning.pattern import nonzeros_per_group
+from sbn_lightning.statistics import Counts, Snapshot, count, kind_of
+
+HISTOGRAM_SAMPLE = 1 << 18
+PICTURE_SIZE, PICTURE_ZOOM = 64, 6
+# Colours of a picture: masked (enforced zero), natural zero, +1, -1.
+COLOURS = torch.tensor([[55, 55, 65], [255, 255, 255], [214, 69, 65], [52, 101, 164]], dtype=torch.uint8)
+
+
+class SparsityPatternLogger(Callback):
+    """Logs, every ``interval`` optimiser steps and at the end:
+
+    * ``sparsity/…`` in total, and ``…/<layer>`` for each layer: ``zeros``, ``zeros_natural``, ``zeros_enforced``,
+      ``mask_density``, ``flip_rate_mask`` and ``flip_rate_code`` (changes since the last look);
+    * ``gamma/<layer>``, one for each split of a fused layer;
+    * TensorBoard histograms of latent weights, ternary codes and non-zeros a group;
+    * TensorBoard pictures of the top left corner of the first layer of each kind: red +1, blue -1, white a natural
+      zero, dark a weight that the mask removes.
+
+    Args:
+        interval: Optimiser steps between looks.
+        histograms: Whether to write histograms.
+        pictures: Whether to write pictures.
+        per_layer: Whether to log scalars of each layer besides the totals.
+    """
+
+    def __init__(
+        self, interval: int = 100, histograms: bool = True, pictures: bool = True, per_layer: bool = True
+    ) -> None:
+        if interval < 1:
+            raise ConfigError(f"SparsityPatternLogger: interval={interval} must be at least 1")
+        self.interval = interval
+        self.histograms, self.pictures, self.per_layer = histograms, pictures, per_layer
+        self.counts: dict[str, Counts] = {}
+        self._before: dict[str, Snapshot] = {}
+        self._last_look = -1
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.interval == 0 and trainer.global_step > self._last_look:
+            self._look(trainer, pl_module)
+            pl_module.log("zeros", self.total().shares()["zeros"], prog_bar=True, logger=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > self._last_look:
+            self._look(trainer, pl_module)
+
+    def total(self) -> Counts:
+        """Counts of the last look, summed over layers."""
+        return sum(self.counts.values(), Counts())
+
+    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+        step = self._last_look = trainer.global_step
+        layers = require_masked_layers(self, module)
+        self.counts, self._before = count(layers, self._before)
+        metrics = {f"sparsity/{key}": value for key, value in self.total().shares().items()}
+        if self.per_layer:
+            for name, counts in self.counts.items():
+                metrics |= {f"{key}/{name}": value for key, value in counts.shares().items()}
+            metrics |= _gammas(layers)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                self._write_tensorboard(logger.experiment, layers, step)
+
+    @torch.no_grad()
+    def _write_tensorboard(self, writer: Any, layers: dict[str, MaskedLinear], step: int) -> None:
+        pictured = set()
+        for name, layer in layers.items():
+            values = layer.values()
+            if self.histograms:
+                writer.add_histogram(f"latent_weight/{name}", _sample(layer.weight.detach()).float().cpu(), step)
+                _write_counts(writer, f"nonzeros_per_group/{name}", nonzeros_per_group(values, layer.pattern.m), step)
+                if isinstance(layer, SparseBitLinear):
+                    _write_counts(writer, f"ternary_code/{name}", values, step)
+            if self.pictures and kind_of(name) not in pictured:
+                pictured.add(kind_of(name))
+                writer.add_image(f"pattern/{name}", picture(layer), step)
+
+    def state_dict(self) -> dict[str, Any]:
+        before = {name: [part.cpu() for part in snapshot] for name, snapshot in self._before.items()}
+        return {"last_look": self._last_look, "before": before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._last_look = state_dict["last_look"]
+        self._before = {name: Snapshot(*parts) for name, parts in state_dict["before"].items()}
+
+
+def picture(layer: MaskedLinear, size: int = PICTURE_SIZE) -> Tensor:
+    """The top left ``size x size`` weights as an image, uint8 ``[3, height, width]``."""
+    values, mask = layer.values()[:size, :size].cpu(), layer.mask[:size, :size].cpu()
+    index = torch.where(mask, torch.where(values > 0, 2, torch.where(values < 0, 3, 1)), 0)
+    image = COLOURS[index].permute(2, 0, 1)
+    return image.repeat_interleave(PICTURE_ZOOM, 1).repeat_interleave(PICTURE_ZOOM, 2)
+
+
+def _gammas(layers: dict[str, MaskedLinear]) -> dict[str, float]:
+    """gamma of every ternary layer, ``gamma/<layer>`` or ``gamma/<layer>/<split>``, in one transfer."""
+    names, values = [], []
+    for name, layer in layers.items():
+        if isinstance(layer, SparseBitLinear):
+            gamma = layer.ternary()[1]
+            names += [f"gamma/{name}"] if len(gamma) == 1 else [f"gamma/{name}/{i}" for i in range(len(gamma))]
+            values.append(gamma)
+    return dict(zip(names, torch.cat(values).tolist(), strict=True)) if values else {}
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """At most ``HISTOGRAM_SAMPLE`` weights, evenly spread."""
+    flat = weight.flatten()
+    return flat[:: max(1, flat.numel() // HISTOGRAM_SAMPLE)]
+
+
+def _write_counts(writer: Any, tag: str, values: Tensor, step: int) -> None:
+    """A histogram of small integers with exactly one bucket for each."""
+    low, high = int(values.min()), int(values.max())
+    counts = torch.bincount((values.flatten() - low).long(), minlength=high - low + 1).cpu().double()
+    integers = torch.arange(low, high + 1, dtype=torch.float64)
+    writer.add_histogram_raw(
+        tag,
+        min=low,
+        max=high,
+        num=int(counts.sum()),
+        sum=float((counts * integers).sum()),
+        sum_squares=float((counts * integers**2).sum()),
+        bucket_limits=(integers + 0.5).tolist(),
+        bucket_counts=counts.tolist(),
+        global_step=step,
+    )

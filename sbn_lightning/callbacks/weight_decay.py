@@ -1,0 +1,65 @@
+"""Weight decay that falls to zero during training, as ternary training wants it (Sparse-BitNet's recipe)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from sbn_lightning.callbacks.base import StepCallback, schedule_length
+from sbn_lightning.errors import ConfigError
+
+
+class WeightDecaySchedule(StepCallback):
+    """Multiplies each parameter group's weight decay by a cosine that falls from 1 to 0, then keeps 0.
+
+    Groups without weight decay stay without. The value is logged as ``weight_decay`` (the largest over groups).
+
+    Args:
+        until: Share of training after which weight decay is 0; None leaves weight decay alone and only logs it.
+        total_steps: Optimiser steps of the whole training; the trainer's ``max_steps`` if not given.
+    """
+
+    def __init__(self, until: float | None = 0.5, total_steps: int | None = None) -> None:
+        super().__init__()
+        if until is not None and not 0 < until <= 1:
+            raise ConfigError(f"WeightDecaySchedule: until={until} is not a share of training above 0 and up to 1")
+        self.until = until
+        self.total_steps = total_steps
+        self._initial: list[float] = []
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Share of the initial weight decay after ``step`` of ``total_steps`` optimiser steps."""
+        if self.until is None:
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(step / max(self.until * total_steps, 1), 1.0)))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        groups = self._groups(trainer)
+        # A resumed optimiser holds the decay of its last step; the initial one comes from this callback's state.
+        if len(self._initial) != len(groups):
+            self._initial = [float(group.get("weight_decay", 0.0)) for group in groups]
+        super().on_train_start(trainer, pl_module)
+
+    def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        groups = self._groups(trainer)
+        if self.until is not None:
+            factor = self.factor(step, schedule_length(self, trainer, self.total_steps))
+            for group, initial in zip(groups, self._initial, strict=True):
+                if initial > 0:
+                    group["weight_decay"] = initial * factor
+        if step > 0 and step % trainer.log_every_n_steps == 0:
+            decay = max(float(group.get("weight_decay", 0.0)) for group in groups)
+            for logger in trainer.loggers:
+                logger.log_metrics({"weight_decay": decay}, step)
+
+    @staticmethod
+    def _groups(trainer: Trainer) -> list[dict[str, Any]]:
+        return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"initial": self._initial}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._initial = list(state_dict["initial"])

@@ -1,0 +1,203 @@
+"""The arithmetic of a ternary, N:M-sparse linear layer in plain PyTorch: the reference of every kernel.
+
+Formulas: Sparse-BitNet (arXiv 2603.05168) and BitNet b1.58 (arXiv 2402.17764). With latent weight W and tokens x::
+
+    gamma = max(mean|W|, 1e-5)                          weight scale, over the whole dense W
+    T     = clamp(round(W / gamma), -1, 1) * mask       ternary codes, int8
+    s     = max(max|x|, 1e-5) / 127                     activation scale, one a token
+    x8    = clamp(round(x / s), -128, 127)              int8
+    y     = (x8 @ T^T) * s * gamma (+ bias)             the inner product is an exact integer
+    dW    = dy^T @ (x8 * s)                             straight-through: every position, masked ones too
+    dx    = dy @ (gamma * T)
+
+The usual "fake quantisation" rounds, scales back and multiplies in floating point. Here the integers are multiplied
+first and both scales applied to the sum: the same mathematics with one rounding instead of three, and bit for bit what
+an integer tensor core gives. Integers up to 127 are exact in bfloat16 and TF32 too, so this file stays exact there as
+long as sums accumulate in fp32 and stay below 2^24 (in_features up to 132,104).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+EPS = 1e-5
+ACTIVATION_BITS = (8, 4, None)
+
+GammaOver = Literal["dense", "kept", "masked"]
+
+
+def weight_scale(
+    weight: Tensor,
+    split_sizes: tuple[int, ...] | None = None,
+    *,
+    over: GammaOver = "dense",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """gamma, the scale of ternary weights: a mean of absolute values, at least 1e-5.
+
+    Args:
+        weight: Latent weight ``[out_features, in_features]``.
+        split_sizes: Rows of each part of a fused weight (q, k, v); one gamma each. None: one part.
+        over: ``"dense"``: mean over all weights (the paper). ``"kept"``: mean over weights the mask keeps.
+            ``"masked"``: mean over all positions with masked weights counted as zero ("sparsify before quantising").
+        mask: bool, the shape of ``weight``; needed unless ``over`` is ``"dense"``.
+
+    Returns:
+        ``[len(split_sizes)]``, float32 (float64 for a float64 weight).
+    """
+    magnitude = _wide(weight.detach()).abs()
+    if over != "dense":
+        if mask is None:
+            raise ValueError(f"gamma over {over!r} weights needs the mask")
+        magnitude = magnitude * mask
+    parts = magnitude.split(split_sizes or (weight.shape[0],))
+    if over == "kept" and mask is not None:
+        kept = mask.split(split_sizes or (weight.shape[0],))
+        means = [part.sum() / keep.sum().clamp(min=1) for part, keep in zip(parts, kept, strict=True)]
+    else:
+        means = [part.mean() for part in parts]
+    return torch.stack(means).clamp(min=EPS)
+
+
+def expand_scale(gamma: Tensor, split_sizes: tuple[int, ...] | None, out_features: int) -> Tensor:
+    """One gamma a part -> one a row: ``[parts]`` -> ``[out_features]``."""
+    if split_sizes is None:
+        return gamma.expand(out_features)
+    return gamma.repeat_interleave(torch.tensor(split_sizes, device=gamma.device), output_size=out_features)
+
+
+def ternary_codes(weight: Tensor, row_scale: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``clamp(round(W / gamma), -1, 1) * mask``.
+
+    Args:
+        weight: Latent weight ``[out_features, in_features]``.
+        row_scale: gamma of each row, ``[out_features]``.
+        mask: bool, the shape of ``weight``; None keeps everything.
+
+    Returns:
+        int8 codes in {-1, 0, 1}, the shape of ``weight``. Halves round to even, so ``|W| = gamma / 2`` gives 0.
+    """
+    codes = (_wide(weight.detach()) / row_scale.unsqueeze(-1)).round_().clamp_(-1, 1)
+    if mask is not None:
+        codes = codes * mask
+    return codes.to(torch.int8)
+
+
+def quantize_activations(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantises each token (last dimension) to signed integers.
+
+    8 bits: ``s = max(max|x|, 1e-5) / 127``, integers in [-128, 127].
+    4 bits: ``s = max(mean|x|, 1e-5) / sqrt(7)``, integers in [-8, 7].
+
+    Args:
+        x: ``[..., features]``.
+        bits: 8 or 4.
+
+    Returns:
+        int8 integers, the shape of ``x``, and the scale ``s`` ``[..., 1]``, float32 (float64 for float64 tokens):
+        the integers times the scale approximate ``x``.
+    """
+    x = _wide(x.detach())
+    if bits == 8:
+        scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS) / 127
+        low, high = -128, 127
+    elif bits == 4:
+        scale = x.abs().mean(dim=-1, keepdim=True).clamp(min=EPS) / 7**0.5
+        low, high = -8, 7
+    else:
+        raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+    return (x / scale).round_().clamp_(low, high).to(torch.int8), scale
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Scales and roundings are computed in float32, or float64 where the input is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` with the sum kept in float32: a bfloat16 sum would lose the integers above 256."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+class TernaryLinearFunction(torch.autograd.Function):
+    """Forward and straight-through backward of the module's formulas. Saves tokens as int8, half of bfloat16."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        codes: Tensor,
+        row_scale: Tensor,
+        gradient_mask: Tensor | None,
+        activation_bits: int | None,
+    ) -> Tensor:
+        """Returns ``y [..., out_features]`` in the dtype of ``x [..., in_features]``.
+
+        ``weight`` is the latent weight: only its gradient is computed here, from ``codes`` and ``row_scale``.
+        ``gradient_mask`` (bool, or None for all) says which of its positions get one.
+        """
+        dtype = x.dtype
+        tokens = x.reshape(-1, x.shape[-1])
+        if activation_bits is None:
+            quantized, scale = tokens, None
+            y = _matmul(tokens, codes.to(dtype).t()) * row_scale
+        else:
+            quantized, scale = quantize_activations(tokens, activation_bits)
+            y = _matmul(quantized.to(dtype), codes.to(dtype).t()) * (scale * row_scale)
+        ctx.save_for_backward(quantized, scale, codes, row_scale, gradient_mask)
+        ctx.dtype, ctx.shape, ctx.weight_dtype = dtype, x.shape, weight.dtype
+        return y.to(dtype).reshape(*x.shape[:-1], codes.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        quantized, scale, codes, row_scale, gradient_mask = ctx.saved_tensors
+        dy = grad_outputs[0].reshape(-1, codes.shape[0]).to(ctx.dtype)
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            effective = (codes * row_scale.unsqueeze(-1)).to(ctx.dtype)
+            dx = (dy @ effective).reshape(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            tokens = quantized if scale is None else (quantized * scale).to(ctx.dtype)
+            dw = _matmul(dy.t(), tokens).to(ctx.weight_dtype)
+            if gradient_mask is not None:
+                dw = dw * gradient_mask
+        return dx, dw, None, None, None, None
+
+
+class MaskedLinearFunction(torch.autograd.Function):
+    """``y = x @ (W * mask)^T`` with the straight-through gradient ``dW = dy^T x`` at every position.
+
+    The layer of the BF16 baseline: sparse, not quantised. Under autograd alone the product ``W * mask`` would give
+    masked weights no gradient, and they could never come back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, gradient_mask: Tensor | None) -> Tensor:
+        """Returns ``y [..., out_features]`` in the dtype of ``x``; ``mask`` is bool ``[out_features, in_features]``."""
+        effective = (weight * mask).to(x.dtype)
+        ctx.save_for_backward(x, effective, gradient_mask)
+        ctx.weight_dtype = weight.dtype
+        return x @ effective.t()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, effective, gradient_mask = ctx.saved_tensors
+        dy = grad_outputs[0].to(x.dtype)
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ effective
+        if ctx.needs_input_grad[1]:
+            dw = _matmul(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
+            if gradient_mask is not None:
+                dw = dw * gradient_mask
+        return dx, dw, None, None

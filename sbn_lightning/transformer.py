@@ -1,0 +1,299 @@
+"""A decoder-only transformer of the Qwen2.5 kind whose linear layers are ternary, masked or plain.
+
+Pre-norm blocks: RMSNorm, grouped-query attention with rotary positions, RMSNorm, SwiGLU. Embedding, norms and head stay
+dense and in high precision. q, k and v share one fused layer, so do gate and up: the tokens are quantised once for all
+of them, and each part keeps its own gamma (``split_sizes``).
+
+Shapes are written as suffixes of names: B batch, T tokens, D d_model, H heads, K key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sbn_lightning.errors import ConfigError
+from sbn_lightning.layers import Gradient, MaskSource, SparseBitLinear, SparseLinear, masked_layers, prepare_layers
+from sbn_lightning.loss import LossImplementation, linear_cross_entropy
+from sbn_lightning.pattern import NMPattern
+from sbn_lightning.ternary import GammaOver
+
+LinearKind = Literal["ternary", "masked", "dense"]
+
+QWEN2_5_SHAPES: dict[str, dict[str, int]] = {
+    "qwen2.5-0.5b": {"n_layers": 24, "d_model": 896, "d_ffn": 4864, "n_heads": 14, "n_kv_heads": 2},
+    "qwen2.5-1.5b": {"n_layers": 28, "d_model": 1536, "d_ffn": 8960, "n_heads": 12, "n_kv_heads": 2},
+    "qwen2.5-3b": {"n_layers": 36, "d_model": 2048, "d_ffn": 11008, "n_heads": 16, "n_kv_heads": 2},
+}
+
+
+@dataclass
+class TransformerConfig:
+    """Shape and arithmetic of a :class:`TernaryTransformer`.
+
+    Args:
+        vocab_size: Rows of the embedding; at least the size of the tokenizer's vocabulary.
+        d_model: Width of the residual stream.
+        n_layers: Number of blocks.
+        n_heads: Query heads; divides ``d_model`` into heads of an even size.
+        n_kv_heads: Key/value heads; divides ``n_heads``.
+        d_ffn: Width of the SwiGLU hidden layer.
+        max_sequence_length: Longest sequence, in tokens.
+        rope_theta: Base of the rotary frequencies.
+        norm_eps: Epsilon of RMSNorm.
+        qkv_bias: Whether q, k and v have a bias, as in Qwen2.5.
+        tie_embeddings: Whether the head shares the embedding's weight.
+        init_std: Standard deviation of initial weights; those that write to the residual stream get
+            ``init_std / sqrt(2 n_layers)``.
+        linear: Linear layers of the blocks: ``"ternary"``, ``"masked"`` (sparse, not quantised) or ``"dense"``.
+        pattern: "N:M" of ternary and masked layers. In YAML it must be quoted.
+        activation_bits: Bits of activations in ternary layers: 8, 4, or null for none.
+        mask_source: ``"latent"`` or ``"ternary"``; see :class:`SparseBitLinear`.
+        gradient: ``"dense"`` or ``"masked"``; see :class:`SparseBitLinear`.
+        gamma_over: ``"dense"``, ``"kept"`` or ``"masked"``; see :class:`SparseBitLinear`.
+        activation_checkpointing: Recompute each block in the backward pass instead of saving its activations.
+        loss: Implementation of head and cross-entropy; see :mod:`sbn_lightning.loss`.
+
+    Raises:
+        ConfigError: If the numbers do not fit together.
+    """
+
+    vocab_size: int = 4096
+    d_model: int = 256
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    d_ffn: int = 704
+    max_sequence_length: int = 2048
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+    linear: LinearKind = "ternary"
+    pattern: NMPattern | str = "6:8"
+    activation_bits: int | None = 8
+    mask_source: MaskSource = "latent"
+    gradient: Gradient = "dense"
+    gamma_over: GammaOver = "dense"
+    activation_checkpointing: bool = False
+    loss: LossImplementation = "auto"
+
+    def __post_init__(self) -> None:
+        self.pattern = pattern = NMPattern.parse(self.pattern)
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ffn", "max_sequence_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.d_model % (2 * self.n_heads):
+            raise ConfigError(
+                f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads of an even size "
+                "(rotary embeddings turn pairs)"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if self.linear != "dense":
+            pattern.check_divides(self.d_model, "layers attention.qkv, attention.o and mlp.gate_up (d_model)")
+            pattern.check_divides(self.d_ffn, "layer mlp.down (d_ffn)")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> TransformerConfig:
+        """The shape of a published model: ``"qwen2.5-0.5b"``, ``"qwen2.5-1.5b"`` or ``"qwen2.5-3b"``.
+
+        Args:
+            name: One of the above; all have 151,936 tokens, q/k/v biases, tied embeddings and rotary base 1e6.
+            **changes: Fields to set otherwise, for example ``pattern="2:4"``.
+        """
+        if name not in QWEN2_5_SHAPES:
+            raise ConfigError(f"preset {name!r} is not one of {', '.join(QWEN2_5_SHAPES)}")
+        published: dict[str, Any] = {
+            **QWEN2_5_SHAPES[name],
+            "vocab_size": 151936,
+            "max_sequence_length": 32768,
+            "rope_theta": 1e6,
+            "qkv_bias": True,
+        }
+        return cls(**(published | changes))
+
+    @property
+    def head_size(self) -> int:
+        """Features of one attention head."""
+        return self.d_model // self.n_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings: what goes into a checkpoint; ``TransformerConfig(**d)`` reads it back."""
+        return dataclasses.asdict(dataclasses.replace(self)) | {"pattern": str(self.pattern)}
+
+
+def _linear(config: TransformerConfig, in_features: int, splits: tuple[int, ...], *, bias: bool = False) -> nn.Linear:
+    if config.linear == "dense":
+        return nn.Linear(in_features, sum(splits), bias)
+    if config.linear == "masked":
+        return SparseLinear(in_features, sum(splits), bias, pattern=config.pattern, gradient=config.gradient)
+    return SparseBitLinear(
+        in_features,
+        sum(splits),
+        bias,
+        pattern=config.pattern,
+        split_sizes=splits if len(splits) > 1 else None,
+        activation_bits=config.activation_bits,
+        mask_source=config.mask_source,
+        gradient=config.gradient,
+        gamma_over=config.gamma_over,
+    )
+
+
+def rope_tables(config: TransformerConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions (arXiv 2104.09864), each float32 ``[max_sequence_length, head_size]``.
+
+    The two halves of a head are rotated against each other, as in Llama's and Qwen's published weights.
+    """
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float64) / config.head_size
+    positions = torch.arange(config.max_sequence_length, dtype=torch.float64)
+    angles = torch.outer(positions, config.rope_theta**-exponents).repeat(1, 2)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates ``x [B, heads, T, E]`` by position; ``cos`` and ``sin`` are ``[T, E]``."""
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.splits = (config.d_model, config.n_kv_heads * config.head_size, config.n_kv_heads * config.head_size)
+        self.qkv = _linear(config, config.d_model, self.splits, bias=config.qkv_bias)
+        self.o = _linear(config, config.d_model, (config.d_model,))
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in self.qkv(x_BTD).split(self.splits, -1)
+        )
+        y_BHTE = F.scaled_dot_product_attention(
+            apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out: Tensor = self.o(y_BHTE.transpose(1, 2).flatten(2))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_up = _linear(config, config.d_model, (config.d_ffn, config.d_ffn))
+        self.down = _linear(config, config.d_ffn, (config.d_model,))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate) * up)
+        return out
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class TernaryTransformer(nn.Module):
+    """Token ids in, logits or loss out.
+
+    Args:
+        config: Shape and arithmetic.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        cos, sin = rope_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.is_compiled = False
+        self.reset_parameters()
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws new weights: normal, biases zero, norms one."""
+        std = self.config.init_std
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                residual = name.endswith(("attention.o", "mlp.down"))
+                module.weight.normal_(0.0, std / (2 * self.config.n_layers) ** 0.5 if residual else std)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(0.0, std)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles each block with ``torch.compile`` in place; names in the state dict stay as they are.
+
+        Args:
+            **options: For ``torch.compile``.
+        """
+        for block in self.blocks:
+            block.compile(**options)
+        for _, layer in masked_layers(self):
+            layer.owner_prepares = True
+        self.is_compiled = True
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids int64 ``[B, T]`` -> final hidden states ``[B, T, D]``.
+
+        Raises:
+            ConfigError: If the sequence is longer than ``max_sequence_length``.
+        """
+        length = tokens_BT.shape[1]
+        if length > self.config.max_sequence_length:
+            raise ConfigError(
+                f"a sequence of {length} tokens is longer than max_sequence_length={self.config.max_sequence_length}"
+            )
+        if self.is_compiled:
+            prepare_layers(self)
+        x_BTD = self.embed(tokens_BT)
+        rope = self.cos[:length], self.sin[:length]
+        for block in self.blocks:
+            if self.config.activation_checkpointing and self.training:
+                x_BTD = checkpoint(block, x_BTD, *rope, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, *rope)
+        out: Tensor = self.norm(x_BTD)
+        return out
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids int64 ``[B, T]`` -> logits ``[B, T, vocab_size]``."""
+        logits: Tensor = self.lm_head(self.hidden(tokens_BT))
+        return logits
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of predicting ``targets`` (the tokens, shifted by one), float32 scalar."""
+        hidden = self.hidden(tokens_BT).flatten(0, 1)
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets_BT.flatten(), self.config.loss)
