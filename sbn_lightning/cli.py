@@ -73,5 +73,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run_tool(command: str, argv: list[str]) -> None:
     from jsonargparse import auto_cli
 
-    module, function, _ = TOOLS[command]
-    auto_cli(getattr(import_module(module), function), args=argv, as_positional=False, prog=f"sbn {command}")
+    from sbn_lightning.parsing import OneLineErrors
+
+    module, name, _ = TOOLS[command]
+    function = getattr(import_module(module), name)
+    auto_cli(function, args=argv, as_positional=False, prog=f"sbn {command}", parser_class=OneLineErrors)

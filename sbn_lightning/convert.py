@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, cast
 
 from torch import nn
 
@@ -101,12 +101,12 @@ def convert_linears(
         else:
             if kind == "ternary":
                 module.__class__ = SparseBitLinear
-                assert isinstance(module, SparseBitLinear)
-                module._init_ternary(target, None, activation_bits, mask_source, gradient, gamma_over, name)
+                cast("SparseBitLinear", module)._init_ternary(
+                    target, None, activation_bits, mask_source, gradient, gamma_over, name
+                )
             else:
                 module.__class__ = SparseLinear
-                assert isinstance(module, SparseLinear)
-                module._init_mask(target, gradient, name)
+                cast("SparseLinear", module)._init_mask(target, gradient, name)
             report.converted.append(name)
     if not report.converted and not already:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(report.skipped.items())[:8])
@@ -125,6 +125,6 @@ def revert_linears(model: nn.Module) -> list[str]:
             for extra in set(vars(module)) - set(vars(bare)):
                 delattr(module, extra)
             del module.mask_bits
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
             reverted.append(name)
     return reverted

@@ -129,6 +129,7 @@ class SparseBitNet(LightningModule):
         loss = self.model.loss(batch[:, :-1], batch[:, 1:])
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/perplexity", loss.detach().exp(), prog_bar=True)
+        self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -151,7 +152,8 @@ class SparseBitNet(LightningModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Two optimiser groups: weights of linear layers decay; norms, biases and embeddings do not."""
         embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
-        decay, rest = [], []
+        decay: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 (decay if parameter.ndim >= 2 and id(parameter) not in embeddings else rest).append(parameter)

@@ -56,8 +56,7 @@ class NMPattern:
         if isinstance(value, int) and not isinstance(value, bool):
             n, m = divmod(value, 60)
             raise ConfigError(
-                f"pattern {value} is a number, because YAML reads an unquoted {n}:{m} in base 60: "
-                f'quote it, pattern: "{n}:{m}"'
+                f'pattern: YAML reads an unquoted {n}:{m} as a number (in base 60): quote it, pattern: "{n}:{m}"'
             )
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", value) if isinstance(value, str) else None
         if match is None:

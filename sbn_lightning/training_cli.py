@@ -7,7 +7,8 @@ by key. ``trainer.callbacks`` is free for anybody else's.
 
 from __future__ import annotations
 
-import re
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import register_type
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sbn_lightning.callbacks import (
@@ -29,6 +30,7 @@ from sbn_lightning.callbacks import (
 from sbn_lightning.data import TokenDataModule
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.module import SparseBitNet
+from sbn_lightning.parsing import OneLineErrors
 from sbn_lightning.pattern import NMPattern
 
 register_type(NMPattern, serializer=str, deserializer=NMPattern.parse)
@@ -44,42 +46,28 @@ CALLBACK_GROUPS: dict[str, type[Callback]] = {
 NEEDS_MASKED_LAYERS = (MaskRefresh, DenseToSparseRamp, SparsityPatternLogger)
 
 
-class OneLineParser(LightningArgumentParser):
-    """Prints an error as one line; jsonargparse would print its usage and, for nested types, every alternative."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise ConfigError(_one_line(message)) from ex
-
-
-def _one_line(message: str) -> str:
-    """The useful part of a jsonargparse message.
-
-    Errors of a union of types list one attempt for each; the one that this package raised says what is wrong.
-    """
-    endings = r"quote it, pattern: \"\S+\"|for example \"6:8\"|1 <= N <= M <= \d+"
-    ours = re.search(rf"(pattern .*?(?:{endings}))", message, re.S)
-    if ours:
-        message = ours[1]
-    return re.sub(r"\s+", " ", message).strip()
+class TrainingParser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser with errors in one line."""
 
 
 class SBNCLI(LightningCLI):
     """The commands ``fit``, ``validate``, ``test`` and ``predict``."""
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str] | None) -> None:
         super().__init__(
             SparseBitNet,
             TokenDataModule,
             args=args,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [TrainingReport()]},
+            # TQDM's bar shows one line whether or not rich happens to be installed.
+            trainer_defaults={"callbacks": [TrainingReport(), TQDMProgressBar(refresh_rate=10)]},
             seed_everything_default=1,
             auto_configure_optimizers=False,
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", [])
-        parser = OneLineParser(**kwargs)
+        parser = TrainingParser(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="a recipe: a YAML file; more of them are merged")
         return parser
 
@@ -125,4 +113,7 @@ def resume_last_run(config: Namespace) -> None:
 def run(args: list[str]) -> SBNCLI:
     """Runs a training command; ``args`` starts with the command's name."""
     torch.set_float32_matmul_precision("high")
-    return SBNCLI(args)
+    # Lightning 2.6 with newer versions of torch; nothing a user can do about it.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    # LightningCLI warns of arguments given from within Python, also when they are the process's own.
+    return SBNCLI(None if args == sys.argv[1:] else args)

@@ -49,7 +49,7 @@ class WeightDecaySchedule(StepCallback):
             for group, initial in zip(groups, self._initial, strict=True):
                 if initial > 0:
                     group["weight_decay"] = initial * factor
-        if step > 0 and step % trainer.log_every_n_steps == 0:
+        if step > 0 and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             decay = max(float(group.get("weight_decay", 0.0)) for group in groups)
             for logger in trainer.loggers:
                 logger.log_metrics({"weight_decay": decay}, step)

@@ -1,0 +1,80 @@
+"""Models and trainers of the tests."""
+
+from functools import partial
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sbn_lightning import SparseBitNet, TransformerConfig
+
+
+def small_config(**changes):
+    shape = {"vocab_size": 320, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ffn": 64}
+    return TransformerConfig(**(shape | {"max_sequence_length": 64} | changes))
+
+
+def small_module(**changes):
+    torch.manual_seed(0)
+    optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    return SparseBitNet(small_config(**changes), optimizer=optimizer, warmup_steps=2)
+
+
+def token_loader(batches=8, batch_size=4, length=17, vocab_size=320, seed=0):
+    tokens = torch.randint(vocab_size, (batches * batch_size, length), generator=torch.Generator().manual_seed(seed))
+    return DataLoader(_Rows(tokens), batch_size=batch_size)
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def quiet_trainer(callbacks=(), **options):
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": -1,
+        "max_steps": 6,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+    }
+    return Trainer(callbacks=list(callbacks), **(defaults | options))
+
+
+class ForeignModule(LightningModule):
+    """A user's own module that knows nothing of this package."""
+
+    def __init__(self, in_configure_model=False):
+        super().__init__()
+        self.net = None
+        if not in_configure_model:
+            self.configure_model()
+
+    def configure_model(self):
+        if self.net is None:
+            torch.manual_seed(1)
+            self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.mse_loss(self.net(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def regression_loader(seed=0, batch_size=8):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(64, 16, generator=generator)
+    return DataLoader(TensorDataset(x, x[:, :8] * 2), batch_size=batch_size)

@@ -1,0 +1,331 @@
+import copy
+import itertools
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sbn_lightning import (
+    DenseToSparseRamp,
+    MaskRefresh,
+    NMPattern,
+    SparseBitLinear,
+    SparsityPatternLogger,
+    TernarySparseConversion,
+    TokenThroughput,
+    TrainingReport,
+    WeightDecaySchedule,
+)
+from sbn_lightning.callbacks.throughput import count_tokens
+from sbn_lightning.errors import ConfigError
+from sbn_lightning.layers import masked_layers
+from sbn_lightning.pattern import nonzeros_per_group, top_n_mask
+from tests.helpers import ForeignModule, quiet_trainer, regression_loader, small_module, token_loader
+
+
+class Recorder(Callback):
+    """Weights, masks and gradients of one layer at each micro-batch."""
+
+    def __init__(self, name="model.blocks.0.mlp.down"):
+        self.name = name
+        self.steps, self.weights, self.masks, self.masked_gradient = [], [], [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        layer = dict(masked_layers(pl_module))[self.name]
+        self.steps.append(trainer.global_step)
+        self.weights.append(layer.weight.detach().clone())
+        self.masks.append(layer.mask.clone())
+
+    def on_after_backward(self, trainer, pl_module):
+        layer = dict(masked_layers(pl_module))[self.name]
+        self.masked_gradient.append(layer.weight.grad[~layer.mask].abs().sum().item())
+
+
+# MaskRefresh
+
+
+def test_refresh_is_a_pure_function_of_the_step():
+    every_third = MaskRefresh(interval=3, freeze_after=7)
+    assert [step for step in range(20) if every_third.is_due(step)] == [0, 3, 6]
+    assert all(MaskRefresh().is_due(step) for step in range(5))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_masks_change_only_at_refreshes_counted_in_optimiser_steps(accumulate):
+    recorder = Recorder()
+    trainer = quiet_trainer([MaskRefresh(interval=3), recorder], max_steps=8, accumulate_grad_batches=accumulate)
+    trainer.fit(small_module(), token_loader(batches=20))
+    assert len(recorder.steps) == 8 * accumulate
+    at = {step: (w, m) for step, w, m in zip(recorder.steps, recorder.weights, recorder.masks, strict=True)}
+    for step, (_, mask) in at.items():
+        refreshed_at = step - step % 3
+        assert torch.equal(mask, top_n_mask(at[refreshed_at][0], NMPattern(6, 8)))
+    assert not torch.equal(at[0][1], at[6][1])
+
+
+def test_masked_weights_get_a_gradient_only_when_the_mask_is_fresh():
+    recorder = Recorder()
+    trainer = quiet_trainer([MaskRefresh(interval=3), recorder], max_steps=7)
+    trainer.fit(small_module(), token_loader())
+    assert [gradient > 0 for gradient in recorder.masked_gradient] == [s % 3 == 0 for s in range(7)]
+
+
+def test_frozen_masks_stay_and_masked_weights_rest():
+    recorder = Recorder()
+    trainer = quiet_trainer([MaskRefresh(freeze_after=2), recorder], max_steps=6)
+    trainer.fit(small_module(), token_loader())
+    assert not torch.equal(recorder.masks[1], recorder.masks[2])
+    assert all(torch.equal(recorder.masks[2], mask) for mask in recorder.masks[3:])
+    assert [gradient > 0 for gradient in recorder.masked_gradient] == [True, True, True, False, False, False]
+
+
+def test_dense_stale_gradient_warns():
+    with pytest.warns(UserWarning, match="drift under a stale mask"):
+        MaskRefresh(interval=10, stale_gradient="dense")
+
+
+@pytest.mark.parametrize("options", [{"interval": 0}, {"freeze_after": -1}, {"stale_gradient": "none"}])
+def test_refresh_refuses(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        MaskRefresh(**options)
+
+
+@pytest.mark.parametrize("callback", [MaskRefresh(), DenseToSparseRamp(), SparsityPatternLogger()])
+def test_a_model_without_masked_layers_is_an_error(callback):
+    with pytest.raises(ConfigError, match="add the TernarySparseConversion callback"):
+        quiet_trainer([callback]).fit(ForeignModule(), regression_loader())
+
+
+# DenseToSparseRamp
+
+
+@pytest.mark.parametrize(
+    ("ramp", "expected"),
+    [
+        (DenseToSparseRamp("step", start=0.5), [(4, 1), (4, 1), (4, 1), (4, 1), (4, 1), (2, 1), (2, 1)]),
+        (DenseToSparseRamp("walk", end=0.4), [(4, 1), (4, 1), (3, 1), (3, 1), (2, 1), (2, 1), (2, 1)]),
+        (DenseToSparseRamp("walk", start=0.2, end=0.4), [(4, 1), (4, 1), (4, 1), (3, 1), (2, 1), (2, 1), (2, 1)]),
+        (DenseToSparseRamp("rows", end=0.4), [(2, 0), (2, 0.25), (2, 0.5), (2, 0.75), (2, 1), (2, 1), (2, 1)]),
+        (
+            DenseToSparseRamp("rows", end=0.4, curve="cubic"),
+            [(2, 0), (2, 37 / 64), (2, 7 / 8), (2, 63 / 64), (2, 1), (2, 1), (2, 1)],
+        ),
+    ],
+)
+def test_ramp_densities(ramp, expected):
+    densities = [ramp.density(ramp.progress(step, 10), NMPattern(2, 4), 0, 1) for step in range(7)]
+    assert densities == expected
+
+
+def test_ramp_by_layers():
+    ramp = DenseToSparseRamp("layers", end=1.0)
+    sparse = [[ramp.density(ramp.progress(s, 4), NMPattern(2, 4), i, 4)[1] for i in range(4)] for s in range(5)]
+    assert sparse == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_ramp_reaches_the_masks_of_a_run():
+    recorder = Recorder()
+    trainer = quiet_trainer([DenseToSparseRamp("walk", end=0.5), recorder], max_steps=8)
+    trainer.fit(small_module(pattern="4:8"), token_loader(batches=20))
+    counts = [nonzeros_per_group(mask, 8).unique().tolist() for mask in recorder.masks]
+    assert counts == [[8], [7], [6], [5], [4], [4], [4], [4]]
+    final = dict(masked_layers(trainer.lightning_module))[recorder.name]
+    assert torch.equal(final.mask, top_n_mask(final.weight, NMPattern(4, 8)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"shape": "jump"}, {"curve": "square"}, {"start": 1.5}, {"shape": "walk", "start": 0.6, "end": 0.5}]
+)
+def test_ramp_refuses(options):
+    with pytest.raises(ConfigError, match="DenseToSparseRamp"):
+        DenseToSparseRamp(**options)
+
+
+def test_ramp_must_know_the_length():
+    module = ForeignModule()
+    callbacks = [TernarySparseConversion(), DenseToSparseRamp("walk")]
+    with pytest.raises(ConfigError, match="total_steps"):
+        quiet_trainer(callbacks, max_steps=-1, max_epochs=1).fit(module, regression_loader())
+
+
+# WeightDecaySchedule
+
+
+def test_weight_decay_falls_to_zero_over_half_of_training():
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append([group["weight_decay"] for group in trainer.optimizers[0].param_groups])
+
+    quiet_trainer([WeightDecaySchedule(until=0.5), Watch()], max_steps=8).fit(small_module(), token_loader())
+    assert [decay for decay, _ in seen] == pytest.approx([0.1, 0.0853553, 0.05, 0.0146447, 0, 0, 0, 0], abs=1e-6)
+    assert {rest for _, rest in seen} == {0.0}
+
+
+def test_weight_decay_resumes_from_the_initial_value():
+    first = quiet_trainer([WeightDecaySchedule(until=1.0, total_steps=8)], max_steps=4)
+    first.fit(small_module(), token_loader(batches=4))
+    first.save_checkpoint("half.ckpt")
+    again = quiet_trainer([WeightDecaySchedule(until=1.0, total_steps=8)], max_steps=6)
+    again.fit(small_module(), token_loader(), ckpt_path="half.ckpt")
+    assert again.optimizers[0].param_groups[0]["weight_decay"] == pytest.approx(0.1 * 0.1464466, abs=1e-6)
+
+
+# Order
+
+
+def test_callbacks_do_not_depend_on_their_order(tmp_path):
+    def run(order, name):
+        callbacks = [
+            MaskRefresh(interval=2),
+            DenseToSparseRamp("rows", end=0.8),
+            WeightDecaySchedule(),
+            SparsityPatternLogger(interval=3),
+        ]
+        trainer = quiet_trainer([callbacks[i] for i in order], max_steps=7, logger=CSVLogger(tmp_path, name))
+        module = small_module(pattern="4:8")
+        trainer.fit(module, token_loader())
+        return module.state_dict(), callbacks[3].counts
+
+    expected, counts = run((0, 1, 2, 3), "first")
+    for order in list(itertools.permutations(range(4)))[5::6]:
+        state, other = run(order, "-".join(map(str, order)))
+        assert all(torch.equal(expected[key], state[key]) for key in expected)
+        assert other == counts
+
+
+# SparsityPatternLogger
+
+
+def test_logged_numbers_equal_a_count_by_hand(tmp_path):
+    recorder, logger = Recorder(), SparsityPatternLogger(interval=2)
+    codes = []
+
+    class Codes(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            layer = dict(masked_layers(pl_module))[recorder.name]
+            codes.append((layer.ternary()[0].clone(), layer.values(masked=False)))
+
+    trainer = quiet_trainer([logger, recorder, Codes()], max_steps=5, logger=CSVLogger(tmp_path))
+    trainer.fit(small_module(pattern="2:4"), token_loader())
+    counts = logger.counts[recorder.name]  # the look at the end, after 5 steps; the one before was after 4
+    layer = dict(masked_layers(trainer.lightning_module))[recorder.name]
+    final, free = layer.ternary()[0], layer.values(masked=False)
+    assert counts.weights == final.numel()
+    assert counts.kept == final.numel() / 2
+    assert counts.natural == (free == 0).sum()
+    assert counts.enforced == ((free != 0) & ~layer.mask).sum()
+    assert counts.natural + counts.enforced == (final == 0).sum()
+    assert counts.mask_flips == (layer.mask != recorder.masks[4]).sum()
+    assert counts.code_flips == (final != codes[4][0]).sum()
+    assert counts.code_flips > 0
+    metrics = logger.total().shares()
+    assert metrics["mask_density"] == 0.5
+
+
+def test_tensorboard_gets_histograms_pictures_and_scalars(tmp_path):
+    callbacks = [SparsityPatternLogger(interval=2), WeightDecaySchedule(), TokenThroughput(window=2)]
+    trainer = quiet_trainer(callbacks, max_steps=4, logger=TensorBoardLogger(tmp_path, "run"))
+    trainer.fit(small_module(), token_loader(), token_loader(batches=1))
+    events = EventAccumulator(trainer.logger.log_dir, size_guidance={"histograms": 0, "images": 0}).Reload()
+    tags = events.Tags()
+    name = "model.blocks.1.attention.qkv"
+    assert {f"{kind}/{name}" for kind in ("latent_weight", "nonzeros_per_group", "ternary_code")} <= set(
+        tags["histograms"]
+    )
+    assert {"pattern/model.blocks.0.attention.qkv", "pattern/model.blocks.0.mlp.down"} <= set(tags["images"])
+    scalars = {"sparsity/zeros", "sparsity/flip_rate_mask", f"flip_rate_code/{name}", f"zeros_enforced/{name}"}
+    scalars |= {f"gamma/{name}/2", "gamma/model.blocks.0.mlp.down", "train/loss", "train/perplexity", "learning_rate"}
+    assert scalars | {"weight_decay", "tokens_per_second"} <= set(tags["scalars"])
+    assert [event.step for event in events.Scalars("sparsity/zeros")] == [0, 2, 4]
+    code = events.Histograms(f"ternary_code/{name}")[-1].histogram_value
+    layer = dict(masked_layers(trainer.lightning_module))[name]
+    assert code.num == layer.weight.numel()
+    assert list(code.bucket) == [(layer.ternary()[0] == value).sum().item() for value in (-1, 0, 1)]
+    image = events.Images("pattern/model.blocks.0.mlp.down")[-1]
+    assert (image.height, image.width) == (32 * 6, 64 * 6)
+
+
+def test_any_logger_will_do(tmp_path):
+    trainer = quiet_trainer([SparsityPatternLogger(interval=1)], max_steps=2, logger=CSVLogger(tmp_path, "csv"))
+    trainer.fit(small_module(linear="masked"), token_loader())
+    header = (tmp_path / "csv/version_0/metrics.csv").read_text().splitlines()[0]
+    assert "sparsity/zeros_enforced" in header
+    assert "gamma" not in header
+
+
+# TernarySparseConversion
+
+
+@pytest.mark.parametrize("in_configure_model", [False, True])
+def test_conversion_of_a_foreign_module(in_configure_model):
+    module = ForeignModule(in_configure_model)
+    conversion = TernarySparseConversion("2:4", exclude=("net.2",))
+    trainer = quiet_trainer([conversion, MaskRefresh()], max_steps=20)
+    trainer.fit(module, regression_loader())
+    assert conversion.report.converted == ["net.0"]
+    assert conversion.report.skipped == {"net.2": "excluded by name"}
+    assert type(module.net[0]) is SparseBitLinear
+    optimised = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert {id(p) for p in module.parameters()} == optimised
+    assert torch.equal(module.net[0].mask, top_n_mask(module.net[0].weight, NMPattern(2, 4)))
+
+
+@pytest.mark.parametrize("in_configure_model", [False, True])
+def test_a_converted_module_resumes(in_configure_model):
+    def run(steps, ckpt_path=None):
+        module = ForeignModule(in_configure_model)
+        trainer = quiet_trainer([TernarySparseConversion("2:4"), MaskRefresh(interval=4)], max_steps=steps)
+        trainer.fit(module, regression_loader(batch_size=64), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(f"{steps}.ckpt")
+        return module.state_dict()
+
+    expected = run(14)
+    run(6)
+    resumed = run(14, "6.ckpt")
+    assert sorted(expected) == sorted(resumed)
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+
+
+def test_a_conversion_that_matches_nothing_is_an_error():
+    with pytest.raises(ConfigError, match="no layer was converted"):
+        quiet_trainer([TernarySparseConversion(include=("encoder",))]).fit(ForeignModule(), regression_loader())
+
+
+# Report and throughput
+
+
+def test_report_names_losses_zeros_and_places(tmp_path, capsys):
+    callbacks = [SparsityPatternLogger(interval=2), TrainingReport()]
+    trainer = quiet_trainer(
+        callbacks,
+        max_steps=4,
+        logger=TensorBoardLogger(tmp_path / "logs", "run"),
+        enable_checkpointing=True,
+        val_check_interval=2,
+    )
+    trainer.fit(small_module(), token_loader(), token_loader(batches=1))
+    printed = capsys.readouterr().out
+    for expected in ("val/perplexity", "gate_up", "zeros natural", "code flips", "checkpoint (best)", "tensorboard --logdir"):
+        assert expected in printed
+    assert f"logs: {trainer.logger.log_dir}" in printed
+
+
+def test_count_tokens():
+    ids = torch.zeros(4, 9, dtype=torch.long)
+    assert count_tokens(ids) == 32
+    assert count_tokens({"mask": torch.ones(2, 2), "input_ids": ids}) == 36
+    assert count_tokens([ids, torch.zeros(4)]) == 32
+    assert count_tokens("text") == 0
+
+
+def test_callback_state_loads_with_weights_only(tmp_path):
+    callbacks = [MaskRefresh(2), DenseToSparseRamp("walk"), WeightDecaySchedule(), SparsityPatternLogger(2)]
+    trainer = quiet_trainer(copy.deepcopy(callbacks), max_steps=3, logger=CSVLogger(tmp_path))
+    trainer.fit(small_module(), token_loader())
+    trainer.save_checkpoint("state.ckpt")
+    saved = torch.load("state.ckpt", weights_only=True)["callbacks"]
+    assert {"MaskRefresh", "DenseToSparseRamp", "WeightDecaySchedule", "SparsityPatternLogger"} <= set(saved)
