@@ -76,5 +76,6 @@ def linear_cross_entropy(
         elif chosen == "torch":
             loss = F.linear_cross_entropy(hidden, weight, target, options=nn.LinearCrossEntropyOptions())
         else:
-            loss = F.cross_entropy((hidden @ weight.t()).float(), target)
+            logits = hidden @ weight.t()
+            loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target)
     return loss.float()
