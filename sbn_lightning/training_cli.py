@@ -16,7 +16,7 @@ import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import register_type
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sbn_lightning.callbacks import (
@@ -59,8 +59,7 @@ class SBNCLI(LightningCLI):
             TokenDataModule,
             args=args,
             save_config_kwargs={"overwrite": True},
-            # TQDM's bar shows one line whether or not rich happens to be installed.
-            trainer_defaults={"callbacks": [TrainingReport(), TQDMProgressBar(refresh_rate=10)]},
+            trainer_defaults={"callbacks": [TrainingReport()]},
             seed_everything_default=1,
             auto_configure_optimizers=False,
         )
@@ -86,6 +85,11 @@ class SBNCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
         if self.model.config.linear == "dense":
             callbacks = [callback for callback in callbacks if not isinstance(callback, NEEDS_MASKED_LAYERS)]
+        own = config["callbacks"] or []
+        own = own if isinstance(own, list) else [own]
+        if config["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in own):
+            # TQDM's bar is one line, whether or not rich happens to be installed.
+            callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]
         return super()._instantiate_trainer(config, callbacks)
 
 

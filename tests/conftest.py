@@ -3,7 +3,6 @@
 import pytest
 
 
-
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory):
     """A prepared folder: part of the standard library as bytes."""

@@ -309,7 +309,14 @@ def test_report_names_losses_zeros_and_places(tmp_path, capsys):
     )
     trainer.fit(small_module(), token_loader(), token_loader(batches=1))
     printed = capsys.readouterr().out
-    for expected in ("val/perplexity", "gate_up", "zeros natural", "code flips", "checkpoint (best)", "tensorboard --logdir"):
+    for expected in (
+        "val/perplexity",
+        "gate_up",
+        "zeros natural",
+        "code flips",
+        "checkpoint (best)",
+        "tensorboard --logdir",
+    ):
         assert expected in printed
     assert f"logs: {trainer.logger.log_dir}" in printed
 

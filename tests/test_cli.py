@@ -1,0 +1,204 @@
+"""The command line as a user meets it: commands that work, and errors in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sbn_lightning.cli import TOOLS, TRAINING, main
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes/sparse_pretrain.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sbn"])
+
+
+def small(tokens, *more):
+    options = {
+        "data.path": tokens,
+        "data.batch_size": 2,
+        "data.sequence_length": 16,
+        "data.num_workers": 0,
+        "model.config.vocab_size": 320,
+        "model.config.d_model": 32,
+        "model.config.n_layers": 1,
+        "model.config.d_ffn": 64,
+        "trainer.max_steps": 2,
+        "trainer.val_check_interval": 1,
+        "trainer.limit_val_batches": 1,
+        "trainer.limit_test_batches": 1,
+        "trainer.limit_predict_batches": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+        "trainer.num_sanity_val_steps": 0,
+        "checkpoint.every_n_train_steps": 1,
+    }
+    return [f"--{key}={value}" for key, value in options.items()] + list(more)
+
+
+def fit(tokens, *more):
+    return main(["fit", "--config", str(RECIPE), *small(tokens, *more)])
+
+
+def error_of(capsys, status):
+    assert status == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {command} " in printed for command in (*TRAINING, *TOOLS))
+
+
+def test_unknown_command(capsys):
+    assert "there are fit, validate" in error_of(capsys, main(["train"]))
+
+
+def test_preparing_imports_neither_torch_nor_lightning():
+    code = "import sys; sys.argv = ['sbn', 'prepare', '--help']; from sbn_lightning.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\nprint('HEAVY', sorted({'torch', 'lightning', 'litdata'} & set(sys.modules)))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "HEAVY []" in output
+    assert "--tokenizer" in output
+
+
+def test_fit_reports_and_validate_and_test_read_its_checkpoint(tokens, capsys):
+    assert fit(tokens) == 0
+    printed = capsys.readouterr().out
+    for expected in ("val/perplexity", "gate_up", "zeros natural", "tensorboard --logdir logs"):
+        assert expected in printed
+    checkpoint = Path("logs/sparse_pretrain/version_0/checkpoints/last.ckpt")
+    assert checkpoint.is_file()
+    for command in ("validate", "test", "predict"):
+        options = [option for option in small(tokens) if "checkpoint" not in option]
+        assert main([command, "--config", str(RECIPE), *options, "--ckpt_path", str(checkpoint)]) == 0
+
+
+def test_command_line_wins_over_the_checkpoint(tokens):
+    assert fit(tokens) == 0
+    path = "logs/sparse_pretrain/version_0/checkpoints/last.ckpt"
+    more = ["--model.warmup_steps=7", "--trainer.max_steps=3", "--ckpt_path", path]
+    assert fit(tokens, *more) == 0
+    used = yaml.safe_load(Path("logs/sparse_pretrain/version_1/config.yaml").read_text())
+    assert used["model"]["warmup_steps"] == 7
+    saved = torch.load("logs/sparse_pretrain/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert saved["hyper_parameters"]["warmup_steps"] == 7
+    assert saved["global_step"] == 3
+
+
+def test_last_continues_the_newest_run_in_its_folder(tokens, capsys):
+    assert fit(tokens) == 0
+    assert fit(tokens, "--trainer.max_steps=4", "--ckpt_path=last") == 0
+    folder = Path("logs/sparse_pretrain")
+    assert [path.name for path in folder.iterdir()] == ["version_0"]
+    saved = torch.load(folder / "version_0/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 4
+
+
+def test_last_without_a_run_is_an_error(tokens, capsys):
+    assert "no checkpoints/last.ckpt in logs/sparse_pretrain" in error_of(capsys, fit(tokens, "--ckpt_path=last"))
+
+
+def test_a_dense_model_needs_no_mask_callbacks(tokens):
+    assert fit(tokens, "--model.config.linear=dense") == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--mask_refresh.intervall=3", "did you mean mask_refresh.interval?"),
+        ("--model.config.d_modell=3", "did you mean model.config.d_model?"),
+        ("--mask_refresh.interval=often", 'key "mask_refresh.interval"'),
+        ("--mask_refresh.interval=0", "MaskRefresh: interval=0"),
+        ("--model.config.pattern=5:9", "in_features=32 is not a multiple of M=9"),
+        ("--model.config.pattern=9:8", 'pattern "9:8": N:M needs 1 <= N <= M <= 32'),
+        ("--model.config.pattern=dense", "not of the form"),
+        ("--model.config.linear=sparse", "Expected a typing.Literal['ternary', 'masked', 'dense']"),
+        ("--model.config.vocab_size=100", "257 tokens, the model's vocab_size is 100"),
+        ("--data.sequence_length=512", "longer than model.config.max_sequence_length=256"),
+        ("--data.path=nowhere", "nowhere does not exist"),
+        ("--model.optimizer.init_args.learning_rate=1", "Option 'learning_rate' is not accepted"),
+    ],
+)
+def test_errors_are_one_clear_line(tokens, capsys, option, message):
+    assert message in error_of(capsys, fit(tokens, option))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('"6:8"', "6:8", 'quote it, pattern: "6:8"'),
+        ("mask_refresh:", "mask_refrehs:", "mask_refrehs.interval"),
+        ("d_model:", "d_modell:", "model.config.d_modell"),
+        ("max_steps:", "max_stepz:", "trainer.max_stepz"),
+    ],
+)
+def test_errors_in_a_recipe_are_one_clear_line(tokens, capsys, before, after, message):
+    text = RECIPE.read_text()
+    assert before in text
+    Path("recipe.yaml").write_text(text.replace(before, after))
+    assert message in error_of(capsys, main(["fit", "--config", "recipe.yaml"]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shard: shard.unlink(), "missing"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-100]), "bytes"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-1] + b"\xff"), "damaged"),
+    ],
+)
+def test_missing_or_damaged_shards_are_named(tokens, capsys, tmp_path, damage, message):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(tokens, folder)
+    shard = next((folder / "train").glob("*.bin"))
+    damage(shard)
+    error = error_of(capsys, fit(folder))
+    assert shard.name in error
+    assert message in error
+
+
+def test_debug_shows_the_traceback(tokens, monkeypatch):
+    monkeypatch.setenv("SBN_DEBUG", "1")
+    with pytest.raises(ValueError, match="interval=0"):
+        fit(tokens, "--mask_refresh.interval=0")
+
+
+def test_prepare_and_fit(tmp_path, capsys):
+    (tmp_path / "text").mkdir()
+    for i in range(20):
+        (tmp_path / f"text/{i}.txt").write_text(f"The quick brown fox number {i} jumps over the lazy dog. " * 40)
+    command = [
+        "prepare",
+        "--input",
+        str(tmp_path / "text"),
+        "--output",
+        "out",
+        "--tokenizer",
+        "byte",
+        "--num_workers",
+        "1",
+    ]
+    assert main(command) == 0
+    assert fit("out") == 0
+
+
+def test_both_entries_are_the_same():
+    script = subprocess.run(
+        [sys.executable, ROOT / "cli.py", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    command = subprocess.run(
+        [Path(sys.executable).parent / "sbn", "--help"], capture_output=True, text=True, check=True
+    )
+    assert script.stdout == command.stdout

@@ -1,0 +1,82 @@
+"""Every recipe parses, says what it is, comments its keys, and trains two steps of a shrunken copy."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sbn_lightning import TransformerConfig
+from sbn_lightning.cli import main
+from sbn_lightning.training_cli import SBNCLI
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+SHRUNKEN = {
+    "model.config.vocab_size": 320,
+    "model.config.d_model": 32,
+    "model.config.n_layers": 2,
+    "model.config.n_heads": 4,
+    "model.config.n_kv_heads": 2,
+    "model.config.d_ffn": 64,
+    "model.compile": "false",
+    "data.batch_size": 2,
+    "data.sequence_length": 16,
+    "data.num_workers": 0,
+    "trainer.accelerator": "cpu",
+    "trainer.strategy": "auto",
+    "trainer.precision": "32-true",
+    "trainer.max_steps": 2,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.val_check_interval": 2,
+    "trainer.limit_val_batches": 1,
+    "trainer.num_sanity_val_steps": 0,
+    "trainer.enable_progress_bar": "false",
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sbn"])
+
+
+def test_there_are_recipes():
+    names = {path.stem for path in RECIPES}
+    assert {"sparse_pretrain", "dense_to_sparse", "bf16_sparse_baseline", "ternary_dense"} <= names
+    assert {f"qwen2.5_{size}_sparse" for size in ("0.5b", "1.5b", "3b")} <= names
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_two_steps_of_a_shrunken_copy(recipe, tokens, capsys):
+    options = [f"--{key}={value}" for key, value in (SHRUNKEN | {"data.path": tokens}).items()]
+    assert main(["fit", "--config", str(recipe), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "Trained 2 steps." in printed
+    assert f"logs/{recipe.stem}/version_0" in printed
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_what_it_says(recipe):
+    text = recipe.read_text()
+    lines = text.splitlines()
+    assert re.match(r"# .+\.", lines[0])
+    values = yaml.safe_load(text)
+    config = TransformerConfig(**values["model"]["config"])
+    assert values["trainer"]["logger"]["init_args"]["name"] == recipe.stem
+    if recipe.stem.startswith("qwen"):
+        published = TransformerConfig.preset(recipe.stem.split("_")[0] + "-" + recipe.stem.split("_")[1])
+        published.activation_checkpointing = config.activation_checkpointing
+        assert config == published
+        tokens_a_step = values["data"]["batch_size"] * values["trainer"]["accumulate_grad_batches"] * 2048
+        assert tokens_a_step == 2**20
+
+
+def test_parsed_recipe_dumps_and_parses_to_itself(tokens, capsys):
+    recipe = RECIPES[-1]
+    with pytest.raises(SystemExit):
+        SBNCLI(["fit", "--config", str(recipe), "--print_config"])
+    first = capsys.readouterr().out
+    Path("dumped.yaml").write_text(first)
+    with pytest.raises(SystemExit):
+        SBNCLI(["fit", "--config", "dumped.yaml", "--print_config"])
+    assert capsys.readouterr().out == first
