@@ -65,7 +65,8 @@ def test_unknown_command(capsys):
 
 def test_preparing_imports_neither_torch_nor_lightning():
     code = "import sys; sys.argv = ['sbn', 'prepare', '--help']; from sbn_lightning.cli import main\n"
-    code += "try: main()\nexcept SystemExit: pass\nprint('HEAVY', sorted({'torch', 'lightning', 'litdata'} & set(sys.modules)))"
+    code += "try: main()\nexcept SystemExit: pass\n"
+    code += "print('HEAVY', sorted({'torch', 'lightning', 'litdata'} & set(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "HEAVY []" in output
     assert "--tokenizer" in output
