@@ -1,0 +1,146 @@
+"""The folder on disk: litdata shards, ``meta.json``, and the check that both are whole.
+
+::
+
+    DIR/meta.json            written last: a folder without it is not finished
+    DIR/tokenizer.json
+    DIR/train/index.json     litdata's index
+    DIR/train/chunk-0-0.bin  litdata's chunks, read with ``TokensLoader``
+    DIR/val/...
+
+litdata's own ``optimize`` is not used: which document lands in which chunk depends there on the number of workers,
+``merge_datasets`` and ``optimize`` stamp the index with the time of day, and a run that was killed cannot be told
+from one that was not. Here tokens are laid end to end first and litdata's chunk writer cuts them afterwards, at the
+same places every time. The index's ``updated_at`` is a checksum of the content instead of a date: it is the key
+under which litdata caches remote shards, so shards that changed are fetched anew, and shards that did not are not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sbn_lightning.data.sources import file_crc32
+from sbn_lightning.data.tokenize_segments import write_atomically
+from sbn_lightning.errors import DataError
+
+FORMAT = "sbn_lightning.tokens"
+FORMAT_VERSION = 1
+CHECKSUM_LIMIT = 2 << 30
+# Tokens handed to the chunk writer at a time: its chunks are whole multiples of this.
+_ITEM_TOKENS = 1 << 16
+
+
+def write_shards(folder: Path, segments: Iterable[Path], dtype: np.dtype[Any], chunk_bytes: int) -> None:
+    """Cut token files into litdata chunks.
+
+    Args:
+        folder: Where the chunks and ``index.json`` go; must be empty.
+        segments: Files of token ids, in order.
+        dtype: Of the token ids.
+        chunk_bytes: Size of a chunk, in bytes.
+    """
+    from litdata.streaming.item_loader import TokensLoader
+    from litdata.streaming.writer import BinaryWriter
+
+    folder.mkdir(parents=True)
+    item = max(1, min(_ITEM_TOKENS, chunk_bytes // dtype.itemsize // 8))
+    writer = BinaryWriter(str(folder), chunk_bytes=chunk_bytes, item_loader=TokensLoader())
+    for index, tokens in enumerate(_blocks(segments, dtype, item)):
+        writer.add_item(index, tokens)
+    writer.done()
+    # The writer names its files after the rank it finds in the environment, which is not ours to depend on.
+    (own_index,) = folder.glob("*.index.json")
+    index_json = json.loads(own_index.read_text(encoding="utf-8"))
+    own_index.unlink()
+    content = 0
+    for number, chunk in enumerate(index_json["chunks"]):
+        name = f"chunk-0-{number}.bin"
+        (folder / chunk["filename"]).replace(folder / name)
+        chunk["filename"] = name
+        content = zlib.crc32(f"{chunk['dim']} {file_crc32(folder / name)}".encode(), content)
+    index_json["updated_at"] = f"{content:08x}"
+    write_atomically(folder / "index.json", json.dumps(index_json, sort_keys=True))
+
+
+def _blocks(segments: Iterable[Path], dtype: np.dtype[Any], size: int) -> Iterator[np.ndarray]:
+    held = np.empty(0, dtype=dtype)
+    for segment in segments:
+        with segment.open("rb") as stream:
+            while len(new := np.fromfile(stream, dtype=dtype, count=size - len(held))):
+                held = np.concatenate([held, new])
+                if len(held) == size:
+                    yield held
+                    held = np.empty(0, dtype=dtype)
+    if len(held):
+        yield held
+
+
+def checksums(root: Path, names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Size and CRC-32 of each named file under ``root``."""
+    return {n: {"bytes": (root / n).stat().st_size, "crc32": file_crc32(root / n)} for n in sorted(names)}
+
+
+def parse_meta(text: str, where: str) -> dict[str, Any]:
+    """Read the text of a ``meta.json``.
+
+    Raises:
+        DataError: It is not one, or of a version this code does not know.
+    """
+    try:
+        meta = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON ({error.msg}); run `prepare` again with --overwrite true") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise DataError(f"{where} was not written by `prepare`; give a folder that was")
+    if meta["format_version"] != FORMAT_VERSION:
+        raise DataError(
+            f"{where} has format version {meta['format_version']}, this code reads {FORMAT_VERSION}; "
+            "run `prepare` again with --overwrite true"
+        )
+    return meta
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """The ``meta.json`` of a finished folder; None if there is none."""
+    file = folder / "meta.json"
+    return parse_meta(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
+
+
+def verify(folder: Path, meta: dict[str, Any], checksum: bool) -> None:
+    """Check that the files of a prepared folder are the ones ``meta.json`` describes.
+
+    Args:
+        folder: The prepared folder.
+        meta: Its ``meta.json``.
+        checksum: Also read every byte (about 1 GiB/s); otherwise only sizes are compared.
+
+    Raises:
+        DataError: A file is missing, truncated or damaged.
+    """
+    way_out = f"copy it again, or run `prepare` with --output {folder} --overwrite true"
+    for name, expected in meta["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise DataError(f"shard {file} is missing; {way_out}")
+        size = os.path.getsize(file)
+        if size != expected["bytes"]:
+            raise DataError(f"shard {file} has {size} bytes instead of {expected['bytes']} (cut short?); {way_out}")
+        if checksum and file_crc32(file) != expected["crc32"]:
+            raise DataError(f"shard {file} is damaged: its checksum is not the one in meta.json; {way_out}")
+
+
+def total_bytes(meta: dict[str, Any]) -> int:
+    """Size of all files of a prepared folder, in bytes."""
+    return sum(int(entry["bytes"]) for entry in meta["files"].values())
+
+
+def count_blocks(index_json: dict[str, Any], block_size: int) -> int:
+    """Blocks of ``block_size`` tokens in a split: blocks do not cross chunks."""
+    return sum(int(chunk["dim"]) // block_size for chunk in index_json["chunks"])

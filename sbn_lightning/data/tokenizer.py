@@ -1,0 +1,153 @@
+"""The three tokenizers of ``prepare``, all in the Hugging Face ``tokenizer.json`` format.
+
+* ``byte``: one token a byte (ids 0..255) and one end-of-document token. It needs no training and cannot meet
+  an unknown character. Stored as a byte-level BPE without merges, so every reader of ``tokenizer.json`` has it.
+* ``bpe``: byte-level BPE trained on a sample of the training split; falls back to bytes, so it is lossless too.
+* a path to anybody's ``tokenizer.json``.
+
+Encoding for the byte tokenizer bypasses the library (a byte *is* its id), which is some hundred times faster
+and gives the same ids; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sbn_lightning.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+EOS_TOKEN = "<|endoftext|>"
+# Tried in this order when a foreign tokenizer does not say which token ends a document.
+_KNOWN_EOS = (EOS_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
+
+
+def bytes_to_unicode() -> list[str]:
+    """The printable character that stands for each byte in byte-level vocabularies, indexed by byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    stand_in = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(stand_in)) for byte in range(256)]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Build the byte tokenizer: ids 0..255 are the bytes, 256 ends a document."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {char: byte for byte, char in enumerate(bytes_to_unicode())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOS_TOKEN])
+    return tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE.
+
+    Args:
+        texts: The sample to learn the merges from.
+        vocab_size: Entries wanted, the 256 bytes and the end-of-document token included. A small sample may
+            give fewer.
+
+    Raises:
+        ConfigError: ``vocab_size`` leaves no room for the bytes and the end-of-document token.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise ConfigError(f"vocab_size {vocab_size} is below 257 (256 bytes + {EOS_TOKEN}); use tokenizer 'byte'")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TOKEN],
+        initial_alphabet=bytes_to_unicode(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer.
+
+    Args:
+        path: A ``tokenizer.json``, or a folder written by ``prepare`` that holds one.
+
+    Returns:
+        A ``tokenizers.Tokenizer``: ``.encode(text).ids`` and ``.decode(ids)``.
+
+    Raises:
+        DataError: No such file, or not a tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    file = Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    if not file.is_file():
+        raise DataError(f"no tokenizer at {file}; give a tokenizer.json, or a folder written by `prepare`")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for every malformed file
+        raise DataError(f"{file} is not a Hugging Face tokenizer.json: {str(error).splitlines()[0]}") from error
+
+
+def vocab_size_of(tokenizer: Tokenizer) -> int:
+    """Rows an embedding table needs: the highest id + 1, as vocabularies may have holes."""
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    return int(max(vocab.values())) + 1
+
+
+def find_eos(tokenizer: Tokenizer, eos_token: str | None) -> tuple[str, int]:
+    """The end-of-document token of a tokenizer, as text and id.
+
+    Raises:
+        ConfigError: ``eos_token`` is not in the vocabulary, or none was given and none is known.
+    """
+    for token in (eos_token,) if eos_token else _KNOWN_EOS:
+        token_id = tokenizer.token_to_id(token)
+        if token_id is not None:
+            return token, int(token_id)
+    special = sorted(t.content for t in tokenizer.get_added_tokens_decoder().values())[:8]
+    what = f"eos_token {eos_token!r} is not in the vocabulary" if eos_token else "no end-of-document token found"
+    raise ConfigError(f"{what}; pass --eos_token with one of the tokenizer's special tokens: {special}")
+
+
+class Encoder:
+    """Text to token ids, many documents a call, in the narrowest dtype that holds the vocabulary.
+
+    Args:
+        tokenizer: The tokenizer.
+        is_byte: It is the byte tokenizer, so that ids can be taken from the bytes directly.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, is_byte: bool) -> None:
+        self._tokenizer: Any = tokenizer
+        self._is_byte = is_byte
+        self.dtype = token_dtype(vocab_size_of(tokenizer))
+        # A document that happens to contain the text of a special token must not end there.
+        tokenizer.encode_special_tokens = True
+        # Truncation and padding in a foreign file are meant for model inputs: here they would drop text.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+
+    def __call__(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """Yield the ids of each text, in order."""
+        if self._is_byte:
+            for text in texts:
+                yield np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(self.dtype)
+            return
+        for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
+            yield np.array(encoding.ids, dtype=self.dtype)
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """``uint16`` where the vocabulary fits, else ``int32``; the two are what the shards can hold."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
