@@ -6,6 +6,7 @@ command line; they must not wait for Lightning's import, so nothing heavy is imp
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from importlib import import_module
@@ -77,4 +78,18 @@ def _run_tool(command: str, argv: list[str]) -> None:
 
     module, name, _ = TOOLS[command]
     function = getattr(import_module(module), name)
-    auto_cli(function, args=argv, as_positional=False, prog=f"sbn {command}", parser_class=OneLineErrors)
+    auto_cli(function, args=_gather_lists(argv), as_positional=False, prog=f"sbn {command}", parser_class=OneLineErrors)
+
+
+def _gather_lists(argv: list[str]) -> list[str]:
+    """``--input a b`` -> ``--input ["a", "b"]``: what a shell makes of ``*.txt``, in the form that jsonargparse reads."""
+    gathered: list[str] = []
+    values: list[str] = []
+    for word in [*argv, "--"]:
+        if not word.startswith("--"):
+            values.append(word)
+            continue
+        gathered += [json.dumps(values)] if len(values) > 1 else values
+        values = []
+        gathered.append(word)
+    return gathered[:-1]

@@ -1,5 +1,6 @@
 """The command line as a user meets it: commands that work, and errors in one line."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -180,18 +181,10 @@ def test_prepare_and_fit(tmp_path, capsys):
     (tmp_path / "text").mkdir()
     for i in range(20):
         (tmp_path / f"text/{i}.txt").write_text(f"The quick brown fox number {i} jumps over the lazy dog. " * 40)
-    command = [
-        "prepare",
-        "--input",
-        str(tmp_path / "text"),
-        "--output",
-        "out",
-        "--tokenizer",
-        "byte",
-        "--num_workers",
-        "1",
-    ]
-    assert main(command) == 0
+    (tmp_path / "more.txt").write_text("One more file. " * 100)
+    inputs = ["--input", str(tmp_path / "text"), str(tmp_path / "more.txt")]
+    assert main(["prepare", *inputs, "--output", "out", "--tokenizer", "byte", "--num_workers", "1"]) == 0
+    assert sum(split["documents"] for split in json.loads(Path("out/meta.json").read_text())["splits"].values()) == 21
     assert fit("out") == 0
 
 
