@@ -82,7 +82,7 @@ def _run_tool(command: str, argv: list[str]) -> None:
 
 
 def _gather_lists(argv: list[str]) -> list[str]:
-    """``--input a b`` -> ``--input ["a", "b"]``: what a shell makes of ``*.txt``, in the form that jsonargparse reads."""
+    """``--input a b`` -> ``--input ["a", "b"]``: what a shell makes of ``*.txt``, as jsonargparse reads it."""
     gathered: list[str] = []
     values: list[str] = []
     for word in [*argv, "--"]:

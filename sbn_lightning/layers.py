@@ -7,7 +7,8 @@ The weight is a plain ``nn.Parameter`` and the mask a packed ``uint8`` buffer, s
 ``torch.compile`` need to know nothing. Derived values (mask, ternary codes) follow the weight lazily: each use compares
 the weight's version counter, which in-place updates increment, and recomputes only after a change. That makes the
 layer correct in a bare training loop, and under gradient accumulation the work is done once an optimiser step.
-Fused optimisers update weights without incrementing the counter, so a hook after every optimiser step does.
+Some updates do not count a version: a fused optimiser's, and those of FSDP2, which fills the weight that a forward sees
+from shards. So weights that train are also taken to have changed with every optimiser step of the process.
 :attr:`MaskedLinear.hold_mask` takes the mask out of that rule, for whoever decides about refreshes (``MaskRefresh``).
 
 Inside ``torch.compile`` a version counter cannot be read, so the derived values are traced into the graph and computed
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sbn_lightning.backends import REFERENCE, Backend, TernaryWeight
@@ -41,13 +43,15 @@ Gradient = Literal["dense", "masked"]
 MaskSource = Literal["latent", "ternary"]
 
 
-def _increment_versions(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    torch.autograd.graph.increment_version(
-        [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    )
+_optimizer_steps = 0
 
 
-register_optimizer_step_post_hook(_increment_versions)
+def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class MaskedLinear(nn.Linear):
@@ -154,8 +158,13 @@ class MaskedLinear(nn.Linear):
         """Brings everything derived from the weight up to date; free if the weight has not changed."""
         self._sync_mask()
 
+    def latent(self) -> Tensor:
+        """The latent weight, whole: gathered from its shards where FSDP2 has sharded it (on every rank at once)."""
+        weight = self.weight.detach()
+        return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
     def _mask_scores(self) -> Tensor:
-        return self.weight
+        return self.latent()
 
     def _fresh_mask(self) -> Tensor:
         keep: Tensor | int = self._keep_n if self._sparse_share > 0 else self.pattern.m
@@ -166,7 +175,8 @@ class MaskedLinear(nn.Linear):
         return top_n_mask(self._mask_scores(), self.pattern, keep)
 
     def _weight_key(self) -> tuple[Any, ...]:
-        return id(self.weight), self.weight._version
+        weight = self.weight
+        return id(weight), weight._version, _optimizer_steps if weight.requires_grad else 0
 
     def _mask_key(self) -> tuple[Any, ...]:
         return (*self._weight_key(), self._keep_n, self._sparse_share)
@@ -175,7 +185,7 @@ class MaskedLinear(nn.Linear):
         key = self._mask_key()
         if key == self._mask_of:
             return
-        density_changed = self._mask_of is None or key[2:] != self._mask_of[2:]
+        density_changed = self._mask_of is None or key[-2:] != self._mask_of[-2:]
         if density_changed or not self.hold_mask:
             self.refresh_mask()
 
@@ -314,7 +324,7 @@ class SparseBitLinear(MaskedLinear):
     def values(self, masked: bool = True) -> Tensor:
         self.prepare()
         assert self._weight is not None
-        return self._weight.codes if masked else ternary_codes(self.weight, self._weight.row_scale)
+        return self._weight.codes if masked else ternary_codes(self.latent(), self._weight.row_scale)
 
     def prepare(self) -> None:
         self._sync_mask()
@@ -345,15 +355,17 @@ class SparseBitLinear(MaskedLinear):
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _mask_scores(self) -> Tensor:
+        weight = self.latent()
         if self.mask_source == "latent":
-            return self.weight
-        gamma = weight_scale(self.weight, self.split_sizes)
-        return ternary_codes(self.weight, expand_scale(gamma, self.split_sizes, self.out_features))
+            return weight
+        gamma = weight_scale(weight, self.split_sizes)
+        return ternary_codes(weight, expand_scale(gamma, self.split_sizes, self.out_features))
 
     def _quantize(self, mask: Tensor) -> TernaryWeight:
-        gamma = weight_scale(self.weight, self.split_sizes, over=self.gamma_over, mask=mask)
+        weight = self.latent()
+        gamma = weight_scale(weight, self.split_sizes, over=self.gamma_over, mask=mask)
         row_scale = expand_scale(gamma, self.split_sizes, self.out_features)
-        return TernaryWeight(ternary_codes(self.weight, row_scale, mask), row_scale)
+        return TernaryWeight(ternary_codes(weight, row_scale, mask), row_scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation_bits={self.activation_bits}, backend={self._backend.name}"
@@ -373,7 +385,7 @@ class SparseLinear(MaskedLinear):
     """
 
     def values(self, masked: bool = True) -> Tensor:
-        weight = self.weight.detach()
+        weight = self.latent()
         return weight * self.mask if masked else weight
 
     def effective_weight(self) -> Tensor:

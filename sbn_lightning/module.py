@@ -19,6 +19,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
+from sbn_lightning.distributed import check_strategy, keep_masks_out_of_broadcasts, shard
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.transformer import TernaryTransformer, TransformerConfig
 
@@ -97,11 +98,14 @@ class SparseBitNet(LightningModule):
         self._make_optimizer = optimizer
 
     def setup(self, stage: str) -> None:
-        """Checks the data against the model.
+        """Checks strategy and data against the model.
 
         Raises:
-            ConfigError: If the tokenizer has more tokens than the embedding has rows, or sequences are too long.
+            ConfigError: If the strategy cannot keep masks, the tokenizer has more tokens than the embedding has rows,
+                or sequences are too long.
         """
+        check_strategy(self.trainer.strategy)
+        keep_masks_out_of_broadcasts(self)
         data = getattr(self.trainer, "datamodule", None)
         vocab_size = getattr(data, "vocab_size", None)
         if vocab_size is not None and vocab_size > self.config.vocab_size:
@@ -119,6 +123,8 @@ class SparseBitNet(LightningModule):
     def configure_model(self) -> None:
         if self.hparams["compile"] and not self.model.is_compiled:
             self.model.compile_blocks()
+        if self.device_mesh is not None:  # ModelParallelStrategy
+            shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids int64 ``[B, T]`` -> logits ``[B, T, vocab_size]``."""

@@ -21,9 +21,11 @@ def small_module(**changes):
     return SparseBitNet(small_config(**changes), optimizer=optimizer, warmup_steps=2)
 
 
-def token_loader(batches=8, batch_size=4, length=17, vocab_size=320, seed=0):
-    tokens = torch.randint(vocab_size, (batches * batch_size, length), generator=torch.Generator().manual_seed(seed))
-    return DataLoader(_Rows(tokens), batch_size=batch_size)
+def token_loader(batches=8, batch_size=4, length=17, vocab_size=320, seed=0, rank=0, world=1):
+    """The batches of one rank: it takes every ``world``-th of ``batches * batch_size * world`` sequences."""
+    samples = batches * batch_size * world
+    tokens = torch.randint(vocab_size, (samples, length), generator=torch.Generator().manual_seed(seed))
+    return DataLoader(_Rows(tokens[rank::world]), batch_size=batch_size)
 
 
 class _Rows(torch.utils.data.Dataset):
