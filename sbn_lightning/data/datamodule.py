@@ -45,7 +45,7 @@ class TokenDataModule(LightningDataModule):
         path: Folder written by ``prepare``, or its URL (s3://, gs://, ...). The default is prepared on first use.
         batch_size: Blocks a batch, on each rank.
         sequence_length: Tokens a block, less one; chosen here, not when preparing.
-        num_workers: Loader processes on each rank; 0 loads in the training process.
+        num_workers: Loader processes for training on each rank; 0 loads in the training process.
         seed: Of the order of samples.
         shuffle: Read the training data in another order every epoch.
         val_batch_size: Of validation, test and prediction; default ``batch_size``.
@@ -275,7 +275,9 @@ class TokenDataModule(LightningDataModule):
     def val_dataloader(self) -> Any:
         """Batches of the validation split, in order; none if it was prepared without one.
 
-        On one rank every block is there. On several, each gets the same number of full batches.
+        On one rank every block is there. On several, each gets the same number of full batches. No worker processes
+        (one for a remote folder): several would each start elsewhere in the split, and ``limit_val_batches`` would
+        pick other text for every ``num_workers``.
         """
         from sbn_lightning.data.loader import TokenLoader
         from sbn_lightning.data.mixture import Chained
@@ -285,7 +287,8 @@ class TokenDataModule(LightningDataModule):
         if not datasets:
             return []
         if len(datasets) == 1:
-            options = self._loader_options("val", self.num_workers)
+            (source,) = self.sources
+            options = self._loader_options("val", min(self.num_workers, 1) if folders.is_remote(source) else 0)
             return TokenLoader(datasets[0], batch_size=self.val_batch_size, **options)
         chained = Chained(datasets, self.val_batch_size)
         return DataLoader(chained, batch_size=self.val_batch_size, **self._loader_options("val", 0))

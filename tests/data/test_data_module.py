@@ -235,3 +235,12 @@ def test_the_default_corpus_is_prepared_on_first_use(tmp_path: Path, monkeypatch
     ):
         TokenDataModule("data/other", corpus="stdlib").prepare_data()
     assert prepare("stdlib", "data/other", "byte", max_bytes="20KB")["vocab_size"] == 257
+
+
+def test_the_first_validation_batches_do_not_depend_on_the_workers(prepared: Path) -> None:
+    firsts = []
+    for num_workers in (0, 2):
+        data = TokenDataModule(str(prepared), batch_size=2, sequence_length=31, num_workers=num_workers)
+        data.setup("fit")
+        firsts.append(next(iter(data.val_dataloader())))
+    assert torch.equal(*firsts)
