@@ -18,6 +18,7 @@ TRAINING = {
     "validate": "evaluate a checkpoint on the validation split",
     "test": "evaluate a checkpoint on the test split",
     "predict": "log-likelihoods of the prediction split's tokens",
+    "fabric": "train a model in a loop on Lightning Fabric, from the same recipe",
 }
 TOOLS = {
     "prepare": ("sbn_lightning.data", "prepare", "turn text into tokenised litdata shards"),

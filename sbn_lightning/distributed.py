@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -33,7 +32,7 @@ def check_strategy(strategy: Strategy) -> None:
         )
 
 
-def keep_masks_out_of_broadcasts(module: LightningModule) -> None:
+def keep_masks_out_of_broadcasts(module: nn.Module) -> None:
     """Tells DDP not to broadcast masks: by default it sends every buffer from rank 0 before each forward."""
     names = [name for name, _ in module.named_buffers() if name.endswith("mask_bits")]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)

@@ -1,6 +1,10 @@
 """Small data and models that train in seconds."""
 
 import pytest
+import torch
+
+# Two threads on matrices this small wait for each other more than they compute.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

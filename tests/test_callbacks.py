@@ -241,6 +241,7 @@ def test_tensorboard_gets_histograms_pictures_and_scalars(tmp_path):
     scalars |= {f"gamma/{name}/2", "gamma/model.blocks.0.mlp.down", "train/loss", "train/perplexity", "learning_rate"}
     assert scalars | {"weight_decay", "tokens_per_second"} <= set(tags["scalars"])
     assert [event.step for event in events.Scalars("sparsity/zeros")] == [0, 2, 4]
+    assert [event.step for event in events.Scalars("sparsity/flip_rate_mask")] == [2, 4]
     code = events.Histograms(f"ternary_code/{name}")[-1].histogram_value
     layer = dict(masked_layers(trainer.lightning_module))[name]
     assert code.num == layer.weight.numel()

@@ -1,4 +1,8 @@
-"""What the callbacks share: finding masked layers, and seeing each optimiser step exactly once.
+"""What the callbacks share: one face for two kinds of run, masked layers, and each optimiser step exactly once.
+
+A callback here is a Lightning ``Callback`` that asks its trainer for little: :data:`Run` is a ``Trainer``, or a
+:class:`~sbn_lightning.fabric.FabricRun`, which has the same things under the same names. Hooks keep Lightning's names
+and parameter names, so ``fabric.call(hook, trainer=run, pl_module=module, ...)`` reaches them by keyword.
 
 ``on_train_batch_end`` fires for every micro-batch; the optimiser steps only at the end of an accumulation window.
 ``trainer.global_step`` tells the two apart. At that hook the weights are updated, and checkpointing and validation
@@ -8,15 +12,23 @@ a run that resumes at any step then decides the same.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import MaskedLinear, masked_layers
 
+if TYPE_CHECKING:
+    from typing import TypeAlias
 
-def require_masked_layers(callback: Callback, module: LightningModule) -> dict[str, MaskedLinear]:
+    from sbn_lightning.fabric import FabricRun
+
+    Run: TypeAlias = Trainer | FabricRun
+
+
+def require_masked_layers(callback: Callback, module: nn.Module) -> dict[str, MaskedLinear]:
     """Masked layers of ``module`` by name.
 
     Raises:
@@ -31,7 +43,7 @@ def require_masked_layers(callback: Callback, module: LightningModule) -> dict[s
     return layers
 
 
-def schedule_length(callback: Callback, trainer: Trainer, total_steps: int | None) -> int:
+def schedule_length(callback: Callback, trainer: Run, total_steps: int | None) -> int:
     """Optimiser steps that a schedule spans: ``total_steps``, or the trainer's ``max_steps``.
 
     ``trainer.estimated_stepping_batches`` is avoided: it sets up the data loaders early, which loses a resumed
@@ -49,23 +61,34 @@ def schedule_length(callback: Callback, trainer: Trainer, total_steps: int | Non
     return steps
 
 
-class StepCallback(Callback):
+def show(trainer: Run, module: nn.Module, name: str, value: float, *, logger: bool = True) -> None:
+    """Puts a value in the progress bar, and in the logs unless ``logger`` is False."""
+    if isinstance(trainer, Trainer):
+        assert isinstance(module, LightningModule)
+        module.log(name, value, prog_bar=True, logger=logger)
+    else:
+        trainer.show(name, value, logger=logger)
+
+
+class RunCallback(Callback):
+    """A Lightning callback that also works in the Fabric loop, because it keeps to what a :data:`Run` has."""
+
+
+class StepCallback(RunCallback):
     """A callback whose :meth:`on_step` runs once before training and once after each optimiser step."""
 
     def __init__(self) -> None:
         self._seen = -1
 
-    def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def on_step(self, trainer: Run, module: nn.Module, step: int) -> None:
         """Called with the number of optimiser steps done, ``trainer.global_step``."""
         raise NotImplementedError
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         self._seen = trainer.global_step
         self.on_step(trainer, pl_module, trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step > self._seen:
             self._seen = trainer.global_step
             self.on_step(trainer, pl_module, trainer.global_step)

@@ -9,13 +9,16 @@ and none while it is stale. So a masked weight can still come back, by one hones
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from sbn_lightning.callbacks.base import StepCallback, require_masked_layers
 from sbn_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sbn_lightning.callbacks.base import Run
 
 
 class MaskRefresh(StepCallback):
@@ -57,7 +60,7 @@ class MaskRefresh(StepCallback):
         """Whether masks are recomputed after ``step`` optimiser steps."""
         return step % self.interval == 0 and (self.freeze_after is None or step <= self.freeze_after)
 
-    def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def on_step(self, trainer: Run, module: nn.Module, step: int) -> None:
         due = self.is_due(step)
         for layer in require_masked_layers(self, module).values():
             layer.hold_mask = self.interval > 1 or self.freeze_after is not None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from sbn_lightning.callbacks.base import StepCallback, require_masked_layers, schedule_length
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.pattern import NMPattern
+
+if TYPE_CHECKING:
+    from sbn_lightning.callbacks.base import Run
 
 RampShape = Literal["step", "walk", "rows", "layers"]
 Curve = Literal["linear", "cubic"]
@@ -75,7 +78,7 @@ class DenseToSparseRamp(StepCallback):
         # The small term keeps 0.1 + 0.2 style rounding from delaying a stage by a step.
         return pattern.m - int(progress * (pattern.m - pattern.n) + 1e-9), 1.0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         schedule_length(self, trainer, self.total_steps)
         layers = list(require_masked_layers(self, pl_module).values())
         if len(self._densities) == len(layers):
@@ -84,7 +87,7 @@ class DenseToSparseRamp(StepCallback):
                 layer.set_density(keep_n, share, refresh=False)
         super().on_train_start(trainer, pl_module)
 
-    def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def on_step(self, trainer: Run, module: nn.Module, step: int) -> None:
         layers = list(require_masked_layers(self, module).values())
         progress = self.progress(step, schedule_length(self, trainer, self.total_steps))
         self._densities = [self.density(progress, layer.pattern, i, len(layers)) for i, layer in enumerate(layers)]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
+from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.callbacks.sparsity_logger import SparsityPatternLogger
 from sbn_lightning.statistics import by_kind
+
+if TYPE_CHECKING:
+    from sbn_lightning.callbacks.base import Run
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -22,31 +27,31 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
-class TrainingReport(Callback):
+class TrainingReport(RunCallback):
     """Prints a summary when training ends: validation loss and perplexity, zeros and flip rates by kind of layer (as
     the :class:`SparsityPatternLogger` of the same trainer last saw them), and where logs and checkpoints are."""
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+    def on_fit_end(self, trainer: Run, pl_module: nn.Module) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[union-attr]
             print(f"\n{self.text(trainer)}\n", file=sys.stdout, flush=True)
 
-    def text(self, trainer: Trainer) -> str:
+    def text(self, trainer: Run) -> str:
         """The summary as text."""
         blocks = [f"Trained {trainer.global_step} steps."]
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
         if metrics:
             blocks.append(format_table(("validation", "value"), [(k, f"{v:.4f}") for k, v in sorted(metrics.items())]))
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[union-attr]
             if isinstance(callback, SparsityPatternLogger) and callback.counts:
                 blocks.append(self._sparsity(callback))
         places = []
-        directories = [logger.log_dir or logger.save_dir for logger in trainer.loggers if hasattr(logger, "log_dir")]
-        places += [f"logs: {directory}" for directory in directories if directory]
+        loggers: list[Any] = [logger for logger in trainer.loggers if hasattr(logger, "log_dir")]
+        places += [f"logs: {logger.log_dir}" for logger in loggers if logger.log_dir]
         if trainer.checkpoint_callback is not None:
             best, last = (getattr(trainer.checkpoint_callback, f"{k}_model_path", "") for k in ("best", "last"))
             places += [f"checkpoint ({kind}): {path}" for kind, path in (("best", best), ("last", last)) if path]
-        if trainer.logger is not None and trainer.logger.save_dir:
-            places.append(f"look at it: tensorboard --logdir {trainer.logger.save_dir}")
+        if save_dir := getattr(trainer.logger, "save_dir", None):
+            places.append(f"look at it: tensorboard --logdir {save_dir}")
         return "\n\n".join([*blocks, "\n".join(places)]).rstrip()
 
     @staticmethod

@@ -6,18 +6,20 @@ step, so the order of callbacks does not matter. Scalars go to all loggers; hist
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+from torch import Tensor, nn
 
-from sbn_lightning.callbacks.base import require_masked_layers
+from sbn_lightning.callbacks.base import RunCallback, require_masked_layers, show
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import MaskedLinear, SparseBitLinear
 from sbn_lightning.pattern import nonzeros_per_group
 from sbn_lightning.statistics import Counts, Snapshot, count, kind_of
+
+if TYPE_CHECKING:
+    from sbn_lightning.callbacks.base import Run
 
 HISTOGRAM_SAMPLE = 1 << 18
 PICTURE_SIZE, PICTURE_ZOOM = 64, 6
@@ -25,7 +27,7 @@ PICTURE_SIZE, PICTURE_ZOOM = 64, 6
 COLOURS = torch.tensor([[55, 55, 65], [255, 255, 255], [214, 69, 65], [52, 101, 164]], dtype=torch.uint8)
 
 
-class SparsityPatternLogger(Callback):
+class SparsityPatternLogger(RunCallback):
     """Logs, every ``interval`` optimiser steps and at the end:
 
     * ``sparsity/…`` in total, and ``…/<layer>`` for each layer: ``zeros``, ``zeros_natural``, ``zeros_enforced``,
@@ -53,12 +55,12 @@ class SparsityPatternLogger(Callback):
         self._before: dict[str, Snapshot] = {}
         self._last_look = -1
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Run, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.interval == 0 and trainer.global_step > self._last_look:
             self._look(trainer, pl_module)
-            pl_module.log("zeros", self.total().shares()["zeros"], prog_bar=True, logger=False)
+            show(trainer, pl_module, "zeros", self.total().shares()["zeros"], logger=False)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Run, pl_module: nn.Module) -> None:
         if trainer.global_step > self._last_look:
             self._look(trainer, pl_module)
 
@@ -66,15 +68,18 @@ class SparsityPatternLogger(Callback):
         """Counts of the last look, summed over layers."""
         return sum(self.counts.values(), Counts())
 
-    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+    def _look(self, trainer: Run, module: nn.Module) -> None:
         step = self._last_look = trainer.global_step
         layers = require_masked_layers(self, module)
+        is_first = not self._before
         self.counts, self._before = count(layers, self._before)
         metrics = {f"sparsity/{key}": value for key, value in self.total().shares().items()}
         if self.per_layer:
             for name, counts in self.counts.items():
                 metrics |= {f"{key}/{name}": value for key, value in counts.shares().items()}
             metrics |= _gammas(layers)
+        if is_first:  # nothing yet to have flipped from
+            metrics = {key: value for key, value in metrics.items() if "flip_rate" not in key}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:

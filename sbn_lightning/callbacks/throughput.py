@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
+
+from sbn_lightning.callbacks.base import RunCallback, show
+
+if TYPE_CHECKING:
+    from sbn_lightning.callbacks.base import Run
 
 
 def count_tokens(batch: Any) -> int:
@@ -23,7 +27,7 @@ def count_tokens(batch: Any) -> int:
     return count_tokens(batch[0]) if isinstance(batch, (list, tuple)) and batch else 0
 
 
-class TokenThroughput(Callback):
+class TokenThroughput(RunCallback):
     """Logs ``tokens_per_second`` over all processes, and shows it in the progress bar.
 
     Time is taken between the ends of batches, without synchronising with the device: over a window of many batches the
@@ -40,21 +44,19 @@ class TokenThroughput(Callback):
     def _restart(self) -> None:
         self._tokens, self._batches, self._since = 0, 0, time.perf_counter()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         self._restart()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Run, pl_module: nn.Module) -> None:
         self._paused = time.perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Run, pl_module: nn.Module) -> None:
         self._since += time.perf_counter() - self._paused
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._tokens += count_tokens(batch)
         self._batches += 1
         if self._batches == self.window:
             rate = self._tokens * trainer.world_size / (time.perf_counter() - self._since)
-            pl_module.log("tokens_per_second", rate, prog_bar=True)
+            show(trainer, pl_module, "tokens_per_second", rate)
             self._restart()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from sbn_lightning.callbacks.base import StepCallback, schedule_length
 from sbn_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sbn_lightning.callbacks.base import Run
 
 
 class WeightDecaySchedule(StepCallback):
@@ -35,27 +38,27 @@ class WeightDecaySchedule(StepCallback):
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * min(step / max(self.until * total_steps, 1), 1.0)))
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         groups = self._groups(trainer)
         # A resumed optimiser holds the decay of its last step; the initial one comes from this callback's state.
         if len(self._initial) != len(groups):
             self._initial = [float(group.get("weight_decay", 0.0)) for group in groups]
         super().on_train_start(trainer, pl_module)
 
-    def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def on_step(self, trainer: Run, module: nn.Module, step: int) -> None:
         groups = self._groups(trainer)
         if self.until is not None:
             factor = self.factor(step, schedule_length(self, trainer, self.total_steps))
             for group, initial in zip(groups, self._initial, strict=True):
                 if initial > 0:
                     group["weight_decay"] = initial * factor
-        if step > 0 and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if step > 0 and step % trainer.log_every_n_steps == 0:  # type: ignore[union-attr]
             decay = max(float(group.get("weight_decay", 0.0)) for group in groups)
             for logger in trainer.loggers:
                 logger.log_metrics({"weight_decay": decay}, step)
 
     @staticmethod
-    def _groups(trainer: Trainer) -> list[dict[str, Any]]:
+    def _groups(trainer: Run) -> list[dict[str, Any]]:
         return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:

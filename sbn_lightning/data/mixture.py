@@ -158,7 +158,7 @@ class MixedTokenLoader(DataLoader[torch.Tensor]):
         for name, value in self._settings.items():
             if state["settings"][name] != value:
                 raise ConfigError(
-                    f"the checkpoint was written with {name} {state['topology'][name]}, this run has {value}; a "
+                    f"the checkpoint was written with {name} {state['settings'][name]}, this run has {value}; a "
                     "mixture resumes only with the same, otherwise load only the weights"
                 )
         self.current_epoch, self._yielded = state["epoch"], state["batches"]

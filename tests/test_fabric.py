@@ -1,0 +1,417 @@
+"""The Fabric loop against the Trainer: same numbers to the last bit, and each continues the other's checkpoints."""
+
+import csv
+import sys
+import warnings
+import zlib
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from sbn_lightning import (
+    DenseToSparseRamp,
+    MaskRefresh,
+    NMPattern,
+    SparseBitLinear,
+    SparseBitNet,
+    SparsityPatternLogger,
+    TokenDataModule,
+    WeightDecaySchedule,
+)
+from sbn_lightning.callbacks.base import RunCallback
+from sbn_lightning.cli import main
+from sbn_lightning.errors import ConfigError, DataError
+from sbn_lightning.fabric import FabricRun, train
+from sbn_lightning.layers import masked_layers
+from sbn_lightning.pattern import top_n_mask
+from sbn_lightning.training_cli import fabric_run
+from tests.helpers import quiet_trainer, regression_loader, small_config
+from tests.test_cli import RECIPE, error_of, small
+
+BATCHES_AN_EPOCH = 6
+STEPS = 10
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Witness(RunCallback):
+    """Notes place, samples, masks and loss of every micro-batch; goes down before the step ``interrupt_at``."""
+
+    def __init__(self, interrupt_at=None):
+        self.interrupt_at = interrupt_at
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.interrupt_at is not None and trainer.global_step >= self.interrupt_at:
+            raise Interrupted
+        masks = zlib.crc32(b"".join(layer.packed_mask().numpy().tobytes() for _, layer in masked_layers(pl_module)))
+        samples = zlib.crc32(batch.numpy().tobytes())
+        self.seen.append([trainer.current_epoch, batch_idx, trainer.global_step, samples, masks])
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen[-1].append(outputs["loss"].item())
+
+
+def train_by(loop, tokens, refresh, ramp, accumulate, stop=None, ckpt_path=None, precision="32-true"):
+    """A run of the Trainer or of the Fabric loop; all else is equal. ``stop`` interrupts it before that step."""
+    torch.manual_seed(7)
+    module = SparseBitNet(
+        small_config(pattern="4:8", n_layers=1),
+        optimizer=partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
+        warmup_steps=3,
+    )
+    data = TokenDataModule(str(tokens), batch_size=8, sequence_length=32, num_workers=0, seed=5)
+    witness, sparsity, logger = Witness(stop), SparsityPatternLogger(interval=4), CSVLogger("csv", loop)
+    callbacks = [
+        ModelCheckpoint(dirpath=f"{loop}-checkpoints", filename="{step}", every_n_train_steps=1, save_top_k=-1),
+        MaskRefresh(**refresh),
+        DenseToSparseRamp(**ramp),
+        WeightDecaySchedule(),
+        sparsity,
+        witness,
+    ]
+    options = {
+        "max_steps": STEPS,
+        "accumulate_grad_batches": accumulate,
+        "limit_train_batches": BATCHES_AN_EPOCH,
+        "limit_val_batches": 2,
+        "val_check_interval": 4,
+        "check_val_every_n_epoch": None,
+        "gradient_clip_val": 1.0,
+        "log_every_n_steps": 2,
+    }
+    try:
+        if loop == "trainer":
+            trainer = quiet_trainer(
+                callbacks,
+                **options,
+                logger=logger,
+                enable_checkpointing=True,
+                precision=precision,
+                num_sanity_val_steps=2,
+            )
+            trainer.fit(module, data, ckpt_path=ckpt_path)
+        else:
+            fabric = Fabric(accelerator="cpu", devices=1, precision=precision, callbacks=callbacks, loggers=logger)
+            run = FabricRun(fabric, **options, enable_progress_bar=False)
+            train(run, module, data, ckpt_path)
+    except Interrupted:
+        assert stop is not None
+    logger.save()
+    with Path(logger.log_dir, "metrics.csv").open() as stream:
+        logged = list(csv.DictReader(stream))
+    return witness.seen, module.state_dict(), sparsity.counts, logged
+
+
+# Validation is every 4 micro-batches. Steps of the first epoch: 1 to 6; with accumulation 1 to 3; in the last case 1
+# and 2, the second window of an epoch being shorter than the first.
+CASES = {
+    "plain": ({}, {}, 1),
+    "held masks, walk": ({"interval": 3}, {"shape": "walk", "end": 0.8}, 1),
+    "accumulation, rows": ({}, {"shape": "rows"}, 2),
+    "short window, step": ({"interval": 3, "freeze_after": 7}, {"shape": "step", "start": 0.5}, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tokens, tmp_path_factory):
+    """The Trainer's whole run of a case, made once."""
+    runs = {}
+
+    def get(case):
+        if case not in runs:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(tmp_path_factory.mktemp("undisturbed"))
+                runs[case] = train_by("trainer", tokens, *CASES[case])
+        return runs[case]
+
+    return get
+
+
+def assert_same(expected, seen, state, counts):
+    assert seen == expected[0]
+    assert sorted(state) == sorted(expected[1])
+    assert all(torch.equal(state[key], expected[1][key]) for key in state)
+    assert counts == expected[2]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fabric_equals_the_trainer(tokens, undisturbed, case):
+    expected = undisturbed(case)
+    seen, state, counts, logged = train_by("fabric", tokens, *CASES[case])
+    assert seen[-1][0] >= 1  # an epoch has ended
+    assert_same(expected, seen, state, counts)
+    for row, wanted in zip(logged, expected[3], strict=True):
+        # A Trainer rounds what it logs to float32.
+        assert float(row.pop("learning_rate") or 0) == pytest.approx(float(wanted["learning_rate"] or 0), rel=1e-6)
+        assert row == {key: value for key, value in wanted.items() if key != "learning_rate"}
+
+
+@pytest.mark.parametrize(
+    ("case", "first", "second", "stop"),
+    [
+        ("plain", "trainer", "fabric", 6),  # at the end of an epoch
+        ("plain", "fabric", "trainer", 6),
+        ("held masks, walk", "trainer", "fabric", 8),  # validation was due, inside the second epoch
+        ("held masks, walk", "fabric", "trainer", 8),
+        ("accumulation, rows", "trainer", "fabric", 4),
+        ("accumulation, rows", "fabric", "trainer", 5),
+        ("short window, step", "trainer", "fabric", 5),
+        ("short window, step", "fabric", "trainer", 4),  # at the end of an epoch, after a short window
+        ("held masks, walk", "fabric", "fabric", 5),
+    ],
+)
+def test_each_continues_the_other(tokens, undisturbed, case, first, second, stop):
+    before, *_ = train_by(first, tokens, *CASES[case], stop=stop)
+    checkpoint = f"{first}-checkpoints/step={stop}.ckpt"
+    after, state, counts, _ = train_by(second, tokens, *CASES[case], ckpt_path=checkpoint)
+    assert after
+    assert_same(undisturbed(case), before + after, state, counts)
+
+
+def test_the_same_under_autocast(tokens):
+    expected, got = (train_by(loop, tokens, *CASES["plain"], precision="bf16-mixed") for loop in ("trainer", "fabric"))
+    assert_same(expected, *got[:3])
+    assert expected[0][0][-1] != train_by("fabric", tokens, *CASES["plain"], stop=1)[0][0][-1]  # it is not float32
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def interrupted(tokens):
+    train_by("fabric", tokens, *CASES["accumulation, rows"], stop=3)
+    return torch.load("fabric-checkpoints/step=2.ckpt", weights_only=True)
+
+
+def resume(tokens, path):
+    return train_by("fabric", tokens, *CASES["accumulation, rows"], ckpt_path=path)
+
+
+def test_a_checkpoint_that_cannot_be_continued_says_why(tokens, interrupted):
+    with pytest.raises(DataError, match=r"nowhere\.ckpt does not exist"):
+        resume(tokens, "nowhere.ckpt")
+    whole = Path("fabric-checkpoints/step=2.ckpt").read_bytes()
+    Path("half.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"half\.ckpt is damaged"):
+        resume(tokens, "half.ckpt")
+    with pytest.raises(ConfigError, match="sharded"):
+        resume(tokens, "fabric-checkpoints")
+    torch.save({key: interrupted[key] for key in ("state_dict", "loops")}, "weights.ckpt")
+    with pytest.raises(ConfigError, match="has no callbacks, lr_schedulers, optimizer_states"):
+        resume(tokens, "weights.ckpt")
+    interrupted["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] = 3
+    torch.save(interrupted, "window.ckpt")
+    with pytest.raises(ConfigError, match="inside a window of accumulate_grad_batches=2"):
+        resume(tokens, "window.ckpt")
+    interrupted["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] = 4
+    del interrupted["TokenDataModule"], interrupted["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    torch.save(interrupted, "nodata.ckpt")
+    with pytest.raises(ConfigError, match="no position in the data of TokenLoader"):
+        resume(tokens, "nodata.ckpt")
+
+
+def test_a_state_of_a_callback_that_is_gone_is_named(tokens, interrupted):
+    interrupted["callbacks"]["EarlyStopping"] = {"wait_count": 1}
+    torch.save(interrupted, "more.ckpt")
+    with pytest.warns(UserWarning, match="callbacks that this run lacks: EarlyStopping"):
+        resume(tokens, "more.ckpt")
+
+
+def test_a_failed_save_leaves_the_file_of_before():
+    class FullDisk(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            Path(path).write_bytes(b"half")
+            raise OSError("No space left on device")
+
+    module = SparseBitNet(small_config(n_layers=1))
+    path = Path("last.ckpt")
+    FabricRun(Fabric(accelerator="cpu", devices=1), module=module).save_checkpoint(path)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="No space"):
+        FabricRun(Fabric(accelerator="cpu", devices=1, plugins=FullDisk()), module=module).save_checkpoint(path)
+    assert path.read_bytes() == before
+    assert torch.load(path, weights_only=True)["global_step"] == 0
+
+
+# A loop of one's own
+
+
+def test_callbacks_work_in_any_fabric_loop():
+    class Plain:
+        """No Lightning callback: takes the keywords that it likes."""
+
+        def __init__(self):
+            self.steps = []
+
+        def on_train_batch_end(self, trainer):
+            self.steps.append(trainer.global_step)
+
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(SparseBitLinear(16, 32, pattern="2:8"), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    layer = module[0]
+    sparsity, plain = SparsityPatternLogger(interval=2), Plain()
+    callbacks = [MaskRefresh(interval=3), DenseToSparseRamp("step", start=0.25), WeightDecaySchedule(until=1.0)]
+    fabric = Fabric(accelerator="cpu", devices=1, callbacks=[*callbacks, sparsity, plain])
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.1)
+    run = FabricRun(fabric, max_steps=8, module=module, optimizers=[optimizer])
+    model, wrapped = fabric.setup(module, optimizer)
+    run.call("on_train_start")
+    weights, masks = [], []
+    for x, y in regression_loader(batch_size=8):
+        run.call("on_train_batch_start")
+        weights.append(layer.weight.detach().clone())
+        masks.append(layer.mask)
+        wrapped.zero_grad()
+        fabric.backward(torch.nn.functional.mse_loss(model(x), y))
+        wrapped.step()
+        run.global_step += 1
+        run.call("on_train_batch_end")
+    run.call("on_train_end")
+    assert plain.steps == [*range(1, 9)]
+    assert all(mask.all() for mask in masks[:2])  # dense for a quarter of the steps
+    for step, refreshed_at in {2: 2, 3: 3, 4: 3, 5: 3, 6: 6, 7: 6}.items():
+        assert torch.equal(masks[step], top_n_mask(weights[refreshed_at], NMPattern(2, 8)))
+    assert optimizer.param_groups[0]["weight_decay"] == 0
+    assert sparsity.counts["0"].kept == layer.weight.numel() / 4
+
+
+# The command
+
+
+def fabric_command(tokens, *more):
+    return main(["fabric", "--config", str(RECIPE), *small(tokens, *more)])
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sbn"])
+
+
+def test_fabric_and_fit_take_the_same_recipe_and_continue_each_other(tokens, capsys):
+    fit = ["fit", "--config", str(RECIPE)]
+    assert fabric_command(tokens) == 0
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in ("Trained 2 steps", "val/perplexity", "gate_up", "checkpoint (last)"))
+    assert main([*fit, *small(tokens)]) == 0
+    folder = Path("logs/sparse_pretrain")
+    ours, theirs = (torch.load(folder / f"version_{i}/checkpoints/last.ckpt", weights_only=True) for i in range(2))
+    assert all(torch.equal(ours["state_dict"][key], theirs["state_dict"][key]) for key in theirs["state_dict"])
+    assert set(ours) == set(theirs)
+    assert ours["hyper_parameters"] == theirs["hyper_parameters"]
+    ours, theirs = (yaml.safe_load((folder / f"version_{i}/config.yaml").read_text()) for i in range(2))
+    assert ours == {key: value for key, value in theirs.items() if key != "weights_only"}  # an option of fit's own
+    assert fabric_command(tokens, "--trainer.max_steps=3", "--ckpt_path=last") == 0
+    assert main([*fit, *small(tokens, "--trainer.max_steps=4", "--ckpt_path=last")]) == 0
+    last = folder / "version_1/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    assert not list(folder.glob("**/*.tmp"))
+    options = [option for option in small(tokens) if "checkpoint" not in option]
+    checkpoint = str(folder / "version_0/checkpoints/last.ckpt")
+    assert main(["validate", "--config", str(RECIPE), *options, "--ckpt_path", checkpoint]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.max_time=00:01:00:00"], "cannot honour trainer.max_time"),
+        (
+            ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"],
+            "EarlyStopping needs a Trainer",
+        ),
+        (["--mask_refresh.intervall=3"], "did you mean mask_refresh.interval?"),
+    ],
+)
+def test_what_the_loop_cannot_honour_is_one_line(tokens, capsys, options, message):
+    assert message in error_of(capsys, fabric_command(tokens, *options))
+
+
+def test_fabric_run_launches_and_conflicts_are_one_line(tokens, capsys, monkeypatch):
+    for name, value in {"CLI_USED": "1", "ACCELERATOR": "cpu", "DEVICES": "1", "NUM_NODES": "1"}.items():
+        monkeypatch.setenv(f"LT_{name}", value)  # as `fabric run` does
+    assert fabric_command(tokens, "--trainer.max_steps=1") == 0
+    assert "conflicts with the value `--devices=1`" in error_of(capsys, fabric_command(tokens, "--trainer.devices=2"))
+
+
+def trainer_options(**changes):
+    import inspect
+
+    from lightning.pytorch import Trainer
+
+    parameters = list(inspect.signature(Trainer.__init__).parameters.values())[1:]
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    return {**defaults, "accelerator": "cpu", "devices": 1, "logger": False, "callbacks": [], "max_steps": 1, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": -1}, "set trainer.max_steps or trainer.max_epochs"),
+        ({"strategy": "deepspeed"}, "trainer.strategy=deepspeed"),
+        ({"min_steps": 5}, "trainer.min_steps=5"),
+        ({"overfit_batches": 2}, "trainer.overfit_batches=2"),
+        ({"fast_dev_run": True}, "trainer.fast_dev_run=True"),
+        ({"profiler": "simple"}, "trainer.profiler='simple'"),
+        ({"val_check_interval": "00:00:10:00"}, "trainer.val_check_interval='00:00:10:00'"),
+        ({"strategy": ModelParallelStrategy()}, "trainer.strategy=ModelParallelStrategy"),
+        ({"plugins": [MixedPrecision("bf16-mixed", "cpu")]}, "MixedPrecision in trainer.plugins"),
+        ({"precision": "3-bit"}, "Fabric refuses"),
+    ],
+)
+def test_trainer_options_are_refused_by_name(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        fabric_run(**trainer_options(**changes))
+
+
+def test_trainer_options_that_are_taken():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        strategy = DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True)
+        checkpoints = ModelCheckpoint()
+        run = fabric_run(
+            **trainer_options(
+                strategy=strategy,
+                max_steps=-1,
+                max_epochs=3,
+                val_check_interval=0.5,
+                precision="bf16-mixed",
+                limit_test_batches=3,
+                enable_checkpointing=False,
+                callbacks=[checkpoints, MaskRefresh()],
+            )
+        )
+    assert run.fabric.strategy._ddp_kwargs == {"gradient_as_bucket_view": True}
+    assert run.fabric.strategy.process_group_backend == "gloo"
+    assert (run.max_epochs, run.max_steps, run.val_check_interval) == (3, -1, 0.5)
+    assert [type(callback) for callback in run.callbacks] == [MaskRefresh]
+    with pytest.warns(UserWarning, match="without trainer.enable_model_summary"):
+        fabric_run(**trainer_options(enable_model_summary=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "callback", "message"),
+    [
+        ({}, EarlyStopping("val/loss"), "EarlyStopping needs a Trainer"),
+        ({}, ModelCheckpoint(save_on_exception=True), "save_on_exception"),
+        ({"check_val_every_n_epoch": None}, MaskRefresh(), "not the share 1.0"),
+        ({"limit_train_batches": 0}, MaskRefresh(), "no training batches"),
+        ({"val_check_interval": 10_000}, MaskRefresh(), "val_check_interval=10000 is more than"),
+    ],
+)
+def test_the_loop_refuses_at_once(tokens, options, callback, message):
+    data = TokenDataModule(str(tokens), batch_size=8, sequence_length=32, num_workers=0)
+    run = FabricRun(Fabric(accelerator="cpu", devices=1, callbacks=[callback]), max_steps=1, **options)
+    with pytest.raises(ConfigError, match=message):
+        train(run, SparseBitNet(small_config(n_layers=1)), data)
+    assert run.global_step == 0
