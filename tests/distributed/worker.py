@@ -1,18 +1,20 @@
 """Trains a small model under a strategy and records what it saw; started once for each process by torchrun.
 
-``python worker.py STRATEGY OUTPUT STEPS [CHECKPOINT]`` with STRATEGY one of auto, ddp, fsdp2.
+``python worker.py STRATEGY OUTPUT STEPS [--checkpoint FILE] [--tokens FOLDER]``. Without a folder of tokens the ranks
+share random batches in a fixed way, so that together they see what a single process sees.
 """
 
 import os
-import sys
+from argparse import ArgumentParser
 from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from sbn_lightning import DenseToSparseRamp, MaskRefresh, SparsityPatternLogger
+from sbn_lightning import DenseToSparseRamp, MaskRefresh, SparsityPatternLogger, TokenDataModule
 from sbn_lightning.layers import masked_layers
 from tests.helpers import quiet_trainer, small_module, token_loader
 
@@ -33,7 +35,7 @@ class Witness(Callback):
         self.losses.append(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean").item())
 
 
-def main(strategy, output, steps, checkpoint=None):
+def main(strategy, output, steps, checkpoint=None, tokens=None):
     make = {
         "auto": lambda: "auto",
         "ddp": DDPStrategy,
@@ -44,12 +46,17 @@ def main(strategy, output, steps, checkpoint=None):
     options = {"strategy": make(), "devices": world, "use_distributed_sampler": False}
     witness = Witness()
     callbacks = [MaskRefresh(interval=2), DenseToSparseRamp("rows", end=0.5), SparsityPatternLogger(2), witness]
-    trainer = quiet_trainer(callbacks, max_steps=steps, **options)
+    saver = ModelCheckpoint(dirpath=output, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks.append(saver)
+    trainer = quiet_trainer(callbacks, max_steps=steps, enable_checkpointing=True, **options)
     module = small_module(pattern="4:8")
     rank = int(os.environ.get("RANK", 0))
     loader = token_loader(batches=8, batch_size=GLOBAL_BATCH // world, rank=rank, world=world)
-    trainer.fit(module, loader, ckpt_path=checkpoint)
-    trainer.save_checkpoint(Path(output) / "checkpoint")
+    if tokens is None:
+        trainer.fit(module, loader, ckpt_path=checkpoint)
+    else:
+        data = TokenDataModule(tokens, batch_size=GLOBAL_BATCH // world, sequence_length=63, num_workers=0)
+        trainer.fit(module, data, ckpt_path=checkpoint)
     record = {"losses": witness.losses, "masks": witness.masks, "gammas": witness.gammas, "samples": witness.samples}
     record["counts"] = {name: vars(counts) for name, counts in callbacks[2].counts.items()}
     record["ignored"] = sorted(getattr(module, "_ddp_params_and_buffers_to_ignore", []))
@@ -57,4 +64,10 @@ def main(strategy, output, steps, checkpoint=None):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], int(sys.argv[3]), *sys.argv[4:])
+    parser = ArgumentParser()
+    parser.add_argument("strategy")
+    parser.add_argument("output")
+    parser.add_argument("steps", type=int)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--tokens")
+    main(**vars(parser.parse_args()))
