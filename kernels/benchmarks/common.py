@@ -1,0 +1,123 @@
+"""What every benchmark shares: timing by CUDA-graph replay, the environment's description, CSV files.
+
+A number counts only after the result was compared with a reference (``verify``), and ratios only within one run.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import triton
+
+RESULTS = Path(__file__).parent / "results"
+L2_BYTES_TO_EXCEED = 200e6
+
+
+def environment() -> dict[str, str]:
+    """GPU, versions of torch, Triton and the driver, and the clocks if they can be read."""
+    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    try:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        driver, *clocks = [field.strip() for field in out.splitlines()[torch.cuda.current_device()].split(",")]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver, clocks = "unknown", []
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "driver": driver,
+        "clocks": " ".join(clocks) or "unknown",
+    }
+
+
+def header() -> str:
+    """One line for the top of a table."""
+    e = environment()
+    versions = f"{e['gpu']}, torch {e['torch']}, triton {e['triton']}, driver {e['driver']}"
+    return f"{versions}; clocks now, highest, memory, power limit: {e['clocks']}"
+
+
+def copies(bytes_each: float, most: int = 24) -> int:
+    """Buffer sets to rotate so that together they exceed the L2 cache."""
+    return max(2, min(most, int(L2_BYTES_TO_EXCEED // max(bytes_each, 1)) + 1))
+
+
+def median_ms(calls: Sequence[Callable[[], object]], seconds: float = 0.25, repeats: int = 12) -> float:
+    """Median time of one call, in ms, over replays of a CUDA graph of ``repeats`` calls that rotate through ``calls``.
+
+    ``calls`` are the same work on different buffers.
+    """
+    repeats = -(-max(repeats, len(calls)) // len(calls)) * len(calls)
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(repeats):
+            calls[i % len(calls)]()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    graph.replay()
+    events[0].record()
+    graph.replay()
+    events[1].record()
+    torch.cuda.synchronize()
+    count = max(5, min(400, int(seconds * 1000 / max(events[0].elapsed_time(events[1]), 1e-3))))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events)) / repeats
+
+
+def verify(name: str, ours: torch.Tensor, reference: torch.Tensor) -> None:
+    """Raises:
+    AssertionError: If a single element differs.
+    """
+    wrong = int((ours != reference).sum())
+    if wrong:
+        raise AssertionError(f"{name}: {wrong} of {reference.numel()} elements differ from the reference")
+
+
+def reference_gemm(x8: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
+    """The plain-PyTorch twin in float64 (exact), scaled and rounded to bfloat16; 2048 tokens at a time."""
+    weight = codes.double().t()
+    parts = []
+    for x, s in zip(x8.split(2048), scale.split(2048), strict=True):
+        parts.append(((x.double() @ weight).float() * (s[:, None] * row_scale)).bfloat16())
+    return torch.cat(parts)
+
+
+def fresh_results(name: str) -> Path:
+    """Path of a benchmark's CSV, emptied."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    path.unlink(missing_ok=True)
+    return path
+
+
+def append(path: Path, row: dict[str, object]) -> None:
+    """Adds a row (with the environment) to a CSV and prints it."""
+    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    full = {**row, **{k: v for k, v in environment().items() if k != "clocks"}}
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(full))
+        if new:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in full.items()})
+
+
+def need_gpu() -> None:
+    """Leaves with a message if there is no GPU."""
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA GPU")

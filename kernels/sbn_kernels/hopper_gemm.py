@@ -1,0 +1,228 @@
+"""Hopper GEMMs on 2-bit ternary weights: ``sparse_gemm`` (2:4, sparse tensor core) and ``ternary_gemm`` (any pattern).
+
+Launch, tile choice and argument checks of the Gluon kernel in ``hopper_kernels``, which says how it works. Both are
+exact: the inner product is an int32 (``in_features`` up to 2^24 cannot overflow it), the scales are multiplied in fp32
+in the order of the plain-PyTorch twin, and one rounding to the output dtype follows.
+
+The tile is 128 features by ``BT`` tokens; ``BT`` is chosen by the number of waves of tiles over the multiprocessors.
+On Hopper only 2:4 gains from sparsity: any other pattern runs as dense ternary at the int8 rate.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbn_kernels.capability import capabilities, multiprocessors
+from sbn_kernels.packing import BLOCK_WORDS, K_STEP, PANEL, packed_shape
+from sbn_kernels.quantize import empty_tokens
+
+_SHARED_BYTES = 232448 - 2048
+_TOKEN_TILES = (256, 128, 64, 32, 16)
+_BAND = 8  # token tiles that share a sweep over the weight; 16, or an L2 evict-first hint on stores, measured slower
+_OUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+@functools.cache
+def _device_code() -> ModuleType:
+    """The Gluon kernels; importing them needs Triton >= 3.9."""
+    from sbn_kernels import hopper_kernels
+
+    return hopper_kernels
+
+
+@functools.cache
+def _layouts() -> dict[int, Any]:
+    """Shared-memory layouts with 128-byte swizzle, by bits an element."""
+    from triton.experimental.gluon import language as gl
+
+    return {bits: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2) for bits in (8, 16, 32)}
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
+    """Tokens a tile: least waves of tiles times (tile + a fixed cost that stands for the epilogue and the codes)."""
+
+    def cost(tile: int) -> tuple[int, int]:
+        waves = -(-(-(-tokens // tile) * panels) // processors)
+        return waves * (tile + 24), -tile
+
+    return min(_TOKEN_TILES, key=cost)
+
+
+def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int]:
+    """(tokens an epilogue chunk, ring stages) that fit shared memory for a token tile."""
+    chunk = min(tile, 32)
+    epilogue = 2 * chunk * PANEL * out_itemsize
+    return chunk, min(8, (_SHARED_BYTES - epilogue) // (tile * K_STEP + 4 * BLOCK_WORDS))
+
+
+def aligned_tokens(x8: Tensor) -> Tensor:
+    """``x8`` itself if it can be read in whole 16-byte pieces of a row, else a copy that can."""
+    rows, columns = x8.shape
+    whole = x8.storage_offset() + rows * x8.stride(0) <= x8.untyped_storage().nbytes()
+    if whole and x8.stride(1) == 1 and x8.stride(0) % 16 == 0 and x8.data_ptr() % 16 == 0 and x8.stride(0) >= columns:
+        return x8
+    return empty_tokens(rows, columns, x8.device).copy_(x8)
+
+
+def padded_to(vector: Tensor, multiple: int) -> Tensor:
+    """``vector`` itself if memory it owns goes on to a multiple of ``multiple`` elements, else a copy where it does.
+
+    The kernel reads whole tiles; what it reads beyond the end is never stored. Vectors that this package makes have
+    the room (see ``empty_vector``), so only foreign ones are copied, and only at ragged sizes.
+    """
+    length = -(-vector.shape[0] // multiple) * multiple
+    end = (vector.storage_offset() + length) * vector.element_size()
+    if vector.stride(0) == 1 and end <= vector.untyped_storage().nbytes():
+        return vector
+    copy = vector.new_empty(length)
+    copy[: vector.shape[0]] = vector
+    return copy
+
+
+@torch.library.custom_op("sbn_kernels::hopper_gemm", mutates_args=())
+def _hopper_gemm(
+    x8: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    sparse: bool,
+    out_dtype: torch.dtype,
+    token_tile: int,
+) -> Tensor:
+    capabilities(x8.device).require("sparse_gemm" if sparse else "ternary_gemm")
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    tokens, columns = x8.shape
+    y = torch.empty((tokens, out_features), dtype=out_dtype, device=x8.device)
+    if tokens == 0:
+        return y
+    x8 = aligned_tokens(x8)
+    panels, k_steps, _ = packed.shape
+    processors = multiprocessors(x8.device.index)
+    tile = token_tile or choose_token_tile(tokens, panels, processors)
+    token_tiles = -(-tokens // tile)
+    chunk, stages = launch_shape(tile, y.element_size())
+    layouts = _layouts()
+    out_layout = layouts[8 * y.element_size()]
+    # TMA stores rows that start on 16-byte boundaries; an odd out_features takes a detour through a wider output
+    align = 16 // y.element_size()
+    target = y if out_features % align == 0 else y.new_empty((tokens, -(-out_features // align) * align))
+    rows = padded_to(row_scale, PANEL)
+    _device_code().ternary_gemm_kernel[(min(processors, token_tiles * panels),)](
+        TensorDescriptor(x8, [tokens, columns], [x8.stride(0), 1], [tile, K_STEP], layouts[8]),
+        TensorDescriptor(packed, [panels * k_steps * 32, 32], [32, 1], [32, 32], layouts[32]),
+        TensorDescriptor(target, list(target.shape), [target.shape[1], 1], [chunk, PANEL // 2], out_layout),
+        padded_to(scale, tile), rows, rows if bias is None else padded_to(bias, PANEL),
+        k_steps, token_tiles, panels, _BAND, 0,
+        BT=tile, CHUNK=chunk, STAGES=stages, SPARSE=sparse, BIAS=bias is not None, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    if target is not y:
+        y.copy_(target[:, :out_features])
+    return y
+
+
+@_hopper_gemm.register_fake
+def _(
+    x8: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    sparse: bool,
+    out_dtype: torch.dtype,
+    token_tile: int,
+) -> Tensor:
+    return torch.empty((x8.shape[0], out_features), dtype=out_dtype, device=x8.device)
+
+
+def check_gemm_arguments(
+    x8: Tensor, scale: Tensor, row_scale: Tensor, bias: Tensor | None, out_features: int, out_dtype: torch.dtype
+) -> None:
+    """Raises:
+    ValueError: Naming the argument whose shape or dtype does not fit.
+    """
+    if x8.dim() != 2 or x8.dtype != torch.int8 or x8.shape[1] == 0:
+        raise ValueError(f"tokens must be int8 [tokens, in_features], not {x8.dtype} {list(x8.shape)}")
+    if scale.shape != (x8.shape[0],) or scale.dtype != torch.float32:
+        raise ValueError(f"token scale must be float32 [{x8.shape[0]}], not {scale.dtype} {list(scale.shape)}")
+    if row_scale.shape != (out_features,) or row_scale.dtype != torch.float32:
+        raise ValueError(f"row_scale must be float32 [{out_features}], not {row_scale.dtype} {list(row_scale.shape)}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must be [{out_features}], not {list(bias.shape)}")
+    if out_dtype not in _OUT_DTYPES:
+        raise ValueError(f"out_dtype must be one of {_OUT_DTYPES}, not {out_dtype}")
+
+
+def check_packed(packed: Tensor, out_features: int, in_features: int) -> None:
+    """Raises:
+    ValueError: If ``packed`` is not of this weight's shape.
+    """
+    shape = packed_shape(out_features, in_features)
+    if packed.shape != shape or packed.dtype != torch.int32 or not packed.is_contiguous():
+        raise ValueError(
+            f"packed weight of [{out_features}, {in_features}] must be contiguous int32 {list(shape)}, "
+            f"not {packed.dtype} {list(packed.shape)}"
+        )
+
+
+def sparse_gemm(
+    x8: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    row_scale: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    token_tile: int = 0,
+) -> Tensor:
+    """``y = (x8 @ T^T) * scale * row_scale (+ bias)`` on the sparse tensor core, for 2:4 weights.
+
+    Args:
+        x8: int8 ``[tokens, in_features]``, all values allowed; rows on 16-byte boundaries avoid a copy.
+        scale: float32 ``[tokens]``.
+        packed: int32 words, layout ``sparse24`` of :mod:`sbn_kernels.packing`.
+        row_scale: float32 ``[out_features]``: gamma of each row.
+        out_features: Rows of the weight.
+        bias: ``[out_features]``, any float dtype, or None.
+        out_dtype: bfloat16, float16 or float32.
+        token_tile: Tokens a tile (256, 128, 64, 32, 16); 0 chooses.
+
+    Returns:
+        ``[tokens, out_features]``.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        UnsupportedError: On other GPUs than Hopper or with Triton < 3.9.
+    """
+    check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype)
+    check_packed(packed, out_features, x8.shape[1])
+    args = (x8, scale, packed, row_scale, bias, out_features, True, out_dtype, token_tile)
+    result: Tensor = torch.ops.sbn_kernels.hopper_gemm(*args)
+    return result
+
+
+def ternary_gemm(
+    x8: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    row_scale: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    token_tile: int = 0,
+) -> Tensor:
+    """As :func:`sparse_gemm` for any ternary weight: ``packed`` has layout ``dense``."""
+    check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype)
+    check_packed(packed, out_features, x8.shape[1])
+    args = (x8, scale, packed, row_scale, bias, out_features, False, out_dtype, token_tile)
+    result: Tensor = torch.ops.sbn_kernels.hopper_gemm(*args)
+    return result

@@ -1,0 +1,337 @@
+"""Device code of the Hopper GEMMs on 2-bit ternary weights, in Gluon. Needs Triton >= 3.9; imported only there.
+
+One warp-specialised, persistent kernel computes ``y = (x8 @ T^T) * s * gamma (+ bias)`` for both weight forms:
+
+* ``SPARSE``: 2:4 weights on the sparse tensor core, ``wgmma.mma_async.sp`` (k64: 64 dense columns an instruction).
+* otherwise: dense ternary weights (any pattern), ``wgmma.mma_async`` (k32).
+
+Triton has no sparse dot, so the instruction is issued by inline PTX. The weights are operand A and live in registers:
+each thread reads 16 bytes of packed codes a k128 step and unpacks them with ``prmt``. With A in shared memory instead,
+A and the token stream B together exceed what shared memory delivers. So an output tile is [128 features, BT tokens],
+computed transposed, and turned round on its way through shared memory in the epilogue.
+
+Roles: two consumer warpgroups of 64 features each, and a producer. The producer fills a ring of ``STAGES`` buffers by
+TMA: tokens [BT, 128] and 4 KB of codes. Consumers fetch the next step's codes while the current step multiplies, and
+run apart from each other, so that one keeps the tensor core busy while the other is in its epilogue.
+
+Three things that no tool but the compiler's report and a bit-exact test will tell:
+
+* Registers of a multiplication in flight must not be rewritten. ptxas tracks the accumulators and A, but not the
+  metadata register of the sparse form. So every k64 step is a commit group of its own; the register is rewritten only
+  after the wait that retires its group; and it is kept alive until then by a real use: new metadata is computed as
+  ``word ^ (old & zero)`` with ``zero`` a kernel argument the compiler knows nothing of.
+* ptxas serialises all multiplications (C7512, C7513 in its report; DEPBAR 0 after every IGMMA) where it finds registers
+  short or the four dense steps spread over two asm blocks. So there is no reallocation of registers between the
+  roles (with it, ptxas takes the smallest share for all), 168 each must do, and masks in the epilogue are too much.
+* ``mbarrier.wait`` in a loop that also reads shared memory gets a ``bar.sync`` of all consumers from Triton's
+  analysis. ``_await`` is the same wait without it.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+
+@gluon.constexpr_function
+def _decode(step: int, word: str) -> list[str]:
+    """PTX that unpacks 16 codes (0, 1, 2 -> 0, +1, -1) of ``word`` into the four A registers of ``step``."""
+    lines = [f".reg .b32 lo{step}, hi{step}, ls{step}, hs{step}, a{step}0, a{step}1, a{step}2, a{step}3;"]
+    lines += [f"and.b32 lo{step}, {word}, 0x33333333;", f"shr.u32 hi{step}, {word}, 2;"]
+    lines += [f"and.b32 hi{step}, hi{step}, 0x33333333;", f"shr.u32 ls{step}, lo{step}, 16;"]
+    lines += [f"shr.u32 hs{step}, hi{step}, 16;"]
+    for register, selector in enumerate(("lo", "ls", "hi", "hs")):
+        lines.append(f"prmt.b32 a{step}{register}, 0x00ff0100, 0, {selector}{step};")
+    return lines
+
+
+@gluon.constexpr_function
+def _multiply(step: int, acc: tuple[str, ...], metadata: str | None, accumulate: str) -> list[str]:
+    """PTX that issues one wgmma of ``step`` as a commit group of its own."""
+    tokens = 2 * len(acc)
+    registers = "{" + ",".join(acc) + "}"
+    operand = f"{{a{step}0,a{step}1,a{step}2,a{step}3}}"
+    if metadata is not None:
+        name, tail = f"wgmma.mma_async.sp.sync.aligned.m64n{tokens}k64.s32.s8.s8", f"{metadata}, 0, {accumulate}"
+    else:
+        name, tail = f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8", accumulate
+    offset = step * (4 if metadata is not None else 2)
+    return [
+        f".reg .b64 d{step};",
+        f"add.s64 d{step}, base, {offset};",
+        "wgmma.fence.sync.aligned;",
+        f"{name} {registers}, {operand}, d{step}, {tail};",
+        "wgmma.commit_group.sync.aligned;",
+    ]
+
+
+@gluon.constexpr_function
+def _head(address: str) -> list[str]:
+    """PTX: ``base``, the shared-memory matrix descriptor of the token tile, in 16-byte units.
+
+    128-byte swizzle (bit 62), 1024 bytes from one group of 8 rows to the next (bits 32 to 45).
+    """
+    return [
+        "{",
+        ".reg .b32 address;",
+        ".reg .b64 base;",
+        f"and.b32 address, {address}, 0x3ffff;",
+        "shr.u32 address, address, 4;",
+        "cvt.u64.u32 base, address;",
+        "or.b64 base, base, 0x4000004000010000;",
+    ]
+
+
+@gluon.constexpr_function
+def _hold(register: str, word: str, zero: str) -> str:
+    """New metadata ``word ^ (register & zero)``: keeps the old value of ``register`` alive until here."""
+    return f"lop3.b32 {register}, {word}, {register}, {zero}, 0x78;"
+
+
+@gluon.constexpr_function
+def _first_sparse(outs, ins):
+    acc, held = outs
+    _, words, _, address, accumulate, zero = ins
+    lines = [*_head(address[0]), ".reg .pred p;", f"setp.ne.b32 p, {accumulate[0]}, 0;"]
+    lines += [*_decode(0, words[0]), _hold(held[0], words[1], zero[0]), *_multiply(0, acc, held[0], "p"), "}"]
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _rest_sparse(outs, ins):
+    acc, held = outs
+    _, words, _, address, _, zero = ins
+    lines = [*_head(address[0]), *_decode(1, words[2]), _hold(held[1], words[3], zero[0])]
+    lines += [*_multiply(1, acc, held[1], "1"), "wgmma.wait_group.sync.aligned 1;", "}"]
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _all_dense(outs, ins):
+    acc, _ = outs
+    _, words, _, address, accumulate, _ = ins
+    lines = [*_head(address[0]), ".reg .pred p;", f"setp.ne.b32 p, {accumulate[0]}, 0;"]
+    for step in (0, 1, 2, 3):
+        lines += [*_decode(step, words[step]), *_multiply(step, acc, None, "1" if step else "p")]
+        lines.append("wgmma.wait_group.sync.aligned 1;")
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def _await(outs, ins):
+    """PTX: waits until the phase of a barrier with the given parity is complete."""
+    barrier, parity = ins
+    return "\n".join(
+        [
+            "{",
+            ".reg .pred done;",
+            "again:",
+            f"mbarrier.try_wait.parity.shared::cta.b64 done, [{barrier[0]}], {parity[0]};",
+            "@!done bra.uni again;",
+            "}",
+        ]
+    )
+
+
+@gluon.constexpr_function
+def _wait(outs, ins):
+    return "wgmma.wait_group.sync.aligned 0;"
+
+
+@gluon.constexpr_function
+def _retire_one_and_release(outs, ins):
+    barrier, wanted = ins
+    return _release_text(barrier[0], wanted[0], "wgmma.wait_group.sync.aligned 1;")
+
+
+@gluon.constexpr_function
+def _release(outs, ins):
+    barrier, wanted = ins
+    return _release_text(barrier[0], wanted[0], "")
+
+
+@gluon.constexpr_function
+def _release_text(barrier: str, wanted: str, before: str) -> str:
+    """PTX: one arrival a warp at ``barrier`` if ``wanted``."""
+    return "\n".join(
+        [
+            "{",
+            ".reg .pred p, q;",
+            ".reg .b32 lane;",
+            before,
+            "mov.u32 lane, %laneid;",
+            "setp.eq.u32 p, lane, 0;",
+            f"setp.ne.u32 q, {wanted}, 0;",
+            "and.pred p, p, q;",
+            f"@p mbarrier.arrive.shared::cta.b64 _, [{barrier}];",
+            "}",
+        ]
+    )
+
+
+@gluon.constexpr_function
+def _constraints(accumulators, inputs):
+    """Accumulators and two held registers tied to themselves, then ``inputs`` free ones around the held pair."""
+    outputs = ["=r"] * (accumulators + 2)
+    tied = [str(i) for i in range(accumulators)]
+    return ",".join([*outputs, *tied, *["r"] * 4, str(accumulators), str(accumulators + 1), *["r"] * inputs])
+
+
+@gluon.constexpr_function
+def _tied(accumulators):
+    return ",".join(["=r"] * accumulators + [str(i) for i in range(accumulators)])
+
+
+@gluon.jit
+def _tile(i, token_tiles, panels, group):
+    """Tile number -> (panel, token tile): ``group`` token tiles share a sweep over panels, so both stay in L2."""
+    per = group * panels
+    band = i // per
+    rest = i - band * per
+    first = band * group
+    width = gl.minimum(token_tiles - first, group)
+    return rest // width, first + rest % width
+
+
+@gluon.jit
+def _split_columns(x, PARTS: gl.constexpr):
+    """[R, C] -> PARTS tensors [R, C / PARTS], in registers."""
+    parts = (x,)
+    for _ in gl.static_range(PARTS.bit_length() - 1):
+        halves = ()
+        for j in gl.static_range(len(parts)):
+            part = parts[j]
+            halves += part.reshape(part.shape[0], 2, part.shape[1] // 2).permute(0, 2, 1).split()
+        parts = halves
+    return parts
+
+
+@gluon.jit
+def _producer(x, w, xs, ws, full, empty, k_steps, token_tiles, panels, group, BT: gl.constexpr, STAGES: gl.constexpr):
+    stage = 0
+    phase = 1
+    for i in range(gl.program_id(0), token_tiles * panels, gl.num_programs(0)):
+        panel, token_tile = _tile(i, token_tiles, panels, group)
+        for k in range(k_steps):
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(full.index(stage), x.block_type.nbytes + w.block_type.nbytes)
+            tma.async_load(x, [token_tile * BT, k * 128], full.index(stage), xs.index(stage))
+            tma.async_load(w, [(panel * k_steps + k) * 32, 0], full.index(stage), ws.index(stage))
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase = phase ^ 1
+
+
+@gluon.jit
+def _consumer(
+    scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, group, zero,
+    BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, BIAS: gl.constexpr,
+    HALF: gl.constexpr,
+):  # fmt: skip
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BT, 32])
+    CODES: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    HELD: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0])
+    TIES: gl.constexpr = _constraints(BT // 2, 3)
+    TIED: gl.constexpr = _tied(BT // 2)
+    stage = 0
+    phase = 0
+    held = gl.zeros([16, 16], gl.int32, HELD)
+    for i in range(gl.program_id(0), token_tiles * panels, gl.num_programs(0)):
+        panel, token_tile = _tile(i, token_tiles, panels, group)
+        acc = gl.zeros([64, BT], gl.int32, ACC)
+        gl.inline_asm(_await, "r,r", [full.index(stage), phase], (), is_pure=False)
+        words = ws.index(stage).slice(16 * HALF, 16, dim=0).load(CODES)
+        for k in range(k_steps):
+            going = (k > 0).to(gl.int32)
+            more = k + 1 < k_steps
+            tile = xs.index(stage)
+            # computed, not carried: a loop variable that starts as another variable's value is not seen as changing
+            previous = gl.where(stage == 0, STAGES - 1, stage - 1)
+            next_stage = stage + 1
+            next_phase = phase
+            if next_stage == STAGES:
+                next_stage = 0
+                next_phase = phase ^ 1
+            # the step whose codes are fetched early: the next one, or after the last step this one again
+            ready = gl.where(more, next_stage, stage)
+            parity = gl.where(more, next_phase, phase)
+            if SPARSE:
+                acc, held = gl.inline_asm(
+                    _first_sparse, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
+                )
+                gl.inline_asm(_await, "r,r", [full.index(ready), parity], (), is_pure=False)
+                coming = ws.index(ready).slice(16 * HALF, 16, dim=0).load(CODES)
+                gl.inline_asm(_retire_one_and_release, "r,r", [empty.index(previous), going], (), is_pure=False)
+                acc, held = gl.inline_asm(
+                    _rest_sparse, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
+                )
+            else:
+                acc, held = gl.inline_asm(
+                    _all_dense, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
+                )
+                gl.inline_asm(_release, "r,r", [empty.index(previous), going], (), is_pure=False)
+                gl.inline_asm(_await, "r,r", [full.index(ready), parity], (), is_pure=False)
+                coming = ws.index(ready).slice(16 * HALF, 16, dim=0).load(CODES)
+            words = coming
+            stage = next_stage
+            phase = next_phase
+        acc = gl.inline_asm(_wait, TIED, [acc], acc.type, is_pure=False)
+        last = gl.where(stage == 0, STAGES - 1, stage - 1)
+        gl.inline_asm(_release, "r,r", [empty.index(last), 1], (), is_pure=False)
+        # epilogue, CHUNK tokens at a time through two shared buffers: scale, round, transpose, store.
+        # The vectors of scales are as long as whole tiles: masks here cost the registers that the pipeline needs.
+        row0 = panel * 128 + 64 * HALF
+        parts = _split_columns(acc, BT // CHUNK)
+        for c in gl.static_range(BT // CHUNK):
+            part = parts[c]
+            rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, part.type.layout))
+            columns = token_tile * BT + c * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, part.type.layout))
+            out = part.to(gl.float32) * (gl.load(scale + columns)[None, :] * gl.load(row_scale + rows)[:, None])
+            if BIAS:
+                out += gl.load(bias + rows).to(gl.float32)[:, None]
+            out = gl.permute(out, (1, 0)).to(y.dtype)
+            buffer = ys.index(2 * HALF + c % 2)
+            tma.store_wait(1)
+            buffer.store(out)
+            fence_async_shared()
+            tma.async_store(y, [token_tile * BT + c * CHUNK, row0], buffer)
+    tma.store_wait(0)
+
+
+# sizes vary from call to call; specialising on them would compile again for each divisibility pattern
+_SIZES = ("k_steps", "token_tiles", "panels", "group", "zero")
+
+
+@gluon.jit(do_not_specialize=_SIZES)
+def ternary_gemm_kernel(
+    x, w, y, scale, row_scale, bias, k_steps, token_tiles, panels, group, zero,
+    BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """y [tokens, features] = (x [tokens, K] int8 @ T^T) * scale[token] * row_scale[feature] (+ bias[feature]).
+
+    ``x``, ``w``, ``y`` are tensor descriptors (blocks [BT, 128] int8, [32, 32] int32, [CHUNK, 64]); ``zero`` is 0.
+    ``scale``, ``row_scale`` and ``bias`` are readable up to whole tiles. Launch with 4 warps, the first consumer's.
+    """
+    xs = gl.allocate_shared_memory(gl.int8, [STAGES, BT, 128], x.layout)
+    ws = gl.allocate_shared_memory(gl.int32, [STAGES, 32, 32], w.layout)
+    ys = gl.allocate_shared_memory(y.dtype, [4, CHUNK, 64], y.layout)
+    full = mbarrier.allocate_mbarrier(batch=STAGES)
+    empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=8)
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, group, zero,
+                BT, CHUNK, STAGES, SPARSE, BIAS, 0)),
+            (_consumer, (
+                scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, group, zero,
+                BT, CHUNK, STAGES, SPARSE, BIAS, 1)),
+            (_producer, (
+                x, w, xs, ws, full, empty, k_steps, token_tiles, panels, group, BT, STAGES)),
+        ],
+        [4, 4],
+    )  # fmt: skip

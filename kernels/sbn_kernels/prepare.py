@@ -1,0 +1,235 @@
+"""Weight preparation, once an optimiser step: latent weight -> gamma, mask, ternary codes, packed words, statistics.
+
+Formulas (Sparse-BitNet, arXiv 2603.05168; twins in ``ternary`` and ``pattern``), per split of a fused weight::
+
+    mask  = the N largest |W| of each M consecutive weights, the lower index first on a tie
+    gamma = max(mean|W|, 1e-5), over all weights of the split (or the mask's, see ``gamma_over``)
+    T     = clamp(round(W / gamma), -1, 1) * mask
+
+Two passes over the weight: one sums, one does all the rest; gamma itself is a small launch a split between them. Sums
+are taken in a fixed order (float32 within a row, float64 across rows), so the result does not change from run to run.
+A group size that is no power of two, and gamma over kept weights of a fresh mask, cost one more pass that computes
+the mask bits first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sbn_kernels.capability import capabilities
+from sbn_kernels.packing import LAYOUTS, packed_shape
+from sbn_kernels.prepare_kernels import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    gamma_kernel,
+    mask_kernel,
+    prepare_kernel,
+    row_sums_kernel,
+)
+from sbn_kernels.quantize import empty_vector
+
+GammaOver = Literal["dense", "kept", "masked"]
+_FAST_GROUPS = (1, 2, 4, 8, 16, 32)
+
+
+class PreparedWeight(NamedTuple):
+    """What a layer needs of its weight until the next optimiser step. Tensors not asked for are empty.
+
+    Attributes:
+        gamma: float32 ``[splits]``.
+        row_scale: float32 ``[out]``: gamma of each row.
+        mask_bits: uint8 ``[out, ceil(in / 8)]``, lowest bit first.
+        codes: int8 ``[out, in]`` in {-1, 0, 1}.
+        packed: int32, see :mod:`sbn_kernels.packing`.
+        stats: int64 ``[4]``: mask bits that differ from the old mask, weights that round to zero by themselves,
+            other weights that the mask zeroes, weights kept.
+    """
+
+    gamma: Tensor
+    row_scale: Tensor
+    mask_bits: Tensor
+    codes: Tensor
+    packed: Tensor
+    stats: Tensor
+
+
+def _outputs(
+    weight: Tensor, parts: int, layout: str, want_mask: bool, want_codes: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out, columns = weight.shape
+    device = weight.device
+    return (
+        torch.empty(parts, dtype=torch.float32, device=device),
+        empty_vector(out, device),
+        torch.empty((out, -(-columns // 8)) if want_mask else (0, 0), dtype=torch.uint8, device=device),
+        torch.empty((out, columns) if want_codes else (0, 0), dtype=torch.int8, device=device),
+        torch.empty(packed_shape(out, columns) if layout != "none" else (0, 0, 0), dtype=torch.int32, device=device),
+        torch.zeros(4, dtype=torch.int64, device=device),
+    )
+
+
+def _fresh_bits(weight: Tensor, n: int, m: int, keep: Tensor | None) -> Tensor:
+    """Mask bits of any group size, rows padded to whole int32 words."""
+    out, columns = weight.shape
+    padded = triton.next_power_of_2(m)
+    groups = columns // m
+    block = max(8, 512 // padded)
+    bits = torch.zeros((out, -(-columns // 32) * 4), dtype=torch.uint8, device=weight.device)
+    mask_kernel[(out, triton.cdiv(groups, block))](
+        weight, weight if keep is None else keep, bits.view(torch.int32), out, columns, groups, weight.stride(0),
+        bits.shape[1], N=n, M=m, PADDED=padded, KEEP=keep is not None, GROUPS=block,
+    )  # fmt: skip
+    return bits
+
+
+@torch.library.custom_op("sbn_kernels::prepare_weight", mutates_args=())
+def _prepare_weight(
+    weight: Tensor,
+    n: int,
+    m: int,
+    split_sizes: list[int],
+    mask_bits: Tensor | None,
+    old_mask_bits: Tensor | None,
+    keep: Tensor | None,
+    gamma: Tensor | None,
+    gamma_over: str,
+    layout: str,
+    want_mask: bool,
+    want_codes: bool,
+    want_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    capabilities(weight.device if weight.is_cuda else None).require("prepare")
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    out, columns = weight.shape
+    outputs = _outputs(weight, len(split_sizes), layout, want_mask, want_codes)
+    gammas, row_scale, bits, codes, packed, stats = outputs
+    given = mask_bits
+    dense = n == m and keep is None
+    if given is None and not dense and (m not in _FAST_GROUPS or gamma_over != "dense"):
+        given = _fresh_bits(weight, n, m, keep)
+    masked = gamma_over != "dense" and given is not None
+    if gamma is None:
+        sums = torch.empty(out, dtype=torch.float32, device=weight.device)
+        counts = torch.empty(out if masked else 0, dtype=torch.int32, device=weight.device)
+        block = min(4096, triton.next_power_of_2(columns))
+        row_sums_kernel[(out,)](
+            weight, given if masked else weight, sums, counts, columns, weight.stride(0),
+            given.stride(0) if masked and given is not None else 0, MASKED=masked, BLOCK=block,
+        )  # fmt: skip
+    else:
+        sums = counts = gammas.copy_(gamma)
+    first = 0
+    for part, size in enumerate(split_sizes):
+        gamma_kernel[(1,)](
+            sums, counts, gammas, row_scale, part, first, size, columns,
+            KEPT=masked and gamma_over == "kept", GIVEN=gamma is not None, BLOCK=1024, num_warps=8,
+        )  # fmt: skip
+        first += size
+    group = m if given is None and not dense else 4
+    rows_padded = packed_shape(out, columns)[0] * 128 if layout != "none" else out
+    prepare_kernel[(triton.cdiv(rows_padded, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))](
+        weight, row_scale, weight if given is None else given, weight if old_mask_bits is None else old_mask_bits,
+        weight if keep is None else keep, bits, codes, packed, stats,
+        out, columns, packed.shape[1], weight.stride(0), 0 if given is None else given.stride(0),
+        0 if old_mask_bits is None else old_mask_bits.stride(0), bits.shape[1],
+        N=group if dense else min(n, group), M=group, GIVEN=given is not None, KEEP=keep is not None and given is None,
+        OLD=old_mask_bits is not None, BITS=want_mask, CODES=want_codes, LAYOUT=LAYOUTS.index(layout),
+        STATS=want_stats, R=TILE_ROWS, C=TILE_COLUMNS, num_warps=8,
+    )  # fmt: skip
+    return outputs
+
+
+@_prepare_weight.register_fake
+def _(
+    weight: Tensor,
+    n: int,
+    m: int,
+    split_sizes: list[int],
+    mask_bits: Tensor | None,
+    old_mask_bits: Tensor | None,
+    keep: Tensor | None,
+    gamma: Tensor | None,
+    gamma_over: str,
+    layout: str,
+    want_mask: bool,
+    want_codes: bool,
+    want_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(weight, len(split_sizes), layout, want_mask, want_codes)
+
+
+def prepare_weight(
+    weight: Tensor,
+    n: int,
+    m: int,
+    split_sizes: Sequence[int] | None = None,
+    *,
+    mask_bits: Tensor | None = None,
+    old_mask_bits: Tensor | None = None,
+    keep: Tensor | None = None,
+    gamma: Tensor | None = None,
+    gamma_over: GammaOver = "dense",
+    layout: str = "none",
+    want_mask: bool = True,
+    want_codes: bool = True,
+    want_stats: bool = False,
+) -> PreparedWeight:
+    """Prepares a latent weight for the GEMMs.
+
+    Args:
+        weight: Latent weight ``[out, in]``, float32, bfloat16 or float16.
+        n: Weights kept in a group; ``n == m`` is dense.
+        m: Group size along ``in``, 1 to 32; ``in % m == 0``.
+        split_sizes: Rows of each part of a fused weight, one gamma each; None: one part.
+        mask_bits: uint8 ``[out, ceil(in / 8)]``: use this mask instead of a fresh one.
+        old_mask_bits: The mask to count changes against (statistics).
+        keep: int32 ``[out]``: weights kept a group in each row, instead of ``n``.
+        gamma: float32 ``[splits]``: use these scales (a sharded weight's, for example) instead of computing them.
+        gamma_over: Mean over all weights, over kept weights only, or over all with masked ones counted as zero.
+        layout: ``"none"``, ``"dense"`` or ``"sparse24"`` (the mask must keep at most 2 of every 4).
+        want_mask: Whether to return mask bits.
+        want_codes: Whether to return int8 codes.
+        want_stats: Whether to count; costs a little time.
+
+    Returns:
+        See :class:`PreparedWeight`.
+
+    Raises:
+        ValueError: If an argument does not fit; the contents of a given mask are not checked (that would stall the
+            GPU): a group that keeps more than 2 of 4 loses weights in layout ``sparse24``.
+        UnsupportedError: If there is no GPU.
+    """
+    if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.numel() == 0:
+        shape = list(weight.shape)
+        raise ValueError(f"weight must be float32, bfloat16 or float16 [out, in], not {weight.dtype} {shape}")
+    out, columns = weight.shape
+    if not 1 <= n <= m <= 32:
+        raise ValueError(f"pattern {n}:{m}: N:M needs 1 <= N <= M <= 32")
+    if columns % m:
+        raise ValueError(f"in_features={columns} is not a multiple of M={m}")
+    sizes = [out] if split_sizes is None else list(split_sizes)
+    if sum(sizes) != out or min(sizes) < 1:
+        raise ValueError(f"split_sizes {sizes} do not add up to {out} rows")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    if layout == "sparse24" and mask_bits is None and (m != 4 or n > 2 or keep is not None):
+        raise ValueError(f"layout sparse24 holds 2:4 weights; {n}:{m} needs layout dense (or a 2:4 mask given)")
+    if gamma_over not in ("dense", "kept", "masked"):
+        raise ValueError(f"gamma_over {gamma_over!r} is not one of dense, kept, masked")
+    for name, bits in (("mask_bits", mask_bits), ("old_mask_bits", old_mask_bits)):
+        want = (out, -(-columns // 8))
+        if bits is not None and (bits.shape != want or bits.dtype != torch.uint8 or bits.stride(1) != 1):
+            raise ValueError(f"{name} must be uint8 {list(want)}, not {bits.dtype} {list(bits.shape)}")
+    if keep is not None and (keep.shape != (out,) or keep.dtype != torch.int32):
+        raise ValueError(f"keep must be int32 [{out}], not {keep.dtype} {list(keep.shape)}")
+    if gamma is not None and (gamma.shape != (len(sizes),) or gamma.dtype != torch.float32):
+        raise ValueError(f"gamma must be float32 [{len(sizes)}], not {gamma.dtype} {list(gamma.shape)}")
+    given = (mask_bits, old_mask_bits, keep, gamma, gamma_over)
+    wanted = (layout, want_mask, want_codes, want_stats)
+    return PreparedWeight(*torch.ops.sbn_kernels.prepare_weight(weight, n, m, sizes, *given, *wanted))

@@ -1,0 +1,16 @@
+"""Kernel tests come in three kinds: in Triton's interpreter on a CPU, compiled without a GPU, and on a GPU.
+
+The interpreter has to be chosen before Triton is imported, for the whole process. So the tests in ``interpreted`` run
+in a process of their own, which ``test_interpreter`` starts, and are not collected otherwise.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+for path in (ROOT / "kernels", ROOT):
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
+
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted/*"]

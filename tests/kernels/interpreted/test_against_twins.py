@@ -1,0 +1,168 @@
+"""Plain Triton kernels against their plain-PyTorch twins, in the interpreter: odd shapes, ties, extremes, poison."""
+
+import pytest
+import sbn_kernels as sk
+import torch
+from sbn_kernels.cusparselt import scale_accumulator
+
+from sbn_lightning.pattern import NMPattern, pack_mask, top_n_mask
+from sbn_lightning.ternary import expand_scale, quantize_activations, ternary_codes, weight_scale
+
+
+@pytest.fixture(autouse=True)
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed data, and poison in every buffer that is allocated without a value."""
+    torch.manual_seed(0)
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan") if made.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def with_ties(out: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Normal weights of which a third are rounded to halves, so that groups hold equal magnitudes."""
+    weight = torch.randn(out, columns)
+    return torch.where(torch.rand(out, columns) < 0.3, (2 * weight).round() / 2, weight).to(dtype)
+
+
+def within_one_rounding(ours: torch.Tensor, exact: torch.Tensor) -> bool:
+    """The interpreter rounds to bfloat16 differently from the hardware, by at most one step."""
+    step = exact.abs().float() * 2.0**-7 + 1e-30
+    return bool(((ours.float() - exact.float()).abs() <= step).all())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "features"),
+    [
+        (torch.float32, 1, 7),
+        (torch.bfloat16, 5, 896),
+        (torch.float16, 2, 17000),
+        (torch.bfloat16, 0, 64),
+        (torch.float32, 17, 130),
+    ],
+)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantize(dtype: torch.dtype, tokens: int, features: int, bits: int) -> None:
+    x = 3 * torch.randn(tokens, features).to(dtype)
+    if tokens > 1:
+        x[1] = 0
+    q, scale = sk.quantize_tokens(x, bits)
+    twin_q, twin_scale = quantize_activations(x, bits)
+    assert q.stride(0) % 16 == 0
+    if bits == 8:
+        assert torch.equal(scale, twin_scale[:, 0])
+        assert torch.equal(q, twin_q)
+    else:  # a mean: the order of its sum differs in the last bits
+        torch.testing.assert_close(scale, twin_scale[:, 0], rtol=1e-6, atol=0)
+        assert torch.equal(q, (x.float() / scale[:, None]).round().clamp(-8, 7).to(torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out", "columns", "n", "m", "splits", "layout"),
+    [
+        (torch.float32, 70, 96, 2, 4, None, "sparse24"),
+        (torch.bfloat16, 30, 136, 6, 8, (10, 15, 5), "dense"),
+        (torch.float32, 5, 70, 3, 7, (2, 3), "dense"),
+        (torch.bfloat16, 9, 64, 16, 32, None, "dense"),
+        (torch.float32, 9, 64, 5, 16, None, "none"),
+        (torch.bfloat16, 3, 33, 3, 3, None, "dense"),
+        (torch.float32, 20, 128, 1, 2, None, "dense"),
+        (torch.float32, 6, 40, 1, 4, None, "sparse24"),
+    ],
+)
+def test_prepare(
+    dtype: torch.dtype, out: int, columns: int, n: int, m: int, splits: tuple[int, ...] | None, layout: str
+) -> None:
+    weight = with_ties(out, columns, dtype)
+    fresh = top_n_mask(weight, NMPattern(n, m))
+    old = torch.rand(out, columns) < 0.5
+    for over, given in (("dense", False), ("dense", True), ("kept", False), ("masked", True)):
+        mask = fresh & (torch.rand(out, columns) < 0.8) if given else fresh
+        prepared = sk.prepare_weight(
+            weight, n, m, splits, mask_bits=pack_mask(mask) if given else None, old_mask_bits=pack_mask(old),
+            layout=layout, gamma_over=over, want_stats=True,
+        )  # fmt: skip
+        torch.testing.assert_close(
+            prepared.gamma, weight_scale(weight, splits, over=over, mask=mask), rtol=1e-6, atol=0
+        )
+        assert torch.equal(prepared.row_scale, expand_scale(prepared.gamma, splits, out))
+        assert torch.equal(prepared.mask_bits, pack_mask(mask))
+        codes = ternary_codes(weight, prepared.row_scale, mask)
+        assert torch.equal(prepared.codes, codes)
+        natural = ternary_codes(weight, prepared.row_scale)
+        counts = [(old ^ mask).sum(), (natural == 0).sum(), ((natural != 0) & ~mask).sum(), mask.sum()]
+        assert prepared.stats.tolist() == [int(count) for count in counts]
+        if layout == "dense":
+            assert torch.equal(prepared.packed, sk.pack_dense(codes))
+        elif layout == "sparse24":
+            assert torch.equal(prepared.packed, sk.pack_sparse24(codes, mask))
+
+
+@pytest.mark.parametrize(("n", "m"), [(6, 8), (2, 6)])
+def test_prepare_with_a_number_kept_for_each_row(n: int, m: int) -> None:
+    weight = with_ties(37, 48, torch.float32)
+    keep = torch.randint(0, m + 1, (37,), dtype=torch.int32)
+    prepared = sk.prepare_weight(weight, n, m, keep=keep, layout="dense")
+    mask = top_n_mask(weight, NMPattern(n, m), keep)
+    codes = ternary_codes(weight, prepared.row_scale, mask)
+    assert torch.equal(prepared.mask_bits, pack_mask(mask))
+    assert torch.equal(prepared.codes, codes)
+    assert torch.equal(prepared.packed, sk.pack_dense(codes))
+
+
+def test_prepare_at_the_rounding_edge() -> None:
+    """|W| = gamma / 2 rounds to 0 (half to even), the next float above to 1, as IEEE division has it."""
+    gamma = torch.tensor([0.7, 1.3e-5, 3.0])
+    half = (gamma / 2).repeat_interleave(4)
+    above = torch.nextafter(half, torch.tensor(torch.inf))
+    weight = torch.stack([half, above, -half, -above], 1).reshape(12, 4)
+    prepared = sk.prepare_weight(weight, 4, 4, (4, 4, 4), gamma=gamma)
+    assert torch.equal(prepared.codes, ternary_codes(weight, prepared.row_scale))
+    assert prepared.codes.unique().tolist() == [-1, 0, 1]
+
+
+def test_prepare_all_zero_weight() -> None:
+    prepared = sk.prepare_weight(torch.zeros(3, 8), 2, 4, layout="sparse24")
+    assert prepared.gamma.item() == pytest.approx(1e-5)
+    assert torch.equal(prepared.mask_bits, torch.full((3, 1), 0b00110011, dtype=torch.uint8))
+    assert not prepared.codes.any()
+
+
+def gemm_case(tokens: int, columns: int, out: int) -> tuple[torch.Tensor, ...]:
+    x8 = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8)
+    x8[:, ::5] = -128
+    codes = torch.randint(-1, 2, (out, columns), dtype=torch.int8)
+    scale, row_scale, bias = torch.rand(tokens) + 0.1, torch.rand(out) + 0.1, torch.randn(out)
+    exact = (x8.double() @ codes.double().t()).float() * (scale[:, None] * row_scale)
+    return x8, scale, codes, row_scale, bias, exact
+
+
+@pytest.mark.parametrize(("tokens", "columns", "out"), [(1, 64, 70), (33, 130, 129), (0, 32, 16), (70, 96, 40)])
+def test_int8_gemm(tokens: int, columns: int, out: int) -> None:
+    x8, scale, codes, row_scale, bias, exact = gemm_case(tokens, columns, out)
+    assert torch.equal(sk.int8_gemm(x8, scale, codes, row_scale, out_dtype=torch.float32), exact)
+    assert torch.equal(sk.int8_gemm(x8, scale, codes, row_scale, bias, torch.float32), exact + bias)
+    assert within_one_rounding(sk.int8_gemm(x8, scale, codes, row_scale, bias), exact + bias)
+
+
+@pytest.mark.parametrize(("tokens", "columns", "out"), [(1, 64, 70), (7, 300, 129), (33, 128, 64), (0, 32, 16)])
+def test_portable_decode(tokens: int, columns: int, out: int) -> None:
+    x8, scale, codes, row_scale, bias, exact = gemm_case(tokens, columns, out)
+    y = sk.decode_gemm(x8, scale, sk.pack_dense(codes), row_scale, out, bias, torch.float32)
+    assert torch.equal(y, exact + bias)
+
+
+def test_scaling_of_an_int32_product() -> None:
+    x8, scale, codes, row_scale, bias, exact = gemm_case(5, 64, 70)
+    acc = torch.zeros(16, 70, dtype=torch.int32)
+    acc[:5] = x8.int() @ codes.int().t()
+    assert torch.equal(scale_accumulator(acc, scale, row_scale, bias, 5, torch.float32), exact + bias)
+
+
+def test_layout_sparse24_has_no_portable_decode() -> None:
+    x8, scale, codes, row_scale, _, _ = gemm_case(1, 64, 70)
+    with pytest.raises(sk.UnsupportedError, match="sparse24"):
+        sk.decode_gemm(x8, scale, sk.pack_dense(codes), row_scale, 70, layout="sparse24")

@@ -1,0 +1,197 @@
+"""Every kernel on a GPU against a float64 reference: odd shapes, poisoned outputs, the whole int8 range, exactly."""
+
+import os
+
+import pytest
+import sbn_kernels as sk
+import torch
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a CUDA GPU"
+)
+SHAPES = [
+    (1, 4, 1), (1, 132, 8), (33, 64, 129), (128, 32, 256), (300, 1000, 1001), (257, 896, 1216), (1000, 2048, 136),
+    (17, 4096, 4096),
+]  # fmt: skip
+DTYPES = [torch.bfloat16, torch.float32, torch.float16]
+
+
+def needs(op: str) -> None:
+    capabilities = sk.capabilities()
+    if not capabilities.can(op):
+        pytest.skip(capabilities.reasons[op])
+
+
+def case(tokens: int, columns: int, out: int, sparse: bool) -> tuple[torch.Tensor, ...]:
+    """Tokens of the whole range (-128 often), scales, codes, mask, gamma, bias."""
+    torch.manual_seed(tokens + columns + out)
+    x8 = torch.randint(-128, 128, (tokens, columns), device="cuda", dtype=torch.int8)
+    x8[:, ::5] = -128
+    codes = torch.randint(-1, 2, (out, columns), device="cuda", dtype=torch.int8)
+    mask = torch.ones_like(codes, dtype=torch.bool)
+    if sparse:
+        mask = (torch.rand(out, columns // 4, 4, device="cuda").argsort(-1) < 2).flatten(-2)
+    scale, row_scale = torch.rand(tokens, device="cuda") + 0.1, torch.rand(out, device="cuda") + 0.1
+    bias = torch.randn(out, device="cuda", dtype=torch.bfloat16)
+    return x8, scale, codes * mask, mask, row_scale, bias
+
+
+def reference(
+    x8: torch.Tensor,
+    scale: torch.Tensor,
+    codes: torch.Tensor,
+    row_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    y = (x8.double() @ codes.double().t()).float() * (scale[:, None] * row_scale)
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def poison(tokens: int, out: int, dtype: torch.dtype) -> None:
+    """Fills the memory that the next output of this shape will take."""
+    torch.full((tokens, out), float("nan"), device="cuda", dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hopper_gemm(shape: tuple[int, int, int], sparse: bool, dtype: torch.dtype) -> None:
+    needs("sparse_gemm")
+    x8, scale, codes, mask, row_scale, bias = case(*shape, sparse)
+    gemm, packed = sk.ternary_gemm, sk.pack_dense(codes)
+    if sparse:
+        gemm, packed = sk.sparse_gemm, sk.pack_sparse24(codes, mask)
+    tiles = (0, 256, 128, 64, 32, 16) if dtype == torch.bfloat16 else (0, 256)
+    for tile in tiles:
+        for b in (None, bias) if tile in (0, 256) else (None,):
+            poison(shape[0], shape[2], dtype)
+            y = gemm(x8, scale, packed, row_scale, shape[2], b, dtype, tile)
+            assert torch.equal(y, reference(x8, scale, codes, row_scale, b, dtype)), (tile, b is not None)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_many_tiles_a_program_and_repeated_launches(sparse: bool) -> None:
+    """More tiles than multiprocessors, so rings and phases wrap; 20 launches, because a race shows now and then."""
+    needs("sparse_gemm")
+    x8, scale, codes, mask, row_scale, _ = case(4096, 640, 2048, sparse)
+    packed = sk.pack_sparse24(codes, mask) if sparse else sk.pack_dense(codes)
+    gemm = sk.sparse_gemm if sparse else sk.ternary_gemm
+    expected = reference(x8, scale, codes, row_scale, None, torch.bfloat16)
+    for tile in (256, 128, 32):
+        for _ in range(20):
+            poison(4096, 2048, torch.bfloat16)
+            assert torch.equal(gemm(x8, scale, packed, row_scale, 2048, token_tile=tile), expected), tile
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 16, 33, 64])
+@pytest.mark.parametrize(("columns", "out"), [(132, 8), (1000, 1001), (4096, 520)])
+@pytest.mark.parametrize("layout", ["dense", "sparse24"])
+def test_decode(tokens: int, columns: int, out: int, layout: str) -> None:
+    needs("decode")
+    x8, scale, codes, mask, row_scale, bias = case(tokens, columns, out, layout == "sparse24")
+    packed = sk.pack_sparse24(codes, mask) if layout == "sparse24" else sk.pack_dense(codes)
+    for b, portable in ((None, None), (bias, None), (bias, True), (bias, False)):
+        if portable and layout == "sparse24":
+            continue
+        poison(tokens, out, torch.bfloat16)
+        y = sk.decode_gemm(x8, scale, packed, row_scale, out, b, layout=layout, portable=portable)
+        assert torch.equal(y, reference(x8, scale, codes, row_scale, b, torch.bfloat16)), (b is None, portable)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 72), (300, 1000, 1001)], ids=str)
+def test_int8_gemm(shape: tuple[int, int, int]) -> None:
+    needs("int8_gemm")
+    x8, scale, codes, _, row_scale, bias = case(*shape, False)
+    for dtype in (torch.bfloat16, torch.float32):
+        poison(shape[0], shape[2], dtype)
+        y = sk.int8_gemm(x8, scale, codes, row_scale, bias, dtype)
+        assert torch.equal(y, reference(x8, scale, codes, row_scale, bias, dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 256])
+def test_cusparselt(tokens: int) -> None:
+    needs("cusparselt")
+    x8, scale, codes, _, row_scale, bias = case(tokens, 512, 256, True)
+    compressed = sk.compress24(codes)
+    for dtype in (torch.bfloat16, torch.float32):
+        y = sk.cusparselt_gemm(x8, scale, compressed, row_scale, bias, dtype)
+        assert torch.equal(y, reference(x8, scale, codes, row_scale, bias, dtype))
+    assert sk.check_cusparselt(codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 7), (5, 896), (1000, 14336), (3, 20000), (0, 64), (4097, 130)], ids=str)
+def test_quantize(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(shape, device="cuda") * 10 ** torch.empty(shape[0], 1, device="cuda").uniform_(-6, 3)).to(dtype)
+    q, scale = sk.quantize_tokens(x)
+    wide = x.float()
+    if shape[0]:
+        expected = wide.abs().amax(1).clamp(min=1e-5) / torch.tensor(127.0, device="cuda")
+        assert torch.equal(scale, expected)
+    assert torch.equal(q, (wide / scale[:, None]).round().clamp(-128, 127).to(torch.int8))
+    q, scale = sk.quantize_tokens(x, 4)
+    torch.testing.assert_close(scale, wide.abs().mean(1).clamp(min=1e-5) / 7**0.5, rtol=1e-5, atol=0)
+    assert torch.equal(q, (wide / scale[:, None]).round().clamp(-8, 7).to(torch.int8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("out", "columns", "n", "m", "layout"),
+    [(520, 4096, 2, 4, "sparse24"), (136, 896, 6, 8, "dense"), (70, 70, 3, 7, "dense"), (130, 992, 20, 32, "dense")],
+)
+def test_prepare(dtype: torch.dtype, out: int, columns: int, n: int, m: int, layout: str) -> None:
+    torch.manual_seed(0)
+    w = torch.randn(out, columns, device="cuda")
+    w = torch.where(torch.rand_like(w) < 0.3, (2 * w).round() / 2, w).to(dtype)
+    splits = (out - 9, 9)
+    ranks = w.abs().unflatten(1, (-1, m)).argsort(dim=-1, descending=True, stable=True).argsort(-1).flatten(1)
+    mask = ranks < n
+    first = sk.prepare_weight(w, n, m, splits, layout=layout, want_stats=True)
+    means = torch.stack([part.float().abs().mean() for part in w.split(splits)])
+    torch.testing.assert_close(first.gamma, means, rtol=1e-5, atol=0)
+    codes = ((w.float() / first.row_scale[:, None]).round().clamp(-1, 1) * mask).to(torch.int8)
+    assert torch.equal(first.codes, codes)
+    assert torch.equal(first.packed, sk.pack_sparse24(codes, mask) if layout == "sparse24" else sk.pack_dense(codes))
+    assert first.stats[3] == mask.sum()
+    again = sk.prepare_weight(
+        w, n, m, splits, mask_bits=first.mask_bits, old_mask_bits=first.mask_bits, layout=layout, want_stats=True
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "a given mask, and run to run"
+
+
+def layer(x: torch.Tensor, packed: torch.Tensor, row_scale: torch.Tensor, out: int) -> torch.Tensor:
+    q, scale = sk.quantize_tokens(x)
+    return sk.sparse_gemm(q, scale, packed, row_scale, out) * 2
+
+
+def test_cuda_graph_and_compile() -> None:
+    """Captured once, replayed on new data; compiled without a graph break. Both equal eager."""
+    needs("sparse_gemm")
+    p = sk.prepare_weight(torch.randn(264, 1000, device="cuda"), 2, 4, layout="sparse24")
+    x = torch.randn(100, 1000, device="cuda", dtype=torch.bfloat16)
+    layer(x, p.packed, p.row_scale, 264)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(x, p.packed, p.row_scale, 264)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(captured, layer(x, p.packed, p.row_scale, 264))
+    compiled = torch.compile(layer, fullgraph=True)
+    assert torch.equal(compiled(x, p.packed, p.row_scale, 264), layer(x, p.packed, p.row_scale, 264))
+
+
+def test_foreign_tokens_and_scales_are_copied_where_they_must_be() -> None:
+    """Rows off 16-byte boundaries, scales without room after their end."""
+    needs("sparse_gemm")
+    x8, scale, codes, mask, row_scale, _ = case(5, 1000, 9, True)
+    expected = reference(x8, scale, codes, row_scale, None, torch.bfloat16)
+    packed = sk.pack_sparse24(codes, mask)
+    wide = torch.zeros(5, 1003, device="cuda", dtype=torch.int8)
+    wide[:, 3:] = x8
+    for tokens in (x8, wide[:, 3:]):
+        assert torch.equal(sk.sparse_gemm(tokens, scale, packed, row_scale, 9), expected)
+        assert torch.equal(sk.decode_gemm(tokens, scale, packed, row_scale, 9, layout="sparse24"), expected)

@@ -1,0 +1,79 @@
+"""The packed forms in plain PyTorch: round trips, filler positions, and what the ops refuse."""
+
+import pytest
+import sbn_kernels as sk
+import torch
+from sbn_kernels.packing import positions24
+
+
+@pytest.mark.parametrize(("out", "columns"), [(1, 4), (200, 328), (128, 128), (129, 132)])
+def test_round_trip(out: int, columns: int) -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(-1, 2, (out, columns), dtype=torch.int8)
+    packed = sk.pack_dense(codes)
+    assert packed.shape == sk.packed_shape(out, columns)
+    assert torch.equal(sk.unpack(packed, out, columns, "dense"), codes)
+    mask = (torch.rand(out, columns // 4, 4).argsort(-1) < 2).flatten(-2)
+    for kept in (mask, mask & (torch.rand(out, columns) < 0.5)):
+        packed = sk.pack_sparse24(codes * kept, kept)
+        assert packed.numel() * 32 == 2 * packed.shape[0] * 128 * packed.shape[1] * 128
+        assert torch.equal(sk.unpack(packed, out, columns, "sparse24"), codes * kept)
+
+
+def test_positions_of_every_mask() -> None:
+    """All masks of at most two of four: kept positions are among the two, first before second."""
+    for bits in range(16):
+        mask = torch.tensor([bits >> i & 1 for i in range(4)], dtype=torch.bool)
+        if mask.sum() > 2:
+            with pytest.raises(ValueError, match="at most 2"):
+                positions24(mask)
+            continue
+        first, second = (int(p) for p in positions24(mask))
+        assert 0 <= first < second <= 3
+        assert set(mask.nonzero().flatten().tolist()) <= {first, second}
+
+
+def test_refusals_name_the_argument() -> None:
+    w = torch.randn(8, 8)
+    with pytest.raises(ValueError, match="multiple of M=3"):
+        sk.prepare_weight(w, 2, 3)
+    with pytest.raises(ValueError, match="layout dense"):
+        sk.prepare_weight(w, 6, 8, layout="sparse24")
+    with pytest.raises(ValueError, match="split_sizes"):
+        sk.prepare_weight(w, 2, 4, (3, 3))
+    with pytest.raises(ValueError, match="mask_bits"):
+        sk.prepare_weight(w, 2, 4, mask_bits=torch.zeros(8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="features > 0"):
+        sk.quantize_tokens(torch.randn(3))
+    x8, scale = torch.zeros(2, 8, dtype=torch.int8), torch.ones(2)
+    packed = sk.pack_dense(torch.zeros(8, 8, dtype=torch.int8))
+    with pytest.raises(ValueError, match="row_scale"):
+        sk.sparse_gemm(x8, scale, packed, torch.ones(9), 8)
+    with pytest.raises(ValueError, match="packed weight"):
+        sk.ternary_gemm(x8, scale, packed[:, :, :512], torch.ones(8), 8)
+    with pytest.raises(ValueError, match="at most 64 tokens"):
+        sk.decode_gemm(torch.zeros(65, 8, dtype=torch.int8), torch.ones(65), packed, torch.ones(8), 8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU lacks")
+def test_without_a_gpu_the_reason_is_given() -> None:
+    capabilities = sk.capabilities()
+    assert not capabilities.can("sparse_gemm")
+    assert "no CUDA GPU" in str(capabilities)
+    with pytest.raises(sk.UnsupportedError, match="no CUDA GPU"):
+        sk.quantize_tokens(torch.randn(2, 8))
+    with pytest.raises(ValueError, match="unknown op"):
+        capabilities.can("magic")
+
+
+def test_fake_kernels_give_the_shapes_of_the_real_ones() -> None:
+    """What torch.compile sees: shapes, dtypes, strides."""
+    with torch._subclasses.FakeTensorMode():
+        q, scale = sk.quantize_tokens(torch.empty(5, 70, dtype=torch.bfloat16))
+        assert (q.shape, q.stride(), q.dtype, scale.shape) == ((5, 70), (80, 1), torch.int8, (5,))
+        p = sk.prepare_weight(torch.empty(40, 72), 2, 4, (30, 10), layout="sparse24")
+        assert [tuple(t.shape) for t in p] == [(2,), (40,), (40, 9), (40, 72), (1, 1, 1024), (4,)]
+        x8 = torch.empty(5, 72, dtype=torch.int8)
+        y = sk.sparse_gemm(x8, scale, p.packed, p.row_scale, 40, out_dtype=torch.float32)
+        assert (y.shape, y.dtype) == ((5, 40), torch.float32)
+        assert sk.int8_gemm(x8, scale, p.codes, p.row_scale).shape == (5, 40)
