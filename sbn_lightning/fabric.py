@@ -120,6 +120,7 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
                         loss = model.loss(batch[:, :-1], batch[:, 1:])
                     share = loss / run.accumulate_grad_batches
                     fabric.backward(share)
+                run.call("on_after_backward")
                 metrics = {
                     "train/loss": loss.detach(),
                     "train/perplexity": loss.detach().exp(),

@@ -132,6 +132,8 @@ class MaskedLinear(nn.Linear):
         self._keep_n, self._sparse_share = keep_n, float(sparse_share)
         if not refresh:
             self._mask_of = self._mask_key()
+        elif self.hold_mask:  # a compiled graph reads a held mask as it is
+            self._sync_mask()
 
     @torch.no_grad()
     def refresh_mask(self) -> None:
@@ -175,7 +177,9 @@ class MaskedLinear(nn.Linear):
         return top_n_mask(self._mask_scores(), self.pattern, keep)
 
     def _weight_key(self) -> tuple[Any, ...]:
-        weight = self.weight
+        # The parameter itself: a subclass may show another view of it as its weight.
+        weight = self._parameters["weight"]
+        assert weight is not None
         return id(weight), weight._version, _optimizer_steps if weight.requires_grad else 0
 
     def _mask_key(self) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
+from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
 from sbn_lightning.distributed import check_strategy, keep_masks_out_of_broadcasts, shard
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.transformer import TernaryTransformer, TransformerConfig
@@ -104,6 +105,7 @@ class SparseBitNet(LightningModule):
             ConfigError: If the strategy cannot keep masks, the tokenizer has more tokens than the embedding has rows,
                 or sequences are too long.
         """
+        refuse_plain_averaging(self.trainer.callbacks)  # type: ignore[attr-defined]
         check_strategy(self.trainer.strategy)
         keep_masks_out_of_broadcasts(self)
         data = getattr(self.trainer, "datamodule", None)

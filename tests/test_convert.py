@@ -1,3 +1,7 @@
+import copy
+import pickle
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +11,12 @@ from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import SparseBitLinear, SparseLinear
 
 
+def _weight_norm(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -14,6 +24,9 @@ class Net(nn.Module):
         self.h = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(11))
         self.odd = nn.Linear(10, 3)
         self.attention = nn.MultiheadAttention(16, 2)
+        self.conv = nn.Conv2d(3, 16, 2)
+        self.lstm = nn.LSTM(16, 16)
+        self.normed = _weight_norm(nn.Linear(16, 8))
         self.lm_head = nn.Linear(16, 10, bias=False)
         self.tied = nn.Linear(16, 10, bias=False)
         self.tied.weight = self.embed.weight
@@ -34,7 +47,11 @@ def test_converts_in_place_and_reports_every_skip():
     assert "in_features=10 is not a multiple of M=8" in report.skipped["odd"]
     assert "subclass" in report.skipped["attention.out_proj"]
     assert "shares its weight" in report.skipped["tied"]
-    assert "not an nn.Linear" in report.skipped["attention"]
+    assert "packed q, k and v are a bare parameter" in report.skipped["attention.in_proj_weight"]
+    assert "bare parameter of LSTM" in report.skipped["lstm.weight_ih_l0"]
+    assert "part of many windows" in report.skipped["conv"]
+    assert "computed from other parameters" in report.skipped["normed"]
+    assert not any("embed" in name or "bias" in name for name in report.skipped)
     assert len(report.converted) == 20
     assert "skipped odd: in_features=10" in str(report)
 
@@ -78,6 +95,33 @@ def test_revert_gives_plain_layers_with_the_effective_weight():
     assert [type(m) for m in model] == [nn.Linear, nn.Linear]
     assert sorted(model.state_dict()) == ["0.bias", "0.weight", "1.weight"]
     torch.testing.assert_close(model(x), expected)
+
+
+def test_revert_keeps_parameters_hooks_and_what_others_attached():
+    model = nn.Sequential(nn.Linear(16, 16))
+    model[0].note, seen = "theirs", []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    weight = model[0].weight
+    convert_linears(model, "2:4")
+    revert_linears(model)
+    model(torch.randn(2, 16))
+    assert model[0].weight is weight
+    assert model[0].note == "theirs"
+    assert seen == [1]
+    assert set(vars(model[0])) - set(vars(nn.Linear(16, 16))) == {"note"}
+
+
+def test_a_converted_model_can_be_copied_pickled_reverted_and_converted_again():
+    model = nn.Sequential(nn.Linear(16, 16))
+    convert_linears(model, "2:4", activation_bits=None)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        x = torch.randn(2, 16)
+        torch.testing.assert_close(other(x), model(x))
+        revert_linears(other)
+        torch.testing.assert_close(other(x), model(x))
+        assert convert_linears(other, "1:4").converted == ["0"]
+        assert other[0].mask.float().mean() == 0.25
+    assert type(model[0]) is SparseBitLinear
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,24 @@
 """Callbacks: everything that has to do with time. Each works alone, in any order, on any LightningModule."""
 
+from sbn_lightning.callbacks.checkpoint import DurableCheckpoint, DurableCheckpointIO
 from sbn_lightning.callbacks.conversion import TernarySparseConversion
 from sbn_lightning.callbacks.mask_refresh import MaskRefresh
+from sbn_lightning.callbacks.non_finite import NonFiniteGuard
 from sbn_lightning.callbacks.ramp import DenseToSparseRamp
 from sbn_lightning.callbacks.report import TrainingReport
 from sbn_lightning.callbacks.sparsity_logger import SparsityPatternLogger
 from sbn_lightning.callbacks.throughput import TokenThroughput
+from sbn_lightning.callbacks.weight_averaging import SparseEMAWeightAveraging, SparseWeightAveraging
 from sbn_lightning.callbacks.weight_decay import WeightDecaySchedule
 
 __all__ = [
     "DenseToSparseRamp",
+    "DurableCheckpoint",
+    "DurableCheckpointIO",
     "MaskRefresh",
+    "NonFiniteGuard",
+    "SparseEMAWeightAveraging",
+    "SparseWeightAveraging",
     "SparsityPatternLogger",
     "TernarySparseConversion",
     "TokenThroughput",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import MaskedLinear, masked_layers
 
@@ -85,6 +86,7 @@ class StepCallback(RunCallback):
         raise NotImplementedError
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
+        refuse_plain_averaging(trainer.callbacks)  # type: ignore[union-attr]
         self._seen = trainer.global_step
         self.on_step(trainer, pl_module, trainer.global_step)
 

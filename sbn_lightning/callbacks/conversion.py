@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import wraps
-from typing import Literal
+from functools import partial, wraps
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from sbn_lightning.convert import ConversionReport, convert_linears
-from sbn_lightning.layers import Gradient, MaskSource
+from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
+from sbn_lightning.convert import ConversionReport, convert_linears, revert_linears
+from sbn_lightning.errors import ConfigError
+from sbn_lightning.layers import Gradient, MaskSource, masked_layers
 from sbn_lightning.pattern import NMPattern
 from sbn_lightning.ternary import GammaOver
 
@@ -23,10 +27,12 @@ class TernarySparseConversion(Callback):
     checkpoint is loaded and before ``configure_optimizers``. What was converted, and what was skipped and why, is
     logged and kept in :attr:`report`.
 
+    The way back is :meth:`revert`. A model whose layers were reverted is converted again only by a new callback.
+
     Args:
         pattern: "N:M".
         include: Shell-style patterns of layer names to convert; a pattern also matches everything below a module.
-        exclude: Patterns of layers to leave alone; wins over ``include``.
+        exclude: Patterns of layers to leave alone; wins over ``include``. Name the head here if it is not ``lm_head``.
         kind: ``"ternary"``, or ``"masked"`` for sparse layers without quantisation.
         activation_bits: 8, 4 or None.
         mask_source: ``"latent"`` or ``"ternary"``; see :class:`SparseBitLinear`.
@@ -34,7 +40,8 @@ class TernarySparseConversion(Callback):
         gamma_over: ``"dense"``, ``"kept"`` or ``"masked"``; see :class:`SparseBitLinear`.
 
     Raises:
-        ConfigError: When training starts, if nothing was converted.
+        ConfigError: When training starts, if nothing was converted, if something else replaced converted layers, or
+            if the model computes with the weight of a converted layer without calling the layer.
     """
 
     def __init__(
@@ -53,9 +60,17 @@ class TernarySparseConversion(Callback):
         self.activation_bits, self.mask_source = activation_bits, mask_source
         self.gradient, self.gamma_over = gradient, gamma_over
         self.report: ConversionReport | None = None
+        self._module: LightningModule | None = None
+        self._not_called: dict[str, RemovableHandle] = {}
+
+    @staticmethod
+    def revert(module: nn.Module) -> list[str]:
+        """Turns the masked layers of ``module`` into plain layers with the effective weight; returns their names."""
+        return revert_linears(module)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.report is not None:
+        refuse_plain_averaging(trainer.callbacks)  # type: ignore[attr-defined]
+        if self._module is pl_module:
             return
         if not is_overridden("configure_model", pl_module):
             self._convert(pl_module)
@@ -66,14 +81,47 @@ class TernarySparseConversion(Callback):
 
         @wraps(build)
         def build_and_convert() -> None:
+            pl_module.__dict__.pop("configure_model", None)
             build()
-            if self.report is None:
-                self._convert(pl_module)
+            self._convert(pl_module)
 
         pl_module.configure_model = build_and_convert  # type: ignore[method-assign]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.report is not None
+        layers = dict(masked_layers(pl_module))
+        if len(layers) < len(self.report.converted):
+            lost = [name for name in self.report.converted if name not in layers]
+            raise ConfigError(
+                f"converted layers were replaced or reverted before training began: {', '.join(lost)}; "
+                "does the precision plugin swap linear layers? Use one that does not"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A model may pass the weight of a layer to some function and never call the layer. Whether it does shows in
+        # the first backward pass: a gradient without a call. A compiled model is not watched, it would compile twice.
+        if not any(_is_compiled(module) for module in pl_module.modules()):
+            for name, layer in masked_layers(pl_module):
+                self._not_called[name] = layer.register_forward_pre_hook(partial(self._note_call, name))
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._not_called:
+            return
+        bypassed = []
+        for name, layer in masked_layers(pl_module):
+            gradient = layer._parameters["weight"].grad  # type: ignore[union-attr]
+            if name in self._not_called and gradient is not None and bool((gradient != 0).any()):
+                bypassed.append(name)
+        self._stop_watching()
+        if bypassed:
+            raise ConfigError(
+                "the model computes with the dense weights of these layers without calling them, so they would be "
+                f"neither sparse nor ternary: {', '.join(bypassed)}; exclude them"
+            )
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pl_module.__dict__.pop("configure_model", None)
+        self._stop_watching()
 
     def _convert(self, module: LightningModule) -> None:
         self.report = convert_linears(
@@ -87,4 +135,18 @@ class TernarySparseConversion(Callback):
             gradient=self.gradient,
             gamma_over=self.gamma_over,
         )
+        self._module = module
         rank_zero_info(f"TernarySparseConversion({self.pattern}): {self.report}")
+
+    def _note_call(self, name: str, layer: nn.Module, inputs: Any) -> None:
+        self._not_called.pop(name).remove()
+
+    def _stop_watching(self) -> None:
+        for handle in self._not_called.values():
+            handle.remove()
+        self._not_called.clear()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    compiled_here = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    return compiled_here or (isinstance(module, LightningModule) and module._compiler_ctx is not None)

@@ -1,0 +1,108 @@
+"""Averaged weights (EMA, SWA) of a model with masks.
+
+An average of masks is no mask, least of all when eight of them are packed into a byte, and Lightning's callbacks put
+averaged weights into the model behind autograd's back, so that layers would go on with the masks and ternary codes of
+the weights before. Here the latent weights are averaged, and masks and codes are computed from the average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from sbn_lightning.errors import ConfigError
+from sbn_lightning.layers import masked_layers
+
+
+def refuse_plain_averaging(callbacks: Sequence[Any]) -> None:
+    """Checks that no callback averages masks.
+
+    Raises:
+        ConfigError: Naming the callback and its replacement.
+    """
+    for callback in callbacks:
+        if isinstance(callback, WeightAveraging) and not isinstance(callback, SparseWeightAveraging):
+            instead = SparseEMAWeightAveraging if isinstance(callback, EMAWeightAveraging) else SparseWeightAveraging
+            raise ConfigError(
+                f"{type(callback).__name__} does not keep N:M masks and ternary codes true to the averaged weights; "
+                f"use sbn_lightning's {instead.__name__}, which takes the same arguments"
+            )
+
+
+class SparseWeightAveraging(WeightAveraging):
+    """Lightning's ``WeightAveraging``, same arguments, for models with masked layers.
+
+    While averaged weights are in the model (validation, after training) and in ``state_dict`` of checkpoints, each mask
+    holds the largest averaged weights, at the density that training is at. Training goes on with its own masks, also
+    held ones (``MaskRefresh`` with an interval). May stand before or after ``TernarySparseConversion``.
+    """
+
+    _swapped = False  # whether the model holds the average, and the average what is being trained
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Does nothing: the average is a copy of the model, whose layers may not be converted or even built yet."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._make_average(pl_module).to(self._device or pl_module.device)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._refresh_average(pl_module)
+        super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._refresh_average(pl_module)
+        super().on_train_end(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._refresh_average(pl_module)
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._swapped:  # saved from within validation, as on a signal
+            average, current = checkpoint["current_model_state"], checkpoint["state_dict"]
+            checkpoint["state_dict"], checkpoint["current_model_state"] = average, current
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.training:
+            self._make_average(pl_module)
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def _make_average(self, pl_module: LightningModule) -> AveragedModel:
+        if self._average_model is None:
+            device = self._device or pl_module.device
+            self._average_model = AveragedModel(pl_module, device, use_buffers=self._use_buffers, **self._kwargs)
+            for _, layer in masked_layers(self._average_model):
+                layer.hold_mask = True  # refreshed here only: during validation it keeps the masks of training
+        return self._average_model
+
+    def _refresh_average(self, pl_module: LightningModule) -> None:
+        if self._average_model is not None and not self._swapped:
+            for (_, average), (_, current) in zip(
+                masked_layers(self._average_model.module), masked_layers(pl_module), strict=True
+            ):
+                average.set_density(*current.density)
+                average.refresh_mask()
+
+    def _swap_models(self, pl_module: LightningModule) -> None:
+        super()._swap_models(pl_module)
+        self._swapped = not self._swapped
+        assert self._average_model is not None
+        _show_new_values(pl_module)
+        _show_new_values(self._average_model)
+
+    def _copy_average_to_current(self, pl_module: LightningModule) -> None:
+        super()._copy_average_to_current(pl_module)
+        _show_new_values(pl_module)
+
+
+class SparseEMAWeightAveraging(SparseWeightAveraging, EMAWeightAveraging):
+    """Lightning's ``EMAWeightAveraging``, same arguments, for models with masked layers."""
+
+
+def _show_new_values(model: nn.Module) -> None:
+    """Makes masked layers see that their weights were replaced, which copying into ``.data`` hides from them."""
+    torch.autograd.graph.increment_version([layer.weight for _, layer in masked_layers(model)])
