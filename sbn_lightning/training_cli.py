@@ -7,10 +7,13 @@ by key. ``trainer.callbacks`` is free for anybody else's.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
+import re
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,25 +21,32 @@ import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import register_type
 from lightning.fabric import Fabric
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies.ddp import DDPStrategy as FabricDDPStrategy
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sbn_lightning.callbacks import (
     DenseToSparseRamp,
+    DurableCheckpoint,
+    DurableCheckpointIO,
     MaskRefresh,
+    NonFiniteGuard,
     SparsityPatternLogger,
     TokenThroughput,
     TrainingReport,
     WeightDecaySchedule,
 )
-from sbn_lightning.data import TokenDataModule
-from sbn_lightning.errors import ConfigError
+from sbn_lightning.callbacks.checkpoint import SIGTERM_STATUS
+from sbn_lightning.data import TokenDataModule, folders, shards
+from sbn_lightning.errors import ConfigError, DataError, SBNError
 from sbn_lightning.fabric import FabricRun, train
 from sbn_lightning.module import SparseBitNet
 from sbn_lightning.parsing import OneLineErrors
@@ -50,7 +60,8 @@ CALLBACK_GROUPS: dict[str, type[Callback]] = {
     "weight_decay": WeightDecaySchedule,
     "sparsity_logger": SparsityPatternLogger,
     "throughput": TokenThroughput,
-    "checkpoint": ModelCheckpoint,
+    "non_finite_guard": NonFiniteGuard,
+    "checkpoint": DurableCheckpoint,
 }
 NEEDS_MASKED_LAYERS = (MaskRefresh, DenseToSparseRamp, SparsityPatternLogger)
 
@@ -68,6 +79,7 @@ class SBNCLI(LightningCLI):
             TokenDataModule,
             args=args,
             trainer_class=trainer_class,
+            save_config_callback=SaveConfigWithoutSecrets,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [TrainingReport()]},
             seed_everything_default=1,
@@ -90,38 +102,178 @@ class SBNCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         if config.get("ckpt_path") == "last":
-            resume_last_run(config)
+            resume_last_run(config, training=self.subcommand in ("fit", "fabric"))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SBNError:
+            raise
+        except Exception as error:
+            explain(error, self.datamodule)
+            raise
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
         if self.model.config.linear == "dense":
             callbacks = [callback for callback in callbacks if not isinstance(callback, NEEDS_MASKED_LAYERS)]
         own = config["callbacks"] or []
         own = own if isinstance(own, list) else [own]
+        plugins = config["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in (*plugins, _own_checkpoint_io(config["strategy"]))):
+            config["plugins"] = [*plugins, DurableCheckpointIO()]
         if config["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in own):
             # TQDM's bar is one line, whether or not rich happens to be installed.
             callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]
         return super()._instantiate_trainer(config, callbacks)
 
 
-def resume_last_run(config: Namespace) -> None:
+def _own_checkpoint_io(strategy: Any) -> Any:
+    return getattr(strategy, "_checkpoint_io", None)
+
+
+def resume_last_run(config: Namespace, training: bool = True) -> None:
     """Makes ``--ckpt_path last`` continue the newest run of the same name, in its own folder.
 
     By itself Lightning would open a new version folder, find no checkpoint there, and start anew with a warning.
+    Without any checkpoint, training starts anew and says so: a job that is stopped before its first checkpoint is
+    started again by the same command. A ``last.ckpt`` that cannot be read is put aside, and the newest checkpoint of
+    the run that can be read takes its place.
 
     Raises:
-        ConfigError: If no run of that name has a last checkpoint.
+        ConfigError: If the place of the checkpoints is not known, or there is none and the command does not train.
+        DataError: If there are checkpoints and none of them can be read.
     """
     logger = config.trainer.get("logger")
     if not isinstance(logger, Namespace) or "save_dir" not in logger.get("init_args", {}):
         raise ConfigError("--ckpt_path last needs a trainer.logger with a save_dir; give the checkpoint's path instead")
     folder = Path(logger.init_args.save_dir) / (logger.init_args.get("name") or "")
-    found = sorted(folder.glob("version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    # `validate` and the like have no checkpoint group.
+    fixed = config.get("checkpoint.dirpath")
+    pattern = f"{fixed}/*.ckpt" if fixed else f"{folder}/version_*/checkpoints/*.ckpt"
+    found = sorted(Path(fixed).glob("*.ckpt") if fixed else folder.glob("version_*/checkpoints/*.ckpt"), key=_age)
     if not found:
-        raise ConfigError(
-            f"--ckpt_path last: no checkpoints/last.ckpt in {folder}/version_*; leave it out to start anew"
-        )
-    config.ckpt_path = str(found[-1])
-    logger.init_args.version = found[-1].parent.parent.name
+        if not training:
+            raise ConfigError(f"--ckpt_path last: no checkpoint in {pattern}")
+        config.ckpt_path = None
+        say(f"--ckpt_path last: no checkpoint in {pattern} yet, training starts anew")
+        return
+    run = found[-1].parent
+    # What was meant to be last comes first; then the newest.
+    candidates = sorted((path for path in found if path.parent == run), key=lambda p: (_is_last(p), _age(p)))[::-1]
+    damage: dict[Path, str] = {}
+    for path in candidates:
+        if reason := why_unreadable(path):
+            damage[path] = reason
+            continue
+        break
+    else:
+        reasons = "; ".join(f"{path} {reason}" for path, reason in damage.items())
+        raise DataError(f"--ckpt_path last: no checkpoint of the run can be read: {reasons}; delete them to start anew")
+    for bad, reason in damage.items():
+        kept = bad
+        if training:
+            # Out of the way of the next save, which would avoid its name.
+            kept = bad.with_name(f"{bad.name}.damaged")
+            if bad.exists():
+                bad.replace(kept)
+        say(f"--ckpt_path last: {bad} {reason} (kept as {kept.name}); continuing from {path}")
+    config.ckpt_path = str(path)
+    if not fixed:
+        logger.init_args.version = run.parent.name
+
+
+def _age(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # put aside by another process of the same run
+        return 0.0
+
+
+def _is_last(path: Path) -> bool:
+    return re.fullmatch(r"last(-v\d+)?", path.stem) is not None
+
+
+def why_unreadable(path: Path) -> str:
+    """What is wrong with a checkpoint; empty if nothing is.
+
+    Checksums are compared up to ``shards.CHECKSUM_LIMIT`` bytes; above, what a file cut short shows.
+    """
+    if path.is_dir():  # sharded; its metadata are written last
+        return "" if (path / ".metadata").is_file() else "is not complete"
+    try:
+        if not path.stat().st_size:
+            return "is empty"
+        with zipfile.ZipFile(path) as file:
+            if path.stat().st_size <= shards.CHECKSUM_LIMIT and (record := file.testzip()):
+                return f"is damaged (in {record})"
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file can make torch raise anything
+        return f"is damaged ({(str(error) or type(error).__name__).splitlines()[0].rstrip('.')})"
+    return "" if isinstance(saved, dict) and "state_dict" in saved else "is no checkpoint"
+
+
+def explain(error: Exception, data: TokenDataModule) -> None:
+    """Raises the error in words of its own if it is one that a run meets from outside.
+
+    Raises:
+        DataError: If a shard is gone, or a disk is full.
+        SystemExit: If a SIGTERM to the whole group of processes stopped the data's workers first.
+    """
+    for source, meta in (data._metas or {}).items():
+        if not folders.is_remote(source):
+            try:
+                shards.verify(Path(source), meta, checksum=False)
+            except DataError as gone:
+                raise gone from error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise DataError(f"the disk is full: {error}; make room and continue with --ckpt_path last") from error
+    if "killed by signal: Terminated" in str(error):
+        say("SIGTERM: stopped inside a step; --ckpt_path last continues from the last checkpoint")
+        raise SystemExit(SIGTERM_STATUS) from error
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Prints a line, once."""
+    print(text, flush=True)
+
+
+SECRET_KEY = re.compile(r"(^|_)(api_?key|access_?key|private_?key|token|password|passwd|secret|credentials?)$", re.I)
+SECRET_VARIABLE = re.compile(r"KEY|TOKEN|PASSW|SECRET|CREDENTIAL", re.I)
+URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+URL_SECRET = re.compile(r"(?<=[?&])([^=&\s]*(?:key|token|passw|secret|sig|signature|credential)[^=&\s]*)=[^&\s]+", re.I)
+HIDDEN = "***"
+
+
+def without_secrets(value: Any, key: str = "", known: frozenset[str] | None = None) -> Any:
+    """A copy of a configuration with ``***`` in the place of what must not be written down.
+
+    That is: a user and password in a URL, what a URL's query calls a key, token or signature, every value whose key
+    ends in ``token``, ``password``, ``api_key`` or the like, and the value of an environment variable of such a name.
+    """
+    if known is None:
+        known = frozenset(v for k, v in os.environ.items() if SECRET_VARIABLE.search(k) and len(v) >= 8)
+    if isinstance(value, Namespace):
+        return Namespace(**{k: without_secrets(v, k, known) for k, v in vars(value).items()})
+    if isinstance(value, dict):
+        return {without_secrets(k, "", known): without_secrets(v, str(k), known) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_secrets(item, key, known) for item in value)
+    if not isinstance(value, (str, os.PathLike)):
+        return value
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    clean = HIDDEN if text and SECRET_KEY.search(key) else URL_SECRET.sub(rf"\1={HIDDEN}", URL_LOGIN.sub(HIDDEN, text))
+    for secret in known:
+        clean = clean.replace(secret, HIDDEN)
+    return value if clean == text else clean
+
+
+class SaveConfigWithoutSecrets(SaveConfigCallback):
+    """Writes ``config.yaml`` next to the logs, without passwords and tokens."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
+        super().__init__(parser, without_secrets(config), *args, **kwargs)
 
 
 class FabricTrainer(Trainer):
@@ -133,7 +285,7 @@ class FabricTrainer(Trainer):
         Args:
             model: What to train.
             datamodule: On what.
-            ckpt_path: Checkpoint to continue from, of this command or of ``fit``; ``last`` is the newest run's.
+            ckpt_path: Checkpoint to continue from, of this command or of ``fit``; ``last`` is the newest run's, if any.
         """
         raise NotImplementedError
 
@@ -258,4 +410,10 @@ def run(args: list[str]) -> SBNCLI:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     command = FabricCLI if args[0] == "fabric" else SBNCLI
     # LightningCLI warns of arguments given from within Python, also when they are the process's own.
-    return command(None if args == sys.argv[1:] else args)
+    try:
+        return command(None if args == sys.argv[1:] else args)
+    except SIGTERMException as error:
+        if error.code is None:  # raised by Lightning, which takes it for a success
+            say("SIGTERM: stopped, nothing saved; --ckpt_path last continues from the last checkpoint, if there is one")
+            error.code = SIGTERM_STATUS
+        raise

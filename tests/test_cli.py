@@ -106,8 +106,18 @@ def test_last_continues_the_newest_run_in_its_folder(tokens, capsys):
     assert saved["global_step"] == 4
 
 
-def test_last_without_a_run_is_an_error(tokens, capsys):
-    assert "no checkpoints/last.ckpt in logs/sparse_pretrain" in error_of(capsys, fit(tokens, "--ckpt_path=last"))
+def test_last_without_a_run_starts_anew_and_says_so(tokens, capsys):
+    assert fit(tokens, "--ckpt_path=last") == 0
+    printed = capsys.readouterr().out
+    assert "no checkpoint in logs/sparse_pretrain/version_*/checkpoints/*.ckpt yet, training starts anew" in printed
+    saved = torch.load("logs/sparse_pretrain/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+
+
+def test_last_without_a_run_is_an_error_where_nothing_is_trained(tokens, capsys):
+    options = [option for option in small(tokens, "--ckpt_path=last") if "checkpoint." not in option]
+    error = error_of(capsys, main(["validate", "--config", str(RECIPE), *options]))
+    assert "no checkpoint in logs/sparse_pretrain" in error
 
 
 def test_a_dense_model_needs_no_mask_callbacks(tokens):

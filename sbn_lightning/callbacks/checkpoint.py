@@ -1,0 +1,209 @@
+"""Checkpoints that are whole or not there, and one more when the process is told to stop.
+
+Lightning's ``TorchCheckpointIO`` writes to the system's temporary folder, does not sync, and moves the file; across
+file systems that move is a copy, and a crash in it, or a full disk, leaves half a ``last.ckpt``. Here a checkpoint is
+written next to its place, synced, and renamed: a name holds the old file or the new one at every moment.
+
+Lightning notes a SIGTERM and raises at the end of a micro-batch, which may be inside an accumulation window, where
+gradients that no checkpoint has are lost, and exits with status 0. Here training goes on to the end of the optimiser
+step, saves as it does after any step, and exits with status 143.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from contextlib import suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from sbn_lightning.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sbn_lightning.callbacks.base import Run
+
+SIGTERM_STATUS = 128 + signal.SIGTERM  # what a shell reports of a process that a SIGTERM ended
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a local checkpoint aside, syncs and renames it; URLs and reading are Lightning's own."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Writes ``path`` as a whole, or leaves what is there.
+
+        Raises:
+            DataError: If it cannot be written: the disk is full, or the folder is not writable.
+        """
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        aside = target.with_name(f"{target.name}.tmp")
+        failure: OSError | None = None
+        stream: _Stream | None = None
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as file:
+                stream = _Stream(file)
+                torch.save(checkpoint, cast(Any, stream))
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(target)
+            _sync_folder(target.parent)
+        except Exception as error:
+            # torch may put an error of its own in the place of the one that `write` raised.
+            failure = error if isinstance(error, OSError) else stream.error if stream else None
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+            if failure is None:
+                raise
+            raise DataError(
+                f"cannot write the checkpoint {path}: {failure.strerror or failure}; the one before it is intact: make "
+                "room and continue with --ckpt_path last"
+            ) from error
+
+
+class _Stream:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return int(self._file.write(data))
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in ``folder`` last through a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class DurableCheckpoint(ModelCheckpoint):
+    """``ModelCheckpoint`` that also saves when the process gets a SIGTERM, as a job that is preempted does.
+
+    Training goes on to the end of the optimiser step, ``last.ckpt`` is saved, and ``SIGTERMException`` ends the
+    process with status 143. In a validation, which a scheduler may not wait for, it happens at once; on several
+    processes, which must agree, after it. Takes the arguments of ``ModelCheckpoint``, reads and writes its state.
+    """
+
+    _terminated = False
+    _run: Run | None = None  # while in a validation
+    _loops: dict[str, Any] | None = None
+    _before: Any = None
+    _listens = False
+    _seen = 0
+
+    @property
+    def state_key(self) -> str:
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
+        super().on_train_start(cast(Any, trainer), cast(Any, pl_module))
+        self._seen = trainer.global_step
+        self._terminated = getattr(trainer, "received_sigterm", False)  # Lightning listens from earlier on
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._listens = True
+
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        self._terminated = True
+        if self._run is not None and self._run.world_size == 1:
+            self._save_and_exit(self._run)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(cast(Any, trainer), cast(Any, pl_module), outputs, batch, batch_idx)
+        if trainer.global_step > self._seen:
+            self._seen = trainer.global_step
+            terminated = self._terminated
+            if trainer.world_size > 1:
+                # One process may get the signal a step before another.
+                terminated = trainer.strategy.reduce_boolean_decision(terminated, all=False)
+            if terminated:
+                self._save_and_exit(trainer)
+
+    def on_validation_start(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
+        if trainer.sanity_checking or not self._listens:
+            return
+        if isinstance(trainer, Trainer):
+            self._loops = _before_validation(trainer)
+        self._run = trainer
+        if self._terminated and trainer.world_size == 1:
+            self._save_and_exit(trainer)
+
+    def on_validation_end(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
+        self._run = self._loops = None
+        super().on_validation_end(cast(Any, trainer), cast(Any, pl_module))
+
+    def on_save_checkpoint(self, trainer: Run, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        if self._loops is not None:
+            checkpoint["loops"]["fit_loop"] = self._loops
+
+    def on_train_end(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
+        self._stop_listening()
+        super().on_train_end(cast(Any, trainer), cast(Any, pl_module))
+
+    def on_exception(self, trainer: Run, pl_module: nn.Module, exception: BaseException) -> None:  # type: ignore[override]
+        self._stop_listening()
+        super().on_exception(cast(Any, trainer), cast(Any, pl_module), exception)
+
+    def teardown(self, trainer: Run, pl_module: nn.Module, stage: str) -> None:  # type: ignore[override]
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        self._run = self._loops = None
+        if self._listens:
+            self._listens = False
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
+
+    def _save_and_exit(self, trainer: Run) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut this short
+        path = self.last_model_path
+        if self._last_global_step_saved != trainer.global_step or Path(self._last_checkpoint_saved) != Path(path):
+            path = self.format_checkpoint_name(self._monitor_candidates(cast(Any, trainer)), self.CHECKPOINT_NAME_LAST)
+            self.last_model_path = path
+            trainer.save_checkpoint(path)  # never the weights alone: it is to be continued from
+        _say(f"SIGTERM: saved step {trainer.global_step} to {path}; --ckpt_path last continues from there")
+        raise SIGTERMException(SIGTERM_STATUS)
+
+
+def _before_validation(trainer: Trainer) -> dict[str, Any]:
+    """State of the fit loop as it was in ``on_train_batch_end``, before the validation that starts.
+
+    A run that resumes from there continues with the next batch; half a validation is not to be continued.
+    """
+    state = deepcopy(trainer.fit_loop.state_dict())
+    progress = state["epoch_loop.batch_progress"]
+    for count in ("total", "current"):
+        progress[count]["completed"] -= 1
+    # Lightning counts what is left out from zero.
+    return {key: value for key, value in state.items() if "val_loop" not in key}
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)

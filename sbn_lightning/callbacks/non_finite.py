@@ -1,0 +1,178 @@
+"""``NonFiniteGuard``: a loss that is not a number ends the run, names its origin, and spares the last checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from sbn_lightning.callbacks.base import RunCallback
+from sbn_lightning.errors import ConfigError, SBNError
+
+if TYPE_CHECKING:
+    from sbn_lightning.callbacks.base import Run
+
+
+class NonFiniteError(SBNError, ArithmeticError):
+    """The loss or a weight is NaN or infinite."""
+
+
+class NonFiniteGuard(RunCallback):
+    """Stops training when the loss is NaN or infinite, before the optimiser carries it into the weights.
+
+    The batch is then run again with hooks on every layer, to name the first one, in forward order, with a value that
+    is not finite. Nothing is hooked before that. No checkpoint is written with a weight that is not finite.
+
+    Args:
+        interval: Look at the loss every so many optimiser steps; looking waits for the device. By default every step
+            on a CPU, and elsewhere with the trainer's ``log_every_n_steps``, when the loss is fetched anyway. If it
+            was not finite in between, all weights may be spoilt by then, and the layer it began in unknown; an
+            interval of 1 finds it.
+    """
+
+    def __init__(self, interval: int | None = None) -> None:
+        if interval is not None and interval < 1:
+            raise ConfigError(f"NonFiniteGuard: interval={interval}; give 1 or more")
+        self.interval = interval
+        self._batch: tuple[Any, int] | None = None
+        self._finite: Tensor | None = None
+        self._last_look = 0
+        self._hooks: list[Any] = []
+
+    def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
+        self._finite, self._last_look = None, trainer.global_step
+        if not isinstance(trainer, Trainer):
+            # The Fabric loop has no hook between backward and step. A loss that is not finite leaves no gradient
+            # finite; one of the smallest parameter tells.
+            for optimizer in trainer.optimizers:
+                hook = optimizer.register_step_pre_hook(
+                    lambda optimizer, *_: self._look(trainer, pl_module, _smallest_gradient(optimizer))
+                )
+                self._hooks.append(hook)
+
+    def on_train_batch_start(self, trainer: Run, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        self._batch = (batch, batch_idx)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: nn.Module, loss: Tensor) -> None:  # type: ignore[override]
+        self._look(trainer, pl_module, loss)
+
+    def on_train_batch_end(self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._batch = None
+
+    def on_save_checkpoint(self, trainer: Run, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        if trainer.global_step and (name := first_non_finite_weight(pl_module)):
+            raise NonFiniteError(
+                f"{name} is not finite after optimiser step {trainer.global_step}: nothing is saved, the checkpoint "
+                "before is the last good one"
+            )
+
+    def on_exception(self, trainer: Run, pl_module: nn.Module, exception: BaseException) -> None:  # type: ignore[override]
+        self._remove_hooks()
+
+    def on_train_end(self, trainer: Run, pl_module: nn.Module) -> None:
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _look(self, trainer: Run, module: nn.Module, value: Tensor | None) -> None:
+        """Takes note of a loss or gradient; every ``interval`` steps, looks at what was noted."""
+        if value is None:
+            return
+        finite = value.detach().isfinite().all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        interval = self.interval or (1 if value.device.type == "cpu" else trainer.log_every_n_steps)  # type: ignore[union-attr]
+        if (trainer.global_step + 1) % interval:
+            return
+        fine = bool(self._finite)
+        if trainer.world_size > 1:  # all stop together, or those left wait for ever
+            fine = trainer.strategy.reduce_boolean_decision(fine, all=True)
+        self._finite = None
+        if not fine:
+            self._stop(trainer, module)
+        self._last_look = trainer.global_step + 1
+
+    def _stop(self, trainer: Run, module: nn.Module) -> None:
+        since, now = self._last_look + 1, trainer.global_step + 1
+        when = f"in optimiser step {now}" if now <= since else f"between the optimiser steps {since} and {now}"
+        text = f"the loss is NaN or infinite {when}"
+        if self._batch is not None:
+            text += f"; {find_origin(trainer, module, *self._batch)}"
+        if now > since:
+            text += "; set non_finite_guard.interval to 1 to see where it begins"
+        checkpoint = getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path
+        good = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        raise NonFiniteError(f"{text}; {good}")
+
+
+def _smallest_gradient(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return min(gradients, key=lambda gradient: gradient.numel(), default=None)
+
+
+@torch.no_grad()
+def first_non_finite_weight(module: nn.Module) -> str | None:
+    """Name of the first parameter with a value that is not finite; waits for the device once."""
+    named = [(name, p) for name, p in module.named_parameters() if p.is_floating_point() and p.numel()]
+    # The smallest and the largest value tell, NaN being both; no mask of the parameter's size is made.
+    finite = [torch.stack(torch.aminmax(p.detach())).isfinite().all() for _, p in named]
+    if not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
+        return None
+    return next(name for (name, _), flag in zip(named, finite, strict=True) if not flag)
+
+
+def find_origin(trainer: Run, module: nn.Module, batch: Any, batch_idx: int) -> str:
+    """Runs a batch again and says in which layer, in forward order, the first value is not finite."""
+    found: list[str] = []
+    with _watched(module, found), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        try:
+            if isinstance(trainer, Trainer):
+                with trainer.precision_plugin.train_step_context():
+                    module.training_step(batch, batch_idx)  # type: ignore[operator]
+            else:
+                with trainer.fabric.autocast():
+                    step = getattr(module, "training_step", None)
+                    step(batch, batch_idx) if step is not None else module(batch)
+        except Exception:
+            pass  # whatever else it does (logging, in the Fabric loop) comes after the layers
+    if found:
+        return found[0]
+    if name := first_non_finite_weight(module):
+        return f"the first weight that is not finite is {name}"
+    return "no layer has such a value when the batch is run again: it is the loss itself, or comes and goes"
+
+
+@contextmanager
+def _watched(root: nn.Module, found: list[str]) -> Iterator[None]:
+    def after(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if found or _finite(output):
+            return
+        for key, parameter in module.named_parameters(recurse=False):
+            if not _finite(parameter):
+                found.append(f"it begins in {name}: its {key} is not finite")
+                return
+        found.append(f"it begins in {name}: its output is not finite, its parameters are")
+
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: after(name, module, inputs, output))
+        for name, module in root.named_modules()
+        if name
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    if isinstance(value, (list, tuple)):
+        return all(map(_finite, value))
+    return all(map(_finite, value.values())) if isinstance(value, dict) else True
