@@ -270,6 +270,7 @@ def test_conversion_of_a_foreign_module(in_configure_model):
     assert conversion.report.converted == ["net.0"]
     assert conversion.report.skipped == {"net.2": "excluded by name"}
     assert type(module.net[0]) is SparseBitLinear
+    assert module._ddp_params_and_buffers_to_ignore == ["net.0.mask_bits"]
     optimised = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert {id(p) for p in module.parameters()} == optimised
     assert torch.equal(module.net[0].mask, top_n_mask(module.net[0].weight, NMPattern(2, 4)))

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
 from sbn_lightning.convert import ConversionReport, convert_linears, revert_linears
+from sbn_lightning.distributed import check_strategy, keep_masks_out_of_broadcasts
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import Gradient, MaskSource, masked_layers
 from sbn_lightning.pattern import NMPattern
@@ -40,8 +41,9 @@ class TernarySparseConversion(Callback):
         gamma_over: ``"dense"``, ``"kept"`` or ``"masked"``; see :class:`SparseBitLinear`.
 
     Raises:
-        ConfigError: When training starts, if nothing was converted, if something else replaced converted layers, or
-            if the model computes with the weight of a converted layer without calling the layer.
+        ConfigError: When training starts, if nothing was converted, if something else replaced converted layers, if
+            the model computes with the weight of a converted layer without calling the layer, or if the strategy
+            cannot keep masks.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class TernarySparseConversion(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_plain_averaging(trainer.callbacks)  # type: ignore[attr-defined]
+        check_strategy(trainer.strategy)
         if self._module is pl_module:
             return
         if not is_overridden("configure_model", pl_module):
@@ -136,6 +139,7 @@ class TernarySparseConversion(Callback):
             gamma_over=self.gamma_over,
         )
         self._module = module
+        keep_masks_out_of_broadcasts(module)
         rank_zero_info(f"TernarySparseConversion({self.pattern}): {self.report}")
 
     def _note_call(self, name: str, layer: nn.Module, inputs: Any) -> None:
