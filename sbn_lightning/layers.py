@@ -160,6 +160,18 @@ class MaskedLinear(nn.Linear):
         """Brings everything derived from the weight up to date; free if the weight has not changed."""
         self._sync_mask()
 
+    def forward(self, input: Tensor) -> Tensor:
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            y = self._multiply(input)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """``forward`` without the bias, in the dtype of ``x``."""
+        raise NotImplementedError
+
     def latent(self) -> Tensor:
         """The latent weight, whole: gathered from its shards where FSDP2 has sharded it (on every rank at once)."""
         weight = self.weight.detach()
@@ -342,21 +354,15 @@ class SparseBitLinear(MaskedLinear):
             self._prepared = self._backend.prepare(self._weight)
         self._prepared_of = key
 
-    def forward(self, input: Tensor) -> Tensor:
-        device = input.device.type
-        if torch.is_autocast_enabled(device):
-            input = input.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
-            if torch.compiler.is_compiling() and not self.owner_prepares:
-                mask = self._graph_mask()
-                prepared = self._backend.prepare(self._quantize(mask))
-                gradient_mask = self._gradient_mask(mask)
-            else:
-                if not torch.compiler.is_compiling():
-                    self.prepare()
-                prepared, gradient_mask = self._prepared, self._gradient_mask()
-            y = self._backend.linear(input, self.weight, prepared, gradient_mask, self.activation_bits)
-            return y if self.bias is None else y + self.bias.to(y.dtype)
+    def _multiply(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and not self.owner_prepares:
+            mask = self._graph_mask()
+            prepared, gradient_mask = self._backend.prepare(self._quantize(mask)), self._gradient_mask(mask)
+        else:
+            if not torch.compiler.is_compiling():
+                self.prepare()
+            prepared, gradient_mask = self._prepared, self._gradient_mask()
+        return self._backend.linear(x, self.weight, prepared, gradient_mask, self.activation_bits)
 
     def _mask_scores(self) -> Tensor:
         weight = self.latent()
@@ -395,14 +401,10 @@ class SparseLinear(MaskedLinear):
     def effective_weight(self) -> Tensor:
         return self.values()
 
-    def forward(self, input: Tensor) -> Tensor:
-        device = input.device.type
-        if torch.is_autocast_enabled(device):
-            input = input.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
-            mask = self._graph_mask() if torch.compiler.is_compiling() else self.mask
-            y: Tensor = MaskedLinearFunction.apply(input, self.weight, mask, self._gradient_mask(mask))
-            return y if self.bias is None else y + self.bias.to(y.dtype)
+    def _multiply(self, x: Tensor) -> Tensor:
+        mask = self._graph_mask() if torch.compiler.is_compiling() else self.mask
+        y: Tensor = MaskedLinearFunction.apply(x, self.weight, mask, self._gradient_mask(mask))
+        return y
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
