@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sbn_lightning.callbacks import (
         DenseToSparseRamp,
+        DurableCheckpoint,
         MaskRefresh,
+        NonFiniteGuard,
         SparseEMAWeightAveraging,
         SparseWeightAveraging,
         SparsityPatternLogger,
@@ -32,8 +34,10 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "DenseToSparseRamp": "callbacks",
+    "DurableCheckpoint": "callbacks",
     "MaskRefresh": "callbacks",
     "NMPattern": "pattern",
+    "NonFiniteGuard": "callbacks",
     "SparseBitLinear": "layers",
     "SparseBitNet": "module",
     "SparseEMAWeightAveraging": "callbacks",
@@ -53,8 +57,10 @@ _MODULE_OF = {
 
 __all__ = [
     "DenseToSparseRamp",
+    "DurableCheckpoint",
     "MaskRefresh",
     "NMPattern",
+    "NonFiniteGuard",
     "SparseBitLinear",
     "SparseBitNet",
     "SparseEMAWeightAveraging",

@@ -228,7 +228,10 @@ def explain(error: Exception, data: TokenDataModule) -> None:
                 raise gone from error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         raise DataError(f"the disk is full: {error}; make room and continue with --ckpt_path last") from error
-    if "killed by signal: Terminated" in str(error):
+    chain: list[BaseException] = [error]
+    while before := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(before)
+    if any("killed by signal: Terminated" in str(link) for link in chain):
         say("SIGTERM: stopped inside a step; --ckpt_path last continues from the last checkpoint")
         raise SystemExit(SIGTERM_STATUS) from error
 

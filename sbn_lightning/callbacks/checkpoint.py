@@ -105,16 +105,18 @@ class DurableCheckpoint(ModelCheckpoint):
     """``ModelCheckpoint`` that also saves when the process gets a SIGTERM, as a job that is preempted does.
 
     Training goes on to the end of the optimiser step, ``last.ckpt`` is saved, and ``SIGTERMException`` ends the
-    process with status 143. In a validation, which a scheduler may not wait for, it happens at once; on several
-    processes, which must agree, after it. Takes the arguments of ``ModelCheckpoint``, reads and writes its state.
+    process with status 143. A validation, which a scheduler may not wait for, is cut short at once, and the next start
+    leaves it out, as after a crash in one; on several processes, which must agree, and inside an accumulation window,
+    it is waited for. Takes the arguments of ``ModelCheckpoint``, and reads and writes its state.
     """
 
     _terminated = False
-    _run: Run | None = None  # while in a validation
+    _run: Run | None = None  # while in a validation that a signal may end
     _loops: dict[str, Any] | None = None
     _before: Any = None
     _listens = False
     _seen = 0
+    _stepped = False  # whether the last micro-batch ended in an optimiser step
 
     @property
     def state_key(self) -> str:
@@ -124,20 +126,23 @@ class DurableCheckpoint(ModelCheckpoint):
         super().on_train_start(cast(Any, trainer), cast(Any, pl_module))
         self._seen = trainer.global_step
         self._terminated = getattr(trainer, "received_sigterm", False)  # Lightning listens from earlier on
-        if threading.current_thread() is threading.main_thread():
+        # Only the main thread may, and one such callback is enough.
+        other = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        if threading.current_thread() is threading.main_thread() and not isinstance(other, DurableCheckpoint):
             self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
             self._listens = True
 
     def _on_sigterm(self, number: int, frame: Any) -> None:
         self._terminated = True
-        if self._run is not None and self._run.world_size == 1:
+        if self._run is not None:
             self._save_and_exit(self._run)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(cast(Any, trainer), cast(Any, pl_module), outputs, batch, batch_idx)
-        if trainer.global_step > self._seen:
+        self._stepped = trainer.global_step > self._seen
+        if self._stepped:
             self._seen = trainer.global_step
             terminated = self._terminated
             if trainer.world_size > 1:
@@ -147,12 +152,13 @@ class DurableCheckpoint(ModelCheckpoint):
                 self._save_and_exit(trainer)
 
     def on_validation_start(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
-        if trainer.sanity_checking or not self._listens:
+        # Gradients of half a window are in no checkpoint, and processes must agree.
+        if trainer.sanity_checking or not self._listens or not self._stepped or trainer.world_size > 1:
             return
         if isinstance(trainer, Trainer):
             self._loops = _before_validation(trainer)
         self._run = trainer
-        if self._terminated and trainer.world_size == 1:
+        if self._terminated:
             self._save_and_exit(trainer)
 
     def on_validation_end(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
@@ -183,7 +189,8 @@ class DurableCheckpoint(ModelCheckpoint):
     def _save_and_exit(self, trainer: Run) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut this short
         path = self.last_model_path
-        if self._last_global_step_saved != trainer.global_step or Path(self._last_checkpoint_saved) != Path(path):
+        is_saved = self._last_global_step_saved == trainer.global_step and self._last_checkpoint_saved == path
+        if not is_saved or self.save_weights_only:
             path = self.format_checkpoint_name(self._monitor_candidates(cast(Any, trainer)), self.CHECKPOINT_NAME_LAST)
             self.last_model_path = path
             trainer.save_checkpoint(path)  # never the weights alone: it is to be continued from
@@ -194,7 +201,8 @@ class DurableCheckpoint(ModelCheckpoint):
 def _before_validation(trainer: Trainer) -> dict[str, Any]:
     """State of the fit loop as it was in ``on_train_batch_end``, before the validation that starts.
 
-    A run that resumes from there continues with the next batch; half a validation is not to be continued.
+    A run that resumes from there goes on with the next batch, without that validation. From a state inside it
+    Lightning would go on with the rest of it, from the first batches, and log the mean of those.
     """
     state = deepcopy(trainer.fit_loop.state_dict())
     progress = state["epoch_loop.batch_progress"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.errors import ConfigError, SBNError
@@ -64,10 +65,14 @@ class NonFiniteGuard(RunCallback):
         self._batch = None
 
     def on_save_checkpoint(self, trainer: Run, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
-        if trainer.global_step and (name := first_non_finite_weight(pl_module)):
+        name = first_non_finite_weight(pl_module) if trainer.global_step else None
+        stop = name is not None
+        if isinstance(trainer, Trainer) and trainer.world_size > 1:  # each process may see its own share of weights
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
             raise NonFiniteError(
-                f"{name} is not finite after optimiser step {trainer.global_step}: nothing is saved, the checkpoint "
-                "before is the last good one"
+                f"{name or 'a weight on another process'} is not finite after optimiser step {trainer.global_step}: "
+                "nothing is saved, the checkpoint before is the last good one"
             )
 
     def on_exception(self, trainer: Run, pl_module: nn.Module, exception: BaseException) -> None:  # type: ignore[override]
@@ -117,8 +122,9 @@ def _smallest_gradient(optimizer: torch.optim.Optimizer) -> Tensor | None:
 
 @torch.no_grad()
 def first_non_finite_weight(module: nn.Module) -> str | None:
-    """Name of the first parameter with a value that is not finite; waits for the device once."""
-    named = [(name, p) for name, p in module.named_parameters() if p.is_floating_point() and p.numel()]
+    """Name of the first parameter with a value that is not finite on this process; waits for the device once."""
+    local = [(name, p.to_local() if isinstance(p, DTensor) else p) for name, p in module.named_parameters()]
+    named = [(name, p) for name, p in local if p.is_floating_point() and p.numel()]
     # The smallest and the largest value tell, NaN being both; no mask of the parameter's size is made.
     finite = [torch.stack(torch.aminmax(p.detach())).isfinite().all() for _, p in named]
     if not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
@@ -171,6 +177,8 @@ def _watched(root: nn.Module, found: list[str]) -> Iterator[None]:
 
 
 def _finite(value: Any) -> bool:
+    if isinstance(value, DTensor):
+        value = value.to_local()
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(value.isfinite().all())
     if isinstance(value, (list, tuple)):

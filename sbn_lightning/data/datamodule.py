@@ -317,11 +317,12 @@ class TokenDataModule(LightningDataModule):
         )
 
     def _loader_options(self, split: str, num_workers: int) -> dict[str, Any]:
-        from sbn_lightning.data.loader import Collate
+        from sbn_lightning.data.loader import Collate, keep_working
 
         where = " or ".join(folders.join(source, split) for source in self.sources)
         return {
             "num_workers": num_workers,
+            "worker_init_fn": keep_working,
             "collate_fn": Collate(self.vocab_size, where),
             "pin_memory": torch.cuda.is_available(),
         }

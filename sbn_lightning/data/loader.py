@@ -18,6 +18,7 @@ then saves a position that is one batch too far.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -166,6 +167,15 @@ class TokenLoader(StreamingDataLoader):  # type: ignore[misc, unused-ignore]
         self._worker_idx = None
         super().load_state_dict({**obj, "dataset": {**saved, **paths}})
         self._resume_next_epoch = True
+
+
+def keep_working(worker: int) -> None:
+    """Makes a loader process ignore SIGTERM.
+
+    A preempted job gets the signal in every process. The main one saves a checkpoint first, and needs batches until the
+    end of its optimiser step; it ends its workers itself.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 _OPTION = {"seed": "seed", "shuffle": "shuffle", "block": "sequence_length"}
