@@ -70,20 +70,20 @@ def test_two_processes_equal_one(strategy, single, tmp_path):
     assert ranks[0]["ignored"] == sorted(f"{name}.mask_bits" for name in single["counts"])
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_resumes_on_another_number_of_processes(before, after, counting, tmp_path):
+@pytest.mark.parametrize(("strategy_before", "strategy_after"), [("ddp", "auto"), ("auto", "ddp"), ("fsdp2", "auto")])
+def test_a_run_resumes_on_another_number_of_processes(strategy_before, strategy_after, counting, tmp_path):
     """No sample twice; what an epoch leaves out at its end is less than two batches."""
 
     def rows(ranks):
         return [tuple(row) for rank in ranks for batch in rank["samples"] for row in batch.tolist()]
 
-    strategy = {1: "auto", 2: "ddp"}
+    before, after = (1 if strategy == "auto" else 2 for strategy in (strategy_before, strategy_after))
     index = json.loads((counting / "train/index.json").read_text())
     blocks = sum(chunk["dim"] // 64 for chunk in index["chunks"])
     epoch = blocks // GLOBAL_BATCH
-    first = launch(strategy[before], tmp_path / "first", epoch // 2, before, tokens=counting)
+    first = launch(strategy_before, tmp_path / "first", epoch // 2, before, tokens=counting)
     checkpoint = tmp_path / f"first/step={epoch // 2}.ckpt"
-    rest = launch(strategy[after], tmp_path / "rest", epoch - 2, after, tokens=counting, checkpoint=checkpoint)
+    rest = launch(strategy_after, tmp_path / "rest", epoch - 2, after, tokens=counting, checkpoint=checkpoint)
     seen = rows(first) + rows(rest)
     assert len(seen) == (epoch - 2) * GLOBAL_BATCH
     assert len(set(seen)) == len(seen)

@@ -39,7 +39,9 @@ def main(strategy, output, steps, checkpoint=None, tokens=None):
     make = {
         "auto": lambda: "auto",
         "ddp": DDPStrategy,
-        "fsdp2": partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1),
+        "fsdp2": partial(
+            ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False
+        ),
         "fsdp2-auto": ModelParallelStrategy,
     }[strategy]
     world = 1 if strategy == "auto" else 2
