@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from sbn_lightning.callbacks.checkpoint import DurableCheckpointIO
 from sbn_lightning.errors import ConfigError, DataError
 
 
@@ -266,8 +267,9 @@ class FabricRun:
             weights_only: Leave out what training needs besides the weights.
         """
         if self.fabric.is_global_zero:
-            write, checkpoint = self.fabric.strategy.checkpoint_io.save_checkpoint, self._dump(bool(weights_only))
-            if "://" in str(path):
+            storage, checkpoint = self.fabric.strategy.checkpoint_io, self._dump(bool(weights_only))
+            write = storage.save_checkpoint
+            if "://" in str(path) or isinstance(storage, DurableCheckpointIO):  # which writes aside itself
                 write(checkpoint, path)
             else:
                 aside = Path(f"{path}.tmp")

@@ -1,5 +1,6 @@
 """Models and trainers of the tests."""
 
+import zlib
 from functools import partial
 
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sbn_lightning import SparseBitNet, TransformerConfig
+from sbn_lightning.callbacks.base import RunCallback
+from sbn_lightning.layers import masked_layers
 
 
 def small_config(**changes):
@@ -80,3 +83,25 @@ def regression_loader(seed=0, batch_size=8):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, 16, generator=generator)
     return DataLoader(TensorDataset(x, x[:, :8] * 2), batch_size=batch_size)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Witness(RunCallback):
+    """Notes place, samples, masks and loss of every micro-batch; goes down before the step ``interrupt_at``."""
+
+    def __init__(self, interrupt_at=None):
+        self.interrupt_at = interrupt_at
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.interrupt_at is not None and trainer.global_step >= self.interrupt_at:
+            raise Interrupted
+        masks = zlib.crc32(b"".join(layer.packed_mask().numpy().tobytes() for _, layer in masked_layers(pl_module)))
+        samples = zlib.crc32(batch.numpy().tobytes())
+        self.seen.append([trainer.current_epoch, batch_idx, trainer.global_step, samples, masks])
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen[-1].append(outputs["loss"].item())

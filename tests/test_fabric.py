@@ -3,7 +3,6 @@
 import csv
 import sys
 import warnings
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -27,40 +26,16 @@ from sbn_lightning import (
     TokenDataModule,
     WeightDecaySchedule,
 )
-from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.cli import main
 from sbn_lightning.errors import ConfigError, DataError
 from sbn_lightning.fabric import FabricRun, train
-from sbn_lightning.layers import masked_layers
 from sbn_lightning.pattern import top_n_mask
 from sbn_lightning.training_cli import fabric_run
-from tests.helpers import quiet_trainer, regression_loader, small_config
+from tests.helpers import Interrupted, Witness, quiet_trainer, regression_loader, small_config
 from tests.test_cli import RECIPE, error_of, small
 
 BATCHES_AN_EPOCH = 6
 STEPS = 10
-
-
-class Interrupted(Exception):
-    pass
-
-
-class Witness(RunCallback):
-    """Notes place, samples, masks and loss of every micro-batch; goes down before the step ``interrupt_at``."""
-
-    def __init__(self, interrupt_at=None):
-        self.interrupt_at = interrupt_at
-        self.seen = []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.interrupt_at is not None and trainer.global_step >= self.interrupt_at:
-            raise Interrupted
-        masks = zlib.crc32(b"".join(layer.packed_mask().numpy().tobytes() for _, layer in masked_layers(pl_module)))
-        samples = zlib.crc32(batch.numpy().tobytes())
-        self.seen.append([trainer.current_epoch, batch_idx, trainer.global_step, samples, masks])
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen[-1].append(outputs["loss"].item())
 
 
 def train_by(loop, tokens, refresh, ramp, accumulate, stop=None, ckpt_path=None, precision="32-true"):
