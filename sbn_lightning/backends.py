@@ -1,7 +1,8 @@
 """What a layer computes with. A layer holds a backend; a precision plugin may give it another.
 
-A backend sees tensors, never a module. ``prepare`` runs once an optimiser step and may pack the weight the way its
-kernel wants it; ``linear`` runs for every micro-batch. The reference backend runs on every device.
+A backend sees tensors, never a module. ``prepare`` runs once an optimiser step: it makes the ternary weight (and a
+fresh mask, if the old one has had its day) and may pack it the way its kernel wants it. ``linear`` runs for every
+micro-batch. The reference backend here runs on every device; :mod:`sbn_lightning.kernel_backends` has the others.
 """
 
 from __future__ import annotations
@@ -10,28 +11,57 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from sbn_lightning.ternary import TernaryLinearFunction
+from sbn_lightning.pattern import NMPattern, pack_mask, top_n_mask, unpack_mask
+from sbn_lightning.ternary import GammaOver, TernaryLinearFunction, expand_scale, ternary_codes, weight_scale
+
+Keep = int | Tensor
+"""Weights kept in each group: one number, or an integer tensor ``[out_features]`` with one for each row."""
+
+
+class WeightSpec(NamedTuple):
+    """How a latent weight becomes a ternary one; see ``SparseBitLinear``."""
+
+    pattern: NMPattern
+    split_sizes: tuple[int, ...] | None
+    gamma_over: GammaOver
 
 
 class TernaryWeight(NamedTuple):
-    """What depends only on the latent weight and its mask.
+    """What depends only on the latent weight and its mask. Other backends add fields of their own.
 
     Attributes:
         codes: int8 ``[out_features, in_features]`` in {-1, 0, 1}.
         row_scale: gamma of each row, ``[out_features]``, float32 (float64 for a float64 weight).
+        mask_bits: The packed mask, uint8 ``[out_features, ceil(in_features / 8)]``.
     """
 
     codes: Tensor
     row_scale: Tensor
+    mask_bits: Tensor
 
 
 class Backend(Protocol):
     """How a ternary layer multiplies."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """``"reference"``, ``"int8"`` or ``"sparse"``."""
 
-    def prepare(self, weight: TernaryWeight) -> Any:
-        """Turns codes and scales into whatever ``linear`` takes; called once after each change of the weight."""
+    def fresh_mask(self, scores: Tensor, pattern: NMPattern, keep: Keep) -> Tensor:
+        """The packed mask that keeps the ``keep`` largest magnitudes of each group of ``scores [out, in]``."""
+
+    def prepare(self, latent: Tensor, mask_bits: Tensor | None, keep: Keep, spec: WeightSpec) -> Any:
+        """Makes the ternary weight; called once after each change of the latent weight ``[out, in]``.
+
+        Args:
+            latent: Latent weight.
+            mask_bits: The packed mask; None for a fresh one from the latent weight.
+            keep: Weights that a fresh mask keeps in each group, or at most kept by the given one.
+            spec: The layer's options.
+
+        Returns:
+            What ``linear`` takes, with at least the attributes of :class:`TernaryWeight`.
+        """
 
     def linear(
         self, x: Tensor, latent: Tensor, prepared: Any, gradient_mask: Tensor | None, activation_bits: int | None
@@ -44,8 +74,16 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def prepare(self, weight: TernaryWeight) -> TernaryWeight:
-        return weight
+    def fresh_mask(self, scores: Tensor, pattern: NMPattern, keep: Keep) -> Tensor:
+        return pack_mask(top_n_mask(scores, pattern, keep))
+
+    def prepare(self, latent: Tensor, mask_bits: Tensor | None, keep: Keep, spec: WeightSpec) -> TernaryWeight:
+        if mask_bits is None:
+            mask_bits = self.fresh_mask(latent, spec.pattern, keep)
+        mask = unpack_mask(mask_bits, latent.shape[1])
+        gamma = weight_scale(latent, spec.split_sizes, over=spec.gamma_over, mask=mask)
+        row_scale = expand_scale(gamma, spec.split_sizes, latent.shape[0])
+        return TernaryWeight(ternary_codes(latent, row_scale, mask), row_scale, mask_bits)
 
     def linear(
         self,
@@ -55,7 +93,8 @@ class ReferenceBackend:
         gradient_mask: Tensor | None,
         activation_bits: int | None,
     ) -> Tensor:
-        y: Tensor = TernaryLinearFunction.apply(x, latent, *prepared, gradient_mask, activation_bits)
+        codes, row_scale, _ = prepared
+        y: Tensor = TernaryLinearFunction.apply(x, latent, codes, row_scale, gradient_mask, activation_bits)
         return y
 
 

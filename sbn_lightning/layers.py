@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sbn_lightning.backends import REFERENCE, Backend, TernaryWeight
+from sbn_lightning.backends import REFERENCE, Backend, Keep, WeightSpec
 from sbn_lightning.errors import ConfigError
-from sbn_lightning.pattern import NMPattern, pack_mask, top_n_mask, unpack_mask
+from sbn_lightning.pattern import NMPattern, unpack_mask
 from sbn_lightning.ternary import (
     ACTIVATION_BITS,
     GammaOver,
@@ -93,6 +93,7 @@ class MaskedLinear(nn.Linear):
         self.regrow = True
         self.owner_prepares = False
         self._keep_n, self._sparse_share = self.pattern.n, 1.0
+        self._most_kept = self.pattern.m  # in any group of the present mask
         self._mask_of: tuple[Any, ...] | None = None
         packed = torch.empty(self.out_features, -(-self.in_features // 8), dtype=torch.uint8, device=self.weight.device)
         self.register_buffer("mask_bits", packed)
@@ -138,8 +139,8 @@ class MaskedLinear(nn.Linear):
     @torch.no_grad()
     def refresh_mask(self) -> None:
         """Recomputes the mask from the weight as it is now."""
-        self.mask_bits.copy_(pack_mask(self._fresh_mask()))
-        self._mask_of = self._mask_key()
+        self.mask_bits.copy_(self._fresh_mask())
+        self._note_fresh_mask()
 
     def values(self, masked: bool = True) -> Tensor:
         """What the layer multiplies with, up to a scale: ternary codes, or the weight where it is not quantised.
@@ -177,16 +178,28 @@ class MaskedLinear(nn.Linear):
         weight = self.weight.detach()
         return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
+    @property
+    def backend(self) -> Backend:
+        """What the layer computes with; assign another to change it."""
+        return REFERENCE
+
     def _mask_scores(self) -> Tensor:
         return self.latent()
 
+    def _keep(self) -> Keep:
+        """What a fresh mask keeps in each group."""
+        if not 0 < self._sparse_share < 1:
+            return self._keep_n if self._sparse_share > 0 else self.pattern.m
+        rows = torch.arange(1, self.out_features + 1, dtype=torch.float64, device=self.weight.device)
+        sparse = (rows * _GOLDEN_RATIO).frac() < self._sparse_share
+        return torch.where(sparse, self._keep_n, self.pattern.m)
+
     def _fresh_mask(self) -> Tensor:
-        keep: Tensor | int = self._keep_n if self._sparse_share > 0 else self.pattern.m
-        if 0 < self._sparse_share < 1:
-            rows = torch.arange(1, self.out_features + 1, dtype=torch.float64, device=self.weight.device)
-            sparse = (rows * _GOLDEN_RATIO).frac() < self._sparse_share
-            keep = torch.where(sparse, self._keep_n, self.pattern.m)
-        return top_n_mask(self._mask_scores(), self.pattern, keep)
+        return self.backend.fresh_mask(self._mask_scores(), self.pattern, self._keep())
+
+    def _note_fresh_mask(self) -> None:
+        self._mask_of = self._mask_key()
+        self._most_kept = self._keep_n if self._sparse_share == 1 else self.pattern.m
 
     def _weight_key(self) -> tuple[Any, ...]:
         # The parameter itself: a subclass may show another view of it as its weight.
@@ -197,23 +210,23 @@ class MaskedLinear(nn.Linear):
     def _mask_key(self) -> tuple[Any, ...]:
         return (*self._weight_key(), self._keep_n, self._sparse_share)
 
-    def _sync_mask(self) -> None:
+    def _mask_is_stale(self) -> bool:
         key = self._mask_key()
         if key == self._mask_of:
-            return
+            return False
         density_changed = self._mask_of is None or key[-2:] != self._mask_of[-2:]
-        if density_changed or not self.hold_mask:
+        return density_changed or not self.hold_mask
+
+    def _sync_mask(self) -> None:
+        if self._mask_is_stale():
             self.refresh_mask()
 
-    def _gradient_mask(self, mask: Tensor | None = None) -> Tensor | None:
-        if self.regrow and self.gradient == "dense":
-            return None
-        return unpack_mask(self.mask_bits, self.in_features) if mask is None else mask
+    def _gradient_mask(self, mask_bits: Tensor) -> Tensor | None:
+        return None if self.regrow and self.gradient == "dense" else unpack_mask(mask_bits, self.in_features)
 
     def _graph_mask(self) -> Tensor:
-        """The mask inside a compiled graph."""
-        current = self.hold_mask or self.owner_prepares
-        return unpack_mask(self.mask_bits, self.in_features) if current else self._fresh_mask()
+        """The packed mask inside a compiled graph."""
+        return self.mask_bits if self.hold_mask or self.owner_prepares else self._fresh_mask()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._sync_mask()
@@ -236,6 +249,8 @@ class MaskedLinear(nn.Linear):
         mask_name = prefix + "mask_bits"
         if mask_name in state_dict:
             self._mask_of = self._mask_key()
+            kept = unpack_mask(self.mask_bits, self.in_features).unflatten(-1, (-1, self.pattern.m)).sum(-1)
+            self._most_kept = self.pattern.m if kept.is_meta else int(kept.max())
         elif prefix + "weight" in state_dict:
             if mask_name in missing_keys:
                 missing_keys.remove(mask_name)
@@ -308,14 +323,13 @@ class SparseBitLinear(MaskedLinear):
         self.mask_source = mask_source
         self.gamma_over: GammaOver = gamma_over
         self._backend: Backend = REFERENCE
-        self._weight: TernaryWeight | None = None
         self._prepared: Any = None
         self._prepared_of: tuple[Any, ...] | None = None
         self._init_mask(pattern, gradient, name)
+        self._spec = WeightSpec(self.pattern, self.split_sizes, gamma_over)
 
     @property
     def backend(self) -> Backend:
-        """What the layer computes with; assign another to change it."""
         return self._backend
 
     @backend.setter
@@ -326,43 +340,51 @@ class SparseBitLinear(MaskedLinear):
     def ternary(self) -> tuple[Tensor, Tensor]:
         """Returns int8 codes ``[out_features, in_features]`` in {-1, 0, 1} and gamma, one a split, float32."""
         self.prepare()
-        assert self._weight is not None
         starts = [0]
         for rows in (self.split_sizes or (self.out_features,))[:-1]:
             starts.append(starts[-1] + rows)
-        return self._weight.codes, self._weight.row_scale[starts]
+        return self._prepared.codes, self._prepared.row_scale[starts]
 
     def effective_weight(self) -> Tensor:
         self.prepare()
-        assert self._weight is not None
-        return (self._weight.codes * self._weight.row_scale.unsqueeze(-1)).to(self.weight.dtype)
+        return (self._prepared.codes * self._prepared.row_scale.unsqueeze(-1)).to(self.weight.dtype)
 
     def values(self, masked: bool = True) -> Tensor:
         self.prepare()
-        assert self._weight is not None
-        return self._weight.codes if masked else ternary_codes(self.latent(), self._weight.row_scale)
+        codes: Tensor = self._prepared.codes
+        return codes if masked else ternary_codes(self.latent(), self._prepared.row_scale)
 
     def prepare(self) -> None:
-        self._sync_mask()
-        # What the codes depend on: the weight, where it is, and the mask (its buffer's version counts refreshes).
-        key = (*self._weight_key(), self.weight.device, id(self.mask_bits), self.mask_bits._version)
-        if key == self._prepared_of:
+        stale = self._mask_is_stale()
+        if stale and self.mask_source != "latent":
+            self.refresh_mask()
+            stale = False
+        if not stale and self._prepared_key() == self._prepared_of:
             return
         # A validation loop runs in inference mode; tensors made there could not be used in the next training step.
         with torch.inference_mode(False), torch.no_grad():
-            self._weight = self._quantize(unpack_mask(self.mask_bits, self.in_features))
-            self._prepared = self._backend.prepare(self._weight)
-        self._prepared_of = key
+            keep = self._keep() if stale else self._most_kept
+            self._prepared = self._backend.prepare(self.latent(), None if stale else self.mask_bits, keep, self._spec)
+            if stale:
+                self.mask_bits.copy_(self._prepared.mask_bits)
+                self._note_fresh_mask()
+        self._prepared_of = self._prepared_key()
+
+    def _prepared_key(self) -> tuple[Any, ...]:
+        """What the codes depend on: the weight, where it is, and the mask (its buffer's version counts refreshes)."""
+        return (*self._weight_key(), self.weight.device, id(self.mask_bits), self.mask_bits._version)
 
     def _multiply(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and not self.owner_prepares:
-            mask = self._graph_mask()
-            prepared, gradient_mask = self._backend.prepare(self._quantize(mask)), self._gradient_mask(mask)
+            fused = self.mask_source == "latent" and not self.hold_mask
+            keep = self._keep() if fused else self._most_kept
+            prepared = self._backend.prepare(self.latent(), None if fused else self._graph_mask(), keep, self._spec)
+            mask_bits = prepared.mask_bits
         else:
             if not torch.compiler.is_compiling():
                 self.prepare()
-            prepared, gradient_mask = self._prepared, self._gradient_mask()
-        return self._backend.linear(x, self.weight, prepared, gradient_mask, self.activation_bits)
+            prepared, mask_bits = self._prepared, self.mask_bits
+        return self._backend.linear(x, self.weight, prepared, self._gradient_mask(mask_bits), self.activation_bits)
 
     def _mask_scores(self) -> Tensor:
         weight = self.latent()
@@ -370,12 +392,6 @@ class SparseBitLinear(MaskedLinear):
             return weight
         gamma = weight_scale(weight, self.split_sizes)
         return ternary_codes(weight, expand_scale(gamma, self.split_sizes, self.out_features))
-
-    def _quantize(self, mask: Tensor) -> TernaryWeight:
-        weight = self.latent()
-        gamma = weight_scale(weight, self.split_sizes, over=self.gamma_over, mask=mask)
-        row_scale = expand_scale(gamma, self.split_sizes, self.out_features)
-        return TernaryWeight(ternary_codes(weight, row_scale, mask), row_scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation_bits={self.activation_bits}, backend={self._backend.name}"
@@ -402,8 +418,9 @@ class SparseLinear(MaskedLinear):
         return self.values()
 
     def _multiply(self, x: Tensor) -> Tensor:
-        mask = self._graph_mask() if torch.compiler.is_compiling() else self.mask
-        y: Tensor = MaskedLinearFunction.apply(x, self.weight, mask, self._gradient_mask(mask))
+        mask_bits = self._graph_mask() if torch.compiler.is_compiling() else self.packed_mask()
+        mask = unpack_mask(mask_bits, self.in_features)
+        y: Tensor = MaskedLinearFunction.apply(x, self.weight, mask, self._gradient_mask(mask_bits))
         return y
 
 
