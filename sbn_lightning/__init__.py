@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sbn_lightning.layers import SparseBitLinear, SparseLinear
     from sbn_lightning.module import SparseBitNet
     from sbn_lightning.pattern import NMPattern
+    from sbn_lightning.precision import SparseTernaryPrecision
     from sbn_lightning.transformer import TernaryTransformer, TransformerConfig
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _MODULE_OF = {
     "SparseBitNet": "module",
     "SparseEMAWeightAveraging": "callbacks",
     "SparseLinear": "layers",
+    "SparseTernaryPrecision": "precision",
     "SparseWeightAveraging": "callbacks",
     "SparsityPatternLogger": "callbacks",
     "TernarySparseConversion": "callbacks",
@@ -65,6 +67,7 @@ __all__ = [
     "SparseBitNet",
     "SparseEMAWeightAveraging",
     "SparseLinear",
+    "SparseTernaryPrecision",
     "SparseWeightAveraging",
     "SparsityPatternLogger",
     "TernarySparseConversion",

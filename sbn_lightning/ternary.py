@@ -117,7 +117,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def float32_mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` with the sum kept in float32: a bfloat16 sum would lose the integers above 256."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
@@ -148,10 +148,10 @@ class TernaryLinearFunction(torch.autograd.Function):
         tokens = x.reshape(-1, x.shape[-1])
         if activation_bits is None:
             quantized, scale = tokens, None
-            y = _matmul(tokens, codes.to(dtype).t()) * row_scale
+            y = float32_mm(tokens, codes.to(dtype).t()) * row_scale
         else:
             quantized, scale = quantize_activations(tokens, activation_bits)
-            y = _matmul(quantized.to(dtype), codes.to(dtype).t()) * (scale * row_scale)
+            y = float32_mm(quantized.to(dtype), codes.to(dtype).t()) * (scale * row_scale)
         ctx.save_for_backward(quantized, scale, codes, row_scale, gradient_mask)
         ctx.dtype, ctx.shape, ctx.weight_dtype = dtype, x.shape, weight.dtype
         return y.to(dtype).reshape(*x.shape[:-1], codes.shape[0])
@@ -167,7 +167,7 @@ class TernaryLinearFunction(torch.autograd.Function):
             dx = (dy @ effective).reshape(ctx.shape)
         if ctx.needs_input_grad[1]:
             tokens = quantized if scale is None else (quantized * scale).to(ctx.dtype)
-            dw = _matmul(dy.t(), tokens).to(ctx.weight_dtype)
+            dw = float32_mm(dy.t(), tokens).to(ctx.weight_dtype)
             if gradient_mask is not None:
                 dw = dw * gradient_mask
         return dx, dw, None, None, None, None
@@ -197,7 +197,7 @@ class MaskedLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ effective
         if ctx.needs_input_grad[1]:
-            dw = _matmul(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
+            dw = float32_mm(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
             if gradient_mask is not None:
                 dw = dw * gradient_mask
         return dx, dw, None, None

@@ -4,7 +4,7 @@ import zlib
 from functools import partial
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -83,6 +83,16 @@ def regression_loader(seed=0, batch_size=8):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, 16, generator=generator)
     return DataLoader(TensorDataset(x, x[:, :8] * 2), batch_size=batch_size)
+
+
+class Losses(Callback):
+    """Keeps the loss of every micro-batch."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(outputs["loss"].item())
 
 
 class Interrupted(Exception):

@@ -13,34 +13,56 @@ function                  weight                                                
 ``cusparselt_gemm``       2:4, cuSPARSELt's compressed form                           where torch has cuSPARSELt
 ========================  ==========================================================  ==============================
 
+Its backward with int8 gradients (``gradients``): ``quantize_gradient``, then ``input_gradient_gemm`` on what
+``pack_transposed`` made once for the optimiser step, and ``weight_gradient_gemm`` on what ``transpose_tokens`` makes of
+the saved activations. With exact gradients: ``dequantize_tokens`` and bfloat16 products.
+
 ``capabilities()`` says which of them run here, and why the others do not.
 """
 
 from sbn_kernels.capability import Capabilities, UnsupportedError, capabilities
 from sbn_kernels.cusparselt import check_cusparselt, compress24, cusparselt_gemm
 from sbn_kernels.decode import decode_gemm
+from sbn_kernels.gradients import (
+    QuantizedGradient,
+    gradient_draws,
+    input_gradient_gemm,
+    quantize_gradient,
+    quantize_gradient_reference,
+    weight_gradient_gemm,
+)
 from sbn_kernels.hopper_gemm import sparse_gemm, ternary_gemm
 from sbn_kernels.packing import pack_dense, pack_sparse24, packed_shape, unpack
 from sbn_kernels.portable_gemm import int8_gemm
 from sbn_kernels.prepare import PreparedWeight, prepare_weight
 from sbn_kernels.quantize import quantize_tokens
+from sbn_kernels.transpose import dequantize_tokens, pack_transposed, transpose_tokens
 
 __all__ = [
     "Capabilities",
     "PreparedWeight",
+    "QuantizedGradient",
     "UnsupportedError",
     "capabilities",
     "check_cusparselt",
     "compress24",
     "cusparselt_gemm",
     "decode_gemm",
+    "dequantize_tokens",
+    "gradient_draws",
+    "input_gradient_gemm",
     "int8_gemm",
     "pack_dense",
     "pack_sparse24",
+    "pack_transposed",
     "packed_shape",
     "prepare_weight",
+    "quantize_gradient",
+    "quantize_gradient_reference",
     "quantize_tokens",
     "sparse_gemm",
     "ternary_gemm",
+    "transpose_tokens",
     "unpack",
+    "weight_gradient_gemm",
 ]

@@ -231,6 +231,28 @@ def _popcount4(nibble):
 
 
 @triton.jit
+def _half_block(half, k_step, k_steps):
+    """First word of 64 rows of a k step. Its words: (32 w + 4 g + t) * 4 + word, its rows 16 w + 8 r0 + g; see packing."""
+    return (half // 2).to(tl.int64) * k_steps * 1024 + k_step * 1024 + (half % 2) * 512
+
+
+@triton.jit
+def _store_dense(packed_pointer, half, k_step, k_steps, quads, R: tl.constexpr):
+    """Words of layout ``dense`` from quads [R, 32] of one half and k step: codes 0, 1, 2 of 4 columns, 4 bits each."""
+    w_ = tl.arange(0, 4)[:, None, None, None]
+    g_ = tl.arange(0, 8)[None, :, None, None]
+    j_ = tl.arange(0, 4)[None, None, :, None]
+    t_ = tl.arange(0, 4)[None, None, None, :]
+    # quads are [j, r1, t]; bits of the two r1, then of the two r0, come together
+    words = tl.reshape(quads, [R * 4, 2, 4])
+    words = tl.sum(words << (2 * tl.arange(0, 2)[None, :, None]), axis=1)
+    words = tl.reshape(words, [4, 2, 8 * 4 * 4])
+    words = tl.sum(words << (16 * tl.arange(0, 2)[None, :, None]), axis=1)
+    words = tl.reshape(words, [4, 8, 4, 4])
+    tl.store(packed_pointer + _half_block(half, k_step, k_steps) + (32 * w_ + 4 * g_ + t_) * 4 + j_, words)
+
+
+@triton.jit
 def prepare_kernel(
     w_pointer, row_scale_pointer, mask_pointer, old_pointer, keep_pointer, bits_pointer, codes_pointer,
     packed_pointer, stats_pointer, rows, columns, k_steps, stride, mask_stride, old_stride, bits_stride,
@@ -297,40 +319,47 @@ def prepare_kernel(
         tl.atomic_add(stats_pointer + 1, tl.sum(_popcount4(valid & ~nonzero)).to(tl.int64))
         tl.atomic_add(stats_pointer + 2, tl.sum(_popcount4(nonzero & ~kept)).to(tl.int64))
         tl.atomic_add(stats_pointer + 3, tl.sum(_popcount4(kept)).to(tl.int64))
-    if LAYOUT != 0:
-        # rows of a half: 16 w + 8 r0 + g; words of the half: ((32 w + 4 g + t) * 4 + word), see packing
-        base = packed_pointer + (half // 2).to(tl.int64) * k_steps * 1024 + k_step * 1024 + (half % 2) * 512
+    if LAYOUT == 1:
+        _store_dense(packed_pointer, half, k_step, k_steps, c0 | (c1 << 4) | (c2 << 8) | (c3 << 12), R)
+    elif LAYOUT == 2:
+        second = tl.where(kept & 8 != 0, 3, tl.where(kept & 4 != 0, 2, 1))
+        first = tl.where(kept & 1 != 0, 0, tl.where(kept & 2 != 0, 1, 2))
+        first = tl.minimum(first, second - 1)
+        low = tl.where(first == 0, c0, tl.where(first == 1, c1, c2))
+        high = tl.where(second == 1, c1, tl.where(second == 2, c2, c3))
+        # quads are [jj, r1, t, b1]
+        even, odd = tl.split(tl.reshape(low | (high << 4), [R, G // 2, 2]))
+        pair = tl.reshape(even | (odd << 8), [R * 2, 2, 4])
+        pair = tl.sum(pair << (2 * tl.arange(0, 2)[None, :, None]), axis=1)
+        pair = tl.reshape(pair, [4, 2, 8 * 2 * 4])
+        words = tl.sum(pair << (16 * tl.arange(0, 2)[None, :, None]), axis=1)
+        words = tl.reshape(words, [4, 8, 2, 4])
         w_ = tl.arange(0, 4)[:, None, None, None]
         g_ = tl.arange(0, 8)[None, :, None, None]
         t_ = tl.arange(0, 4)[None, None, None, :]
-        if LAYOUT == 1:
-            # quads are [j, r1, t]; bits of the two r1, then of the two r0, come together
-            nibbles = tl.reshape(c0 | (c1 << 4) | (c2 << 8) | (c3 << 12), [R * 4, 2, 4])
-            nibbles = tl.sum(nibbles << (2 * tl.arange(0, 2)[None, :, None]), axis=1)
-            nibbles = tl.reshape(nibbles, [4, 2, 8 * 4 * 4])
-            words = tl.sum(nibbles << (16 * tl.arange(0, 2)[None, :, None]), axis=1)
-            words = tl.reshape(words, [4, 8, 4, 4])
-            j_ = tl.arange(0, 4)[None, None, :, None]
-            tl.store(base + (32 * w_ + 4 * g_ + t_) * 4 + j_, words)
-        else:
-            second = tl.where(kept & 8 != 0, 3, tl.where(kept & 4 != 0, 2, 1))
-            first = tl.where(kept & 1 != 0, 0, tl.where(kept & 2 != 0, 1, 2))
-            first = tl.minimum(first, second - 1)
-            low = tl.where(first == 0, c0, tl.where(first == 1, c1, c2))
-            high = tl.where(second == 1, c1, tl.where(second == 2, c2, c3))
-            # quads are [jj, r1, t, b1]
-            even, odd = tl.split(tl.reshape(low | (high << 4), [R, G // 2, 2]))
-            pair = tl.reshape(even | (odd << 8), [R * 2, 2, 4])
-            pair = tl.sum(pair << (2 * tl.arange(0, 2)[None, :, None]), axis=1)
-            pair = tl.reshape(pair, [4, 2, 8 * 2 * 4])
-            words = tl.sum(pair << (16 * tl.arange(0, 2)[None, :, None]), axis=1)
-            words = tl.reshape(words, [4, 8, 2, 4])
-            jj_ = tl.arange(0, 2)[None, None, :, None]
-            tl.store(base + (32 * w_ + 4 * g_ + t_) * 4 + 2 * jj_, words)
-            # positions: [row, jj * 2 + half, 8 quads]
-            nibble = tl.reshape(first | (second << 2), [R, 4, 8])
-            metadata = tl.sum(nibble << (4 * tl.arange(0, 8)[None, None, :]), axis=2)
-            r_ = tl.arange(0, R)[:, None]
-            q_ = tl.arange(0, 4)[None, :]
-            thread = 32 * (r_ // 16) + 4 * (r_ % 8) + 2 * (q_ % 2) + r_ // 8 % 2
-            tl.store(base + thread * 4 + 2 * (q_ // 2) + 1, metadata)
+        jj_ = tl.arange(0, 2)[None, None, :, None]
+        base = packed_pointer + _half_block(half, k_step, k_steps)
+        tl.store(base + (32 * w_ + 4 * g_ + t_) * 4 + 2 * jj_, words)
+        # positions: [row, jj * 2 + half, 8 quads]
+        nibble = tl.reshape(first | (second << 2), [R, 4, 8])
+        metadata = tl.sum(nibble << (4 * tl.arange(0, 8)[None, None, :]), axis=2)
+        r_ = tl.arange(0, R)[:, None]
+        q_ = tl.arange(0, 4)[None, :]
+        thread = 32 * (r_ // 16) + 4 * (r_ % 8) + 2 * (q_ % 2) + r_ // 8 % 2
+        tl.store(base + thread * 4 + 2 * (q_ // 2) + 1, metadata)
+
+
+@triton.jit
+def pack_transposed_kernel(codes_pointer, packed_pointer, rows, columns, k_steps, stride):
+    """One half and k step of layout ``dense`` of the codes transposed: 64 columns and 128 rows of ``codes``."""
+    half = tl.program_id(0)
+    k_step = tl.program_id(1)
+    column = half * 64 + tl.arange(0, 64)
+    quads = tl.zeros([32, 64], tl.int32)
+    for j in tl.static_range(4):
+        row = k_step * 128 + 4 * tl.arange(0, 32) + j
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        where = codes_pointer + row.to(tl.int64)[:, None] * stride + column[None, :]
+        code = tl.load(where, mask=inside, other=0).to(tl.int32)
+        quads |= tl.where(code < 0, 2, code) << (4 * j)
+    _store_dense(packed_pointer, half, k_step, k_steps, tl.trans(quads), 64)

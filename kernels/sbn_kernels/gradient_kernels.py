@@ -1,0 +1,111 @@
+"""Device code of the backward's quantisation: maxima, scales, stochastic rounding in both orders. See ``gradients``."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LEVELS = 127 * 2**15 - 2
+SMALLEST = 1e-30
+ROUNDS = 7
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to |v| < 2^22, the sum's low bits are round(v)
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+_LEVELS = tl.constexpr(float(LEVELS))
+_STEPS = tl.constexpr(LEVELS / 2**15)
+_SMALLEST = tl.constexpr(SMALLEST)
+_ROUNDS = tl.constexpr(ROUNDS)
+
+
+@triton.jit
+def _magnitude(value):
+    """Bits of |value|: they order as the magnitudes do, infinity above all of them and NaN above infinity."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def gradient_maxima_kernel(
+    dy_pointer, row_scale_pointer, token_scale_pointer, token_max_pointer, channel_max_pointer,
+    rows, columns, dy_stride, span,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Largest |dy * row_scale| of each token, |dy * token_scale| of each channel: C columns of ``span`` rows a program.
+
+    ``token_max`` and ``channel_max`` start as zeros. A maximum does not depend on the order of its operands.
+    """
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    first = tl.program_id(1) * span
+    largest = tl.zeros([R, C], tl.int32)
+    if TOKENS:
+        row_scale = tl.load(row_scale_pointer + column, mask=column < columns, other=0.0)
+    for start in range(first, tl.minimum(first + span, rows), R):
+        row = start + tl.arange(0, R)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        where = dy_pointer + row.to(tl.int64)[:, None] * dy_stride + column[None, :]
+        dy = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+        if TOKENS:
+            of_token = tl.max(_magnitude(dy * row_scale[None, :]), axis=1)
+            tl.atomic_max(token_max_pointer + row, of_token, mask=row < rows, sem="relaxed")
+        if CHANNELS:
+            token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)
+            largest = tl.maximum(largest, _magnitude(dy * token_scale[:, None]))
+    if CHANNELS:
+        tl.atomic_max(channel_max_pointer + column, tl.max(largest, axis=0), mask=column < columns, sem="relaxed")
+
+
+@triton.jit
+def gradient_scales_kernel(max_pointer, scale_pointer, inverse_pointer, length, BLOCK: tl.constexpr):
+    """Scale and 2^15 / scale from the bits of a maximum; ``inverse`` may be the same memory as ``max``."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bits = tl.load(max_pointer + i, mask=i < length, other=0)
+    largest = tl.maximum(bits, tl.full(bits.shape, _SMALLEST, tl.float32).to(tl.int32, bitcast=True))
+    largest = largest.to(tl.float32, bitcast=True)
+    tl.store(scale_pointer + i, tl.div_rn(largest, tl.full(bits.shape, _STEPS, tl.float32)), mask=i < length)
+    tl.store(inverse_pointer + i, tl.div_rn(tl.full(bits.shape, _LEVELS, tl.float32), largest), mask=i < length)
+
+
+@triton.jit
+def _round(value, draw):
+    """floor(value / 2^15 + draw / 2^15) of a value in 2^-15 of a step, itself rounded half to even; int32."""
+    fixed = (value + _MAGIC).to(tl.int32, bitcast=True)
+    return (fixed - _MAGIC_BITS + draw) >> 15
+
+
+@triton.jit(do_not_specialize=["stream"])
+def quantize_gradient_kernel(
+    dy_pointer, row_scale_pointer, token_scale_pointer, token_inverse_pointer, channel_inverse_pointer, seed_pointer,
+    a_pointer, b_pointer, rows, columns, dy_stride, a_stride, b_stride, stream,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """One tile of 4 R tokens and C channels, rounded twice: ``a`` [tokens, channels] int8, ``b`` transposed.
+
+    Four tensors [R, C], one for each token of every four: a call of the generator serves four tokens of a channel, and
+    four codes of ``b`` become one word before they are transposed.
+    """
+    tiles = tl.cdiv(columns, C)
+    quad = tl.program_id(0) // tiles * R + tl.arange(0, R)
+    column = tl.program_id(0) % tiles * C + tl.arange(0, C)
+    there = column < columns
+    row_scale = tl.load(row_scale_pointer + column, mask=there, other=0.0)[None, :]
+    if CHANNELS:
+        channel_inverse = tl.load(channel_inverse_pointer + column, mask=there, other=0.0)[None, :]
+        words = tl.zeros([R, C], tl.int32)
+    random = tl.philox(tl.load(seed_pointer), column[None, :], quad[:, None], stream, 0, _ROUNDS)
+    for j in tl.static_range(4):
+        row = quad * 4 + j
+        inside = (row < rows)[:, None] & there[None, :]
+        where = dy_pointer + row.to(tl.int64)[:, None] * dy_stride + column[None, :]
+        dy = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+        bits = random[j].to(tl.int32, bitcast=True)
+        if TOKENS:
+            inverse = tl.load(token_inverse_pointer + row, mask=row < rows, other=0.0)[:, None]
+            a = _round(dy * row_scale * inverse, bits & 0x7FFF)
+            where = a_pointer + row.to(tl.int64)[:, None] * a_stride + column[None, :]
+            tl.store(where, a.to(tl.int8), mask=inside)
+        if CHANNELS:
+            token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)[:, None]
+            b = _round(dy * token_scale * channel_inverse, (bits >> 16) & 0x7FFF)
+            words |= (b & 255) << (8 * j)
+    if CHANNELS:
+        b_words = b_pointer.to(tl.pointer_type(tl.int32), bitcast=True)
+        where = b_words + column.to(tl.int64)[:, None] * (b_stride // 4) + quad[None, :]
+        tl.store(where, tl.trans(words), mask=there[:, None] & (quad * 4 < rows)[None, :])

@@ -1,0 +1,288 @@
+"""Backward of a ternary layer on int8 tensor cores: only the output's gradient ``dy`` is rounded, without bias.
+
+Forward: ``y[m, n] = s[m] g[n] sum_k x8[m, k] T[n, k]``, ``x8`` and ``T`` exact integers, ``s`` a scale a token, ``g``
+gamma of each row. Its straight-through gradients are ``dX = (dy g) T`` and ``dW = (dy s)^T x8``. int8 products need
+one scale a row of either factor, so ``dy g`` is quantised a token and ``dy s`` a channel::
+
+    dX[m, k] = sa[m] sum_n a8[m, n] T[n, k]        E[sa a8] = dy g
+    dW[n, k] = sb[n] sum_m b8[m, n] x8[m, k]       E[sb b8] = dy s
+
+Both products are exact and so are unbiased estimates of the straight-through gradients. Hopper's int8 instruction reads
+both factors along the sum: the quantiser writes ``b8`` transposed, and ``transpose`` makes the other copies.
+
+Stochastic rounding (Gupta et al., arXiv 1502.02551), in fixed point: with 2^15 parts of a step,
+``q = floor((round(2^15 v / s) + draw) / 2^15)``, ``draw`` uniform in 0 .. 2^15 - 1. Its mean is exactly the value
+rounded to 2^-15 of a step, the precision that float32 has at the row's maximum. The scale is the maximum over
+``127 - 2^-14``, so that no draw leaves [-127, 127] and nothing needs clamping. Draws come from Philox-4x32 with 7 rounds
+(Salmon et al., SC 2011; passes BigCrush), keyed by the seed, counted by (channel, token // 4, stream): the same bits
+whatever the launch. The low and the high half of a word round ``a8`` and ``b8``, independently.
+
+A NaN or infinity in ``dy`` makes the scale of its token and of its channel NaN or infinite, so the gradients show it.
+Three launches: maxima (one read of ``dy``), scales, rounding (the second read).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sbn_kernels.capability import capabilities, interpreting, multiprocessors
+from sbn_kernels.gradient_kernels import (
+    LEVELS,
+    ROUNDS,
+    SMALLEST,
+    gradient_maxima_kernel,
+    gradient_scales_kernel,
+    quantize_gradient_kernel,
+)
+from sbn_kernels.hopper_gemm import ternary_gemm
+from sbn_kernels.portable_gemm import int8_gemm
+from sbn_kernels.quantize import empty_tokens, empty_vector
+
+_MOST_TOKENS = 131072  # 127 * 128 * tokens < 2^31
+_WORD = 0xFFFFFFFF
+
+
+class QuantizedGradient(NamedTuple):
+    """Result of :func:`quantize_gradient`. Tensors not asked for are empty.
+
+    Attributes:
+        tokens: int8 ``[tokens, channels]``, ``a8``: ``dy * row_scale``; row stride a multiple of 16.
+        token_scale: float32 ``[tokens]``, ``sa``.
+        channels: int8 ``[channels, tokens]``, ``b8`` transposed: ``dy * token_scale``; row stride a multiple of 16.
+        channel_scale: float32 ``[channels]``, ``sb``.
+    """
+
+    tokens: Tensor
+    token_scale: Tensor
+    channels: Tensor
+    channel_scale: Tensor
+
+
+def _outputs(dy: Tensor, want_tokens: bool, want_channels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = dy.shape
+    a_shape = (rows, columns) if want_tokens else (0, 0)
+    b_shape = (columns, rows) if want_channels else (0, 0)
+    return (
+        empty_tokens(*a_shape, dy.device),
+        empty_vector(a_shape[0], dy.device),
+        empty_tokens(*b_shape, dy.device),
+        empty_vector(b_shape[0], dy.device),
+    )
+
+
+@torch.library.custom_op("sbn_kernels::quantize_gradient", mutates_args=())
+def _quantize_gradient(
+    dy: Tensor,
+    row_scale: Tensor,
+    token_scale: Tensor,
+    seed: Tensor,
+    stream: int,
+    want_tokens: bool,
+    want_channels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    capabilities(dy.device if dy.is_cuda else None).require("quantize")
+    if dy.stride(1) != 1:
+        dy = dy.contiguous()
+    rows, columns = dy.shape
+    a, sa, b, sb = outputs = _outputs(dy, want_tokens, want_channels)
+    lengths = (rows if want_tokens else 0, columns if want_channels else 0)
+    maxima = torch.zeros(sum(lengths), dtype=torch.int32, device=dy.device)
+    token_max, channel_max = maxima.split(lengths)
+    block_rows, block_columns = 16, 256
+    if rows > 0:
+        strips = triton.cdiv(columns, block_columns)
+        spans = triton.cdiv(rows, block_rows)
+        if dy.is_cuda:  # about eight programs a multiprocessor: few atomic operations, and none idle
+            spans = min(spans, max(1, 8 * multiprocessors(dy.device.index) // strips))
+        span = triton.cdiv(triton.cdiv(rows, spans), block_rows) * block_rows
+        gradient_maxima_kernel[(strips, triton.cdiv(rows, span))](
+            dy, row_scale, token_scale, token_max, channel_max, rows, columns, dy.stride(0), span,
+            TOKENS=want_tokens, CHANNELS=want_channels, R=block_rows, C=block_columns, num_warps=8,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    inverses = maxima.view(torch.float32)
+    token_inverse, channel_inverse = inverses.split(lengths)
+    for largest, scale, inverse in ((token_max, sa, token_inverse), (channel_max, sb, channel_inverse)):
+        if scale.shape[0] > 0:
+            gradient_scales_kernel[(triton.cdiv(scale.shape[0], 1024),)](
+                largest, scale, inverse, scale.shape[0], BLOCK=1024
+            )
+    if rows > 0:
+        quads, block_columns = 32, 64
+        quantize_gradient_kernel[(triton.cdiv(rows, 4 * quads) * triton.cdiv(columns, block_columns),)](
+            dy, row_scale, token_scale, token_inverse, channel_inverse, seed, a, b, rows, columns, dy.stride(0),
+            a.stride(0), b.stride(0), stream,
+            TOKENS=want_tokens, CHANNELS=want_channels, R=quads, C=block_columns, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+    return outputs
+
+
+@_quantize_gradient.register_fake
+def _(
+    dy: Tensor,
+    row_scale: Tensor,
+    token_scale: Tensor,
+    seed: Tensor,
+    stream: int,
+    want_tokens: bool,
+    want_channels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(dy, want_tokens, want_channels)
+
+
+def _check(dy: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, stream: int) -> None:
+    if dy.dim() != 2 or dy.shape[1] == 0 or dy.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        shape = list(dy.shape)
+        raise ValueError(f"dy must be float32, bfloat16 or float16 [tokens, channels > 0], not {dy.dtype} {shape}")
+    for name, scale, length in (("row_scale", row_scale, dy.shape[1]), ("token_scale", token_scale, dy.shape[0])):
+        if scale.shape != (length,) or scale.dtype != torch.float32 or scale.stride(0) != 1:
+            raise ValueError(f"{name} must be contiguous float32 [{length}], not {scale.dtype} {list(scale.shape)}")
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != dy.device:
+        raise ValueError(
+            f"seed must be one int64 on {dy.device}, not {seed.dtype} {list(seed.shape)} on {seed.device}"
+        )
+    if not 0 <= stream < 2**31:
+        raise ValueError(f"stream must be in 0 .. 2^31 - 1, not {stream}")
+
+
+def quantize_gradient(
+    dy: Tensor,
+    row_scale: Tensor,
+    token_scale: Tensor,
+    seed: Tensor,
+    stream: int = 0,
+    *,
+    want_tokens: bool = True,
+    want_channels: bool = True,
+) -> QuantizedGradient:
+    """Rounds ``dy * row_scale`` a token and ``dy * token_scale`` a channel to int8, stochastically, without bias.
+
+    Args:
+        dy: Gradient of the layer's output ``[tokens, channels]``, bfloat16, float16 or float32; 0 tokens allowed.
+        row_scale: float32 ``[channels]``: gamma of each row of the weight.
+        token_scale: float32 ``[tokens]``: scale of the quantised activations.
+        seed: One int64 on the device, any value: a graph replayed or compiled once sees a new one by writing it.
+        stream: Number that sets layers apart which share a seed, 0 to 2^31 - 1.
+        want_tokens: Whether to make ``tokens`` (for dX).
+        want_channels: Whether to make ``channels`` (for dW).
+
+    Returns:
+        See :class:`QuantizedGradient`. Equal bit for bit to :func:`quantize_gradient_reference`.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        UnsupportedError: If there is no GPU.
+    """
+    _check(dy, row_scale, token_scale, seed, stream)
+    args = (dy, row_scale, token_scale, seed, stream, want_tokens, want_channels)
+    return QuantizedGradient(*torch.ops.sbn_kernels.quantize_gradient(*args))
+
+
+def _high_and_low(multiplier: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper and lower 32 bits of the product of two unsigned 32-bit integers, held in int64."""
+    upper = multiplier * (value >> 16) + (multiplier * (value & 0xFFFF) >> 16)
+    return upper >> 16, multiplier * value & _WORD
+
+
+def gradient_draws(tokens: int, channels: int, seed: Tensor, stream: int = 0) -> tuple[Tensor, Tensor]:
+    """The draws, int64 in 0 .. 2^15 - 1, ``[tokens, channels]`` each: for ``a8`` and for ``b8``. In plain PyTorch."""
+    channel = torch.arange(channels, device=seed.device)[None, :]
+    quad = torch.arange(-(-tokens // 4), device=seed.device)[:, None]
+    whole = torch.zeros(quad.shape[0], channels, dtype=torch.int64, device=seed.device)
+    c0, c1, c2, c3 = channel + whole, quad + whole, whole + stream, whole
+    k0, k1 = seed.reshape(()) & _WORD, (seed.reshape(()) >> 32) & _WORD
+    for _ in range(ROUNDS):
+        (high_a, low_a), (high_b, low_b) = _high_and_low(0xD2511F53, c0), _high_and_low(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    words = torch.stack([c0, c1, c2, c3], 1).flatten(0, 1)[:tokens]
+    return words & 0x7FFF, (words >> 16) & 0x7FFF
+
+
+def quantize_gradient_reference(
+    dy: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, stream: int = 0
+) -> QuantizedGradient:
+    """Twin of :func:`quantize_gradient` in plain PyTorch, on any device, the same bits.
+
+    Codes of a token or channel whose scale is not finite mean nothing.
+    """
+    _check(dy, row_scale, token_scale, seed, stream)
+
+    def rounded(value: Tensor, draw: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        empty = value.new_zeros(value.shape[1 - dim])
+        largest = (value.abs().amax(dim) if value.shape[dim] else empty).clamp(min=SMALLEST)
+        fixed = (value * (value.new_tensor(float(LEVELS)) / largest).unsqueeze(dim)).round()
+        fixed = fixed.nan_to_num(0.0, 0.0, 0.0).long()
+        return (fixed + draw >> 15).to(torch.int8), largest / value.new_tensor(LEVELS / 2**15)
+
+    draw_a, draw_b = gradient_draws(*dy.shape, seed, stream)
+    a, sa = rounded(dy.float() * row_scale, draw_a, 1)
+    b, sb = rounded(dy.float() * token_scale[:, None], draw_b, 0)
+    return QuantizedGradient(a, sa, b.t().contiguous(), sb)
+
+
+def input_gradient_gemm(
+    a8: Tensor,
+    scale: Tensor,
+    weight_t: Tensor,
+    in_features: int,
+    out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    unit_scale: Tensor | None = None,
+) -> Tensor:
+    """``dX = scale * (a8 @ T)``.
+
+    Args:
+        a8: int8 ``[tokens, out_features]``: ``QuantizedGradient.tokens``.
+        scale: float32 ``[tokens]``.
+        weight_t: T transposed: packed ``dense`` words of :func:`~sbn_kernels.transpose.pack_transposed` (int32; Hopper,
+            Triton >= 3.9), or int8 codes ``[in_features, out_features]`` (sm_80 and later).
+        in_features: Columns of T.
+        out_dtype: bfloat16, float16 or float32.
+        unit_scale: float32 ones ``[in_features]``, if there are some already: saves a small launch.
+
+    Returns:
+        ``[tokens, in_features]``.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        UnsupportedError: Where the product cannot run.
+    """
+    ones = torch.ones(in_features, device=a8.device) if unit_scale is None else unit_scale
+    if weight_t.dtype == torch.int32:
+        return ternary_gemm(a8, scale, weight_t, ones, in_features, out_dtype=out_dtype)
+    return int8_gemm(a8, scale, weight_t, ones, out_dtype=out_dtype)
+
+
+def weight_gradient_gemm(
+    b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype = torch.float32, *, portable: bool | None = None
+) -> Tensor:
+    """``dW = scale * (b8t @ x8t^T)``.
+
+    Args:
+        b8t: int8 ``[out_features, tokens]``: ``QuantizedGradient.channels``, values in [-127, 127].
+        scale: float32 ``[out_features]``.
+        x8t: int8 ``[in_features, tokens]``: :func:`~sbn_kernels.transpose.transpose_tokens` of the activations.
+        out_dtype: float32, bfloat16 or float16.
+        portable: Plain Triton (sm_80 and later) or the Hopper kernel; None: the latter where it runs.
+
+    Returns:
+        ``[out_features, in_features]``. Above 131,072 tokens (where int32 could overflow) the sum of exact parts.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        UnsupportedError: Without a GPU of compute capability 8.0 or later.
+    """
+    tokens = b8t.shape[-1]
+    if tokens == 0:
+        return torch.zeros((b8t.shape[0], x8t.shape[0]), dtype=out_dtype, device=b8t.device)
+    ones = torch.ones(x8t.shape[0], device=b8t.device)
+    if tokens <= _MOST_TOKENS:
+        return int8_gemm(b8t, scale, x8t, ones, out_dtype=out_dtype)
+    parts = zip(b8t.split(_MOST_TOKENS, 1), x8t.split(_MOST_TOKENS, 1), strict=True)
+    total = sum(int8_gemm(b, scale, x, ones, out_dtype=torch.float32) for b, x in parts)
+    return total.to(out_dtype)

@@ -1,0 +1,143 @@
+"""Layers and a whole model on the portable kernels against the reference backend, in the interpreter."""
+
+import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from sbn_lightning import SparseTernaryPrecision
+from sbn_lightning.kernel_backends import KernelBackend
+from sbn_lightning.layers import SparseBitLinear
+from tests.helpers import Losses, quiet_trainer, small_module, token_loader
+
+
+class Run(NamedTuple):
+    trainer: Trainer
+    losses: list[float]
+
+
+def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).detach().square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+def gradients(layer: SparseBitLinear, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    assert layer.weight.grad is not None
+    assert x.grad is not None
+    return y.detach(), x.grad, layer.weight.grad
+
+
+OPTIONS = [
+    {"pattern": "2:4"},
+    {"pattern": "6:8", "split_sizes": (20, 10), "gamma_over": "kept"},
+    {"pattern": "3:5", "activation_bits": 4, "bias": False},
+    {"pattern": "4:4", "gradient": "masked"},
+    {"pattern": "2:4", "mask_source": "ternary"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_layer_computes_what_the_reference_computes(options: dict[str, object], sparse: bool) -> None:
+    torch.manual_seed(0)
+    layer = SparseBitLinear(40, 30, **options)  # type: ignore[arg-type]
+    other = copy.deepcopy(layer)
+    other.backend = KernelBackend("portable", sparse=sparse)
+    x, dy = torch.randn(3, 7, 40), torch.randn(3, 7, 30)
+    expected = gradients(layer, x, dy)
+    for ours, reference in zip(gradients(other, x, dy), expected, strict=True):
+        assert relative_rms(ours, reference) < 1e-5
+    assert torch.equal(layer.mask, other.mask)
+    assert torch.equal(layer.ternary()[0], other.ternary()[0])
+    assert list(layer.state_dict()) == list(other.state_dict())
+
+
+def test_masks_follow_the_weight_a_ramp_and_a_hold() -> None:
+    torch.manual_seed(0)
+    layer = SparseBitLinear(32, 24, pattern="2:4")
+    layer.backend = KernelBackend("portable", sparse=True)
+    twin = SparseBitLinear(32, 24, pattern="2:4")
+    twin.load_state_dict(layer.state_dict())
+    for step in range(5):
+        for each in (layer, twin):
+            torch.manual_seed(step)
+            with torch.no_grad():
+                each.weight.add_(torch.randn_like(each.weight))
+            each.set_density(4 if step < 2 else 2, 0.5 if step == 2 else 1.0)
+            each.hold_mask = step == 4
+        x = torch.randn(5, 32)
+        assert torch.equal(layer.mask, twin.mask)
+        assert relative_rms(layer(x), twin(x)) < 1e-5
+
+
+def test_a_checkpoint_with_a_denser_mask_keeps_it() -> None:
+    torch.manual_seed(0)
+    ramping = SparseBitLinear(32, 24, pattern="2:4")
+    ramping.set_density(4)
+    layer = SparseBitLinear(32, 24, pattern="2:4")
+    layer.backend = KernelBackend("portable", sparse=True)
+    layer.load_state_dict(ramping.state_dict())
+    x = torch.randn(5, 32)
+    assert relative_rms(layer(x), ramping(x)) < 1e-5
+
+
+def test_int8_gradients_are_near_the_exact_ones_and_the_mean_is_nearer() -> None:
+    torch.manual_seed(0)
+    layer = SparseBitLinear(64, 48, pattern="2:4", split_sizes=(32, 16))
+    x, dy = torch.randn(40, 64), torch.randn(40, 48)
+    _, dx, dw = gradients(layer, x, dy)
+    layer.backend = backend = KernelBackend("portable", gradients="int8")
+    sums = [torch.zeros_like(dx), torch.zeros_like(dw)]
+    draws = 64
+    for seed in range(draws):
+        layer.weight.grad = None
+        backend.seed = torch.tensor([seed])
+        _, dx8, dw8 = gradients(layer, x, dy)
+        assert relative_rms(dx8, dx) < 0.02
+        assert relative_rms(dw8, dw) < 0.02
+        sums[0] += dx8 / draws
+        sums[1] += dw8 / draws
+    single = relative_rms(dx8, dx), relative_rms(dw8, dw)
+    means = relative_rms(sums[0], dx), relative_rms(sums[1], dw)
+    assert all(mean < 2 * one / draws**0.5 for one, mean in zip(single, means, strict=True))
+
+
+def test_int8_gradients_need_a_seed() -> None:
+    layer = SparseBitLinear(32, 16, pattern="2:4")
+    layer.backend = KernelBackend("portable", gradients="int8")
+    with pytest.raises(ValueError, match="seed"):
+        layer(torch.randn(2, 32))
+
+
+def train(plugin: SparseTernaryPrecision | None, ckpt_path: str | None = None, **options: object) -> Run:
+    losses = Losses()
+    plugins = [] if plugin is None else [plugin]
+    trainer = quiet_trainer([losses], plugins=plugins, **({"max_steps": 3} | options))
+    loader = token_loader(batches=1, batch_size=2, length=9)
+    trainer.fit(small_module(pattern="2:4"), loader, ckpt_path=ckpt_path)
+    return Run(trainer, losses.values)
+
+
+def test_a_model_on_the_plugin_follows_the_reference() -> None:
+    expected = train(None).losses
+    assert train(SparseTernaryPrecision("int8", dtype="fp32")).losses == pytest.approx(expected, abs=1e-4)
+    near = train(SparseTernaryPrecision("int8", gradients="int8", dtype="fp32")).losses
+    assert near == pytest.approx(expected, abs=2e-2)
+    assert near != expected
+
+
+def test_int8_gradients_are_reproducible_and_resume_exactly(tmp_path: Path) -> None:
+    def plugin(seed: int = 0) -> SparseTernaryPrecision:
+        return SparseTernaryPrecision("int8", gradients="int8", dtype="fp32", seed=seed)
+
+    whole = train(plugin(), max_steps=4).losses
+    assert train(plugin(seed=1), max_steps=4).losses != whole
+    half = train(plugin(), max_steps=2)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    rest = train(plugin(), str(tmp_path / "half.ckpt"), max_steps=4)
+    assert half.losses + rest.losses == whole
