@@ -10,6 +10,8 @@ import json
 import os
 import sys
 from importlib import import_module
+from traceback import format_exception
+from types import TracebackType
 
 from sbn_lightning.errors import SBNError
 
@@ -22,13 +24,18 @@ TRAINING = {
 }
 TOOLS = {
     "prepare": ("sbn_lightning.data", "prepare", "turn text into tokenised litdata shards"),
+    "import-hf": ("sbn_lightning.checkpoint.import_command", "import_hf", "start from a Hugging Face Qwen2 or Llama"),
+    "export": ("sbn_lightning.checkpoint.export_command", "export", "write a model to run elsewhere, or packed"),
+    "generate": ("sbn_lightning.generation.command", "generate_text", "continue prompts with a trained model"),
+    "evaluate": ("sbn_lightning.evaluation.command", "evaluate", "perplexity, sparsity report, lm-eval tasks"),
+    "consolidate": ("sbn_lightning.sharded", "consolidate", "a sharded checkpoint, which is a folder, as one file"),
 }
 
 
 def usage() -> str:
     """The overview that ``--help`` prints."""
     commands = TRAINING | {name: text for name, (_, _, text) in TOOLS.items()}
-    lines = [f"  {name:<10} {text}" for name, text in commands.items()]
+    lines = [f"  {name:<11} {text}" for name, text in commands.items()]
     return "\n".join(
         [
             "usage: sbn COMMAND [options]",
@@ -50,18 +57,20 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after an error that was printed in one line. ``SBN_DEBUG=1`` prints the traceback.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        sys.excepthook = print_without_secrets
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
     command, rest = argv[0], argv[1:]
+    # Before torch is imported. Threads that spin at barriers starve each other where cores are shared: on two busy
+    # cores a training step took 3 times as long as with threads that sleep, a generated token 4 to 8 times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if command in TOOLS:
             _run_tool(command, rest)
         elif command in TRAINING:
-            # Before torch is imported. Threads that spin at barriers starve each other where cores are shared: on two
-            # busy cores a training step took 3 times as long as with threads that sleep.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             from sbn_lightning.training_cli import run
 
             run(argv)
@@ -70,9 +79,18 @@ def main(argv: list[str] | None = None) -> int:
     except SBNError as error:
         if os.environ.get("SBN_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        from sbn_lightning.redaction import without_secrets
+
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def print_without_secrets(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Prints an exception that nobody caught; a message may quote a URL with its password."""
+    from sbn_lightning.redaction import without_secrets
+
+    print(without_secrets("".join(format_exception(kind, error, traceback))), end="", file=sys.stderr)
 
 
 def _run_tool(command: str, argv: list[str]) -> None:
@@ -86,14 +104,19 @@ def _run_tool(command: str, argv: list[str]) -> None:
 
 
 def _gather_lists(argv: list[str]) -> list[str]:
-    """``--input a b`` -> ``--input ["a", "b"]``: what a shell makes of ``*.txt``, as jsonargparse reads it."""
-    gathered: list[str] = []
-    values: list[str] = []
-    for word in [*argv, "--"]:
-        if not word.startswith("--"):
-            values.append(word)
-            continue
-        gathered += [json.dumps(values)] if len(values) > 1 else values
-        values = []
-        gathered.append(word)
-    return gathered[:-1]
+    """``--input a b`` or ``--input a --input b`` -> ``--input ["a", "b"]``, as jsonargparse reads a list.
+
+    The first is what a shell makes of ``*.txt``.
+    """
+    gathered: dict[str, list[str]] = {}
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word.partition("=")
+            gathered.setdefault(name, []).extend([value] if equals else [])
+        else:
+            gathered.setdefault(next(reversed(gathered), ""), []).append(word)
+    words = list(gathered.pop("", []))
+    for name, values in gathered.items():
+        # With "=": a value may begin with dashes.
+        words.append(f"{name}={json.dumps(values) if len(values) > 1 else values[0]}" if values else name)
+    return words

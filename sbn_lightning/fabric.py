@@ -39,6 +39,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 from tqdm import tqdm
 
+from sbn_lightning import fabric_checkpoint
 from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.callbacks.conversion import TernarySparseConversion
 from sbn_lightning.distributed import keep_masks_out_of_broadcasts
@@ -77,18 +78,22 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
     module.setup("fit")
     module.configure_model()
 
-    if ckpt_path:
-        run.read_checkpoint(ckpt_path)
-        run.restore_model()
+    checkpoint = fabric_checkpoint.read(run, ckpt_path) if ckpt_path else None
+    if checkpoint:
+        fabric_checkpoint.restore_model(run, checkpoint)
     configured = cast(dict[str, Any], module.configure_optimizers())
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     run.optimizers, run.schedulers = [optimizer], [scheduler]
     keep_masks_out_of_broadcasts(module.model)
     model, optimizer = fabric.setup(module.model, optimizer)
     model.mark_forward_method("loss")
-    run.restore_progress()
+    if checkpoint:
+        fabric_checkpoint.restore_progress(run, checkpoint)
     train_loader, val_loader = data.train_dataloader(), data.val_dataloader()
     run.connect_loaders(train_loader, val_loader)
+    if checkpoint:
+        fabric_checkpoint.restore_position(run, checkpoint)
+    del checkpoint  # release memory
 
     run.call("on_fit_start")
     run.log_hyperparameters()
@@ -112,13 +117,15 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
                 batch = fabric.to_device(batch)
                 run.call("on_train_batch_start", batch=batch, batch_idx=batch_idx)
 
-                if batch_idx % run.accumulate_grad_batches == 0:
-                    optimizer.zero_grad()
                 with fabric.no_backward_sync(model, enabled=not run.is_step):
                     # On a single device Fabric applies its precision to forward alone, not to a marked method.
                     with fabric.autocast():
                         loss = model.loss(batch[:, :-1], batch[:, 1:])
                     share = loss / run.accumulate_grad_batches
+                    if batch_idx % run.accumulate_grad_batches == 0:
+                        run.call("on_before_zero_grad", optimizer=run.optimizers[0])
+                        optimizer.zero_grad()
+                    run.call("on_before_backward", loss=share)
                     fabric.backward(share)
                 run.call("on_after_backward")
                 metrics = {
@@ -128,6 +135,7 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
                 }
                 run.callback_metrics |= metrics
                 if run.is_step:
+                    run.call("on_before_optimizer_step", optimizer=run.optimizers[0])
                     clip_gradients(run, model, optimizer)
                     optimizer.step()
                     scheduler.step()
@@ -140,12 +148,16 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
                     shown = {key: f"{float(value):.4g}" for key, value in (run.in_bar | metrics).items()}
                     bar.set_postfix(shown, refresh=False)
                 if run.validation_is_due:
+                    if run.is_step:  # gradients take no memory meanwhile
+                        optimizer.zero_grad()
                     run.call("on_validation_start")
+                    run.call("on_validation_epoch_start")
                     results = evaluate(fabric, module, val_loader, run.num_val_batches)
                     run.has_validated = True
                     run.callback_metrics |= results
                     run.in_bar |= results
                     run.log(results)
+                    run.call("on_validation_epoch_end")
                     run.call("on_validation_end")
                 if run.is_done:
                     break

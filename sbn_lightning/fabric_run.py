@@ -1,9 +1,4 @@
-"""``FabricRun``: settings and progress of a run on Fabric, and its checkpoints in the Trainer's format.
-
-One format for both, the Trainer's, because other tools read it too. Whatever the moment of a save, the progress in it
-is that of a Trainer in ``on_train_batch_end``: the micro-batch counts as done, the validation after it does not. A
-Trainer continues from there at the next micro-batch.
-"""
+"""``FabricRun``: settings and progress of a run on Fabric, under the names that a ``Trainer`` has for them."""
 
 from __future__ import annotations
 
@@ -13,20 +8,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
-import lightning
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.csv_logs import CSVLogger
 from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from sbn_lightning.callbacks.checkpoint import DurableCheckpointIO
-from sbn_lightning.errors import ConfigError, DataError
+from sbn_lightning.errors import ConfigError
+from sbn_lightning.fabric_checkpoint import dump
 
 
 @dataclass(eq=False)
@@ -95,8 +89,7 @@ class FabricRun:
     callback_metrics: dict[str, Any] = field(default_factory=dict, init=False)
     in_bar: dict[str, Any] = field(default_factory=dict, init=False)
     to_log: dict[str, Any] = field(default_factory=dict, init=False)
-    _train_loader: Any = field(default=None, init=False)
-    _checkpoint: dict[str, Any] = field(default_factory=dict, init=False)
+    train_loader: Any = field(default=None, init=False)
 
     # Lightning's own callbacks ask for these too.
     fast_dev_run = False
@@ -175,7 +168,7 @@ class FabricRun:
     def log(self, metrics: dict[str, Any]) -> None:
         """Logs under the number, from 0, of the optimiser step under way, as a Trainer does."""
         if metrics:
-            self.fabric.log_dict(metrics | {"epoch": self.current_epoch}, step=self._steps_before_this_batch())
+            self.fabric.log_dict(metrics | {"epoch": self.current_epoch}, step=self.steps_before_this_batch())
             for logger in self.loggers:
                 logger.save()
 
@@ -229,18 +222,19 @@ class FabricRun:
         """Counts a micro-batch."""
         self.batches_done, self.total_batches = self.batches_done + 1, self.total_batches + 1
 
-    def _steps_before_this_batch(self) -> int:
+    def steps_before_this_batch(self) -> int:
+        """Optimiser steps done before the micro-batch under way."""
         return self.global_step - (self.is_step and self.global_step > 0)
 
     # Data.
 
     def connect_loaders(self, train_loader: Any, val_loader: Any) -> None:
-        """Takes their lengths under the limits, and brings the training loader to where the checkpoint was.
+        """Takes their lengths under the limits.
 
         Raises:
-            ConfigError: If limits and lengths do not go together, or the checkpoint's position cannot be continued.
+            ConfigError: If limits and lengths do not go together.
         """
-        self._train_loader = train_loader
+        self.train_loader = train_loader
         self.num_training_batches = _limited(len(train_loader), self.limit_train_batches)
         self.num_val_batches = _limited(len(val_loader), self.limit_val_batches) if val_loader else 0
         if self.num_training_batches == 0:
@@ -254,8 +248,6 @@ class FabricRun:
                 f"val_check_interval={every} is more than the {self.num_training_batches} batches of an epoch; "
                 "with check_val_every_n_epoch=null it counts across epochs"
             )
-        if self._checkpoint:
-            self._restore_position(train_loader)
 
     # Checkpoints.
 
@@ -267,7 +259,7 @@ class FabricRun:
             weights_only: Leave out what training needs besides the weights.
         """
         if self.fabric.is_global_zero:
-            storage, checkpoint = self.fabric.strategy.checkpoint_io, self._dump(bool(weights_only))
+            storage, checkpoint = self.fabric.strategy.checkpoint_io, dump(self, bool(weights_only))
             write = storage.save_checkpoint
             if "://" in str(path) or isinstance(storage, DurableCheckpointIO):  # which writes aside itself
                 write(checkpoint, path)
@@ -278,137 +270,6 @@ class FabricRun:
                     os.fsync(stream.fileno())
                 aside.replace(path)
         self.fabric.barrier()
-
-    def _dump(self, weights_only: bool) -> dict[str, Any]:
-        module = self.module
-        assert isinstance(module, LightningModule)
-        checkpoint: dict[str, Any] = {
-            "epoch": self.current_epoch,
-            "global_step": self.global_step,
-            "pytorch-lightning_version": lightning.__version__,
-            "state_dict": module.state_dict(),
-            "loops": {"fit_loop": self._loops(), "validate_loop": {}, "test_loop": {}, "predict_loop": {}},
-        }
-        if not weights_only:
-            states = {_state_key(c): c.state_dict() for c in self.callbacks if hasattr(c, "state_dict")}
-            checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
-            checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in self.optimizers]
-            checkpoint["lr_schedulers"] = [scheduler.state_dict() for scheduler in self.schedulers]
-            precision = self.fabric.strategy.precision
-            if state := precision.state_dict():
-                checkpoint[type(precision).__qualname__] = state
-        for part in (module, self.datamodule):
-            if part is not None and part.hparams:
-                checkpoint[part.CHECKPOINT_HYPER_PARAMS_KEY] = dict(part.hparams)
-                checkpoint[part.CHECKPOINT_HYPER_PARAMS_NAME] = cast(Any, part)._hparams_name
-        if self.datamodule is not None and (state := self.datamodule.state_dict()):
-            checkpoint[type(self.datamodule).__qualname__] = state
-        self.call("on_save_checkpoint", checkpoint=checkpoint)
-        module.on_save_checkpoint(checkpoint)
-        return checkpoint
-
-    def _loops(self) -> dict[str, Any]:
-        """State of a Trainer's fit loop in ``on_train_batch_end``; Lightning counts what is left out from zero."""
-
-        def batches(n: int) -> dict[str, int]:
-            return {"ready": n, "started": n, "processed": n, "completed": max(n - 1, 0)}
-
-        def done(n: int) -> dict[str, int]:
-            return {"ready": n, "started": n, "completed": n}
-
-        in_epoch = -(-self.batches_done // self.accumulate_grad_batches)
-        steps = {"total": done(self.global_step), "current": done(in_epoch)}
-        epoch = {"ready": self.current_epoch + 1, "started": self.current_epoch + 1}
-        epoch |= {"processed": self.current_epoch, "completed": self.current_epoch}
-        loader = self._train_loader
-        return {
-            "state_dict": {"combined_loader": [loader.state_dict()]} if hasattr(loader, "state_dict") else {},
-            "epoch_progress": {"total": epoch, "current": epoch},
-            "epoch_loop.state_dict": {"_batches_that_stepped": self._steps_before_this_batch()},
-            "epoch_loop.batch_progress": {
-                "total": batches(self.total_batches),
-                "current": batches(self.batches_done),
-                "is_last_batch": self.is_last_batch,
-            },
-            "epoch_loop.scheduler_progress": steps,
-            "epoch_loop.automatic_optimization.optim_progress": {"optimizer": {"step": steps, "zero_grad": steps}},
-        }
-
-    def read_checkpoint(self, path: str) -> None:
-        """Reads a checkpoint, of this loop or of a Trainer, for the three calls that restore from it.
-
-        Raises:
-            ConfigError: If it holds no training to continue.
-            DataError: If it cannot be read.
-        """
-        if Path(path).is_dir():
-            raise ConfigError(f"{path} is a folder, a sharded checkpoint; the Fabric loop reads single files")
-        try:
-            read = self.fabric.strategy.checkpoint_io.load_checkpoint
-            self._checkpoint = read(path, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
-        except FileNotFoundError as error:
-            raise DataError(f"{path} does not exist") from error
-        except Exception as error:  # a damaged file can make torch raise anything
-            raise DataError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
-        missing = {"state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers"} - set(self._checkpoint)
-        if missing:
-            raise ConfigError(f"{path} has no {', '.join(sorted(missing))}: it holds weights, no training to continue")
-
-    def restore_model(self) -> None:
-        """Loads weights and the callbacks' states."""
-        module, checkpoint = self.module, self._checkpoint
-        assert isinstance(module, LightningModule)
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
-        states = checkpoint["callbacks"]
-        lost = set(states) - {_state_key(callback) for callback in self.callbacks}
-        if lost:
-            rank_zero_warn(f"the checkpoint has states of callbacks that this run lacks: {', '.join(sorted(lost))}")
-        self.call("on_load_checkpoint", checkpoint=checkpoint)
-        for callback in self.callbacks:
-            if state := states.get(_state_key(callback)):
-                callback.load_state_dict(state)
-        if self.datamodule is not None and (state := checkpoint.get(type(self.datamodule).__qualname__)):
-            self.datamodule.load_state_dict(state)
-
-    def restore_progress(self) -> None:
-        """Loads optimiser, schedule and counters; does nothing without a checkpoint."""
-        checkpoint = self._checkpoint
-        if not checkpoint:
-            return
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)
-        for scheduler, state in zip(self.schedulers, checkpoint["lr_schedulers"], strict=True):
-            scheduler.load_state_dict(state)
-        precision = self.fabric.strategy.precision
-        if state := checkpoint.get(type(precision).__qualname__):
-            precision.load_state_dict(state)
-        loops = checkpoint["loops"]["fit_loop"]
-        steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
-        batches = loops["epoch_loop.batch_progress"]
-        self.global_step = steps["total"]["completed"]
-        self.current_epoch = max(loops["epoch_progress"]["current"]["started"] - 1, 0)
-        self.batches_done, self.total_batches = batches["current"]["ready"], batches["total"]["ready"]
-
-    def _restore_position(self, loader: Any) -> None:
-        loops = self._checkpoint["loops"]["fit_loop"]
-        if loops["epoch_loop.batch_progress"]["is_last_batch"] or self.batches_done > self.num_training_batches:
-            self.batches_done = self.num_training_batches
-        if not self.is_step:
-            raise ConfigError(
-                f"{self.ckpt_path} was saved after micro-batch {self.batches_done} of its epoch, inside a window of "
-                f"accumulate_grad_batches={self.accumulate_grad_batches}; gradients are not in a checkpoint: continue "
-                "from one saved by every_n_train_steps"
-            )
-        states = loops["state_dict"].get("combined_loader")
-        if self.datamodule is None or type(self.datamodule).__qualname__ not in self._checkpoint:
-            if states and hasattr(loader, "load_state_dict"):
-                loader.load_state_dict(states[0])
-            elif not self.is_last_batch:
-                raise ConfigError(
-                    f"{self.ckpt_path} ends inside an epoch and has no position in the data of {type(loader).__name__}"
-                )
-        self._checkpoint = {}  # release memory
 
 
 class _Strategy:
@@ -429,11 +290,6 @@ class _Strategy:
     def remove_checkpoint(self, path: str) -> None:
         if self._fabric.is_global_zero:
             self._fabric.strategy.checkpoint_io.remove_checkpoint(path)
-
-
-def _state_key(callback: Any) -> str:
-    """The key of a callback's state in a checkpoint; Fabric takes objects that are no ``Callback`` too."""
-    return callback.state_key if isinstance(callback, Callback) else type(callback).__qualname__
 
 
 def _limited(batches: int, limit: int | float | None) -> int:

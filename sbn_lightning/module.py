@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
-from sbn_lightning.distributed import check_strategy, keep_masks_out_of_broadcasts, shard
+from sbn_lightning.checkpoint.init import load_weights
+from sbn_lightning.distributed import check_strategy, keep_masks_out_of_broadcasts, name_optimizer_states, shard
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.transformer import TernaryTransformer, TransformerConfig
 
@@ -75,6 +76,8 @@ class SparseBitNet(LightningModule):
         final_learning_rate: Share of the peak learning rate at the last step.
         schedule_steps: Optimiser steps until the schedule ends; the trainer's ``max_steps`` if not given.
         compile: Compile each block with ``torch.compile``.
+        init_from: A checkpoint (of ``import-hf``, say) whose weights a new run starts from. Those of a checkpoint that a
+            run continues from come after it.
     """
 
     def __init__(
@@ -86,14 +89,16 @@ class SparseBitNet(LightningModule):
         final_learning_rate: float = 0.03,
         schedule_steps: int | None = None,
         compile: bool = False,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         if isinstance(config, dict):  # read back from a checkpoint, which holds only plain values
             config = TransformerConfig(**config)
-        self.save_hyperparameters(ignore=["config", "optimizer"])
+        self.save_hyperparameters(ignore=["config", "optimizer", "init_from"])
         self.save_hyperparameters({"config": config.to_dict()})
         self.config = config
         self.model = TernaryTransformer(config)
+        self.init_from = init_from
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
         self._make_optimizer = optimizer
@@ -123,10 +128,17 @@ class SparseBitNet(LightningModule):
             )
 
     def configure_model(self) -> None:
+        if self.init_from is not None:
+            load_weights(self.model, self.init_from)
+            self.init_from = None  # once: a Trainer configures the model again for each of its commands
         if self.hparams["compile"] and not self.model.is_compiled:
             self.model.compile_blocks()
         if self.device_mesh is not None:  # ModelParallelStrategy
             shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if isinstance(self._trainer, Trainer) and "optimizer_states" in checkpoint:  # the Fabric loop does it itself
+            name_optimizer_states(checkpoint["optimizer_states"], self, self._trainer.optimizers)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids int64 ``[B, T]`` -> logits ``[B, T, vocab_size]``."""

@@ -1,6 +1,7 @@
 """The command line as a user meets it: commands that work, and errors in one line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,28 @@ def test_last_without_a_run_is_an_error_where_nothing_is_trained(tokens, capsys)
     assert "no checkpoint in logs/sparse_pretrain" in error
 
 
+def test_last_as_a_sharded_checkpoint(tokens, capsys):
+    """Half a folder is put aside; a whole one is refused on one process, with the command that makes a file of it."""
+    assert fit(tokens) == 0
+    last = Path("logs/sparse_pretrain/version_0/checkpoints/last.ckpt")
+    for attempt, kept in ((3, "last.ckpt.damaged"), (4, "last.ckpt.damaged-2")):
+        last.unlink()
+        last.mkdir()
+        (last / ".metadata").write_bytes(b"shards")
+        capsys.readouterr()
+        assert fit(tokens, f"--trainer.max_steps={attempt}", "--ckpt_path=last") == 0
+        printed = capsys.readouterr().out
+        assert f"{last} is not complete (it has no meta.pt) (kept as {kept}); continuing from" in printed
+        assert last.with_name(kept).is_dir()
+        assert torch.load(last, weights_only=True)["global_step"] == attempt
+    last.unlink()
+    last.with_name("last.ckpt.damaged").replace(last)
+    torch.save({}, last / "meta.pt")
+    for command in ("fit", "fabric"):
+        words = [command, "--config", str(RECIPE), *small(tokens), "--ckpt_path=last"]
+        assert f"sbn consolidate --checkpoint {last} --output " in error_of(capsys, main(words))
+
+
 def test_a_dense_model_needs_no_mask_callbacks(tokens):
     assert fit(tokens, "--model.config.linear=dense") == 0
 
@@ -185,6 +208,18 @@ def test_debug_shows_the_traceback(tokens, monkeypatch):
     monkeypatch.setenv("SBN_DEBUG", "1")
     with pytest.raises(ValueError, match="interval=0"):
         fit(tokens, "--mask_refresh.interval=0")
+
+
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_no_error_prints_a_password(tmp_path, debug):
+    """Neither the one line nor a traceback; a process of its own, for what it prints when it dies."""
+    words = ["prepare", "--input", "https://somebody:hunter22@host.invalid/texts", "--output", str(tmp_path / "out")]
+    environment = os.environ | {"SBN_DEBUG": debug, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, ROOT / "cli.py", *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert ("Traceback" in done.stderr) == bool(debug)
+    assert "https://***@host.invalid/texts" in done.stderr
+    assert "hunter22" not in done.stdout + done.stderr
 
 
 def test_prepare_and_fit(tmp_path, capsys):

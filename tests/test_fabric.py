@@ -26,11 +26,12 @@ from sbn_lightning import (
     TokenDataModule,
     WeightDecaySchedule,
 )
+from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.cli import main
 from sbn_lightning.errors import ConfigError, DataError
 from sbn_lightning.fabric import FabricRun, train
+from sbn_lightning.fabric_options import fabric_run
 from sbn_lightning.pattern import top_n_mask
-from sbn_lightning.training_cli import fabric_run
 from tests.helpers import Interrupted, Witness, quiet_trainer, regression_loader, small_config
 from tests.test_cli import RECIPE, error_of, small
 
@@ -38,7 +39,7 @@ BATCHES_AN_EPOCH = 6
 STEPS = 10
 
 
-def train_by(loop, tokens, refresh, ramp, accumulate, stop=None, ckpt_path=None, precision="32-true"):
+def train_by(loop, tokens, refresh, ramp, accumulate, stop=None, ckpt_path=None, precision="32-true", more=()):
     """A run of the Trainer or of the Fabric loop; all else is equal. ``stop`` interrupts it before that step."""
     torch.manual_seed(7)
     module = SparseBitNet(
@@ -55,6 +56,7 @@ def train_by(loop, tokens, refresh, ramp, accumulate, stop=None, ckpt_path=None,
         WeightDecaySchedule(),
         sparsity,
         witness,
+        *more,
     ]
     options = {
         "max_steps": STEPS,
@@ -159,6 +161,50 @@ def test_the_same_under_autocast(tokens):
     expected, got = (train_by(loop, tokens, *CASES["plain"], precision="bf16-mixed") for loop in ("trainer", "fabric"))
     assert_same(expected, *got[:3])
     assert expected[0][0][-1] != train_by("fabric", tokens, *CASES["plain"], stop=1)[0][0][-1]  # it is not float32
+
+
+class Listener(RunCallback):
+    """Notes the hooks that are called; with a loss, or the sum of the gradients as they are then."""
+
+    def __init__(self):
+        self.heard = []
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        self.heard.append(("on_before_zero_grad", gradients(optimizer)))
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.heard.append(("on_before_backward", loss.item()))
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.heard.append(("on_before_optimizer_step", gradients(optimizer)))
+
+
+def gradients(optimizer):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return sum(p.grad.abs().sum().item() for p in parameters if p.grad is not None)
+
+
+def note(name):
+    def hook(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.heard.append(name)
+
+    return hook
+
+
+STAGES = ("fit", "train", "train_epoch", "validation", "validation_epoch")
+for name in ("on_after_backward", *(f"on_{stage}_{end}" for stage in STAGES for end in ("start", "end"))):
+    setattr(Listener, name, note(name))
+
+
+def test_hooks_come_in_the_trainers_order(tokens):
+    heard = {}
+    for loop in ("trainer", "fabric"):
+        listener = Listener()
+        train_by(loop, tokens, *CASES["accumulation, rows"], more=[listener])
+        heard[loop] = listener.heard
+    assert heard["fabric"] == heard["trainer"]
+    assert sum(isinstance(hook, tuple) and hook[0] == "on_before_optimizer_step" for hook in heard["fabric"]) == STEPS
 
 
 # Checkpoints

@@ -5,9 +5,10 @@ import torch
 
 import sbn_lightning
 from sbn_lightning import SparseBitNet
+from sbn_lightning.distributed import name_optimizer_states
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.module import Perplexity, learning_rate_factor
-from tests.helpers import quiet_trainer, small_config, small_module, token_loader
+from tests.helpers import ForeignModule, quiet_trainer, small_config, small_module, token_loader
 
 
 def test_public_names():
@@ -104,3 +105,53 @@ def test_gradient_accumulation_equals_a_large_batch():
         trainer.fit(module, token_loader(batches=4 * accumulate, batch_size=batch_size))
         losses.append(module.model.loss(*_shifted(token_loader(batches=4))).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_optimiser_states_have_names_and_old_checkpoints_without_still_load():
+    def run(steps, checkpoint=None):
+        module = small_module()
+        trainer = quiet_trainer(max_steps=steps)
+        trainer.fit(module, token_loader(batches=2), ckpt_path=checkpoint)
+        trainer.save_checkpoint(f"{steps}.ckpt")
+        return module.state_dict(), trainer.optimizers[0]
+
+    _, optimizer = run(2)
+    saved = torch.load("2.ckpt", weights_only=True)
+    names = dict(small_module().named_parameters())
+    (named,) = saved["optimizer_states"]
+    assert set(named["state"]) == set(names)
+    assert all(named["state"][name]["exp_avg"].shape == parameter.shape for name, parameter in names.items())
+    saved["optimizer_states"] = [optimizer.state_dict()]
+    assert 0 in saved["optimizer_states"][0]["state"]
+    torch.save(saved, "old.ckpt")
+    (expected, _), (got, _) = run(4, "2.ckpt"), run(4, "old.ckpt")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_states_are_named_by_whoever_numbered_them(sharded):
+    """By place in the parameter groups; by ModelParallelStrategy, by place in the model and sorted."""
+    module = ForeignModule()
+    weights, biases = [module.net[0].weight, module.net[2].weight], [module.net[2].bias, module.net[0].bias]
+    optimizer = torch.optim.AdamW([{"params": biases, "weight_decay": 0.0}, {"params": weights}])
+    (module.net(torch.randn(4, 16)) ** 2).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    if sharded:
+        module._device_mesh = object()
+        places = {parameter: place for place, parameter in enumerate(module.parameters())}
+        state["state"] = {places[parameter]: dict(values) for parameter, values in optimizer.state.items()}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            saved["params"] = sorted(places[parameter] for parameter in group["params"])
+    name_optimizer_states([state], module, [optimizer])
+    assert [group["params"] for group in state["param_groups"]] == [
+        ["net.2.bias", "net.0.bias"],
+        ["net.0.weight", "net.2.weight"],
+    ]
+    for name, parameter in module.named_parameters():
+        assert torch.equal(state["state"][name]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+    before = {name: values["exp_avg"].clone() for name, values in state["state"].items()}
+    optimizer.load_state_dict(state)
+    name_optimizer_states([state], module, [optimizer])  # named already
+    for name, parameter in module.named_parameters():
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], before[name])

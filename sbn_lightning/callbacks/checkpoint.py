@@ -7,14 +7,19 @@ written next to its place, synced, and renamed: a name holds the old file or the
 Lightning notes a SIGTERM and raises at the end of a micro-batch, which may be inside an accumulation window, where
 gradients that no checkpoint has are lost, and exits with status 0. Here training goes on to the end of the optimiser
 step, saves as it does after any step, and exits with status 143.
+
+A sharded checkpoint is a folder whose files torch overwrites one by one: the folder of before gets another name first
+(``last.before.ckpt``), and goes when the new one is complete.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +31,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from sbn_lightning import sharded
 from sbn_lightning.errors import DataError
 
 if TYPE_CHECKING:
@@ -151,6 +157,10 @@ class DurableCheckpoint(ModelCheckpoint):
             if terminated:
                 self._save_and_exit(trainer)
 
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        with folder_of_before_kept(cast(Any, trainer), filepath):
+            super()._save_checkpoint(trainer, filepath)
+
     def on_validation_start(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
         # Gradients of half a window are in no checkpoint, and processes must agree.
         if trainer.sanity_checking or not self._listens or not self._stepped or trainer.world_size > 1:
@@ -193,9 +203,29 @@ class DurableCheckpoint(ModelCheckpoint):
         if not is_saved or self.save_weights_only:
             path = self.format_checkpoint_name(self._monitor_candidates(cast(Any, trainer)), self.CHECKPOINT_NAME_LAST)
             self.last_model_path = path
-            trainer.save_checkpoint(path)  # never the weights alone: it is to be continued from
+            with folder_of_before_kept(trainer, path):
+                trainer.save_checkpoint(path)  # never the weights alone: it is to be continued from
         _say(f"SIGTERM: saved step {trainer.global_step} to {path}; --ckpt_path last continues from there")
         raise SIGTERMException(SIGTERM_STATUS)
+
+
+@contextmanager
+def folder_of_before_kept(trainer: Run, path: str) -> Iterator[None]:
+    """Keeps a sharded checkpoint, as ``*.before.ckpt``, until the one that is saved in its place is whole.
+
+    Does nothing for files.
+    """
+    folder = Path(path)
+    before = folder.with_suffix(".before.ckpt")
+    if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+        # One that is not complete, after a crash, is not worth the place of the one before it.
+        if trainer.is_global_zero and folder.is_dir() and not sharded.what_is_missing(folder):
+            shutil.rmtree(before, ignore_errors=True)
+            folder.replace(before)
+        trainer.strategy.barrier()
+    yield
+    if trainer.is_global_zero and before.is_dir():
+        shutil.rmtree(before)
 
 
 def _before_validation(trainer: Trainer) -> dict[str, Any]:

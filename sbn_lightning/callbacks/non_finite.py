@@ -42,23 +42,25 @@ class NonFiniteGuard(RunCallback):
         self._batch: tuple[Any, int] | None = None
         self._finite: Tensor | None = None
         self._last_look = 0
+        self._sees_losses = False
         self._hooks: list[Any] = []
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         self._finite, self._last_look = None, trainer.global_step
         if not isinstance(trainer, Trainer):
-            # The Fabric loop has no hook between backward and step. A loss that is not finite leaves no gradient
-            # finite; one of the smallest parameter tells.
-            for optimizer in trainer.optimizers:
-                hook = optimizer.register_step_pre_hook(
-                    lambda optimizer, *_: self._look(trainer, pl_module, _smallest_gradient(optimizer))
-                )
-                self._hooks.append(hook)
+            # A loop of one's own may not call on_before_backward. A loss that is not finite leaves no gradient finite;
+            # one of the smallest parameter tells.
+            def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+                if not self._sees_losses:
+                    self._look(trainer, pl_module, _smallest_gradient(optimizer))
+
+            self._hooks += [optimizer.register_step_pre_hook(look) for optimizer in trainer.optimizers]
 
     def on_train_batch_start(self, trainer: Run, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         self._batch = (batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: nn.Module, loss: Tensor) -> None:  # type: ignore[override]
+        self._sees_losses = True
         self._look(trainer, pl_module, loss)
 
     def on_train_batch_end(self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:

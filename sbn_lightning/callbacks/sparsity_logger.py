@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sbn_lightning.callbacks.base import RunCallback, require_masked_layers, show
 from sbn_lightning.errors import ConfigError
@@ -128,8 +129,8 @@ def _gammas(layers: dict[str, MaskedLinear]) -> dict[str, float]:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """At most ``HISTOGRAM_SAMPLE`` weights, evenly spread."""
-    flat = weight.flatten()
+    """At most ``HISTOGRAM_SAMPLE`` weights, evenly spread; of a sharded weight, over this rank's rows."""
+    flat = (weight.to_local() if isinstance(weight, DTensor) else weight).flatten()
     return flat[:: max(1, flat.numel() // HISTOGRAM_SAMPLE)]
 
 

@@ -1,44 +1,40 @@
-"""DDP and FSDP2 on two CPU processes against one process."""
+"""DDP and FSDP2 on two CPU processes against one process, and checkpoints that go from each to the others."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
+from sbn_lightning.callbacks.checkpoint import folder_of_before_kept
 from sbn_lightning.data import prepare
-from sbn_lightning.distributed import check_strategy
-from sbn_lightning.errors import ConfigError
-from tests.distributed.worker import GLOBAL_BATCH
+from sbn_lightning.distributed import check_checkpoint, check_strategy
+from sbn_lightning.errors import ConfigError, DataError
+from sbn_lightning.resume import why_unreadable
+from sbn_lightning.sharded import consolidate
+from tests.distributed import worker
+from tests.distributed.worker import EPOCH, GLOBAL_BATCH
+from tests.helpers import Interrupted
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
-
-
-def start(strategy, output, steps=STEPS, processes=1, **options):
-    output.mkdir()
-    run = [sys.executable]
-    if processes > 1:
-        run += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*run, str(ROOT / "tests/distributed/worker.py"), strategy, str(output), str(steps)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += [f"--{name}={value}" for name, value in options.items()]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=output)
-
-
-def launch(strategy, output, steps=STEPS, processes=1, **options):
-    done = start(strategy, output, steps, processes, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(output / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    return launch("auto", tmp_path_factory.mktemp("single") / "run")[0]
+ONWARD = [
+    ("auto", "ddp"),
+    ("auto", "fsdp2"),
+    ("ddp", "auto"),
+    ("ddp", "fsdp2"),
+    ("fsdp2", "auto"),
+    ("fsdp2", "fsdp2"),
+    ("sharded", "sharded"),
+    ("sharded", "auto"),  # through one file, as the error of the command line says
+    ("sharded", "fsdp2"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,53 +42,155 @@ def counting(tmp_path_factory):
     """Numbers in order, so that every block of tokens is another one."""
     folder = tmp_path_factory.mktemp("counting")
     for i in range(8):
-        (folder / f"{i}.txt").write_text(" ".join(str(n) for n in range(i * 5000, i * 5000 + 2500)))
+        (folder / f"{i}.txt").write_text(" ".join(str(n) for n in range(i * 5000, i * 5000 + 300)))
     output = folder / "tokens"
     prepare(str(folder / "*.txt"), str(output), tokenizer="byte", val_fraction=0.2, num_workers=1)
     return output
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_equal_one(strategy, single, tmp_path):
-    ranks = launch(strategy, tmp_path / "run", processes=2)
+@pytest.fixture(scope="module")
+def epoch(counting):
+    index = json.loads((counting / "train/index.json").read_text())
+    return sum(chunk["dim"] // 64 for chunk in index["chunks"]) // GLOBAL_BATCH
+
+
+@pytest.fixture(scope="module")
+def runs(counting, epoch, tmp_path_factory):
+    """What each rank saw, by the run's name; whole runs, runs of half an epoch, and what goes on from either."""
+    folder = tmp_path_factory.mktemp("runs")
+    first, onward = {}, {"refused": {"strategy": "tensor-parallel", "steps": 1}}
+    data = {"tokens": str(counting)}
+    for strategy in ("auto", "ddp", "fsdp2", "sharded"):
+        first[strategy] = {"strategy": strategy, "steps": STEPS}
+        first[f"{strategy} half"] = {"strategy": strategy, "steps": epoch // 2, **data}
+    for before, after in ONWARD:
+        kind = "ckpt.consolidated" if before == "sharded" and after != "sharded" else "ckpt"
+        whole, half = folder / before / f"step={EPOCH}.{kind}", folder / f"{before} half" / f"step={epoch // 2}.{kind}"
+        onward[f"{before} to {after}"] = {"strategy": after, "steps": STEPS, "checkpoint": str(whole)}
+        onward[f"{before} to {after} rest"] = {"strategy": after, "steps": epoch - 2, "checkpoint": str(half), **data}
+    seen = {"folder": folder}
+    for jobs in (first, onward):
+        alone = {name: job for name, job in jobs.items() if job["strategy"] == "auto"}
+        for name, job in alone.items():
+            seen[name] = [worker.train(str(folder / name), **job)]
+        together = [name for name in jobs if name not in alone]
+        path = folder / "jobs.json"
+        path.write_text(json.dumps({str(folder / name): jobs[name] for name in together}))
+        launch([str(ROOT / "tests/distributed/worker.py"), str(path)], folder)
+        for name in together:
+            seen[name] = [torch.load(folder / f"{name}.rank{rank}.pt", weights_only=True) for rank in range(2)]
+        if jobs is first:
+            for checkpoint in (f"sharded/step={EPOCH}.ckpt", f"sharded half/step={epoch // 2}.ckpt"):
+                consolidate(str(folder / checkpoint), str(folder / f"{checkpoint}.consolidated"))
+    return seen
+
+
+def launch(words, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def rows(ranks):
+    return [tuple(row) for rank in ranks for batch in rank["samples"] for row in batch.tolist()]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "sharded"])
+def test_two_processes_equal_one(strategy, runs):
+    ranks, (single,) = runs[strategy], runs["auto"]
     for step in range(STEPS):
         for name, mask in single["masks"][step].items():
             for rank in ranks:
                 assert torch.equal(rank["masks"][step][name], mask)
                 torch.testing.assert_close(rank["gammas"][step][name], single["gammas"][step][name], rtol=1e-5, atol=0)
         # No rank sees another's samples, and together they see the single process's.
-        rows = torch.cat([rank["samples"][step] for rank in ranks])
-        together, alone = ({tuple(row) for row in batch.tolist()} for batch in (rows, single["samples"][step]))
-        assert together == alone
-        assert len(together) == len(rows)
+        together = [tuple(row) for rank in ranks for row in rank["samples"][step].tolist()]
+        assert set(together) == {tuple(row) for row in single["samples"][step].tolist()}
+        assert len(set(together)) == len(together)
     assert ranks[0]["losses"] == pytest.approx(single["losses"], rel=1e-5)
     assert [rank["counts"] for rank in ranks] == [single["counts"]] * 2
     assert ranks[0]["ignored"] == sorted(f"{name}.mask_bits" for name in single["counts"])
 
 
-@pytest.mark.parametrize(("strategy_before", "strategy_after"), [("ddp", "auto"), ("auto", "ddp"), ("fsdp2", "auto")])
-def test_a_run_resumes_on_another_number_of_processes(strategy_before, strategy_after, counting, tmp_path):
+@pytest.mark.parametrize(("before", "after"), ONWARD)
+def test_a_checkpoint_goes_on_under_another_strategy(before, after, runs):
+    """With its optimiser states, to the last bit, and the losses of a run that nothing disturbed."""
+    first, rest, (single,) = runs[before][0], runs[f"{before} to {after}"], runs["auto"]
+    parameters = len(single["moments"][-1])
+    for rank in rest:
+        assert len(rank["masks"]) == STEPS - EPOCH
+        assert len(rank["moments"][0]) == parameters
+        assert any(value.any() for name, value in rank["moments"][0].items() if name.endswith("exp_avg"))
+        for name, value in rank["moments"][0].items():
+            assert torch.equal(value, first["moments"][EPOCH][name]), name
+        for step, masks in enumerate(rank["masks"], start=EPOCH):
+            assert all(torch.equal(mask, single["masks"][step][name]) for name, mask in masks.items())
+    assert rest[0]["losses"] == pytest.approx(single["losses"][EPOCH:], rel=1e-5)
+
+
+@pytest.mark.parametrize(("before", "after"), ONWARD)
+def test_a_run_resumes_on_another_number_of_processes(before, after, runs, epoch):
     """No sample twice; what an epoch leaves out at its end is less than two batches."""
-
-    def rows(ranks):
-        return [tuple(row) for rank in ranks for batch in rank["samples"] for row in batch.tolist()]
-
-    before, after = (1 if strategy == "auto" else 2 for strategy in (strategy_before, strategy_after))
-    index = json.loads((counting / "train/index.json").read_text())
-    blocks = sum(chunk["dim"] // 64 for chunk in index["chunks"])
-    epoch = blocks // GLOBAL_BATCH
-    first = launch(strategy_before, tmp_path / "first", epoch // 2, before, tokens=counting)
-    checkpoint = tmp_path / f"first/step={epoch // 2}.ckpt"
-    rest = launch(strategy_after, tmp_path / "rest", epoch - 2, after, tokens=counting, checkpoint=checkpoint)
-    seen = rows(first) + rows(rest)
+    rest = runs[f"{before} to {after} rest"]
+    seen = rows(runs[f"{before} half"]) + rows(rest)
     assert len(seen) == (epoch - 2) * GLOBAL_BATCH
     assert len(set(seen)) == len(seen)
     assert len(rest[0]["masks"]) == epoch - 2 - epoch // 2
 
 
-def test_ranks_left_for_tensor_parallelism_are_refused(tmp_path):
-    done = start("fsdp2-auto", tmp_path / "run", processes=2)
-    assert "data_parallel_size=2, tensor_parallel_size=1" in done.stderr
+def test_what_a_strategy_would_misread_is_refused(runs):
+    """Each with a way out; the folder's is a command."""
+    folder = runs["folder"] / f"sharded/step={EPOCH}.ckpt"
+    file = runs["folder"] / f"auto/step={EPOCH}.ckpt"
+    with pytest.raises(ConfigError, match=f"sbn consolidate --checkpoint {folder} --output .*step=4.whole.ckpt"):
+        check_checkpoint(folder, "auto")
+    check_checkpoint(folder, ModelParallelStrategy())
+    check_checkpoint(file, ModelParallelStrategy())
+    # As torch numbers them: by parameter group.
+    saved = torch.load(file, weights_only=True)
+    state = saved["optimizer_states"][0]
+    numbers = iter(range(len(state["state"])))
+    for group in state["param_groups"]:
+        group["params"] = [next(numbers) for _ in group["params"]]
+    torch.save(saved, runs["folder"] / "numbered.ckpt")
+    with pytest.raises(ConfigError, match="without that strategy first"):
+        check_checkpoint(runs["folder"] / "numbered.ckpt", ModelParallelStrategy())
+    check_checkpoint(runs["folder"] / "numbered.ckpt", DDPStrategy())
+
+
+def test_a_sharded_checkpoint_that_is_replaced_stays_until_the_new_one_is_whole(runs, tmp_path):
+    """`last.ckpt` was saved three times under that name."""
+    assert not list((runs["folder"] / "sharded").glob("*.before.ckpt"))
+    last = tmp_path / "last.ckpt"
+    shutil.copytree(runs["folder"] / "sharded/last.ckpt", last)
+    assert why_unreadable(last) == ""
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(_save_distributed_checkpoint=True, barrier=lambda: None), is_global_zero=True
+    )
+
+    def save():
+        with folder_of_before_kept(trainer, str(last)):
+            last.mkdir(exist_ok=True)
+            (last / ".metadata").write_bytes(b"half")
+            raise Interrupted
+
+    for _ in range(2):  # the second time, what the first left behind is in its way
+        with pytest.raises(Interrupted):
+            save()
+        assert why_unreadable(last) == "is not complete (it has no meta.pt)"
+        assert why_unreadable(tmp_path / "last.before.ckpt") == ""
+    (last / "meta.pt").write_bytes(b"half")
+    assert "is damaged" in why_unreadable(last)
+    with pytest.raises(DataError, match=r"there is no .*nothing/.metadata"):
+        consolidate(str(tmp_path / "nothing"), str(tmp_path / "one.ckpt"))
+    with pytest.raises(DataError, match=r"last.ckpt is damaged"):
+        consolidate(str(last), str(tmp_path / "one.ckpt"))
+    assert not list(tmp_path.glob("one.*"))
+
+
+def test_ranks_left_for_tensor_parallelism_are_refused(runs):
+    assert all("data_parallel_size=2, tensor_parallel_size=1" in rank["error"] for rank in runs["refused"])
 
 
 def test_strategies_that_flatten_weights_are_refused():

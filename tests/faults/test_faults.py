@@ -18,7 +18,7 @@ from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.callbacks.non_finite import NonFiniteError
 from sbn_lightning.cli import main
 from sbn_lightning.errors import DataError
-from sbn_lightning.training_cli import without_secrets
+from sbn_lightning.redaction import without_secrets
 from tests.faults import kill
 from tests.faults.recorder import read
 from tests.helpers import ForeignModule, quiet_trainer, regression_loader, small_module, token_loader

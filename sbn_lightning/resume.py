@@ -1,0 +1,110 @@
+"""``--ckpt_path last``: the newest run of the same name, and its newest checkpoint that can be read."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+import torch
+from jsonargparse import Namespace
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from sbn_lightning import sharded
+from sbn_lightning.data import shards
+from sbn_lightning.errors import ConfigError, DataError
+
+
+def resume_last_run(config: Namespace, training: bool = True) -> None:
+    """Makes ``--ckpt_path last`` continue the newest run of the same name, in its own folder.
+
+    By itself Lightning would open a new version folder, find no checkpoint there, and start anew with a warning.
+    Without any checkpoint, training starts anew and says so: a job that is stopped before its first checkpoint is
+    started again by the same command. A ``last.ckpt`` that cannot be read is put aside, and the newest checkpoint of
+    the run that can be read takes its place.
+
+    Raises:
+        ConfigError: If the place of the checkpoints is not known, or there is none and the command does not train.
+        DataError: If there are checkpoints and none of them can be read.
+    """
+    logger = config.trainer.get("logger")
+    if not isinstance(logger, Namespace) or "save_dir" not in logger.get("init_args", {}):
+        raise ConfigError("--ckpt_path last needs a trainer.logger with a save_dir; give the checkpoint's path instead")
+    folder = Path(logger.init_args.save_dir) / (logger.init_args.get("name") or "")
+    # `validate` and the like have no checkpoint group.
+    fixed = config.get("checkpoint.dirpath")
+    pattern = f"{fixed}/*.ckpt" if fixed else f"{folder}/version_*/checkpoints/*.ckpt"
+    found = sorted(Path(fixed).glob("*.ckpt") if fixed else folder.glob("version_*/checkpoints/*.ckpt"), key=_age)
+    if not found:
+        if not training:
+            raise ConfigError(f"--ckpt_path last: no checkpoint in {pattern}")
+        config.ckpt_path = None
+        say(f"--ckpt_path last: no checkpoint in {pattern} yet, training starts anew")
+        return
+    run = found[-1].parent
+    # What was meant to be last comes first; then the newest.
+    candidates = sorted((path for path in found if path.parent == run), key=lambda p: (_is_last(p), _age(p)))[::-1]
+    damage: dict[Path, str] = {}
+    for path in candidates:
+        if reason := why_unreadable(path):
+            damage[path] = reason
+            continue
+        break
+    else:
+        reasons = "; ".join(f"{path} {reason}" for path, reason in damage.items())
+        raise DataError(f"--ckpt_path last: no checkpoint of the run can be read: {reasons}; delete them to start anew")
+    for bad, reason in damage.items():
+        kept = bad
+        if training:
+            # Out of the way of the next save, which would avoid its name.
+            kept = bad.with_name(f"{bad.name}.damaged")
+            if kept.is_dir():  # of before; a folder cannot take its place
+                kept = next(free for i in count(2) if not (free := Path(f"{kept}-{i}")).exists())
+            with suppress(FileNotFoundError):  # another process of the run may be faster
+                bad.replace(kept)
+        say(f"--ckpt_path last: {bad} {reason} (kept as {kept.name}); continuing from {path}")
+    config.ckpt_path = str(path)
+    if not fixed:
+        logger.init_args.version = run.parent.name
+
+
+def _age(path: Path) -> float:
+    rest = path / sharded.REST  # a folder's own time does not tell when its files were written
+    try:
+        return (rest if rest.is_file() else path).stat().st_mtime
+    except FileNotFoundError:  # put aside by another process of the same run
+        return 0.0
+
+
+def _is_last(path: Path) -> bool:
+    return re.fullmatch(r"last(-v\d+)?", path.stem) is not None
+
+
+def why_unreadable(path: Path) -> str:
+    """What is wrong with a checkpoint; empty if nothing is.
+
+    Checksums are compared up to ``shards.CHECKSUM_LIMIT`` bytes; above, what a file cut short shows.
+    """
+    try:
+        if path.is_dir():
+            if missing := sharded.what_is_missing(path):
+                return f"is not complete (it has no {missing})"
+            torch.load(path / sharded.REST, map_location="cpu", weights_only=True)  # written last
+            return ""
+        if not path.stat().st_size:
+            return "is empty"
+        with zipfile.ZipFile(path) as file:
+            if path.stat().st_size <= shards.CHECKSUM_LIMIT and (record := file.testzip()):
+                return f"is damaged (in {record})"
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file can make torch raise anything
+        return f"is damaged ({(str(error) or type(error).__name__).splitlines()[0].rstrip('.')})"
+    return "" if isinstance(saved, dict) and "state_dict" in saved else "is no checkpoint"
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Prints a line, once."""
+    print(text, flush=True)
