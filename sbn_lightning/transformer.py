@@ -5,13 +5,17 @@ dense and in high precision. q, k and v share one fused layer, so do gate and up
 of them, and each part keeps its own gamma (``split_sizes``).
 
 Shapes are written as suffixes of names: B batch, T tokens, D d_model, H heads, K key/value heads, E head size.
+
+Who generates text needs other positions than 0, 1, 2, ... and keys and values kept from one call to the next. Both come
+in as arguments (:class:`Attend`); what a cache looks like is :mod:`sbn_lightning.generation`'s business.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -160,13 +164,27 @@ def rope_tables(config: TransformerConfig) -> tuple[Tensor, Tensor]:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates ``x [B, heads, T, E]`` by position; ``cos`` and ``sin`` are ``[T, E]``."""
+    """Rotates ``x [B, heads, T, E]`` by position; ``cos`` and ``sin`` are ``[T, E]``, or ``[B, 1, T, E]``."""
     left, right = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
 
+class Attend(Protocol):
+    """What queries attend to."""
+
+    def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
+        """Rotated queries and keys, and values, of the tokens at hand -> ``[B, H, T, E]``."""
+
+
+def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
+    """Each token attends to itself and those before it."""
+    return F.scaled_dot_product_attention(
+        q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=q_BHTE.shape[1] != k_BKTE.shape[1]
+    )
+
+
 class Attention(nn.Module):
-    """Causal grouped-query attention."""
+    """Grouped-query attention, causal unless told otherwise."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -175,13 +193,11 @@ class Attention(nn.Module):
         self.qkv = _linear(config, config.d_model, self.splits, bias=config.qkv_bias)
         self.o = _linear(config, config.d_model, (config.d_model,))
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal_attention) -> Tensor:
         q, k, v = (
             part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in self.qkv(x_BTD).split(self.splits, -1)
         )
-        y_BHTE = F.scaled_dot_product_attention(
-            apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        y_BHTE = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
         out: Tensor = self.o(y_BHTE.transpose(1, 2).flatten(2))
         return out
 
@@ -210,8 +226,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin)
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal_attention) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, attend)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
@@ -265,8 +281,16 @@ class TernaryTransformer(nn.Module):
             layer.owner_prepares = True
         self.is_compiled = True
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
+    def hidden(
+        self, tokens_BT: Tensor, positions_BT: Tensor | None = None, attend: Sequence[Attend] | None = None
+    ) -> Tensor:
         """Token ids int64 ``[B, T]`` -> final hidden states ``[B, T, D]``.
+
+        Args:
+            tokens_BT: The tokens.
+            positions_BT: Where they stand in their sequences, int64, each below ``max_sequence_length``; 0 to T - 1 if
+                not given.
+            attend: How each block attends; causally if not given.
 
         Raises:
             ConfigError: If the sequence is longer than ``max_sequence_length``.
@@ -279,12 +303,19 @@ class TernaryTransformer(nn.Module):
         if self.is_compiled:
             prepare_layers(self)
         x_BTD = self.embed(tokens_BT)
-        rope = self.cos[:length], self.sin[:length]
-        for block in self.blocks:
+        if torch.is_autocast_enabled(x_BTD.device.type):  # the residual stream too: most of the memory traffic
+            x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
+        if positions_BT is None:
+            rope = self.cos[:length], self.sin[:length]
+        else:
+            rope = self.cos[positions_BT].unsqueeze(1), self.sin[positions_BT].unsqueeze(1)
+        for i, block in enumerate(self.blocks):
             if self.config.activation_checkpointing and self.training:
                 x_BTD = checkpoint(block, x_BTD, *rope, use_reentrant=False)
-            else:
+            elif attend is None:
                 x_BTD = block(x_BTD, *rope)
+            else:
+                x_BTD = block(x_BTD, *rope, attend[i])
         out: Tensor = self.norm(x_BTD)
         return out
 

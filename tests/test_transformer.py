@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from sbn_lightning import NMPattern, SparseBitLinear, SparseLinear, TernaryTransformer, TransformerConfig
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import masked_layers
-from sbn_lightning.loss import choose_loss, linear_cross_entropy
+from sbn_lightning.loss import FUSED_VOCABULARY, choose_loss, linear_cross_entropy
 from sbn_lightning.transformer import apply_rope, rope_tables
 from tests.helpers import small_config
 
@@ -123,18 +123,38 @@ def test_state_dict_keys():
     assert set(keys) == expected | {"embed.weight", "norm.weight", "lm_head.weight"}
 
 
-@pytest.mark.parametrize("implementation", ["torch", "plain", "auto"])
-def test_loss_implementations_agree(implementation):
+@pytest.mark.parametrize("implementation", ["chunked", "torch", "plain", "auto"])
+def test_loss_implementations_agree(implementation, monkeypatch):
     if implementation == "torch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("this version of torch has no linear_cross_entropy")
+    monkeypatch.setattr("sbn_lightning.loss.CHUNK_BYTES", 0)  # 256 tokens
     torch.manual_seed(0)
-    hidden = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(20_000, 16, dtype=torch.float64, requires_grad=True)
-    target = torch.randint(20_000, (50,))
+    hidden = torch.randn(600, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(FUSED_VOCABULARY, 16, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(FUSED_VOCABULARY, (600,))
     expected = torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), target), (hidden, weight))
     loss = linear_cross_entropy(hidden, weight, target, implementation)
     for actual, wanted in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_chunked_loss_in_bfloat16_sums_the_head_in_float32(monkeypatch):
+    monkeypatch.setattr("sbn_lightning.loss.CHUNK_BYTES", 0)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(600, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    target = torch.randint(300, (600,))
+    exact = F.cross_entropy(hidden @ weight.t(), target)
+    expected = torch.autograd.grad(exact, (hidden, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, target, "chunked")
+        with torch.no_grad():
+            assert torch.equal(linear_cross_entropy(hidden, weight, target, "chunked"), loss.detach())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=1e-2, atol=0)
+    found = torch.autograd.grad(3 * loss, (hidden, weight))
+    assert [g.dtype for g in found] == [torch.float32, torch.float32]
+    for actual, wanted in zip(found, expected, strict=True):
+        assert (actual - 3 * wanted).norm() < 0.02 * (3 * wanted).norm()
 
 
 def test_choice_of_loss():

@@ -29,7 +29,6 @@ from sbn_kernels.gradients import (
     input_gradient_gemm,
     quantize_gradient,
     quantize_gradient_reference,
-    weight_gradient_gemm,
 )
 from sbn_kernels.hopper_gemm import sparse_gemm, ternary_gemm
 from sbn_kernels.packing import pack_dense, pack_sparse24, packed_shape, unpack
@@ -37,6 +36,7 @@ from sbn_kernels.portable_gemm import int8_gemm
 from sbn_kernels.prepare import PreparedWeight, prepare_weight
 from sbn_kernels.quantize import quantize_tokens
 from sbn_kernels.transpose import dequantize_tokens, pack_transposed, transpose_tokens
+from sbn_kernels.weight_gradient import weight_gradient_gemm
 
 __all__ = [
     "Capabilities",

@@ -57,9 +57,14 @@ class Capabilities:
         return "\n".join(lines)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def gluon_missing() -> str | None:
     """What Gluon lacks for the inline-PTX kernels; None if nothing."""
+    return _gluon_missing()
+
+
+@functools.cache
+def _gluon_missing() -> str | None:
     try:
         from triton.experimental.gluon import language as gl
     except ImportError:
@@ -69,10 +74,18 @@ def gluon_missing() -> str | None:
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported)."""
     return bool(triton.knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result
+def runs(op: str, index: int | None) -> bool:
+    """Whether ``op`` runs on GPU ``index`` (None: on no GPU); a constant to ``torch.compile``."""
+    if index is None and torch.cuda.is_available():
+        return False
+    return capabilities(index).can(op)
 
 
 def capabilities(device: torch.device | int | None = None) -> Capabilities:

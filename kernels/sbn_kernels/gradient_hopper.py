@@ -1,9 +1,10 @@
 """Device code of the Hopper product of two int8 matrices, in Gluon. Needs Triton >= 3.9; imported only there.
 
-``y = (a @ b^T) * scale[row]`` with both factors in shared memory (``hopper_kernels`` has one of two bits in registers):
-the weight's gradient, whose sum runs over tokens. Persistent and warp-specialised as there: a producer fills a ring by
-TMA, two consumers of 64 rows each multiply ``m64n256k32`` and run apart from each other. Weights of few rows and columns
-make fewer tiles than there are multiprocessors, so the sum can be split: int32 parts that another pass adds, exactly.
+``y = (a @ b^T) * scale[row]`` with both factors in shared memory (``hopper_kernels`` has one, of two bits, in
+registers): the weight's gradient, whose sum runs over tokens. Persistent and warp-specialised as there: a producer
+fills a ring by TMA, two consumers of 64 rows each multiply ``m64n256k32`` and run apart from each other. Where tiles
+do not fill a wave of multiprocessors, the last of them are split along the sum into int32 parts; another pass adds
+those, exactly.
 
 The waits are those of ``hopper_kernels`` for the reasons given there.
 """
@@ -56,29 +57,33 @@ def _tied(accumulators, inputs):
 
 
 @gluon.jit
-def _unit(i, row_tiles, column_tiles, group):
-    """Unit of work -> (split, row tile, column tile): ``group`` row tiles share a sweep over columns."""
-    tiles = row_tiles * column_tiles
-    split = i // tiles
-    rest = i - split * tiles
+def _unit(i, k_steps, per_split, row_tiles, column_tiles, whole, group):
+    """Unit of work -> (row tile, column tile, first k step, end): ``group`` row tiles share a sweep over columns.
+
+    Units below ``whole`` are tiles; then come the other tiles' first parts, their second parts and so on.
+    """
+    others = gl.maximum(row_tiles * column_tiles - whole, 1)
+    part = gl.maximum(i - whole, 0) // others
+    tile = i - part * others
     per = group * column_tiles
-    band = rest // per
-    rest = rest - band * per
+    band = tile // per
+    tile = tile - band * per
     first = band * group
     height = gl.minimum(row_tiles - first, group)
-    return split, first + rest % height, rest // height
+    end = gl.where(i < whole, k_steps, gl.minimum(k_steps, (part + 1) * per_split))
+    return first + tile % height, tile // height, part * per_split, end
 
 
 @gluon.jit
 def _producer(
-    a, b, as_, bs, full, empty, k_steps, per_split, row_tiles, column_tiles, splits, group,
+    a, b, as_, bs, full, empty, k_steps, per_split, row_tiles, column_tiles, whole, units, group,
     BN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 1
-    for i in range(gl.program_id(0), row_tiles * column_tiles * splits, gl.num_programs(0)):
-        split, row_tile, column_tile = _unit(i, row_tiles, column_tiles, group)
-        for k in range(split * per_split, gl.minimum(k_steps, (split + 1) * per_split)):
+    for i in range(gl.program_id(0), units, gl.num_programs(0)):
+        row_tile, column_tile, first, end = _unit(i, k_steps, per_split, row_tiles, column_tiles, whole, group)
+        for k in range(first, end):
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), 2 * a.block_type.nbytes + b.block_type.nbytes)
             tma.async_load(a, [row_tile * 128, k * 128], full.index(stage), as_.index(2 * stage))
@@ -91,19 +96,44 @@ def _producer(
 
 
 @gluon.jit
+def _store_scaled(acc, scale, y, ys, row0, column0, CHUNK: gl.constexpr, HALF: gl.constexpr):
+    """Scales, rounds and stores 64 rows of a tile, CHUNK columns at a time through two shared buffers."""
+    pieces = _split_columns(acc, acc.shape[1] // CHUNK)
+    for c in gl.static_range(acc.shape[1] // CHUNK):
+        rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, pieces[c].type.layout))
+        out = pieces[c].to(gl.float32) * gl.load(scale + rows)[:, None]
+        buffer = ys.index(2 * HALF + c % 2)
+        tma.store_wait(1)
+        buffer.store(out.to(y.dtype))
+        fence_async_shared()
+        tma.async_store(y, [row0, column0 + c * CHUNK], buffer)
+
+
+@gluon.jit
+def _store_part(acc, parts, ys, row0, HALF: gl.constexpr):
+    """Stores 64 rows of a part as they are, through the same buffers."""
+    pieces = _split_columns(acc, acc.shape[1] // 32)
+    for c in gl.static_range(acc.shape[1] // 32):
+        buffer = ys.index(2 * HALF + c % 2).reinterpret(gl.int32, [64, 32], parts.layout)
+        tma.store_wait(1)
+        buffer.store(pieces[c])
+        fence_async_shared()
+        tma.async_store(parts, [row0, c * 32], buffer)
+
+
+@gluon.jit
 def _consumer(
-    scale, y, as_, bs, ys, full, empty, k_steps, per_split, row_tiles, column_tiles, splits, group,
+    scale, y, parts, as_, bs, ys, full, empty, k_steps, per_split, row_tiles, column_tiles, whole, units, group,
     BN: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 32])
     TIED: gl.constexpr = _tied(BN // 2, 3)
     stage = 0
     phase = 0
-    for i in range(gl.program_id(0), row_tiles * column_tiles * splits, gl.num_programs(0)):
-        split, row_tile, column_tile = _unit(i, row_tiles, column_tiles, group)
+    for i in range(gl.program_id(0), units, gl.num_programs(0)):
+        row_tile, column_tile, first, end = _unit(i, k_steps, per_split, row_tiles, column_tiles, whole, group)
         acc = gl.zeros([64, BN], gl.int32, ACC)
-        first = split * per_split
-        for k in range(first, gl.minimum(k_steps, first + per_split)):
+        for k in range(first, end):
             gl.inline_asm(_await, "r,r", [full.index(stage), phase], (), is_pure=False)
             going = (k > first).to(gl.int32)
             factors = [acc, as_.index(2 * stage + HALF), bs.index(stage), going]
@@ -117,33 +147,26 @@ def _consumer(
         acc = gl.inline_asm(_wait, _tied(BN // 2, 0), [acc], acc.type, is_pure=False)
         last = gl.where(stage == 0, STAGES - 1, stage - 1)
         gl.inline_asm(_release, "r,r", [empty.index(last), 1], (), is_pure=False)
-        row0 = row_tile * 128 + 64 * HALF
-        parts = _split_columns(acc, BN // CHUNK)
-        for c in gl.static_range(BN // CHUNK):
-            out = parts[c]
-            if y.dtype != gl.int32:
-                rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, out.type.layout))
-                out = out.to(gl.float32) * gl.load(scale + rows)[:, None]
-            buffer = ys.index(2 * HALF + c % 2)
-            tma.store_wait(1)
-            buffer.store(out.to(y.dtype))
-            fence_async_shared()
-            tma.async_store(y, [split * row_tiles * 128 + row0, column_tile * BN + c * CHUNK], buffer)
+        if i < whole:
+            _store_scaled(acc, scale, y, ys, row_tile * 128 + 64 * HALF, column_tile * BN, CHUNK, HALF)
+        else:
+            _store_part(acc, parts, ys, (i - whole) * 128 + 64 * HALF, HALF)
     tma.store_wait(0)
 
 
-_SIZES = ("k_steps", "per_split", "row_tiles", "column_tiles", "splits", "group")
+# sizes vary from call to call; specialising on them would compile again for each divisibility pattern
+_SIZES = ("k_steps", "per_split", "row_tiles", "column_tiles", "whole", "units", "group")
 
 
 @gluon.jit(do_not_specialize=_SIZES)
 def int8_outer_kernel(
-    a, b, y, scale, k_steps, per_split, row_tiles, column_tiles, splits, group,
+    a, b, y, parts, scale, k_steps, per_split, row_tiles, column_tiles, whole, units, group,
     BN: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """y [rows, columns] = (a [rows, K] @ b [columns, K]^T) * scale[row]; int32 ``y``: no scale, a block a split.
+    """y [rows, columns] = (a [rows, K] @ b [columns, K]^T) * scale[row]. From ``whole`` on: unscaled, to ``parts``.
 
-    ``a``, ``b``, ``y`` are tensor descriptors (blocks [64, 128], [BN, 128] int8, [64, CHUNK]); ``scale`` is readable
-    up to whole tiles. Launch with 4 warps, the first consumer's.
+    ``a``, ``b``, ``y``, ``parts`` are tensor descriptors (blocks [64, 128], [BN, 128] int8, [64, CHUNK], [64, 32]
+    int32); ``scale`` is readable up to whole tiles. Launch with 4 warps, the first consumer's.
     """
     as_ = gl.allocate_shared_memory(gl.int8, [2 * STAGES, 64, 128], a.layout)
     bs = gl.allocate_shared_memory(gl.int8, [STAGES, BN, 128], b.layout)
@@ -156,13 +179,13 @@ def int8_outer_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                scale, y, as_, bs, ys, full, empty, k_steps, per_split, row_tiles, column_tiles, splits, group,
-                BN, CHUNK, STAGES, 0)),
+                scale, y, parts, as_, bs, ys, full, empty, k_steps, per_split, row_tiles, column_tiles, whole, units,
+                group, BN, CHUNK, STAGES, 0)),
             (_consumer, (
-                scale, y, as_, bs, ys, full, empty, k_steps, per_split, row_tiles, column_tiles, splits, group,
-                BN, CHUNK, STAGES, 1)),
+                scale, y, parts, as_, bs, ys, full, empty, k_steps, per_split, row_tiles, column_tiles, whole, units,
+                group, BN, CHUNK, STAGES, 1)),
             (_producer, (
-                a, b, as_, bs, full, empty, k_steps, per_split, row_tiles, column_tiles, splits, group,
+                a, b, as_, bs, full, empty, k_steps, per_split, row_tiles, column_tiles, whole, units, group,
                 BN, STAGES)),
         ],
         [4, 4],

@@ -53,59 +53,93 @@ def gradient_maxima_kernel(
 
 
 @triton.jit
-def gradient_scales_kernel(max_pointer, scale_pointer, inverse_pointer, length, BLOCK: tl.constexpr):
-    """Scale and 2^15 / scale from the bits of a maximum; ``inverse`` may be the same memory as ``max``."""
+def gradient_scales_kernel(
+    max_pointer, token_scale_pointer, channel_scale_pointer, tokens, channels, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Scales from the bits of maxima, of all tokens and then of all channels; 2^15 / scale takes the maxima's place."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    bits = tl.load(max_pointer + i, mask=i < length, other=0)
+    bits = tl.load(max_pointer + i, mask=i < tokens + channels, other=0)
     largest = tl.maximum(bits, tl.full(bits.shape, _SMALLEST, tl.float32).to(tl.int32, bitcast=True))
     largest = largest.to(tl.float32, bitcast=True)
-    tl.store(scale_pointer + i, tl.div_rn(largest, tl.full(bits.shape, _STEPS, tl.float32)), mask=i < length)
-    tl.store(inverse_pointer + i, tl.div_rn(tl.full(bits.shape, _LEVELS, tl.float32), largest), mask=i < length)
+    scale = tl.div_rn(largest, tl.full(bits.shape, _STEPS, tl.float32))
+    inverse = tl.div_rn(tl.full(bits.shape, _LEVELS, tl.float32), largest)
+    tl.store(token_scale_pointer + i, scale, mask=i < tokens)
+    tl.store(channel_scale_pointer + i - tokens, scale, mask=(i >= tokens) & (i < tokens + channels))
+    tl.store(max_pointer + i, inverse.to(tl.int32, bitcast=True), mask=i < tokens + channels)
 
 
 @triton.jit
-def _round(value, draw):
-    """floor(value / 2^15 + draw / 2^15) of a value in 2^-15 of a step, itself rounded half to even; int32."""
-    fixed = (value + _MAGIC).to(tl.int32, bitcast=True)
-    return (fixed - _MAGIC_BITS + draw) >> 15
+def _add_draw(value, draw):
+    """Value in 2^-15 of a step, rounded half to even, plus draw, as int32 with the bits of the magic number.
+
+    Bits 15 to 22 are the code, bit 7 of it flipped: bit 22 is the magic number's lowest.
+    """
+    return (value + _MAGIC).to(tl.int32, bitcast=True) + draw.to(tl.int32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["stream"])
+@triton.jit
+def _byte(fixed, J: tl.constexpr):
+    """Bits 15 to 22 moved to byte J."""
+    if J == 3:
+        return (fixed << 9) & -16777216
+    elif J == 2:
+        return (fixed << 1) & 0xFF0000
+    else:
+        return (fixed >> (15 - 8 * J)) & (255 << 8 * J)
+
+
+@triton.jit
+def _load_quads(dy_pointer, quad, column, rows, columns, stride):
+    """Four tensors [R, C]: the tokens 4 quad, 4 quad + 1 and so on; zero beyond the end."""
+    where = dy_pointer + quad.to(tl.int64)[:, None] * (4 * stride) + column[None, :]
+    there = (column < columns)[None, :]
+    return (
+        tl.load(where, mask=(4 * quad < rows)[:, None] & there, other=0.0),
+        tl.load(where + stride, mask=(4 * quad + 1 < rows)[:, None] & there, other=0.0),
+        tl.load(where + 2 * stride, mask=(4 * quad + 2 < rows)[:, None] & there, other=0.0),
+        tl.load(where + 3 * stride, mask=(4 * quad + 3 < rows)[:, None] & there, other=0.0),
+    )
+
+
+@triton.jit(do_not_specialize=["stream", "span"])
 def quantize_gradient_kernel(
     dy_pointer, row_scale_pointer, token_scale_pointer, token_inverse_pointer, channel_inverse_pointer, seed_pointer,
-    a_pointer, b_pointer, rows, columns, dy_stride, a_stride, b_stride, stream,
+    a_pointer, b_pointer, rows, columns, dy_stride, a_stride, b_stride, stream, span,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """One tile of 4 R tokens and C channels, rounded twice: ``a`` [tokens, channels] int8, ``b`` transposed.
+    """C channels of ``span`` tiles of 4 R tokens, rounded twice: ``a`` [tokens, channels] int8, ``b`` transposed.
 
-    Four tensors [R, C], one for each token of every four: a call of the generator serves four tokens of a channel, and
-    four codes of ``b`` become one word before they are transposed.
+    Works on four tensors [R, C], one for each token of every four: a call of the generator serves four tokens of a
+    channel, and four codes of ``b`` become one word before they are transposed. The next tile is already on its way
+    while one is rounded.
     """
-    tiles = tl.cdiv(columns, C)
-    quad = tl.program_id(0) // tiles * R + tl.arange(0, R)
-    column = tl.program_id(0) % tiles * C + tl.arange(0, C)
+    column = tl.program_id(0) * C + tl.arange(0, C)
     there = column < columns
     row_scale = tl.load(row_scale_pointer + column, mask=there, other=0.0)[None, :]
     if CHANNELS:
         channel_inverse = tl.load(channel_inverse_pointer + column, mask=there, other=0.0)[None, :]
+    seed = tl.load(seed_pointer)
+    quad = tl.program_id(1) * span * R + tl.arange(0, R)
+    coming = _load_quads(dy_pointer, quad, column, rows, columns, dy_stride)
+    for _ in range(tl.minimum(span, tl.cdiv(rows, 4 * R) - tl.program_id(1) * span)):
+        now = coming
+        coming = _load_quads(dy_pointer, quad + R, column, rows, columns, dy_stride)
         words = tl.zeros([R, C], tl.int32)
-    random = tl.philox(tl.load(seed_pointer), column[None, :], quad[:, None], stream, 0, _ROUNDS)
-    for j in tl.static_range(4):
-        row = quad * 4 + j
-        inside = (row < rows)[:, None] & there[None, :]
-        where = dy_pointer + row.to(tl.int64)[:, None] * dy_stride + column[None, :]
-        dy = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-        bits = random[j].to(tl.int32, bitcast=True)
-        if TOKENS:
-            inverse = tl.load(token_inverse_pointer + row, mask=row < rows, other=0.0)[:, None]
-            a = _round(dy * row_scale * inverse, bits & 0x7FFF)
-            where = a_pointer + row.to(tl.int64)[:, None] * a_stride + column[None, :]
-            tl.store(where, a.to(tl.int8), mask=inside)
+        random = tl.philox(seed, column[None, :], quad[:, None], stream, 0, _ROUNDS)
+        for j in tl.static_range(4):
+            row = quad * 4 + j
+            dy = now[j].to(tl.float32)
+            if TOKENS:
+                inverse = tl.load(token_inverse_pointer + row, mask=row < rows, other=0.0)[:, None]
+                a = (_add_draw(dy * row_scale * inverse, random[j] & 0x7FFF) - _MAGIC_BITS) >> 15
+                where = a_pointer + row.to(tl.int64)[:, None] * a_stride + column[None, :]
+                tl.store(where, a.to(tl.int8), mask=(row < rows)[:, None] & there[None, :])
+            if CHANNELS:
+                token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)[:, None]
+                words |= _byte(_add_draw(dy * token_scale * channel_inverse, random[j] >> 17), j)
         if CHANNELS:
-            token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)[:, None]
-            b = _round(dy * token_scale * channel_inverse, (bits >> 16) & 0x7FFF)
-            words |= (b & 255) << (8 * j)
-    if CHANNELS:
-        b_words = b_pointer.to(tl.pointer_type(tl.int32), bitcast=True)
-        where = b_words + column.to(tl.int64)[:, None] * (b_stride // 4) + quad[None, :]
-        tl.store(where, tl.trans(words), mask=there[:, None] & (quad * 4 < rows)[None, :])
+            words = words ^ -2139062144  # bit 7 of every byte
+            b_words = b_pointer.to(tl.pointer_type(tl.int32), bitcast=True)
+            where = b_words + column.to(tl.int64)[:, None] * (b_stride // 4) + quad[None, :]
+            tl.store(where, tl.trans(words), mask=there[:, None] & (quad * 4 < rows)[None, :])
+        quad += R

@@ -13,9 +13,9 @@ both factors along the sum: the quantiser writes ``b8`` transposed, and ``transp
 Stochastic rounding (Gupta et al., arXiv 1502.02551), in fixed point: with 2^15 parts of a step,
 ``q = floor((round(2^15 v / s) + draw) / 2^15)``, ``draw`` uniform in 0 .. 2^15 - 1. Its mean is exactly the value
 rounded to 2^-15 of a step, the precision that float32 has at the row's maximum. The scale is the maximum over
-``127 - 2^-14``, so that no draw leaves [-127, 127] and nothing needs clamping. Draws come from Philox-4x32 with 7 rounds
-(Salmon et al., SC 2011; passes BigCrush), keyed by the seed, counted by (channel, token // 4, stream): the same bits
-whatever the launch. The low and the high half of a word round ``a8`` and ``b8``, independently.
+``127 - 2^-14``, so that no draw leaves [-127, 127] and nothing needs clamping. Draws come from Philox-4x32 with 7
+rounds (Salmon et al., SC 2011; passes BigCrush), keyed by the seed, counted by (channel, token // 4, stream): the same
+bits whatever the launch. The low and the high 15 bits of a word round ``a8`` and ``b8``, independently.
 
 A NaN or infinity in ``dy`` makes the scale of its token and of its channel NaN or infinite, so the gradients show it.
 Three launches: maxima (one read of ``dy``), scales, rounding (the second read).
@@ -29,7 +29,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sbn_kernels.capability import capabilities, interpreting, multiprocessors
+from sbn_kernels.capability import capabilities, multiprocessors
 from sbn_kernels.gradient_kernels import (
     LEVELS,
     ROUNDS,
@@ -42,7 +42,6 @@ from sbn_kernels.hopper_gemm import ternary_gemm
 from sbn_kernels.portable_gemm import int8_gemm
 from sbn_kernels.quantize import empty_tokens, empty_vector
 
-_MOST_TOKENS = 131072  # 127 * 128 * tokens < 2^31
 _WORD = 0xFFFFFFFF
 
 
@@ -92,31 +91,30 @@ def _quantize_gradient(
     lengths = (rows if want_tokens else 0, columns if want_channels else 0)
     maxima = torch.zeros(sum(lengths), dtype=torch.int32, device=dy.device)
     token_max, channel_max = maxima.split(lengths)
-    block_rows, block_columns = 16, 256
+    block_rows, block_columns = 8, 256
     if rows > 0:
         strips = triton.cdiv(columns, block_columns)
         spans = triton.cdiv(rows, block_rows)
-        if dy.is_cuda:  # about eight programs a multiprocessor: few atomic operations, and none idle
-            spans = min(spans, max(1, 8 * multiprocessors(dy.device.index) // strips))
+        if dy.is_cuda:  # about sixteen programs a multiprocessor: few atomic operations, and none idle
+            spans = min(spans, max(1, 16 * multiprocessors(dy.device.index) // strips))
         span = triton.cdiv(triton.cdiv(rows, spans), block_rows) * block_rows
         gradient_maxima_kernel[(strips, triton.cdiv(rows, span))](
             dy, row_scale, token_scale, token_max, channel_max, rows, columns, dy.stride(0), span,
-            TOKENS=want_tokens, CHANNELS=want_channels, R=block_rows, C=block_columns, num_warps=8,
+            TOKENS=want_tokens, CHANNELS=want_channels, R=block_rows, C=block_columns, num_warps=4,
             enable_fp_fusion=False,
         )  # fmt: skip
-    inverses = maxima.view(torch.float32)
-    token_inverse, channel_inverse = inverses.split(lengths)
-    for largest, scale, inverse in ((token_max, sa, token_inverse), (channel_max, sb, channel_inverse)):
-        if scale.shape[0] > 0:
-            gradient_scales_kernel[(triton.cdiv(scale.shape[0], 1024),)](
-                largest, scale, inverse, scale.shape[0], BLOCK=1024
-            )
+    if maxima.numel() > 0:
+        gradient_scales_kernel[(triton.cdiv(maxima.numel(), 1024),)](maxima, sa, sb, *lengths, BLOCK=1024)
+    token_inverse, channel_inverse = maxima.view(torch.float32).split(lengths)
     if rows > 0:
-        quads, block_columns = 32, 64
-        quantize_gradient_kernel[(triton.cdiv(rows, 4 * quads) * triton.cdiv(columns, block_columns),)](
+        quads, block_columns, span = 16, 64, 1
+        strips, tiles = triton.cdiv(columns, block_columns), triton.cdiv(rows, 4 * quads)
+        if dy.is_cuda:  # tiles one after the other, but enough programs for all multiprocessors
+            span = max(1, min(8, strips * tiles // (8 * multiprocessors(dy.device.index))))
+        quantize_gradient_kernel[(strips, triton.cdiv(tiles, span))](
             dy, row_scale, token_scale, token_inverse, channel_inverse, seed, a, b, rows, columns, dy.stride(0),
-            a.stride(0), b.stride(0), stream,
-            TOKENS=want_tokens, CHANNELS=want_channels, R=quads, C=block_columns, num_warps=8, enable_fp_fusion=False,
+            a.stride(0), b.stride(0), stream, span,
+            TOKENS=want_tokens, CHANNELS=want_channels, R=quads, C=block_columns, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return outputs
 
@@ -142,9 +140,7 @@ def _check(dy: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, str
         if scale.shape != (length,) or scale.dtype != torch.float32 or scale.stride(0) != 1:
             raise ValueError(f"{name} must be contiguous float32 [{length}], not {scale.dtype} {list(scale.shape)}")
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != dy.device:
-        raise ValueError(
-            f"seed must be one int64 on {dy.device}, not {seed.dtype} {list(seed.shape)} on {seed.device}"
-        )
+        raise ValueError(f"seed must be one int64 on {dy.device}, not {seed.dtype} {list(seed.shape)} on {seed.device}")
     if not 0 <= stream < 2**31:
         raise ValueError(f"stream must be in 0 .. 2^31 - 1, not {stream}")
 
@@ -200,7 +196,7 @@ def gradient_draws(tokens: int, channels: int, seed: Tensor, stream: int = 0) ->
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
     words = torch.stack([c0, c1, c2, c3], 1).flatten(0, 1)[:tokens]
-    return words & 0x7FFF, (words >> 16) & 0x7FFF
+    return words & 0x7FFF, words >> 17
 
 
 def quantize_gradient_reference(
@@ -219,7 +215,7 @@ def quantize_gradient_reference(
         fixed = fixed.nan_to_num(0.0, 0.0, 0.0).long()
         return (fixed + draw >> 15).to(torch.int8), largest / value.new_tensor(LEVELS / 2**15)
 
-    draw_a, draw_b = gradient_draws(*dy.shape, seed, stream)
+    draw_a, draw_b = gradient_draws(dy.shape[0], dy.shape[1], seed, stream)
     a, sa = rounded(dy.float() * row_scale, draw_a, 1)
     b, sb = rounded(dy.float() * token_scale[:, None], draw_b, 0)
     return QuantizedGradient(a, sa, b.t().contiguous(), sb)
@@ -256,33 +252,3 @@ def input_gradient_gemm(
     if weight_t.dtype == torch.int32:
         return ternary_gemm(a8, scale, weight_t, ones, in_features, out_dtype=out_dtype)
     return int8_gemm(a8, scale, weight_t, ones, out_dtype=out_dtype)
-
-
-def weight_gradient_gemm(
-    b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype = torch.float32, *, portable: bool | None = None
-) -> Tensor:
-    """``dW = scale * (b8t @ x8t^T)``.
-
-    Args:
-        b8t: int8 ``[out_features, tokens]``: ``QuantizedGradient.channels``, values in [-127, 127].
-        scale: float32 ``[out_features]``.
-        x8t: int8 ``[in_features, tokens]``: :func:`~sbn_kernels.transpose.transpose_tokens` of the activations.
-        out_dtype: float32, bfloat16 or float16.
-        portable: Plain Triton (sm_80 and later) or the Hopper kernel; None: the latter where it runs.
-
-    Returns:
-        ``[out_features, in_features]``. Above 131,072 tokens (where int32 could overflow) the sum of exact parts.
-
-    Raises:
-        ValueError: If an argument does not fit.
-        UnsupportedError: Without a GPU of compute capability 8.0 or later.
-    """
-    tokens = b8t.shape[-1]
-    if tokens == 0:
-        return torch.zeros((b8t.shape[0], x8t.shape[0]), dtype=out_dtype, device=b8t.device)
-    ones = torch.ones(x8t.shape[0], device=b8t.device)
-    if tokens <= _MOST_TOKENS:
-        return int8_gemm(b8t, scale, x8t, ones, out_dtype=out_dtype)
-    parts = zip(b8t.split(_MOST_TOKENS, 1), x8t.split(_MOST_TOKENS, 1), strict=True)
-    total = sum(int8_gemm(b, scale, x, ones, out_dtype=torch.float32) for b, x in parts)
-    return total.to(out_dtype)

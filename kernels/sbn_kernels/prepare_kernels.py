@@ -232,7 +232,7 @@ def _popcount4(nibble):
 
 @triton.jit
 def _half_block(half, k_step, k_steps):
-    """First word of 64 rows of a k step. Its words: (32 w + 4 g + t) * 4 + word, its rows 16 w + 8 r0 + g; see packing."""
+    """First word of 64 rows of a k step. Words: (32 w + 4 g + t) * 4 + word, rows: 16 w + 8 r0 + g; see packing."""
     return (half // 2).to(tl.int64) * k_steps * 1024 + k_step * 1024 + (half % 2) * 512
 
 

@@ -1,4 +1,4 @@
-"""Operands of the backward, made from what the forward has: transposed tokens, the packed transposed weight, bf16 tokens.
+"""Operands of the backward, made from the forward's: transposed tokens, packed transposed weight, bfloat16 tokens.
 
 int8 tensor cores read both factors along the sum. For ``dW`` the sum is over tokens, so it needs ``x8`` as
 ``[in_features, tokens]``; for ``dX`` it is over the layer's outputs, so it needs the packed form of T transposed. Bytes

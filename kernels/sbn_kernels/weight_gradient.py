@@ -1,0 +1,209 @@
+"""The weight's gradient of a layer from int8 factors: ``weight_gradient_gemm``, on Hopper or in plain Triton.
+
+Launch, tile choice and argument checks of the Gluon kernel in ``gradient_hopper``; elsewhere it is ``int8_gemm`` with
+the weight's rows for tokens. Both are exact: int32 sums, one scale a row, one rounding. Where tiles do not fill a wave
+of multiprocessors (few rows and columns, or a last wave of few), they are split along the sum over tokens if that ends
+sooner; a second kernel adds the int32 parts.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sbn_kernels.capability import capabilities, multiprocessors, runs
+from sbn_kernels.hopper_gemm import _layouts, aligned_tokens, padded_to
+from sbn_kernels.portable_gemm import int8_gemm
+
+_MOST_TOKENS = 131072  # 127 * 128 * tokens < 2^31
+_ROWS = 128
+_COLUMN_TILES = (256, 128)
+_SHARED_BYTES = 232448 - 2048
+_EPILOGUE_BYTES = 4 * 64 * 128
+_BAND = 16  # row tiles that share a sweep over columns
+# Cost model, in k128 steps of a tile of 256 columns (about 0.7 microseconds): a step, an output tile, a second launch
+_STEP = {256: 1.0, 128: 0.55}
+_TILE = {256: 3.0, 128: 1.5}
+_LAUNCH = 5.0
+_STEPS_A_BYTE = 1 / (0.7e-6 * 4e12)
+
+
+@functools.cache
+def _device_code() -> ModuleType:
+    """The Gluon kernel; importing it needs Triton >= 3.9."""
+    from sbn_kernels import gradient_hopper
+
+    return gradient_hopper
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_launch(rows: int, columns: int, tokens: int, processors: int) -> tuple[int, int, int]:
+    """(columns a tile, tiles done whole, parts of each other tile) that the cost model puts first."""
+    steps = -(-tokens // 128)
+
+    def cost(tile: int, whole: int, splits: int) -> float:
+        others = -(-rows // _ROWS) * -(-columns // tile) - whole
+        time = -(-whole // processors) * (steps * _STEP[tile] + _TILE[tile])
+        if others:
+            time += -(-others * splits // processors) * (-(-steps // splits) * _STEP[tile] + _TILE[tile])
+            time += _LAUNCH + (8 * splits + 4) * others * _ROWS * tile * _STEPS_A_BYTE
+        return time
+
+    choices = []
+    for tile in _COLUMN_TILES:
+        tiles = -(-rows // _ROWS) * -(-columns // tile)
+        full = tiles // processors * processors
+        choices += [(tile, tiles, 1)]
+        choices += [(tile, whole, s) for whole in {full, max(full - processors, 0)} - {tiles} for s in range(2, 17)]
+    return min((c for c in choices if c[2] == 1 or steps >= 8 * c[2]), key=lambda choice: cost(*choice))
+
+
+def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int]:
+    """(columns an epilogue chunk, ring stages) that fit shared memory."""
+    return 128 // out_itemsize, (_SHARED_BYTES - _EPILOGUE_BYTES) // (128 * (_ROWS + tile))
+
+
+@triton.jit
+def add_parts_kernel(
+    part_pointer, scale_pointer, y_pointer, rows, columns, row_tiles, column_tiles, whole, splits, group,
+    TILE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """y = (sum of int32 parts) * scale[row], for R rows of a tile from ``whole`` on; tiles in the product's order.
+
+    ``part`` holds tiles of 128 rows and TILE columns, all first parts, then all second parts and so on.
+    """
+    other = tl.program_id(0)
+    tile = whole + other
+    per = group * column_tiles
+    first = tile // per * group
+    height = tl.minimum(row_tiles - first, group)
+    local = tl.program_id(1) * R + tl.arange(0, R)
+    row = (first + tile % per % height) * 128 + local
+    column = tile % per // height * TILE + tl.arange(0, TILE)
+    total = tl.zeros([R, TILE], tl.int32)
+    for split in range(splits):
+        part = (split * tl.num_programs(0) + other).to(tl.int64) * (128 * TILE)
+        total += tl.load(part_pointer + part + local[:, None] * TILE + tl.arange(0, TILE)[None, :])
+    scale = tl.load(scale_pointer + row, mask=row < rows, other=0.0)
+    y = (total.to(tl.float32) * scale[:, None]).to(y_pointer.dtype.element_ty)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(y_pointer + row.to(tl.int64)[:, None] * columns + column[None, :], y, mask=inside)
+
+
+def add_parts(parts: Tensor, scale: Tensor, y: Tensor, whole: int, group: int) -> None:
+    """Writes to ``y`` the tiles from ``whole`` on: int32 ``parts`` [splits, tiles, 128, columns a tile], added, scaled.
+
+    ``group`` row tiles share a sweep over columns in the order of tiles.
+    """
+    splits, others, height, width = parts.shape
+    shape = (-(-y.shape[0] // height), -(-y.shape[1] // width))
+    add_parts_kernel[(others, height // 8)](
+        parts, scale, y, *y.shape, *shape, whole, splits, group, TILE=width, R=8, num_warps=4
+    )
+
+
+def _hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, launch: list[int]) -> Tensor:
+    capabilities(b8t.device).require("ternary_gemm")
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    (rows, tokens), columns = b8t.shape, x8t.shape[0]
+    y = torch.empty((rows, columns), dtype=out_dtype, device=b8t.device)
+    b8t, x8t = aligned_tokens(b8t), aligned_tokens(x8t)
+    processors = multiprocessors(b8t.device.index)
+    tile, whole, splits = launch or choose_launch(rows, columns, tokens, processors)
+    row_tiles, column_tiles, steps = -(-rows // _ROWS), -(-columns // tile), -(-tokens // 128)
+    whole = min(whole, row_tiles * column_tiles)
+    others = row_tiles * column_tiles - whole
+    per_split = -(-steps // splits)
+    splits = -(-steps // per_split)  # none without a step
+    units = whole + others * splits
+    parts = torch.empty((splits, max(others, 1), _ROWS, tile), dtype=torch.int32, device=y.device)
+    # TMA stores rows that start on 16-byte boundaries; an odd number of columns takes a detour through a wider output
+    align = 16 // y.element_size()
+    target = y if columns % align == 0 else y.new_empty((rows, -(-columns // align) * align))
+    chunk, stages = launch_shape(tile, y.element_size())
+    half, layouts = _ROWS // 2, _layouts()
+    out_layout = layouts[8 * y.element_size()]
+    _device_code().int8_outer_kernel[(min(processors, units),)](
+        TensorDescriptor(b8t, [rows, tokens], [b8t.stride(0), 1], [half, 128], layouts[8]),
+        TensorDescriptor(x8t, [columns, tokens], [x8t.stride(0), 1], [tile, 128], layouts[8]),
+        TensorDescriptor(target, list(target.shape), [target.shape[1], 1], [half, chunk], out_layout),
+        TensorDescriptor(parts, [parts.numel() // tile, tile], [tile, 1], [half, 32], layouts[32]),
+        padded_to(scale, _ROWS), steps, per_split, row_tiles, column_tiles, whole, units, _BAND,
+        BN=tile, CHUNK=chunk, STAGES=stages, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    if target is not y:
+        y.copy_(target[:, :columns])
+    if others > 0:
+        add_parts(parts, scale, y, whole, _BAND)
+    return y
+
+
+@torch.library.custom_op("sbn_kernels::weight_gradient", mutates_args=())
+def _weight_gradient(
+    b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, portable: bool, launch: list[int]
+) -> Tensor:
+    tokens = b8t.shape[1]
+    if tokens == 0:
+        return torch.zeros((b8t.shape[0], x8t.shape[0]), dtype=out_dtype, device=b8t.device)
+    if tokens > _MOST_TOKENS:
+        total = torch.zeros((b8t.shape[0], x8t.shape[0]), dtype=torch.float32, device=b8t.device)
+        for b, x in zip(b8t.split(_MOST_TOKENS, 1), x8t.split(_MOST_TOKENS, 1), strict=True):
+            total += _weight_gradient(b, scale, x, torch.float32, portable, launch)
+        return total.to(out_dtype)
+    if portable:
+        return int8_gemm(b8t, scale, x8t, torch.ones(x8t.shape[0], device=x8t.device), out_dtype=out_dtype)
+    return _hopper(b8t, scale, x8t, out_dtype, launch)
+
+
+@_weight_gradient.register_fake
+def _(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, portable: bool, launch: list[int]) -> Tensor:
+    return torch.empty((b8t.shape[0], x8t.shape[0]), dtype=out_dtype, device=b8t.device)
+
+
+def weight_gradient_gemm(
+    b8t: Tensor,
+    scale: Tensor,
+    x8t: Tensor,
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    portable: bool | None = None,
+    launch: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """``dW = scale * (b8t @ x8t^T)``, exact but for the last rounding.
+
+    Args:
+        b8t: int8 ``[out_features, tokens]``, values in [-127, 127]: ``QuantizedGradient.channels``. 0 tokens allowed.
+        scale: float32 ``[out_features]``.
+        x8t: int8 ``[in_features, tokens]``: :func:`~sbn_kernels.transpose.transpose_tokens` of the activations.
+        out_dtype: float32, bfloat16 or float16.
+        portable: Plain Triton (sm_80 and later) instead of the Hopper kernel; None: where that does not run.
+        launch: Of the Hopper kernel: columns a tile (256 or 128), tiles of 128 rows done whole, parts of the sum over
+            tokens for each other tile. None: :func:`choose_launch`.
+
+    Returns:
+        ``[out_features, in_features]``. Above 131,072 tokens, where int32 could overflow, the float32 sum of exact
+        parts.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        UnsupportedError: Without a GPU of compute capability 8.0 or later, or one asked for that cannot run here.
+    """
+    if x8t.dim() != 2 or x8t.dtype != torch.int8 or x8t.shape[1] != b8t.shape[-1] or x8t.shape[0] == 0:
+        raise ValueError(f"x8t must be int8 [in_features, {b8t.shape[-1]}], not {x8t.dtype} {list(x8t.shape)}")
+    if b8t.dim() != 2 or b8t.dtype != torch.int8 or b8t.shape[0] == 0:
+        raise ValueError(f"b8t must be int8 [out_features, tokens], not {b8t.dtype} {list(b8t.shape)}")
+    if scale.shape != (b8t.shape[0],) or scale.dtype != torch.float32:
+        raise ValueError(f"scale must be float32 [{b8t.shape[0]}], not {scale.dtype} {list(scale.shape)}")
+    if launch is not None and (launch[0] not in _COLUMN_TILES or launch[1] < 0 or launch[2] < 1):
+        raise ValueError(f"launch must be (256 or 128, tiles >= 0, parts >= 1), not {launch}")
+    if portable is None:
+        portable = not runs("ternary_gemm", b8t.device.index)
+    args = (b8t, scale, x8t, out_dtype, portable, list(launch or ()))
+    result: Tensor = torch.ops.sbn_kernels.weight_gradient(*args)
+    return result
