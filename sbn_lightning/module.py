@@ -76,8 +76,8 @@ class SparseBitNet(LightningModule):
         final_learning_rate: Share of the peak learning rate at the last step.
         schedule_steps: Optimiser steps until the schedule ends; the trainer's ``max_steps`` if not given.
         compile: Compile each block with ``torch.compile``.
-        init_from: A checkpoint (of ``import-hf``, say) whose weights a new run starts from. Those of a checkpoint that a
-            run continues from come after it.
+        init_from: A checkpoint (of ``import-hf``, say) whose weights a new run starts from. A run that continues from a
+            checkpoint has that one's weights.
     """
 
     def __init__(

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from sbn_lightning import TransformerConfig
+from sbn_lightning import TernaryTransformer, TransformerConfig
+from sbn_lightning.checkpoint import lightning_file
 from sbn_lightning.cli import main
 from sbn_lightning.training_cli import SBNCLI
 
@@ -43,16 +45,29 @@ def _no_arguments(monkeypatch):
 def test_there_are_recipes():
     names = {path.stem for path in RECIPES}
     assert {"sparse_pretrain", "dense_to_sparse", "bf16_sparse_baseline", "ternary_dense"} <= names
+    assert "dense_to_sparse_from_pretrained" in names
     assert {f"qwen2.5_{size}_sparse" for size in ("0.5b", "1.5b", "3b")} <= names
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_two_steps_of_a_shrunken_copy(recipe, tokens, capsys):
-    options = [f"--{key}={value}" for key, value in (SHRUNKEN | {"data.path": tokens}).items()]
+    shrunken = SHRUNKEN | {"data.path": tokens}
+    if "init_from" in yaml.safe_load(recipe.read_text())["model"]:
+        shrunken["model.init_from"] = shrunken_weights(recipe)
+    options = [f"--{key}={value}" for key, value in shrunken.items()]
     assert main(["fit", "--config", str(recipe), *options]) == 0
     printed = capsys.readouterr().out
     assert "Trained 2 steps." in printed
     assert f"logs/{recipe.stem}/version_0" in printed
+
+
+def shrunken_weights(recipe):
+    """A dense checkpoint of a recipe's shrunken shape, as ``import-hf`` writes it."""
+    config = yaml.safe_load(recipe.read_text())["model"]["config"]
+    shape = {key.split(".")[-1]: value for key, value in SHRUNKEN.items() if key.startswith("model.config.")}
+    model = TernaryTransformer(TransformerConfig(**(config | shape | {"linear": "dense"})))
+    torch.save(lightning_file.contents(model.config, model.state_dict()), "pretrained.ckpt")
+    return "pretrained.ckpt"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -63,8 +78,9 @@ def test_recipe_is_what_it_says(recipe):
     values = yaml.safe_load(text)
     config = TransformerConfig(**values["model"]["config"])
     assert values["trainer"]["logger"]["init_args"]["name"] == recipe.stem
-    if recipe.stem.startswith("qwen"):
-        published = TransformerConfig.preset(recipe.stem.split("_")[0] + "-" + recipe.stem.split("_")[1])
+    if recipe.stem.startswith("qwen") or "init_from" in values["model"]:
+        name = Path(values["model"].get("init_from", recipe.stem.replace("_", "-", 1))).name
+        published = TransformerConfig.preset(re.match(r"qwen2\.5-[\d.]+b", name)[0])
         published.activation_checkpointing = config.activation_checkpointing
         assert config == published
         tokens_a_step = values["data"]["batch_size"] * values["trainer"]["accumulate_grad_batches"] * 2048

@@ -1,0 +1,49 @@
+"""Weights for a new run: ``init_from`` of :class:`SparseBitNet`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sbn_lightning.checkpoint import lightning_file
+from sbn_lightning.errors import ConfigError, DataError
+from sbn_lightning.transformer import TernaryTransformer
+
+# What weights mean depends on these; the rest (pattern, quantisation, sequence length, loss) is the new run's choice.
+FIXED = (
+    "vocab_size",
+    "d_model",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "d_ffn",
+    "rope_theta",
+    "norm_eps",
+    "qkv_bias",
+    "tie_embeddings",
+)
+
+
+def load_weights(model: TernaryTransformer, path: str) -> None:
+    """Copies a checkpoint's weights into a model; masks are made from them.
+
+    Args:
+        model: Already built; its dtypes and device stay.
+        path: A ``.ckpt`` of ``import-hf`` or of an earlier run, dense or sparse.
+
+    Raises:
+        DataError: If the checkpoint is missing or damaged, or does not fit its own configuration.
+        ConfigError: If the model differs from it in shape or positions; the message names the fields.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"init_from: {path} does not exist; write it with: python cli.py import-hf --output {path}")
+    config, state = lightning_file.read(file)
+    differing = [name for name in FIXED if getattr(config, name) != getattr(model.config, name)]
+    if differing:
+        wanted = ", ".join(f"{name}: {getattr(config, name)}" for name in differing)
+        raise ConfigError(f"init_from: {path} does not fit the model; set model.config to {wanted}")
+    # Masks are made anew from the weights: those of another run may be of another pattern, or of the middle of a ramp.
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(".mask_bits")}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise DataError(f"init_from: {path} does not fit its own configuration: {[*missing, *unexpected][0]}")

@@ -1,0 +1,59 @@
+"""Checkpoints of Lightning as plain files: read and written without Lightning.
+
+A checkpoint of ``fit`` holds the weights under ``state_dict`` with the prefix ``model.``, and the configuration under
+``hyper_parameters``. An imported one holds just these, which ``load_model``, ``init_from`` and
+``SparseBitNet.load_from_checkpoint`` need; there is no optimiser state to continue from.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbn_lightning.errors import ConfigError, DataError
+from sbn_lightning.transformer import TransformerConfig
+
+PREFIX = "model."
+
+
+def read(path: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    """Configuration and state dict of a checkpoint of this project; tensors are mapped from the file.
+
+    Raises:
+        DataError: If the file is damaged, or no checkpoint of this project.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file can make torch raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(f"{path} is no checkpoint, or damaged: {reason}") from error
+    values = saved.get("hyper_parameters", {}).get("config") if isinstance(saved, dict) else None
+    if not isinstance(values, dict) or "state_dict" not in saved:
+        raise DataError(f"{path} is not a checkpoint of SparseBitNet: it holds no hyper_parameters with a config")
+    try:
+        config = TransformerConfig(**values)
+    except (ConfigError, TypeError) as error:
+        raise DataError(f"{path}: its configuration cannot be used here: {error}") from error
+    state = {
+        name.removeprefix(PREFIX): tensor for name, tensor in saved["state_dict"].items() if name.startswith(PREFIX)
+    }
+    return config, state
+
+
+def contents(config: TransformerConfig, state: dict[str, Tensor]) -> dict[str, Any]:
+    """What to save so that ``fit`` with ``init_from``, ``validate`` and ``load_model`` can read it."""
+    try:
+        lightning = version("lightning")
+    except PackageNotFoundError:
+        lightning = "2.6.0"
+    return {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning,
+        "state_dict": {PREFIX + name: tensor for name, tensor in state.items()},
+        "hyper_parameters": {"config": config.to_dict()},
+    }

@@ -1,0 +1,193 @@
+"""One function that reads a model in any of the formats it is kept in.
+
+A model comes out ready to compute: in evaluation mode, without gradients, on the device asked for. Weights are mapped
+from the file where the format allows it, so that a checkpoint with its optimiser states costs no more memory than its
+weights.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from sbn_lightning.checkpoint import lightning_file
+from sbn_lightning.checkpoint.packed_layer import PackedTernaryLinear
+from sbn_lightning.checkpoint.tokenizers import find_tokenizer
+from sbn_lightning.errors import DataError
+from sbn_lightning.layers import SparseBitLinear, masked_layers
+from sbn_lightning.transformer import TernaryTransformer, TransformerConfig, rope_tables
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ModelFormat = Literal["lightning", "packed", "hf"]
+
+
+@dataclass
+class LoadedModel:
+    """A model that can compute.
+
+    Attributes:
+        model: In evaluation mode; no parameter needs a gradient.
+        tokenizer: The one found with the model, or None. See :meth:`need_tokenizer`.
+        config: Of the model; the same object as ``model.config``.
+        format: What it was read from: ``"lightning"``, ``"packed"`` or ``"hf"``.
+        path: The file or folder it was read from.
+        tokenizer_path: The file of ``tokenizer``, or None.
+    """
+
+    model: TernaryTransformer
+    tokenizer: Tokenizer | None
+    config: TransformerConfig
+    format: ModelFormat
+    path: Path
+    tokenizer_path: Path | None
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            DataError: If there is none with the model; the message says how to pass one.
+        """
+        if self.tokenizer is None:
+            raise DataError(
+                f"no tokenizer found with {self.path}: pass --tokenizer with a tokenizer.json or the folder that "
+                "`prepare` wrote"
+            )
+        return self.tokenizer
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+) -> LoadedModel:
+    """Reads a model.
+
+    Args:
+        path: A checkpoint of this project (``.ckpt``) or the folder of a run (its ``last.ckpt``), a packed folder, or
+            a Hugging Face folder of a Qwen2 or Llama model. What it is is told by its content.
+        device: Where the model goes.
+        dtype: Of embeddings, norms, biases, the head and unquantised layers; None: as stored. Latent weights of
+            ternary layers stay as they are: rounding them would give other codes.
+        tokenizer: A ``tokenizer.json`` or a folder that holds one; None: look for it next to the model.
+
+    Raises:
+        DataError: If there is no model, it is damaged, or there is no such tokenizer.
+        ConfigError: If it is a model that :class:`TernaryTransformer` cannot be.
+    """
+    source = Path(path)
+    kind, file = _recognise(source)
+    if kind == "lightning":
+        config, state = lightning_file.read(file)
+        model = build_model(config, state, str(file))
+    elif kind == "packed":
+        from sbn_lightning.checkpoint.packed import read_packed
+
+        model = read_packed(file)
+    else:
+        from sbn_lightning.checkpoint.hf_folder import read_hf
+
+        config, state = read_hf(file)
+        model = build_model(config, state, str(file))
+    if dtype is not None:
+        cast_model(model, dtype)
+    model.to(device).eval().requires_grad_(False)
+    tokenizer_path, loaded = find_tokenizer(file, tokenizer)
+    return LoadedModel(model, loaded, model.config, kind, file, tokenizer_path)
+
+
+def _recognise(path: Path) -> tuple[ModelFormat, Path]:
+    """What is at ``path``, and the file or folder to read."""
+    if path.is_file():
+        if path.name in ("config.json", "model.safetensors"):
+            return _recognise(path.parent)
+        if path.suffix == ".gguf":
+            raise DataError(f"{path} is a GGUF file, which is written but not read: give the checkpoint it was made of")
+        return "lightning", path
+    if not path.is_dir():
+        raise DataError(f"{path} does not exist; give a .ckpt, the folder of a run, a packed or a Hugging Face folder")
+    if (path / ".metadata").is_file():
+        raise DataError(
+            f"{path} is a sharded checkpoint; make one file of it: sbn consolidate --checkpoint {path} --output "
+            f"{path.with_suffix('.whole.ckpt')}"
+        )
+    config = path / "config.json"
+    if config.is_file():
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{config} is damaged: {error}") from error
+        if isinstance(values, dict):
+            return ("packed" if values.get("format") == "sbn-packed" else "hf"), path
+    for candidate in (path / "last.ckpt", path / "checkpoints" / "last.ckpt"):
+        if candidate.exists():
+            return _recognise(candidate)
+    # The folder of a recipe's runs: the newest one.
+    runs = sorted(path.glob("version_*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
+    if runs:
+        return _recognise(runs[-1])
+    raise DataError(f"{path} holds no model: neither last.ckpt nor config.json is there")
+
+
+def build_model(config: TransformerConfig, state: dict[str, Any], source: str) -> TernaryTransformer:
+    """A model around tensors that exist already; nothing is initialised or copied.
+
+    Args:
+        config: Of the model.
+        state: Its state dict; masks may be missing, as in a dense checkpoint.
+        source: For messages.
+
+    Raises:
+        DataError: If a tensor is missing, left over, or of another shape.
+    """
+    model = empty_model(config)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise DataError(f"{source} does not fit its own configuration: {_first_mismatch(error)}") from error
+    if config.tie_embeddings:
+        missing = [name for name in missing if name != "lm_head.weight"]
+    return finish_model(model, missing, unexpected, source)
+
+
+def empty_model(config: TransformerConfig) -> TernaryTransformer:
+    """A model without storage, to be filled by ``load_state_dict(assign=True)``."""
+    with torch.device("meta"):
+        return TernaryTransformer(config)
+
+
+def finish_model(
+    model: TernaryTransformer, missing: list[str], unexpected: list[str], source: str
+) -> TernaryTransformer:
+    """Ties the head, makes rotary tables and holds masks: what a state dict does not bring."""
+    for names, what in ((missing, "lacks"), (unexpected, "has unknown")):
+        if names:
+            raise DataError(f"{source} {what} {len(names)} tensors, the first is {names[0]}")
+    if model.config.tie_embeddings:
+        model.lm_head.weight = model.embed.weight
+    model.cos, model.sin = rope_tables(model.config)
+    for _, layer in masked_layers(model):
+        layer.hold_mask = True  # the mask it was saved with, also in the middle of a ramp
+    return model
+
+
+def cast_model(model: TernaryTransformer, dtype: torch.dtype) -> None:
+    """Casts all parameters but the latent weights of ternary layers, in place; gamma and rotary tables stay float32."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and not (isinstance(module, SparseBitLinear) and name == "weight"):
+                parameter.data = parameter.data.to(dtype)
+        if isinstance(module, PackedTernaryLinear) and module.bias is not None:
+            module.bias = module.bias.to(dtype)
+
+
+def _first_mismatch(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+    return lines[0] if lines else str(error).splitlines()[0]
