@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from sbn_lightning.pattern import NMPattern, pack_mask, top_n_mask, unpack_mask
 from sbn_lightning.ternary import GammaOver, TernaryLinearFunction, expand_scale, ternary_codes, weight_scale
@@ -64,9 +65,18 @@ class Backend(Protocol):
         """
 
     def linear(
-        self, x: Tensor, latent: Tensor, prepared: Any, gradient_mask: Tensor | None, activation_bits: int | None
+        self,
+        x: Tensor,
+        latent: Tensor,
+        prepared: Any,
+        gradient_mask: Tensor | None,
+        activation_bits: int | None,
+        swiglu: bool = False,
     ) -> Tensor:
-        """``x [..., in_features] -> y [..., out_features]`` with gradients for ``x`` and ``latent``."""
+        """``x [..., in_features] -> y [..., out_features]`` with gradients for ``x`` and ``latent``.
+
+        With ``swiglu`` the tokens are ``silu(gate) * up`` of gates and ups ``[..., 2 in_features]``.
+        """
 
 
 class ReferenceBackend:
@@ -92,7 +102,11 @@ class ReferenceBackend:
         prepared: TernaryWeight,
         gradient_mask: Tensor | None,
         activation_bits: int | None,
+        swiglu: bool = False,
     ) -> Tensor:
+        if swiglu:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
         codes, row_scale, _ = prepared
         y: Tensor = TernaryLinearFunction.apply(x, latent, codes, row_scale, gradient_mask, activation_bits)
         return y

@@ -7,8 +7,9 @@ sum for sum. Saved for the backward are int8 tokens and their scales, half of wh
 * ``"int8"``: weights and tokens are exact integers already, so only ``dy`` is rounded, stochastically, and both
   products run on int8 tensor cores: unbiased, and reproducible from a seed.
 
-Inside ``torch.compile`` the quantisation is written in plain PyTorch, for the compiler to fuse it with the norm or the
-SwiGLU before it; otherwise it is a kernel of its own.
+Inside ``torch.compile`` the quantisation is written in plain PyTorch, for the compiler to fuse it with the norm and the
+residual stream before it; otherwise it is a kernel of its own. A SwiGLU before a layer is fused by hand: the compiler
+reads its operands twice and takes four times as long.
 """
 
 from __future__ import annotations
@@ -112,11 +113,12 @@ class KernelBackend:
         prepared: KernelWeight,
         gradient_mask: Tensor | None,
         activation_bits: int | None,
+        swiglu: bool = False,
     ) -> Tensor:
         if self.gradients == "int8" and self.seed is None and torch.is_grad_enabled():
             raise ValueError('gradients="int8" need a seed: set backend.seed before each pass')
         seed = self.seed if self.gradients == "int8" else None
-        y: Tensor = KernelLinearFunction.apply(x, latent, *prepared, gradient_mask, activation_bits, seed)
+        y: Tensor = KernelLinearFunction.apply(x, latent, *prepared, gradient_mask, activation_bits, swiglu, seed)
         return y
 
 
@@ -182,19 +184,25 @@ class KernelLinearFunction(torch.autograd.Function):
         layout: str,
         gradient_mask: Tensor | None,
         activation_bits: int,
+        swiglu: bool,
         seed: Tensor | None,
     ) -> Tensor:
-        """Returns ``y [..., out]`` in the dtype of ``x [..., in]``; gradients are int8 if there is a ``seed``."""
-        x8, scale = _quantize(x.reshape(-1, x.shape[-1]), activation_bits)
+        """Returns ``y [..., out]`` in the dtype of ``x [..., in]``; with ``swiglu``, of gates and ups ``[..., 2 in]``.
+
+        Gradients are int8 if there is a ``seed``.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        x8, scale = sk.swiglu_quantize(tokens, activation_bits) if swiglu else _quantize(tokens, activation_bits)
         y = multiply(x8, scale, codes, row_scale, packed, layout, x.dtype)
-        ctx.save_for_backward(x8, scale, codes, row_scale, transposed, gradient_mask, seed)
+        before = tokens if swiglu else None
+        ctx.save_for_backward(x8, scale, codes, row_scale, transposed, gradient_mask, seed, before)
         ctx.dtype, ctx.shape, ctx.latent_dtype = x.dtype, x.shape, latent.dtype
         return y.reshape(*x.shape[:-1], codes.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x8, scale, codes, row_scale, transposed, gradient_mask, seed = ctx.saved_tensors
+        x8, scale, codes, row_scale, transposed, gradient_mask, seed, before = ctx.saved_tensors
         dy = grad_outputs[0].reshape(-1, codes.shape[0]).to(ctx.dtype)
         need_dx, need_dw = ctx.needs_input_grad[:2]
         dx = dw = None
@@ -213,7 +221,7 @@ class KernelLinearFunction(torch.autograd.Function):
                 tokens = _dequantize(x8, scale, ctx.dtype)
                 dw = float32_mm(dy.t(), tokens).to(ctx.latent_dtype)
         if dx is not None:
-            dx = dx.reshape(ctx.shape)
+            dx = (dx if before is None else sk.swiglu_backward(dx, before)).reshape(ctx.shape)
         if dw is not None and gradient_mask is not None:
             dw = dw * gradient_mask
-        return dx, dw, *[None] * 9
+        return dx, dw, *[None] * 10

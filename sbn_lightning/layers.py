@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sbn_lightning.backends import REFERENCE, Backend, Keep, WeightSpec
@@ -161,15 +162,16 @@ class MaskedLinear(nn.Linear):
         """Brings everything derived from the weight up to date; free if the weight has not changed."""
         self._sync_mask()
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, swiglu: bool = False) -> Tensor:
+        """``input [..., in_features]``; or with ``swiglu`` ``[..., 2 in_features]``, for ``silu(gate) * up``."""
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            y = self._multiply(input)
+            y = self._multiply(input, swiglu)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _multiply(self, x: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, swiglu: bool) -> Tensor:
         """``forward`` without the bias, in the dtype of ``x``."""
         raise NotImplementedError
 
@@ -374,7 +376,7 @@ class SparseBitLinear(MaskedLinear):
         """What the codes depend on: the weight, where it is, and the mask (its buffer's version counts refreshes)."""
         return (*self._weight_key(), self.weight.device, id(self.mask_bits), self.mask_bits._version)
 
-    def _multiply(self, x: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, swiglu: bool) -> Tensor:
         if torch.compiler.is_compiling() and not self.owner_prepares:
             fused = self.mask_source == "latent" and not self.hold_mask
             keep = self._keep() if fused else self._most_kept
@@ -384,7 +386,8 @@ class SparseBitLinear(MaskedLinear):
             if not torch.compiler.is_compiling():
                 self.prepare()
             prepared, mask_bits = self._prepared, self.mask_bits
-        return self._backend.linear(x, self.weight, prepared, self._gradient_mask(mask_bits), self.activation_bits)
+        gradient_mask = self._gradient_mask(mask_bits)
+        return self._backend.linear(x, self.weight, prepared, gradient_mask, self.activation_bits, swiglu)
 
     def _mask_scores(self) -> Tensor:
         weight = self.latent()
@@ -417,7 +420,10 @@ class SparseLinear(MaskedLinear):
     def effective_weight(self) -> Tensor:
         return self.values()
 
-    def _multiply(self, x: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, swiglu: bool) -> Tensor:
+        if swiglu:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
         mask_bits = self._graph_mask() if torch.compiler.is_compiling() else self.packed_mask()
         mask = unpack_mask(mask_bits, self.in_features)
         y: Tensor = MaskedLinearFunction.apply(x, self.weight, mask, self._gradient_mask(mask_bits))

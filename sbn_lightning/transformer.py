@@ -23,7 +23,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sbn_lightning.errors import ConfigError
-from sbn_lightning.layers import Gradient, MaskSource, SparseBitLinear, SparseLinear, masked_layers, prepare_layers
+from sbn_lightning.layers import (
+    Gradient,
+    MaskedLinear,
+    MaskSource,
+    SparseBitLinear,
+    SparseLinear,
+    masked_layers,
+    prepare_layers,
+)
 from sbn_lightning.loss import LossImplementation, linear_cross_entropy
 from sbn_lightning.pattern import NMPattern
 from sbn_lightning.ternary import GammaOver
@@ -169,6 +177,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
 
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` in the dtype of its input, with float32 sums: PyTorch fuses no mixture of dtypes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attend(Protocol):
     """What queries attend to."""
 
@@ -211,8 +226,12 @@ class SwiGLU(nn.Module):
         self.down = _linear(config, config.d_ffn, (config.d_model,))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate) * up)
+        gate_up = self.gate_up(x_BTD)
+        if isinstance(self.down, MaskedLinear):
+            out: Tensor = self.down(gate_up, swiglu=True)  # its backend may fuse the two
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            out = self.down(F.silu(gate) * up)
         return out
 
 
@@ -221,9 +240,9 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal_attention) -> Tensor:
@@ -246,7 +265,7 @@ class TernaryTransformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         cos, sin = rope_tables(config)
         self.register_buffer("cos", cos, persistent=False)

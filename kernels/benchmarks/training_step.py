@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from sbn_lightning import SparseTernaryPrecision, TransformerConfig
 from sbn_lightning.flops import flops_per_token, peak_flops
 from sbn_lightning.pattern import NMPattern, top_n_mask
+from sbn_lightning.ternary import expand_scale, weight_scale
 from sbn_lightning.transformer import TernaryTransformer
 
 SEQUENCE_LENGTH = 2048
@@ -38,10 +39,11 @@ class FakeQuantizedLinear(nn.Linear):
     """The public reference's way: mask, weight and activations quantised anew for each micro-batch, BF16 product."""
 
     pattern = NMPattern(2, 4)
+    split_sizes: tuple[int, ...] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        gamma = weight.detach().abs().mean().clamp(min=1e-5)
+        gamma = expand_scale(weight_scale(weight, self.split_sizes), self.split_sizes, self.out_features).unsqueeze(-1)
         fake = (weight / gamma).round().clamp(-1, 1) * gamma * top_n_mask(weight, self.pattern)
         scale = 127 / x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-5)
         rounded = (x * scale).round().clamp(-128, 127) / scale
@@ -209,7 +211,8 @@ def profile(step: Callable[[], None], top: int = 12) -> None:
 
 def measure(path: Path, name: str, args: argparse.Namespace) -> None:
     """Times one variant; a variant that cannot run is named with the reason, and leaves no row."""
-    config = TransformerConfig.preset(args.shape, max_sequence_length=SEQUENCE_LENGTH)
+    changes = {"n_layers": args.layers} if args.layers else {}
+    config = TransformerConfig.preset(args.shape, max_sequence_length=SEQUENCE_LENGTH, **changes)
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     step = Step(name, config, args.sequences, args.accumulate)
@@ -242,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen2.5-1.5b")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--layers", type=int, help="fewer blocks than the shape has")
     parser.add_argument("--sequences", type=int, default=8, help="sequences of 2,048 tokens in a micro-batch")
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches in a step")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")

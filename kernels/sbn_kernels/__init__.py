@@ -17,6 +17,8 @@ Its backward with int8 gradients (``gradients``): ``quantize_gradient``, then ``
 ``pack_transposed`` made once for the optimiser step, and ``weight_gradient_gemm`` on what ``transpose_tokens`` makes of
 the saved activations. With exact gradients: ``dequantize_tokens`` and bfloat16 products.
 
+``swiglu_quantize`` takes the place of ``quantize_tokens`` after a SwiGLU.
+
 ``capabilities()`` says which of them run here, and why the others do not.
 """
 
@@ -35,6 +37,7 @@ from sbn_kernels.packing import pack_dense, pack_sparse24, packed_shape, unpack
 from sbn_kernels.portable_gemm import int8_gemm
 from sbn_kernels.prepare import PreparedWeight, prepare_weight
 from sbn_kernels.quantize import quantize_tokens
+from sbn_kernels.swiglu import swiglu_backward, swiglu_quantize
 from sbn_kernels.transpose import dequantize_tokens, pack_transposed, transpose_tokens
 from sbn_kernels.weight_gradient import weight_gradient_gemm
 
@@ -61,6 +64,8 @@ __all__ = [
     "quantize_gradient_reference",
     "quantize_tokens",
     "sparse_gemm",
+    "swiglu_backward",
+    "swiglu_quantize",
     "ternary_gemm",
     "transpose_tokens",
     "unpack",

@@ -130,17 +130,6 @@ def _(
     return torch.empty((x8.shape[0], out_features), dtype=out_dtype, device=x8.device)
 
 
-@torch.compiler.assume_constant_result
-def _gluon_reason() -> str | None:
-    """Why the Gluon kernel cannot run here, or None. torch.compile takes the answer instead of tracing the question."""
-    return "Triton's interpreter runs no inline PTX" if interpreting() else gluon_missing()
-
-
-@torch.compiler.assume_constant_result
-def _has_prefill_kernel(index: int | None) -> bool:
-    return capabilities(index).can("ternary_gemm")
-
-
 def decode_gemm(
     x8: Tensor,
     scale: Tensor,
@@ -179,7 +168,7 @@ def decode_gemm(
         raise ValueError(f"decode_gemm takes at most {MAX_TOKENS} tokens, not {x8.shape[0]}")
     if layout not in ("dense", "sparse24"):
         raise ValueError(f"layout {layout!r} is not one of dense, sparse24")
-    missing = _gluon_reason()
+    missing = "Triton's interpreter runs no inline PTX" if interpreting() else gluon_missing()
     if portable is None:
         portable = missing is not None
     if portable and layout == "sparse24":
@@ -187,7 +176,7 @@ def decode_gemm(
     if not portable and missing is not None:
         raise UnsupportedError(f"decode: {missing}")
     sparse = layout == "sparse24"
-    if not portable and x8.shape[0] > _FEW and _has_prefill_kernel(x8.device.index):
+    if not portable and x8.shape[0] > _FEW and runs("ternary_gemm", x8.device.index):
         # measured: from here on the prefill kernel with a small tile is faster; the numbers are the same bits
         gemm = sparse_gemm if sparse else ternary_gemm
         return gemm(x8, scale, packed, row_scale, out_features, bias, out_dtype)

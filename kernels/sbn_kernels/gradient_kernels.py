@@ -22,7 +22,8 @@ def _magnitude(value):
     return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
-@triton.jit
+# numbers that vary from call to call and that no vector of loads depends on are not specialised on
+@triton.jit(do_not_specialize=["rows", "span"])
 def gradient_maxima_kernel(
     dy_pointer, row_scale_pointer, token_scale_pointer, token_max_pointer, channel_max_pointer,
     rows, columns, dy_stride, span,
@@ -52,7 +53,7 @@ def gradient_maxima_kernel(
         tl.atomic_max(channel_max_pointer + column, tl.max(largest, axis=0), mask=column < columns, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "channels"])
 def gradient_scales_kernel(
     max_pointer, token_scale_pointer, channel_scale_pointer, tokens, channels, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -88,58 +89,41 @@ def _byte(fixed, J: tl.constexpr):
         return (fixed >> (15 - 8 * J)) & (255 << 8 * J)
 
 
-@triton.jit
-def _load_quads(dy_pointer, quad, column, rows, columns, stride):
-    """Four tensors [R, C]: the tokens 4 quad, 4 quad + 1 and so on; zero beyond the end."""
-    where = dy_pointer + quad.to(tl.int64)[:, None] * (4 * stride) + column[None, :]
-    there = (column < columns)[None, :]
-    return (
-        tl.load(where, mask=(4 * quad < rows)[:, None] & there, other=0.0),
-        tl.load(where + stride, mask=(4 * quad + 1 < rows)[:, None] & there, other=0.0),
-        tl.load(where + 2 * stride, mask=(4 * quad + 2 < rows)[:, None] & there, other=0.0),
-        tl.load(where + 3 * stride, mask=(4 * quad + 3 < rows)[:, None] & there, other=0.0),
-    )
-
-
-@triton.jit(do_not_specialize=["stream", "span"])
+@triton.jit(do_not_specialize=["rows", "stream"])
 def quantize_gradient_kernel(
     dy_pointer, row_scale_pointer, token_scale_pointer, token_inverse_pointer, channel_inverse_pointer, seed_pointer,
-    a_pointer, b_pointer, rows, columns, dy_stride, a_stride, b_stride, stream, span,
+    a_pointer, b_pointer, rows, columns, dy_stride, a_stride, b_stride, stream,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """C channels of ``span`` tiles of 4 R tokens, rounded twice: ``a`` [tokens, channels] int8, ``b`` transposed.
+    """One tile of 4 R tokens and C channels, rounded twice: ``a`` [tokens, channels] int8, ``b`` transposed.
 
-    Works on four tensors [R, C], one for each token of every four: a call of the generator serves four tokens of a
-    channel, and four codes of ``b`` become one word before they are transposed. The next tile is already on its way
-    while one is rounded.
+    Four tensors [R, C], one for each token of every four: a call of the generator serves four tokens of a channel, and
+    four codes of ``b`` become one word before they are transposed.
     """
-    column = tl.program_id(0) * C + tl.arange(0, C)
+    tiles = tl.cdiv(columns, C)
+    quad = tl.program_id(0) // tiles * R + tl.arange(0, R)
+    column = tl.program_id(0) % tiles * C + tl.arange(0, C)
     there = column < columns
     row_scale = tl.load(row_scale_pointer + column, mask=there, other=0.0)[None, :]
     if CHANNELS:
         channel_inverse = tl.load(channel_inverse_pointer + column, mask=there, other=0.0)[None, :]
-    seed = tl.load(seed_pointer)
-    quad = tl.program_id(1) * span * R + tl.arange(0, R)
-    coming = _load_quads(dy_pointer, quad, column, rows, columns, dy_stride)
-    for _ in range(tl.minimum(span, tl.cdiv(rows, 4 * R) - tl.program_id(1) * span)):
-        now = coming
-        coming = _load_quads(dy_pointer, quad + R, column, rows, columns, dy_stride)
         words = tl.zeros([R, C], tl.int32)
-        random = tl.philox(seed, column[None, :], quad[:, None], stream, 0, _ROUNDS)
-        for j in tl.static_range(4):
-            row = quad * 4 + j
-            dy = now[j].to(tl.float32)
-            if TOKENS:
-                inverse = tl.load(token_inverse_pointer + row, mask=row < rows, other=0.0)[:, None]
-                a = (_add_draw(dy * row_scale * inverse, random[j] & 0x7FFF) - _MAGIC_BITS) >> 15
-                where = a_pointer + row.to(tl.int64)[:, None] * a_stride + column[None, :]
-                tl.store(where, a.to(tl.int8), mask=(row < rows)[:, None] & there[None, :])
-            if CHANNELS:
-                token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)[:, None]
-                words |= _byte(_add_draw(dy * token_scale * channel_inverse, random[j] >> 17), j)
+    random = tl.philox(tl.load(seed_pointer), column[None, :], quad[:, None], stream, 0, _ROUNDS)
+    for j in tl.static_range(4):
+        row = quad * 4 + j
+        inside = (row < rows)[:, None] & there[None, :]
+        where = dy_pointer + row.to(tl.int64)[:, None] * dy_stride + column[None, :]
+        dy = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+        if TOKENS:
+            inverse = tl.load(token_inverse_pointer + row, mask=row < rows, other=0.0)[:, None]
+            a = (_add_draw(dy * row_scale * inverse, random[j] & 0x7FFF) - _MAGIC_BITS) >> 15
+            where = a_pointer + row.to(tl.int64)[:, None] * a_stride + column[None, :]
+            tl.store(where, a.to(tl.int8), mask=inside)
         if CHANNELS:
-            words = words ^ -2139062144  # bit 7 of every byte
-            b_words = b_pointer.to(tl.pointer_type(tl.int32), bitcast=True)
-            where = b_words + column.to(tl.int64)[:, None] * (b_stride // 4) + quad[None, :]
-            tl.store(where, tl.trans(words), mask=there[:, None] & (quad * 4 < rows)[None, :])
-        quad += R
+            token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)[:, None]
+            words |= _byte(_add_draw(dy * token_scale * channel_inverse, random[j] >> 17), j)
+    if CHANNELS:
+        b_words = b_pointer.to(tl.pointer_type(tl.int32), bitcast=True)
+        where = b_words + column.to(tl.int64)[:, None] * (b_stride // 4) + quad[None, :]
+        words = words ^ -2139062144  # bit 7 of every byte
+        tl.store(where, tl.trans(words), mask=there[:, None] & (quad * 4 < rows)[None, :])

@@ -107,13 +107,10 @@ def _quantize_gradient(
         gradient_scales_kernel[(triton.cdiv(maxima.numel(), 1024),)](maxima, sa, sb, *lengths, BLOCK=1024)
     token_inverse, channel_inverse = maxima.view(torch.float32).split(lengths)
     if rows > 0:
-        quads, block_columns, span = 16, 64, 1
-        strips, tiles = triton.cdiv(columns, block_columns), triton.cdiv(rows, 4 * quads)
-        if dy.is_cuda:  # tiles one after the other, but enough programs for all multiprocessors
-            span = max(1, min(8, strips * tiles // (8 * multiprocessors(dy.device.index))))
-        quantize_gradient_kernel[(strips, triton.cdiv(tiles, span))](
+        quads, block_columns = 16, 64
+        quantize_gradient_kernel[(triton.cdiv(rows, 4 * quads) * triton.cdiv(columns, block_columns),)](
             dy, row_scale, token_scale, token_inverse, channel_inverse, seed, a, b, rows, columns, dy.stride(0),
-            a.stride(0), b.stride(0), stream, span,
+            a.stride(0), b.stride(0), stream,
             TOKENS=want_tokens, CHANNELS=want_channels, R=quads, C=block_columns, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return outputs
@@ -137,7 +134,7 @@ def _check(dy: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, str
         shape = list(dy.shape)
         raise ValueError(f"dy must be float32, bfloat16 or float16 [tokens, channels > 0], not {dy.dtype} {shape}")
     for name, scale, length in (("row_scale", row_scale, dy.shape[1]), ("token_scale", token_scale, dy.shape[0])):
-        if scale.shape != (length,) or scale.dtype != torch.float32 or scale.stride(0) != 1:
+        if scale.shape != (length,) or scale.dtype != torch.float32 or not scale.is_contiguous():
             raise ValueError(f"{name} must be contiguous float32 [{length}], not {scale.dtype} {list(scale.shape)}")
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != dy.device:
         raise ValueError(f"seed must be one int64 on {dy.device}, not {seed.dtype} {list(seed.shape)} on {seed.device}")

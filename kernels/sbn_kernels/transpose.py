@@ -159,7 +159,7 @@ def dequantize_tokens(x8: Tensor, scale: Tensor, dtype: torch.dtype = torch.bflo
     """
     if x8.dim() != 2 or x8.dtype != torch.int8:
         raise ValueError(f"dequantize_tokens needs int8 [tokens, features], not {x8.dtype} {list(x8.shape)}")
-    if scale.shape != (x8.shape[0],) or scale.dtype != torch.float32 or scale.stride(0) != 1:
+    if scale.shape != (x8.shape[0],) or scale.dtype != torch.float32 or not scale.is_contiguous():
         raise ValueError(f"scale must be contiguous float32 [{x8.shape[0]}], not {scale.dtype} {list(scale.shape)}")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype must be bfloat16, float16 or float32, not {dtype}")

@@ -1,9 +1,9 @@
 """The weight's gradient of a layer from int8 factors: ``weight_gradient_gemm``, on Hopper or in plain Triton.
 
 Launch, tile choice and argument checks of the Gluon kernel in ``gradient_hopper``; elsewhere it is ``int8_gemm`` with
-the weight's rows for tokens. Both are exact: int32 sums, one scale a row, one rounding. Where tiles do not fill a wave
-of multiprocessors (few rows and columns, or a last wave of few), they are split along the sum over tokens if that ends
-sooner; a second kernel adds the int32 parts.
+the weight's rows for tokens. Both sum exactly in int32, scale in float32 and round to the output's dtype: the same
+bits. Where tiles do not fill a wave of multiprocessors (few rows and columns, or a last wave of few), they are split
+along the sum over tokens if that ends sooner; a second kernel adds the int32 parts.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def weight_gradient_gemm(
     portable: bool | None = None,
     launch: tuple[int, int, int] | None = None,
 ) -> Tensor:
-    """``dW = scale * (b8t @ x8t^T)``, exact but for the last rounding.
+    """``dW = scale * (b8t @ x8t^T)``, the sum exact.
 
     Args:
         b8t: int8 ``[out_features, tokens]``, values in [-127, 127]: ``QuantizedGradient.channels``. 0 tokens allowed.
@@ -198,8 +198,8 @@ def weight_gradient_gemm(
         raise ValueError(f"x8t must be int8 [in_features, {b8t.shape[-1]}], not {x8t.dtype} {list(x8t.shape)}")
     if b8t.dim() != 2 or b8t.dtype != torch.int8 or b8t.shape[0] == 0:
         raise ValueError(f"b8t must be int8 [out_features, tokens], not {b8t.dtype} {list(b8t.shape)}")
-    if scale.shape != (b8t.shape[0],) or scale.dtype != torch.float32:
-        raise ValueError(f"scale must be float32 [{b8t.shape[0]}], not {scale.dtype} {list(scale.shape)}")
+    if scale.shape != (b8t.shape[0],) or scale.dtype != torch.float32 or not scale.is_contiguous():
+        raise ValueError(f"scale must be contiguous float32 [{b8t.shape[0]}], not {scale.dtype} {list(scale.shape)}")
     if launch is not None and (launch[0] not in _COLUMN_TILES or launch[1] < 0 or launch[2] < 1):
         raise ValueError(f"launch must be (256 or 128, tiles >= 0, parts >= 1), not {launch}")
     if portable is None:

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from sbn_kernels import cusparselt, decode, portable_gemm, prepare_kernels, quantize  # noqa: E402
+from sbn_kernels import cusparselt, decode, portable_gemm, prepare_kernels, quantize, swiglu  # noqa: E402
 from sbn_kernels.capability import gluon_missing  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler.compiler import ASTSource  # noqa: E402
@@ -27,7 +27,7 @@ POINTERS = {
 }  # fmt: skip
 
 
-ALIGNED = ("stride", "x_stride", "w_stride", "q_stride", "inner", "columns")
+ALIGNED = ("stride", "x_stride", "w_stride", "q_stride", "d_stride", "inner", "columns", "features")
 
 
 def build(kernel, constants, capability, types=None, source=ASTSource, warps=4):
@@ -63,6 +63,13 @@ TILE = {"R": 64, "C": 128}
 PLAIN = {
     "quantize rows": (quantize.quantize_rows_kernel, {"BITS": 8, "ROWS": 1, "BLOCK": 4096, "FUSED": True}, {}, 8),
     "quantize long rows": (quantize.quantize_long_rows_kernel, {"BITS": 4, "BLOCK": 8192, "FUSED": True}, {}, 16),
+    "swiglu quantize": (swiglu.swiglu_quantize_kernel, {"BITS": 8, "BLOCK": 16384, "FUSED": True}, {}, 16),
+    "swiglu backward": (
+        swiglu.swiglu_backward_kernel,
+        {"BLOCK": 2048},
+        {"d_pointer": "*bf16", "dx_pointer": "*bf16"},
+        4,
+    ),
     "row sums": (prepare_kernels.row_sums_kernel, {"MASKED": True, "BLOCK": 4096}, {}, 4),
     "gamma": (prepare_kernels.gamma_kernel, {"KEPT": True, "GIVEN": False, "BLOCK": 1024}, {}, 8),
     "mask": (

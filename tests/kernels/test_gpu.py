@@ -136,6 +136,24 @@ def test_quantize(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert torch.equal(q, (wide / scale[:, None]).round().clamp(-8, 7).to(torch.int8))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 7), (5, 4864), (300, 11008), (3, 20000), (0, 64)], ids=str)
+def test_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tokens, features = shape
+    x = torch.randn(tokens, 2 * features, device="cuda").to(dtype).requires_grad_()
+    d = torch.randn(tokens, features, device="cuda").to(dtype)
+    gate, up = x.float().chunk(2, -1)
+    product = torch.nn.functional.silu(gate) * up
+    q, scale = sk.swiglu_quantize(x.detach())
+    if tokens:
+        torch.testing.assert_close(scale, product.detach().abs().amax(1).clamp(min=1e-5) / 127, rtol=1e-5, atol=0)
+        error = (q * scale[:, None] - product.detach()).abs()
+        assert (error <= 0.501 * scale[:, None] + 1e-4 * product.detach().abs()).all()
+    (expected,) = torch.autograd.grad(product, x, d.float())
+    torch.testing.assert_close(sk.swiglu_backward(d, x.detach()), expected, rtol=2e-2, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("out", "columns", "n", "m", "layout"),

@@ -166,3 +166,32 @@ def test_layout_sparse24_has_no_portable_decode() -> None:
     x8, scale, codes, row_scale, _, _ = gemm_case(1, 64, 70)
     with pytest.raises(sk.UnsupportedError, match="sparse24"):
         sk.decode_gemm(x8, scale, sk.pack_dense(codes), row_scale, 70, layout="sparse24")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "features"), [(1, 1), (5, 176), (3, 2500), (0, 8)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_swiglu(dtype: torch.dtype, tokens: int, features: int, bits: int) -> None:
+    x = (3 * torch.randn(tokens, 2 * features)).to(dtype).requires_grad_()
+    d = torch.randn(tokens, features).to(dtype)
+    gate, up = x.float().chunk(2, -1)
+    product = torch.nn.functional.silu(gate) * up
+    q, scale = sk.swiglu_quantize(x.detach(), bits)
+    twin_q, twin_scale = quantize_activations(product, bits)
+    torch.testing.assert_close(scale, twin_scale[:, 0], rtol=1e-5, atol=0)
+    assert (q.int() - twin_q.int()).abs().amax() <= 1 if tokens else q.shape == (0, features)
+    assert (q != twin_q).float().sum() <= 0.002 * q.numel() + 1  # exp differs in the last bit
+    assert q.stride(0) % 16 == 0
+    (expected,) = torch.autograd.grad(product, x, d.float())
+    dx = sk.swiglu_backward(d, x.detach())
+    assert dx.dtype == dtype
+    torch.testing.assert_close(dx, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+
+
+def test_swiglu_says_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="2 features"):
+        sk.swiglu_quantize(torch.randn(2, 7))
+    with pytest.raises(ValueError, match="8 or 4 bits"):
+        sk.swiglu_quantize(torch.randn(2, 8), 2)
+    with pytest.raises(ValueError, match="gradient must be"):
+        sk.swiglu_backward(torch.randn(2, 8), torch.randn(2, 8))

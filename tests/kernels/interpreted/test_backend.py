@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from sbn_lightning import SparseTernaryPrecision
-from sbn_lightning.kernel_backends import KernelBackend
+from sbn_lightning.kernel_backends import Gradients, KernelBackend
 from sbn_lightning.layers import SparseBitLinear
 from tests.helpers import Losses, quiet_trainer, small_module, token_loader
 
@@ -55,6 +55,25 @@ def test_a_layer_computes_what_the_reference_computes(options: dict[str, object]
     assert torch.equal(layer.mask, other.mask)
     assert torch.equal(layer.ternary()[0], other.ternary()[0])
     assert list(layer.state_dict()) == list(other.state_dict())
+
+
+@pytest.mark.parametrize("gradients_kind", ["bf16", "int8"])
+def test_a_swiglu_before_a_layer_is_the_references(gradients_kind: Gradients) -> None:
+    torch.manual_seed(0)
+    layer = SparseBitLinear(40, 30, pattern="2:4")
+    other = copy.deepcopy(layer)
+    other.backend = KernelBackend("portable", gradients=gradients_kind)
+    other.backend.seed = torch.tensor([1])
+    found = []
+    for each in (layer, other):
+        x = torch.randn(3, 7, 80, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = each(x, swiglu=True)
+        y.backward(torch.ones_like(y))
+        assert each.weight.grad is not None
+        assert x.grad is not None
+        found.append((y.detach(), x.grad, each.weight.grad))
+    for ours, reference in zip(*reversed(found), strict=True):
+        assert relative_rms(ours, reference) < (1e-2 if gradients_kind == "int8" else 1e-3)
 
 
 def test_masks_follow_the_weight_a_ramp_and_a_hold() -> None:
