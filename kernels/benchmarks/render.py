@@ -2,7 +2,8 @@
 
 python kernels/benchmarks/render.py kernels/benchmarks/results/layer_forward.csv [--summary]
 
-With ``--summary`` the layer benchmark becomes one row a shape, times in ms and ratios to bf16: the README's table.
+With ``--summary`` the layer benchmark becomes one row a shape, times in ms and ratios to bf16, and that of generation
+one row a model and batch, tokens a second and the same ratios: the README's tables.
 """
 
 from __future__ import annotations
@@ -47,8 +48,26 @@ SUMMARY = (
 
 
 def summarize(path: Path) -> str:
-    """One row a shape of the layer benchmark; ours with the ratio to bf16 in the same run."""
+    """The README's table of a benchmark, with ratios to bf16 in the same run."""
     rows, where = _read(path)
+    return (_summarize_generation if "same" in rows[0] else _summarize_layers)(rows, where)
+
+
+def _summarize_generation(rows: list[dict[str, str]], where: str) -> str:
+    table: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in rows:
+        ratio = f" ({float(row['vs_bf16']):.2f}x)" if row["vs_bf16"] and row["variant"] != "bf16 dense" else ""
+        cells = table.setdefault((row["model"], row["what"], row["batch"]), {})
+        cells[row["variant"]] = f"{float(row['tokens_s']):,.0f}{ratio}"
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    lines = [where, "", "| tokens/s | " + " | ".join(variants) + " |", "|" + " --- |" * (len(variants) + 1)]
+    for (model, what, batch), cells in table.items():
+        values = " | ".join(cells.get(variant, "") for variant in variants)
+        lines.append(f"| {model}, {what}, batch {batch} | {values} |")
+    return "\n".join(lines)
+
+
+def _summarize_layers(rows: list[dict[str, str]], where: str) -> str:
     table: dict[tuple[str, ...], dict[tuple[str, str], dict[str, str]]] = {}
     for row in rows:
         table.setdefault((row["tokens"], row["in"], row["out"]), {})[row["variant"], row["what"]] = row
@@ -61,6 +80,27 @@ def summarize(path: Path) -> str:
             ratio = f" ({float(row['vs_bf16']):.2f}x)" if heading.startswith("**") else ""
             values.append(f"{float(row['ms']):.3f}{ratio}")
         lines.append(f"| {', '.join(shape)} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def summarize_gradients(path: Path) -> str:
+    """One row a shape of the backward benchmark: totals with ratios to bf16, then the parts of int8, in ms."""
+    rows, where = _read(path)
+    table: dict[tuple[str, ...], dict[tuple[str, str], dict[str, str]]] = {}
+    for row in rows:
+        table.setdefault((row["tokens"], row["in"], row["out"]), {})[row["variant"], row["part"]] = row
+    parts = ("quantize", "dX", "transpose", "dW")
+    headings = ["bf16", "**exact**", "**int8**", *(f"int8: {part}" for part in parts), "dW, TFLOP/s"]
+    lines = [where, "", "| tokens, in, out | " + " | ".join(headings) + " |", "|" + " --- |" * (len(headings) + 1)]
+    for shape, cells in table.items():
+        values = [f"{float(cells['bf16', 'all']['ms']):.3f}"]
+        for variant in ("exact", "int8"):
+            row = cells[variant, "all"]
+            values.append(f"{float(row['ms']):.3f} ({float(row['vs_bf16']):.2f}x)")
+        values += [f"{float(cells['int8', part]['ms']):.3f}" for part in parts]
+        lines.append(
+            f"| {', '.join(shape)} | " + " | ".join(values) + f" | {float(cells['int8', 'dW']['tflops']):.0f} |"
+        )
     return "\n".join(lines)
 
 
@@ -80,4 +120,6 @@ def render(path: Path) -> str:
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[2:] not in ([], ["--summary"]):
         sys.exit(__doc__)
-    print((summarize if sys.argv[2:] else render)(Path(sys.argv[1])))
+    file = Path(sys.argv[1])
+    summary = summarize_gradients if file.stem == "gradients" else summarize
+    print((summary if sys.argv[2:] else render)(file))

@@ -1,0 +1,121 @@
+"""``sbn generate`` as a user meets it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sbn_lightning.checkpoint.lightning_file import contents
+from sbn_lightning.cli import main
+from sbn_lightning.data.tokenizer import byte_tokenizer
+from sbn_lightning.generation import generate
+from tests.generation.test_decoder import make
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make(torch.float32, qkv_bias=True)
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    torch.save(contents(model.config, model.state_dict()), tmp_path / "model.ckpt")
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    return str(tmp_path / "model.ckpt")
+
+
+def run(capsys, *arguments):
+    status = main(["generate", *arguments])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def expected_text(model, prompt, count):
+    (row,) = generate(model, [list(prompt.encode())], max_new_tokens=count, stop_tokens=[256])
+    return byte_tokenizer().decode(row)
+
+
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_one_prompt(model, checkpoint, capsys, stream):
+    arguments = ["--checkpoint", checkpoint, "--prompt", "def f", "--max_new_tokens", "30", "--device", "cpu"]
+    status, out, err = run(capsys, *arguments, "--stream", stream)
+    assert status == 0
+    assert out == expected_text(model, "def f", 30) + "\n"
+    assert "prefill 5 tokens" in err
+    assert "decode" in err
+
+
+def test_prompts_as_blocks_and_as_json(model, checkpoint, capsys, tmp_path):
+    (tmp_path / "more.txt").write_text("third: é\n--fourth\n", encoding="utf-8")
+    arguments = ["--checkpoint", checkpoint, "--prompt", "a b", "--prompt=[x]", "--prompts_file", "more.txt"]
+    arguments += ["--max_new_tokens", "12", "--device", "cpu", "--batch_size", "3"]
+    prompts = ["a b", "[x]", "third: é", "--fourth"]
+    texts = [expected_text(model, prompt, 12) for prompt in prompts]
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0
+    pairs = enumerate(zip(prompts, texts, strict=True), start=1)
+    assert out == "".join(f"=== prompt {i}: {prompt}\n{text}\n\n" for i, (prompt, text) in pairs)
+    status, out, err = run(capsys, *arguments, "--json", "true")
+    rows = json.loads(out)
+    assert [row["prompt"] for row in rows] == prompts
+    assert [row["text"] for row in rows] == texts
+    assert all(row["finish"] == ("length" if row["tokens"] == 12 else "stop") for row in rows)
+    assert f"prefill {sum(len(p.encode()) for p in prompts)} tokens" in err
+
+
+def test_json_prompts_empty_prompt_and_stop_token(model, checkpoint, capsys, tmp_path):
+    (tmp_path / "prompts.json").write_text(json.dumps(["", "two\nlines"]), encoding="utf-8")
+    arguments = ["--checkpoint", checkpoint, "--prompts_file", "prompts.json", "--max_new_tokens", "8"]
+    arguments += ["--json", "true", "--device", "cpu"]
+    _, out, _ = run(capsys, *arguments)
+    first, second = generate(model, [[256], list(b"two\nlines")], max_new_tokens=8, stop_tokens=[256])
+    assert json.loads(out)[0]["text"] == byte_tokenizer().decode(first)
+    _, out, _ = run(capsys, *arguments, "--stop_token", byte_tokenizer().id_to_token(second[0]))
+    assert json.loads(out)[1] == {"prompt": "two\nlines", "text": "", "tokens": 0, "finish": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no prompt"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
+        (["--prompt", "x" * 64], "leaves no room"),
+        (["--prompt", "x", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+        (["--prompt", "x", "--stop_token", "nope"], "stop_token 'nope'"),
+        (["--prompts_file", "missing.txt"], "missing.txt"),
+        (["--prompt", "x", "--backend", "sparse", "--device", "cpu"], "sparse"),
+        (["--prompt", "x", "--batch_size", "0"], "batch_size=0"),
+    ],
+)
+def test_errors_are_one_line(checkpoint, capsys, arguments, message):
+    status, _, err = run(capsys, "--checkpoint", checkpoint, *arguments)
+    assert status == 1
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert message in line
+
+
+def test_without_a_tokenizer(model, capsys, tmp_path):
+    torch.save(contents(model.config, model.state_dict()), tmp_path / "alone.ckpt")
+    status, _, err = run(capsys, "--checkpoint", "alone.ckpt", "--prompt", "x", "--device", "cpu")
+    assert status == 1
+    assert "pass --tokenizer" in err
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_help_imports_nothing_heavy(command):
+    code = f"import sys; sys.argv = ['sbn', '{command}', '--help']; from sbn_lightning.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
+    code += "print('HEAVY', sorted({'torch', 'lightning', 'litdata', 'transformers', 'lm_eval'} & set(sys.modules)))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "HEAVY []" in output
+    assert "--checkpoint" in output
+
+
+def test_running_imports_no_lightning(checkpoint):
+    code = f"import sys; from sbn_lightning.cli import main\nmain(['generate', '--checkpoint', {checkpoint!r}, "
+    code += "'--prompt', 'x', '--max_new_tokens', '1', '--device', 'cpu'])\n"
+    code += "print('HEAVY', sorted({'lightning', 'litdata', 'transformers'} & set(sys.modules)))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "HEAVY []" in output
