@@ -1,0 +1,103 @@
+"""Stochastic rounding of gradients: the draws, no bias over many of them, refused arguments. On a GPU if there is one.
+
+Elsewhere the plain-PyTorch twin is tested; that the kernels equal it bit for bit is tested in ``interpreted`` and in
+``test_gradient_gpu``.
+"""
+
+import pytest
+import sbn_kernels as sk
+import torch
+from torch import Tensor
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+SEEDS = 1000
+
+
+def seed(value: int) -> Tensor:
+    return torch.tensor([value], device=DEVICE)
+
+
+def case() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    size = 10 ** torch.empty(36, 1, device=DEVICE).uniform_(-6, 1)
+    dy = torch.randn(36, 40, device=DEVICE) * size
+    return dy, torch.rand(40, device=DEVICE) + 0.01, torch.rand(36, device=DEVICE) + 0.01
+
+
+def test_draws_are_philox() -> None:
+    """Random123's known answer for philox4x32-7, key and counter zero: four tokens of the first channel."""
+    words = torch.tensor([0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48], device=DEVICE)
+    a, b = sk.gradient_draws(6, 5, seed(0))
+    assert torch.equal(a[:4, 0], words & 0x7FFF)
+    assert torch.equal(b[:4, 0], words >> 17)
+
+
+def test_draws_are_uniform_and_independent() -> None:
+    """Mean, variance and correlations of draws of each kind, within five standard errors."""
+    a, b = (draw.double().flatten() / 2**15 for draw in sk.gradient_draws(512, 600, seed(5), 2))
+    stream, key = (sk.gradient_draws(512, 600, seed(s), n)[0].double().flatten() / 2**15 for s, n in ((5, 3), (6, 2)))
+    error = 5 / a.numel() ** 0.5
+    for draw in (a, b, stream, key):
+        assert abs(draw.mean() - 0.5) < error * 12**-0.5 + 2**-15
+        assert abs(draw.var() - 1 / 12) < error * 180**-0.5 + 2**-15
+    shifted = [(draw[by:], draw[:-by]) for draw in (a, b) for by in (1, 600, 2400)]
+    for left, right in [(a, b), (a, stream), (a, key), *shifted]:
+        assert abs(torch.corrcoef(torch.stack([left, right]))[0, 1]) < error
+
+
+def test_unbiased() -> None:
+    """Means over many seeds, of every element and of both gradients, are as near the truth as their variance allows."""
+    dy, gamma, scale = case()
+    x8 = torch.randint(-128, 128, (36, 24), device=DEVICE).double()
+    codes = torch.randint(-1, 2, (40, 24), device=DEVICE).double()
+    quantize = sk.quantize_gradient if ON_GPU else sk.quantize_gradient_reference
+    totals = [torch.zeros(36, 40, dtype=torch.double, device=DEVICE) for _ in range(2)]
+    for value in range(SEEDS):
+        q = quantize(dy, gamma, scale, seed(value), 1)
+        totals[0] += q.tokens.double() * q.token_scale[:, None].double()
+        totals[1] += (q.channels.double() * q.channel_scale[:, None].double()).t()
+    # value, its step, and what its gradient multiplies it by: dX = a T, dW = b^T x8
+    truth = (
+        (dy.double() * gamma, q.token_scale[:, None].double(), lambda a: a, codes),
+        (dy.double() * scale[:, None], q.channel_scale.double(), lambda b: b.t(), x8),
+    )
+    for total, (value, step, order, factor) in zip(totals, truth, strict=True):
+        error = total / SEEDS - value
+        part = value / step - (value / step).floor()
+        variance = part * (1 - part) * step**2 / SEEDS
+        few = 10 / SEEDS * step + 1e-6 * value.abs()  # a sum of few rare events has heavier tails than a normal one
+        assert (error.abs() <= 5 * variance.sqrt() + few).all()
+        summed = (order(error) @ factor).abs()
+        assert (summed <= 5 * (order(variance) @ factor**2).sqrt() + order(few) @ factor.abs() / 10).all()
+        assert summed.max() > 0
+
+
+def test_codes_stay_in_range_and_zero_stays_zero() -> None:
+    dy, gamma, scale = case()
+    dy[3], dy[:, 7] = 0, 0
+    for value in range(20):
+        q = sk.quantize_gradient_reference(dy, gamma, scale, seed(value))
+        assert q.tokens.min() >= -127
+        assert q.channels.min() >= -127
+        assert q.tokens.abs().amax(1).ne(127).nonzero().tolist() == [[3]]
+        assert not q.tokens[3].any()
+        assert not q.channels[7].any()
+
+
+def test_refused_arguments() -> None:
+    dy, gamma, scale = case()
+    with pytest.raises(ValueError, match=r"row_scale must be contiguous float32 \[40\]"):
+        sk.quantize_gradient(dy, scale, scale, seed(0))
+    with pytest.raises(ValueError, match=r"token_scale must be contiguous float32 \[36\]"):
+        sk.quantize_gradient(dy, gamma, gamma, seed(0))
+    with pytest.raises(ValueError, match="seed must be one int64"):
+        sk.quantize_gradient(dy, gamma, scale, seed(0).int())
+    with pytest.raises(ValueError, match="stream must be in"):
+        sk.quantize_gradient(dy, gamma, scale, seed(0), -1)
+    with pytest.raises(ValueError, match="dy must be"):
+        sk.quantize_gradient(dy.double(), gamma, scale, seed(0))
+    with pytest.raises(ValueError, match=r"x8t must be int8 \[in_features, 5\]"):
+        sk.weight_gradient_gemm(torch.zeros(3, 5, dtype=torch.int8), scale[:3], torch.zeros(3, 6, dtype=torch.int8))
+    with pytest.raises(ValueError, match="codes must be int8"):
+        sk.pack_transposed(dy)
