@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sbn_lightning.backends import Keep, WeightSpec
 from sbn_lightning.pattern import NMPattern
-from sbn_lightning.ternary import float32_mm, quantize_activations
+from sbn_lightning.ternary import quantize_activations
 
 Gradients = Literal["bf16", "int8"]
 Engine = Literal["hopper", "cusparselt", "portable"]
@@ -219,7 +219,8 @@ class KernelLinearFunction(torch.autograd.Function):
                 dx = dy @ _dequantize(codes, row_scale, ctx.dtype)
             if need_dw:
                 tokens = _dequantize(x8, scale, ctx.dtype)
-                dw = float32_mm(dy.t(), tokens).to(ctx.latent_dtype)
+                # Rounded to the dtype of the activations, as autocast has it for a plain linear layer.
+                dw = (dy.t() @ tokens).to(ctx.latent_dtype)
         if dx is not None:
             dx = (dx if before is None else sk.swiglu_backward(dx, before)).reshape(ctx.shape)
         if dw is not None and gradient_mask is not None:
