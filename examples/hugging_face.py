@@ -3,8 +3,9 @@
     python examples/hugging_face.py --model qwen2      (or llama, gpt2)
 
 The models are small and start from random weights; nothing is downloaded. The LightningModule knows nothing of
-sparsity: everything is in the list of callbacks. At the end the model turns back into a plain one, whose weights are
-ternary and 2:4, and is saved with ``save_pretrained``.
+sparsity: everything is in the list of callbacks, and the plugin runs the layers on a GPU's integer tensor cores, if
+there is one. At the end the model turns back into a plain one, whose weights are ternary and 2:4, and is saved with
+``save_pretrained``.
 """
 
 import argparse
@@ -25,7 +26,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from sbn_lightning import DenseToSparseRamp, MaskRefresh, SparsityPatternLogger, TernarySparseConversion
+from sbn_lightning import (
+    DenseToSparseRamp,
+    MaskRefresh,
+    SparseTernaryPrecision,
+    SparsityPatternLogger,
+    TernarySparseConversion,
+)
 
 
 def build(name):
@@ -69,7 +76,8 @@ def main(model="qwen2", steps=120):
     trainer = Trainer(
         max_steps=steps,
         max_epochs=-1,
-        accelerator="cpu",
+        devices=1,
+        plugins=[SparseTernaryPrecision(dtype="fp32")],
         callbacks=[conversion, DenseToSparseRamp("walk", end=0.3), MaskRefresh(), logger],
         logger=CSVLogger("logs", "hugging_face"),
         enable_checkpointing=False,
