@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,12 @@ def test_killed_and_run_again_gives_the_same(tmp_path: Path, workers: int, kill:
     command = [sys.executable, "-c", SCRIPT, str(corpus)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     out, work = tmp_path / "out", tmp_path / "out" / ".work"
-    process = subprocess.Popen([*command, str(out), str(workers)], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, str(out), str(workers)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells start background jobs without it
+    )
     while process.poll() is None and not list(work.glob("0*.json")):
         time.sleep(0.001)
     process.send_signal(kill)
