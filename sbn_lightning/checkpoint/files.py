@@ -32,14 +32,17 @@ def folder_aside(target: Path, overwrite: bool) -> Iterator[Path]:
         DataError: If it cannot be written.
     """
     check_output(target, overwrite)
-    aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    if target.is_file():
+        raise ConfigError(f"{target} is a file, where a folder would be written; give another --output")
+    place = target.resolve()  # a link stays one; and "." has no name to derive another from
+    aside = place.with_name(f"{place.name}.tmp-{os.getpid()}")
     try:
         aside.mkdir(parents=True)
         yield aside
         for file in aside.iterdir():
             sync(file)
         sync(aside)
-        _put(aside, target)
+        _put(aside, place)
     except OSError as error:
         raise DataError(f"cannot write {target}: {error.strerror or error}; nothing there was changed") from error
     finally:
@@ -87,15 +90,12 @@ def _put(aside: Path, target: Path) -> None:
         target.replace(old)
     try:
         aside.replace(target)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         if old.exists():
             old.replace(target)
         raise
     sync(target.parent)
-    if old.is_dir():
-        shutil.rmtree(old)
-    else:
-        old.unlink(missing_ok=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

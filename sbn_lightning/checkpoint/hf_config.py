@@ -38,7 +38,9 @@ def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
         raise ConfigError(f"{source}: model_type {kind!r} is not one of qwen2, llama")
     if quantization := values.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ConfigError(f"{source}: weights are quantised ({method}); give the unquantised model")
+        raise ConfigError(
+            f"{source}: weights are quantised ({method}); give the model they were made of, or its packed folder"
+        )
     values = DEFAULTS[kind] | {key: value for key, value in values.items() if value is not None}
     try:
         heads, d_model = int(values["num_attention_heads"]), int(values["hidden_size"])
@@ -60,12 +62,18 @@ def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
         )
     except KeyError as error:
         raise ConfigError(f"{source} lacks {error.args[0]}") from error
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{source} holds a value of the wrong kind: {error}") from error
 
 
 def _rope_theta(values: dict[str, Any], source: str) -> float:
     """Base of the rotary frequencies: of the model (before transformers 5) or in its ``rope_parameters``."""
-    # rope_scaling is the older name of the same dictionary.
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    # rope_scaling is the older name of the same dictionary; where a file has both, transformers takes it.
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{source}: rope_parameters={rope!r} is not an object")
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default":
         raise ConfigError(f"{source}: rotary positions are scaled (rope_type {scaling!r}), which is not supported")

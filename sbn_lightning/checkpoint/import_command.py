@@ -33,8 +33,6 @@ def import_hf(input: str, output: str, overwrite: bool = False) -> None:
         raise ConfigError(f"--output {output} is a folder; name a file in it, like {target / 'model.ckpt'}")
     check_output(target, overwrite)
     folder = _local(input)
-    import torch
-
     from sbn_lightning.checkpoint import lightning_file
     from sbn_lightning.checkpoint.hf_folder import read_hf
     from sbn_lightning.checkpoint.load import build_model
@@ -43,7 +41,7 @@ def import_hf(input: str, output: str, overwrite: bool = False) -> None:
     config, state = read_hf(folder)
     model = build_model(config, state, str(folder))  # checks names and shapes
     with file_aside(target, overwrite) as file:
-        torch.save(lightning_file.contents(config, model.state_dict()), file)
+        lightning_file.write(config, model.state_dict(), file)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{parameters:,} parameters ({model.embed.weight.dtype}): {config.n_layers} layers, d_model {config.d_model}, "

@@ -44,6 +44,21 @@ def read(path: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
     return config, state
 
 
+def write(config: TransformerConfig, state: dict[str, Tensor], path: Path) -> None:
+    """Writes :func:`contents`.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(contents(config, state), file)
+        except RuntimeError as error:  # what torch makes of a full disk, on the way out
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
 def contents(config: TransformerConfig, state: dict[str, Tensor]) -> dict[str, Any]:
     """What to save so that ``fit`` with ``init_from``, ``validate`` and ``load_model`` can read it."""
     try:

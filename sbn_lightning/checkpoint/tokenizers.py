@@ -36,19 +36,27 @@ def find_tokenizer(model: Path, given: str | Path | None) -> tuple[Path | None, 
     Raises:
         DataError: If what was given is not a tokenizer, or one that was found is damaged.
     """
-    from sbn_lightning.data.tokenizer import load_tokenizer
-
     if given is not None:
         file = Path(given)
         file = file / TOKENIZER if file.is_dir() else file
-        return file, load_tokenizer(file)
+        return file, _load(file)
     candidates = [model / TOKENIZER] if model.is_dir() else [beside(model), model.parent / TOKENIZER]
     for folder in () if model.is_dir() else (model.parent, model.parent.parent):
         candidates += _data_of_run(folder / "config.yaml")
     for candidate in candidates:
         if candidate.is_file():
-            return candidate, load_tokenizer(candidate)
+            return candidate, _load(candidate)
     return None, None
+
+
+def _load(file: Path) -> Tokenizer:
+    from sbn_lightning.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(file)
+    # What a file may ask for to make batches of one length would cut prompts, or fill them up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _data_of_run(file: Path) -> list[Path]:

@@ -64,7 +64,7 @@ def prepare(
     Args:
         input: Text files, JSONL or Parquet files, folders or globs of them; 'stdlib' for the Python sources of
             the running interpreter's standard library (about 30 MB); 'hf:NAME' or 'hf:FOLDER' for a Hugging Face
-            dataset. Several: --input+=A --input+=B, or --input '[A, B]'.
+            dataset. Several: --input+=A --input+=B, or --input '["A", "B"]'.
         output: Folder to write.
         tokenizer: 'byte' (256 bytes and an end-of-document token), 'bpe' (byte-level BPE, trained here), or the
             path of a tokenizer.json.

@@ -37,7 +37,7 @@ def evaluate(
         split: Of data: val or train.
         window: Tokens the model sees at a time; not given, its max_sequence_length, but 1024 at most.
         stride: Tokens between the starts of windows; not given, half a window.
-        max_tokens: Stop reading data after this many tokens.
+        max_tokens: Take no more than this many tokens from the beginning of data or text.
         tasks: Names of tasks of the lm-evaluation-harness; needs pip install "sbn-lightning[eval]".
         tasks_folder: A folder with tasks of your own, as YAML.
         num_fewshot: Examples in the prompts of tasks; not given, what each task says.
@@ -57,8 +57,16 @@ def evaluate(
         raise ConfigError("give --data or --text, not both: they are different texts")
     if named and find_spec("lm_eval") is None:
         raise ConfigError('--tasks needs the lm-evaluation-harness: pip install "sbn-lightning[eval]"')
+    for option, value in {"tasks_folder": tasks_folder, "num_fewshot": num_fewshot, "limit": limit}.items():
+        if value is not None and not named:
+            raise ConfigError(f"{option}={value} is for tasks, and none is asked for; name them with --tasks")
+    for option, number, least in (("num_fewshot", num_fewshot, 0), ("limit", limit, 1), ("max_tokens", max_tokens, 2)):
+        if number is not None and number < least:
+            raise ConfigError(f"{option}={number} is below {least}")
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise ConfigError(f"output {output}: there is no folder {Path(output).parent}")
+    if output is not None and Path(output).is_dir():
+        raise ConfigError(f"output {output} is a folder; name a file in it, like {Path(output) / 'results.json'}")
 
     from sbn_lightning.evaluation.run import run
 

@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from sbn_lightning.checkpoint.load import LoadedModel
-from sbn_lightning.data.tokenizer import find_eos
+from sbn_lightning.data.tokenizer import find_eos, vocab_size_of
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.evaluation.scoring import score_ends
 from sbn_lightning.generation.loop import generate
@@ -70,6 +70,11 @@ class HarnessModel(TemplateLM):
         self.loaded = checkpoint
         self.model = checkpoint.model
         self.tokenizer = checkpoint.need_tokenizer()
+        if (tokens := vocab_size_of(self.tokenizer)) > checkpoint.config.vocab_size:
+            raise ConfigError(
+                f"{checkpoint.tokenizer_path} has {tokens} tokens, the model's vocab_size is "
+                f"{checkpoint.config.vocab_size}; give the model's own with tokenizer"
+            )
         limit = checkpoint.config.max_sequence_length
         self.max_length = limit if max_length is None else max_length
         if not 2 <= self.max_length <= limit:
@@ -78,6 +83,7 @@ class HarnessModel(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self.add_special_tokens = add_special_tokens
         self._device = self.model.embed.weight.device
+        self._batches_drawn = 0  # the seed of the next: one for all of them would draw alike
 
     @property
     def eot_token_id(self) -> int:
@@ -168,8 +174,14 @@ class HarnessModel(TemplateLM):
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", True) else 0.0
         sampling = Sampling(temperature, float(options.get("top_p", 1.0)), options.get("top_k") or None)
         rows = generate(
-            self.model, prompts, max_new_tokens=int(new), sampling=sampling, stop_tokens=[self.eot_token_id]
+            self.model,
+            prompts,
+            max_new_tokens=int(new),
+            sampling=sampling,
+            seed=self._batches_drawn,
+            stop_tokens=[self.eot_token_id],
         )
+        self._batches_drawn += 1
         until = options.get("until") or []
         return [_cut(self.tokenizer.decode(row), [until] if isinstance(until, str) else until) for row in rows]
 

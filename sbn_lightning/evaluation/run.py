@@ -14,7 +14,7 @@ import torch
 
 from sbn_lightning.checkpoint.load import LoadedModel
 from sbn_lightning.data.tokenize_segments import write_atomically
-from sbn_lightning.errors import ConfigError
+from sbn_lightning.errors import ConfigError, DataError, SBNError
 from sbn_lightning.evaluation.report import as_table, layer_reports
 from sbn_lightning.evaluation.sliding import perplexity
 from sbn_lightning.evaluation.texts import text_of_files, text_of_folder
@@ -77,7 +77,7 @@ def _perplexity(
     else:
         loaded.need_tokenizer()
         assert loaded.tokenizer_path is not None
-        source = text_of_files(files, loaded.tokenizer_path)
+        source = text_of_files(files, loaded.tokenizer_path, max_tokens)
     if window is None:
         window = min(loaded.config.max_sequence_length, 1024)
     result = perplexity(
@@ -126,9 +126,15 @@ def _run_tasks(
             f"no task {', '.join(missing)}; `lm-eval ls tasks` lists those there are, and see tasks_folder"
         )
     model = HarnessModel(loaded, batch_size=batch_size)
-    results = lm_eval.simple_evaluate(
-        model=model, tasks=names, task_manager=known, num_fewshot=num_fewshot, limit=limit, log_samples=False
-    )
+    try:
+        results = lm_eval.simple_evaluate(
+            model=model, tasks=names, task_manager=known, num_fewshot=num_fewshot, limit=limit, log_samples=False
+        )
+    except SBNError:
+        raise
+    except Exception as error:  # of the harness, of datasets, of a task's template: a class each
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"tasks {', '.join(names)} failed in the lm-evaluation-harness: {reason}") from error
     print("\n" + make_table(results))
     return {name: dict(values) for name, values in results["results"].items()}
 
@@ -142,7 +148,10 @@ def _lines(values: dict[str, Any]) -> str:
 def _save(output: str | None, results: dict[str, Any]) -> None:
     if output is not None:
         text = json.dumps(_without_nan(results), indent=2, default=str, allow_nan=False)
-        write_atomically(Path(output), text + "\n")
+        try:
+            write_atomically(Path(output), text + "\n")
+        except OSError as error:
+            raise DataError(f"cannot write output {output}: {error.strerror or error}") from error
 
 
 def _without_nan(value: Any) -> Any:

@@ -23,7 +23,7 @@ class Text(NamedTuple):
     Attributes:
         name: Where it is from.
         tokens: Its ids, integers ``[tokens]``.
-        bytes: Its length in UTF-8, without what ends documents; None if only a part of a folder was read.
+        bytes: Its length in UTF-8, without what ends documents; None if only a part was read.
     """
 
     name: str
@@ -31,8 +31,13 @@ class Text(NamedTuple):
     bytes: int | None
 
 
-def text_of_files(files: Sequence[str], tokenizer_path: Path) -> Text:
+def text_of_files(files: Sequence[str], tokenizer_path: Path, max_tokens: int | None = None) -> Text:
     """Files laid end to end, with an end-of-document token between them, as in training.
+
+    Args:
+        files: Their paths.
+        tokenizer_path: A ``tokenizer.json``.
+        max_tokens: Take no more than this.
 
     Raises:
         DataError: If a file cannot be read or is not UTF-8.
@@ -44,12 +49,14 @@ def text_of_files(files: Sequence[str], tokenizer_path: Path) -> Text:
     size = 0
     for file in files:
         try:
-            text = Path(file).read_text(encoding="utf-8")
+            text = Path(file).read_bytes().decode("utf-8")  # line ends as they are
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read text {file}: {error}") from error
         size += len(text.encode("utf-8"))
         parts += [between, *encode([text])]
-    return Text(", ".join(map(str, files)), np.concatenate(parts[1:]), size)
+    tokens = np.concatenate(parts[1:])
+    cut = max_tokens is not None and len(tokens) > max_tokens
+    return Text(", ".join(map(str, files)), tokens[:max_tokens], None if cut else size)
 
 
 def text_of_folder(folder: str, split: str, max_tokens: int | None = None) -> Text:
@@ -77,9 +84,9 @@ def text_of_folder(folder: str, split: str, max_tokens: int | None = None) -> Te
     counts = meta["splits"][split]
     index = json.loads(Path(folder, split, "index.json").read_text(encoding="utf-8"))
     # Blocks that fill every shard but the last, so that nothing is lost in between.
-    block = math.gcd(_BLOCK, *(int(chunk["dim"]) for chunk in index["chunks"][:-1]))
-    block = min(block, max(1, int(index["chunks"][-1]["dim"])))
-    wanted = min(counts["tokens"], max_tokens or counts["tokens"])
+    sizes = [int(chunk["dim"]) for chunk in index["chunks"]]
+    block = math.gcd(_BLOCK, *sizes[:-1]) if len(sizes) > 1 else min(_BLOCK, max(1, sizes[0]))
+    wanted = counts["tokens"] if max_tokens is None else min(counts["tokens"], max_tokens)
     blocks: list[np.ndarray] = []
     for item in open_split(str(Path(folder, split)), block, shuffle=False, drop_last=False, seed=0):
         blocks.append(np.asarray(item))

@@ -61,6 +61,8 @@ def generate_text(
     prompts = _prompts(prompt, prompts_file)
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} is below 1")
+    if not 0 <= seed < 1 << 63:
+        raise ConfigError(f"seed={seed} is outside 0 to 2^63 - 1")
 
     from sbn_lightning.generation.opening import open_model
     from sbn_lightning.generation.sampling import Sampling
@@ -70,7 +72,14 @@ def generate_text(
     words = opened.need_tokenizer()
     stops = _stop_ids(words, stop_token)
     ids = [words.encode(text).ids or _document_start(words) for text in prompts]
-    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed, "stop_tokens": stops}
+    limit = opened.config.max_sequence_length
+    for i, given in enumerate(ids, start=1):  # before the first batch: a result is not lost to a later prompt
+        if len(given) >= limit:
+            raise ConfigError(
+                f"prompt {i} of {len(ids)} has {len(given)} tokens, which leaves no room in the model's context of "
+                f"{limit} (max_sequence_length): shorten it"
+            )
+    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop_tokens": stops}
 
     from sbn_lightning.generation.loop import Speed, generate
     from sbn_lightning.generation.loop import stream as stream_ids
@@ -79,7 +88,7 @@ def generate_text(
     speed = Speed()
     if stream and len(prompts) == 1 and not json:
         text = TextStream(words)
-        for token in stream_ids(opened.model, ids[0], speed=speed, **options):  # type: ignore[arg-type]
+        for token in stream_ids(opened.model, ids[0], seed=seed, speed=speed, **options):  # type: ignore[arg-type]
             print(text.push(token), end="", flush=True)
         print(text.finish())
         print(speed, file=sys.stderr)
@@ -88,9 +97,10 @@ def generate_text(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         this = Speed()
-        new = generate(opened.model, ids[part], speed=this, **options)  # type: ignore[arg-type]
+        # A seed for each batch: the same one would draw alike in all of them.
+        new = generate(opened.model, ids[part], seed=seed + start, speed=this, **options)  # type: ignore[arg-type]
         for before, given, tokens in zip(prompts[part], ids[part], new, strict=True):
-            room = min(max_new_tokens, opened.config.max_sequence_length - len(given))
+            room = min(max_new_tokens, limit - len(given))
             finish = "length" if len(tokens) == room else "stop"
             row = {"prompt": before, "text": words.decode(tokens), "tokens": len(tokens), "finish": finish}
             results.append(row)
@@ -113,10 +123,15 @@ def _prompts(prompt: str | list[str] | None, prompts_file: str | None) -> list[s
             text = Path(prompts_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read prompts_file {prompts_file}: {error}") from error
-        prompts += _listed(text, prompts_file) if prompts_file.endswith(".json") else text.splitlines()
+        prompts += _listed(text, prompts_file) if prompts_file.endswith(".json") else _lines(text)
     if not prompts:
         raise ConfigError("there is no prompt; pass --prompt TEXT or --prompts_file FILE")
     return prompts
+
+
+def _lines(text: str) -> list[str]:
+    # Not splitlines(), which also cuts at a form feed and at U+2028, in the middle of a prompt.
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _listed(text: str, file: str) -> list[str]:

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from sbn_lightning import SparseBitNet
-from sbn_lightning.checkpoint import load_model
+from sbn_lightning.checkpoint import lightning_file, load_model
 from sbn_lightning.checkpoint.hf_config import from_hf
 from sbn_lightning.checkpoint.tokenizers import beside
 from sbn_lightning.cli import main
@@ -142,6 +143,20 @@ def test_a_ternary_model_does_not_go_out_as_plain_weights(tmp_path, capsys):
 def test_what_the_model_cannot_be_is_refused_by_name(kind, changes, message):
     with pytest.raises(ConfigError, match=message):
         from_hf(SHAPE | {"model_type": kind} | changes, "config.json")
+
+
+def test_values_of_the_wrong_kind_are_refused():
+    for changes in ({"hidden_size": "wide"}, {"num_attention_heads": 0}, {"layer_types": 5}):
+        with pytest.raises(ConfigError, match=r"config\.json holds a value of the wrong kind"):
+            from_hf(SHAPE | {"model_type": "qwen2"} | changes, "config.json")
+    both = {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    with pytest.raises(ConfigError, match="rope_type 'yarn'"):
+        from_hf(SHAPE | {"model_type": "qwen2"} | both, "config.json")
+
+
+def test_a_full_disk_is_an_os_error():
+    with pytest.raises(OSError, match="No space left"):
+        lightning_file.write(make_model().config, make_model().state_dict(), Path("/dev/full"))
 
 
 def test_sliding_window_that_is_not_used_is_no_obstacle():

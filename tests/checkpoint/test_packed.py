@@ -140,6 +140,39 @@ def test_what_is_there_stays_unless_told_otherwise(tmp_path, capsys):
     assert (tmp_path / "out/notes.txt").read_text() == "mine"
 
 
+def test_a_file_is_not_replaced_by_a_folder_and_a_link_stays_one(tmp_path, capsys):
+    path = save(make_model(), tmp_path / "m.ckpt")
+    (tmp_path / "notes.txt").write_text("mine")
+    assert export(path, "notes.txt", "--overwrite", "true") == 1
+    assert "notes.txt is a file" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    assert export(path, "link") == 0
+    assert export(path, "link", "--overwrite", "true") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").is_file()
+
+
+def test_in_the_folder_at_hand(tmp_path, monkeypatch):
+    path = save(make_model(), tmp_path / "m.ckpt")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert export(path, ".") == 0
+    assert load_model(tmp_path / "empty").format == "packed"
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    path = save(make_model(), tmp_path / "m.ckpt")
+    monkeypatch.setattr("sbn_lightning.checkpoint.packed.save_tensors", interrupted)
+    assert export(path, "out") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, capsys):
     path = save(make_model(), tmp_path / "m.ckpt")
     export(path, "out")

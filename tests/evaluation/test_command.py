@@ -94,6 +94,21 @@ def test_a_prepared_folder_is_read_whole(folder):
     assert part.bytes is None
 
 
+def test_a_short_last_shard_leaves_no_holes_in_the_others(tmp_path):
+    for i in range(60):
+        (tmp_path / f"{i:02d}.txt").write_text(f"{i} " * 640, encoding="utf-8")
+    out = tmp_path / "prepared"
+    prepare(input=str(tmp_path), output=str(out), pattern="*.txt", tokenizer="byte", val_fraction=0.3, chunk_bytes=4096)
+    sizes = [chunk["dim"] for chunk in json.loads((out / "val" / "index.json").read_text())["chunks"]]
+    assert set(sizes[:-1]) == {2048}
+    assert sizes[-1] < 1024
+    text = text_of_folder(str(out), "val")
+    assert len(text.tokens) == sum(sizes[:-1])
+    written = {file.read_text(encoding="utf-8") for file in tmp_path.glob("*.txt")}
+    documents = byte_tokenizer().decode(text.tokens.tolist(), skip_special_tokens=False).split("<|endoftext|>")
+    assert set(documents[:-1]) <= written
+
+
 def test_a_folder_from_the_command_line(checkpoint, folder, capsys):
     arguments = ["--checkpoint", checkpoint, "--data", str(folder), "--max_tokens", "200", "--output", "r.json"]
     status, out, _ = run(capsys, *arguments)
@@ -115,6 +130,10 @@ def test_a_folder_from_the_command_line(checkpoint, folder, capsys):
         (["--data", "FOLDER", "--stride", "0"], "stride=0"),
         (["--data", "s3://bucket/folder"], "not on this machine"),
         (["--data", "FOLDER", "--output", "no/such/r.json"], "there is no folder no/such"),
+        (["--data", "FOLDER", "--output", "."], "output . is a folder"),
+        (["--data", "FOLDER", "--max_tokens", "0"], "max_tokens=0 is below 2"),
+        (["--limit", "3"], "name them with --tasks"),
+        (["--data", "FOLDER", "--output", "/proc/r.json"], "cannot write output /proc/r.json"),
     ],
 )
 def test_errors_are_one_line(checkpoint, folder, capsys, arguments, message):
@@ -134,6 +153,15 @@ def test_a_shard_cut_short_is_named(folder, tmp_path):
         text_of_folder(str(copy), "val")
     with pytest.raises(ConfigError, match="not on this machine"):
         text_of_folder("s3://bucket/x", "val")
+
+
+def test_line_ends_stay_as_they_are_and_text_can_be_cut(tmp_path):
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_bytes(b"a\r\nb")
+    text = text_of_files([str(tmp_path / "a.txt")], tmp_path / "tokenizer.json")
+    assert (text.tokens.tolist(), text.bytes) == (list(b"a\r\nb"), 4)
+    text = text_of_files([str(tmp_path / "a.txt")], tmp_path / "tokenizer.json", max_tokens=3)
+    assert (text.tokens.tolist(), text.bytes) == (list(b"a\r\n"), None)
 
 
 def test_a_document_with_a_special_token_in_it_does_not_end_there(tmp_path):

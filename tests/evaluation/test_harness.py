@@ -62,6 +62,16 @@ generation_kwargs: {until: ["STOP"], max_gen_toks: 6, do_sample: false}
 metric_list: [{metric: exact_match}]
 """,
 }
+BROKEN = """
+task: broken
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA.missing}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: byte_perplexity}]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +79,7 @@ def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     data = folder / "questions.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    for name, text in TASKS.items():
+    for name, text in {**TASKS, "broken": BROKEN}.items():
         (folder / f"{name}.yaml").write_text(text.replace("DATA", str(data)))
     return folder
 
@@ -171,6 +181,9 @@ def test_texts_end_at_a_stop_string(loaded):
         requests("generate_until", ("abc", {"max_gen_toks": 8, "temperature": 5.0, "do_sample": True})), True
     )
     assert sampled != [whole]
+    options = {"max_gen_toks": 8, "temperature": 5.0, "do_sample": True}
+    repeated = harness.generate_until(requests("generate_until", *[("abc", options)] * 4), disable_tqdm=True)
+    assert len(set(repeated)) == 4  # two batches of two, each with draws of its own
     with pytest.raises(ConfigError, match="leaves no context"):
         harness.generate_until(requests("generate_until", ("abc", {"max_gen_toks": 48})), disable_tqdm=True)
 
@@ -180,6 +193,7 @@ def test_texts_end_at_a_stop_string(loaded):
     [
         (["--tasks", "no_such_task", "--tasks_folder", "TASKS"], "no task no_such_task"),
         (["--tasks", "local_choice", "--tasks_folder", "missing"], "tasks_folder missing"),
+        (["--tasks", "broken", "--tasks_folder", "TASKS"], "tasks broken failed in the lm-evaluation-harness"),
     ],
 )
 def test_errors_are_one_line(checkpoint, tasks, capsys, arguments, message, monkeypatch):
@@ -203,3 +217,14 @@ def test_the_harness_makes_the_model_by_its_name(checkpoint):
     for wrong, message in (({"batch_size": "auto"}, "batch_size='auto'"), ({"max_length": 49}, "max_length=49")):
         with pytest.raises(ConfigError, match=message):
             HarnessModel(checkpoint, device="cpu", **wrong)
+
+
+def test_a_tokenizer_of_another_model_is_refused(loaded):
+    from dataclasses import replace
+
+    from sbn_lightning.evaluation.harness import HarnessModel
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["one more"])
+    with pytest.raises(ConfigError, match="258 tokens, the model's vocab_size is 257"):
+        HarnessModel(replace(loaded, tokenizer=tokenizer))

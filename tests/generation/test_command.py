@@ -77,9 +77,67 @@ def test_json_prompts_empty_prompt_and_stop_token(model, checkpoint, capsys, tmp
 
 
 @pytest.mark.parametrize(
+    "prompts",
+    # Most of them are something else in YAML, nothing for example.
+    [["# sorts a list"], ["null"], ["~"], ["- a"], ["[x]"], ["a: b"], ["  x "], ["🙂", "\x7f", "a\n"]],
+)
+def test_prompts_are_taken_as_they_are_typed(checkpoint, capsys, prompts):
+    arguments = ["--checkpoint", checkpoint, "--prompt", *prompts, "--max_new_tokens", "1", "--device", "cpu"]
+    status, out, _ = run(capsys, *arguments, "--json", "true")
+    assert status == 0
+    assert [row["prompt"] for row in json.loads(out)] == prompts
+
+
+def test_a_line_of_a_file_is_a_prompt(checkpoint, capsys, tmp_path):
+    lines = ["form\x0cfeed", "", "separator\u2028inside"]
+    (tmp_path / "lines.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    arguments = ["--checkpoint", checkpoint, "--prompts_file", "lines.txt", "--max_new_tokens", "1", "--device", "cpu"]
+    _, out, _ = run(capsys, *arguments, "--json", "true")
+    assert [row["prompt"] for row in json.loads(out)] == lines
+
+
+def test_batches_draw_differently(checkpoint, capsys):
+    arguments = ["--checkpoint", checkpoint, "--prompt", "same", "same", "--batch_size", "1", "--temperature", "5"]
+    _, out, _ = run(capsys, *arguments, "--json", "true", "--max_new_tokens", "12", "--device", "cpu")
+    first, second = json.loads(out)
+    assert first["text"] != second["text"]
+
+
+def test_a_prompt_that_does_not_fit_is_named_before_anything_is_generated(checkpoint, capsys):
+    arguments = ["--checkpoint", checkpoint, "--prompt", "short", "y" * 64, "--batch_size", "1", "--device", "cpu"]
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (1, "")
+    assert "prompt 2 of 2 has 64 tokens" in err
+
+
+def test_a_tokenizer_that_cuts_and_pads_does_neither_here(checkpoint, capsys, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=16)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    _, _, err = run(capsys, "--checkpoint", checkpoint, "--prompt", "nine byte", "--max_new_tokens", "1")
+    assert "prefill 9 tokens" in err
+
+
+def test_a_reader_that_leaves_is_no_error(checkpoint):
+    code = (
+        f"import sys; from sbn_lightning.cli import main\nsys.exit(main(['generate', '--checkpoint', {checkpoint!r}, "
+    )
+    code += "'--prompt', 'x', '--max_new_tokens', '50', '--device', 'cpu']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "there is no prompt"),
+        (["--prompt", "x", "--seed", str(1 << 63)], "seed=9223372036854775808"),
+        (["--prompt", "x", "--device", "meta"], "device 'meta' cannot be used"),
         (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
         (["--prompt", "x" * 64], "leaves no room"),
         (["--prompt", "x", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
