@@ -6,9 +6,13 @@ command line; they must not wait for Lightning's import, so nothing heavy is imp
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
+import select
 import sys
+from contextlib import suppress
 from importlib import import_module
 from traceback import format_exception
 from types import TracebackType
@@ -29,13 +33,16 @@ TOOLS = {
     "generate": ("sbn_lightning.generation.command", "generate_text", "continue prompts with a trained model"),
     "evaluate": ("sbn_lightning.evaluation.command", "evaluate", "perplexity, sparsity report, lm-eval tasks"),
     "consolidate": ("sbn_lightning.sharded", "consolidate", "a sharded checkpoint, which is a folder, as one file"),
+    "reproduce": ("sbn_lightning.reproduce.command", "reproduce", "run a grid of trainings: the paper's claims"),
+    "reproduce-corpus": ("sbn_lightning.reproduce.corpus", "reproduce_corpus", "this machine's Python files as text"),
+    "reproduce-report": ("sbn_lightning.reproduce.command", "reproduce_report", "tables and plots of its results"),
 }
 
 
 def usage() -> str:
     """The overview that ``--help`` prints."""
     commands = TRAINING | {name: text for name, (_, _, text) in TOOLS.items()}
-    lines = [f"  {name:<11} {text}" for name, text in commands.items()]
+    lines = [f"  {name:<16} {text}" for name, text in commands.items()]
     return "\n".join(
         [
             "usage: sbn COMMAND [options]",
@@ -55,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments after the program's name; the process's own if None.
 
     Returns:
-        The exit status: 0, or 1 after an error that was printed in one line. ``SBN_DEBUG=1`` prints the traceback.
+        The exit status: 0, or 1 after an error that was printed in one line; 130 after Ctrl-C. ``SBN_DEBUG=1`` prints
+        the traceback.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -83,6 +91,13 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 1
     return 0
 
 
@@ -93,6 +108,16 @@ def print_without_secrets(kind: type[BaseException], error: BaseException, trace
     print(without_secrets("".join(format_exception(kind, error, traceback))), end="", file=sys.stderr)
 
 
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what is printed any more, as behind ``| head``; the rest of it goes nowhere then."""
+    ends = select.poll()
+    ends.register(sys.stdout, 0)  # what is always told: errors
+    gone = bool(ends.poll(0))
+    if gone:  # else Python's flush at its end complains as well
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
+
+
 def _run_tool(command: str, argv: list[str]) -> None:
     from jsonargparse import auto_cli
 
@@ -100,13 +125,20 @@ def _run_tool(command: str, argv: list[str]) -> None:
 
     module, name, _ = TOOLS[command]
     function = getattr(import_module(module), name)
-    auto_cli(function, args=_gather_lists(argv), as_positional=False, prog=f"sbn {command}", parser_class=OneLineErrors)
+    parameters = inspect.signature(function).parameters
+    words = _gather_lists(argv, {name for name, about in parameters.items() if "list[" in str(about.annotation)})
+    auto_cli(function, args=words, as_positional=False, prog=f"sbn {command}", parser_class=OneLineErrors)
 
 
-def _gather_lists(argv: list[str]) -> list[str]:
-    """``--input a b`` or ``--input a --input b`` -> ``--input ["a", "b"]``, as jsonargparse reads a list.
+def _gather_lists(argv: list[str], lists: set[str]) -> list[str]:
+    """``--input a b`` or ``--input a --input b`` -> ``--input=["a", "b"]``, as jsonargparse reads a list.
 
-    The first is what a shell makes of ``*.txt``.
+    The first is what a shell makes of ``*.txt``. A single value of an option that takes a list becomes one too: read as
+    YAML, the prompt ``# sorts a list`` would be nothing at all.
+
+    Args:
+        argv: Arguments as typed.
+        lists: Names of the options that take lists.
     """
     gathered: dict[str, list[str]] = {}
     for word in argv:
@@ -117,6 +149,19 @@ def _gather_lists(argv: list[str]) -> list[str]:
             gathered.setdefault(next(reversed(gathered), ""), []).append(word)
     words = list(gathered.pop("", []))
     for name, values in gathered.items():
+        as_list = len(values) > 1 or name[2:] in lists
         # With "=": a value may begin with dashes.
-        words.append(f"{name}={json.dumps(values) if len(values) > 1 else values[0]}" if values else name)
+        words.append(f"{name}={_quoted(values) if as_list else values[0]}" if values else name)
     return words
+
+
+def _quoted(values: list[str]) -> str:
+    """Values, or the one that is a JSON list already, as JSON that YAML reads alike.
+
+    YAML knows no pairs of escapes for one character, and wants escapes for what cannot be printed.
+    """
+    if len(values) == 1 and values[0].startswith("["):
+        with suppress(ValueError):
+            values = json.loads(values[0])
+    text = json.dumps(values, ensure_ascii=False)
+    return re.sub("[\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]", lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -168,6 +168,55 @@ def test_errors_are_one_clear_line(tokens, capsys, option, message):
     assert message in error_of(capsys, fit(tokens, option))
 
 
+PLUGIN = "sbn_lightning.SparseTernaryPrecision"
+
+
+@pytest.mark.parametrize("command", ["fit", "fabric"])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_the_precision_plugin_from_yaml(tokens, caplog, command, as_list):
+    plugin = {"class_path": PLUGIN, "init_args": {"backend": "auto", "dtype": "fp32"}}
+    Path("plugin.yaml").write_text(yaml.safe_dump({"trainer": {"plugins": [plugin] if as_list else plugin}}))
+    words = [command, "--config", str(RECIPE), "--config", "plugin.yaml", *small(tokens)]
+    with caplog.at_level("INFO"):
+        assert main(words) == 0
+    assert "SparseTernaryPrecision(backend='auto', gradients='bf16', dtype='fp32')" in caplog.text
+    (saved,) = Path("logs").glob("**/config.yaml")
+    values = yaml.safe_load(saved.read_text())["trainer"]["plugins"]
+    values = values[0] if as_list else values
+    assert values["class_path"] == PLUGIN
+    assert values["init_args"].items() >= plugin["init_args"].items()
+    assert main([command, "--config", str(saved)]) == 0
+
+
+def test_the_precision_plugin_from_options(tokens):
+    assert fit(tokens, f"--trainer.plugins={PLUGIN}", "--trainer.plugins.backend=reference") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bakend": "auto"}, "Option 'bakend' is not accepted; did you mean backend?"),
+        ({"backend": "fast"}, "Literal['auto', 'reference', 'int8', 'sparse']. Got value: fast"),
+        ({"backend": "reference", "gradients": "int8"}, 'gradients="int8" run on integer tensor cores'),
+        ({"tokens": 0}, "tokens=0 must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("as_list", [False, True])
+def test_errors_in_the_plugins_options_are_one_clear_line(tokens, capsys, options, message, as_list):
+    plugin = {"class_path": PLUGIN, "init_args": options}
+    line = error_of(capsys, fit(tokens, f"--trainer.plugins={json.dumps([plugin] if as_list else plugin)}"))
+    assert message in line
+    assert len(line) < 200
+
+
+def test_a_misspelt_plugin_and_a_second_precision_are_one_clear_line(tokens, capsys):
+    line = error_of(capsys, fit(tokens, f"--trainer.plugins={PLUGIN[:-1]}"))
+    assert "has no attribute 'SparseTernaryPrecisio'" in line
+    for command in ("fit", "fabric"):
+        words = [command, "--config", str(RECIPE), *small(tokens, f"--trainer.plugins={PLUGIN}")]
+        assert "--trainer.precision null" in error_of(capsys, main([*words, "--trainer.precision=bf16-mixed"]))
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [

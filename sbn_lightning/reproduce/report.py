@@ -1,0 +1,271 @@
+"""Markdown of what was measured: one function a section, each of which makes what it can and names what is missing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sbn_lightning.data.tokenize_segments import write_atomically
+from sbn_lightning.reproduce import paper
+from sbn_lightning.reproduce.probe import DISTANCES
+from sbn_lightning.reproduce.tables import DASH, FAMILIES, Cell, Line, Results, change, number, percent, table
+
+PATTERNS = ("8:8", "7:8", "6:8", "5:8", "4:8", "2:4", "3:8", "2:8")
+BASES = ("6:8", "2:4")  # patterns that variants are tried at
+ABLATIONS = (("mask_source", "ternary"), ("gradient", "masked"), ("gamma_over", "kept"), ("gamma_over", "masked"))
+RAMPS = ("share_75", "share_50", "share_25", "walk")
+INTERVALS = (10, 100, 1000)
+
+
+def write_report(lines: list[Line], output: Path, images: Path | None) -> None:
+    """Writes the report.
+
+    Args:
+        lines: Lines of results, at least one.
+        output: Markdown file.
+        images: Folder for the plots; None for none.
+
+    Raises:
+        ConfigError: If plots are wanted and matplotlib is missing.
+    """
+    results = Results(lines)
+    missing: list[str] = []
+    pictures: dict[str, str] = {}
+    if images is not None:
+        from sbn_lightning.reproduce.plots import draw
+
+        pictures = {name: os.path.relpath(path, output.parent) for name, path in draw(results, images).items()}
+    sections: list[tuple[str, str, Callable[[Results, list[str]], str]]] = [
+        ("Perplexity against N", "perplexity", main_table),
+        ("Learning rates", "", learning_rates),
+        ("Ablations", "ablations", ablations),
+        ("From dense to sparse", "ramps", ramps),
+        ("Mask refresh", "", refresh),
+        ("int8 gradients", "", int8_gradients),
+        ("Zeros and flips", "flip_rate", zeros),
+        ("Bracket matching", "", brackets),
+    ]
+    text = ["# Reproduction", setting(results)]
+    for title, picture, section in sections:
+        text += [f"## {title}", section(results, missing)]
+        if picture in pictures:
+            text.append(f"![{title}]({pictures[picture]})")
+    if missing:
+        text += ["## Not run", "\n".join(f"- {item}" for item in dict.fromkeys(missing))]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, "\n\n".join(text) + "\n")
+
+
+def setting(results: Results) -> str:
+    """What was run, on what."""
+    lines = results.lines
+    first = lines[0]
+    machines = sorted({line["hardware"] for line in lines})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in line["versions"].items()) for line in lines})
+    tokens = first["data"]["tokens"]
+    count = "1 run" if len(lines) == 1 else f"{len(lines)} runs"
+    parts = [
+        f"{count} of {first['parameters'] / 1e6:.1f}M parameters, {first['tokens'] / 1e6:.1f}M tokens "
+        f"({first['steps']} steps) each; corpus of {tokens.get('train', 0) / 1e6:.1f}M training and "
+        f"{tokens.get('val', 0) / 1e6:.2f}M validation tokens. {' and '.join(machines)}; {'; '.join(versions)}. "
+        f"{sum(line['seconds'] for line in lines) / 60:.0f} minutes of training, added up over runs that may have "
+        "shared the GPU.",
+        "Perplexity is over all held-out text. A difference is called noise if it is below twice its standard "
+        "deviation, estimated from seeds:",
+    ]
+    for family in FAMILIES:
+        if family in results.learning_rates:
+            noise = results.noise(family)
+            said = (
+                f"one run varies by {percent(noise[0], 2)} in perplexity ({noise[1]} degrees of freedom)"
+                if noise
+                else "no cell has two seeds, noise is not known"
+            )
+            parts.append(f"- {family}, learning rate {results.learning_rates[family]:g}: {said}")
+    if results.left_out:
+        parts.append(f"{results.left_out} lines of another corpus, model or length are left out.")
+    return "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:])
+
+
+def main_table(results: Results, missing: list[str]) -> str:
+    """Each family at each pattern, against its dense self."""
+    rows = []
+    for family in FAMILIES:
+        dense = results.cell(family, "8:8")
+        for pattern in PATTERNS:
+            cell = results.cell(family, pattern)
+            if cell is None:
+                missing.append(f"{family} {pattern}")
+                continue
+            reported = paper.RELATIVE[family].get(pattern)
+            spread = cell.spread("validation", "perplexity")
+            row = [family, pattern, number(cell.perplexity), str(len(cell.runs)), number(spread)]
+            if dense is None or pattern == "8:8":
+                rows.append([*row, DASH, number(reported), DASH])
+            else:
+                compared = results.compare(cell, dense)
+                rows.append([*row, number(compared.ratio), number(reported), compared.verdict(reported)])
+    header = ("family", "pattern", "perplexity", "seeds", "spread", "relative to dense", "paper", "against dense")
+    return table(header, rows) + "\n\n" + _across_families(results)
+
+
+def _across_families(results: Results) -> str:
+    """Which family loses less, and which is better."""
+    said = []
+    for pattern in PATTERNS[1:]:
+        cells = [(results.cell(family, pattern), results.cell(family, "8:8")) for family in FAMILIES]
+        (bf16, bf16_dense), (ternary, ternary_dense) = cells
+        if not (bf16 and bf16_dense and ternary and ternary_dense):
+            continue
+        costs = [results.compare(bf16, bf16_dense), results.compare(ternary, ternary_dense)]
+        gap = costs[1].difference - costs[0].difference
+        thresholds = [cost.threshold for cost in costs if cost.threshold is not None]
+        if len(thresholds) < 2:
+            verdict = "noise not known"
+        elif abs(gap) <= sum(t * t for t in thresholds) ** 0.5:
+            verdict = "the difference is below the noise"
+        else:
+            verdict = f"{'ternary' if gap < 0 else 'bf16-sparse'} loses less"
+        reported = [paper.RELATIVE[family].get(pattern) for family in FAMILIES]
+        said.append((pattern, change(costs[0].ratio), change(costs[1].ratio), verdict, *map(change, reported)))
+    if not said:
+        return "Which family sparsity costs less: needs both families, dense and sparse."
+    return "What sparsity costs each family:\n\n" + table(
+        ("pattern", "bf16-sparse", "ternary", "verdict", "paper bf16", "paper ternary"), said
+    )
+
+
+def learning_rates(results: Results, missing: list[str]) -> str:
+    """The sweep, and whether the best is inside it."""
+    rows, said = [], []
+    for family in FAMILIES:
+        for pattern in results.patterns():
+            swept = {rate: results.cell(family, pattern, rate=rate) for rate in results.values("learning_rate", family)}
+            cells = {rate: cell for rate, cell in swept.items() if cell is not None}
+            if len(cells) < 2:
+                continue
+            best = min(cells, key=lambda rate: cells[rate].loss)
+            rows += [
+                [family, pattern, f"{rate:g}", number(cell.perplexity), str(len(cell.runs)), "best" * (rate == best)]
+                for rate, cell in cells.items()
+            ]
+            if best in (min(cells), max(cells)):
+                said.append(f"- {family} {pattern}: the best is at the edge of the sweep")
+            if best != results.learning_rates[family]:
+                used = cells.get(results.learning_rates[family])
+                cost = "" if used is None else f", {change(results.compare(used, cells[best]).ratio)} in perplexity"
+                said.append(f"- {family} {pattern}: the other tables are at {results.learning_rates[family]:g}{cost}")
+    if not rows:
+        missing.append("a sweep of learning rates")
+        return "Not run."
+    header = ("family", "pattern", "learning rate", "perplexity", "seeds", "")
+    return "\n\n".join([table(header, rows), *(["\n".join(said)] if said else [])])
+
+
+def _variants(
+    results: Results, missing: list[str], variants: Sequence[tuple[str, dict[str, Any], float | None]], title: str
+) -> str:
+    """Variants of ternary training against its default, at each of :data:`BASES`; the paper's are at 6:8."""
+    rows = []
+    for pattern in BASES:
+        base = results.cell("ternary", pattern)
+        for name, varied, reported in variants:
+            cell = results.cell("ternary", pattern, varied)
+            if cell is None or base is None:
+                missing.append(f"ternary {pattern} {name if base is not None else 'as the method is'}")
+                continue
+            compared = results.compare(cell, base)
+            ratio = reported / paper.SPARSE_BITNET if reported is not None and pattern == "6:8" else None
+            seeds = f"{len(cell.runs)} against {len(base.runs)}"
+            changes = [change(compared.ratio), change(ratio), compared.verdict(ratio)]
+            rows.append([pattern, name, number(cell.perplexity), seeds, *changes])
+    if not rows:
+        return "Not run."
+    return table(("pattern", title, "perplexity", "seeds", "change", "paper", "verdict"), rows)
+
+
+def ablations(results: Results, missing: list[str]) -> str:
+    """Mask source, gradient, gamma."""
+    variants = [(f"{name}: {value}", {name: value}, paper.ABLATIONS.get((name, value))) for name, value in ABLATIONS]
+    return _variants(results, missing, variants, "changed")
+
+
+def ramps(results: Results, missing: list[str]) -> str:
+    """Sparse shares of training and the walk, against sparse from the start."""
+    variants = [(name, {"ramp": name}, paper.SHARES.get(name)) for name in RAMPS]
+    return _variants(results, missing, variants, "ramp")
+
+
+def refresh(results: Results, missing: list[str]) -> str:
+    """Mask refresh every so many steps, safe and naive, at 6:8."""
+    base, rows = results.cell("ternary", "6:8"), []
+    for interval in INTERVALS:
+        for gradient, name in (("masked", "safe"), ("dense", "naive")):
+            varied = {"refresh_interval": interval} | ({"stale_gradient": "dense"} if name == "naive" else {})
+            cell = results.cell("ternary", "6:8", varied)
+            if cell is None or base is None:
+                missing.append(f"ternary 6:8 refreshed every {interval} steps, {name}")
+                continue
+            compared = results.compare(cell, base)
+            ratio = change(compared.ratio)
+            rows.append([str(interval), name, gradient, number(cell.perplexity), ratio, compared.verdict()])
+    if not rows:
+        return "Not run."
+    header = ("every", "", "stale_gradient", "perplexity", "against every step", "verdict")
+    return table(header, rows) + "\n\nThe paper reports no such runs."
+
+
+def int8_gradients(results: Results, missing: list[str]) -> str:
+    """Rounded against exact."""
+    return _variants(results, missing, [("int8 gradients", {"gradients": "int8"}, None)], "changed")
+
+
+def zeros(results: Results, missing: list[str]) -> str:
+    """At the end of training."""
+    rows = []
+    for pattern in PATTERNS:
+        for family in FAMILIES:
+            cell = results.cell(family, pattern)
+            if cell is None:
+                continue
+            names = ("zeros_natural", "zeros_enforced", "flip_rate_mask", "flip_rate_code")
+            values = [_with_spread(cell, name) for name in names]
+            reported = paper.ENFORCED_ZEROS.get(pattern) if family == "ternary" else None
+            rows.append([family, pattern, *values, percent(reported)])
+    note = (
+        f"Shares of all masked weights, at the last look, with the spread over seeds. The paper has "
+        f"{percent(paper.NATURAL_ZEROS, 0)} natural zeros after 50 billion tokens; a Gaussian has 31 %."
+    )
+    header = ("family", "pattern", "natural zeros", "enforced", "mask flips", "code flips", "paper: enforced")
+    return f"{table(header, rows)}\n\n{note}" if rows else "Not run."
+
+
+def _with_spread(cell: Cell, name: str) -> str:
+    spread = cell.spread("sparsity", name)
+    return percent(cell.mean("sparsity", name), 2) + ("" if spread is None else f" (spread {percent(spread, 2)})")
+
+
+def brackets(results: Results, missing: list[str]) -> str:
+    """Whether sparsity breaks what the loss does not show."""
+    far = f"{DISTANCES[-1]}+"
+    wanted = [(family, pattern, results.cell(family, pattern)) for family in FAMILIES for pattern in PATTERNS]
+    variants = [*ABLATIONS, *(("ramp", ramp) for ramp in RAMPS), ("gradients", "int8")]
+    wanted += [(f"ternary, {k}: {v}", p, results.cell("ternary", p, {k: v})) for k, v in variants for p in BASES]
+    rows = []
+    for name, pattern, cell in wanted:
+        if cell is not None and cell.mean("probe", "balanced_accuracy") is not None:
+            keys = (("balanced_accuracy",), ("by_distance", far, "balanced_accuracy"), ("accuracy",), ("always_round",))
+            values = [percent(cell.mean("probe", *key)) for key in keys]
+            spread = percent(cell.spread("probe", "balanced_accuracy"))
+            rows.append([name, pattern, str(len(cell.runs)), values[0], spread, *values[1:]])
+    if not rows:
+        missing.append("the probe")
+        return "Not run."
+    header = ("runs", "pattern", "seeds", "balanced accuracy", "spread", f"{far} tokens away", "accuracy", 'always ")"')
+    note = (
+        "Which kind of bracket closes, where the next token closes one; balanced over the three kinds (guessing: "
+        "33 %). Differences within the spread of seeds are noise."
+    )
+    return f"{table(header, rows)}\n\n{note}"

@@ -1,0 +1,183 @@
+"""Lines of results -> cells with seeds and noise -> Markdown tables.
+
+Comparisons are made in log perplexity (nats), where effects of the same relative size are equally large. The noise of
+one run is the standard deviation between seeds, pooled over all cells of a family that have several; a difference of
+two means counts if it exceeds twice its own standard deviation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+Line = dict[str, Any]
+FAMILIES = ("bf16-sparse", "ternary")
+DASH = "-"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        runs: Their lines.
+    """
+
+    runs: tuple[Line, ...]
+
+    @property
+    def losses(self) -> list[float]:
+        """Validation losses, nats a token."""
+        return [line["validation"]["loss"] for line in self.runs]
+
+    @property
+    def loss(self) -> float:
+        """Their mean."""
+        return fmean(self.losses)
+
+    @property
+    def perplexity(self) -> float:
+        """Of the mean loss."""
+        return math.exp(self.loss)
+
+    def mean(self, *keys: str) -> float | None:
+        """Mean of a value somewhere in the lines; None if a line lacks it."""
+        values = []
+        for line in self.runs:
+            value: Any = line
+            for key in keys:
+                value = value.get(key) if isinstance(value, dict) else None
+            if isinstance(value, list):  # a curve: its last value
+                value = value[-1][1] if value else None
+            if value is None:
+                return None
+            values.append(float(value))
+        return fmean(values)
+
+    def spread(self, *keys: str) -> float | None:
+        """Largest less smallest of such a value, over seeds; None for a single run."""
+        each = [Cell((line,)).mean(*keys) for line in self.runs]
+        known = [value for value in each if value is not None]
+        return max(known) - min(known) if len(known) > 1 else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two cells compared.
+
+    Attributes:
+        difference: Of the mean losses, nats.
+        threshold: What a difference has to exceed to be more than noise; None if no cell has several seeds.
+    """
+
+    difference: float
+    threshold: float | None
+
+    @property
+    def ratio(self) -> float:
+        """Of the perplexities."""
+        return math.exp(self.difference)
+
+    def verdict(self, paper: float | None = None) -> str:
+        """In words; ``paper`` is the ratio it reports."""
+        if self.threshold is None:
+            return "one seed: noise not known"
+        if abs(self.difference) <= self.threshold:
+            return f"below the noise (±{100 * math.expm1(self.threshold):.1f} %)"
+        words = "worse" if self.difference > 0 else "better"
+        if paper is None or paper == 1:
+            return words
+        return f"{words}, {'as' if (paper > 1) == (self.difference > 0) else 'against'} the paper"
+
+
+class Results:
+    """Lines that can be compared: same corpus, model and length, those that most lines share.
+
+    Args:
+        lines: All lines.
+    """
+
+    def __init__(self, lines: Sequence[Line]) -> None:
+        keys = [(line["data"]["fingerprint"], line["parameters"], line["steps"], line["tokens"]) for line in lines]
+        self.common = Counter(keys).most_common(1)[0][0]
+        self.lines = [line for line, key in zip(lines, keys, strict=True) if key == self.common]
+        self.left_out = len(lines) - len(self.lines)
+        self.learning_rates = {family: rate for family in FAMILIES if (rate := self._usual_rate(family)) is not None}
+
+    def _usual_rate(self, family: str) -> float | None:
+        """The learning rate that most of a family's runs have: the one that its comparisons are made at."""
+        rates = Counter(line["factors"]["learning_rate"] for line in self.lines if line["factors"]["family"] == family)
+        return rates.most_common(1)[0][0] if rates else None
+
+    def cell(
+        self, family: str, pattern: str, varied: dict[str, Any] | None = None, rate: float | None = None
+    ) -> Cell | None:
+        """Runs of a family and pattern with everything else at its default but ``varied``; None if there is none."""
+        rate = self.learning_rates.get(family) if rate is None else rate
+        found = [
+            line
+            for line in self.lines
+            if (line["factors"]["family"], line["factors"]["pattern"]) == (family, pattern)
+            and line["factors"]["learning_rate"] == rate
+            and line["varied"] == (varied or {})
+        ]
+        return Cell(tuple(sorted(found, key=lambda line: line["factors"]["seed"]))) if found else None
+
+    def noise(self, family: str) -> tuple[float, int] | None:
+        """Standard deviation of one run's loss between seeds, and its degrees of freedom."""
+        cells: dict[str, list[float]] = {}
+        for line in self.lines:
+            if line["factors"]["family"] == family:
+                key = repr(sorted((k, v) for k, v in line["factors"].items() if k != "seed"))
+                cells.setdefault(key, []).append(line["validation"]["loss"])
+        squares = sum(sum((loss - fmean(losses)) ** 2 for loss in losses) for losses in cells.values())
+        freedom = sum(len(losses) - 1 for losses in cells.values())
+        return (math.sqrt(squares / freedom), freedom) if freedom else None
+
+    def compare(self, cell: Cell, reference: Cell) -> Comparison:
+        """Of two cells of one family."""
+        noise = self.noise(cell.runs[0]["factors"]["family"])
+        weight = math.sqrt(1 / len(cell.runs) + 1 / len(reference.runs))
+        return Comparison(cell.loss - reference.loss, None if noise is None else 2 * noise[0] * weight)
+
+    def values(self, factor: str, family: str | None = None) -> list[Any]:
+        """Values of a factor that occur."""
+        found = {
+            line["factors"].get(factor) for line in self.lines if family is None or line["factors"]["family"] == family
+        }
+        return sorted((value for value in found if value is not None), key=lambda v: (isinstance(v, str), v))
+
+    def patterns(self) -> list[str]:
+        """Patterns that occur, the densest first."""
+        return sorted(self.values("pattern"), key=lambda text: (-density(text), text))
+
+
+def density(pattern: str) -> float:
+    """N / M."""
+    n, m = pattern.split(":")
+    return int(n) / int(m)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """With so many digits after the point; a dash for None."""
+    return DASH if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as per cent; a dash for None."""
+    return DASH if value is None else f"{100 * value:.{digits}f} %"
+
+
+def change(ratio: float | None) -> str:
+    """A ratio of perplexities as a change in per cent, with its sign."""
+    return DASH if ratio is None else f"{100 * (ratio - 1):+.1f} %"

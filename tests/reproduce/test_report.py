@@ -1,0 +1,117 @@
+"""The report, from results made up here."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from sbn_lightning.cli import main
+from sbn_lightning.reproduce.tables import Results, density
+from tests.reproduce.fabricated import all_lines
+
+
+def loss_of(run):
+    factors = run.factors
+    loss = 3.0 + 0.4 * (1 - density(factors["pattern"])) * (2 if factors["family"] == "bf16-sparse" else 1)
+    loss += {"ternary": math.log(1.2)}.get(factors["mask_source"], 0.0)
+    loss -= 0.1 * (factors["gamma_over"] == "kept")
+    loss += 0.2 * (factors["learning_rate"] != 0.004)
+    return loss
+
+
+def write(lines, *options):
+    Path("results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status = main(["reproduce-report", "--results", "results.jsonl", "--output", "out/report.md", *options])
+    return status, Path("out/report.md").read_text() if status == 0 else ""
+
+
+def rows(text, *start):
+    """Table rows that begin with these cells."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return [row for row in cells if row[: len(start)] == list(start)]
+
+
+def test_everything_is_there(capsys):
+    status, text = write(all_lines(loss_of, noise=0.002))
+    assert status == 0
+    assert "100 runs of 15.0M parameters, 50.3M tokens" in text
+    assert "## Not run" not in text
+    assert "Not run." not in text
+    images = sorted(path.name for path in Path("out/images").iterdir())
+    names = ("ablations", "flip_rate", "perplexity", "ramps")
+    assert images == [f"reproduction_{name}.png" for name in names]
+    for name in names:
+        assert f"(images/reproduction_{name}.png)" in text
+        assert Path(f"out/images/reproduction_{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_figures_noise_and_the_paper():
+    _, text = write(all_lines(loss_of, noise=0.002), "--plots", "false")
+    (row,) = rows(text, "ternary", "2:4", "24")[:1] or [next(r for r in rows(text, "ternary", "2:4") if len(r) == 8)]
+    assert row[3] == "3"
+    assert float(row[5]) == pytest.approx(math.exp(0.2), abs=0.006)
+    assert row[6:] == ["1.057", "worse, as the paper"]
+    (row,) = rows(text, "6:8", "mask_source: ternary")
+    assert row[5] == "+22.5 %"
+    assert row[6] == "worse, as the paper"
+    assert rows(text, "6:8", "gamma_over: kept")[0][6] == "better"
+    assert rows(text, "6:8", "gradient: masked")[0][6].startswith("below the noise (±0.")
+    assert rows(text, "2:8")[0][3] == "ternary loses less"
+    best = [row[2] for row in rows(text) if row[-1] == "best"]
+    assert best == ["0.004"] * 4
+
+
+def test_noise_is_the_pooled_spread_of_seeds():
+    lines = [line for line in all_lines(loss_of) if not line["varied"]]
+    for line in lines:  # every cell of three seeds: -0.01, 0, 0.01
+        if line["factors"]["learning_rate"] == 0.004:
+            line["validation"]["loss"] += 0.01 * (line["factors"]["seed"] - 2)
+    results = Results(lines)
+    sigma, freedom = results.noise("ternary")
+    assert (sigma, freedom) == (pytest.approx(0.01), 16)
+    compared = results.compare(results.cell("ternary", "7:8"), results.cell("ternary", "8:8"))
+    assert compared.threshold == pytest.approx(2 * 0.01 * math.sqrt(2 / 3))
+    assert compared.difference == pytest.approx(0.05)
+
+
+def test_an_effect_below_the_noise_is_called_that():
+    _, text = write(all_lines(loss_of, noise=0.5), "--plots", "false")
+    assert rows(text, "6:8", "mask_source: ternary")[0][6].startswith("below the noise")
+    assert "the difference is below the noise" in text
+
+
+def test_a_few_results_make_a_part_and_name_the_rest():
+    lines = [line for line in all_lines(loss_of) if line["factors"]["seed"] == 1 and not line["varied"]]
+    few = [line for line in lines if line["factors"]["pattern"] in ("8:8", "6:8")]
+    few = [line for line in few if line["factors"]["learning_rate"] == 0.004]
+    for line in few:
+        line["probe"] = None
+    status, text = write(few)
+    assert status == 0
+    assert "no cell has two seeds, noise is not known" in text
+    assert next(row for row in rows(text, "ternary", "6:8") if len(row) == 8)[-1] == "one seed: noise not known"
+    missing = text[text.index("## Not run") :]
+    for item in ("ternary 2:4", "bf16-sparse 2:8", "a sweep of learning rates", "gamma_over: kept", "the probe"):
+        assert f"{item}\n" in missing
+    assert "- ternary 6:8 refreshed every 10 steps, naive" in missing
+    assert not Path("out/images/reproduction_ablations.png").exists()
+    status, text = write(few[:1])
+    assert status == 0
+
+
+def test_lines_of_another_corpus_or_length_are_left_out():
+    lines = all_lines(loss_of)
+    other = json.loads(json.dumps(lines[0])) | {"steps": 10, "tokens": 10}
+    other["validation"]["loss"] = 99.0
+    _, text = write([other, *lines], "--plots", "false")
+    assert "1 lines of another corpus, model or length are left out." in text
+    assert "100 runs" in text
+
+
+def test_errors_say_what_to_do(capsys, monkeypatch):
+    assert main(["reproduce-report", "--results", "nothing.jsonl"]) == 1
+    assert "nothing.jsonl holds no results yet" in capsys.readouterr().err
+    monkeypatch.setattr("sbn_lightning.reproduce.plots.find_spec", lambda name: None)
+    assert write(all_lines(loss_of))[0] == 1
+    assert 'pip install "sbn-lightning[plots]", or pass --plots false' in capsys.readouterr().err
