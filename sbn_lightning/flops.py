@@ -7,27 +7,37 @@ count, and neither sparsity nor int8 make the count smaller.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
 from sbn_lightning.transformer import TernaryTransformer
 
-# Dense BF16 tensor FLOP/s, from the makers' data sheets (half of the figures "with sparsity"). First match wins.
+# Dense BF16 tensor FLOP/s with float32 sums, from the makers' data sheets (half of the figures "with sparsity"). First
+# match wins. Not Lightning's table (2.6): it has sparse figures for H200 and H100 NVL, rates without tensor cores for
+# GeForce cards, A6000 and A40, L4's for L40, and neither GH200 nor Blackwell.
 PEAK_FLOPS = (
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
     ("GH200", 989e12),
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
     ("H100", 989e12),
     ("H800", 989e12),
-    ("B200", 2250e12),
     ("A100", 312e12),
     ("A800", 312e12),
+    ("A40", 149.7e12),
+    ("RTX A6000", 154.8e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
     ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
     ("RTX 4090", 165e12),
     ("RTX 3090", 71e12),
-    ("A10G", 70e12),
-    ("L4", 121e12),
 )
 
 
@@ -36,7 +46,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS if re.search(rf"\b{part}\b", name)), None)
 
 
 def flops_per_token(model: nn.Module, sequence_length: int) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,19 @@ from sbn_lightning.layers import SparseBitLinear, masked_layers
 from sbn_lightning.selection import BACKENDS, BackendName, Choice, choose, table
 
 ComputeDtype = Literal["bf16", "fp32"]
+
+
+@dataclass
+class _Model:
+    """A converted module. References are weak: under Fabric, which tears nothing down, a plugin outlives its models."""
+
+    module: weakref.ref[nn.Module]
+    device: torch.device | None = None  # that its layers have their backends for
+    layers: list[weakref.ref[SparseBitLinear]] = field(default_factory=list)
+
+    def ternary_layers(self) -> list[SparseBitLinear]:
+        """Those that have a backend; a layer that was reverted is none any more."""
+        return [layer for ref in self.layers if isinstance(layer := ref(), SparseBitLinear)]
 
 
 class SparseTernaryPrecision(Precision):
@@ -70,12 +84,16 @@ class SparseTernaryPrecision(Precision):
         ):
             if value not in known:
                 raise ConfigError(f"SparseTernaryPrecision: {option}={value!r} is not one of {', '.join(known)}")
+        if gradients == "int8" and backend == "reference":
+            raise ConfigError(
+                'SparseTernaryPrecision: gradients="int8" run on integer tensor cores: use backend="auto", "int8" or '
+                '"sparse"'
+            )
         if tokens < 1:
             raise ConfigError(f"SparseTernaryPrecision: tokens={tokens} must be at least 1")
         self.backend, self.gradients, self.dtype, self.tokens, self.seed = backend, gradients, dtype, tokens, seed
         self.precision = "bf16-mixed" if dtype == "bf16" else "32-true"
-        self._pending: list[weakref.ref[nn.Module]] = []
-        self._layers: list[SparseBitLinear] = []
+        self._models: list[_Model] = []
         self._passes = 0
         self._device_type = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -94,37 +112,37 @@ class SparseTernaryPrecision(Precision):
         if not self._layers_of(module):
             raise ConfigError(
                 f"SparseTernaryPrecision found no SparseBitLinear in {type(module).__name__}; add the "
-                "TernarySparseConversion callback, or build the model with these layers"
+                "TernarySparseConversion callback, build the model with these layers, or replace the plugin by "
+                'precision="bf16-mixed"'
             )
-        self._pending.append(weakref.ref(module))
+        self._models = [model for model in self._models if model.module() not in (None, module)]
+        self._models.append(_Model(weakref.ref(module)))
         return module
 
     @staticmethod
     def _layers_of(module: nn.Module) -> dict[str, SparseBitLinear]:
         return {name: layer for name, layer in masked_layers(module) if isinstance(layer, SparseBitLinear)}
 
-    def _install(self, module: nn.Module) -> None:
+    def _install(self, model: _Model, module: nn.Module) -> None:
         layers = self._layers_of(module)
         device = next(iter(layers.values())).weight.device
         self._device_type = device.type
         choices = self._agreed_choices(layers, device)
         exact = sum(choice.engine is None for choice in choices.values())
-        if self.gradients == "int8" and self.backend == "reference":
-            raise ConfigError('gradients="int8" run on integer tensor cores: use backend="auto", "int8" or "sparse"')
         for name, layer in layers.items():
             layer.backend = choices[name].make(self.gradients)
-        self._layers = list(layers.values())
+        model.layers, model.device = [weakref.ref(layer) for layer in layers.values()], device
         rank_zero_info(f"{self!r}:\n{table(layers, choices)}")
         if self.gradients == "int8" and exact:
             rank_zero_info(f"gradients stay exact in the {exact} layers on the reference backend")
 
     def _agreed_choices(self, layers: dict[str, SparseBitLinear], device: torch.device) -> dict[str, Choice]:
         """The same choices on every rank: timings differ."""
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        rank, processes = _place()
         agreed: list[dict[str, Choice] | None] = [None]
-        if self.backend != "auto" or not several or dist.get_rank() == 0:
+        if self.backend != "auto" or rank == 0:
             agreed = [choose(layers, self.backend, device, self._compute_dtype, self.tokens)]
-        if several:
+        if processes > 1:
             dist.broadcast_object_list(agreed)
         choices = agreed[0]
         assert choices is not None
@@ -137,37 +155,43 @@ class SparseTernaryPrecision(Precision):
     @override
     def teardown(self) -> None:
         """Leaves the layers on the reference backend: Lightning moves the module to the CPU when it is done."""
-        for layer in self._layers:
-            layer.backend = REFERENCE
-        self._layers = []
+        for model in self._models:
+            for layer in model.ternary_layers():
+                layer.backend = REFERENCE
+        self._models = []
 
     # A pass through the model.
 
     @override
     @contextmanager
     def forward_context(self) -> Generator[None, None, None]:
-        """Installs backends at the first pass, draws the seeds of this one, and sets autocast."""
-        while self._pending:
-            module = self._pending.pop(0)()
-            if module is not None:
-                self._install(module)
-        if self.gradients == "int8" and torch.is_grad_enabled():
-            self._draw_seeds()
+        """Gives layers that are new, or on another device now, their backends; draws seeds; sets autocast."""
+        layers = []
+        for model in self._models:
+            module, known = model.module(), model.ternary_layers()
+            if module is not None and (model.device is None or (known and known[0].weight.device != model.device)):
+                self._install(model, module)
+                known = model.ternary_layers()
+            layers += known
+        if self.gradients == "int8" and torch.is_grad_enabled() and layers:
+            self._draw_seeds(layers)
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self.dtype == "bf16"):
             yield
 
-    def _draw_seeds(self) -> None:
-        """A seed for each layer and pass. New tensors: a backward still to come may hold the old ones."""
-        if not self._layers:
-            return
-        count = len(self._layers)
-        first = (self.seed << 40) + self._passes * count
+    def _draw_seeds(self, layers: list[SparseBitLinear]) -> None:
+        """A seed for each layer, pass and process. New tensors: a backward still to come may hold the old ones.
+
+        Processes must not share seeds: roundings by one draw err alike, and their mean would err as much as one.
+        """
+        rank, processes = _place()
+        count = len(layers)
+        first = (self.seed << 40) + (self._passes * processes + rank) * count
         self._passes += 1
         # Two columns: views start on 16-byte boundaries, as compiled code likes its inputs.
-        seeds = torch.arange(first, first + count, device=self._layers[0].weight.device).repeat_interleave(2)
-        for layer, seed in zip(self._layers, seeds.view(count, 2)[:, :1].unbind(), strict=True):
+        seeds = torch.arange(first, first + count, device=layers[0].weight.device).repeat_interleave(2)
+        for layer, seed in zip(layers, seeds.view(count, 2)[:, :1].unbind(), strict=True):
             if layer.backend is not REFERENCE:
-                layer.backend.seed = seed  # type: ignore[attr-defined]
+                layer.backend.seed = seed.to(layer.weight.device)  # type: ignore[attr-defined]
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -201,3 +225,10 @@ def _hooks(module: nn.Module | None) -> type[FabricPrecision]:
     """The class whose hooks suit whoever drives the training."""
     trained = isinstance(module, LightningModule) and isinstance(module._trainer, Trainer)
     return Precision if trained else FabricPrecision
+
+
+def _place() -> tuple[int, int]:
+    """Rank of this process, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

@@ -21,6 +21,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sbn_lightning.callbacks import (
@@ -37,11 +38,11 @@ from sbn_lightning.callbacks import (
 from sbn_lightning.callbacks.checkpoint import SIGTERM_STATUS
 from sbn_lightning.data import TokenDataModule, folders, shards
 from sbn_lightning.distributed import check_checkpoint
-from sbn_lightning.errors import DataError, SBNError
+from sbn_lightning.errors import ConfigError, DataError, SBNError
 from sbn_lightning.fabric import FabricRun, train
 from sbn_lightning.fabric_options import fabric_run
 from sbn_lightning.module import SparseBitNet
-from sbn_lightning.parsing import OneLineErrors
+from sbn_lightning.parsing import OneLineErrors, what_is_wrong
 from sbn_lightning.pattern import NMPattern
 from sbn_lightning.redaction import without_secrets
 from sbn_lightning.resume import resume_last_run, say
@@ -98,6 +99,14 @@ class SBNCLI(LightningCLI):
         if config.get("ckpt_path") == "last":
             resume_last_run(config, training=self.subcommand in ("fit", "fabric"))
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if (told := what_is_wrong(str(error))) != str(error):  # a class's own words, lost among other types
+                raise ConfigError(told) from error
+            raise
+
     def _run_subcommand(self, subcommand: str) -> None:
         if self.config[subcommand].get("ckpt_path"):
             self.model.init_from = None  # its weights would be overwritten, and the file may be gone
@@ -118,6 +127,12 @@ class SBNCLI(LightningCLI):
         own = own if isinstance(own, list) else [own]
         plugins = config["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
+        precision = next((plugin for plugin in plugins if isinstance(plugin, Precision)), None)
+        if precision is not None and config["precision"] is not None:
+            raise ConfigError(
+                f"trainer.precision={config['precision']} and the plugin {type(precision).__name__} both set a "
+                "precision: leave one out (on the command line: --trainer.precision null)"
+            )
         if not any(isinstance(plugin, CheckpointIO) for plugin in (*plugins, _own_checkpoint_io(config["strategy"]))):
             config["plugins"] = [*plugins, DurableCheckpointIO()]
         if config["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in own):

@@ -1,6 +1,9 @@
 """The layers against a brute force written from the formulas alone, and their life in a training loop."""
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -328,3 +331,32 @@ def test_impossible_options_name_the_layer(options, message):
     with pytest.raises(ConfigError, match=message) as error:
         SparseBitLinear(20, 8, **options)
     assert "SparseBitLinear(20, 8)" in str(error.value)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize("kind", [SparseBitLinear, SparseLinear])
+def test_copies_have_the_mask_of_a_checkpoint_and_then_their_own(kind, duplicate):
+    layer, other = (kind(16, 8, pattern="2:4") for _ in range(2))
+    state = layer.state_dict() | {"mask_bits": other.state_dict()["mask_bits"]}  # older than the weights
+    layer.load_state_dict(state)
+    layer(torch.randn(2, 16))
+    twin = duplicate(layer)
+    assert torch.equal(twin.mask_bits, state["mask_bits"])
+    assert torch.equal(twin.mask, other.mask)
+    assert torch.equal(twin.effective_weight(), layer.effective_weight())
+    with torch.no_grad():
+        twin.weight.mul_(-torch.rand(8, 16))
+    twin.refresh_mask()
+    assert torch.equal(twin.mask, top_n_mask(twin.weight, twin.pattern))
+    assert torch.equal(layer.mask, other.mask)
+
+
+def test_a_layer_that_moves_leaves_no_ternary_weight_behind():
+    layer = SparseBitLinear(16, 8, pattern="2:4")
+    layer.prepare()
+    codes = weakref.ref(layer.ternary()[0])
+    layer.to("cpu")
+    assert codes() is not None
+    layer.to("meta")
+    gc.collect()
+    assert codes() is None

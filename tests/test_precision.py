@@ -1,16 +1,28 @@
 """The precision plugin where there is no GPU: what it leaves unchanged, what it refuses, who may drive it."""
 
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from sbn_lightning import SparseTernaryPrecision, TernarySparseConversion, convert_linears
+from sbn_lightning import SparseTernaryPrecision, TernarySparseConversion, convert_linears, revert_linears
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import SparseBitLinear
 from sbn_lightning.selection import choose, engines, table
-from tests.helpers import ForeignModule, Losses, quiet_trainer, regression_loader, small_module, token_loader
+from tests.helpers import (
+    ForeignModule,
+    Interrupted,
+    Losses,
+    quiet_trainer,
+    regression_loader,
+    small_module,
+    token_loader,
+)
 
 
 def fit(module, plugins=(), callbacks=(), **options):
@@ -168,3 +180,63 @@ def test_layers_are_left_on_the_reference_when_a_run_is_over():
         model(torch.randn(2, 32))
     plugin.teardown()
     assert model[0].backend.name == "reference"
+
+
+def test_a_refused_model_is_refused_at_every_call():
+    model = nn.Sequential(SparseBitLinear(32, 32, pattern="6:8"))
+    wrapped = Fabric(accelerator="cpu", plugins=SparseTernaryPrecision("sparse")).setup(model)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match='"sparse" cannot run'):
+            wrapped(torch.randn(2, 32))
+
+
+def test_a_plugin_keeps_no_model_alive():
+    plugin = SparseTernaryPrecision()
+    models = [nn.Sequential(SparseBitLinear(32, 32, pattern="2:4")) for _ in range(2)]
+    wrapped = [Fabric(accelerator="cpu", plugins=plugin).setup(model) for model in models]
+    for model in wrapped:
+        model(torch.randn(2, 32))
+    gone = [weakref.ref(model[0]) for model in models]
+    del model, models, wrapped
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_a_layer_that_is_reverted_on_the_way_is_left_alone():
+    model = nn.Sequential(SparseBitLinear(32, 32, pattern="2:4"), SparseBitLinear(32, 32, pattern="2:4"))
+    plugin = SparseTernaryPrecision(dtype="fp32")
+    plugin.convert_module(model)
+    for _ in range(2):
+        with plugin.forward_context():
+            model(torch.randn(2, 32))
+        revert_linears(model[0])
+        revert_linears(model)
+    plugin.teardown()
+    assert set(vars(model[0])) == set(vars(nn.Linear(32, 32)))
+
+
+def test_one_plugin_serves_several_runs_and_commands():
+    plugin, losses = SparseTernaryPrecision(dtype="fp32"), []
+    for _ in range(2):
+        module = small_module()
+        trainer, values = fit(module, [plugin])
+        losses.append(values)
+        with torch.no_grad():
+            expected = module.model.loss(*(next(iter(token_loader()))[:, i : i + 16] for i in (0, 1)))
+        for evaluate in (trainer.validate, trainer.test):
+            (metrics,) = evaluate(module, token_loader(batches=1), verbose=False)
+            assert next(iter(metrics.values())) == pytest.approx(expected.item())
+        assert len(trainer.predict(module, token_loader(batches=1))) == 1
+    assert losses[0] == losses[1]
+
+
+def test_after_an_exception_the_plugin_is_as_new():
+    class Interrupt(Callback):
+        def on_train_batch_end(self, *_):
+            raise Interrupted
+
+    plugin = SparseTernaryPrecision(dtype="fp32")
+    with pytest.raises(Interrupted):
+        fit(small_module(), [plugin], [Interrupt()])
+    assert pickle.loads(pickle.dumps(plugin))._models == []
+    assert fit(small_module(), [plugin])[1] == fit(small_module())[1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from sbn_lightning import TernaryTransformer, TransformerConfig
+from sbn_lightning import SparseTernaryPrecision, TernaryTransformer, TransformerConfig
 from sbn_lightning.checkpoint import lightning_file
 from sbn_lightning.cli import main
 from sbn_lightning.training_cli import SBNCLI
@@ -27,7 +27,6 @@ SHRUNKEN = {
     "data.num_workers": 0,
     "trainer.accelerator": "cpu",
     "trainer.strategy": "auto",
-    "trainer.precision": "32-true",
     "trainer.max_steps": 2,
     "trainer.accumulate_grad_batches": 1,
     "trainer.val_check_interval": 2,
@@ -85,6 +84,8 @@ def test_recipe_is_what_it_says(recipe):
         assert config == published
         tokens_a_step = values["data"]["batch_size"] * values["trainer"]["accumulate_grad_batches"] * 2048
         assert tokens_a_step == 2**20
+        plugin = SparseTernaryPrecision(**values["trainer"]["plugins"]["init_args"])
+        assert plugin.tokens == values["data"]["batch_size"] * values["data"]["sequence_length"]
 
 
 def test_parsed_recipe_dumps_and_parses_to_itself(tokens, capsys):

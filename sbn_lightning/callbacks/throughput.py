@@ -1,4 +1,10 @@
-"""Tokens per second, of training alone: validation and checkpoints do not count."""
+"""Tokens per second, and model-FLOPs utilisation, of training alone: validation and checkpoints do not count.
+
+Lightning's ``ThroughputMonitor`` takes a precision plugin that it does not know for float32, and its table of peaks
+holds figures "with sparsity" or without tensor cores for some GPUs. Here FLOPs and peaks are those of the dense model
+in BF16 (:mod:`sbn_lightning.flops`), whatever a run really computes with: a utilisation says how far a run is ahead of
+a dense one, and sparse or int8 kernels may bring it above 1.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +12,13 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from sbn_lightning import flops
 from sbn_lightning.callbacks.base import RunCallback, show
+from sbn_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from sbn_lightning.callbacks.base import Run
@@ -19,44 +29,91 @@ def count_tokens(batch: Any) -> int:
 
     In a mapping the ``input_ids`` (or else the first tensor) are counted as they are.
     """
+    sequences, length = _shape(batch)
+    return sequences * length
+
+
+def _shape(batch: Any) -> tuple[int, int]:
+    """Sequences in a batch, and tokens to train on in each."""
     if isinstance(batch, Tensor):
-        return batch[..., 1:].numel()
+        return batch[..., 0].numel(), batch.shape[-1] - 1
     if isinstance(batch, Mapping):
         ids = batch.get("input_ids", next((v for v in batch.values() if isinstance(v, Tensor)), None))
-        return ids.numel() if isinstance(ids, Tensor) else 0
-    return count_tokens(batch[0]) if isinstance(batch, (list, tuple)) and batch else 0
+        return (ids[..., 0].numel(), ids.shape[-1]) if isinstance(ids, Tensor) else (0, 0)
+    return _shape(batch[0]) if isinstance(batch, (list, tuple)) and batch else (0, 0)
 
 
 class TokenThroughput(RunCallback):
-    """Logs ``tokens_per_second`` over all processes, and shows it in the progress bar.
+    """Logs ``tokens_per_second`` and ``model_flops_utilization``, and shows them in the progress bar.
+
+    The first counts all processes. The second is that of one device: what its tokens would cost in the dense model
+    (:func:`~sbn_lightning.flops.flops_per_token`), over what it can do in that time in dense BF16. It is left out on a
+    CPU, and with a note on a GPU whose peak is not known, unless ``peak_flops`` is given.
 
     Time is taken between the ends of batches, without synchronising with the device: over a window of many batches the
     device's time is what passes.
 
     Args:
         window: Batches that an average spans.
+        peak_flops: FLOP/s that one device can do in dense BF16; known for common data-centre GPUs.
+
+    Raises:
+        ConfigError: If an argument is not positive.
     """
 
-    def __init__(self, window: int = 20) -> None:
+    def __init__(self, window: int = 20, peak_flops: float | None = None) -> None:
+        if window < 1:
+            raise ConfigError(f"TokenThroughput: window={window} must be at least 1")
+        if peak_flops is not None and not peak_flops > 0:
+            raise ConfigError(f"TokenThroughput: peak_flops={peak_flops} must be positive")
         self.window = window
+        self.peak_flops = peak_flops
+        self._peak: float | None = None
+        self._flops_per_token = self._flops_per_pair = 0.0
+        self._paused: float | None = None
         self._restart()
 
     def _restart(self) -> None:
-        self._tokens, self._batches, self._since = 0, 0, time.perf_counter()
+        self._tokens, self._flops, self._batches, self._since = 0, 0.0, 0, time.perf_counter()
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
+        # Linear in the sequence length: what does not depend on it, and what each token of it adds.
+        self._flops_per_token = flops.flops_per_token(pl_module, 0)
+        self._flops_per_pair = flops.flops_per_token(pl_module, 1) - self._flops_per_token
+        device = next((parameter.device for parameter in pl_module.parameters()), torch.device("cpu"))
+        self._peak = self.peak_flops or flops.peak_flops(device)
+        if self._peak is None and device.type == "cuda":
+            rank_zero_info(
+                f"TokenThroughput knows no peak for {torch.cuda.get_device_name(device)}: give peak_flops for "
+                "model_flops_utilization"
+            )
+        self._paused = None
         self._restart()
 
     def on_validation_start(self, trainer: Run, pl_module: nn.Module) -> None:
-        self._paused = time.perf_counter()
+        self._pause()
 
-    def on_validation_end(self, trainer: Run, pl_module: nn.Module) -> None:
-        self._since += time.perf_counter() - self._paused
+    def on_save_checkpoint(self, trainer: Run, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        self._pause()
+
+    def _pause(self) -> None:
+        if self._paused is None:
+            self._paused = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Run, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        if self._paused is not None:
+            self._since += time.perf_counter() - self._paused
+            self._paused = None
 
     def on_train_batch_end(self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._tokens += count_tokens(batch)
+        sequences, length = _shape(batch)
+        tokens = sequences * length
+        self._tokens += tokens
+        self._flops += tokens * (self._flops_per_token + length * self._flops_per_pair)
         self._batches += 1
         if self._batches == self.window:
-            rate = self._tokens * trainer.world_size / (time.perf_counter() - self._since)
-            show(trainer, pl_module, "tokens_per_second", rate)
+            seconds = time.perf_counter() - self._since
+            show(trainer, pl_module, "tokens_per_second", self._tokens * trainer.world_size / seconds)
+            if self._peak is not None:
+                show(trainer, pl_module, "model_flops_utilization", self._flops / seconds / self._peak)
             self._restart()

@@ -19,7 +19,7 @@ from sbn_lightning.errors import ConfigError, DataError
 from sbn_lightning.resume import why_unreadable
 from sbn_lightning.sharded import consolidate
 from tests.distributed import worker
-from tests.distributed.worker import EPOCH, GLOBAL_BATCH
+from tests.distributed.worker import EPOCH, GLOBAL_BATCH, TINY_EPOCH
 from tests.helpers import Interrupted
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,14 @@ ONWARD = [
     ("sharded", "auto"),  # through one file, as the error of the command line says
     ("sharded", "fsdp2"),
 ]
+# Name, strategy, options of the precision plugin, whether rank 0 has measured, how near losses are to one process's.
+# Kernels run in Triton's interpreter.
+PLUGINS = [
+    ("plugin fsdp2 auto", "fsdp2", {}, False, 1e-5),
+    ("plugin ddp measured", "ddp", {"backend": "auto"}, True, 1e-5),
+    ("plugin fsdp2 int8", "fsdp2", {"backend": "int8", "gradients": "int8"}, False, 1e-3),
+]
+PLUGIN_STEPS = TINY_EPOCH + 1
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +71,11 @@ def runs(counting, epoch, tmp_path_factory):
     for strategy in ("auto", "ddp", "fsdp2", "sharded"):
         first[strategy] = {"strategy": strategy, "steps": STEPS}
         first[f"{strategy} half"] = {"strategy": strategy, "steps": epoch // 2, **data}
+    first["plugin alone"] = {"strategy": "auto", "steps": PLUGIN_STEPS, "plugin": {"backend": "reference"}}
+    for name, strategy, plugin, measured, _ in PLUGINS:
+        job = {"strategy": strategy, "steps": PLUGIN_STEPS, "plugin": plugin, "measured": measured}
+        first[name] = job
+        onward[f"{name} rest"] = job | {"checkpoint": str(folder / name / f"step={TINY_EPOCH}.ckpt")}
     for before, after in ONWARD:
         kind = "ckpt.consolidated" if before == "sharded" and after != "sharded" else "ckpt"
         whole, half = folder / before / f"step={EPOCH}.{kind}", folder / f"{before} half" / f"step={epoch // 2}.{kind}"
@@ -87,7 +100,7 @@ def runs(counting, epoch, tmp_path_factory):
 
 def launch(words, folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -137,6 +150,27 @@ def test_a_run_resumes_on_another_number_of_processes(before, after, runs, epoch
     assert len(seen) == (epoch - 2) * GLOBAL_BATCH
     assert len(set(seen)) == len(seen)
     assert len(rest[0]["masks"]) == epoch - 2 - epoch // 2
+
+
+@pytest.mark.parametrize(("name", "strategy", "plugin", "measured", "near"), PLUGINS)
+def test_the_precision_plugin_on_two_processes(name, strategy, plugin, measured, near, runs):
+    """Losses of one process, masks alike, the same backends on every rank, and a run that resumes to the last bit."""
+    ranks, (single,) = runs[name], runs["plugin alone"]
+    for step in range(PLUGIN_STEPS):
+        for layer, mask in single["masks"][step].items():
+            assert all(torch.equal(rank["masks"][step][layer], ranks[0]["masks"][step][layer]) for rank in ranks)
+            if near == 1e-5 or step < 2:  # masks are refreshed after two steps
+                assert torch.equal(ranks[0]["masks"][step][layer], mask)
+    assert ranks[0]["losses"] == pytest.approx(single["losses"], rel=near)
+    expected = "int8" if measured or plugin.get("backend") == "int8" else "reference"
+    layers = len(single["masks"][0])
+    assert all(rank["backends"] == [[expected] * layers] * PLUGIN_STEPS for rank in ranks)
+    for rank, rest in zip(ranks, runs[f"{name} rest"], strict=True):
+        assert rest["losses"] == rank["losses"][TINY_EPOCH:]
+        assert rest["seeds"] == rank["seeds"][TINY_EPOCH:]
+    # Roundings of the same draws would err alike on every rank: no seed is used twice.
+    seeds = [seed for rank in ranks for step in rank["seeds"] for seed in step]
+    assert len(set(seeds)) == len(seeds) == (2 * PLUGIN_STEPS * layers if "gradients" in plugin else 0)
 
 
 def test_what_a_strategy_would_misread_is_refused(runs):

@@ -16,13 +16,24 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from sbn_lightning import DenseToSparseRamp, DurableCheckpoint, MaskRefresh, SparsityPatternLogger, TokenDataModule
+from sbn_lightning import (
+    DenseToSparseRamp,
+    DurableCheckpoint,
+    MaskRefresh,
+    SparseTernaryPrecision,
+    SparsityPatternLogger,
+    TokenDataModule,
+    precision,
+)
 from sbn_lightning.errors import ConfigError
-from sbn_lightning.layers import masked_layers
+from sbn_lightning.layers import SparseBitLinear, masked_layers
+from sbn_lightning.selection import Choice
 from tests.helpers import quiet_trainer, small_module, token_loader
 
 GLOBAL_BATCH = 8
 EPOCH = 4  # random batches
+TINY = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 16}  # for Triton's interpreter
+TINY_EPOCH = 2
 sharding = partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
 STRATEGIES = {
     "auto": lambda: "auto",
@@ -36,6 +47,7 @@ STRATEGIES = {
 class Witness(Callback):
     def __init__(self):
         self.losses, self.masks, self.gammas, self.samples, self.moments = [], [], [], [], []
+        self.backends, self.seeds = [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         layers = dict(masked_layers(pl_module))
@@ -52,6 +64,10 @@ class Witness(Callback):
         )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        backends = [layer.backend for layer in pl_module.modules() if isinstance(layer, SparseBitLinear)]
+        self.backends.append([backend.name for backend in backends])
+        seeds = [getattr(backend, "seed", None) for backend in backends]
+        self.seeds.append([int(seed) for seed in seeds if seed is not None])
         self.losses.append(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean").item())
 
 
@@ -59,11 +75,23 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def train(output, strategy, steps, checkpoint=None, tokens=None):
+def measure_on_rank_0_only():
+    """In place of what ``auto`` measures on a GPU, where ranks may well come to other choices."""
+
+    def choose(layers, wanted, *_):
+        assert int(os.environ["RANK"]) == 0
+        return {name: Choice("int8", "portable", f"{wanted} measured") for name in layers}
+
+    precision.choose = choose
+
+
+def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None):
     """Saves after every second step, or a run on tokens at its end; returns what the rank saw."""
     world = 1 if strategy == "auto" else 2
     options = {"strategy": STRATEGIES[strategy](), "devices": world, "use_distributed_sampler": False}
     options["logger"] = TensorBoardLogger(f"{output}.logs") if tokens is None else False
+    if plugin is not None:
+        options["plugins"] = [SparseTernaryPrecision(dtype="fp32", **plugin)]
     witness, sparsity = Witness(), SparsityPatternLogger(2)
     every = 2 if tokens is None else steps
     saver = DurableCheckpoint(
@@ -71,26 +99,32 @@ def train(output, strategy, steps, checkpoint=None, tokens=None):
     )
     callbacks = [MaskRefresh(interval=2), DenseToSparseRamp("rows", end=0.5), sparsity, witness, saver]
     trainer = quiet_trainer(callbacks, max_steps=steps, enable_checkpointing=True, **options)
-    module = small_module(pattern="4:8")
+    module = small_module(pattern="4:8", **({} if plugin is None else TINY))
     if tokens is None:
-        rank = int(os.environ.get("RANK", 0))
-        loader = token_loader(batches=EPOCH, batch_size=GLOBAL_BATCH // world, rank=rank, world=world)
+        rank, batch_size = int(os.environ.get("RANK", 0)), GLOBAL_BATCH // world
+        data = {"batches": EPOCH} if plugin is None else {"batches": TINY_EPOCH, "length": 5}
+        loader = token_loader(batch_size=batch_size, rank=rank, world=world, **data)
         trainer.fit(module, loader, ckpt_path=checkpoint)
     else:
         data = TokenDataModule(tokens, batch_size=GLOBAL_BATCH // world, sequence_length=63, num_workers=0)
         trainer.fit(module, data, ckpt_path=checkpoint)
     ignored = sorted(getattr(module, "_ddp_params_and_buffers_to_ignore", []))
     counts = {name: vars(counts) for name, counts in sparsity.counts.items()}
-    seen = {key: getattr(witness, key) for key in ("losses", "masks", "gammas", "samples", "moments")}
-    return {**seen, "counts": counts, "ignored": ignored}
+    kept = ("losses", "masks", "gammas", "samples", "moments", "backends", "seeds")
+    return {**{key: getattr(witness, key) for key in kept}, "counts": counts, "ignored": ignored}
 
 
 def main(jobs):
     for output, options in json.loads(Path(jobs).read_text()).items():
+        measured, options = precision.choose, dict(options)
+        if options.pop("measured", False):
+            measure_on_rank_0_only()
         try:
             record = train(output, **options)
         except ConfigError as error:
             record = {"error": str(error)}
+        finally:
+            precision.choose = measured
         torch.save(record, f"{output}.rank{os.environ['RANK']}.pt")
 
 

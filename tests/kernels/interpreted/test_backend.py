@@ -1,17 +1,21 @@
 """Layers and a whole model on the portable kernels against the reference backend, in the interpreter."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.fabric import Fabric
+from lightning.pytorch import Callback, Trainer
 
-from sbn_lightning import SparseTernaryPrecision
+from sbn_lightning import DenseToSparseRamp, MaskRefresh, SparseEMAWeightAveraging, SparseTernaryPrecision
 from sbn_lightning.kernel_backends import Gradients, KernelBackend
 from sbn_lightning.layers import SparseBitLinear
 from tests.helpers import Losses, quiet_trainer, small_module, token_loader
+
+TINY = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 16}  # the interpreter takes its time
 
 
 class Run(NamedTuple):
@@ -133,12 +137,20 @@ def test_int8_gradients_need_a_seed() -> None:
         layer(torch.randn(2, 32))
 
 
-def train(plugin: SparseTernaryPrecision | None, ckpt_path: str | None = None, **options: object) -> Run:
+def train(
+    plugin: SparseTernaryPrecision | None,
+    ckpt_path: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpointing: bool = False,
+    validate: bool = False,
+    **options: object,
+) -> Run:
     losses = Losses()
     plugins = [] if plugin is None else [plugin]
-    trainer = quiet_trainer([losses], plugins=plugins, **({"max_steps": 3} | options))
+    trainer = quiet_trainer([*callbacks, losses], plugins=plugins, **({"max_steps": 3} | options))
     loader = token_loader(batches=1, batch_size=2, length=9)
-    trainer.fit(small_module(pattern="2:4"), loader, ckpt_path=ckpt_path)
+    module = small_module(pattern="2:4", activation_checkpointing=checkpointing, **TINY)
+    trainer.fit(module, loader, loader if validate else None, ckpt_path=ckpt_path)
     return Run(trainer, losses.values)
 
 
@@ -160,3 +172,39 @@ def test_int8_gradients_are_reproducible_and_resume_exactly(tmp_path: Path) -> N
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
     rest = train(plugin(), str(tmp_path / "half.ckpt"), max_steps=4)
     assert half.losses + rest.losses == whole
+
+
+def test_recomputed_activations_round_as_the_first_ones_did() -> None:
+    plugins = [SparseTernaryPrecision("int8", gradients="int8", dtype="fp32") for _ in range(2)]
+    assert train(plugins[0], checkpointing=True).losses == train(plugins[1]).losses
+
+
+def test_callbacks_and_averages_see_what_they_see_on_the_reference() -> None:
+    def run(plugin: SparseTernaryPrecision | None) -> tuple[list[float], float]:
+        callbacks = [MaskRefresh(interval=2), DenseToSparseRamp("rows", end=0.5), SparseEMAWeightAveraging(decay=0.5)]
+        trained = train(plugin, callbacks=callbacks, validate=True)
+        return trained.losses, float(trained.trainer.callback_metrics["val/loss"])
+
+    expected, val = run(None)
+    losses, averaged = run(SparseTernaryPrecision("int8", dtype="fp32"))
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert averaged == pytest.approx(val, abs=1e-4)
+    assert averaged != pytest.approx(losses[-1], abs=1e-4)
+
+
+def test_two_models_on_one_plugin_draw_seeds_of_their_own() -> None:
+    plugin = SparseTernaryPrecision("int8", gradients="int8", dtype="fp32")
+    fabric = Fabric(accelerator="cpu", plugins=plugin)
+    models = [torch.nn.Sequential(SparseBitLinear(8, 8, pattern="2:4")) for _ in range(2)]
+    wrapped = [fabric.setup(model) for model in models]
+    seeds = []
+    for _ in range(2):
+        for model, each in zip(models, wrapped, strict=True):
+            fabric.backward(each(torch.randn(2, 8)).sum())
+            backend = model[0].backend
+            assert isinstance(backend, KernelBackend)
+            assert backend.seed is not None
+            seeds.append(int(backend.seed))
+    assert len(set(seeds)) == 4
+    plugin.teardown()
+    assert {model[0].backend.name for model in models} == {"reference"}
