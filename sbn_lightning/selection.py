@@ -1,8 +1,9 @@
 """Which backend a layer gets, and why: what the hardware can do, and under ``auto`` what was measured.
 
 ``auto`` times every backend that can run a layer's shape, on random weights and tokens, quantisation included, and
-drops any whose product differs from the dense one: wrong results have been reported from cuSPARSELt's algorithms.
-Layers of one shape share a measurement. Whatever is chosen computes the same sums, so the choice changes speed alone.
+drops any whose product differs from the dense one: wrong results have been reported from cuSPARSELt's algorithms. A
+backend asked for by name is compared likewise, and refused. Layers of one shape share a measurement. Whatever is chosen
+computes the same sums, so the choice changes speed alone.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 BackendName = Literal["auto", "reference", "int8", "sparse"]
 BACKENDS: tuple[BackendName, ...] = ("auto", "reference", "int8", "sparse")
 
+WRONG = "its product differs from the dense one"
 _ROUNDS, _REPEATS = 5, 4
+_CHECKED = 256  # tokens that are compared with the dense product
 
 
 @dataclass(frozen=True)
@@ -111,18 +115,29 @@ def choose(
             able = ", ".join(["auto", "reference", *found])
             raise ConfigError(f'backend "{wanted}" cannot run on {_describe(device)}: {reasons[wanted]}; use {able}')
         engine = found[wanted]
+        checked = set()
         for name, layer in layers.items():
-            if reason := unfit(layer, wanted, engine):
+            reason = unfit(layer, wanted, engine)
+            if reason is None and device.type == "cuda" and _key(layer) not in checked:
+                checked.add(_key(layer))
+                trial = _Trial(layer, device, dtype, min(tokens, _CHECKED))
+                backend = Choice(wanted, engine, "").make("bf16")
+                reason = None if trial.agrees(backend, trial.prepare(backend)) else WRONG
+            if reason is not None:
                 raise ConfigError(f'backend "{wanted}" cannot run layer {name}: {reason}; use auto')
         return {name: Choice(wanted, engine, f"asked for ({engine})") for name in layers}
     measured: dict[tuple[object, ...], Choice] = {}
     choices = {}
     for name, layer in layers.items():
-        key = (layer.in_features, layer.out_features, layer.pattern, layer.activation_bits, layer.split_sizes)
-        if key not in measured:
-            measured[key] = _fastest(layer, found, reasons, device, dtype, tokens)
-        choices[name] = measured[key]
+        if _key(layer) not in measured:
+            measured[_key(layer)] = _fastest(layer, found, reasons, device, dtype, tokens)
+        choices[name] = measured[_key(layer)]
     return choices
+
+
+def _key(layer: SparseBitLinear) -> tuple[object, ...]:
+    """Layers that agree in this share a measurement."""
+    return layer.in_features, layer.out_features, layer.pattern, layer.activation_bits, layer.split_sizes
 
 
 def _describe(device: torch.device) -> str:
@@ -151,34 +166,48 @@ def _fastest(
             candidates[name] = Choice(name, engine, "").make("bf16")
     if len(candidates) == 1 or device.type != "cuda":
         return Choice("reference", None, "; ".join(remarks) or "kernels are timed on GPUs only")
-    bits = layer.activation_bits
-    assert bits is not None
-    generator = torch.Generator(device).manual_seed(0)
-    latent = torch.randn(layer.out_features, layer.in_features, generator=generator, device=device)
-    x = torch.randn(tokens, layer.in_features, generator=generator, device=device).to(dtype)
-    spec = WeightSpec(layer.pattern, layer.split_sizes, layer.gamma_over)
+    trial = _Trial(layer, device, dtype, tokens)
     times: dict[str, float] = {}
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        for name, backend in candidates.items():
-            weight = backend.prepare(latent, None, layer.pattern.n, spec)
-            if name != "reference" and not _agrees(backend, weight, latent, x[:256], bits):
-                remarks.append(f"{name}: its product differs from the dense one")
-                continue
-            times[name] = _milliseconds(lambda b=backend, w=weight: b.linear(x, latent, w, None, bits))  # type: ignore[misc]
+    for name, backend in candidates.items():
+        weight = trial.prepare(backend)
+        if name != "reference" and not trial.agrees(backend, weight):
+            remarks.append(f"{name}: {WRONG}")
+            continue
+        times[name] = _milliseconds(partial(trial.run, backend, weight))
     best = min(times, key=times.__getitem__)
     timed = ", ".join(f"{name} {time:.3f} ms" for name, time in times.items())
     return Choice(best, found.get(best), "; ".join([timed, *remarks]))
 
 
-def _agrees(backend: Backend, weight: object, latent: Tensor, x: Tensor, bits: int) -> bool:
-    """Whether a backend's product equals the dense one of the same codes, up to the rounding of its output."""
-    x8, scale = quantize_activations(x, bits)
-    codes, row_scale = weight.codes, weight.row_scale  # type: ignore[attr-defined]
-    exact = (x8.double() @ codes.double().t()) * scale.double() * row_scale.double()
-    y = backend.linear(x, latent, weight, None, bits).double()
-    # Tokens may round to the neighbouring integer where a kernel's division differs in the last bit.
-    tolerance = torch.finfo(x.dtype).eps * exact.abs() + 2 * scale.double() * row_scale.double().max()
-    return bool(((y - exact).abs() <= tolerance).all())
+class _Trial:
+    """Random weights and tokens in the shape of a layer."""
+
+    def __init__(self, layer: SparseBitLinear, device: torch.device, dtype: torch.dtype, tokens: int) -> None:
+        assert layer.activation_bits is not None
+        generator = torch.Generator(device).manual_seed(0)
+        shape = layer.out_features, layer.in_features
+        self.latent = torch.randn(shape, generator=generator, device=device)
+        self.x = torch.randn(tokens, layer.in_features, generator=generator, device=device).to(dtype)
+        self.spec = WeightSpec(layer.pattern, layer.split_sizes, layer.gamma_over)
+        self.bits = layer.activation_bits
+
+    def prepare(self, backend: Backend) -> Any:
+        with torch.no_grad():
+            return backend.prepare(self.latent, None, self.spec.pattern.n, self.spec)
+
+    def run(self, backend: Backend, weight: Any, tokens: int | None = None) -> Tensor:
+        with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
+            return backend.linear(self.x[:tokens], self.latent, weight, None, self.bits)
+
+    def agrees(self, backend: Backend, weight: Any) -> bool:
+        """Whether the product equals the dense one of the same codes, up to the rounding of its output."""
+        x8, scale = quantize_activations(self.x[:_CHECKED], self.bits)
+        row_scale = weight.row_scale.double()
+        exact = (x8.double() @ weight.codes.double().t()) * scale.double() * row_scale
+        y = self.run(backend, weight, _CHECKED).double()
+        # Tokens may round to the neighbouring integer where a kernel's division differs in the last bit.
+        tolerance = torch.finfo(self.x.dtype).eps * exact.abs() + 2 * scale.double() * row_scale.max()
+        return bool(((y - exact).abs() <= tolerance).all())
 
 
 def _milliseconds(run: Callable[[], Tensor]) -> float:

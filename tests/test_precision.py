@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from sbn_lightning import SparseTernaryPrecision, TernarySparseConversion, convert_linears, revert_linears
+from sbn_lightning.backends import REFERENCE, ReferenceBackend
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import SparseBitLinear
-from sbn_lightning.selection import choose, engines, table
+from sbn_lightning.selection import _Trial, choose, engines, table
 from tests.helpers import (
     ForeignModule,
     Interrupted,
@@ -240,3 +241,17 @@ def test_after_an_exception_the_plugin_is_as_new():
         fit(small_module(), [plugin], [Interrupt()])
     assert pickle.loads(pickle.dumps(plugin))._models == []
     assert fit(small_module(), [plugin])[1] == fit(small_module())[1]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_backend_with_a_wrong_product_is_told_from_a_right_one(bits):
+    class Lossy(ReferenceBackend):
+        def linear(self, x, latent, prepared, gradient_mask, activation_bits, swiglu=False):
+            y = super().linear(x, latent, prepared, gradient_mask, activation_bits, swiglu)
+            y[0, 0] += 40 * prepared.row_scale[0] * x[0].abs().max() / (127 if bits == 8 else 1)
+            return y
+
+    layer = SparseBitLinear(64, 48, pattern="2:4", split_sizes=(32, 16), activation_bits=bits)
+    trial = _Trial(layer, torch.device("cpu"), torch.bfloat16, 40)
+    assert trial.agrees(REFERENCE, trial.prepare(REFERENCE))
+    assert not trial.agrees(Lossy(), trial.prepare(Lossy()))
