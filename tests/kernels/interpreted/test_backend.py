@@ -208,3 +208,12 @@ def test_two_models_on_one_plugin_draw_seeds_of_their_own() -> None:
     assert len(set(seeds)) == 4
     plugin.teardown()
     assert {model[0].backend.name for model in models} == {"reference"}
+
+
+def test_tokens_are_saved_for_the_backward_as_int8() -> None:
+    layer = SparseBitLinear(64, 48, pattern="2:4")
+    layer.backend = KernelBackend("portable")
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
+        layer(torch.randn(40, 64, requires_grad=True))
+    assert [tensor.dtype for tensor in saved if tensor.shape == (40, 64)] == [torch.int8]
