@@ -176,10 +176,10 @@ def test_a_compiled_layer_is_one_graph(gradients):
 
 def test_small_batches_and_generation_shapes():
     need("sparse")
-    layer = SparseBitLinear(256, 192, pattern="2:4").cuda()
+    layer = SparseBitLinear(256, 192, bias=False, pattern="2:4").cuda()  # a bias could cancel all but the rounding
     model = nn.Sequential(layer)
     plugin = SparseTernaryPrecision("sparse")
-    twin = SparseBitLinear(256, 192, pattern="2:4").cuda()
+    twin = SparseBitLinear(256, 192, bias=False, pattern="2:4").cuda()
     twin.load_state_dict(layer.state_dict())
     plugin.convert_module(model)
     for tokens in (1, 7, 64, 65, 300, 0):
