@@ -19,7 +19,9 @@ from typing import Any, Literal, NamedTuple
 import sbn_kernels as sk
 import torch
 from sbn_kernels.decode import MAX_TOKENS
+from sbn_kernels.swiglu import MAX_FEATURES
 from torch import Tensor
+from torch.nn import functional as F
 
 from sbn_lightning.backends import Keep, WeightSpec
 from sbn_lightning.pattern import NMPattern
@@ -117,6 +119,9 @@ class KernelBackend:
     ) -> Tensor:
         if self.gradients == "int8" and self.seed is None and torch.is_grad_enabled():
             raise ValueError('gradients="int8" need a seed: set backend.seed before each pass')
+        if swiglu and latent.shape[1] > MAX_FEATURES:
+            gate, up = x.chunk(2, dim=-1)
+            x, swiglu = F.silu(gate) * up, False
         seed = self.seed if self.gradients == "int8" else None
         y: Tensor = KernelLinearFunction.apply(x, latent, *prepared, gradient_mask, activation_bits, swiglu, seed)
         return y
