@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,6 +123,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path, number):
         env=os.environ | {"PYTHONPATH": root},
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells start background jobs without it
     )
     until = time.monotonic() + 60
     while (
