@@ -10,10 +10,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from sbn_lightning.pattern import NMPattern, pack_mask, top_n_mask, unpack_mask
-from sbn_lightning.ternary import GammaOver, TernaryLinearFunction, expand_scale, ternary_codes, weight_scale
+from sbn_lightning.ternary import (
+    GammaOver,
+    TernaryLinearFunction,
+    apply_swiglu,
+    expand_scale,
+    ternary_codes,
+    weight_scale,
+)
 
 Keep = int | Tensor
 """Weights kept in each group: one number, or an integer tensor ``[out_features]`` with one for each row."""
@@ -105,8 +111,7 @@ class ReferenceBackend:
         swiglu: bool = False,
     ) -> Tensor:
         if swiglu:
-            gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
+            x = apply_swiglu(x)
         codes, row_scale, _ = prepared
         y: Tensor = TernaryLinearFunction.apply(x, latent, codes, row_scale, gradient_mask, activation_bits)
         return y

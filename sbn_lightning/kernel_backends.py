@@ -21,11 +21,10 @@ import torch
 from sbn_kernels.decode import MAX_TOKENS
 from sbn_kernels.swiglu import MAX_FEATURES
 from torch import Tensor
-from torch.nn import functional as F
 
 from sbn_lightning.backends import Keep, WeightSpec
 from sbn_lightning.pattern import NMPattern
-from sbn_lightning.ternary import quantize_activations
+from sbn_lightning.ternary import apply_swiglu, quantize_activations
 
 Gradients = Literal["bf16", "int8"]
 Engine = Literal["hopper", "cusparselt", "portable"]
@@ -120,8 +119,7 @@ class KernelBackend:
         if self.gradients == "int8" and self.seed is None and torch.is_grad_enabled():
             raise ValueError('gradients="int8" need a seed: set backend.seed before each pass')
         if swiglu and latent.shape[1] > MAX_FEATURES:
-            gate, up = x.chunk(2, dim=-1)
-            x, swiglu = F.silu(gate) * up, False
+            x, swiglu = apply_swiglu(x), False
         seed = self.seed if self.gradients == "int8" else None
         y: Tensor = KernelLinearFunction.apply(x, latent, *prepared, gradient_mask, activation_bits, swiglu, seed)
         return y

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sbn_lightning.backends import REFERENCE, Backend, WeightSpec
 from sbn_lightning.errors import ConfigError
@@ -18,6 +17,7 @@ from sbn_lightning.ternary import (
     ACTIVATION_BITS,
     GammaOver,
     MaskedLinearFunction,
+    apply_swiglu,
     expand_scale,
     ternary_codes,
     weight_scale,
@@ -31,6 +31,7 @@ __all__ = [
     "SparseLinear",
     "masked_layers",
     "prepare_layers",
+    "ternary_layers",
 ]
 
 MaskSource = Literal["latent", "ternary"]
@@ -208,9 +209,13 @@ class SparseLinear(MaskedLinear):
 
     def _multiply(self, x: Tensor, swiglu: bool) -> Tensor:
         if swiglu:
-            gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
+            x = apply_swiglu(x)
         mask_bits = self._graph_mask() if torch.compiler.is_compiling() else self.packed_mask()
         mask = unpack_mask(mask_bits, self.in_features)
         y: Tensor = MaskedLinearFunction.apply(x, self.weight, mask, self._gradient_mask(mask_bits))
         return y
+
+
+def ternary_layers(model: nn.Module) -> dict[str, SparseBitLinear]:
+    """The ternary layers of a model by name, in the model's order."""
+    return {name: layer for name, layer in masked_layers(model) if isinstance(layer, SparseBitLinear)}

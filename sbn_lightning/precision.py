@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from sbn_lightning.backends import REFERENCE
 from sbn_lightning.errors import ConfigError
-from sbn_lightning.layers import SparseBitLinear, masked_layers
+from sbn_lightning.layers import SparseBitLinear, ternary_layers
 from sbn_lightning.selection import BACKENDS, BackendName, Choice, choose, table
 
 ComputeDtype = Literal["bf16", "fp32"]
@@ -109,7 +109,7 @@ class SparseTernaryPrecision(Precision):
         Raises:
             ConfigError: If ``module`` has no ternary layer.
         """
-        if not self._layers_of(module):
+        if not ternary_layers(module):
             raise ConfigError(
                 f"SparseTernaryPrecision found no SparseBitLinear in {type(module).__name__}; add the "
                 "TernarySparseConversion callback, build the model with these layers, or replace the plugin by "
@@ -119,12 +119,8 @@ class SparseTernaryPrecision(Precision):
         self._models.append(_Model(weakref.ref(module)))
         return module
 
-    @staticmethod
-    def _layers_of(module: nn.Module) -> dict[str, SparseBitLinear]:
-        return {name: layer for name, layer in masked_layers(module) if isinstance(layer, SparseBitLinear)}
-
     def _install(self, model: _Model, module: nn.Module) -> None:
-        layers = self._layers_of(module)
+        layers = ternary_layers(module)
         device = next(iter(layers.values())).weight.device
         self._device_type = device.type
         choices = self._agreed_choices(layers, device)

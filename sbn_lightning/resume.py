@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from jsonargparse import Namespace
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from sbn_lightning import sharded
+from sbn_lightning.callbacks.checkpoint import say
 from sbn_lightning.data import shards
 from sbn_lightning.errors import ConfigError, DataError
 
@@ -102,9 +102,3 @@ def why_unreadable(path: Path) -> str:
     except Exception as error:  # a damaged file can make torch raise anything
         return f"is damaged ({(str(error) or type(error).__name__).splitlines()[0].rstrip('.')})"
     return "" if isinstance(saved, dict) and "state_dict" in saved else "is no checkpoint"
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """Prints a line, once."""
-    print(text, flush=True)

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 EPS = 1e-5
 ACTIVATION_BITS = (8, 4, None)
@@ -110,6 +111,12 @@ def quantize_activations(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     else:
         raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
     return (x / scale).round_().clamp_(low, high).to(torch.int8), scale
+
+
+def apply_swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of gates and ups side by side, ``[..., 2 features]`` -> ``[..., features]``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from sbn_lightning.callbacks import (
     TrainingReport,
     WeightDecaySchedule,
 )
-from sbn_lightning.callbacks.checkpoint import SIGTERM_STATUS
+from sbn_lightning.callbacks.checkpoint import SIGTERM_STATUS, say
 from sbn_lightning.data import TokenDataModule, folders, shards
 from sbn_lightning.distributed import check_checkpoint
 from sbn_lightning.errors import ConfigError, DataError, SBNError
@@ -45,7 +45,7 @@ from sbn_lightning.module import SparseBitNet
 from sbn_lightning.parsing import OneLineErrors, what_is_wrong
 from sbn_lightning.pattern import NMPattern
 from sbn_lightning.redaction import without_secrets
-from sbn_lightning.resume import resume_last_run, say
+from sbn_lightning.resume import resume_last_run
 
 register_type(NMPattern, serializer=str, deserializer=NMPattern.parse)
 

@@ -34,7 +34,7 @@ from sbn_lightning.layers import (
 )
 from sbn_lightning.loss import LossImplementation, linear_cross_entropy
 from sbn_lightning.pattern import NMPattern
-from sbn_lightning.ternary import GammaOver
+from sbn_lightning.ternary import GammaOver, apply_swiglu
 
 LinearKind = Literal["ternary", "masked", "dense"]
 
@@ -230,8 +230,7 @@ class SwiGLU(nn.Module):
         if isinstance(self.down, MaskedLinear):
             out: Tensor = self.down(gate_up, swiglu=True)  # its backend may fuse the two
         else:
-            gate, up = gate_up.chunk(2, dim=-1)
-            out = self.down(F.silu(gate) * up)
+            out = self.down(apply_swiglu(gate_up))
         return out
 
 

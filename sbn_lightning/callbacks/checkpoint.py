@@ -32,6 +32,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sbn_lightning import sharded
+from sbn_lightning.checkpoint.files import sync
 from sbn_lightning.errors import DataError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(target)
-            _sync_folder(target.parent)
+            sync(target.parent)
         except Exception as error:
             # torch may put an error of its own in the place of the one that `write` raised.
             failure = error if isinstance(error, OSError) else stream.error if stream else None
@@ -96,15 +97,6 @@ class _Stream:
 
     def flush(self) -> None:
         self._file.flush()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in ``folder`` last through a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class DurableCheckpoint(ModelCheckpoint):
@@ -205,7 +197,7 @@ class DurableCheckpoint(ModelCheckpoint):
             self.last_model_path = path
             with folder_of_before_kept(trainer, path):
                 trainer.save_checkpoint(path)  # never the weights alone: it is to be continued from
-        _say(f"SIGTERM: saved step {trainer.global_step} to {path}; --ckpt_path last continues from there")
+        say(f"SIGTERM: saved step {trainer.global_step} to {path}; --ckpt_path last continues from there")
         raise SIGTERMException(SIGTERM_STATUS)
 
 
@@ -243,5 +235,6 @@ def _before_validation(trainer: Trainer) -> dict[str, Any]:
 
 
 @rank_zero_only
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a line, once."""
     print(text, flush=True)

@@ -15,7 +15,7 @@ from torch import nn
 from sbn_lightning.checkpoint.load import LoadedModel, load_model
 from sbn_lightning.checkpoint.packed_layer import PackedTernaryLinear
 from sbn_lightning.errors import ConfigError
-from sbn_lightning.layers import SparseBitLinear, masked_layers, prepare_layers
+from sbn_lightning.layers import prepare_layers, ternary_layers
 from sbn_lightning.selection import choose, table
 
 BackendName = Literal["auto", "reference", "int8", "sparse"]
@@ -96,7 +96,7 @@ def use_backend(model: nn.Module, backend: BackendName, dtype: torch.dtype, toke
     for module in model.modules():
         if isinstance(module, PackedTernaryLinear):
             module.backend = backend if backend in ("auto", "reference") else "kernels"
-    layers = {name: layer for name, layer in masked_layers(model) if isinstance(layer, SparseBitLinear)}
+    layers = ternary_layers(model)
     if not layers:
         return ""
     choices = choose(layers, backend, next(iter(layers.values())).weight.device, dtype, tokens)
