@@ -1,5 +1,7 @@
 """Models and trainers of the tests."""
 
+import subprocess
+import sys
 import zlib
 from functools import partial
 
@@ -83,6 +85,21 @@ def regression_loader(seed=0, batch_size=8):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, 16, generator=generator)
     return DataLoader(TensorDataset(x, x[:, :8] * 2), batch_size=batch_size)
+
+
+def imported(code, names, **options):
+    """Which of the modules ``names`` a fresh interpreter has imported after ``code``, and what it printed."""
+    code += f"\nimport sys; print('IMPORTED', *sorted({set(names)!r} & set(sys.modules)))"
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
+    printed, _, found = output.rpartition("IMPORTED")
+    return found.split(), printed
+
+
+def imported_by_help(command, names):
+    """As :func:`imported`, of a command's ``--help``."""
+    code = f"import sys; sys.argv = ['sbn', '{command}', '--help']; from sbn_lightning.cli import main\n"
+    return imported(code + "try: main()\nexcept SystemExit: pass", names)
 
 
 class Losses(Callback):

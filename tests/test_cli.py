@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from sbn_lightning.cli import TOOLS, TRAINING, main
+from tests.helpers import imported_by_help
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes/sparse_pretrain.yaml"
@@ -66,11 +67,8 @@ def test_unknown_command(capsys):
 
 
 def test_preparing_imports_neither_torch_nor_lightning():
-    code = "import sys; sys.argv = ['sbn', 'prepare', '--help']; from sbn_lightning.cli import main\n"
-    code += "try: main()\nexcept SystemExit: pass\n"
-    code += "print('HEAVY', sorted({'torch', 'lightning', 'litdata'} & set(sys.modules)))"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "HEAVY []" in output
+    heavy, output = imported_by_help("prepare", ["torch", "lightning", "litdata"])
+    assert heavy == []
     assert "--tokenizer" in output
 
 

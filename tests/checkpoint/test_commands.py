@@ -1,18 +1,14 @@
 """What the two commands share with every tool: they start at once."""
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.helpers import imported, imported_by_help
 
 
 @pytest.mark.parametrize("command", ["import-hf", "export"])
 def test_help_waits_for_no_heavy_import(command):
-    code = f"import sys; sys.argv = ['sbn', '{command}', '--help']; from sbn_lightning.cli import main\n"
-    code += "try: main()\nexcept SystemExit: pass\n"
-    code += "print('HEAVY', sorted({'torch', 'lightning', 'transformers', 'safetensors', 'gguf'} & set(sys.modules)))"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "HEAVY []" in output
+    heavy, output = imported_by_help(command, ["torch", "lightning", "transformers", "safetensors", "gguf"])
+    assert heavy == []
     assert "--output OUTPUT" in output
 
 
@@ -25,6 +21,4 @@ def test_a_model_is_read_and_written_without_lightning(tmp_path):
     code += "torch.save(lightning_file.contents(model.config, model.state_dict()), 'm.ckpt')\n"
     code += "assert main(['export', '--checkpoint', 'm.ckpt', '--output', 'out']) == 0\n"
     code += "load_model('out')\n"
-    code += "print('HEAVY', sorted({'lightning', 'transformers', 'litdata'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert "HEAVY []" in done.stdout
+    assert imported(code, ["lightning", "transformers", "litdata"], cwd=tmp_path)[0] == []

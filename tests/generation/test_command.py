@@ -12,6 +12,7 @@ from sbn_lightning.cli import main
 from sbn_lightning.data.tokenizer import byte_tokenizer
 from sbn_lightning.generation import generate
 from tests.generation.test_decoder import make
+from tests.helpers import imported, imported_by_help
 
 
 @pytest.fixture(scope="module")
@@ -163,17 +164,12 @@ def test_without_a_tokenizer(model, capsys, tmp_path):
 
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
 def test_help_imports_nothing_heavy(command):
-    code = f"import sys; sys.argv = ['sbn', '{command}', '--help']; from sbn_lightning.cli import main\n"
-    code += "try: main()\nexcept SystemExit: pass\n"
-    code += "print('HEAVY', sorted({'torch', 'lightning', 'litdata', 'transformers', 'lm_eval'} & set(sys.modules)))"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "HEAVY []" in output
+    heavy, output = imported_by_help(command, ["torch", "lightning", "litdata", "transformers", "lm_eval"])
+    assert heavy == []
     assert "--checkpoint" in output
 
 
 def test_running_imports_no_lightning(checkpoint):
     code = f"import sys; from sbn_lightning.cli import main\nmain(['generate', '--checkpoint', {checkpoint!r}, "
     code += "'--prompt', 'x', '--max_new_tokens', '1', '--device', 'cpu'])\n"
-    code += "print('HEAVY', sorted({'lightning', 'litdata', 'transformers'} & set(sys.modules)))"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "HEAVY []" in output
+    assert imported(code, ["lightning", "litdata", "transformers"])[0] == []
