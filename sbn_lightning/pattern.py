@@ -148,8 +148,8 @@ def nonzeros_per_group(values: Tensor, m: int) -> Tensor:
 def pack_mask(mask: Tensor) -> Tensor:
     """Packs bool ``[..., in_features]`` into uint8 ``[..., ceil(in_features / 8)]``, lowest bit first."""
     padded = F.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (padded * bits).sum(dim=-1, dtype=torch.uint8)
+    bits = padded << torch.arange(8, dtype=torch.uint8, device=mask.device)  # made on the device: no synchronisation
+    return bits.sum(dim=-1, dtype=torch.uint8)
 
 
 def unpack_mask(packed: Tensor, in_features: int) -> Tensor:

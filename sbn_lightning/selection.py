@@ -187,7 +187,10 @@ class _Trial:
         generator = torch.Generator(device).manual_seed(0)
         shape = layer.out_features, layer.in_features
         self.latent = torch.randn(shape, generator=generator, device=device)
-        self.x = torch.randn(tokens, layer.in_features, generator=generator, device=device).to(dtype)
+        # Integers up to 127 in each token: 8 bits hold them as they are, so no rounding hides or feigns a difference.
+        x = torch.randint(-127, 128, (tokens, layer.in_features), generator=generator, device=device)
+        x[:, 0] = 127
+        self.x = x.to(dtype)
         self.spec = WeightSpec(layer.pattern, layer.split_sizes, layer.gamma_over)
         self.bits = layer.activation_bits
 
@@ -205,8 +208,9 @@ class _Trial:
         row_scale = weight.row_scale.double()
         exact = (x8.double() @ weight.codes.double().t()) * scale.double() * row_scale
         y = self.run(backend, weight, _CHECKED).double()
-        # Tokens may round to the neighbouring integer where a kernel's division differs in the last bit.
-        tolerance = torch.finfo(self.x.dtype).eps * exact.abs() + 2 * scale.double() * row_scale.max()
+        tolerance = torch.finfo(self.x.dtype).eps * exact.abs() + 1e-5
+        if self.bits == 4:  # a mean's last bits depend on the order of its sum, and with them now and then an integer
+            tolerance += 2 * scale.double() * row_scale.max()
         return bool(((y - exact).abs() <= tolerance).all())
 
 

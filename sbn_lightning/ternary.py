@@ -67,7 +67,7 @@ def expand_scale(gamma: Tensor, split_sizes: tuple[int, ...] | None, out_feature
     """One gamma a part -> one a row: ``[parts]`` -> ``[out_features]``."""
     if split_sizes is None:
         return gamma.expand(out_features)
-    return gamma.repeat_interleave(torch.tensor(split_sizes, device=gamma.device), output_size=out_features)
+    return torch.cat([part.expand(rows) for part, rows in zip(gamma.split(1), split_sizes, strict=True)])
 
 
 def ternary_codes(weight: Tensor, row_scale: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -102,11 +102,13 @@ def quantize_activations(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         the integers times the scale approximate ``x``.
     """
     x = _wide(x.detach())
+    # Divided by tensors: CUDA multiplies by a Python number's reciprocal, and a scale that is off by its last bit turns
+    # the many exact halves among bfloat16 tokens (max|x| = 127/32, say) into neighbouring integers.
     if bits == 8:
-        scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS) / 127
+        scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS) / x.new_full((), 127)
         low, high = -128, 127
     elif bits == 4:
-        scale = x.abs().mean(dim=-1, keepdim=True).clamp(min=EPS) / 7**0.5
+        scale = x.abs().mean(dim=-1, keepdim=True).clamp(min=EPS) / x.new_full((), 7**0.5)
         low, high = -8, 7
     else:
         raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")

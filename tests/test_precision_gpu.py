@@ -7,8 +7,9 @@ from torch import nn
 
 from sbn_lightning import MaskRefresh, SparseTernaryPrecision, TernarySparseConversion
 from sbn_lightning.errors import ConfigError
-from sbn_lightning.layers import SparseBitLinear, masked_layers
+from sbn_lightning.layers import SparseBitLinear, SparseLinear, masked_layers
 from sbn_lightning.selection import engines
+from sbn_lightning.ternary import quantize_activations
 from tests.helpers import Losses, quiet_trainer, small_module, token_loader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -174,8 +175,37 @@ def test_a_compiled_layer_is_one_graph(gradients):
         assert layer.weight.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_reference_quantises_alike_on_gpu_and_cpu(dtype, bits):
+    """Where max|x| is a multiple of 127 / 2^k, half of all tokens may lie on a half: a scale's last bit decides."""
+    x = torch.randint(-254, 255, (64, 512), generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 254
+    x = (x / 2).to(dtype)
+    if bits == 4:  # sqrt(7) divides nothing evenly, and the GPU adds up in another order
+        x = torch.randn_like(x)
+    (here, scale), (there, other) = quantize_activations(x, bits), quantize_activations(x.cuda(), bits)
+    torch.testing.assert_close(other.cpu(), scale, rtol=0 if bits == 8 else 1e-6, atol=0)
+    assert torch.equal(there.cpu(), here)
+
+
+@pytest.mark.parametrize("kind", [SparseBitLinear, SparseLinear])
+def test_the_reference_does_not_synchronise(kind):
+    options = {"split_sizes": (100, 92)} if kind is SparseBitLinear else {}
+    layer = kind(256, 192, pattern="2:4", **options).cuda()
+    x = torch.randn(8, 256, device="cuda", requires_grad=True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer.refresh_mask()
+        layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_small_batches_and_generation_shapes():
     need("sparse")
+    torch.manual_seed(0)
     layer = SparseBitLinear(256, 192, bias=False, pattern="2:4").cuda()  # a bias could cancel all but the rounding
     model = nn.Sequential(layer)
     plugin = SparseTernaryPrecision("sparse")
