@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sbn_kernels.capability import capabilities
 from sbn_kernels.hopper_gemm import check_gemm_arguments
+from sbn_kernels.ops import kernel_fake, kernel_op
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def compress24(codes: Tensor) -> Tensor:
     return compressed
 
 
-@torch.library.custom_op("sbn_kernels::cusparselt_gemm", mutates_args=())
+@kernel_op("cusparselt_gemm")
 def _cusparselt_gemm(
     x8: Tensor,
     scale: Tensor,
@@ -90,7 +91,7 @@ def _cusparselt_gemm(
     return scale_accumulator(acc, scale, row_scale, bias, tokens, out_dtype)
 
 
-@_cusparselt_gemm.register_fake
+@kernel_fake("cusparselt_gemm")
 def _(
     x8: Tensor,
     scale: Tensor,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sbn_kernels.capability import UnsupportedError, capabilities, gluon_missing, interpreting, runs
 from sbn_kernels.hopper_gemm import aligned_tokens, check_gemm_arguments, check_packed, sparse_gemm, ternary_gemm
+from sbn_kernels.ops import kernel_fake, kernel_op
 
 MAX_TOKENS = 64
 _WARPS = 4096
@@ -76,7 +77,7 @@ def launch_shape(k_steps: int, row_tiles: int, token_groups: int) -> tuple[int, 
     return groups, _STEPS if token_groups <= 2 else 2
 
 
-@torch.library.custom_op("sbn_kernels::decode_gemm", mutates_args=())
+@kernel_op("decode_gemm")
 def _decode_gemm(
     x8: Tensor,
     scale: Tensor,
@@ -115,7 +116,7 @@ def _decode_gemm(
     return y
 
 
-@_decode_gemm.register_fake
+@kernel_fake("decode_gemm")
 def _(
     x8: Tensor,
     scale: Tensor,

@@ -39,6 +39,7 @@ from sbn_kernels.gradient_kernels import (
     quantize_gradient_kernel,
 )
 from sbn_kernels.hopper_gemm import ternary_gemm
+from sbn_kernels.ops import kernel_fake, kernel_op
 from sbn_kernels.portable_gemm import int8_gemm
 from sbn_kernels.quantize import empty_tokens, empty_vector
 
@@ -73,7 +74,7 @@ def _outputs(dy: Tensor, want_tokens: bool, want_channels: bool) -> tuple[Tensor
     )
 
 
-@torch.library.custom_op("sbn_kernels::quantize_gradient", mutates_args=())
+@kernel_op("quantize_gradient")
 def _quantize_gradient(
     dy: Tensor,
     row_scale: Tensor,
@@ -116,7 +117,7 @@ def _quantize_gradient(
     return outputs
 
 
-@_quantize_gradient.register_fake
+@kernel_fake("quantize_gradient")
 def _(
     dy: Tensor,
     row_scale: Tensor,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities, multiprocessors
+from sbn_kernels.ops import kernel_fake, kernel_op
 from sbn_kernels.packing import BLOCK_WORDS, K_STEP, PANEL, packed_shape
 from sbn_kernels.quantize import empty_tokens
 
@@ -85,7 +86,7 @@ def padded_to(vector: Tensor, multiple: int) -> Tensor:
     return copy
 
 
-@torch.library.custom_op("sbn_kernels::hopper_gemm", mutates_args=())
+@kernel_op("hopper_gemm")
 def _hopper_gemm(
     x8: Tensor,
     scale: Tensor,
@@ -129,7 +130,7 @@ def _hopper_gemm(
     return y
 
 
-@_hopper_gemm.register_fake
+@kernel_fake("hopper_gemm")
 def _(
     x8: Tensor,
     scale: Tensor,

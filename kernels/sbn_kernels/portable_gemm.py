@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sbn_kernels.capability import capabilities, interpreting
 from sbn_kernels.hopper_gemm import check_gemm_arguments
+from sbn_kernels.ops import kernel_fake, kernel_op
 
 
 def _config(tokens: int, features: int, inner: int, warps: int, stages: int) -> triton.Config:
@@ -68,7 +69,7 @@ def int8_gemm_kernel(
 _tuned = triton.autotune(_CONFIGS, key=["bucket", "features", "inner", "BIAS"])(int8_gemm_kernel)
 
 
-@torch.library.custom_op("sbn_kernels::int8_gemm", mutates_args=())
+@kernel_op("int8_gemm")
 def _int8_gemm(
     x8: Tensor, scale: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
@@ -94,7 +95,7 @@ def _int8_gemm(
     return y
 
 
-@_int8_gemm.register_fake
+@kernel_fake("int8_gemm")
 def _(
     x8: Tensor, scale: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:

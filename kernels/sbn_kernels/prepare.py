@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities
+from sbn_kernels.ops import kernel_fake, kernel_op
 from sbn_kernels.packing import LAYOUTS, packed_shape
 from sbn_kernels.prepare_kernels import (
     TILE_COLUMNS,
@@ -87,7 +88,7 @@ def _fresh_bits(weight: Tensor, n: int, m: int, keep: Tensor | None) -> Tensor:
     return bits
 
 
-@torch.library.custom_op("sbn_kernels::prepare_weight", mutates_args=())
+@kernel_op("prepare_weight")
 def _prepare_weight(
     weight: Tensor,
     n: int,
@@ -145,7 +146,7 @@ def _prepare_weight(
     return outputs
 
 
-@_prepare_weight.register_fake
+@kernel_fake("prepare_weight")
 def _(
     weight: Tensor,
     n: int,

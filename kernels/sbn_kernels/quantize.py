@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities, interpreting, multiprocessors
+from sbn_kernels.ops import kernel_fake, kernel_op
 
 _LOOP_BLOCK = 8192
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to an integer, half to even
@@ -115,7 +116,7 @@ def empty_vector(length: int, device: torch.device) -> Tensor:
     return torch.empty(-(-length // 256) * 256, dtype=torch.float32, device=device)[:length]
 
 
-@torch.library.custom_op("sbn_kernels::quantize_tokens", mutates_args=())
+@kernel_op("quantize_tokens")
 def _quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     capabilities(x.device if x.is_cuda else None).require("quantize")
     if x.stride(1) != 1:
@@ -144,7 +145,7 @@ def _quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-@_quantize_tokens.register_fake
+@kernel_fake("quantize_tokens")
 def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     return empty_tokens(rows, columns, x.device), empty_vector(rows, x.device)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities, interpreting
+from sbn_kernels.ops import kernel_fake, kernel_op
 from sbn_kernels.quantize import _codes, _scale, empty_tokens, empty_vector
 
 MAX_FEATURES = 32768
@@ -59,7 +60,7 @@ def swiglu_backward_kernel(
     tl.store(target + features, (d * gate * sigma).to(element), mask=inside)
 
 
-@torch.library.custom_op("sbn_kernels::swiglu_quantize", mutates_args=())
+@kernel_op("swiglu_quantize")
 def _swiglu_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     capabilities(x.device if x.is_cuda else None).require("quantize")
     if x.stride(1) != 1:
@@ -75,13 +76,13 @@ def _swiglu_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-@_swiglu_quantize.register_fake
+@kernel_fake("swiglu_quantize")
 def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     rows, features = x.shape[0], x.shape[1] // 2
     return empty_tokens(rows, features, x.device), empty_vector(rows, x.device)
 
 
-@torch.library.custom_op("sbn_kernels::swiglu_backward", mutates_args=())
+@kernel_op("swiglu_backward")
 def _swiglu_backward(d: Tensor, x: Tensor) -> Tensor:
     capabilities(x.device if x.is_cuda else None).require("quantize")
     d = d if d.stride(1) == 1 else d.contiguous()
@@ -96,7 +97,7 @@ def _swiglu_backward(d: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-@_swiglu_backward.register_fake
+@kernel_fake("swiglu_backward")
 def _(d: Tensor, x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 

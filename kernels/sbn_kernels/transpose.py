@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities
+from sbn_kernels.ops import kernel_fake, kernel_op
 from sbn_kernels.packing import packed_shape
 from sbn_kernels.prepare_kernels import pack_transposed_kernel
 from sbn_kernels.quantize import empty_tokens
@@ -52,7 +53,7 @@ def dequantize_kernel(
     tl.store(y_pointer + row.to(tl.int64)[:, None] * columns + column[None, :], y, mask=inside)
 
 
-@torch.library.custom_op("sbn_kernels::transpose_tokens", mutates_args=())
+@kernel_op("transpose_tokens")
 def _transpose_tokens(x8: Tensor) -> Tensor:
     capabilities(x8.device if x8.is_cuda else None).require("quantize")
     if x8.stride(1) != 1:
@@ -67,7 +68,7 @@ def _transpose_tokens(x8: Tensor) -> Tensor:
     return y
 
 
-@_transpose_tokens.register_fake
+@kernel_fake("transpose_tokens")
 def _(x8: Tensor) -> Tensor:
     return empty_tokens(x8.shape[1], x8.shape[0], x8.device)
 
@@ -85,7 +86,7 @@ def transpose_tokens(x8: Tensor) -> Tensor:
     return result
 
 
-@torch.library.custom_op("sbn_kernels::pack_transposed", mutates_args=())
+@kernel_op("pack_transposed")
 def _pack_transposed(codes: Tensor) -> Tensor:
     capabilities(codes.device if codes.is_cuda else None).require("prepare")
     if codes.stride(1) != 1:
@@ -98,7 +99,7 @@ def _pack_transposed(codes: Tensor) -> Tensor:
     return packed
 
 
-@_pack_transposed.register_fake
+@kernel_fake("pack_transposed")
 def _(codes: Tensor) -> Tensor:
     return torch.empty(packed_shape(codes.shape[1], codes.shape[0]), dtype=torch.int32, device=codes.device)
 
@@ -122,7 +123,7 @@ def pack_transposed(codes: Tensor) -> Tensor:
     return result
 
 
-@torch.library.custom_op("sbn_kernels::dequantize_tokens", mutates_args=())
+@kernel_op("dequantize_tokens")
 def _dequantize_tokens(x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     capabilities(x8.device if x8.is_cuda else None).require("quantize")
     if x8.stride(1) != 1:
@@ -137,7 +138,7 @@ def _dequantize_tokens(x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return y
 
 
-@_dequantize_tokens.register_fake
+@kernel_fake("dequantize_tokens")
 def _(x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty((x8.shape[0], x8.shape[1]), dtype=dtype, device=x8.device)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sbn_kernels.capability import capabilities, multiprocessors, runs
 from sbn_kernels.hopper_gemm import _layouts, aligned_tokens, padded_to
+from sbn_kernels.ops import kernel_fake, kernel_op
 from sbn_kernels.portable_gemm import int8_gemm
 
 _MOST_TOKENS = 131072  # 127 * 128 * tokens < 2^31
@@ -144,7 +145,7 @@ def _hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, lau
     return y
 
 
-@torch.library.custom_op("sbn_kernels::weight_gradient", mutates_args=())
+@kernel_op("weight_gradient")
 def _weight_gradient(
     b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, portable: bool, launch: list[int]
 ) -> Tensor:
@@ -161,7 +162,7 @@ def _weight_gradient(
     return _hopper(b8t, scale, x8t, out_dtype, launch)
 
 
-@_weight_gradient.register_fake
+@kernel_fake("weight_gradient")
 def _(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, portable: bool, launch: list[int]) -> Tensor:
     return torch.empty((b8t.shape[0], x8t.shape[0]), dtype=out_dtype, device=b8t.device)
 
