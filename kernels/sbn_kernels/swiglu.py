@@ -22,23 +22,40 @@ MAX_FEATURES = 32768
 
 
 @triton.jit
+def _product(row_pointer, features, START: tl.constexpr, BLOCK: tl.constexpr):
+    """silu(gate) * up of BLOCK columns from START on, zeros beyond the row."""
+    column = START + tl.arange(0, BLOCK)
+    gate = tl.load(row_pointer + column, mask=column < features, other=0.0).to(tl.float32)
+    up = tl.load(row_pointer + features + column, mask=column < features, other=0.0).to(tl.float32)
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _reduce(x, BITS: tl.constexpr):
+    """What the scale is made of: max|x| for 8 bits, sum|x| for 4."""
+    return tl.max(tl.abs(x), axis=0, keep_dims=True) if BITS == 8 else tl.sum(tl.abs(x), axis=0, keep_dims=True)
+
+
+@triton.jit
 def swiglu_quantize_kernel(
     x_pointer, q_pointer, scale_pointer, features, x_stride, q_stride,
-    BITS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr,
+    BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """One row: gates in the first half, ups in the second."""
+    """One row, gates in the first half, ups in the second, in two blocks: 8960 = 8192 + 768 wastes few lanes."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < features
-    gate = tl.load(x_pointer + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x_pointer + row * x_stride + features + column, mask=inside, other=0.0).to(tl.float32)
-    x = gate / (1.0 + tl.exp(-gate)) * up
-    if BITS == 8:
-        scale = _scale(tl.max(tl.abs(x), axis=0, keep_dims=True), features, BITS)
-    else:
-        scale = _scale(tl.sum(tl.abs(x), axis=0, keep_dims=True), features, BITS)
+    x_row, q_row = x_pointer + row * x_stride, q_pointer + row * q_stride
+    main = _product(x_row, features, 0, MAIN)
+    reduced = _reduce(main, BITS)
+    if TAIL > 0:
+        tail = _product(x_row, features, MAIN, TAIL)
+        reduced = tl.maximum(reduced, _reduce(tail, BITS)) if BITS == 8 else reduced + _reduce(tail, BITS)
+    scale = _scale(reduced, features, BITS)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    tl.store(q_pointer + row * q_stride + column, _codes(x, scale, inverse, BITS, FUSED), mask=inside)
+    column = tl.arange(0, MAIN)
+    tl.store(q_row + column, _codes(main, scale, inverse, BITS, FUSED), mask=column < features)
+    if TAIL > 0:
+        column = MAIN + tl.arange(0, TAIL)
+        tl.store(q_row + column, _codes(tail, scale, inverse, BITS, FUSED), mask=column < features)
     tl.store(scale_pointer + row + tl.arange(0, 1), scale)
 
 
@@ -60,6 +77,13 @@ def swiglu_backward_kernel(
     tl.store(target + features, (d * gate * sigma).to(element), mask=inside)
 
 
+def blocks(features: int) -> tuple[int, int]:
+    """Powers of two that cover a row: one, or two where they sum to less."""
+    whole = triton.next_power_of_2(features)
+    tail = triton.next_power_of_2(features - whole // 2)
+    return (whole, 0) if features == whole or tail == whole // 2 else (whole // 2, tail)
+
+
 @kernel_op("swiglu_quantize")
 def _swiglu_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     capabilities(x.device if x.is_cuda else None).require("quantize")
@@ -68,10 +92,10 @@ def _swiglu_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     rows, features = x.shape[0], x.shape[1] // 2
     q, scale = empty_tokens(rows, features, x.device), empty_vector(rows, x.device)
     if rows:
-        block = triton.next_power_of_2(features)
+        main, tail = blocks(features)
         swiglu_quantize_kernel[(rows,)](
             x, q, scale, features, x.stride(0), q.stride(0),
-            BITS=bits, BLOCK=block, FUSED=not interpreting(), num_warps=min(16, max(1, block // 512)),
+            BITS=bits, MAIN=main, TAIL=tail, FUSED=not interpreting(), num_warps=min(16, max(1, main // 512)),
         )  # fmt: skip
     return q, scale
 
