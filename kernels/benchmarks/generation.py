@@ -42,7 +42,7 @@ VARIANTS = {
 }
 PREFILL = (4, 2048)
 CHECKED, CHECKED_CONTEXT = (4, 72), 64
-ERROR = 0.1
+ERROR = 0.2
 GREEDY = Sampling()
 
 

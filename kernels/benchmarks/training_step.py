@@ -171,7 +171,7 @@ PARTS = (
     ("gradient quantisation", ("quantize_gradient", "gradient_maxima", "gradient_scales", "transpose_kernel")),
     ("token quantisation", ("quantize_rows", "quantize_long", "dequantize")),
     ("sparse and ternary GEMM", ("ternary_gemm_kernel", "decode_kernel")),
-    ("int8 GEMM", ("int8_gemm", "weight_gradient")),
+    ("int8 GEMM", ("int8_gemm", "int8_outer", "add_parts")),
     ("attention", ("flash", "fmha", "attention", "cudnn")),
     ("head and loss", ("liger", "cross_entropy", "softmax", "nll_loss")),
     ("bf16 GEMM", ("nvjet", "gemm", "cutlass", "xmma")),

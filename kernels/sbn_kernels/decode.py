@@ -22,8 +22,8 @@ from sbn_kernels.ops import kernel_fake, kernel_op
 
 MAX_TOKENS = 64
 _WARPS = 4096
-_STEPS = 4
-_FEW = 8  # tokens up to which the decode kernel beats the prefill kernel on Hopper
+_FEW = 8  # tokens up to which the decode kernel beats the prefill kernel on Hopper; 16 for few rows
+_FEW_ROWS = 45_000  # rows times tokens: each 16 rows read all tokens anew
 
 
 @triton.jit
@@ -74,7 +74,12 @@ def launch_shape(k_steps: int, row_tiles: int, token_groups: int) -> tuple[int, 
     groups = 16
     while groups > 4 and (groups * row_tiles > _WARPS or groups > k_steps):
         groups //= 2
-    return groups, _STEPS if token_groups <= 2 else 2
+    return groups, 2 if token_groups > 2 or k_steps <= 2 * groups else 4
+
+
+def prefers_decode(tokens: int, out_features: int) -> bool:
+    """Whether the decode kernel is the faster one on Hopper, as measured for 2:4 on an H200."""
+    return tokens <= _FEW or (tokens <= 2 * _FEW and tokens * out_features <= _FEW_ROWS)
 
 
 @kernel_op("decode_gemm")
@@ -177,8 +182,7 @@ def decode_gemm(
     if not portable and missing is not None:
         raise UnsupportedError(f"decode: {missing}")
     sparse = layout == "sparse24"
-    if not portable and x8.shape[0] > _FEW and runs("ternary_gemm", x8.device.index):
-        # measured: from here on the prefill kernel with a small tile is faster; the numbers are the same bits
+    if not portable and not prefers_decode(x8.shape[0], out_features) and runs("ternary_gemm", x8.device.index):
         gemm = sparse_gemm if sparse else ternary_gemm
         return gemm(x8, scale, packed, row_scale, out_features, bias, out_dtype)
     args = (x8, scale, packed, row_scale, bias, out_features, sparse, out_dtype, portable)

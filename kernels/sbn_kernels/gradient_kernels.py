@@ -95,35 +95,42 @@ def quantize_gradient_kernel(
     a_pointer, b_pointer, rows, columns, dy_stride, a_stride, b_stride, stream,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """One tile of 4 R tokens and C channels, rounded twice: ``a`` [tokens, channels] int8, ``b`` transposed.
+    """One tile of 8 R tokens and C channels, rounded twice: ``a`` [tokens, channels] int8, ``b`` transposed.
 
-    Four tensors [R, C], one for each token of every four: a call of the generator serves four tokens of a channel, and
-    four codes of ``b`` become one word before they are transposed.
+    Eight tensors [R, C], one for each token of every eight: a call of the generator serves eight tokens of a channel,
+    and eight codes of ``b`` become one word of 64 bits before they are transposed.
     """
     tiles = tl.cdiv(columns, C)
-    quad = tl.program_id(0) // tiles * R + tl.arange(0, R)
+    octet = tl.program_id(0) // tiles * R + tl.arange(0, R)
     column = tl.program_id(0) % tiles * C + tl.arange(0, C)
     there = column < columns
     row_scale = tl.load(row_scale_pointer + column, mask=there, other=0.0)[None, :]
     if CHANNELS:
         channel_inverse = tl.load(channel_inverse_pointer + column, mask=there, other=0.0)[None, :]
-        words = tl.zeros([R, C], tl.int32)
-    random = tl.philox(tl.load(seed_pointer), column[None, :], quad[:, None], stream, 0, _ROUNDS)
-    for j in tl.static_range(4):
-        row = quad * 4 + j
+        low = tl.zeros([R, C], tl.int32)
+        high = tl.zeros([R, C], tl.int32)
+    random = tl.philox(tl.load(seed_pointer), column[None, :], octet[:, None], stream, 0, _ROUNDS)
+    for j in tl.static_range(8):
+        row = octet * 8 + j
         inside = (row < rows)[:, None] & there[None, :]
         where = dy_pointer + row.to(tl.int64)[:, None] * dy_stride + column[None, :]
         dy = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+        draw = random[j // 2] >> 17 if j % 2 else random[j // 2] & 0x7FFF
         if TOKENS:
             inverse = tl.load(token_inverse_pointer + row, mask=row < rows, other=0.0)[:, None]
-            a = (_add_draw(dy * row_scale * inverse, random[j] & 0x7FFF) - _MAGIC_BITS) >> 15
+            a = (_add_draw(dy * row_scale * inverse, draw) - _MAGIC_BITS) >> 15
             where = a_pointer + row.to(tl.int64)[:, None] * a_stride + column[None, :]
             tl.store(where, a.to(tl.int8), mask=inside)
         if CHANNELS:
             token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)[:, None]
-            words |= _byte(_add_draw(dy * token_scale * channel_inverse, random[j] >> 17), j)
+            byte = _byte(_add_draw(dy * token_scale * channel_inverse, draw), j % 4)
+            if j < 4:
+                low |= byte
+            else:
+                high |= byte
     if CHANNELS:
-        b_words = b_pointer.to(tl.pointer_type(tl.int32), bitcast=True)
-        where = b_words + column.to(tl.int64)[:, None] * (b_stride // 4) + quad[None, :]
-        words = words ^ -2139062144  # bit 7 of every byte
-        tl.store(where, tl.trans(words), mask=there[:, None] & (quad * 4 < rows)[None, :])
+        b_words = b_pointer.to(tl.pointer_type(tl.int64), bitcast=True)
+        where = b_words + column.to(tl.int64)[:, None] * (b_stride // 8) + octet[None, :]
+        low, high = low ^ -2139062144, high ^ -2139062144  # bit 7 of every byte
+        words = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+        tl.store(where, tl.trans(words), mask=there[:, None] & (octet * 8 < rows)[None, :])

@@ -14,8 +14,9 @@ Stochastic rounding (Gupta et al., arXiv 1502.02551), in fixed point: with 2^15 
 ``q = floor((round(2^15 v / s) + draw) / 2^15)``, ``draw`` uniform in 0 .. 2^15 - 1. Its mean is exactly the value
 rounded to 2^-15 of a step, the precision that float32 has at the row's maximum. The scale is the maximum over
 ``127 - 2^-14``, so that no draw leaves [-127, 127] and nothing needs clamping. Draws come from Philox-4x32 with 7
-rounds (Salmon et al., SC 2011; passes BigCrush), keyed by the seed, counted by (channel, token // 4, stream): the same
-bits whatever the launch. The low and the high 15 bits of a word round ``a8`` and ``b8``, independently.
+rounds (Salmon et al., SC 2011; passes BigCrush), keyed by the seed, counted by (channel, token // 8, stream): the same
+bits whatever the launch. The low and the high 15 bits of a word serve two tokens. ``a8`` and ``b8`` share an element's
+draw: each is unbiased, and no gradient multiplies one by the other.
 
 A NaN or infinity in ``dy`` makes the scale of its token and of its channel NaN or infinite, so the gradients show it.
 Three launches: maxima (one read of ``dy``), scales, rounding (the second read).
@@ -108,11 +109,11 @@ def _quantize_gradient(
         gradient_scales_kernel[(triton.cdiv(maxima.numel(), 1024),)](maxima, sa, sb, *lengths, BLOCK=1024)
     token_inverse, channel_inverse = maxima.view(torch.float32).split(lengths)
     if rows > 0:
-        quads, block_columns = 16, 64
-        quantize_gradient_kernel[(triton.cdiv(rows, 4 * quads) * triton.cdiv(columns, block_columns),)](
+        octets, block_columns = 8, 64
+        quantize_gradient_kernel[(triton.cdiv(rows, 8 * octets) * triton.cdiv(columns, block_columns),)](
             dy, row_scale, token_scale, token_inverse, channel_inverse, seed, a, b, rows, columns, dy.stride(0),
             a.stride(0), b.stride(0), stream,
-            TOKENS=want_tokens, CHANNELS=want_channels, R=quads, C=block_columns, num_warps=4, enable_fp_fusion=False,
+            TOKENS=want_tokens, CHANNELS=want_channels, R=octets, C=block_columns, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return outputs
 
@@ -182,19 +183,19 @@ def _high_and_low(multiplier: int, value: Tensor) -> tuple[Tensor, Tensor]:
     return upper >> 16, multiplier * value & _WORD
 
 
-def gradient_draws(tokens: int, channels: int, seed: Tensor, stream: int = 0) -> tuple[Tensor, Tensor]:
-    """The draws, int64 in 0 .. 2^15 - 1, ``[tokens, channels]`` each: for ``a8`` and for ``b8``. In plain PyTorch."""
+def gradient_draws(tokens: int, channels: int, seed: Tensor, stream: int = 0) -> Tensor:
+    """The draws, int64 in 0 .. 2^15 - 1, ``[tokens, channels]``, in plain PyTorch."""
     channel = torch.arange(channels, device=seed.device)[None, :]
-    quad = torch.arange(-(-tokens // 4), device=seed.device)[:, None]
-    whole = torch.zeros(quad.shape[0], channels, dtype=torch.int64, device=seed.device)
-    c0, c1, c2, c3 = channel + whole, quad + whole, whole + stream, whole
+    octet = torch.arange(-(-tokens // 8), device=seed.device)[:, None]
+    whole = torch.zeros(octet.shape[0], channels, dtype=torch.int64, device=seed.device)
+    c0, c1, c2, c3 = channel + whole, octet + whole, whole + stream, whole
     k0, k1 = seed.reshape(()) & _WORD, (seed.reshape(()) >> 32) & _WORD
     for _ in range(ROUNDS):
         (high_a, low_a), (high_b, low_b) = _high_and_low(0xD2511F53, c0), _high_and_low(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    words = torch.stack([c0, c1, c2, c3], 1).flatten(0, 1)[:tokens]
-    return words & 0x7FFF, words >> 17
+    words = torch.stack([c0, c1, c2, c3], 1)
+    return torch.stack([words & 0x7FFF, words >> 17], 2).flatten(0, 2)[:tokens]
 
 
 def quantize_gradient_reference(
@@ -213,9 +214,9 @@ def quantize_gradient_reference(
         fixed = fixed.nan_to_num(0.0, 0.0, 0.0).long()
         return (fixed + draw >> 15).to(torch.int8), largest / value.new_tensor(LEVELS / 2**15)
 
-    draw_a, draw_b = gradient_draws(dy.shape[0], dy.shape[1], seed, stream)
-    a, sa = rounded(dy.float() * row_scale, draw_a, 1)
-    b, sb = rounded(dy.float() * token_scale[:, None], draw_b, 0)
+    draw = gradient_draws(dy.shape[0], dy.shape[1], seed, stream)
+    a, sa = rounded(dy.float() * row_scale, draw, 1)
+    b, sb = rounded(dy.float() * token_scale[:, None], draw, 0)
     return QuantizedGradient(a, sa, b.t().contiguous(), sb)
 
 

@@ -95,7 +95,7 @@ def _swiglu_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         main, tail = blocks(features)
         swiglu_quantize_kernel[(rows,)](
             x, q, scale, features, x.stride(0), q.stride(0),
-            BITS=bits, MAIN=main, TAIL=tail, FUSED=not interpreting(), num_warps=min(16, max(1, main // 512)),
+            BITS=bits, MAIN=main, TAIL=tail, FUSED=not interpreting(), num_warps=min(8, max(1, main // 1024)),
         )  # fmt: skip
     return q, scale
 
