@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import (
@@ -249,6 +249,16 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
+def _keep_quantized_tokens() -> tuple[Any, Any]:
+    """What activation checkpointing saves besides a block's input: int8 tokens from kernels, not quantised twice."""
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = str(op) in ("sbn_kernels.quantize_tokens.default", "sbn_kernels.swiglu_quantize.default")
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 class TernaryTransformer(nn.Module):
     """Token ids in, logits or loss out.
 
@@ -329,7 +339,7 @@ class TernaryTransformer(nn.Module):
             rope = self.cos[positions_BT].unsqueeze(1), self.sin[positions_BT].unsqueeze(1)
         for i, block in enumerate(self.blocks):
             if self.config.activation_checkpointing and self.training:
-                x_BTD = checkpoint(block, x_BTD, *rope, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, *rope, use_reentrant=False, context_fn=_keep_quantized_tokens)
             elif attend is None:
                 x_BTD = block(x_BTD, *rope)
             else:

@@ -212,7 +212,8 @@ def profile(step: Callable[[], None], top: int = 12) -> None:
 def measure(path: Path, name: str, args: argparse.Namespace) -> None:
     """Times one variant; a variant that cannot run is named with the reason, and leaves no row."""
     changes = {"n_layers": args.layers} if args.layers else {}
-    config = TransformerConfig.preset(args.shape, max_sequence_length=SEQUENCE_LENGTH, **changes)
+    changes |= {"max_sequence_length": SEQUENCE_LENGTH, "activation_checkpointing": args.checkpointing}
+    config = TransformerConfig.preset(args.shape, **changes)
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     step = Step(name, config, args.sequences, args.accumulate)
@@ -234,7 +235,13 @@ def measure(path: Path, name: str, args: argparse.Namespace) -> None:
     peak = peak_flops(torch.device("cuda"))
     worth = flops_per_token(step.model, SEQUENCE_LENGTH) * tokens / (ms / 1e3)
     row: dict[str, object] = {"shape": args.shape, "tokens_per_step": tokens, "micro_batch": args.sequences}
-    row |= {"variant": name, "ms": ms, "tokens_per_s": 1e3 * tokens / ms, "mfu": worth / peak if peak else float("nan")}
+    row |= {
+        "checkpointing": args.checkpointing,
+        "variant": name,
+        "ms": ms,
+        "tokens_per_s": 1e3 * tokens / ms,
+        "mfu": worth / peak if peak else float("nan"),
+    }
     row |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "syncs": syncs[0], "setup_s": setup}
     append(path, row)
     if args.profile:
@@ -249,6 +256,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8, help="sequences of 2,048 tokens in a micro-batch")
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches in a step")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--profile", action="store_true", help="also print where the time of one step goes")
     parser.add_argument("--append", action="store_true", help="keep the rows that the CSV has")
     args = parser.parse_args()

@@ -9,10 +9,11 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, Trainer
+from sbn_kernels import swiglu
 
 from sbn_lightning import DenseToSparseRamp, MaskRefresh, SparseEMAWeightAveraging, SparseTernaryPrecision
 from sbn_lightning.kernel_backends import Gradients, KernelBackend
-from sbn_lightning.layers import SparseBitLinear
+from sbn_lightning.layers import SparseBitLinear, ternary_layers
 from tests.helpers import Losses, quiet_trainer, small_module, token_loader
 
 TINY = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 16}  # the interpreter takes its time
@@ -180,6 +181,22 @@ def test_int8_gradients_are_reproducible_and_resume_exactly(tmp_path: Path) -> N
 def test_recomputed_activations_round_as_the_first_ones_did() -> None:
     plugins = [SparseTernaryPrecision("int8", gradients="int8", dtype="fp32") for _ in range(2)]
     assert train(plugins[0], checkpointing=True).losses == train(plugins[1]).losses
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_recomputed_blocks_do_not_quantise_again(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, blocks = [], swiglu.blocks
+    monkeypatch.setattr(swiglu, "blocks", lambda features: runs.append(features) or blocks(features))
+    module = small_module(pattern="2:4", activation_checkpointing=True, **TINY)
+    backend = KernelBackend("portable")
+    for layer in ternary_layers(module).values():
+        layer.backend = backend
+    if compile:
+        module.model.compile_blocks()
+    tokens = torch.randint(32, (2, 9))
+    module.model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert len(runs) == TINY["n_layers"]
+    assert all(parameter.grad is not None for parameter in module.parameters())
 
 
 def test_callbacks_and_averages_see_what_they_see_on_the_reference() -> None:
