@@ -209,8 +209,8 @@ def profile(step: Callable[[], None], top: int = 12) -> None:
         print(f"      {ms:8.2f} ms  {name[:110]}")
 
 
-def measure(path: Path, name: str, args: argparse.Namespace) -> None:
-    """Times one variant; a variant that cannot run is named with the reason, and leaves no row."""
+def measure(path: Path, name: str, args: argparse.Namespace, base: dict[str, float]) -> None:
+    """Times one variant; ``base`` keeps the time of the BF16 dense model for those after it."""
     changes = {"n_layers": args.layers} if args.layers else {}
     changes |= {"max_sequence_length": SEQUENCE_LENGTH, "activation_checkpointing": args.checkpointing}
     config = TransformerConfig.preset(args.shape, **changes)
@@ -235,14 +235,10 @@ def measure(path: Path, name: str, args: argparse.Namespace) -> None:
     peak = peak_flops(torch.device("cuda"))
     worth = flops_per_token(step.model, SEQUENCE_LENGTH) * tokens / (ms / 1e3)
     row: dict[str, object] = {"shape": args.shape, "tokens_per_step": tokens, "micro_batch": args.sequences}
-    row |= {
-        "checkpointing": args.checkpointing,
-        "variant": name,
-        "ms": ms,
-        "tokens_per_s": 1e3 * tokens / ms,
-        "mfu": worth / peak if peak else float("nan"),
-    }
-    row |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "syncs": syncs[0], "setup_s": setup}
+    row |= {"checkpointing": args.checkpointing, "variant": name, "ms": ms, "tokens_per_s": 1e3 * tokens / ms}
+    row |= {"vs_bf16": base.setdefault("ms", ms) / ms if name == "bf16 dense" or base else ""}
+    row |= {"mfu": worth / peak if peak else float("nan"), "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    row |= {"syncs": syncs[0], "setup_s": setup}
     append(path, row)
     if args.profile:
         profile(step)
@@ -264,9 +260,10 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     path = Path(__file__).parent / "results" / "training_step.csv" if args.append else fresh_results("training_step")
     print(header())
+    base: dict[str, float] = {}
     for name in args.variants:
         try:
-            measure(path, name, args)
+            measure(path, name, args, base)
         except (ImportError, torch.OutOfMemoryError) as error:
             print(f"{name}: not measured: {str(error).splitlines()[0]}", flush=True)
         gc.collect()
