@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sbn_kernels.capability import UnsupportedError, capabilities, gluon_missing, interpreting, runs
 from sbn_kernels.hopper_gemm import aligned_tokens, check_gemm_arguments, check_packed, sparse_gemm, ternary_gemm
-from sbn_kernels.ops import kernel_fake, kernel_op
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2
 
 MAX_TOKENS = 64
 _WARPS = 4096
@@ -103,15 +103,15 @@ def _decode_gemm(
     some_bias = scale if bias is None else bias
     if portable:
         x8 = x8 if x8.stride(1) == 1 else x8.contiguous()
-        decode_portable_kernel[(triton.cdiv(out_features, 64),)](
+        decode_portable_kernel[(ceil_div(out_features, 64),)](
             x8, packed, y, scale, row_scale, some_bias, tokens, out_features, columns, k_steps, x8.stride(0),
-            BIAS=bias is not None, BT=max(16, triton.next_power_of_2(tokens)),
+            BIAS=bias is not None, BT=max(16, next_power_of_2(tokens)),
         )  # fmt: skip
         return y
     x8 = aligned_tokens(x8)
     words = torch.as_strided(x8, (tokens, x8.stride(0)), (x8.stride(0), 1)).view(torch.int32)
-    row_tiles = triton.cdiv(out_features, 16)
-    token_groups = triton.next_power_of_2(triton.cdiv(tokens, 8))
+    row_tiles = ceil_div(out_features, 16)
+    token_groups = next_power_of_2(ceil_div(tokens, 8))
     groups, prefetch = launch_shape(k_steps, row_tiles, token_groups)
     _device_code().decode_kernel[(row_tiles,)](
         words, packed, y, scale, row_scale, some_bias, tokens, out_features, k_steps, x8.stride(0) // 4,

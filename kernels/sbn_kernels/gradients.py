@@ -27,7 +27,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities, multiprocessors
@@ -40,7 +39,7 @@ from sbn_kernels.gradient_kernels import (
     quantize_gradient_kernel,
 )
 from sbn_kernels.hopper_gemm import ternary_gemm
-from sbn_kernels.ops import kernel_fake, kernel_op
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op
 from sbn_kernels.portable_gemm import int8_gemm
 from sbn_kernels.quantize import empty_tokens, empty_vector
 
@@ -95,22 +94,22 @@ def _quantize_gradient(
     token_max, channel_max = maxima.split(lengths)
     block_rows, block_columns = 8, 256
     if rows > 0:
-        strips = triton.cdiv(columns, block_columns)
-        spans = triton.cdiv(rows, block_rows)
+        strips = ceil_div(columns, block_columns)
+        spans = ceil_div(rows, block_rows)
         if dy.is_cuda:  # about sixteen programs a multiprocessor: few atomic operations, and none idle
             spans = min(spans, max(1, 16 * multiprocessors(dy.device.index) // strips))
-        span = triton.cdiv(triton.cdiv(rows, spans), block_rows) * block_rows
-        gradient_maxima_kernel[(strips, triton.cdiv(rows, span))](
+        span = ceil_div(ceil_div(rows, spans), block_rows) * block_rows
+        gradient_maxima_kernel[(strips, ceil_div(rows, span))](
             dy, row_scale, token_scale, token_max, channel_max, rows, columns, dy.stride(0), span,
             TOKENS=want_tokens, CHANNELS=want_channels, R=block_rows, C=block_columns, num_warps=4,
             enable_fp_fusion=False,
         )  # fmt: skip
     if maxima.numel() > 0:
-        gradient_scales_kernel[(triton.cdiv(maxima.numel(), 1024),)](maxima, sa, sb, *lengths, BLOCK=1024)
+        gradient_scales_kernel[(ceil_div(maxima.numel(), 1024),)](maxima, sa, sb, *lengths, BLOCK=1024)
     token_inverse, channel_inverse = maxima.view(torch.float32).split(lengths)
     if rows > 0:
         octets, block_columns = 8, 64
-        quantize_gradient_kernel[(triton.cdiv(rows, 8 * octets) * triton.cdiv(columns, block_columns),)](
+        quantize_gradient_kernel[(ceil_div(rows, 8 * octets) * ceil_div(columns, block_columns),)](
             dy, row_scale, token_scale, token_inverse, channel_inverse, seed, a, b, rows, columns, dy.stride(0),
             a.stride(0), b.stride(0), stream,
             TOKENS=want_tokens, CHANNELS=want_channels, R=octets, C=block_columns, num_warps=4, enable_fp_fusion=False,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sbn_kernels.capability import capabilities, interpreting
 from sbn_kernels.hopper_gemm import check_gemm_arguments
-from sbn_kernels.ops import kernel_fake, kernel_op
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2
 
 
 def _config(tokens: int, features: int, inner: int, warps: int, stages: int) -> triton.Config:
@@ -83,13 +83,13 @@ def _int8_gemm(
         return y
     args = (
         x8, codes, y, scale, row_scale, scale if bias is None else bias, tokens, features, inner, x8.stride(0),
-        codes.stride(0), triton.next_power_of_2(tokens),
+        codes.stride(0), next_power_of_2(tokens),
     )  # fmt: skip
     if interpreting():
-        grid = (triton.cdiv(tokens, 32) * triton.cdiv(features, 64),)
+        grid = (ceil_div(tokens, 32) * ceil_div(features, 64),)
         int8_gemm_kernel[grid](*args, BIAS=bias is not None, BM=32, BN=64, BK=64)
     else:
-        _tuned[lambda meta: (triton.cdiv(tokens, meta["BM"]) * triton.cdiv(features, meta["BN"]),)](
+        _tuned[lambda meta: (ceil_div(tokens, meta["BM"]) * ceil_div(features, meta["BN"]),)](
             *args, BIAS=bias is not None, enable_fp_fusion=False
         )
     return y

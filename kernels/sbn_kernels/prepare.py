@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities
-from sbn_kernels.ops import kernel_fake, kernel_op
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2
 from sbn_kernels.packing import LAYOUTS, packed_shape
 from sbn_kernels.prepare_kernels import (
     TILE_COLUMNS,
@@ -77,11 +76,11 @@ def _outputs(
 def _fresh_bits(weight: Tensor, n: int, m: int, keep: Tensor | None) -> Tensor:
     """Mask bits of any group size, rows padded to whole int32 words."""
     out, columns = weight.shape
-    padded = triton.next_power_of_2(m)
+    padded = next_power_of_2(m)
     groups = columns // m
     block = max(8, 512 // padded)
     bits = torch.zeros((out, -(-columns // 32) * 4), dtype=torch.uint8, device=weight.device)
-    mask_kernel[(out, triton.cdiv(groups, block))](
+    mask_kernel[(out, ceil_div(groups, block))](
         weight, weight if keep is None else keep, bits.view(torch.int32), out, columns, groups, weight.stride(0),
         bits.shape[1], N=n, M=m, PADDED=padded, KEEP=keep is not None, GROUPS=block,
     )  # fmt: skip
@@ -118,7 +117,7 @@ def _prepare_weight(
     if gamma is None:
         sums = torch.empty(out, dtype=torch.float32, device=weight.device)
         counts = torch.empty(out if masked else 0, dtype=torch.int32, device=weight.device)
-        block = min(4096, triton.next_power_of_2(columns))
+        block = min(4096, next_power_of_2(columns))
         row_sums_kernel[(out,)](
             weight, given if masked else weight, sums, counts, columns, weight.stride(0),
             given.stride(0) if masked and given is not None else 0, MASKED=masked, BLOCK=block,
@@ -134,7 +133,7 @@ def _prepare_weight(
         first += size
     group = m if given is None and not dense else 4
     rows_padded = packed_shape(out, columns)[0] * 128 if layout != "none" else out
-    prepare_kernel[(triton.cdiv(rows_padded, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS))](
+    prepare_kernel[(ceil_div(rows_padded, TILE_ROWS), ceil_div(columns, TILE_COLUMNS))](
         weight, row_scale, weight if given is None else given, weight if old_mask_bits is None else old_mask_bits,
         weight if keep is None else keep, bits, codes, packed, stats,
         out, columns, packed.shape[1], weight.stride(0), 0 if given is None else given.stride(0),

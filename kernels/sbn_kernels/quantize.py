@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities, interpreting, multiprocessors
-from sbn_kernels.ops import kernel_fake, kernel_op
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2
 
 _LOOP_BLOCK = 8192
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to an integer, half to even
@@ -127,11 +127,11 @@ def _quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if rows == 0:
         return q, scale
     fused = not interpreting()
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     if block <= 16384:
         per = max(1, 2048 // block)
         warps = min(16, max(4, per * block // 512))
-        programs = triton.cdiv(rows, per)
+        programs = ceil_div(rows, per)
         if x.is_cuda:  # as many as fit at once, for the loop over rows to have a next one
             programs = min(programs, multiprocessors(x.device.index) * max(1, 32 // warps))
         quantize_rows_kernel[(programs,)](

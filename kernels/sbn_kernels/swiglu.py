@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities, interpreting
-from sbn_kernels.ops import kernel_fake, kernel_op
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2
 from sbn_kernels.quantize import _codes, _scale, empty_tokens, empty_vector
 
 MAX_FEATURES = 32768
@@ -79,8 +79,8 @@ def swiglu_backward_kernel(
 
 def blocks(features: int) -> tuple[int, int]:
     """Powers of two that cover a row: one, or two where they sum to less."""
-    whole = triton.next_power_of_2(features)
-    tail = triton.next_power_of_2(features - whole // 2)
+    whole = next_power_of_2(features)
+    tail = next_power_of_2(features - whole // 2)
     return (whole, 0) if features == whole or tail == whole // 2 else (whole // 2, tail)
 
 
@@ -114,8 +114,8 @@ def _swiglu_backward(d: Tensor, x: Tensor) -> Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, features = d.shape
     if rows:
-        block = min(2048, triton.next_power_of_2(features))
-        swiglu_backward_kernel[(rows, triton.cdiv(features, block))](
+        block = min(2048, next_power_of_2(features))
+        swiglu_backward_kernel[(rows, ceil_div(features, block))](
             d, x, dx, features, d.stride(0), x.stride(0), BLOCK=block, num_warps=4
         )
     return dx

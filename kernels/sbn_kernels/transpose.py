@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities
-from sbn_kernels.ops import kernel_fake, kernel_op
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op
 from sbn_kernels.packing import packed_shape
 from sbn_kernels.prepare_kernels import pack_transposed_kernel
 from sbn_kernels.quantize import empty_tokens
@@ -62,7 +62,7 @@ def _transpose_tokens(x8: Tensor) -> Tensor:
     y = empty_tokens(columns, rows, x8.device)
     if x8.numel() > 0:
         quads, block = 32, 128
-        transpose_kernel[(triton.cdiv(rows, 4 * quads) * triton.cdiv(columns, block),)](
+        transpose_kernel[(ceil_div(rows, 4 * quads) * ceil_div(columns, block),)](
             x8, y, rows, columns, x8.stride(0), y.stride(0), R=quads, C=block, num_warps=4
         )
     return y
@@ -132,7 +132,7 @@ def _dequantize_tokens(x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty((rows, columns), dtype=dtype, device=x8.device)
     if x8.numel() > 0:
         block_rows, block = 4, 1024
-        dequantize_kernel[(triton.cdiv(rows, block_rows) * triton.cdiv(columns, block),)](
+        dequantize_kernel[(ceil_div(rows, block_rows) * ceil_div(columns, block),)](
             x8, scale, y, rows, columns, x8.stride(0), R=block_rows, C=block, num_warps=4
         )
     return y
