@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -66,7 +67,8 @@ def show(trainer: Run, module: nn.Module, name: str, value: float, *, logger: bo
     """Puts a value in the progress bar, and in the logs unless ``logger`` is False."""
     if isinstance(trainer, Trainer):
         assert isinstance(module, LightningModule)
-        module.log(name, value, prog_bar=True, logger=logger)
+        # A tensor on the CPU: a number would be copied to the device, and the host would wait for the copy.
+        module.log(name, torch.tensor(float(value)), prog_bar=True, logger=logger)
     else:
         trainer.show(name, value, logger=logger)
 
