@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sbn_lightning import pattern
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.pattern import (
     NMPattern,
@@ -55,6 +56,15 @@ def test_ranks_are_a_permutation_of_each_group(m, dtype):
     weight = torch.randn(6, 3 * m, dtype=dtype)
     ranks = group_ranks(weight, m).unflatten(-1, (-1, m))
     assert ranks.sort(-1).values.tolist() == torch.arange(m).expand(6, 3, m).tolist()
+
+
+@pytest.mark.parametrize("m", range(1, 9))
+def test_both_ways_to_rank_agree(m):
+    """Also on ties and NaN: a run may move between the GPU's way and the CPU's."""
+    groups = torch.randint(3, (7, 50, m)).float()
+    groups[torch.rand(groups.shape) < 0.1] = float("nan")
+    ranks = pattern._ranks_by_pairs(groups.movedim(-1, 0)).movedim(0, -1)
+    assert torch.equal(pattern._ranks_at_once(groups), ranks)
 
 
 def test_keep_may_differ_by_row():

@@ -2,8 +2,9 @@
 
 python kernels/benchmarks/render.py kernels/benchmarks/results/layer_forward.csv [--summary]
 
-With ``--summary`` the layer benchmark becomes one row a shape, times in ms and ratios to bf16, and that of generation
-one row a model and batch, tokens a second and the same ratios: the README's tables.
+With ``--summary`` the layer benchmark becomes one row a shape, times in ms and ratios to bf16, that of generation one
+row a model and batch, and that of training steps one row a variant, tokens a second and the same ratios: the README's
+tables.
 """
 
 from __future__ import annotations
@@ -50,7 +51,22 @@ SUMMARY = (
 def summarize(path: Path) -> str:
     """The README's table of a benchmark, with ratios to bf16 in the same run."""
     rows, where = _read(path)
-    return (_summarize_generation if "same" in rows[0] else _summarize_layers)(rows, where)
+    kinds = {"same": _summarize_generation, "mfu": _summarize_steps}
+    return next((kind for column, kind in kinds.items() if column in rows[0]), _summarize_layers)(rows, where)
+
+
+def _summarize_steps(rows: list[dict[str, str]], where: str) -> str:
+    table: dict[str, dict[str, str]] = {}
+    for row in rows:
+        shape = row["shape"] + (", checkpointing" if row["checkpointing"] == "True" else "")
+        cell = f"{float(row['tokens_per_s']):,.0f} ({float(row['vs_bf16']):.2f}x), {float(row['peak_gib']):.0f} GiB"
+        table.setdefault(row["variant"], {})[shape] = cell
+    shapes = sorted({shape for cells in table.values() for shape in cells})
+    lines = [where, "", "| tokens/s | " + " | ".join(shapes) + " |", "|" + " --- |" * (len(shapes) + 1)]
+    lines += [
+        f"| {name} | " + " | ".join(cells.get(shape, "") for shape in shapes) + " |" for name, cells in table.items()
+    ]
+    return "\n".join(lines)
 
 
 def _summarize_generation(rows: list[dict[str, str]], where: str) -> str:
