@@ -150,7 +150,7 @@ class SparseBitNet(LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/perplexity", loss.detach().exp(), prog_bar=True)
         # A tensor on the CPU: a number would be copied to the device, and the host would wait for the copy.
-        self.log("learning_rate", torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
+        self.log("learning_rate", torch.as_tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:

@@ -187,10 +187,11 @@ class _Trial:
         generator = torch.Generator(device).manual_seed(0)
         shape = layer.out_features, layer.in_features
         self.latent = torch.randn(shape, generator=generator, device=device)
-        # Integers up to 127 in each token: 8 bits hold them as they are, so no rounding hides or feigns a difference.
+        # Integers up to 127 times a power of two, another one for each token's neighbour: 8 bits hold them as they are,
+        # so no rounding hides or feigns a difference, and a scale that is dropped or another token's shows.
         x = torch.randint(-127, 128, (tokens, layer.in_features), generator=generator, device=device)
         x[:, 0] = 127
-        self.x = x.to(dtype)
+        self.x = (x * 2.0 ** (torch.arange(tokens, device=device) % 7 - 3).unsqueeze(1)).to(dtype)
         self.spec = WeightSpec(layer.pattern, layer.split_sizes, layer.gamma_over)
         self.bits = layer.activation_bits
 
@@ -208,7 +209,7 @@ class _Trial:
         row_scale = weight.row_scale.double()
         exact = (x8.double() @ weight.codes.double().t()) * scale.double() * row_scale
         y = self.run(backend, weight, _CHECKED).double()
-        tolerance = torch.finfo(self.x.dtype).eps * exact.abs() + 1e-5
+        tolerance = torch.finfo(self.x.dtype).eps * exact.abs() + 1e-5 * scale.double() * row_scale
         if self.bits == 4:  # a mean's last bits depend on the order of its sum, and with them now and then an integer
             tolerance += 2 * scale.double() * row_scale.max()
         return bool(((y - exact).abs() <= tolerance).all())

@@ -103,7 +103,8 @@ def quantize_activations(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     x = _wide(x.detach())
     # Divided by tensors: CUDA multiplies by a Python number's reciprocal, and a scale that is off by its last bit turns
-    # the many exact halves among bfloat16 tokens (max|x| = 127/32, say) into neighbouring integers.
+    # the many exact halves among bfloat16 tokens (max|x| = 127/32, say) into neighbouring integers. A compiler may
+    # still divide in its own way.
     if bits == 8:
         scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS) / x.new_full((), 127)
         low, high = -128, 127

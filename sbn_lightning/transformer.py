@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from sbn_lightning.backends import REFERENCE
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import (
     Gradient,
@@ -69,7 +70,8 @@ class TransformerConfig:
         mask_source: ``"latent"`` or ``"ternary"``; see :class:`SparseBitLinear`.
         gradient: ``"dense"`` or ``"masked"``; see :class:`SparseBitLinear`.
         gamma_over: ``"dense"``, ``"kept"`` or ``"masked"``; see :class:`SparseBitLinear`.
-        activation_checkpointing: Recompute each block in the backward pass instead of saving its activations.
+        activation_checkpointing: Recompute each block in the backward pass instead of saving its activations. What
+            kernels have quantised is kept, and goes with the first backward pass through it.
         loss: Implementation of head and cross-entropy; see :mod:`sbn_lightning.loss`.
 
     Raises:
@@ -249,14 +251,25 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
+_QUANTIZING_OPS = ("sbn_kernels.quantize_tokens.default", "sbn_kernels.swiglu_quantize.default")
+
+
 def _keep_quantized_tokens() -> tuple[Any, Any]:
     """What activation checkpointing saves besides a block's input: int8 tokens from kernels, not quantised twice."""
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        kept = str(op) in ("sbn_kernels.quantize_tokens.default", "sbn_kernels.swiglu_quantize.default")
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if str(op) in _QUANTIZING_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def _checkpoint(block: nn.Module, x_BTD: Tensor, *rope: Tensor) -> Tensor:
+    """``block(x, *rope)``, recomputed in the backward pass."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    if any(isinstance(layer, SparseBitLinear) and layer.backend is not REFERENCE for layer in block.modules()):
+        options["context_fn"] = _keep_quantized_tokens
+    y: Tensor = checkpoint(block, x_BTD, *rope, **options)
+    return y
 
 
 class TernaryTransformer(nn.Module):
@@ -339,7 +352,7 @@ class TernaryTransformer(nn.Module):
             rope = self.cos[positions_BT].unsqueeze(1), self.sin[positions_BT].unsqueeze(1)
         for i, block in enumerate(self.blocks):
             if self.config.activation_checkpointing and self.training:
-                x_BTD = checkpoint(block, x_BTD, *rope, use_reentrant=False, context_fn=_keep_quantized_tokens)
+                x_BTD = _checkpoint(block, x_BTD, *rope)
             elif attend is None:
                 x_BTD = block(x_BTD, *rope)
             else:

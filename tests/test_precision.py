@@ -15,6 +15,7 @@ from sbn_lightning.backends import REFERENCE, ReferenceBackend
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import SparseBitLinear
 from sbn_lightning.selection import _Trial, choose, engines, table
+from sbn_lightning.ternary import quantize_activations
 from tests.helpers import (
     ForeignModule,
     Interrupted,
@@ -251,7 +252,18 @@ def test_a_backend_with_a_wrong_product_is_told_from_a_right_one(bits):
             y[0, 0] += 40 * prepared.row_scale[0] * x[0].abs().max() / (127 if bits == 8 else 1)
             return y
 
+    class Scaleless(ReferenceBackend):
+        def linear(self, x, latent, prepared, gradient_mask, activation_bits, swiglu=False):
+            x8, _ = quantize_activations(x, activation_bits)
+            return (x8.float() @ prepared.codes.float().t() * prepared.row_scale).to(x.dtype)
+
+    class Shifted(ReferenceBackend):
+        def linear(self, x, latent, prepared, gradient_mask, activation_bits, swiglu=False):
+            x8, scale = quantize_activations(x, activation_bits)
+            return (x8.float() @ prepared.codes.float().t() * scale.roll(1, 0) * prepared.row_scale).to(x.dtype)
+
     layer = SparseBitLinear(64, 48, pattern="2:4", split_sizes=(32, 16), activation_bits=bits)
     trial = _Trial(layer, torch.device("cpu"), torch.bfloat16, 40)
     assert trial.agrees(REFERENCE, trial.prepare(REFERENCE))
-    assert not trial.agrees(Lossy(), trial.prepare(Lossy()))
+    for wrong in (Lossy(), Scaleless(), Shifted()):
+        assert not trial.agrees(wrong, trial.prepare(wrong)), wrong

@@ -59,7 +59,8 @@ def _summarize_steps(rows: list[dict[str, str]], where: str) -> str:
     table: dict[str, dict[str, str]] = {}
     for row in rows:
         shape = row["shape"] + (", checkpointing" if row["checkpointing"] == "True" else "")
-        cell = f"{float(row['tokens_per_s']):,.0f} ({float(row['vs_bf16']):.2f}x), {float(row['peak_gib']):.0f} GiB"
+        ratio = f" ({float(row['vs_bf16']):.2f}x)" if row["vs_bf16"] else ""
+        cell = f"{float(row['tokens_per_s']):,.0f}{ratio}, {float(row['peak_gib']):.0f} GiB"
         table.setdefault(row["variant"], {})[shape] = cell
     shapes = sorted({shape for cells in table.values() for shape in cells})
     lines = [where, "", "| tokens/s | " + " | ".join(shapes) + " |", "|" + " --- |" * (len(shapes) + 1)]

@@ -16,14 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.capability import UnsupportedError, capabilities, gluon_missing, interpreting, runs
+from sbn_kernels.capability import UnsupportedError, capabilities, gluon_missing, interpreting, multiprocessors, runs
 from sbn_kernels.hopper_gemm import aligned_tokens, check_gemm_arguments, check_packed, sparse_gemm, ternary_gemm
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2
 
 MAX_TOKENS = 64
 _WARPS = 4096
-_FEW = 8  # tokens up to which the decode kernel beats the prefill kernel on Hopper; 16 for few rows
-_FEW_ROWS = 45_000  # rows times tokens: each 16 rows read all tokens anew
+_READS = 72_000  # rows times tokens, for each wave of the prefill kernel, up to which the decode kernel beats it
 
 
 @triton.jit
@@ -77,9 +76,14 @@ def launch_shape(k_steps: int, row_tiles: int, token_groups: int) -> tuple[int, 
     return groups, 2 if token_groups > 2 or k_steps <= 2 * groups else 4
 
 
-def prefers_decode(tokens: int, out_features: int) -> bool:
-    """Whether the decode kernel is the faster one on Hopper, as measured for 2:4 on an H200."""
-    return tokens <= _FEW or (tokens <= 2 * _FEW and tokens * out_features <= _FEW_ROWS)
+def prefers_decode(tokens: int, out_features: int, processors: int) -> bool:
+    """Whether the decode kernel is the faster one on Hopper, as measured for 2:4 on an H200 (within a tenth).
+
+    Its time grows with rows times tokens, each 16 rows reading all tokens anew; the prefill kernel's with the waves
+    that panels of 128 rows take on so many ``processors``. Both grow with in_features.
+    """
+    waves = ceil_div(ceil_div(out_features, 128), processors)
+    return tokens <= 4 or (tokens <= 16 and tokens * out_features <= _READS * waves)
 
 
 @kernel_op("decode_gemm")
@@ -182,7 +186,8 @@ def decode_gemm(
     if not portable and missing is not None:
         raise UnsupportedError(f"decode: {missing}")
     sparse = layout == "sparse24"
-    if not portable and not prefers_decode(x8.shape[0], out_features) and runs("ternary_gemm", x8.device.index):
+    on_hopper = not portable and runs("ternary_gemm", x8.device.index)
+    if on_hopper and not prefers_decode(x8.shape[0], out_features, multiprocessors(x8.device.index)):
         gemm = sparse_gemm if sparse else ternary_gemm
         return gemm(x8, scale, packed, row_scale, out_features, bias, out_dtype)
     args = (x8, scale, packed, row_scale, bias, out_features, sparse, out_dtype, portable)

@@ -39,7 +39,7 @@ from sbn_kernels.gradient_kernels import (
     quantize_gradient_kernel,
 )
 from sbn_kernels.hopper_gemm import ternary_gemm
-from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, refuse_gradients
 from sbn_kernels.portable_gemm import int8_gemm
 from sbn_kernels.quantize import empty_tokens, empty_vector
 
@@ -131,6 +131,7 @@ def _(
 
 
 def _check(dy: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, stream: int) -> None:
+    refuse_gradients(dy, row_scale, token_scale)
     if dy.dim() != 2 or dy.shape[1] == 0 or dy.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         shape = list(dy.shape)
         raise ValueError(f"dy must be float32, bfloat16 or float16 [tokens, channels > 0], not {dy.dtype} {shape}")

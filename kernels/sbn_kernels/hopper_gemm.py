@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities, multiprocessors
-from sbn_kernels.ops import kernel_fake, kernel_op
+from sbn_kernels.ops import kernel_fake, kernel_op, refuse_gradients
 from sbn_kernels.packing import BLOCK_WORDS, K_STEP, PANEL, packed_shape
 from sbn_kernels.quantize import empty_tokens
 
@@ -159,6 +159,7 @@ def check_gemm_arguments(
         raise ValueError(f"row_scale must be float32 [{out_features}], not {row_scale.dtype} {list(row_scale.shape)}")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias must be [{out_features}], not {list(bias.shape)}")
+    refuse_gradients(scale, row_scale, bias)
     if out_dtype not in _OUT_DTYPES:
         raise ValueError(f"out_dtype must be one of {_OUT_DTYPES}, not {out_dtype}")
 

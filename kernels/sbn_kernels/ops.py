@@ -1,8 +1,9 @@
 """How kernels become torch ops: ``torch.ops.sbn_kernels.NAME``, opaque to ``torch.compile``, with a shape function.
 
 As ``torch.library.custom_op``, less what that does at each call: with torch 2.11 its checks for outputs that alias
-inputs took 0.1 to 0.4 ms of the host's time, more than most kernels run, so that a training step waited for the host.
-No op here returns or changes an argument. None has a gradient: autograd is written where the ops are put together.
+inputs took 0.3 to 0.4 ms of the host's time, more than most kernels run, so that a training step waited for the host.
+No op here returns or changes an argument. None has a gradient, so their functions refuse tensors that want one:
+autograd is written where the ops are put together. A module that registers ops cannot be reloaded.
 
 Integers on the host, too, are divided here: ``triton.cdiv`` is a compile-time function, and 5 microseconds a call.
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("sbn_kernels", "FRAGMENT")
 
@@ -27,6 +29,14 @@ def ceil_div(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``, a positive number."""
     return 1 << (n - 1).bit_length()
+
+
+def refuse_gradients(*tensors: Tensor | None) -> None:
+    """Raises:
+    ValueError: If a gradient would be lost without a word.
+    """
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise ValueError("kernels have no gradient: detach their arguments, or call them in an autograd.Function")
 
 
 def kernel_op(name: str) -> Callable[[F], F]:

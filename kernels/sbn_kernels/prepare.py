@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities
-from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2, refuse_gradients
 from sbn_kernels.packing import LAYOUTS, packed_shape
 from sbn_kernels.prepare_kernels import (
     TILE_COLUMNS,
@@ -205,6 +205,7 @@ def prepare_weight(
             GPU): a group that keeps more than 2 of 4 loses weights in layout ``sparse24``.
         UnsupportedError: If there is no GPU.
     """
+    refuse_gradients(weight, gamma)
     if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.numel() == 0:
         shape = list(weight.shape)
         raise ValueError(f"weight must be float32, bfloat16 or float16 [out, in], not {weight.dtype} {shape}")

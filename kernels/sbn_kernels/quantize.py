@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities, interpreting, multiprocessors
-from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2, refuse_gradients
 
 _LOOP_BLOCK = 8192
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to an integer, half to even
@@ -172,5 +172,6 @@ def quantize_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
         raise ValueError(f"quantize_tokens needs float32, bfloat16 or float16, not {x.dtype}")
     if bits not in (8, 4):
         raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+    refuse_gradients(x)
     q, scale = torch.ops.sbn_kernels.quantize_tokens(x, bits)
     return q, scale

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities, interpreting
-from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2, refuse_gradients
 from sbn_kernels.quantize import _codes, _scale, empty_tokens, empty_vector
 
 MAX_FEATURES = 32768
@@ -127,6 +127,7 @@ def _(d: Tensor, x: Tensor) -> Tensor:
 
 
 def _check(x: Tensor) -> None:
+    refuse_gradients(x)
     if x.dim() != 2 or x.shape[1] % 2 or not 0 < x.shape[1] <= 2 * MAX_FEATURES:
         raise ValueError(f"gates and ups must be [tokens, 2 features], features 1 to {MAX_FEATURES}: {list(x.shape)}")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -169,6 +170,7 @@ def swiglu_backward(d: Tensor, x: Tensor) -> Tensor:
         UnsupportedError: If there is no GPU.
     """
     _check(x)
+    refuse_gradients(d)
     if d.shape != (x.shape[0], x.shape[1] // 2):
         raise ValueError(f"the gradient must be {[x.shape[0], x.shape[1] // 2]}, not {list(d.shape)}")
     dx: Tensor = torch.ops.sbn_kernels.swiglu_backward(d, x)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities
-from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, refuse_gradients
 from sbn_kernels.packing import packed_shape
 from sbn_kernels.prepare_kernels import pack_transposed_kernel
 from sbn_kernels.quantize import empty_tokens
@@ -160,6 +160,7 @@ def dequantize_tokens(x8: Tensor, scale: Tensor, dtype: torch.dtype = torch.bflo
     """
     if x8.dim() != 2 or x8.dtype != torch.int8:
         raise ValueError(f"dequantize_tokens needs int8 [tokens, features], not {x8.dtype} {list(x8.shape)}")
+    refuse_gradients(scale)
     if scale.shape != (x8.shape[0],) or scale.dtype != torch.float32 or not scale.is_contiguous():
         raise ValueError(f"scale must be contiguous float32 [{x8.shape[0]}], not {scale.dtype} {list(scale.shape)}")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):

@@ -92,7 +92,9 @@ class PackedTernaryLinear(nn.Module):
         if self._settled_for != (self.backend, self.codes.device):
             self._settle()
         with torch.autocast(device, enabled=False):
-            y = self._by_kernels(x) if self._packed is not None and x.dtype in KERNEL_DTYPES else self._by_reference(x)
+            wants_gradient = torch.is_grad_enabled() and x.requires_grad  # which kernels have not
+            by_kernels = self._packed is not None and x.dtype in KERNEL_DTYPES and not wants_gradient
+            y = self._by_kernels(x) if by_kernels else self._by_reference(x)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _by_reference(self, x: Tensor) -> Tensor:

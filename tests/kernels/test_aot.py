@@ -63,7 +63,7 @@ TILE = {"R": 64, "C": 128}
 PLAIN = {
     "quantize rows": (quantize.quantize_rows_kernel, {"BITS": 8, "ROWS": 1, "BLOCK": 4096, "FUSED": True}, {}, 8),
     "quantize long rows": (quantize.quantize_long_rows_kernel, {"BITS": 4, "BLOCK": 8192, "FUSED": True}, {}, 16),
-    "swiglu quantize": (swiglu.swiglu_quantize_kernel, {"BITS": 8, "MAIN": 8192, "TAIL": 4096, "FUSED": True}, {}, 16),
+    "swiglu quantize": (swiglu.swiglu_quantize_kernel, {"BITS": 8, "MAIN": 8192, "TAIL": 4096, "FUSED": True}, {}, 8),
     "swiglu backward": (
         swiglu.swiglu_backward_kernel,
         {"BLOCK": 2048},

@@ -55,6 +55,23 @@ def test_refusals_name_the_argument() -> None:
         sk.decode_gemm(torch.zeros(65, 8, dtype=torch.int8), torch.ones(65), packed, torch.ones(8), 8)
 
 
+def test_a_gradient_is_not_lost_without_a_word() -> None:
+    leaf = torch.randn(8, 8, requires_grad=True)
+    x8, scale, packed = (
+        torch.zeros(2, 8, dtype=torch.int8),
+        torch.ones(2),
+        sk.pack_dense(torch.zeros(8, 8, dtype=torch.int8)),
+    )
+    with pytest.raises(ValueError, match="no gradient"):
+        sk.quantize_tokens(leaf)
+    with pytest.raises(ValueError, match="no gradient"):
+        sk.swiglu_quantize(leaf)
+    with pytest.raises(ValueError, match="no gradient"):
+        sk.prepare_weight(leaf, 2, 4)
+    with pytest.raises(ValueError, match="no gradient"):
+        sk.ternary_gemm(x8, scale, packed, torch.ones(8), 8, bias=leaf[0])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU lacks")
 def test_without_a_gpu_the_reason_is_given() -> None:
     capabilities = sk.capabilities()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, Trainer
-from sbn_kernels import swiglu
+from sbn_kernels import quantize, swiglu
 
 from sbn_lightning import DenseToSparseRamp, MaskRefresh, SparseEMAWeightAveraging, SparseTernaryPrecision
 from sbn_lightning.kernel_backends import Gradients, KernelBackend
@@ -185,8 +185,9 @@ def test_recomputed_activations_round_as_the_first_ones_did() -> None:
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_recomputed_blocks_do_not_quantise_again(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs, blocks = [], swiglu.blocks
-    monkeypatch.setattr(swiglu, "blocks", lambda features: runs.append(features) or blocks(features))
+    runs, blocks, interpreting = [], swiglu.blocks, quantize.interpreting
+    monkeypatch.setattr(swiglu, "blocks", lambda features: runs.append("swiglu") or blocks(features))
+    monkeypatch.setattr(quantize, "interpreting", lambda: runs.append("tokens") or interpreting())
     module = small_module(pattern="2:4", activation_checkpointing=True, **TINY)
     backend = KernelBackend("portable")
     for layer in ternary_layers(module).values():
@@ -195,7 +196,8 @@ def test_recomputed_blocks_do_not_quantise_again(compile: bool, monkeypatch: pyt
         module.model.compile_blocks()
     tokens = torch.randint(32, (2, 9))
     module.model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
-    assert len(runs) == TINY["n_layers"]
+    assert runs.count("swiglu") == TINY["n_layers"]
+    assert runs.count("tokens") == (0 if compile else 3 * TINY["n_layers"])  # compiled: plain PyTorch, fused
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 

@@ -16,3 +16,16 @@ def test_packed_layer_equals_its_reference(bits: int, tokens: int) -> None:
     layer.backend = "kernels"
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
     assert layer._packed is not None
+
+
+def test_packed_layer_passes_a_gradient_on() -> None:
+    """Kernels have none: the reference takes over where one is wanted."""
+    torch.manual_seed(0)
+    layer = packed_layer(SparseBitLinear(96, 72, pattern="2:4"))
+    found = []
+    for layer.backend in ("reference", "kernels"):
+        x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        layer(x).sum().backward()
+        found.append(x.grad)
+    assert found[0].abs().sum() > 0
+    assert torch.equal(*found)
