@@ -57,11 +57,7 @@ def test_refusals_name_the_argument() -> None:
 
 def test_a_gradient_is_not_lost_without_a_word() -> None:
     leaf = torch.randn(8, 8, requires_grad=True)
-    x8, scale, packed = (
-        torch.zeros(2, 8, dtype=torch.int8),
-        torch.ones(2),
-        sk.pack_dense(torch.zeros(8, 8, dtype=torch.int8)),
-    )
+    x8, packed = torch.zeros(2, 8, dtype=torch.int8), sk.pack_dense(torch.zeros(8, 8, dtype=torch.int8))
     with pytest.raises(ValueError, match="no gradient"):
         sk.quantize_tokens(leaf)
     with pytest.raises(ValueError, match="no gradient"):
@@ -69,7 +65,7 @@ def test_a_gradient_is_not_lost_without_a_word() -> None:
     with pytest.raises(ValueError, match="no gradient"):
         sk.prepare_weight(leaf, 2, 4)
     with pytest.raises(ValueError, match="no gradient"):
-        sk.ternary_gemm(x8, scale, packed, torch.ones(8), 8, bias=leaf[0])
+        sk.ternary_gemm(x8, torch.ones(2), packed, torch.ones(8), 8, bias=leaf[0])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU lacks")
