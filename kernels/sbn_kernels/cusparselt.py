@@ -82,7 +82,7 @@ def _cusparselt_gemm(
     tokens, columns = x8.shape
     if tokens == 0:
         return torch.empty((0, out_features), dtype=out_dtype, device=x8.device)
-    padded = -(-tokens // 16) * 16
+    padded = ceil_div(tokens, 16) * 16
     if padded != tokens or not x8.is_contiguous():
         full = torch.zeros((padded, columns), dtype=torch.int8, device=x8.device)
         full[:tokens] = x8

@@ -186,7 +186,7 @@ def _high_and_low(multiplier: int, value: Tensor) -> tuple[Tensor, Tensor]:
 def gradient_draws(tokens: int, channels: int, seed: Tensor, stream: int = 0) -> Tensor:
     """The draws, int64 in 0 .. 2^15 - 1, ``[tokens, channels]``, in plain PyTorch."""
     channel = torch.arange(channels, device=seed.device)[None, :]
-    octet = torch.arange(-(-tokens // 8), device=seed.device)[:, None]
+    octet = torch.arange(ceil_div(tokens, 8), device=seed.device)[:, None]
     whole = torch.zeros(octet.shape[0], channels, dtype=torch.int64, device=seed.device)
     c0, c1, c2, c3 = channel + whole, octet + whole, whole + stream, whole
     k0, k1 = seed.reshape(()) & _WORD, (seed.reshape(()) >> 32) & _WORD

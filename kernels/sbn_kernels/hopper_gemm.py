@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sbn_kernels.capability import capabilities, multiprocessors
-from sbn_kernels.ops import kernel_fake, kernel_op, refuse_gradients
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, refuse_gradients
 from sbn_kernels.packing import BLOCK_WORDS, K_STEP, PANEL, packed_shape
 from sbn_kernels.quantize import empty_tokens
 
@@ -49,7 +49,7 @@ def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
     """Tokens a tile: least waves of tiles times (tile + a fixed cost that stands for the epilogue and the codes)."""
 
     def cost(tile: int) -> tuple[int, int]:
-        waves = -(-(-(-tokens // tile) * panels) // processors)
+        waves = ceil_div(ceil_div(tokens, tile) * panels, processors)
         return waves * (tile + 24), -tile
 
     return min(_TOKEN_TILES, key=cost)
@@ -77,7 +77,7 @@ def padded_to(vector: Tensor, multiple: int) -> Tensor:
     The kernel reads whole tiles; what it reads beyond the end is never stored. Vectors that this package makes have
     the room (see ``empty_vector``), so only foreign ones are copied, and only at ragged sizes.
     """
-    length = -(-vector.shape[0] // multiple) * multiple
+    length = ceil_div(vector.shape[0], multiple) * multiple
     end = (vector.storage_offset() + length) * vector.element_size()
     if vector.stride(0) == 1 and end <= vector.untyped_storage().nbytes():
         return vector
@@ -109,13 +109,13 @@ def _hopper_gemm(
     panels, k_steps, _ = packed.shape
     processors = multiprocessors(x8.device.index)
     tile = token_tile or choose_token_tile(tokens, panels, processors)
-    token_tiles = -(-tokens // tile)
+    token_tiles = ceil_div(tokens, tile)
     chunk, stages = launch_shape(tile, y.element_size())
     layouts = _layouts()
     out_layout = layouts[8 * y.element_size()]
     # TMA stores rows that start on 16-byte boundaries; an odd out_features takes a detour through a wider output
     align = 16 // y.element_size()
-    target = y if out_features % align == 0 else y.new_empty((tokens, -(-out_features // align) * align))
+    target = y if out_features % align == 0 else y.new_empty((tokens, ceil_div(out_features, align) * align))
     rows = padded_to(row_scale, PANEL)
     _device_code().ternary_gemm_kernel[(min(processors, token_tiles * panels),)](
         TensorDescriptor(x8, [tokens, columns], [x8.stride(0), 1], [tile, K_STEP], layouts[8]),

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sbn_kernels.ops import ceil_div
+
 PANEL = 128
 K_STEP = 128
 BLOCK_WORDS = 1024
@@ -30,7 +32,7 @@ LAYOUTS = ("none", "dense", "sparse24")
 
 def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
     """Shape of the packed int32 tensor, either layout."""
-    return -(-out_features // PANEL), -(-in_features // K_STEP), BLOCK_WORDS
+    return ceil_div(out_features, PANEL), ceil_div(in_features, K_STEP), BLOCK_WORDS
 
 
 def _threads(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -66,7 +66,7 @@ def _outputs(
     return (
         torch.empty(parts, dtype=torch.float32, device=device),
         empty_vector(out, device),
-        torch.empty((out, -(-columns // 8)) if want_mask else (0, 0), dtype=torch.uint8, device=device),
+        torch.empty((out, ceil_div(columns, 8)) if want_mask else (0, 0), dtype=torch.uint8, device=device),
         torch.empty((out, columns) if want_codes else (0, 0), dtype=torch.int8, device=device),
         torch.empty(packed_shape(out, columns) if layout != "none" else (0, 0, 0), dtype=torch.int32, device=device),
         torch.zeros(4, dtype=torch.int64, device=device),
@@ -79,7 +79,7 @@ def _fresh_bits(weight: Tensor, n: int, m: int, keep: Tensor | None) -> Tensor:
     padded = next_power_of_2(m)
     groups = columns // m
     block = max(8, 512 // padded)
-    bits = torch.zeros((out, -(-columns // 32) * 4), dtype=torch.uint8, device=weight.device)
+    bits = torch.zeros((out, ceil_div(columns, 32) * 4), dtype=torch.uint8, device=weight.device)
     mask_kernel[(out, ceil_div(groups, block))](
         weight, weight if keep is None else keep, bits.view(torch.int32), out, columns, groups, weight.stride(0),
         bits.shape[1], N=n, M=m, PADDED=padded, KEEP=keep is not None, GROUPS=block,
@@ -224,7 +224,7 @@ def prepare_weight(
     if gamma_over not in ("dense", "kept", "masked"):
         raise ValueError(f"gamma_over {gamma_over!r} is not one of dense, kept, masked")
     for name, bits in (("mask_bits", mask_bits), ("old_mask_bits", old_mask_bits)):
-        want = (out, -(-columns // 8))
+        want = (out, ceil_div(columns, 8))
         if bits is not None and (bits.shape != want or bits.dtype != torch.uint8 or bits.stride(1) != 1):
             raise ValueError(f"{name} must be uint8 {list(want)}, not {bits.dtype} {list(bits.shape)}")
     if keep is not None and (keep.shape != (out,) or keep.dtype != torch.int32):

@@ -108,12 +108,12 @@ def quantize_long_rows_kernel(
 
 def empty_tokens(rows: int, columns: int, device: torch.device) -> Tensor:
     """Uninitialised int8 ``[rows, columns]`` with room for rows of ``columns`` rounded up to 16, their stride."""
-    return torch.empty((rows, -(-columns // 16) * 16), dtype=torch.int8, device=device)[:, :columns]
+    return torch.empty((rows, ceil_div(columns, 16) * 16), dtype=torch.int8, device=device)[:, :columns]
 
 
 def empty_vector(length: int, device: torch.device) -> Tensor:
     """Uninitialised float32 ``[length]`` whose memory goes on to a multiple of 256 elements (the largest tile)."""
-    return torch.empty(-(-length // 256) * 256, dtype=torch.float32, device=device)[:length]
+    return torch.empty(ceil_div(length, 256) * 256, dtype=torch.float32, device=device)[:length]
 
 
 @kernel_op("quantize_tokens")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sbn_kernels.capability import capabilities, multiprocessors, runs
 from sbn_kernels.hopper_gemm import _layouts, aligned_tokens, padded_to
-from sbn_kernels.ops import kernel_fake, kernel_op
+from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op
 from sbn_kernels.portable_gemm import int8_gemm
 
 _MOST_TOKENS = 131072  # 127 * 128 * tokens < 2^31
@@ -45,19 +45,19 @@ def _device_code() -> ModuleType:
 @functools.lru_cache(maxsize=4096)
 def choose_launch(rows: int, columns: int, tokens: int, processors: int) -> tuple[int, int, int]:
     """(columns a tile, tiles done whole, parts of each other tile) that the cost model puts first."""
-    steps = -(-tokens // 128)
+    steps = ceil_div(tokens, 128)
 
     def cost(tile: int, whole: int, splits: int) -> float:
-        others = -(-rows // _ROWS) * -(-columns // tile) - whole
-        time = -(-whole // processors) * (steps * _STEP[tile] + _TILE[tile])
+        others = ceil_div(rows, _ROWS) * ceil_div(columns, tile) - whole
+        time = ceil_div(whole, processors) * (steps * _STEP[tile] + _TILE[tile])
         if others:
-            time += -(-others * splits // processors) * (-(-steps // splits) * _STEP[tile] + _TILE[tile])
+            time += ceil_div(others * splits, processors) * (ceil_div(steps, splits) * _STEP[tile] + _TILE[tile])
             time += _LAUNCH + (8 * splits + 4) * others * _ROWS * tile * _STEPS_A_BYTE
         return time
 
     choices = []
     for tile in _COLUMN_TILES:
-        tiles = -(-rows // _ROWS) * -(-columns // tile)
+        tiles = ceil_div(rows, _ROWS) * ceil_div(columns, tile)
         full = tiles // processors * processors
         choices += [(tile, tiles, 1)]
         choices += [(tile, whole, s) for whole in {full, max(full - processors, 0)} - {tiles} for s in range(2, 17)]
@@ -102,7 +102,7 @@ def add_parts(parts: Tensor, scale: Tensor, y: Tensor, whole: int, group: int) -
     ``group`` row tiles share a sweep over columns in the order of tiles.
     """
     splits, others, height, width = parts.shape
-    shape = (-(-y.shape[0] // height), -(-y.shape[1] // width))
+    shape = (ceil_div(y.shape[0], height), ceil_div(y.shape[1], width))
     add_parts_kernel[(others, height // 8)](
         parts, scale, y, *y.shape, *shape, whole, splits, group, TILE=width, R=8, num_warps=4
     )
@@ -117,16 +117,16 @@ def _hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, lau
     b8t, x8t = aligned_tokens(b8t), aligned_tokens(x8t)
     processors = multiprocessors(b8t.device.index)
     tile, whole, splits = launch or choose_launch(rows, columns, tokens, processors)
-    row_tiles, column_tiles, steps = -(-rows // _ROWS), -(-columns // tile), -(-tokens // 128)
+    row_tiles, column_tiles, steps = ceil_div(rows, _ROWS), ceil_div(columns, tile), ceil_div(tokens, 128)
     whole = min(whole, row_tiles * column_tiles)
     others = row_tiles * column_tiles - whole
-    per_split = -(-steps // splits)
-    splits = -(-steps // per_split)  # none without a step
+    per_split = ceil_div(steps, splits)
+    splits = ceil_div(steps, per_split)  # none without a step
     units = whole + others * splits
     parts = torch.empty((splits, max(others, 1), _ROWS, tile), dtype=torch.int32, device=y.device)
     # TMA stores rows that start on 16-byte boundaries; an odd number of columns takes a detour through a wider output
     align = 16 // y.element_size()
-    target = y if columns % align == 0 else y.new_empty((rows, -(-columns // align) * align))
+    target = y if columns % align == 0 else y.new_empty((rows, ceil_div(columns, align) * align))
     chunk, stages = launch_shape(tile, y.element_size())
     half, layouts = _ROWS // 2, _layouts()
     out_layout = layouts[8 * y.element_size()]
