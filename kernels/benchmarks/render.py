@@ -48,6 +48,10 @@ SUMMARY = (
 )
 
 
+def _ratio(row: dict[str, str]) -> str:
+    return f" ({float(row['vs_bf16']):.2f}x)" if row["vs_bf16"] else ""
+
+
 def summarize(path: Path) -> str:
     """The README's table of a benchmark, with ratios to bf16 in the same run."""
     rows, where = _read(path)
@@ -59,8 +63,7 @@ def _summarize_steps(rows: list[dict[str, str]], where: str) -> str:
     table: dict[str, dict[str, str]] = {}
     for row in rows:
         shape = row["shape"] + (", checkpointing" if row["checkpointing"] == "True" else "")
-        ratio = f" ({float(row['vs_bf16']):.2f}x)" if row["vs_bf16"] else ""
-        cell = f"{float(row['tokens_per_s']):,.0f}{ratio}, {float(row['peak_gib']):.0f} GiB"
+        cell = f"{float(row['tokens_per_s']):,.0f}{_ratio(row)}, {float(row['peak_gib']):.0f} GiB"
         table.setdefault(row["variant"], {})[shape] = cell
     shapes = sorted({shape for cells in table.values() for shape in cells})
     lines = [where, "", "| tokens/s | " + " | ".join(shapes) + " |", "|" + " --- |" * (len(shapes) + 1)]
@@ -73,7 +76,7 @@ def _summarize_steps(rows: list[dict[str, str]], where: str) -> str:
 def _summarize_generation(rows: list[dict[str, str]], where: str) -> str:
     table: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in rows:
-        ratio = f" ({float(row['vs_bf16']):.2f}x)" if row["vs_bf16"] and row["variant"] != "bf16 dense" else ""
+        ratio = _ratio(row) if row["variant"] != "bf16 dense" else ""
         cells = table.setdefault((row["model"], row["what"], row["batch"]), {})
         cells[row["variant"]] = f"{float(row['tokens_s']):,.0f}{ratio}"
     variants = list(dict.fromkeys(row["variant"] for row in rows))
@@ -94,7 +97,7 @@ def _summarize_layers(rows: list[dict[str, str]], where: str) -> str:
         values = []
         for heading, *key in SUMMARY:
             row = cells[key[0], key[1]]
-            ratio = f" ({float(row['vs_bf16']):.2f}x)" if heading.startswith("**") else ""
+            ratio = _ratio(row) if heading.startswith("**") else ""
             values.append(f"{float(row['ms']):.3f}{ratio}")
         lines.append(f"| {', '.join(shape)} | " + " | ".join(values) + " |")
     return "\n".join(lines)
@@ -113,7 +116,7 @@ def summarize_gradients(path: Path) -> str:
         values = [f"{float(cells['bf16', 'all']['ms']):.3f}"]
         for variant in ("exact", "int8"):
             row = cells[variant, "all"]
-            values.append(f"{float(row['ms']):.3f} ({float(row['vs_bf16']):.2f}x)")
+            values.append(f"{float(row['ms']):.3f}{_ratio(row)}")
         values += [f"{float(cells['int8', part]['ms']):.3f}" for part in parts]
         lines.append(
             f"| {', '.join(shape)} | " + " | ".join(values) + f" | {float(cells['int8', 'dW']['tflops']):.0f} |"
