@@ -32,6 +32,7 @@ from sbn_lightning.layers import (
     SparseLinear,
     masked_layers,
     prepare_layers,
+    ternary_layers,
 )
 from sbn_lightning.loss import LossImplementation, linear_cross_entropy
 from sbn_lightning.pattern import NMPattern
@@ -266,7 +267,7 @@ def _keep_quantized_tokens() -> tuple[Any, Any]:
 def _checkpoint(block: nn.Module, x_BTD: Tensor, *rope: Tensor) -> Tensor:
     """``block(x, *rope)``, recomputed in the backward pass."""
     options: dict[str, Any] = {"use_reentrant": False}
-    if any(isinstance(layer, SparseBitLinear) and layer.backend is not REFERENCE for layer in block.modules()):
+    if any(layer.backend is not REFERENCE for layer in ternary_layers(block).values()):
         options["context_fn"] = _keep_quantized_tokens
     y: Tensor = checkpoint(block, x_BTD, *rope, **options)
     return y
