@@ -61,6 +61,7 @@ class Runner:
         self.output, self.probe, self.jobs, self.keep_checkpoints = output, probe, jobs, keep_checkpoints
         self.failed: dict[str, str] = {}
         self._workers: list[Worker] = []
+        self._recorded: set[str] = set()  # ids with a line
         self._done = 0
 
     def __call__(self, runs: Sequence[Run], stop_after: float | None = None) -> int:
@@ -94,10 +95,10 @@ class Runner:
         return left
 
     def _run_all(self, runs: list[Run], deadline: float | None) -> int:
+        self._recorded = {line["id"] for line in read_results(self.output / FILE)}
         for run in runs:  # a crash may have come between a run's end and its line
             self._collect(run)
-        done = {line["id"] for line in read_results(self.output / FILE)}
-        todo = [run for run in runs if run.id not in done]
+        todo = [run for run in runs if run.id not in self._recorded]
         self._done = len(runs) - len(todo)
         total = len(runs)
         _say(f"runs: {total}, done before: {self._done}, at a time: {self.jobs}")
@@ -185,8 +186,9 @@ class Runner:
         if not (folder / "result.json").is_file():
             return None
         result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        if all(line["id"] != run.id for line in read_results(self.output / FILE)):
+        if run.id not in self._recorded:
             append_result(self.output / FILE, result)
+            self._recorded.add(run.id)
         if not self.keep_checkpoints:
             for checkpoints in folder.glob("version_*/checkpoints"):
                 shutil.rmtree(checkpoints)
