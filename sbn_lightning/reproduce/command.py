@@ -32,7 +32,7 @@ def reproduce(
         data: The folder that `reproduce-corpus` wrote.
         only: Globs: runs whose name, id or group/name matches one; --only 'ablations/*' '*2of4*'.
         override: key=value, set in every run's recipe, say trainer.max_steps=100. Makes other runs of them.
-        jobs: Runs at a time, all on the same GPU.
+        jobs: Runs at a time, spread over the visible GPUs; each run has one.
         stop_after: Seconds after which running ones save and stop.
         keep_checkpoints: Keep the checkpoints of finished runs.
         dry_run: Only list what would be run.

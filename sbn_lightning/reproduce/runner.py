@@ -38,12 +38,14 @@ class Worker:
         run: What it does.
         process: The process.
         folder: Where it writes.
+        gpu: The one it has, as CUDA_VISIBLE_DEVICES names it; None without one.
         started: When, in seconds of the monotonic clock.
     """
 
     run: Run
     process: subprocess.Popen[bytes]
     folder: Path
+    gpu: str | None
     started: float
 
 
@@ -53,12 +55,21 @@ class Runner:
     Args:
         output: Folder of the results.
         probe: What each run's probe gets, or None for none.
-        jobs: Runs at a time.
+        jobs: Runs at a time, spread over the GPUs; each run has one.
         keep_checkpoints: Keep the checkpoints of finished runs.
+        gpus: The GPUs to use, as CUDA_VISIBLE_DEVICES names them; None: those that are visible.
     """
 
-    def __init__(self, output: Path, probe: dict[str, Any] | None, jobs: int, keep_checkpoints: bool = False) -> None:
+    def __init__(
+        self,
+        output: Path,
+        probe: dict[str, Any] | None,
+        jobs: int,
+        keep_checkpoints: bool = False,
+        gpus: Sequence[str] | None = None,
+    ) -> None:
         self.output, self.probe, self.jobs, self.keep_checkpoints = output, probe, jobs, keep_checkpoints
+        self.gpus = visible_gpus() if gpus is None else list(gpus)
         self.failed: dict[str, str] = {}
         self._workers: list[Worker] = []
         self._recorded: set[str] = set()  # ids with a line
@@ -101,7 +112,8 @@ class Runner:
         todo = [run for run in runs if run.id not in self._recorded]
         self._done = len(runs) - len(todo)
         total = len(runs)
-        _say(f"runs: {total}, done before: {self._done}, at a time: {self.jobs}")
+        gpus = f" on GPUs {', '.join(self.gpus)}" if self.gpus else ""
+        _say(f"runs: {total}, done before: {self._done}, at a time: {self.jobs}{gpus}")
         try:
             with _sigterm_as_interrupt():
                 while todo or self._workers:
@@ -145,6 +157,8 @@ class Runner:
         }
         write_atomically(folder / "job.json", json.dumps(job))
         command = [sys.executable, "-c", WORKER, str(folder)]
+        busy = [worker.gpu for worker in self._workers]
+        gpu = min(self.gpus, key=busy.count, default=None)
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 command,
@@ -152,11 +166,11 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=self._environment(),
+                env=self._environment(gpu),
             )
-        return Worker(run, process, folder, time.monotonic())
+        return Worker(run, process, folder, gpu, time.monotonic())
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, gpu: str | None) -> dict[str, str]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = str(max(1, cores // self.jobs))
         defaults = {
@@ -165,7 +179,8 @@ class Runner:
             "TOKENIZERS_PARALLELISM": "false",
         }
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        return defaults | dict(os.environ) | {"PYTHONPATH": path}
+        place = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        return defaults | dict(os.environ) | {"PYTHONPATH": path} | place
 
     def _finish(self, worker: Worker, total: int) -> None:
         assert worker.process.stdin is not None
@@ -209,6 +224,15 @@ class Runner:
             self._workers.pop(0)
             if worker.process.returncode == 0:
                 self._finish(worker, total)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return named.split(",")[: torch.cuda.device_count()]
+    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _logger(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from sbn_lightning.reproduce.results import append_result, read_results
 
 # Trains nothing. A "slow" one waits to be told to stop, the first time; a "bad" one fails.
 STAND_IN = """
-import json, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
 job = json.loads((folder / "job.json").read_text())
 with (folder / "starts").open("a") as file: file.write("x")
@@ -28,6 +28,7 @@ def stop(*_):
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
 if "bad" in job["name"]: sys.exit("error: the loss is not finite")
+(folder / "gpu").write_text(str(os.environ.get("CUDA_VISIBLE_DEVICES")))
 (folder / "waiting").touch()
 while "slow" in job["name"] and not (folder / "saved").exists(): time.sleep(0.01)
 (folder / "result.json").write_text(json.dumps({"id": job["id"], "validation": {"loss": 3.0}}))
@@ -63,6 +64,12 @@ def test_done_runs_are_skipped_and_a_failed_one_stops_nobody(tmp_path, capfd):
         runner.Runner(tmp_path, None, jobs=1)([bad])
     assert starts(tmp_path, bad) == 2
     assert "runs: 3, done before: 3, at a time: 2" in capfd.readouterr().err
+
+
+def test_runs_are_spread_over_the_gpus(tmp_path, late_clock):
+    runs = [make(f"slow{number}") for number in range(4)]
+    runner.Runner(tmp_path, None, jobs=4, gpus=["3", "GPU-5e"])(runs, stop_after=1.0)
+    assert [(tmp_path / "runs" / run.id / "gpu").read_text() for run in runs] == ["3", "GPU-5e"] * 2
 
 
 def test_a_result_without_its_line_is_not_run_again(tmp_path):
