@@ -12,14 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from sbn_lightning.pattern import NMPattern, pack_mask, top_n_mask, unpack_mask
-from sbn_lightning.ternary import (
-    GammaOver,
-    TernaryLinearFunction,
-    apply_swiglu,
-    expand_scale,
-    ternary_codes,
-    weight_scale,
-)
+from sbn_lightning.ternary import GammaOver, TernaryLinearFunction, apply_swiglu, ternary_weight
 
 Keep = int | Tensor
 """Weights kept in each group: one number, or an integer tensor ``[out_features]`` with one for each row."""
@@ -97,9 +90,7 @@ class ReferenceBackend:
         if mask_bits is None:
             mask_bits = self.fresh_mask(latent, spec.pattern, keep)
         mask = unpack_mask(mask_bits, latent.shape[1])
-        gamma = weight_scale(latent, spec.split_sizes, over=spec.gamma_over, mask=mask)
-        row_scale = expand_scale(gamma, spec.split_sizes, latent.shape[0])
-        return TernaryWeight(ternary_codes(latent, row_scale, mask), row_scale, mask_bits)
+        return TernaryWeight(*ternary_weight(latent, mask, spec.split_sizes, spec.gamma_over), mask_bits)
 
     def linear(
         self,

@@ -4,7 +4,7 @@ baseline). Weight, mask and how they stay true to each other are :class:`MaskedL
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,8 @@ class SparseBitLinear(MaskedLinear):
         mask_source: Rank a group by ``"latent"`` weights, or by ``"ternary"`` codes (an ablation, clearly worse).
         gradient: Straight-through gradient for all positions (``"dense"``) or kept ones only (``"masked"``).
         gamma_over: Weights that gamma averages: ``"dense"`` (all), ``"kept"``, or ``"masked"`` (all, with masked ones
-            counted as zero). With ``mask_source="ternary"`` the codes that rank a group always use the dense gamma.
+            counted as zero), or ``"nonzero"`` (codes by the dense gamma, scaled by gamma over what they keep non-zero).
+            With ``mask_source="ternary"`` the codes that rank a group always use the dense gamma.
         device: Device of the parameters.
         dtype: dtype of the parameters; float32 keeps small updates that bfloat16 would round away.
 
@@ -94,7 +95,7 @@ class SparseBitLinear(MaskedLinear):
             raise ConfigError(f"{label}: split_sizes={split_sizes} do not add up to out_features={self.out_features}")
         check_choice("activation_bits", activation_bits, ACTIVATION_BITS, label)
         check_choice("mask_source", mask_source, ("latent", "ternary"), label)
-        check_choice("gamma_over", gamma_over, ("dense", "kept", "masked"), label)
+        check_choice("gamma_over", gamma_over, get_args(GammaOver), label)
         self.split_sizes = tuple(split_sizes) if split_sizes is not None else None
         self.activation_bits = activation_bits
         self.mask_source = mask_source
@@ -141,7 +142,9 @@ class SparseBitLinear(MaskedLinear):
     def values(self, masked: bool = True) -> Tensor:
         self.prepare()
         codes: Tensor = self._prepared.codes
-        return codes if masked else ternary_codes(self.latent(), self._prepared.row_scale)
+        if masked:
+            return codes
+        return self._codes() if self.gamma_over == "nonzero" else ternary_codes(self.latent(), self._prepared.row_scale)
 
     def prepare(self) -> None:
         stale = self._mask_is_stale()
@@ -178,8 +181,11 @@ class SparseBitLinear(MaskedLinear):
 
     def _mask_scores(self) -> Tensor:
         weight = self.latent()
-        if self.mask_source == "latent":
-            return weight
+        return weight if self.mask_source == "latent" else self._codes()
+
+    def _codes(self) -> Tensor:
+        """Codes of all weights, masked or not, by the dense gamma."""
+        weight = self.latent()
         gamma = weight_scale(weight, self.split_sizes)
         return ternary_codes(weight, expand_scale(gamma, self.split_sizes, self.out_features))
 

@@ -8,8 +8,9 @@ implementations work through the tokens in chunks; which one is used:
   gradient of the head for each of them then takes longer than the products;
 * ``"liger"``: Liger-Kernel (Triton, CUDA only), the extra ``[liger]``: the least memory;
 * ``"torch"``: ``torch.nn.functional.linear_cross_entropy``, in newer versions of PyTorch, every device;
-* ``"plain"``: logits, then ``cross_entropy``: the fastest for a small vocabulary;
-* ``"auto"``: ``plain`` below :data:`FUSED_VOCABULARY` classes, else ``chunked`` on CUDA, else ``torch`` if it is there.
+* ``"plain"``: logits, then ``cross_entropy``: without compilation, good enough for a small vocabulary;
+* ``"auto"``: on CUDA ``chunked`` from :data:`FUSED_VOCABULARY` classes, elsewhere ``torch`` from four times as many, if
+  it is there; ``plain`` below.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from sbn_lightning.ternary import float32_mm
 
 LossImplementation = Literal["auto", "chunked", "liger", "torch", "plain"]
 
-FUSED_VOCABULARY = 16384
+FUSED_VOCABULARY = 4096
 CHUNK_BYTES = 5 * 2**28  # of logits; 4,096 tokens at 152k classes in bfloat16
 
 
@@ -40,9 +41,9 @@ def choose_loss(implementation: LossImplementation, vocab_size: int, device: tor
     has_liger = device.type == "cuda" and find_spec("liger_kernel") is not None
     has_torch = hasattr(nn, "LinearCrossEntropyOptions")
     if implementation == "auto":
-        if vocab_size < FUSED_VOCABULARY:
-            return "plain"
-        return "chunked" if device.type == "cuda" else "torch" if has_torch else "plain"
+        if device.type == "cuda":
+            return "chunked" if vocab_size >= FUSED_VOCABULARY else "plain"
+        return "torch" if has_torch and vocab_size >= 4 * FUSED_VOCABULARY else "plain"
     if implementation == "liger" and not has_liger:
         raise ConfigError('loss "liger" needs a CUDA device and pip install "sbn-lightning[liger]"')
     if implementation == "torch" and not has_torch:

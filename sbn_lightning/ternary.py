@@ -2,7 +2,7 @@
 
 Formulas: Sparse-BitNet (arXiv 2603.05168) and BitNet b1.58 (arXiv 2402.17764). With latent weight W and tokens x::
 
-    gamma = max(mean|W|, 1e-5)                          weight scale, over the whole dense W
+    gamma = max(mean|W|, 1e-5)                          weight scale, over the whole dense W (see GammaOver)
     T     = clamp(round(W / gamma), -1, 1) * mask       ternary codes, int8
     s     = max(max|x|, 1e-5) / 127                     activation scale, one a token
     x8    = clamp(round(x / s), -128, 127)              int8
@@ -27,14 +27,14 @@ from torch.nn import functional as F
 EPS = 1e-5
 ACTIVATION_BITS = (8, 4, None)
 
-GammaOver = Literal["dense", "kept", "masked"]
+GammaOver = Literal["dense", "kept", "masked", "nonzero"]
 
 
 def weight_scale(
     weight: Tensor,
     split_sizes: tuple[int, ...] | None = None,
     *,
-    over: GammaOver = "dense",
+    over: Literal["dense", "kept", "masked"] = "dense",
     mask: Tensor | None = None,
 ) -> Tensor:
     """gamma, the scale of ternary weights: a mean of absolute values, at least 1e-5.
@@ -61,6 +61,29 @@ def weight_scale(
     else:
         means = [part.mean() for part in parts]
     return torch.stack(means).clamp(min=EPS)
+
+
+def ternary_weight(
+    weight: Tensor, mask: Tensor, split_sizes: tuple[int, ...] | None = None, gamma_over: GammaOver = "dense"
+) -> tuple[Tensor, Tensor]:
+    """Codes and scale of a latent weight.
+
+    Args:
+        weight: Latent weight ``[out_features, in_features]``.
+        mask: bool, the shape of ``weight``.
+        split_sizes: As in :func:`weight_scale`.
+        gamma_over: As there, or ``"nonzero"``: codes by gamma over all weights, then a scale over those that are not
+            zero, which is the least-squares one for these codes (Ternary Weight Networks, arXiv 1605.04711, eq. 5).
+
+    Returns:
+        int8 codes, the shape of ``weight``, and the scale of each row ``[out_features]``.
+    """
+    over: Literal["dense", "kept", "masked"] = "dense" if gamma_over == "nonzero" else gamma_over
+    gamma = weight_scale(weight, split_sizes, over=over, mask=mask)
+    codes = ternary_codes(weight, expand_scale(gamma, split_sizes, weight.shape[0]), mask)
+    if gamma_over == "nonzero":
+        gamma = weight_scale(weight, split_sizes, over="kept", mask=codes != 0)
+    return codes, expand_scale(gamma, split_sizes, weight.shape[0])
 
 
 def expand_scale(gamma: Tensor, split_sizes: tuple[int, ...] | None, out_features: int) -> Tensor:

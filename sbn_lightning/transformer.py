@@ -70,7 +70,7 @@ class TransformerConfig:
         activation_bits: Bits of activations in ternary layers: 8, 4, or null for none.
         mask_source: ``"latent"`` or ``"ternary"``; see :class:`SparseBitLinear`.
         gradient: ``"dense"`` or ``"masked"``; see :class:`SparseBitLinear`.
-        gamma_over: ``"dense"``, ``"kept"`` or ``"masked"``; see :class:`SparseBitLinear`.
+        gamma_over: ``"dense"``, ``"kept"``, ``"masked"`` or ``"nonzero"``; see :class:`SparseBitLinear`.
         activation_checkpointing: Recompute each block in the backward pass instead of saving its activations. What
             kernels have quantised is kept, and goes with the first backward pass through it.
         loss: Implementation of head and cross-entropy; see :mod:`sbn_lightning.loss`.

@@ -33,7 +33,7 @@ def brute_force(layer, x):
         members = [(r, c) for r in range(rows) if part_of[r] == part for c in range(columns)]
         kept = [(r, c) for r, c in members if keep[r][c]]
         total = sum(abs(weight[r, c].item()) for r, c in kept)
-        count = {"dense": len(members), "masked": len(members), "kept": len(kept)}[layer.gamma_over]
+        count = {"masked": len(members)}.get(layer.gamma_over, len(kept))
         return max(total / count, 1e-5)
 
     everything = [[True] * columns for _ in range(rows)]
@@ -54,9 +54,11 @@ def brute_force(layer, x):
             }
             for c in sorted(scores, key=lambda c: (-scores[c], c))[: pattern.n]:
                 mask[r][c] = True
-    keep = everything if layer.gamma_over == "dense" else mask
+    keep = mask if layer.gamma_over in ("kept", "masked") else everything
     gammas = [mean_gamma(part, keep) for part in range(len(splits))]
     codes = [[code(r, c, gammas) * mask[r][c] for c in range(columns)] for r in range(rows)]
+    if layer.gamma_over == "nonzero":
+        gammas = [mean_gamma(part, codes) for part in range(len(splits))]
 
     y = torch.empty(len(x), rows, dtype=torch.float64)
     for t in range(len(x)):
@@ -89,7 +91,7 @@ def straight_through(layer, x):
 
 
 @pytest.mark.parametrize("activation_bits", [8, 4, None])
-@pytest.mark.parametrize("gamma_over", ["dense", "kept", "masked"])
+@pytest.mark.parametrize("gamma_over", ["dense", "kept", "masked", "nonzero"])
 @pytest.mark.parametrize("mask_source", ["latent", "ternary"])
 @pytest.mark.parametrize("split_sizes", [None, (3, 2, 4)])
 def test_forward_equals_brute_force(activation_bits, gamma_over, mask_source, split_sizes):

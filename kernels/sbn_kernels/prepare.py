@@ -5,17 +5,18 @@ Formulas (Sparse-BitNet, arXiv 2603.05168; twins in ``ternary`` and ``pattern``)
     mask  = the N largest |W| of each M consecutive weights, the lower index first on a tie
     gamma = max(mean|W|, 1e-5), over all weights of the split (or the mask's, see ``gamma_over``)
     T     = clamp(round(W / gamma), -1, 1) * mask
+    gamma = max(mean|W| where T != 0, 1e-5) after that, if ``gamma_over`` is ``"nonzero"``
 
 Two passes over the weight: one sums, one does all the rest; gamma itself is a small launch a split between them. Sums
 are taken in a fixed order (float32 within a row, float64 across rows), so the result does not change from run to run.
 A group size that is no power of two, and gamma over kept weights of a fresh mask, cost one more pass that computes
-the mask bits first.
+the mask bits first; gamma over non-zero codes costs one more pass at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from sbn_kernels.prepare_kernels import (
 )
 from sbn_kernels.quantize import empty_vector
 
-GammaOver = Literal["dense", "kept", "masked"]
+GammaOver = Literal["dense", "kept", "masked", "nonzero"]
 _FAST_GROUPS = (1, 2, 4, 8, 16, 32)
 
 
@@ -87,6 +88,38 @@ def _fresh_bits(weight: Tensor, n: int, m: int, keep: Tensor | None) -> Tensor:
     return bits
 
 
+def _scale(
+    weight: Tensor,
+    mask: Tensor | None,
+    split_sizes: Sequence[int],
+    gammas: Tensor,
+    row_scale: Tensor,
+    *,
+    given: bool = False,
+    nonzero: bool = False,
+    divide_by_kept: bool = False,
+) -> None:
+    """Writes gamma of each split and of each row; with ``given`` of each row only, with ``nonzero`` over what the
+    present ``row_scale`` does not round to zero."""
+    out, columns = weight.shape
+    divide_by_kept = divide_by_kept and (nonzero or mask is not None)
+    sums = torch.empty(0 if given else out, dtype=torch.float32, device=weight.device)
+    counts = torch.empty(out if divide_by_kept else 0, dtype=torch.int32, device=weight.device)
+    if not given:
+        row_sums_kernel[(out,)](
+            weight, weight if mask is None else mask, row_scale, sums, counts, columns, weight.stride(0),
+            0 if mask is None else mask.stride(0), MASKED=mask is not None, NONZERO=nonzero, COUNT=divide_by_kept,
+            BLOCK=min(4096, next_power_of_2(columns)),
+        )  # fmt: skip
+    first = 0
+    for part, size in enumerate(split_sizes):
+        gamma_kernel[(1,)](
+            sums, counts, gammas, row_scale, part, first, size, columns,
+            KEPT=divide_by_kept, GIVEN=given, BLOCK=1024, num_warps=8,
+        )  # fmt: skip
+        first += size
+
+
 @kernel_op("prepare_weight")
 def _prepare_weight(
     weight: Tensor,
@@ -111,26 +144,17 @@ def _prepare_weight(
     gammas, row_scale, bits, codes, packed, stats = outputs
     given = mask_bits
     dense = n == m and keep is None
-    if given is None and not dense and (m not in _FAST_GROUPS or gamma_over != "dense"):
+    if given is None and not dense and (m not in _FAST_GROUPS or gamma_over in ("kept", "masked")):
         given = _fresh_bits(weight, n, m, keep)
-    masked = gamma_over != "dense" and given is not None
-    if gamma is None:
-        sums = torch.empty(out, dtype=torch.float32, device=weight.device)
-        counts = torch.empty(out if masked else 0, dtype=torch.int32, device=weight.device)
-        block = min(4096, next_power_of_2(columns))
-        row_sums_kernel[(out,)](
-            weight, given if masked else weight, sums, counts, columns, weight.stride(0),
-            given.stride(0) if masked and given is not None else 0, MASKED=masked, BLOCK=block,
-        )  # fmt: skip
+    if gamma is not None:
+        gammas.copy_(gamma)
+        _scale(weight, None, split_sizes, gammas, row_scale, given=True)
     else:
-        sums = counts = gammas.copy_(gamma)
-    first = 0
-    for part, size in enumerate(split_sizes):
-        gamma_kernel[(1,)](
-            sums, counts, gammas, row_scale, part, first, size, columns,
-            KEPT=masked and gamma_over == "kept", GIVEN=gamma is not None, BLOCK=1024, num_warps=8,
-        )  # fmt: skip
-        first += size
+        mask = given if gamma_over in ("kept", "masked") else None
+        _scale(weight, mask, split_sizes, gammas, row_scale, divide_by_kept=gamma_over == "kept")
+    nonzero = gamma_over == "nonzero" and gamma is None
+    if nonzero and given is None and not dense and not want_mask:
+        bits = torch.empty((out, ceil_div(columns, 8)), dtype=torch.uint8, device=weight.device)
     group = m if given is None and not dense else 4
     rows_padded = packed_shape(out, columns)[0] * 128 if layout != "none" else out
     prepare_kernel[(ceil_div(rows_padded, TILE_ROWS), ceil_div(columns, TILE_COLUMNS))](
@@ -139,9 +163,12 @@ def _prepare_weight(
         out, columns, packed.shape[1], weight.stride(0), 0 if given is None else given.stride(0),
         0 if old_mask_bits is None else old_mask_bits.stride(0), bits.shape[1],
         N=group if dense else min(n, group), M=group, GIVEN=given is not None, KEEP=keep is not None and given is None,
-        OLD=old_mask_bits is not None, BITS=want_mask, CODES=want_codes, LAYOUT=LAYOUTS.index(layout),
+        OLD=old_mask_bits is not None, BITS=bits.numel() > 0, CODES=want_codes, LAYOUT=LAYOUTS.index(layout),
         STATS=want_stats, R=TILE_ROWS, C=TILE_COLUMNS, num_warps=8,
     )  # fmt: skip
+    if nonzero:
+        mask = given if given is not None else None if dense else bits
+        _scale(weight, mask, split_sizes, gammas, row_scale, nonzero=True, divide_by_kept=True)
     return outputs
 
 
@@ -190,8 +217,9 @@ def prepare_weight(
         mask_bits: uint8 ``[out, ceil(in / 8)]``: use this mask instead of a fresh one.
         old_mask_bits: The mask to count changes against (statistics).
         keep: int32 ``[out]``: weights kept a group in each row, instead of ``n``.
-        gamma: float32 ``[splits]``: use these scales (a sharded weight's, for example) instead of computing them.
+        gamma: float32 ``[splits]``: use these scales (a sharded weight's, for example) whatever ``gamma_over`` says.
         gamma_over: Mean over all weights, over kept weights only, or over all with masked ones counted as zero.
+            ``"nonzero"``: codes by the mean over all weights, then scaled by the mean over those that are not zero.
         layout: ``"none"``, ``"dense"`` or ``"sparse24"`` (the mask must keep at most 2 of every 4).
         want_mask: Whether to return mask bits.
         want_codes: Whether to return int8 codes.
@@ -221,8 +249,8 @@ def prepare_weight(
         raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     if layout == "sparse24" and mask_bits is None and (m != 4 or n > 2 or keep is not None):
         raise ValueError(f"layout sparse24 holds 2:4 weights; {n}:{m} needs layout dense (or a 2:4 mask given)")
-    if gamma_over not in ("dense", "kept", "masked"):
-        raise ValueError(f"gamma_over {gamma_over!r} is not one of dense, kept, masked")
+    if gamma_over not in get_args(GammaOver):
+        raise ValueError(f"gamma_over {gamma_over!r} is not one of {', '.join(get_args(GammaOver))}")
     for name, bits in (("mask_bits", mask_bits), ("old_mask_bits", old_mask_bits)):
         want = (out, ceil_div(columns, 8))
         if bits is not None and (bits.shape != want or bits.dtype != torch.uint8 or bits.stride(1) != 1):

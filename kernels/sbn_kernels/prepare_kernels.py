@@ -11,9 +11,13 @@ _LARGEST = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def row_sums_kernel(w_pointer, mask_pointer, sum_pointer, count_pointer, columns, stride, mask_stride,
-                    MASKED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Sum of |W| over a row (over kept weights if MASKED, then also their number), one row a program."""
+def row_sums_kernel(w_pointer, mask_pointer, row_scale_pointer, sum_pointer, count_pointer, columns, stride,
+                    mask_stride, MASKED: tl.constexpr, NONZERO: tl.constexpr, COUNT: tl.constexpr,
+                    BLOCK: tl.constexpr):  # fmt: skip
+    """Sum of |W| over a row, one row a program.
+
+    MASKED: over kept weights only. NONZERO: over those only that do not round to zero. COUNT: and their number.
+    """
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -21,14 +25,16 @@ def row_sums_kernel(w_pointer, mask_pointer, sum_pointer, count_pointer, columns
     for start in range(0, columns, BLOCK):
         column = start + block
         w = tl.abs(tl.load(w_pointer + row * stride + column, mask=column < columns, other=0.0).to(tl.float32))
+        counts = column < columns
         if MASKED:
             byte = tl.load(mask_pointer + row * mask_stride + column // 8, mask=column < columns, other=0).to(tl.int32)
-            bit = (byte >> (column % 8)) & 1
-            w = tl.where(bit != 0, w, 0.0)
-            kept += bit
-        total += w
+            counts = counts & ((byte >> (column % 8)) & 1 != 0)
+        if NONZERO:
+            counts = counts & (w > 0.5 * tl.load(row_scale_pointer + row))
+        total += tl.where(counts, w, 0.0)
+        kept += counts.to(tl.int32)
     tl.store(sum_pointer + row, tl.sum(total, axis=0))
-    if MASKED:
+    if COUNT:
         tl.store(count_pointer + row, tl.sum(kept, axis=0))
 
 

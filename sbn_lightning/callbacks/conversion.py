@@ -38,7 +38,7 @@ class TernarySparseConversion(Callback):
         activation_bits: 8, 4 or None.
         mask_source: ``"latent"`` or ``"ternary"``; see :class:`SparseBitLinear`.
         gradient: ``"dense"`` or ``"masked"``; see :class:`SparseBitLinear`.
-        gamma_over: ``"dense"``, ``"kept"`` or ``"masked"``; see :class:`SparseBitLinear`.
+        gamma_over: ``"dense"``, ``"kept"``, ``"masked"`` or ``"nonzero"``; see :class:`SparseBitLinear`.
 
     Raises:
         ConfigError: When training starts, if nothing was converted, if something else replaced converted layers, if

@@ -6,7 +6,7 @@ import torch
 from sbn_kernels.cusparselt import scale_accumulator
 
 from sbn_lightning.pattern import NMPattern, pack_mask, top_n_mask
-from sbn_lightning.ternary import expand_scale, quantize_activations, ternary_codes, weight_scale
+from sbn_lightning.ternary import expand_scale, quantize_activations, ternary_codes, ternary_weight
 
 
 @pytest.fixture(autouse=True)
@@ -79,20 +79,28 @@ def test_prepare(
     weight = with_ties(out, columns, dtype)
     fresh = top_n_mask(weight, NMPattern(n, m))
     old = torch.rand(out, columns) < 0.5
-    for over, given in (("dense", False), ("dense", True), ("kept", False), ("masked", True)):
+    cases = ("dense", False), ("dense", True), ("kept", False), ("masked", True), ("nonzero", False), ("nonzero", True)
+    for over, given in cases:
         mask = fresh & (torch.rand(out, columns) < 0.8) if given else fresh
         prepared = sk.prepare_weight(
             weight, n, m, splits, mask_bits=pack_mask(mask) if given else None, old_mask_bits=pack_mask(old),
             layout=layout, gamma_over=over, want_stats=True,
         )  # fmt: skip
-        torch.testing.assert_close(
-            prepared.gamma, weight_scale(weight, splits, over=over, mask=mask), rtol=1e-6, atol=0
-        )
+        codes, row_scale = ternary_weight(weight, mask, splits, over)
+        torch.testing.assert_close(prepared.row_scale, row_scale, rtol=1e-6, atol=0)
         assert torch.equal(prepared.row_scale, expand_scale(prepared.gamma, splits, out))
         assert torch.equal(prepared.mask_bits, pack_mask(mask))
-        codes = ternary_codes(weight, prepared.row_scale, mask)
+        threshold = prepared.row_scale
+        if over == "nonzero":  # codes are by the dense gamma, of which the kernel's own sums decide the last bit
+            threshold = sk.prepare_weight(weight, n, m, splits).row_scale
+        codes = ternary_codes(weight, threshold, mask)
         assert torch.equal(prepared.codes, codes)
-        natural = ternary_codes(weight, prepared.row_scale)
+        without = sk.prepare_weight(
+            weight, n, m, splits, mask_bits=pack_mask(mask) if given else None, gamma_over=over, want_mask=False
+        )
+        assert torch.equal(without.codes, codes)
+        assert torch.equal(without.gamma, prepared.gamma)
+        natural = ternary_codes(weight, threshold)
         counts = [(old ^ mask).sum(), (natural == 0).sum(), ((natural != 0) & ~mask).sum(), mask.sum()]
         assert prepared.stats.tolist() == [int(count) for count in counts]
         if layout == "dense":
