@@ -68,7 +68,9 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
 class SBNCLI(LightningCLI):
     """The commands ``fit``, ``validate``, ``test`` and ``predict``."""
 
-    def __init__(self, args: list[str] | None, trainer_class: type[Trainer] = Trainer) -> None:
+    def __init__(
+        self, args: list[str] | dict[str, Any] | None, trainer_class: type[Trainer] = Trainer, run: bool = True
+    ) -> None:
         super().__init__(
             SparseBitNet,
             TokenDataModule,
@@ -79,6 +81,7 @@ class SBNCLI(LightningCLI):
             trainer_defaults={"callbacks": [TrainingReport()]},
             seed_everything_default=1,
             auto_configure_optimizers=False,
+            run=run,
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -173,6 +176,28 @@ class SaveConfigWithoutSecrets(SaveConfigCallback):
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
         super().__init__(parser, without_secrets(config), *args, **kwargs)
+
+
+class RecipeCheck(SBNCLI):
+    """Reads a recipe as ``fit`` does and makes nothing of it; its ``parser`` then reads others.
+
+    Raises:
+        ConfigError: If ``fit`` would not take the recipe.
+    """
+
+    def __init__(self, recipe: dict[str, Any]) -> None:
+        with warnings.catch_warnings():  # of arguments that are not the process's own
+            warnings.simplefilter("ignore")
+            super().__init__(recipe, run=False)
+
+    def _set_seed(self) -> None:
+        """Not before training."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is made."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing is made."""
 
 
 class FabricTrainer(Trainer):

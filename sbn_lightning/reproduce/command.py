@@ -53,6 +53,7 @@ def reproduce(
         _list_runs(runs, {line["id"] for line in results})
         return
     _check_data(data, results, Path(output), with_probe=read.probe is not None)
+    _check_recipes(runs, {line["id"] for line in results})
     from sbn_lightning.reproduce.runner import Runner
 
     probe = None if read.probe is None else {**read.probe, "data": str(Path(data, PROBE).absolute())}
@@ -98,6 +99,20 @@ def _check_data(data: str, results: list[dict[str, Any]], output: Path, with_pro
         others = {line["data"]["fingerprint"] for line in results} - {meta["fingerprint"]}
         if part == TOKENS and others:
             raise ConfigError(f"{output / FILE} holds runs on another corpus than {data}; give another --output")
+
+
+def _check_recipes(runs: list[Run], done: set[str]) -> None:
+    """Before any run starts: a key that ``fit`` does not know would fail them all, one after the other."""
+    from sbn_lightning.training_cli import RecipeCheck
+
+    parser = None
+    for run in runs:
+        if run.id not in done:
+            try:
+                parser = parser or RecipeCheck(run.recipe).parser
+                parser.parse_object(run.recipe)
+            except ConfigError as error:
+                raise ConfigError(f"run {run.name}: {error}") from error
 
 
 def _list_runs(runs: list[Run], done: set[str]) -> None:

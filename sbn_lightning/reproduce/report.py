@@ -14,7 +14,14 @@ from sbn_lightning.reproduce.tables import DASH, FAMILIES, Cell, Line, Results, 
 
 PATTERNS = ("8:8", "7:8", "6:8", "5:8", "4:8", "2:4", "3:8", "2:8")
 BASES = ("6:8", "2:4")  # patterns that variants are tried at
-ABLATIONS = (("mask_source", "ternary"), ("gradient", "masked"), ("gamma_over", "kept"), ("gamma_over", "masked"))
+ABLATIONS = (
+    ("mask_source", "ternary"),
+    ("gradient", "masked"),
+    ("gamma_over", "kept"),
+    ("gamma_over", "nonzero"),
+    ("gamma_over", "masked"),
+)
+GOALS = {"2:4": 1.01, "2:8": 1.10}  # of dense ternary's perplexity, each at its own best learning rate
 RAMPS = ("share_75", "share_50", "share_25", "walk")
 INTERVALS = (10, 100, 1000)
 
@@ -42,6 +49,7 @@ def write_report(lines: list[Line], output: Path, images: Path | None) -> None:
         ("Learning rates", "", learning_rates),
         ("Ablations", "ablations", ablations),
         ("From dense to sparse", "ramps", ramps),
+        ("Each at its own best learning rate", "", at_best_rates),
         ("Mask refresh", "", refresh),
         ("int8 gradients", "", int8_gradients),
         ("Zeros and flips", "flip_rate", zeros),
@@ -196,6 +204,32 @@ def ramps(results: Results, missing: list[str]) -> str:
     """Sparse shares of training and the walk, against sparse from the start."""
     variants = [(name, {"ramp": name}, paper.SHARES.get(name)) for name in RAMPS]
     return _variants(results, missing, variants, "ramp")
+
+
+def at_best_rates(results: Results, missing: list[str]) -> str:
+    """All ways to train 2:4 and 2:8, against dense ternary."""
+
+    def best(pattern: str, varied: dict[str, Any]) -> tuple[float, Cell] | None:
+        cells = {rate: results.cell("ternary", pattern, varied, rate) for rate in results.values("learning_rate")}
+        found = [(rate, cell) for rate, cell in cells.items() if cell is not None]
+        return min(found, key=lambda each: each[1].loss, default=None)
+
+    dense = best("8:8", {})
+    if dense is None:
+        missing.append("ternary 8:8")
+        return "Not run."
+    rows = [["8:8", "", f"{dense[0]:g}", number(dense[1].perplexity), str(len(dense[1].runs)), DASH, DASH, DASH]]
+    for pattern, goal in GOALS.items():
+        lines = [line for line in results.lines if line["factors"]["pattern"] == pattern]
+        ways = {repr(line["varied"]): line["varied"] for line in lines if line["factors"]["family"] == "ternary"}
+        found = [(varied, best(pattern, varied)) for varied in ways.values()]
+        for varied, at in sorted(((v, at) for v, at in found if at is not None), key=lambda each: each[1][1].loss):
+            compared = results.compare(at[1], dense[1])
+            name = ", ".join(f"{key}: {value}" for key, value in varied.items()) or "the method"
+            cells = [number(at[1].perplexity), str(len(at[1].runs)), change(compared.ratio), change(goal)]
+            rows.append([pattern, name, f"{at[0]:g}", *cells, compared.verdict()])
+    header = ("pattern", "way", "learning rate", "perplexity", "seeds", "against dense", "goal", "verdict")
+    return table(header, rows)
 
 
 def refresh(results: Results, missing: list[str]) -> str:

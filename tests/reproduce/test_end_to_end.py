@@ -92,6 +92,13 @@ def test_killed_and_continued(corpus):
     assert "2 runs of 0.0M parameters" in Path("results/reproduction.md").read_text()
 
 
+def test_a_key_that_fit_does_not_know_fails_before_any_run(corpus, capsys):
+    assert main([*words(corpus, "patterns/*"), "model.loss=auto"]) == 1
+    message = capsys.readouterr().err
+    assert "error: run ternary-6of8-lr_0.004-s1: Group 'model' does not accept option 'loss'" in message
+    assert not Path("results/runs").exists()
+
+
 def test_another_corpus_is_refused(corpus, capsys):
     Path("results").mkdir()
     Path("results/results.jsonl").write_text(json.dumps({"id": "a", "data": {"fingerprint": "other"}}) + "\n")
