@@ -4,7 +4,6 @@ import pytest
 import sbn_kernels as sk
 import torch
 from sbn_kernels.cusparselt import scale_accumulator
-from sbn_kernels.split_k import add_splits, split_tile
 
 from sbn_lightning.pattern import NMPattern, pack_mask, top_n_mask
 from sbn_lightning.ternary import expand_scale, quantize_activations, ternary_codes, ternary_weight
@@ -169,22 +168,6 @@ def test_scaling_of_an_int32_product() -> None:
     acc = torch.zeros(16, 70, dtype=torch.int32)
     acc[:5] = x8.int() @ codes.int().t()
     assert torch.equal(scale_accumulator(acc, scale, row_scale, bias, 5, torch.float32), exact + bias)
-
-
-@pytest.mark.parametrize(("tokens", "columns", "out"), [(9, 300, 70), (16, 64, 128), (17, 130, 129), (64, 1024, 9)])
-@pytest.mark.parametrize("splits", [1, 2, 5, 16])
-def test_adding_parts_of_k(tokens: int, columns: int, out: int, splits: int) -> None:
-    """Parts as the Hopper kernel leaves them: whole panels of rows, and zeros where there is no row or token."""
-    x8, scale, codes, row_scale, bias, exact = gemm_case(tokens, columns, out)
-    parts = torch.zeros(splits, -(-out // 128) * 128, split_tile(tokens), dtype=torch.int32)
-    pieces = zip(parts, x8.tensor_split(splits, 1), codes.tensor_split(splits, 1), strict=True)
-    for part, x, t in pieces:
-        part[:out, :tokens] = t.int() @ x.int().t()
-    y = add_splits(parts, scale, row_scale, None, torch.empty(tokens, out))
-    assert torch.equal(y, exact)
-    y = add_splits(parts, scale, row_scale, bias, torch.empty(tokens, out))
-    assert torch.equal(y, exact + bias)
-    assert within_one_rounding(add_splits(parts, scale, row_scale, bias, torch.empty_like(y).bfloat16()), exact + bias)
 
 
 def test_layout_sparse24_has_no_portable_decode() -> None:
