@@ -6,7 +6,7 @@ part of K and leaves its int32 sums in a workspace ``[splits, rows, tokens]``; a
 The sums are exact whatever their order, and scaled as in one piece: the same bits. Nothing waits for the host.
 
 A second launch is reckoned at 2 microseconds, so only long sums are split. In its place the last program of each panel
-could add the parts; that is a fence, a round trip of an atomic and all parts read by 12 programs instead of 96: hardly
+could add the parts; that is a fence, a round trip of an atomic and all parts read by 12 programs instead of 192: hardly
 less, and counters to keep. Nor is the decode kernel widened: each 16 rows read all tokens anew (here, at 64 tokens,
 55 MB for 3.4 MB of weights), and with 64 rows a program it had 24 programs and would need this split as well.
 """
