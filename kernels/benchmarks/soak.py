@@ -39,6 +39,8 @@ def short() -> int:
             if capabilities.can("sparse_gemm"):
                 gemm = sk.sparse_gemm if layout == "sparse24" else sk.ternary_gemm
                 wrong += int((gemm(q, s, p.packed, p.row_scale, out) != expected).sum())
+                parts = gemm(q[:33], s[:33], p.packed, p.row_scale, out, splits=3)
+                wrong += int((parts != expected[:33]).sum())
             few = sk.decode_gemm(q[:33], s[:33], p.packed, p.row_scale, out, layout=layout)
             wrong += int((few != expected[:33]).sum())
         wrong += int((sk.int8_gemm(q, s, p.codes, p.row_scale) != expected).sum())
@@ -49,7 +51,13 @@ def soak(launches: int, seconds: float) -> tuple[int, int]:
     """Returns (launches made, wrong elements)."""
     generator = torch.Generator(device="cuda").manual_seed(1)
     cases = []
-    for tokens, inner, out in ((512, 1024, 2048), (300, 896, 1216), (64, 2048, 1024), (8, 1024, 2048)):
+    for tokens, inner, out in (
+        (512, 1024, 2048),
+        (300, 896, 1216),
+        (64, 2048, 1024),
+        (32, 8960, 1536),
+        (8, 1024, 2048),
+    ):
         for layout, n, m in (("sparse24", 2, 4), ("dense", 6, 8)):
             p = sk.prepare_weight(torch.randn(out, inner, device="cuda", generator=generator), n, m, layout=layout)
             cases.append((tokens, inner, out, layout, p, p.codes.bfloat16().t().contiguous()))

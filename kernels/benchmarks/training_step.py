@@ -170,7 +170,7 @@ PARTS = (
     ("preparation", ("prepare_kernel", "row_sums", "gamma_kernel", "mask_kernel", "pack_transposed")),
     ("gradient quantisation", ("quantize_gradient", "gradient_maxima", "gradient_scales", "transpose_kernel")),
     ("token quantisation", ("quantize_rows", "quantize_long", "dequantize")),
-    ("sparse and ternary GEMM", ("ternary_gemm_kernel", "decode_kernel")),
+    ("sparse and ternary GEMM", ("ternary_gemm", "add_splits", "decode_kernel")),
     ("int8 GEMM", ("int8_gemm", "int8_outer", "add_parts")),
     ("attention", ("flash", "fmha", "attention", "cudnn")),
     ("head and loss", ("liger", "cross_entropy", "softmax", "nll_loss")),

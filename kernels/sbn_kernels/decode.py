@@ -19,6 +19,7 @@ from torch import Tensor
 from sbn_kernels.capability import UnsupportedError, capabilities, gluon_missing, interpreting, multiprocessors, runs
 from sbn_kernels.hopper_gemm import aligned_tokens, check_gemm_arguments, check_packed, sparse_gemm, ternary_gemm
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2
+from sbn_kernels.split_k import choose_splits
 
 MAX_TOKENS = 64
 _WARPS = 4096
@@ -76,12 +77,15 @@ def launch_shape(k_steps: int, row_tiles: int, token_groups: int) -> tuple[int, 
     return groups, 2 if token_groups > 2 or k_steps <= 2 * groups else 4
 
 
-def prefers_decode(tokens: int, out_features: int, processors: int) -> bool:
+def prefers_decode(tokens: int, out_features: int, in_features: int, processors: int) -> bool:
     """Whether the decode kernel is the faster one on Hopper, as measured for 2:4 on an H200 (within a tenth).
 
     Its time grows with rows times tokens, each 16 rows reading all tokens anew; the prefill kernel's with the waves
-    that panels of 128 rows take on so many ``processors``. Both grow with in_features.
+    that panels of 128 rows take on so many ``processors``. Both grow with in_features. Where the prefill kernel splits
+    K (``split_k``) it takes over above 8 tokens: by its cost model, which is not measured.
     """
+    if tokens > 8 and choose_splits(tokens, out_features, in_features, processors) > 1:
+        return False
     waves = ceil_div(ceil_div(out_features, 128), processors)
     return tokens <= 4 or (tokens <= 16 and tokens * out_features <= _READS * waves)
 
@@ -187,7 +191,7 @@ def decode_gemm(
         raise UnsupportedError(f"decode: {missing}")
     sparse = layout == "sparse24"
     on_hopper = not portable and runs("ternary_gemm", x8.device.index)
-    if on_hopper and not prefers_decode(x8.shape[0], out_features, multiprocessors(x8.device.index)):
+    if on_hopper and not prefers_decode(x8.shape[0], out_features, x8.shape[1], multiprocessors(x8.device.index)):
         gemm = sparse_gemm if sparse else ternary_gemm
         return gemm(x8, scale, packed, row_scale, out_features, bias, out_dtype)
     args = (x8, scale, packed, row_scale, bias, out_features, sparse, out_dtype, portable)

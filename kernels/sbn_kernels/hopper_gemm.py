@@ -5,6 +5,7 @@ exact: the inner product is an int32 (``in_features`` up to 2^24 cannot overflow
 in the order of the plain-PyTorch twin, and one rounding to the output dtype follows.
 
 The tile is 128 features by ``BT`` tokens; ``BT`` is chosen by the number of waves of tiles over the multiprocessors.
+Up to 64 tokens the sum over K may be split over programs (``split_k`` says where, and why the result is the same).
 On Hopper only 2:4 gains from sparsity: any other pattern runs as dense ternary at the int8 rate.
 """
 
@@ -21,9 +22,11 @@ from sbn_kernels.capability import capabilities, multiprocessors
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, refuse_gradients
 from sbn_kernels.packing import BLOCK_WORDS, K_STEP, PANEL, packed_shape
 from sbn_kernels.quantize import empty_tokens
+from sbn_kernels.split_k import MOST_TOKENS, add_splits, choose_splits, split_tile, whole_parts
 
 _SHARED_BYTES = 232448 - 2048
 _TOKEN_TILES = (256, 128, 64, 32, 16)
+SPLIT_STAGES = 8  # of parts of K: 96 KB at 64 tokens, so that two programs fit a multiprocessor
 _BAND = 8  # token tiles that share a sweep over the weight; 16, or an L2 evict-first hint on stores, measured slower
 _OUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -34,6 +37,14 @@ def _device_code() -> ModuleType:
     from sbn_kernels import hopper_kernels
 
     return hopper_kernels
+
+
+@functools.cache
+def _split_code() -> ModuleType:
+    """The Gluon kernel for parts of K; importing it needs Triton >= 3.9."""
+    from sbn_kernels import split_kernels
+
+    return split_kernels
 
 
 @functools.cache
@@ -86,6 +97,24 @@ def padded_to(vector: Tensor, multiple: int) -> Tensor:
     return copy
 
 
+def _parts(x8: Tensor, packed: Tensor, sparse: bool, splits: int) -> Tensor:
+    """int32 ``[splits, whole panels of rows, tile]``: the unscaled product of aligned tokens, in parts of K."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    tokens, columns = x8.shape
+    panels, k_steps, _ = packed.shape
+    splits, per_split = whole_parts(k_steps, splits)
+    tile, layouts = split_tile(tokens), _layouts()
+    parts = torch.empty((splits, panels * PANEL, tile), dtype=torch.int32, device=x8.device)
+    _split_code().ternary_gemm_split_kernel[(panels, splits)](
+        TensorDescriptor(x8, [tokens, columns], [x8.stride(0), 1], [tile, K_STEP], layouts[8]),
+        TensorDescriptor(packed, [panels * k_steps * 32, 32], [32, 1], [32, 32], layouts[32]),
+        parts, k_steps, per_split, 0,
+        BT=tile, STAGES=SPLIT_STAGES, SPARSE=sparse, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return parts
+
+
 @kernel_op("hopper_gemm")
 def _hopper_gemm(
     x8: Tensor,
@@ -97,6 +126,7 @@ def _hopper_gemm(
     sparse: bool,
     out_dtype: torch.dtype,
     token_tile: int,
+    splits: int,
 ) -> Tensor:
     capabilities(x8.device).require("sparse_gemm" if sparse else "ternary_gemm")
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -108,6 +138,10 @@ def _hopper_gemm(
     x8 = aligned_tokens(x8)
     panels, k_steps, _ = packed.shape
     processors = multiprocessors(x8.device.index)
+    if splits == 0 and tokens <= MOST_TOKENS and not token_tile:
+        splits = choose_splits(tokens, out_features, columns, processors)
+    if splits > 1:
+        return add_splits(_parts(x8, packed, sparse, splits), scale, row_scale, bias, y)
     tile = token_tile or choose_token_tile(tokens, panels, processors)
     token_tiles = ceil_div(tokens, tile)
     chunk, stages = launch_shape(tile, y.element_size())
@@ -141,6 +175,7 @@ def _(
     sparse: bool,
     out_dtype: torch.dtype,
     token_tile: int,
+    splits: int,
 ) -> Tensor:
     return torch.empty((x8.shape[0], out_features), dtype=out_dtype, device=x8.device)
 
@@ -185,6 +220,7 @@ def sparse_gemm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     token_tile: int = 0,
+    splits: int = 0,
 ) -> Tensor:
     """``y = (x8 @ T^T) * scale * row_scale (+ bias)`` on the sparse tensor core, for 2:4 weights.
 
@@ -197,6 +233,8 @@ def sparse_gemm(
         bias: ``[out_features]``, any float dtype, or None.
         out_dtype: bfloat16, float16 or float32.
         token_tile: Tokens a tile (256, 128, 64, 32, 16); 0 chooses.
+        splits: Parts of the sum over in_features, at most; several only up to 64 tokens and without ``token_tile``.
+            0 chooses. The result is the same.
 
     Returns:
         ``[tokens, out_features]``.
@@ -207,7 +245,9 @@ def sparse_gemm(
     """
     check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype)
     check_packed(packed, out_features, x8.shape[1])
-    args = (x8, scale, packed, row_scale, bias, out_features, True, out_dtype, token_tile)
+    if splits > 1 and (token_tile or x8.shape[0] > MOST_TOKENS):
+        raise ValueError(f"parts of K are for at most {MOST_TOKENS} tokens, and have no token_tile")
+    args = (x8, scale, packed, row_scale, bias, out_features, True, out_dtype, token_tile, splits)
     result: Tensor = torch.ops.sbn_kernels.hopper_gemm(*args)
     return result
 
@@ -221,10 +261,13 @@ def ternary_gemm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     token_tile: int = 0,
+    splits: int = 0,
 ) -> Tensor:
     """As :func:`sparse_gemm` for any ternary weight: ``packed`` has layout ``dense``."""
     check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype)
     check_packed(packed, out_features, x8.shape[1])
-    args = (x8, scale, packed, row_scale, bias, out_features, False, out_dtype, token_tile)
+    if splits > 1 and (token_tile or x8.shape[0] > MOST_TOKENS):
+        raise ValueError(f"parts of K are for at most {MOST_TOKENS} tokens, and have no token_tile")
+    args = (x8, scale, packed, row_scale, bias, out_features, False, out_dtype, token_tile, splits)
     result: Tensor = torch.ops.sbn_kernels.hopper_gemm(*args)
     return result

@@ -208,20 +208,95 @@ def _split_columns(x, PARTS: gl.constexpr):
 
 
 @gluon.jit
+def _load_steps(
+    x, w, xs, ws, full, empty, token0, panel, k_steps, first, end, stage, phase, STAGES: gl.constexpr
+):  # fmt: skip
+    """Fills the ring with k steps ``first`` to ``end`` of a tile; returns where in the ring it stopped."""
+    for k in range(first, end):
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(full.index(stage), x.block_type.nbytes + w.block_type.nbytes)
+        tma.async_load(x, [token0, k * 128], full.index(stage), xs.index(stage))
+        tma.async_load(w, [(panel * k_steps + k) * 32, 0], full.index(stage), ws.index(stage))
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase = phase ^ 1
+    return stage, phase
+
+
+@gluon.jit
 def _producer(x, w, xs, ws, full, empty, k_steps, token_tiles, panels, group, BT: gl.constexpr, STAGES: gl.constexpr):
     stage = 0
     phase = 1
     for i in range(gl.program_id(0), token_tiles * panels, gl.num_programs(0)):
         panel, token_tile = _tile(i, token_tiles, panels, group)
-        for k in range(k_steps):
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(full.index(stage), x.block_type.nbytes + w.block_type.nbytes)
-            tma.async_load(x, [token_tile * BT, k * 128], full.index(stage), xs.index(stage))
-            tma.async_load(w, [(panel * k_steps + k) * 32, 0], full.index(stage), ws.index(stage))
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase = phase ^ 1
+        stage, phase = _load_steps(
+            x, w, xs, ws, full, empty, token_tile * BT, panel, k_steps, 0, k_steps, stage, phase, STAGES
+        )
+
+
+@gluon.jit
+def _sum_steps(
+    xs, ws, full, empty, first, end, stage, phase, held, zero,
+    BT: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """Sums k steps ``first`` to ``end``, at least one, as the producer fills the ring: int32 [64, BT].
+
+    ``stage`` and ``phase`` say where in the ring the first step is, ``held`` are the metadata registers. All three
+    come back for the next tile.
+    """
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BT, 32])
+    CODES: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    TIES: gl.constexpr = _constraints(BT // 2, 3)
+    TIED: gl.constexpr = _tied(BT // 2)
+    acc = gl.zeros([64, BT], gl.int32, ACC)
+    gl.inline_asm(_await, "r,r", [full.index(stage), phase], (), is_pure=False)
+    words = ws.index(stage).slice(16 * HALF, 16, dim=0).load(CODES)
+    for k in range(first, end):
+        going = (k > first).to(gl.int32)
+        more = k + 1 < end
+        tile = xs.index(stage)
+        # computed, not carried: a loop variable that starts as another variable's value is not seen as changing
+        previous = gl.where(stage == 0, STAGES - 1, stage - 1)
+        next_stage = stage + 1
+        next_phase = phase
+        if next_stage == STAGES:
+            next_stage = 0
+            next_phase = phase ^ 1
+        # the step whose codes are fetched early: the next one, or after the last step this one again
+        ready = gl.where(more, next_stage, stage)
+        parity = gl.where(more, next_phase, phase)
+        if SPARSE:
+            acc, held = gl.inline_asm(
+                _first_sparse, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
+            )
+            gl.inline_asm(_await, "r,r", [full.index(ready), parity], (), is_pure=False)
+            coming = ws.index(ready).slice(16 * HALF, 16, dim=0).load(CODES)
+            gl.inline_asm(_retire_one_and_release, "r,r", [empty.index(previous), going], (), is_pure=False)
+            acc, held = gl.inline_asm(
+                _rest_sparse, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
+            )
+        else:
+            acc, held = gl.inline_asm(
+                _all_dense, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
+            )
+            gl.inline_asm(_release, "r,r", [empty.index(previous), going], (), is_pure=False)
+            gl.inline_asm(_await, "r,r", [full.index(ready), parity], (), is_pure=False)
+            coming = ws.index(ready).slice(16 * HALF, 16, dim=0).load(CODES)
+        words = coming
+        stage = next_stage
+        phase = next_phase
+    acc = gl.inline_asm(_wait, TIED, [acc], acc.type, is_pure=False)
+    last = gl.where(stage == 0, STAGES - 1, stage - 1)
+    gl.inline_asm(_release, "r,r", [empty.index(last), 1], (), is_pure=False)
+    return acc, held, stage, phase
+
+
+@gluon.jit
+def _no_metadata():
+    """What the metadata registers hold before the first step."""
+    HELD: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0])
+    return gl.zeros([16, 16], gl.int32, HELD)
 
 
 @gluon.jit
@@ -230,56 +305,14 @@ def _consumer(
     BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, BIAS: gl.constexpr,
     HALF: gl.constexpr,
 ):  # fmt: skip
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BT, 32])
-    CODES: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    HELD: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0])
-    TIES: gl.constexpr = _constraints(BT // 2, 3)
-    TIED: gl.constexpr = _tied(BT // 2)
     stage = 0
     phase = 0
-    held = gl.zeros([16, 16], gl.int32, HELD)
+    held = _no_metadata()
     for i in range(gl.program_id(0), token_tiles * panels, gl.num_programs(0)):
         panel, token_tile = _tile(i, token_tiles, panels, group)
-        acc = gl.zeros([64, BT], gl.int32, ACC)
-        gl.inline_asm(_await, "r,r", [full.index(stage), phase], (), is_pure=False)
-        words = ws.index(stage).slice(16 * HALF, 16, dim=0).load(CODES)
-        for k in range(k_steps):
-            going = (k > 0).to(gl.int32)
-            more = k + 1 < k_steps
-            tile = xs.index(stage)
-            # computed, not carried: a loop variable that starts as another variable's value is not seen as changing
-            previous = gl.where(stage == 0, STAGES - 1, stage - 1)
-            next_stage = stage + 1
-            next_phase = phase
-            if next_stage == STAGES:
-                next_stage = 0
-                next_phase = phase ^ 1
-            # the step whose codes are fetched early: the next one, or after the last step this one again
-            ready = gl.where(more, next_stage, stage)
-            parity = gl.where(more, next_phase, phase)
-            if SPARSE:
-                acc, held = gl.inline_asm(
-                    _first_sparse, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
-                )
-                gl.inline_asm(_await, "r,r", [full.index(ready), parity], (), is_pure=False)
-                coming = ws.index(ready).slice(16 * HALF, 16, dim=0).load(CODES)
-                gl.inline_asm(_retire_one_and_release, "r,r", [empty.index(previous), going], (), is_pure=False)
-                acc, held = gl.inline_asm(
-                    _rest_sparse, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
-                )
-            else:
-                acc, held = gl.inline_asm(
-                    _all_dense, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
-                )
-                gl.inline_asm(_release, "r,r", [empty.index(previous), going], (), is_pure=False)
-                gl.inline_asm(_await, "r,r", [full.index(ready), parity], (), is_pure=False)
-                coming = ws.index(ready).slice(16 * HALF, 16, dim=0).load(CODES)
-            words = coming
-            stage = next_stage
-            phase = next_phase
-        acc = gl.inline_asm(_wait, TIED, [acc], acc.type, is_pure=False)
-        last = gl.where(stage == 0, STAGES - 1, stage - 1)
-        gl.inline_asm(_release, "r,r", [empty.index(last), 1], (), is_pure=False)
+        acc, held, stage, phase = _sum_steps(
+            xs, ws, full, empty, 0, k_steps, stage, phase, held, zero, BT, STAGES, SPARSE, HALF
+        )
         # epilogue, CHUNK tokens at a time through two shared buffers: scale, round, transpose, store.
         # The vectors of scales are as long as whole tiles: masks here cost the registers that the pipeline needs.
         row0 = panel * 128 + 64 * HALF

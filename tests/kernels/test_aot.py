@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from sbn_kernels import cusparselt, decode, portable_gemm, prepare_kernels, quantize, swiglu  # noqa: E402
+from sbn_kernels import cusparselt, decode, portable_gemm, prepare_kernels, quantize, split_k, swiglu  # noqa: E402
 from sbn_kernels.capability import gluon_missing  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler.compiler import ASTSource  # noqa: E402
@@ -23,11 +23,11 @@ POINTERS = {
     "sum_pointer": "*fp32", "count_pointer": "*i32", "gamma_pointer": "*fp32", "row_scale_pointer": "*fp32",
     "old_pointer": "*u8", "keep_pointer": "*i32", "bits_pointer": "*u8", "codes_pointer": "*i8",
     "packed_pointer": "*i32", "stats_pointer": "*i64", "y_pointer": "*bf16", "bias_pointer": "*bf16",
-    "acc_pointer": "*i32",
+    "acc_pointer": "*i32", "part_pointer": "*i32",
 }  # fmt: skip
 
 
-ALIGNED = ("stride", "x_stride", "w_stride", "q_stride", "d_stride", "inner", "columns", "features")
+ALIGNED = ("stride", "x_stride", "w_stride", "q_stride", "d_stride", "inner", "columns", "features", "part_size")
 
 
 def build(kernel, constants, capability, types=None, source=ASTSource, warps=4):
@@ -97,6 +97,7 @@ PLAIN = {
         8,
     ),
     "scale": (cusparselt.scale_kernel, {"BIAS": True, "ROWS": 4, "COLUMNS": 1024}, {}, 4),
+    "add splits": (split_k.add_splits_kernel, {"S": 16, "BIAS": True, "BT": 64, "R": 8}, {}, 16),
     "portable decode": (decode.decode_portable_kernel, {"BIAS": True, "BT": 16}, {"x_pointer": "*i8"}, 4),
 }
 
@@ -142,6 +143,39 @@ def test_hopper_gemm(sparse: bool, bias: bool, tmp_path: Path) -> None:
     # a wait for all (0x0) after each tile of each of two consumers; ptxas serialising would turn the rest into 0x0 too
     assert waits.count("0") == 2
     assert waits.count("1") >= (4 if sparse else 8)
+
+
+@needs_gluon
+@pytest.mark.parametrize("tile", [16, 32, 64])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_hopper_gemm_in_parts_of_k(sparse: bool, tile: int, tmp_path: Path) -> None:
+    """As above, and small enough for two programs a multiprocessor; whole sectors go to the workspace."""
+    from sbn_kernels.hopper_gemm import SPLIT_STAGES, _layouts
+    from sbn_kernels.split_kernels import ternary_gemm_split_kernel
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    layouts = _layouts()
+    types = {"x": f"tensordesc<i8[{tile},128],{layouts[8]!r}>", "w": f"tensordesc<i32[32,32],{layouts[32]!r}>"}
+    constants = {"BT": tile, "STAGES": SPLIT_STAGES, "SPARSE": sparse}
+    compiled = build(ternary_gemm_split_kernel, constants, 90, types, GluonASTSource)
+    kind = "wgmma.mma_async.sp.sync" if sparse else "wgmma.mma_async.sync"
+    assert f"{kind}.aligned.m64n{tile}k" in compiled.asm["ptx"]
+    assert ("wgmma.mma_async.sp" in compiled.asm["ptx"]) == sparse
+    assert "st.global.v2.b32" in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run(
+        [TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    registers = -(-int(re.search(r"REG:(\d+)", usage)[1]) // 8) * 8
+    assert registers * 3 * 128 * 2 <= 65536  # 12 warps each
+    assert 2 * (compiled.metadata.shared + 1024) <= 227 * 1024
+    sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"(IGMMA)|WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", sass)
+    # for each of two consumers: in the loop all but one group; after it, and where there was no step, all
+    steps = [("IGMMA", ""), ("", "1")] * (2 if sparse else 4)
+    assert found == (steps + [("", "0")] * 2) * 2
 
 
 @needs_gluon

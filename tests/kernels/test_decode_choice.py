@@ -1,9 +1,10 @@
-"""Which kernel serves few tokens, against what an H200 was measured to take."""
+"""Which kernel serves few tokens, against what an H200 was measured to take; where the sum over K is split."""
 
 import pytest
 from sbn_kernels.decode import prefers_decode
+from sbn_kernels.split_k import choose_splits, split_tile, whole_parts
 
-# in, out, tokens, microseconds of the decode kernel and of the prefill kernel, 2:4 (docs/LOG.md, results/decode.csv)
+# in, out, tokens, microseconds of the decode kernel and of the prefill kernel, K in one piece, 2:4 (docs/LOG.md)
 MEASURED = [
     (1536, 2048, 8, 3.78, 5.54), (1536, 2048, 16, 4.29, 4.58), (1536, 2048, 32, 5.39, 4.63),
     (1536, 17920, 8, 7.71, 8.94), (1536, 17920, 16, 15.53, 7.81), (1536, 17920, 32, 22.92, 8.19),
@@ -19,9 +20,45 @@ MEASURED = [
 
 @pytest.mark.parametrize(("inner", "out", "tokens", "decode", "prefill"), MEASURED)
 def test_the_faster_kernel_is_chosen_within_a_tenth(inner, out, tokens, decode, prefill):
-    chosen = decode if prefers_decode(tokens, out, processors=132) else prefill
+    if tokens > 8 and choose_splits(tokens, out, inner, 132) > 1:
+        assert not prefers_decode(tokens, out, inner, processors=132)  # in parts of K: not among these figures
+        return
+    chosen = decode if prefers_decode(tokens, out, inner, processors=132) else prefill
     assert chosen <= 1.1 * min(decode, prefill)
 
 
 def test_one_token_is_always_decoded():
-    assert all(prefers_decode(1, out, 132) for out in (1, 128, 10**6))
+    assert all(prefers_decode(1, out, inner, 132) for out in (1, 128, 10**6) for inner in (64, 8960, 28672))
+
+
+@pytest.mark.parametrize(
+    ("inner", "out", "least", "most"),
+    [(8960, 1536, 6, 16), (11008, 2048, 6, 16), (4864, 896, 6, 16), (14336, 4096, 4, 8), (8192, 8192, 3, 4)],
+)
+def test_long_sums_of_few_features_are_split(inner, out, least, most):
+    for tokens in (9, 16, 17, 32, 33, 64):
+        splits = choose_splits(tokens, out, inner, 132)
+        assert least <= splits <= most
+        assert splits * -(-out // 128) <= 2 * 132, "all programs run at once"
+        assert choose_splits(64, out, inner, 132) <= splits, "parts of more tokens are more traffic"
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 16, 64])
+@pytest.mark.parametrize(
+    ("inner", "out"), [(1536, 17920), (2048, 22016), (14336, 14336), (1536, 2048), (896, 1152), (64, 64), (1, 1)]
+)
+def test_wide_outputs_and_short_sums_stay_in_one_piece(inner, out, tokens):
+    assert choose_splits(tokens, out, inner, 132) == 1
+
+
+def test_more_tokens_stay_in_one_piece():
+    assert all(choose_splits(tokens, 1536, 8960, 132) == 1 for tokens in (65, 128, 8192))
+
+
+def test_no_part_is_empty_and_every_token_has_room():
+    for steps in range(1, 130):
+        for wanted in range(1, 17):
+            splits, per_split = whole_parts(steps, wanted)
+            assert splits <= wanted
+            assert (splits - 1) * per_split < steps <= splits * per_split
+    assert [split_tile(tokens) for tokens in (1, 16, 17, 32, 33, 64)] == [16, 16, 32, 32, 64, 64]

@@ -99,6 +99,58 @@ def test_decode(tokens: int, columns: int, out: int, layout: str) -> None:
         assert torch.equal(y, reference(x8, scale, codes, row_scale, b, torch.bfloat16)), (b is None, portable)
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 16, 17, 33, 64])
+@pytest.mark.parametrize(("columns", "out"), [(132, 8), (1000, 1001), (2304, 264), (4864, 896), (8960, 1536)])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_parts_of_k(tokens: int, columns: int, out: int, sparse: bool) -> None:
+    """Chosen and given numbers of parts, more than there are steps included; the workspace is poisoned, too."""
+    needs("sparse_gemm")
+    x8, scale, codes, mask, row_scale, bias = case(tokens, columns, out, sparse)
+    gemm, packed = sk.ternary_gemm, sk.pack_dense(codes)
+    if sparse:
+        gemm, packed = sk.sparse_gemm, sk.pack_sparse24(codes, mask)
+    for splits in (0, 2, 3, 5, 16):
+        for b, dtype in ((None, torch.bfloat16), (bias, torch.bfloat16), (bias, torch.float32), (None, torch.float16)):
+            poison(splits * -(-out // 128) * 128, 64, torch.float32)
+            poison(tokens, out, dtype)
+            y = gemm(x8, scale, packed, row_scale, out, b, dtype, splits=splits)
+            assert torch.equal(y, reference(x8, scale, codes, row_scale, b, dtype)), (splits, b is not None, dtype)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_parts_of_k_in_repeated_launches_and_in_a_graph(sparse: bool) -> None:
+    """A race shows now and then; a graph replays both kernels on new tokens. The decode GEMM comes here as well."""
+    needs("sparse_gemm")
+    layout = "sparse24" if sparse else "dense"
+    columns, out = 8960, 1536
+    x8, scale, codes, mask, row_scale, _ = case(64, columns, out, sparse)
+    packed = sk.pack_sparse24(codes, mask) if sparse else sk.pack_dense(codes)
+    for tokens in (16, 64):
+        few, s = x8[:tokens].clone(), scale[:tokens].clone()
+        expected = reference(few, s, codes, row_scale, None, torch.bfloat16)
+        for _ in range(50):
+            poison(tokens, out, torch.bfloat16)
+            assert torch.equal(sk.decode_gemm(few, s, packed, row_scale, out, layout=layout), expected), tokens
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = sk.decode_gemm(few, s, packed, row_scale, out, layout=layout)
+        for _ in range(3):
+            few.copy_(torch.randint_like(few, -128, 128))
+            graph.replay()
+            assert torch.equal(y, reference(few, s, codes, row_scale, None, torch.bfloat16)), tokens
+
+
+def test_parts_of_k_are_for_few_tokens() -> None:
+    needs("sparse_gemm")
+    x8, scale, codes, _, row_scale, _ = case(65, 256, 64, False)
+    packed = sk.pack_dense(codes)
+    with pytest.raises(ValueError, match="at most 64 tokens"):
+        sk.ternary_gemm(x8, scale, packed, row_scale, 64, splits=2)
+    with pytest.raises(ValueError, match="token_tile"):
+        sk.ternary_gemm(x8[:9], scale[:9], packed, row_scale, 64, token_tile=16, splits=2)
+
+
 @pytest.mark.parametrize("shape", [(1, 64, 72), (300, 1000, 1001)], ids=str)
 def test_int8_gemm(shape: tuple[int, int, int]) -> None:
     needs("int8_gemm")
