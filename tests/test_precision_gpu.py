@@ -3,9 +3,10 @@
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch import Callback
 from torch import nn
 
-from sbn_lightning import MaskRefresh, SparseTernaryPrecision, TernarySparseConversion
+from sbn_lightning import MaskRefresh, SparseTernaryPrecision, TernarySparseConversion, WeightDecaySchedule
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import SparseBitLinear, SparseLinear, masked_layers
 from sbn_lightning.selection import engines
@@ -219,3 +220,34 @@ def test_small_batches_and_generation_shapes():
         assert y.shape == (tokens, 192)
         if tokens:
             torch.testing.assert_close(y, twin(x), rtol=1e-2, atol=1e-3)
+
+
+class NoWaiting(Callback):
+    """From the fourth step on the host may not wait for the device."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 3:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 7:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def on_exception(self, trainer, pl_module, exception):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("options", [{"gradients": "bf16"}, {"gradients": "int8"}], ids=str)
+def test_a_step_of_a_trainer_does_not_wait_for_the_gpu(options, compile):
+    need("sparse")
+    callbacks = [NoWaiting(), MaskRefresh(interval=2), WeightDecaySchedule(until=0.5)]
+    torch.manual_seed(0)
+    module = small_module(**SHAPE, pattern="2:4")
+    module.hparams["compile"] = compile
+    trainer = quiet_trainer(
+        callbacks, accelerator="gpu", devices=1, max_steps=8, accumulate_grad_batches=2, gradient_clip_val=1.0,
+        log_every_n_steps=50, plugins=[SparseTernaryPrecision("sparse", **options)],
+    )  # fmt: skip
+    trainer.fit(module, token_loader(batches=16, batch_size=8, length=65, vocab_size=512))
+    assert trainer.global_step == 8

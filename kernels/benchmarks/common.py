@@ -97,11 +97,12 @@ def reference_gemm(x8: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, r
     return torch.cat(parts)
 
 
-def fresh_results(name: str) -> Path:
-    """Path of a benchmark's CSV, emptied."""
+def fresh_results(name: str, keep: bool = False) -> Path:
+    """Path of a benchmark's CSV, emptied; with ``keep`` it stays as it is, for rows to be added."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
-    path.unlink(missing_ok=True)
+    if not keep:
+        path.unlink(missing_ok=True)
     return path
 
 

@@ -87,11 +87,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--append", action="store_true", help="keep the rows that the CSV has")
     args = parser.parse_args()
     need_gpu()
     torch.set_float32_matmul_precision("high")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    path = fresh_results("loss_curves")
+    path = fresh_results("loss_curves", keep=args.append)
     print(header())
     data, curves = corpus(), {}
     for name in args.runs:

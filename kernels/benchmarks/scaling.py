@@ -2,10 +2,11 @@
 
     python kernels/benchmarks/scaling.py [--shapes qwen2.5-0.5b qwen2.5-3b] [--devices 2] [--gradients bf16]
 
-Each run is a process tree of its own: ``Trainer`` with ``SparseBitNet`` (2:4, blocks compiled), the precision plugin,
-clipping and a fused AdamW, as a recipe has it, on random tokens. Every GPU gets as many tokens as the one alone, so
-``scaling`` is the tokens a second of all GPUs over those of one times their number. ``same_masks`` compares a digest
-of every layer's mask on every rank after the last step; a run where they differ is an error.
+Each run is a process tree of its own, those on one GPU side by side on different ones: ``Trainer`` with
+``SparseBitNet`` (2:4, blocks compiled), the precision plugin, clipping and a fused AdamW, as a recipe has it, on random
+tokens. Every GPU gets as many tokens as the one alone, so ``scaling`` is the tokens a second of all GPUs over those of
+one times their number. ``same_masks`` compares a digest of every layer's mask on every rank after the last step; a run
+where they differ is an error.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
 from itertools import pairwise
@@ -70,7 +72,9 @@ def run(shape: str, strategy: str, devices: int, args: argparse.Namespace) -> No
     torch.set_float32_matmul_precision("high")
     config = TransformerConfig.preset(shape, max_sequence_length=LENGTH, pattern="2:4")
     optimizer = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    module = SparseBitNet(config, optimizer, schedule="constant", compile=True)
+    torch.manual_seed(0)
+    with torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))):  # drawing 3 billion numbers on a CPU takes long
+        module = SparseBitNet(config, optimizer, schedule="constant", compile=True)
     tokens = torch.randint(
         config.vocab_size, ((WARM_STEPS + args.steps) * args.accumulate * args.sequences, LENGTH + 1)
     )
@@ -92,12 +96,16 @@ def run(shape: str, strategy: str, devices: int, args: argparse.Namespace) -> No
         print(json.dumps({"ms": ms, "peak_gib": peak, "same_masks": clock.same_masks}), flush=True)
 
 
-def measure(shape: str, strategy: str, devices: int, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Runs :func:`run` in processes of its own; says so if it fails."""
+def measure(
+    shape: str, strategy: str, devices: int, args: argparse.Namespace, gpu: int | None = None
+) -> dict[str, Any] | None:
+    """Runs :func:`run` in processes of its own, on all GPUs or the one named; says so if it fails."""
     command = [sys.executable, __file__, "--shapes", shape, "--gradients", args.gradients, "--steps", str(args.steps)]
     command += ["--sequences", str(args.sequences), "--accumulate", str(args.accumulate)]
     command += ["--devices", str(devices), "--run", strategy]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[gpu]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode != 0 or not lines:
@@ -125,10 +133,12 @@ def main() -> None:
         sys.exit(f"{torch.cuda.device_count()} GPUs are visible, {args.devices} asked for")
     path = fresh_results("scaling")
     print(header())
-    for shape in args.shapes:
+    with ThreadPoolExecutor(args.devices) as pool:
+        single = [pool.submit(measure, shape, "one", 1, args, i % args.devices) for i, shape in enumerate(args.shapes)]
+    for shape, one in zip(args.shapes, single, strict=True):
         alone = None
         for strategy, devices in (("one", 1), *((name, args.devices) for name in STRATEGIES)):
-            found = measure(shape, strategy, devices, args)
+            found = one.result() if strategy == "one" else measure(shape, strategy, devices, args)
             if found is None:
                 continue
             if not found["same_masks"]:

@@ -258,7 +258,7 @@ def main() -> None:
     args = parser.parse_args()
     need_gpu()
     torch.set_float32_matmul_precision("high")
-    path = Path(__file__).parent / "results" / "training_step.csv" if args.append else fresh_results("training_step")
+    path = fresh_results("training_step", keep=args.append)
     print(header())
     base: dict[str, float] = {}
     for name in args.variants:

@@ -10,7 +10,6 @@ from sbn_lightning.cli import main
 from sbn_lightning.reproduce.tables import Results, density
 from tests.reproduce.fabricated import all_lines
 
-
 BEST = {"ternary": 0.004, "bf16-sparse": 0.002}  # as in the grid file
 
 
