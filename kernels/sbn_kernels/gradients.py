@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sbn_kernels.capability import capabilities, multiprocessors
+from sbn_kernels.capability import multiprocessors, require
 from sbn_kernels.gradient_kernels import (
     LEVELS,
     ROUNDS,
@@ -39,11 +39,15 @@ from sbn_kernels.gradient_kernels import (
     quantize_gradient_kernel,
 )
 from sbn_kernels.hopper_gemm import ternary_gemm
+from sbn_kernels.launch import Launcher
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, refuse_gradients
 from sbn_kernels.portable_gemm import int8_gemm
 from sbn_kernels.quantize import empty_tokens, empty_vector
 
 _WORD = 0xFFFFFFFF
+_maxima = Launcher(gradient_maxima_kernel, enable_fp_fusion=False)
+_scales = Launcher(gradient_scales_kernel)
+_round = Launcher(quantize_gradient_kernel, enable_fp_fusion=False)
 
 
 class QuantizedGradient(NamedTuple):
@@ -84,7 +88,7 @@ def _quantize_gradient(
     want_tokens: bool,
     want_channels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    capabilities(dy.device if dy.is_cuda else None).require("quantize")
+    require("quantize", dy)
     if dy.stride(1) != 1:
         dy = dy.contiguous()
     rows, columns = dy.shape
@@ -99,21 +103,23 @@ def _quantize_gradient(
         if dy.is_cuda:  # about sixteen programs a multiprocessor: few atomic operations, and none idle
             spans = min(spans, max(1, 16 * multiprocessors(dy.device.index) // strips))
         span = ceil_div(ceil_div(rows, spans), block_rows) * block_rows
-        gradient_maxima_kernel[(strips, ceil_div(rows, span))](
-            dy, row_scale, token_scale, token_max, channel_max, rows, columns, dy.stride(0), span,
-            TOKENS=want_tokens, CHANNELS=want_channels, R=block_rows, C=block_columns, num_warps=4,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+        _maxima(
+            (strips, ceil_div(rows, span), 1),
+            (dy, row_scale, token_scale, token_max, channel_max),
+            (rows, columns, dy.stride(0), span),
+            (want_tokens, want_channels, block_rows, block_columns),
+        )
     if maxima.numel() > 0:
-        gradient_scales_kernel[(ceil_div(maxima.numel(), 1024),)](maxima, sa, sb, *lengths, BLOCK=1024)
+        _scales((ceil_div(maxima.numel(), 1024), 1, 1), (maxima, sa, sb), lengths, (1024,))
     token_inverse, channel_inverse = maxima.view(torch.float32).split(lengths)
     if rows > 0:
         octets, block_columns = 8, 64
-        quantize_gradient_kernel[(ceil_div(rows, 8 * octets) * ceil_div(columns, block_columns),)](
-            dy, row_scale, token_scale, token_inverse, channel_inverse, seed, a, b, rows, columns, dy.stride(0),
-            a.stride(0), b.stride(0), stream,
-            TOKENS=want_tokens, CHANNELS=want_channels, R=octets, C=block_columns, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+        _round(
+            (ceil_div(rows, 8 * octets) * ceil_div(columns, block_columns), 1, 1),
+            (dy, row_scale, token_scale, token_inverse, channel_inverse, seed, a, b),
+            (rows, columns, dy.stride(0), a.stride(0), b.stride(0), stream),
+            (want_tokens, want_channels, octets, block_columns),
+        )
     return outputs
 
 

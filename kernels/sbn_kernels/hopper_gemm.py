@@ -11,13 +11,13 @@ On Hopper only 2:4 gains from sparsity: any other pattern runs as dense ternary 
 from __future__ import annotations
 
 import functools
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sbn_kernels.capability import capabilities, multiprocessors
+from sbn_kernels.capability import multiprocessors, require
+from sbn_kernels.descriptors import descriptor
+from sbn_kernels.launch import Launcher
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, refuse_gradients
 from sbn_kernels.packing import BLOCK_WORDS, K_STEP, PANEL, packed_shape
 from sbn_kernels.quantize import empty_tokens
@@ -29,19 +29,11 @@ _OUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 @functools.cache
-def _device_code() -> ModuleType:
-    """The Gluon kernels; importing them needs Triton >= 3.9."""
-    from sbn_kernels import hopper_kernels
+def _kernel() -> Launcher:
+    """The Gluon kernel; importing it needs Triton >= 3.9."""
+    from sbn_kernels.hopper_kernels import ternary_gemm_kernel
 
-    return hopper_kernels
-
-
-@functools.cache
-def _layouts() -> dict[int, Any]:
-    """Shared-memory layouts with 128-byte swizzle, by bits an element."""
-    from triton.experimental.gluon import language as gl
-
-    return {bits: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2) for bits in (8, 16, 32)}
+    return Launcher(ternary_gemm_kernel, enable_fp_fusion=False)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -55,6 +47,7 @@ def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
     return min(_TOKEN_TILES, key=cost)
 
 
+@functools.cache
 def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int]:
     """(tokens an epilogue chunk, ring stages) that fit shared memory for a token tile."""
     chunk = min(tile, 32)
@@ -98,9 +91,7 @@ def _hopper_gemm(
     out_dtype: torch.dtype,
     token_tile: int,
 ) -> Tensor:
-    capabilities(x8.device).require("sparse_gemm" if sparse else "ternary_gemm")
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
+    require("sparse_gemm" if sparse else "ternary_gemm", x8)
     tokens, columns = x8.shape
     y = torch.empty((tokens, out_features), dtype=out_dtype, device=x8.device)
     if tokens == 0:
@@ -111,20 +102,22 @@ def _hopper_gemm(
     tile = token_tile or choose_token_tile(tokens, panels, processors)
     token_tiles = ceil_div(tokens, tile)
     chunk, stages = launch_shape(tile, y.element_size())
-    layouts = _layouts()
-    out_layout = layouts[8 * y.element_size()]
     # TMA stores rows that start on 16-byte boundaries; an odd out_features takes a detour through a wider output
     align = 16 // y.element_size()
-    target = y if out_features % align == 0 else y.new_empty((tokens, ceil_div(out_features, align) * align))
+    width = ceil_div(out_features, align) * align
+    target = y if width == out_features else y.new_empty((tokens, width))
     rows = padded_to(row_scale, PANEL)
-    _device_code().ternary_gemm_kernel[(min(processors, token_tiles * panels),)](
-        TensorDescriptor(x8, [tokens, columns], [x8.stride(0), 1], [tile, K_STEP], layouts[8]),
-        TensorDescriptor(packed, [panels * k_steps * 32, 32], [32, 1], [32, 32], layouts[32]),
-        TensorDescriptor(target, list(target.shape), [target.shape[1], 1], [chunk, PANEL // 2], out_layout),
-        padded_to(scale, tile), rows, rows if bias is None else padded_to(bias, PANEL),
-        k_steps, token_tiles, panels, _BAND, 0,
-        BT=tile, CHUNK=chunk, STAGES=stages, SPARSE=sparse, BIAS=bias is not None, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    _kernel()(
+        (min(processors, token_tiles * panels), 1, 1),
+        (padded_to(scale, tile), rows, rows if bias is None else padded_to(bias, PANEL)),
+        (k_steps, token_tiles, panels, _BAND, 0),
+        (tile, chunk, stages, sparse, bias is not None),
+        descriptors=(
+            descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
+            descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
+            descriptor(target, (tokens, width), width, (chunk, PANEL // 2)),
+        ),
+    )
     if target is not y:
         y.copy_(target[:, :out_features])
     return y

@@ -116,13 +116,14 @@ def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_pa
 @pytest.mark.parametrize("sparse", [True, False])
 def test_hopper_gemm(sparse: bool, bias: bool, tmp_path: Path) -> None:
     """The sparse instruction is there, nothing spills, and multiplications overlap instead of being serialised."""
-    from sbn_kernels.hopper_gemm import _layouts, launch_shape
+    from sbn_kernels.descriptors import tma_layouts
+    from sbn_kernels.hopper_gemm import launch_shape
     from sbn_kernels.hopper_kernels import ternary_gemm_kernel
     from triton.experimental.gluon._runtime import GluonASTSource
 
     tile = 256
     chunk, stages = launch_shape(tile, 2)
-    layouts = _layouts()
+    layouts = tma_layouts()
     types = {
         "x": f"tensordesc<i8[{tile},128],{layouts[8]!r}>",
         "w": f"tensordesc<i32[32,32],{layouts[32]!r}>",

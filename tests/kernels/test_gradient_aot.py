@@ -43,13 +43,13 @@ def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_pa
 @pytest.mark.parametrize(("tile", "out"), [(256, "fp32"), (256, "bf16"), (128, "fp32")])
 def test_hopper_weight_gradient(tile: int, out: str, tmp_path: Path) -> None:
     """Both factors from shared memory, nothing spilled, and a step's multiplications overlap the step before's."""
+    from sbn_kernels.descriptors import tma_layouts
     from sbn_kernels.gradient_hopper import int8_outer_kernel
-    from sbn_kernels.hopper_gemm import _layouts
     from triton.experimental.gluon._runtime import GluonASTSource
 
     bits = 16 if out == "bf16" else 32
     chunk, stages = weight_gradient.launch_shape(tile, bits // 8)
-    layouts = _layouts()
+    layouts = tma_layouts()
     types = {
         "a": f"tensordesc<i8[64,128],{layouts[8]!r}>",
         "b": f"tensordesc<i8[{tile},128],{layouts[8]!r}>",
