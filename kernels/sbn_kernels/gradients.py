@@ -93,9 +93,10 @@ def _quantize_gradient(
         dy = dy.contiguous()
     rows, columns = dy.shape
     a, sa, b, sb = outputs = _outputs(dy, want_tokens, want_channels)
-    lengths = (rows if want_tokens else 0, columns if want_channels else 0)
-    maxima = torch.zeros(sum(lengths), dtype=torch.int32, device=dy.device)
-    token_max, channel_max = maxima.split(lengths)
+    # maxima of tokens, then of channels; those start at a multiple of 16, as pointers of tensors of their own would
+    first_channel = ceil_div(rows, 16) * 16 if want_tokens else 0
+    length = first_channel + (columns if want_channels else 0)
+    maxima = torch.zeros(length, dtype=torch.int32, device=dy.device)
     block_rows, block_columns = 8, 256
     if rows > 0:
         strips = ceil_div(columns, block_columns)
@@ -105,19 +106,19 @@ def _quantize_gradient(
         span = ceil_div(ceil_div(rows, spans), block_rows) * block_rows
         _maxima(
             (strips, ceil_div(rows, span), 1),
-            (dy, row_scale, token_scale, token_max, channel_max),
-            (rows, columns, dy.stride(0), span),
+            (dy, row_scale, token_scale, maxima),
+            (rows, columns, dy.stride(0), first_channel, span),
             (want_tokens, want_channels, block_rows, block_columns),
         )
-    if maxima.numel() > 0:
-        _scales((ceil_div(maxima.numel(), 1024), 1, 1), (maxima, sa, sb), lengths, (1024,))
-    token_inverse, channel_inverse = maxima.view(torch.float32).split(lengths)
+    if length > 0:
+        numbers = (rows if want_tokens else 0, columns if want_channels else 0, first_channel)
+        _scales((ceil_div(length, 1024), 1, 1), (maxima, sa, sb), numbers, (1024,))
     if rows > 0:
         octets, block_columns = 8, 64
         _round(
             (ceil_div(rows, 8 * octets) * ceil_div(columns, block_columns), 1, 1),
-            (dy, row_scale, token_scale, token_inverse, channel_inverse, seed, a, b),
-            (rows, columns, dy.stride(0), a.stride(0), b.stride(0), stream),
+            (dy, row_scale, token_scale, maxima, seed, a, b),
+            (rows, columns, dy.stride(0), a.stride(0), b.stride(0), first_channel, stream),
             (want_tokens, want_channels, octets, block_columns),
         )
     return outputs

@@ -14,10 +14,9 @@ from sbn_kernels import gradient_kernels, prepare_kernels, transpose, weight_gra
 from test_aot import TOOLS, build, needs_gluon, spilled_bytes
 
 TYPES = {
-    "dy_pointer": "*bf16", "token_scale_pointer": "*fp32", "token_max_pointer": "*i32", "channel_max_pointer": "*i32",
-    "max_pointer": "*i32", "channel_scale_pointer": "*fp32", "token_inverse_pointer": "*fp32",
-    "channel_inverse_pointer": "*fp32", "seed_pointer": "*i64", "a_pointer": "*i8", "b_pointer": "*i8",
-    "x_pointer": "*i8", "part_pointer": "*i32",
+    "dy_pointer": "*bf16", "token_scale_pointer": "*fp32", "max_pointer": "*i32", "channel_scale_pointer": "*fp32",
+    "inverse_pointer": "*i32", "seed_pointer": "*i64", "a_pointer": "*i8", "b_pointer": "*i8", "x_pointer": "*i8",
+    "part_pointer": "*i32",
 }  # fmt: skip
 BOTH = {"TOKENS": True, "CHANNELS": True}
 PLAIN = {
