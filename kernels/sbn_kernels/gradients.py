@@ -245,7 +245,7 @@ def input_gradient_gemm(
             Triton >= 3.9), or int8 codes ``[in_features, out_features]`` (sm_80 and later).
         in_features: Columns of T.
         out_dtype: bfloat16, float16 or float32.
-        unit_scale: float32 ones ``[in_features]``, if there are some already: saves a small launch.
+        unit_scale: float32 ones ``[in_features]``, if there are some already: with int8 codes, saves a small launch.
 
     Returns:
         ``[tokens, in_features]``.
@@ -254,7 +254,7 @@ def input_gradient_gemm(
         ValueError: If an argument does not fit.
         UnsupportedError: Where the product cannot run.
     """
-    ones = torch.ones(in_features, device=a8.device) if unit_scale is None else unit_scale
     if weight_t.dtype == torch.int32:
-        return ternary_gemm(a8, scale, weight_t, ones, in_features, out_dtype=out_dtype)
+        return ternary_gemm(a8, scale, weight_t, None, in_features, out_dtype=out_dtype)
+    ones = torch.ones(in_features, device=a8.device) if unit_scale is None else unit_scale
     return int8_gemm(a8, scale, weight_t, ones, out_dtype=out_dtype)

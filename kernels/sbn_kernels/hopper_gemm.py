@@ -84,7 +84,7 @@ def _hopper_gemm(
     x8: Tensor,
     scale: Tensor,
     packed: Tensor,
-    row_scale: Tensor,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     out_features: int,
     sparse: bool,
@@ -106,12 +106,13 @@ def _hopper_gemm(
     align = 16 // y.element_size()
     width = ceil_div(out_features, align) * align
     target = y if width == out_features else y.new_empty((tokens, width))
-    rows = padded_to(row_scale, PANEL)
+    scale = padded_to(scale, tile)
+    of_rows = [scale if vector is None else padded_to(vector, PANEL) for vector in (row_scale, bias)]
     _kernel()(
         (min(processors, token_tiles * panels), 1, 1),
-        (padded_to(scale, tile), rows, rows if bias is None else padded_to(bias, PANEL)),
+        (scale, *of_rows),
         (k_steps, token_tiles, panels, _BAND, 0),
-        (tile, chunk, stages, sparse, bias is not None),
+        (tile, chunk, stages, sparse, row_scale is not None, bias is not None),
         descriptors=(
             descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
             descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
@@ -128,7 +129,7 @@ def _(
     x8: Tensor,
     scale: Tensor,
     packed: Tensor,
-    row_scale: Tensor,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     out_features: int,
     sparse: bool,
@@ -139,7 +140,7 @@ def _(
 
 
 def check_gemm_arguments(
-    x8: Tensor, scale: Tensor, row_scale: Tensor, bias: Tensor | None, out_features: int, out_dtype: torch.dtype
+    x8: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor | None, out_features: int, out_dtype: torch.dtype
 ) -> None:
     """Raises:
     ValueError: Naming the argument whose shape or dtype does not fit.
@@ -148,7 +149,7 @@ def check_gemm_arguments(
         raise ValueError(f"tokens must be int8 [tokens, in_features], not {x8.dtype} {list(x8.shape)}")
     if scale.shape != (x8.shape[0],) or scale.dtype != torch.float32:
         raise ValueError(f"token scale must be float32 [{x8.shape[0]}], not {scale.dtype} {list(scale.shape)}")
-    if row_scale.shape != (out_features,) or row_scale.dtype != torch.float32:
+    if row_scale is not None and (row_scale.shape != (out_features,) or row_scale.dtype != torch.float32):
         raise ValueError(f"row_scale must be float32 [{out_features}], not {row_scale.dtype} {list(row_scale.shape)}")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias must be [{out_features}], not {list(bias.shape)}")
@@ -209,13 +210,13 @@ def ternary_gemm(
     x8: Tensor,
     scale: Tensor,
     packed: Tensor,
-    row_scale: Tensor,
+    row_scale: Tensor | None,
     out_features: int,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     token_tile: int = 0,
 ) -> Tensor:
-    """As :func:`sparse_gemm` for any ternary weight: ``packed`` has layout ``dense``."""
+    """As :func:`sparse_gemm` for any ternary weight: ``packed`` has layout ``dense``, ``row_scale`` None is ones."""
     check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype)
     check_packed(packed, out_features, x8.shape[1])
     args = (x8, scale, packed, row_scale, bias, out_features, False, out_dtype, token_tile)

@@ -112,9 +112,9 @@ def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_pa
 
 
 @needs_gluon
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "bias"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("sparse", [True, False])
-def test_hopper_gemm(sparse: bool, bias: bool, tmp_path: Path) -> None:
+def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> None:
     """The sparse instruction is there, nothing spills, and multiplications overlap instead of being serialised."""
     from sbn_kernels.descriptors import tma_layouts
     from sbn_kernels.hopper_gemm import launch_shape
@@ -130,7 +130,7 @@ def test_hopper_gemm(sparse: bool, bias: bool, tmp_path: Path) -> None:
         "y": f"tensordesc<bf16[{chunk},64],{layouts[16]!r}>",
         "scale": "*fp32", "row_scale": "*fp32", "bias": "*bf16",
     }  # fmt: skip
-    constants = {"BT": tile, "CHUNK": chunk, "STAGES": stages, "SPARSE": sparse, "BIAS": bias}
+    constants = {"BT": tile, "CHUNK": chunk, "STAGES": stages, "SPARSE": sparse, "ROWS": rows, "BIAS": bias}
     compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
     kind = "wgmma.mma_async.sp" if sparse else "wgmma.mma_async.sync"
     assert kind + (".sync" if sparse else "") + ".aligned.m64n256k" in compiled.asm["ptx"]
