@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 import triton
+from torch import Tensor
 
 OPS = ("quantize", "prepare", "int8_gemm", "cusparselt", "sparse_gemm", "ternary_gemm", "decode")
 
@@ -77,6 +78,11 @@ def _gluon_missing() -> str | None:
 @torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported)."""
+    return _interpreting()
+
+
+@functools.cache  # Triton looks into the environment each time
+def _interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -85,7 +91,24 @@ def runs(op: str, index: int | None) -> bool:
     """Whether ``op`` runs on GPU ``index`` (None: on no GPU); a constant to ``torch.compile``."""
     if index is None and torch.cuda.is_available():
         return False
+    return _runs(op, index)
+
+
+@functools.cache
+def _runs(op: str, index: int | None) -> bool:
     return capabilities(index).can(op)
+
+
+def require(op: str, tensor: Tensor) -> None:
+    """Raises:
+    UnsupportedError: If ``op`` cannot run where ``tensor`` is, with the reason.
+    """
+    _require(op, tensor.get_device())
+
+
+@functools.cache  # of successes
+def _require(op: str, index: int) -> None:
+    capabilities(index if index >= 0 else None).require(op)
 
 
 def capabilities(device: torch.device | int | None = None) -> Capabilities:

@@ -9,15 +9,15 @@ Triton kernel unpacks layout ``dense`` with shifts and uses ``tl.dot``.
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.capability import UnsupportedError, capabilities, gluon_missing, interpreting, multiprocessors, runs
+from sbn_kernels.capability import UnsupportedError, gluon_missing, interpreting, multiprocessors, require, runs
 from sbn_kernels.hopper_gemm import aligned_tokens, check_gemm_arguments, check_packed, sparse_gemm, ternary_gemm
+from sbn_kernels.launch import Launcher
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2
 from sbn_kernels.split_k import choose_splits
 
@@ -61,12 +61,15 @@ def decode_portable_kernel(
     tl.store(target, y.to(y_pointer.dtype.element_ty), mask=(row < features)[:, None] & (token < tokens)[None, :])
 
 
-@functools.cache
-def _device_code() -> ModuleType:
-    """The Gluon kernel; importing it needs Triton >= 3.9."""
-    from sbn_kernels import decode_kernels
+_portable = Launcher(decode_portable_kernel)
 
-    return decode_kernels
+
+@functools.cache
+def _kernel() -> Launcher:
+    """The Gluon kernel; importing it needs Triton >= 3.9."""
+    from sbn_kernels.decode_kernels import decode_kernel
+
+    return Launcher(decode_kernel, enable_fp_fusion=False)
 
 
 def launch_shape(k_steps: int, row_tiles: int, token_groups: int) -> tuple[int, int]:
@@ -102,7 +105,7 @@ def _decode_gemm(
     out_dtype: torch.dtype,
     portable: bool,
 ) -> Tensor:
-    capabilities(x8.device if x8.is_cuda else None).require("decode")
+    require("decode", x8)
     tokens, columns = x8.shape
     y = torch.empty((tokens, out_features), dtype=out_dtype, device=x8.device)
     if tokens == 0:
@@ -111,21 +114,25 @@ def _decode_gemm(
     some_bias = scale if bias is None else bias
     if portable:
         x8 = x8 if x8.stride(1) == 1 else x8.contiguous()
-        decode_portable_kernel[(ceil_div(out_features, 64),)](
-            x8, packed, y, scale, row_scale, some_bias, tokens, out_features, columns, k_steps, x8.stride(0),
-            BIAS=bias is not None, BT=max(16, next_power_of_2(tokens)),
-        )  # fmt: skip
+        _portable(
+            (ceil_div(out_features, 64), 1, 1),
+            (x8, packed, y, scale, row_scale, some_bias),
+            (tokens, out_features, columns, k_steps, x8.stride(0)),
+            (bias is not None, max(16, next_power_of_2(tokens))),
+        )
         return y
     x8 = aligned_tokens(x8)
     words = torch.as_strided(x8, (tokens, x8.stride(0)), (x8.stride(0), 1)).view(torch.int32)
     row_tiles = ceil_div(out_features, 16)
     token_groups = next_power_of_2(ceil_div(tokens, 8))
     groups, prefetch = launch_shape(k_steps, row_tiles, token_groups)
-    _device_code().decode_kernel[(row_tiles,)](
-        words, packed, y, scale, row_scale, some_bias, tokens, out_features, k_steps, x8.stride(0) // 4,
-        NT=token_groups, GROUPS=groups, PREFETCH=prefetch, SPARSE=sparse,
-        BIAS=bias is not None, num_warps=groups, enable_fp_fusion=False,
-    )  # fmt: skip
+    _kernel()(
+        (row_tiles, 1, 1),
+        (words, packed, y, scale, row_scale, some_bias),
+        (tokens, out_features, k_steps, x8.stride(0) // 4),
+        (token_groups, groups, prefetch, sparse, bias is not None),
+        groups,
+    )
     return y
 
 

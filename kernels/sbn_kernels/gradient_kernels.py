@@ -25,13 +25,13 @@ def _magnitude(value):
 # numbers that vary from call to call and that no vector of loads depends on are not specialised on
 @triton.jit(do_not_specialize=["rows", "span"])
 def gradient_maxima_kernel(
-    dy_pointer, row_scale_pointer, token_scale_pointer, token_max_pointer, channel_max_pointer,
-    rows, columns, dy_stride, span,
+    dy_pointer, row_scale_pointer, token_scale_pointer, max_pointer, rows, columns, dy_stride, first_channel, span,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Largest |dy * row_scale| of each token, |dy * token_scale| of each channel: C columns of ``span`` rows a program.
 
-    ``token_max`` and ``channel_max`` start as zeros. A maximum does not depend on the order of its operands.
+    ``max`` starts as zeros: tokens, then from ``first_channel`` on channels. A maximum does not depend on the order of
+    its operands.
     """
     column = tl.program_id(0) * C + tl.arange(0, C)
     first = tl.program_id(1) * span
@@ -45,28 +45,30 @@ def gradient_maxima_kernel(
         dy = tl.load(where, mask=inside, other=0.0).to(tl.float32)
         if TOKENS:
             of_token = tl.max(_magnitude(dy * row_scale[None, :]), axis=1)
-            tl.atomic_max(token_max_pointer + row, of_token, mask=row < rows, sem="relaxed")
+            tl.atomic_max(max_pointer + row, of_token, mask=row < rows, sem="relaxed")
         if CHANNELS:
             token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)
             largest = tl.maximum(largest, _magnitude(dy * token_scale[:, None]))
     if CHANNELS:
-        tl.atomic_max(channel_max_pointer + column, tl.max(largest, axis=0), mask=column < columns, sem="relaxed")
+        where = max_pointer + first_channel + column
+        tl.atomic_max(where, tl.max(largest, axis=0), mask=column < columns, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["tokens", "channels"])
 def gradient_scales_kernel(
-    max_pointer, token_scale_pointer, channel_scale_pointer, tokens, channels, BLOCK: tl.constexpr
+    max_pointer, token_scale_pointer, channel_scale_pointer, tokens, channels, first_channel, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Scales from the bits of maxima, of all tokens and then of all channels; 2^15 / scale takes the maxima's place."""
+    """Scales from the bits of maxima; the bits of 2^15 / scale take the maxima's place."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    bits = tl.load(max_pointer + i, mask=i < tokens + channels, other=0)
+    bits = tl.load(max_pointer + i, mask=i < first_channel + channels, other=0)
     largest = tl.maximum(bits, tl.full(bits.shape, _SMALLEST, tl.float32).to(tl.int32, bitcast=True))
     largest = largest.to(tl.float32, bitcast=True)
     scale = tl.div_rn(largest, tl.full(bits.shape, _STEPS, tl.float32))
     inverse = tl.div_rn(tl.full(bits.shape, _LEVELS, tl.float32), largest)
     tl.store(token_scale_pointer + i, scale, mask=i < tokens)
-    tl.store(channel_scale_pointer + i - tokens, scale, mask=(i >= tokens) & (i < tokens + channels))
-    tl.store(max_pointer + i, inverse.to(tl.int32, bitcast=True), mask=i < tokens + channels)
+    channel = i - first_channel
+    tl.store(channel_scale_pointer + channel, scale, mask=(channel >= 0) & (channel < channels))
+    tl.store(max_pointer + i, inverse.to(tl.int32, bitcast=True), mask=i < first_channel + channels)
 
 
 @triton.jit
@@ -91,8 +93,8 @@ def _byte(fixed, J: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "stream"])
 def quantize_gradient_kernel(
-    dy_pointer, row_scale_pointer, token_scale_pointer, token_inverse_pointer, channel_inverse_pointer, seed_pointer,
-    a_pointer, b_pointer, rows, columns, dy_stride, a_stride, b_stride, stream,
+    dy_pointer, row_scale_pointer, token_scale_pointer, inverse_pointer, seed_pointer, a_pointer, b_pointer,
+    rows, columns, dy_stride, a_stride, b_stride, first_channel, stream,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One tile of 8 R tokens and C channels, rounded twice: ``a`` [tokens, channels] int8, ``b`` transposed.
@@ -106,7 +108,8 @@ def quantize_gradient_kernel(
     there = column < columns
     row_scale = tl.load(row_scale_pointer + column, mask=there, other=0.0)[None, :]
     if CHANNELS:
-        channel_inverse = tl.load(channel_inverse_pointer + column, mask=there, other=0.0)[None, :]
+        channel_inverse = tl.load(inverse_pointer + first_channel + column, mask=there, other=0)
+        channel_inverse = channel_inverse.to(tl.float32, bitcast=True)[None, :]
         low = tl.zeros([R, C], tl.int32)
         high = tl.zeros([R, C], tl.int32)
     random = tl.philox(tl.load(seed_pointer), column[None, :], octet[:, None], stream, 0, _ROUNDS)
@@ -117,7 +120,7 @@ def quantize_gradient_kernel(
         dy = tl.load(where, mask=inside, other=0.0).to(tl.float32)
         draw = random[j // 2] >> 17 if j % 2 else random[j // 2] & 0x7FFF
         if TOKENS:
-            inverse = tl.load(token_inverse_pointer + row, mask=row < rows, other=0.0)[:, None]
+            inverse = tl.load(inverse_pointer + row, mask=row < rows, other=0).to(tl.float32, bitcast=True)[:, None]
             a = (_add_draw(dy * row_scale * inverse, draw) - _MAGIC_BITS) >> 15
             where = a_pointer + row.to(tl.int64)[:, None] * a_stride + column[None, :]
             tl.store(where, a.to(tl.int8), mask=inside)

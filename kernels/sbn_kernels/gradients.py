@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sbn_kernels.capability import capabilities, multiprocessors
+from sbn_kernels.capability import multiprocessors, require
 from sbn_kernels.gradient_kernels import (
     LEVELS,
     ROUNDS,
@@ -39,11 +39,15 @@ from sbn_kernels.gradient_kernels import (
     quantize_gradient_kernel,
 )
 from sbn_kernels.hopper_gemm import ternary_gemm
+from sbn_kernels.launch import Launcher
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, refuse_gradients
 from sbn_kernels.portable_gemm import int8_gemm
 from sbn_kernels.quantize import empty_tokens, empty_vector
 
 _WORD = 0xFFFFFFFF
+_maxima = Launcher(gradient_maxima_kernel, enable_fp_fusion=False)
+_scales = Launcher(gradient_scales_kernel)
+_round = Launcher(quantize_gradient_kernel, enable_fp_fusion=False)
 
 
 class QuantizedGradient(NamedTuple):
@@ -84,14 +88,15 @@ def _quantize_gradient(
     want_tokens: bool,
     want_channels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    capabilities(dy.device if dy.is_cuda else None).require("quantize")
+    require("quantize", dy)
     if dy.stride(1) != 1:
         dy = dy.contiguous()
     rows, columns = dy.shape
     a, sa, b, sb = outputs = _outputs(dy, want_tokens, want_channels)
-    lengths = (rows if want_tokens else 0, columns if want_channels else 0)
-    maxima = torch.zeros(sum(lengths), dtype=torch.int32, device=dy.device)
-    token_max, channel_max = maxima.split(lengths)
+    # maxima of tokens, then of channels; those start at a multiple of 16, as pointers of tensors of their own would
+    first_channel = ceil_div(rows, 16) * 16 if want_tokens else 0
+    length = first_channel + (columns if want_channels else 0)
+    maxima = torch.zeros(length, dtype=torch.int32, device=dy.device)
     block_rows, block_columns = 8, 256
     if rows > 0:
         strips = ceil_div(columns, block_columns)
@@ -99,21 +104,23 @@ def _quantize_gradient(
         if dy.is_cuda:  # about sixteen programs a multiprocessor: few atomic operations, and none idle
             spans = min(spans, max(1, 16 * multiprocessors(dy.device.index) // strips))
         span = ceil_div(ceil_div(rows, spans), block_rows) * block_rows
-        gradient_maxima_kernel[(strips, ceil_div(rows, span))](
-            dy, row_scale, token_scale, token_max, channel_max, rows, columns, dy.stride(0), span,
-            TOKENS=want_tokens, CHANNELS=want_channels, R=block_rows, C=block_columns, num_warps=4,
-            enable_fp_fusion=False,
-        )  # fmt: skip
-    if maxima.numel() > 0:
-        gradient_scales_kernel[(ceil_div(maxima.numel(), 1024),)](maxima, sa, sb, *lengths, BLOCK=1024)
-    token_inverse, channel_inverse = maxima.view(torch.float32).split(lengths)
+        _maxima(
+            (strips, ceil_div(rows, span), 1),
+            (dy, row_scale, token_scale, maxima),
+            (rows, columns, dy.stride(0), first_channel, span),
+            (want_tokens, want_channels, block_rows, block_columns),
+        )
+    if length > 0:
+        numbers = (rows if want_tokens else 0, columns if want_channels else 0, first_channel)
+        _scales((ceil_div(length, 1024), 1, 1), (maxima, sa, sb), numbers, (1024,))
     if rows > 0:
         octets, block_columns = 8, 64
-        quantize_gradient_kernel[(ceil_div(rows, 8 * octets) * ceil_div(columns, block_columns),)](
-            dy, row_scale, token_scale, token_inverse, channel_inverse, seed, a, b, rows, columns, dy.stride(0),
-            a.stride(0), b.stride(0), stream,
-            TOKENS=want_tokens, CHANNELS=want_channels, R=octets, C=block_columns, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+        _round(
+            (ceil_div(rows, 8 * octets) * ceil_div(columns, block_columns), 1, 1),
+            (dy, row_scale, token_scale, maxima, seed, a, b),
+            (rows, columns, dy.stride(0), a.stride(0), b.stride(0), first_channel, stream),
+            (want_tokens, want_channels, octets, block_columns),
+        )
     return outputs
 
 
@@ -238,7 +245,7 @@ def input_gradient_gemm(
             Triton >= 3.9), or int8 codes ``[in_features, out_features]`` (sm_80 and later).
         in_features: Columns of T.
         out_dtype: bfloat16, float16 or float32.
-        unit_scale: float32 ones ``[in_features]``, if there are some already: saves a small launch.
+        unit_scale: float32 ones ``[in_features]``, if there are some already: with int8 codes, saves a small launch.
 
     Returns:
         ``[tokens, in_features]``.
@@ -247,7 +254,7 @@ def input_gradient_gemm(
         ValueError: If an argument does not fit.
         UnsupportedError: Where the product cannot run.
     """
-    ones = torch.ones(in_features, device=a8.device) if unit_scale is None else unit_scale
     if weight_t.dtype == torch.int32:
-        return ternary_gemm(a8, scale, weight_t, ones, in_features, out_dtype=out_dtype)
+        return ternary_gemm(a8, scale, weight_t, None, in_features, out_dtype=out_dtype)
+    ones = torch.ones(in_features, device=a8.device) if unit_scale is None else unit_scale
     return int8_gemm(a8, scale, weight_t, ones, out_dtype=out_dtype)

@@ -12,13 +12,13 @@ On Hopper only 2:4 gains from sparsity: any other pattern runs as dense ternary 
 from __future__ import annotations
 
 import functools
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sbn_kernels.capability import capabilities, multiprocessors
+from sbn_kernels.capability import multiprocessors, require
+from sbn_kernels.descriptors import descriptor
+from sbn_kernels.launch import Launcher
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, refuse_gradients
 from sbn_kernels.packing import BLOCK_WORDS, K_STEP, PANEL, packed_shape
 from sbn_kernels.quantize import empty_tokens
@@ -32,27 +32,19 @@ _OUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 @functools.cache
-def _device_code() -> ModuleType:
-    """The Gluon kernels; importing them needs Triton >= 3.9."""
-    from sbn_kernels import hopper_kernels
+def _kernel() -> Launcher:
+    """The Gluon kernel; importing it needs Triton >= 3.9."""
+    from sbn_kernels.hopper_kernels import ternary_gemm_kernel
 
-    return hopper_kernels
+    return Launcher(ternary_gemm_kernel, enable_fp_fusion=False)
 
 
 @functools.cache
-def _split_code() -> ModuleType:
+def _split_kernel() -> Launcher:
     """The Gluon kernel for parts of K; importing it needs Triton >= 3.9."""
-    from sbn_kernels import split_kernels
+    from sbn_kernels.split_kernels import ternary_gemm_split_kernel
 
-    return split_kernels
-
-
-@functools.cache
-def _layouts() -> dict[int, Any]:
-    """Shared-memory layouts with 128-byte swizzle, by bits an element."""
-    from triton.experimental.gluon import language as gl
-
-    return {bits: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2) for bits in (8, 16, 32)}
+    return Launcher(ternary_gemm_split_kernel, enable_fp_fusion=False)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -66,6 +58,7 @@ def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
     return min(_TOKEN_TILES, key=cost)
 
 
+@functools.cache
 def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int]:
     """(tokens an epilogue chunk, ring stages) that fit shared memory for a token tile."""
     chunk = min(tile, 32)
@@ -99,19 +92,21 @@ def padded_to(vector: Tensor, multiple: int) -> Tensor:
 
 def _parts(x8: Tensor, packed: Tensor, sparse: bool, splits: int) -> Tensor:
     """int32 ``[splits, whole panels of rows, tile]``: the unscaled product of aligned tokens, in parts of K."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     tokens, columns = x8.shape
     panels, k_steps, _ = packed.shape
     splits, per_split = whole_parts(k_steps, splits)
-    tile, layouts = split_tile(tokens), _layouts()
+    tile = split_tile(tokens)
     parts = torch.empty((splits, panels * PANEL, tile), dtype=torch.int32, device=x8.device)
-    _split_code().ternary_gemm_split_kernel[(panels, splits)](
-        TensorDescriptor(x8, [tokens, columns], [x8.stride(0), 1], [tile, K_STEP], layouts[8]),
-        TensorDescriptor(packed, [panels * k_steps * 32, 32], [32, 1], [32, 32], layouts[32]),
-        parts, k_steps, per_split, 0,
-        BT=tile, STAGES=SPLIT_STAGES, SPARSE=sparse, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    _split_kernel()(
+        (panels, splits, 1),
+        (parts,),
+        (k_steps, per_split, 0),
+        (tile, SPLIT_STAGES, sparse),
+        descriptors=(
+            descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
+            descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
+        ),
+    )
     return parts
 
 
@@ -120,7 +115,7 @@ def _hopper_gemm(
     x8: Tensor,
     scale: Tensor,
     packed: Tensor,
-    row_scale: Tensor,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     out_features: int,
     sparse: bool,
@@ -128,9 +123,7 @@ def _hopper_gemm(
     token_tile: int,
     splits: int,
 ) -> Tensor:
-    capabilities(x8.device).require("sparse_gemm" if sparse else "ternary_gemm")
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
+    require("sparse_gemm" if sparse else "ternary_gemm", x8)
     tokens, columns = x8.shape
     y = torch.empty((tokens, out_features), dtype=out_dtype, device=x8.device)
     if tokens == 0:
@@ -145,20 +138,23 @@ def _hopper_gemm(
     tile = token_tile or choose_token_tile(tokens, panels, processors)
     token_tiles = ceil_div(tokens, tile)
     chunk, stages = launch_shape(tile, y.element_size())
-    layouts = _layouts()
-    out_layout = layouts[8 * y.element_size()]
     # TMA stores rows that start on 16-byte boundaries; an odd out_features takes a detour through a wider output
     align = 16 // y.element_size()
-    target = y if out_features % align == 0 else y.new_empty((tokens, ceil_div(out_features, align) * align))
-    rows = padded_to(row_scale, PANEL)
-    _device_code().ternary_gemm_kernel[(min(processors, token_tiles * panels),)](
-        TensorDescriptor(x8, [tokens, columns], [x8.stride(0), 1], [tile, K_STEP], layouts[8]),
-        TensorDescriptor(packed, [panels * k_steps * 32, 32], [32, 1], [32, 32], layouts[32]),
-        TensorDescriptor(target, list(target.shape), [target.shape[1], 1], [chunk, PANEL // 2], out_layout),
-        padded_to(scale, tile), rows, rows if bias is None else padded_to(bias, PANEL),
-        k_steps, token_tiles, panels, _BAND, 0,
-        BT=tile, CHUNK=chunk, STAGES=stages, SPARSE=sparse, BIAS=bias is not None, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    width = ceil_div(out_features, align) * align
+    target = y if width == out_features else y.new_empty((tokens, width))
+    scale = padded_to(scale, tile)
+    of_rows = [scale if vector is None else padded_to(vector, PANEL) for vector in (row_scale, bias)]
+    _kernel()(
+        (min(processors, token_tiles * panels), 1, 1),
+        (scale, *of_rows),
+        (k_steps, token_tiles, panels, _BAND, 0),
+        (tile, chunk, stages, sparse, row_scale is not None, bias is not None),
+        descriptors=(
+            descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
+            descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
+            descriptor(target, (tokens, width), width, (chunk, PANEL // 2)),
+        ),
+    )
     if target is not y:
         y.copy_(target[:, :out_features])
     return y
@@ -169,7 +165,7 @@ def _(
     x8: Tensor,
     scale: Tensor,
     packed: Tensor,
-    row_scale: Tensor,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     out_features: int,
     sparse: bool,
@@ -181,7 +177,7 @@ def _(
 
 
 def check_gemm_arguments(
-    x8: Tensor, scale: Tensor, row_scale: Tensor, bias: Tensor | None, out_features: int, out_dtype: torch.dtype
+    x8: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor | None, out_features: int, out_dtype: torch.dtype
 ) -> None:
     """Raises:
     ValueError: Naming the argument whose shape or dtype does not fit.
@@ -190,7 +186,7 @@ def check_gemm_arguments(
         raise ValueError(f"tokens must be int8 [tokens, in_features], not {x8.dtype} {list(x8.shape)}")
     if scale.shape != (x8.shape[0],) or scale.dtype != torch.float32:
         raise ValueError(f"token scale must be float32 [{x8.shape[0]}], not {scale.dtype} {list(scale.shape)}")
-    if row_scale.shape != (out_features,) or row_scale.dtype != torch.float32:
+    if row_scale is not None and (row_scale.shape != (out_features,) or row_scale.dtype != torch.float32):
         raise ValueError(f"row_scale must be float32 [{out_features}], not {row_scale.dtype} {list(row_scale.shape)}")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias must be [{out_features}], not {list(bias.shape)}")
@@ -256,14 +252,14 @@ def ternary_gemm(
     x8: Tensor,
     scale: Tensor,
     packed: Tensor,
-    row_scale: Tensor,
+    row_scale: Tensor | None,
     out_features: int,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     token_tile: int = 0,
     splits: int = 0,
 ) -> Tensor:
-    """As :func:`sparse_gemm` for any ternary weight: ``packed`` has layout ``dense``."""
+    """As :func:`sparse_gemm` for any ternary weight: ``packed`` has layout ``dense``, ``row_scale`` None is ones."""
     check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype)
     check_packed(packed, out_features, x8.shape[1])
     if splits > 1 and (token_tile or x8.shape[0] > MOST_TOKENS):

@@ -302,8 +302,8 @@ def _no_metadata():
 @gluon.jit
 def _consumer(
     scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, group, zero,
-    BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, BIAS: gl.constexpr,
-    HALF: gl.constexpr,
+    BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, ROWS: gl.constexpr,
+    BIAS: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 0
@@ -321,7 +321,10 @@ def _consumer(
             part = parts[c]
             rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, part.type.layout))
             columns = token_tile * BT + c * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, part.type.layout))
-            out = part.to(gl.float32) * (gl.load(scale + columns)[None, :] * gl.load(row_scale + rows)[:, None])
+            factor = gl.load(scale + columns)[None, :]
+            if ROWS:
+                factor = factor * gl.load(row_scale + rows)[:, None]
+            out = part.to(gl.float32) * factor
             if BIAS:
                 out += gl.load(bias + rows).to(gl.float32)[:, None]
             out = gl.permute(out, (1, 0)).to(y.dtype)
@@ -340,9 +343,10 @@ _SIZES = ("k_steps", "token_tiles", "panels", "group", "zero")
 @gluon.jit(do_not_specialize=_SIZES)
 def ternary_gemm_kernel(
     x, w, y, scale, row_scale, bias, k_steps, token_tiles, panels, group, zero,
-    BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, BIAS: gl.constexpr,
+    BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, ROWS: gl.constexpr,
+    BIAS: gl.constexpr,
 ):  # fmt: skip
-    """y [tokens, features] = (x [tokens, K] int8 @ T^T) * scale[token] * row_scale[feature] (+ bias[feature]).
+    """y [tokens, features] = (x [tokens, K] int8 @ T^T) * scale[token] (* row_scale[feature]) (+ bias[feature]).
 
     ``x``, ``w``, ``y`` are tensor descriptors (blocks [BT, 128] int8, [32, 32] int32, [CHUNK, 64]); ``zero`` is 0.
     ``scale``, ``row_scale`` and ``bias`` are readable up to whole tiles. Launch with 4 warps, the first consumer's.
@@ -359,10 +363,10 @@ def ternary_gemm_kernel(
         [
             (_consumer, (
                 scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, group, zero,
-                BT, CHUNK, STAGES, SPARSE, BIAS, 0)),
+                BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, 0)),
             (_consumer, (
                 scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, group, zero,
-                BT, CHUNK, STAGES, SPARSE, BIAS, 1)),
+                BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, 1)),
             (_producer, (
                 x, w, xs, ws, full, empty, k_steps, token_tiles, panels, group, BT, STAGES)),
         ],

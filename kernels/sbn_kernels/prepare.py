@@ -21,7 +21,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from sbn_kernels.capability import capabilities
+from sbn_kernels.capability import require
+from sbn_kernels.launch import Launcher
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2, refuse_gradients
 from sbn_kernels.packing import LAYOUTS, packed_shape
 from sbn_kernels.prepare_kernels import (
@@ -36,6 +37,12 @@ from sbn_kernels.quantize import empty_vector
 
 GammaOver = Literal["dense", "kept", "masked", "nonzero"]
 _FAST_GROUPS = (1, 2, 4, 8, 16, 32)
+
+
+_row_sums = Launcher(row_sums_kernel)
+_gamma = Launcher(gamma_kernel)
+_mask_bits = Launcher(mask_kernel)
+_prepare = Launcher(prepare_kernel)
 
 
 class PreparedWeight(NamedTuple):
@@ -81,10 +88,12 @@ def _fresh_bits(weight: Tensor, n: int, m: int, keep: Tensor | None) -> Tensor:
     groups = columns // m
     block = max(8, 512 // padded)
     bits = torch.zeros((out, ceil_div(columns, 32) * 4), dtype=torch.uint8, device=weight.device)
-    mask_kernel[(out, ceil_div(groups, block))](
-        weight, weight if keep is None else keep, bits.view(torch.int32), out, columns, groups, weight.stride(0),
-        bits.shape[1], N=n, M=m, PADDED=padded, KEEP=keep is not None, GROUPS=block,
-    )  # fmt: skip
+    _mask_bits(
+        (out, ceil_div(groups, block), 1),
+        (weight, weight if keep is None else keep, bits.view(torch.int32)),
+        (out, columns, groups, weight.stride(0), bits.shape[1]),
+        (n, m, padded, keep is not None, block),
+    )
     return bits
 
 
@@ -106,17 +115,16 @@ def _scale(
     sums = torch.empty(0 if given else out, dtype=torch.float32, device=weight.device)
     counts = torch.empty(out if divide_by_kept else 0, dtype=torch.int32, device=weight.device)
     if not given:
-        row_sums_kernel[(out,)](
-            weight, weight if mask is None else mask, row_scale, sums, counts, columns, weight.stride(0),
-            0 if mask is None else mask.stride(0), MASKED=mask is not None, NONZERO=nonzero, COUNT=divide_by_kept,
-            BLOCK=min(4096, next_power_of_2(columns)),
-        )  # fmt: skip
+        _row_sums(
+            (out, 1, 1),
+            (weight, weight if mask is None else mask, row_scale, sums, counts),
+            (columns, weight.stride(0), 0 if mask is None else mask.stride(0)),
+            (mask is not None, nonzero, divide_by_kept, min(4096, next_power_of_2(columns))),
+        )
     first = 0
     for part, size in enumerate(split_sizes):
-        gamma_kernel[(1,)](
-            sums, counts, gammas, row_scale, part, first, size, columns,
-            KEPT=divide_by_kept, GIVEN=given, BLOCK=1024, num_warps=8,
-        )  # fmt: skip
+        tensors, numbers = (sums, counts, gammas, row_scale), (part, first, size, columns)
+        _gamma((1, 1, 1), tensors, numbers, (divide_by_kept, given, 1024), 8)
         first += size
 
 
@@ -136,7 +144,7 @@ def _prepare_weight(
     want_codes: bool,
     want_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    capabilities(weight.device if weight.is_cuda else None).require("prepare")
+    require("prepare", weight)
     if weight.stride(1) != 1:
         weight = weight.contiguous()
     out, columns = weight.shape
@@ -157,15 +165,18 @@ def _prepare_weight(
         bits = torch.empty((out, ceil_div(columns, 8)), dtype=torch.uint8, device=weight.device)
     group = m if given is None and not dense else 4
     rows_padded = packed_shape(out, columns)[0] * 128 if layout != "none" else out
-    prepare_kernel[(ceil_div(rows_padded, TILE_ROWS), ceil_div(columns, TILE_COLUMNS))](
-        weight, row_scale, weight if given is None else given, weight if old_mask_bits is None else old_mask_bits,
-        weight if keep is None else keep, bits, codes, packed, stats,
-        out, columns, packed.shape[1], weight.stride(0), 0 if given is None else given.stride(0),
-        0 if old_mask_bits is None else old_mask_bits.stride(0), bits.shape[1],
-        N=group if dense else min(n, group), M=group, GIVEN=given is not None, KEEP=keep is not None and given is None,
-        OLD=old_mask_bits is not None, BITS=bits.numel() > 0, CODES=want_codes, LAYOUT=LAYOUTS.index(layout),
-        STATS=want_stats, R=TILE_ROWS, C=TILE_COLUMNS, num_warps=8,
-    )  # fmt: skip
+    inputs = [weight if tensor is None else tensor for tensor in (given, old_mask_bits, keep)]
+    strides = [0 if tensor is None else tensor.stride(0) for tensor in (given, old_mask_bits)]
+    pattern = (group if dense else min(n, group), group)
+    masks = (given is not None, keep is not None and given is None, old_mask_bits is not None)
+    wanted = (bits.numel() > 0, want_codes, LAYOUTS.index(layout), want_stats)
+    _prepare(
+        (ceil_div(rows_padded, TILE_ROWS), ceil_div(columns, TILE_COLUMNS), 1),
+        (weight, row_scale, *inputs, bits, codes, packed, stats),
+        (out, columns, packed.shape[1], weight.stride(0), *strides, bits.shape[1]),
+        (*pattern, *masks, *wanted, TILE_ROWS, TILE_COLUMNS),
+        8,
+    )
     if nonzero:
         mask = given if given is not None else None if dense else bits
         _scale(weight, mask, split_sizes, gammas, row_scale, nonzero=True, divide_by_kept=True)

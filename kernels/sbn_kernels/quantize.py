@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.capability import capabilities, interpreting, multiprocessors
+from sbn_kernels.capability import interpreting, multiprocessors, require
+from sbn_kernels.launch import Launcher
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2, refuse_gradients
 
 _LOOP_BLOCK = 8192
@@ -106,19 +107,27 @@ def quantize_long_rows_kernel(
     tl.store(scale_pointer + row + tl.arange(0, 1), scale)
 
 
+_quantize_rows = Launcher(quantize_rows_kernel)
+_quantize_long_rows = Launcher(quantize_long_rows_kernel)
+
+
 def empty_tokens(rows: int, columns: int, device: torch.device) -> Tensor:
     """Uninitialised int8 ``[rows, columns]`` with room for rows of ``columns`` rounded up to 16, their stride."""
-    return torch.empty((rows, ceil_div(columns, 16) * 16), dtype=torch.int8, device=device)[:, :columns]
+    stride = ceil_div(columns, 16) * 16
+    whole = torch.empty((rows, stride), dtype=torch.int8, device=device)
+    return whole if stride == columns else whole[:, :columns]
 
 
 def empty_vector(length: int, device: torch.device) -> Tensor:
     """Uninitialised float32 ``[length]`` whose memory goes on to a multiple of 256 elements (the largest tile)."""
-    return torch.empty(ceil_div(length, 256) * 256, dtype=torch.float32, device=device)[:length]
+    room = ceil_div(length, 256) * 256
+    whole = torch.empty(room, dtype=torch.float32, device=device)
+    return whole if room == length else whole[:length]
 
 
 @kernel_op("quantize_tokens")
 def _quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    capabilities(x.device if x.is_cuda else None).require("quantize")
+    require("quantize", x)
     if x.stride(1) != 1:
         x = x.contiguous()
     rows, columns = x.shape
@@ -128,20 +137,16 @@ def _quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         return q, scale
     fused = not interpreting()
     block = next_power_of_2(columns)
+    strides = (x.stride(0), q.stride(0))
     if block <= 16384:
         per = max(1, 2048 // block)
         warps = min(16, max(4, per * block // 512))
         programs = ceil_div(rows, per)
         if x.is_cuda:  # as many as fit at once, for the loop over rows to have a next one
             programs = min(programs, multiprocessors(x.device.index) * max(1, 32 // warps))
-        quantize_rows_kernel[(programs,)](
-            x, q, scale, rows, columns, x.stride(0), q.stride(0),
-            BITS=bits, ROWS=per, BLOCK=block, FUSED=fused, num_warps=warps,
-        )  # fmt: skip
+        _quantize_rows((programs, 1, 1), (x, q, scale), (rows, columns, *strides), (bits, per, block, fused), warps)
     else:
-        quantize_long_rows_kernel[(rows,)](
-            x, q, scale, columns, x.stride(0), q.stride(0), BITS=bits, BLOCK=_LOOP_BLOCK, FUSED=fused, num_warps=16
-        )
+        _quantize_long_rows((rows, 1, 1), (x, q, scale), (columns, *strides), (bits, _LOOP_BLOCK, fused), 16)
     return q, scale
 
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sbn_kernels.launch import Launcher
 from sbn_kernels.ops import ceil_div, next_power_of_2
 from sbn_kernels.packing import K_STEP, PANEL
 
@@ -62,9 +63,9 @@ def whole_parts(steps: int, splits: int) -> tuple[int, int]:
 @triton.jit(do_not_specialize=("tokens", "splits"))
 def add_splits_kernel(
     part_pointer, y_pointer, scale_pointer, row_scale_pointer, bias_pointer, tokens, features, splits, part_size,
-    S: tl.constexpr, BIAS: tl.constexpr, BT: tl.constexpr, R: tl.constexpr,
+    S: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, BT: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """y [tokens, features] = (sum of int32 part [splits, rows, BT]) * scale[token] * row_scale[row] (+ bias[row]).
+    """y [tokens, features] = (sum of int32 part [splits, rows, BT]) * scale[token] (* row_scale[row]) (+ bias[row]).
 
     R rows a program, at most S parts, over threads: the assembler makes a thread that adds part after part wait for
     two loads at a time, even in an unrolled loop.
@@ -73,29 +74,35 @@ def add_splits_kernel(
     row = tl.program_id(0) * R + tl.arange(0, R)
     token = tl.arange(0, BT)
     # first, so that they do not wait for the parts
-    scale = tl.load(scale_pointer + token, mask=token < tokens, other=0.0)
-    gamma = tl.load(row_scale_pointer + row, mask=row < features, other=0.0)
+    factor = tl.load(scale_pointer + token, mask=token < tokens, other=0.0)[None, :]
+    if ROWS:
+        factor = factor * tl.load(row_scale_pointer + row, mask=row < features, other=0.0)[:, None]
     if BIAS:
         bias = tl.load(bias_pointer + row, mask=row < features, other=0.0).to(tl.float32)
     where = (
         part_pointer + split.to(tl.int64)[:, None, None] * part_size + row[None, :, None] * BT + token[None, None, :]
     )
     total = tl.sum(tl.load(where, mask=(split < splits)[:, None, None], other=0), axis=0)
-    y = total.to(tl.float32) * (scale[None, :] * gamma[:, None])
+    y = total.to(tl.float32) * factor
     if BIAS:
         y += bias[:, None]
     target = y_pointer + token.to(tl.int64)[None, :] * features + row[:, None]
     tl.store(target, y.to(y_pointer.dtype.element_ty), mask=(row < features)[:, None] & (token < tokens)[None, :])
 
 
-def add_splits(parts: Tensor, scale: Tensor, row_scale: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+_add_splits = Launcher(add_splits_kernel, enable_fp_fusion=False)
+
+
+def add_splits(parts: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor | None, y: Tensor) -> Tensor:
     """Fills ``y [tokens, features]`` from int32 ``parts [splits, whole panels of rows, tile]``; returns it."""
     splits, rows, tile = parts.shape
-    some_bias = scale if bias is None else bias.contiguous()
     most = next_power_of_2(splits)
-    warps = min(16, max(1, most * tile // 32))
-    add_splits_kernel[(ceil_div(y.shape[1], _ROWS),)](
-        parts, y, scale.contiguous(), row_scale.contiguous(), some_bias, *y.shape, splits, rows * tile,
-        S=most, BIAS=bias is not None, BT=tile, R=_ROWS, num_warps=warps, enable_fp_fusion=False,
-    )  # fmt: skip
+    of_rows = [scale if vector is None else vector.contiguous() for vector in (row_scale, bias)]
+    _add_splits(
+        (ceil_div(y.shape[1], _ROWS), 1, 1),
+        (parts, y, scale.contiguous(), *of_rows),
+        (*y.shape, splits, rows * tile),
+        (most, row_scale is not None, bias is not None, tile, _ROWS),
+        num_warps=min(16, max(1, most * tile // 32)),
+    )
     return y

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.capability import capabilities, interpreting
+from sbn_kernels.capability import interpreting, require
+from sbn_kernels.launch import Launcher
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2, refuse_gradients
 from sbn_kernels.quantize import _codes, _scale, empty_tokens, empty_vector
 
@@ -77,6 +78,10 @@ def swiglu_backward_kernel(
     tl.store(target + features, (d * gate * sigma).to(element), mask=inside)
 
 
+_quantize = Launcher(swiglu_quantize_kernel)
+_backward = Launcher(swiglu_backward_kernel)
+
+
 def blocks(features: int) -> tuple[int, int]:
     """Powers of two that cover a row: one, or two where they sum to less."""
     whole = next_power_of_2(features)
@@ -86,17 +91,16 @@ def blocks(features: int) -> tuple[int, int]:
 
 @kernel_op("swiglu_quantize")
 def _swiglu_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    capabilities(x.device if x.is_cuda else None).require("quantize")
+    require("quantize", x)
     if x.stride(1) != 1:
         x = x.contiguous()
     rows, features = x.shape[0], x.shape[1] // 2
     q, scale = empty_tokens(rows, features, x.device), empty_vector(rows, x.device)
     if rows:
         main, tail = blocks(features)
-        swiglu_quantize_kernel[(rows,)](
-            x, q, scale, features, x.stride(0), q.stride(0),
-            BITS=bits, MAIN=main, TAIL=tail, FUSED=not interpreting(), num_warps=min(8, max(1, main // 1024)),
-        )  # fmt: skip
+        constants = (bits, main, tail, not interpreting())
+        numbers = (features, x.stride(0), q.stride(0))
+        _quantize((rows, 1, 1), (x, q, scale), numbers, constants, min(8, max(1, main // 1024)))
     return q, scale
 
 
@@ -108,16 +112,15 @@ def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 @kernel_op("swiglu_backward")
 def _swiglu_backward(d: Tensor, x: Tensor) -> Tensor:
-    capabilities(x.device if x.is_cuda else None).require("quantize")
+    require("quantize", x)
     d = d if d.stride(1) == 1 else d.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, features = d.shape
     if rows:
         block = min(2048, next_power_of_2(features))
-        swiglu_backward_kernel[(rows, ceil_div(features, block))](
-            d, x, dx, features, d.stride(0), x.stride(0), BLOCK=block, num_warps=4
-        )
+        grid = (rows, ceil_div(features, block), 1)
+        _backward(grid, (d, x, dx), (features, d.stride(0), x.stride(0)), (block,))
     return dx
 
 

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.capability import capabilities
+from sbn_kernels.capability import require
+from sbn_kernels.launch import Launcher
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, refuse_gradients
 from sbn_kernels.packing import packed_shape
 from sbn_kernels.prepare_kernels import pack_transposed_kernel
@@ -53,18 +54,22 @@ def dequantize_kernel(
     tl.store(y_pointer + row.to(tl.int64)[:, None] * columns + column[None, :], y, mask=inside)
 
 
+_transpose = Launcher(transpose_kernel)
+_dequantize = Launcher(dequantize_kernel)
+_pack = Launcher(pack_transposed_kernel)
+
+
 @kernel_op("transpose_tokens")
 def _transpose_tokens(x8: Tensor) -> Tensor:
-    capabilities(x8.device if x8.is_cuda else None).require("quantize")
+    require("quantize", x8)
     if x8.stride(1) != 1:
         x8 = x8.contiguous()
     rows, columns = x8.shape
     y = empty_tokens(columns, rows, x8.device)
     if x8.numel() > 0:
         quads, block = 32, 128
-        transpose_kernel[(ceil_div(rows, 4 * quads) * ceil_div(columns, block),)](
-            x8, y, rows, columns, x8.stride(0), y.stride(0), R=quads, C=block, num_warps=4
-        )
+        grid = (ceil_div(rows, 4 * quads) * ceil_div(columns, block), 1, 1)
+        _transpose(grid, (x8, y), (rows, columns, x8.stride(0), y.stride(0)), (quads, block))
     return y
 
 
@@ -88,14 +93,13 @@ def transpose_tokens(x8: Tensor) -> Tensor:
 
 @kernel_op("pack_transposed")
 def _pack_transposed(codes: Tensor) -> Tensor:
-    capabilities(codes.device if codes.is_cuda else None).require("prepare")
+    require("prepare", codes)
     if codes.stride(1) != 1:
         codes = codes.contiguous()
     rows, columns = codes.shape
     packed = torch.empty(packed_shape(columns, rows), dtype=torch.int32, device=codes.device)
-    pack_transposed_kernel[(2 * packed.shape[0], packed.shape[1])](
-        codes, packed, rows, columns, packed.shape[1], codes.stride(0), num_warps=4
-    )
+    halves, k_steps = 2 * packed.shape[0], packed.shape[1]
+    _pack((halves, k_steps, 1), (codes, packed), (rows, columns, k_steps, codes.stride(0)), ())
     return packed
 
 
@@ -125,16 +129,15 @@ def pack_transposed(codes: Tensor) -> Tensor:
 
 @kernel_op("dequantize_tokens")
 def _dequantize_tokens(x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    capabilities(x8.device if x8.is_cuda else None).require("quantize")
+    require("quantize", x8)
     if x8.stride(1) != 1:
         x8 = x8.contiguous()
     rows, columns = x8.shape
     y = torch.empty((rows, columns), dtype=dtype, device=x8.device)
     if x8.numel() > 0:
         block_rows, block = 4, 1024
-        dequantize_kernel[(ceil_div(rows, block_rows) * ceil_div(columns, block),)](
-            x8, scale, y, rows, columns, x8.stride(0), R=block_rows, C=block, num_warps=4
-        )
+        grid = (ceil_div(rows, block_rows) * ceil_div(columns, block), 1, 1)
+        _dequantize(grid, (x8, scale, y), (rows, columns, x8.stride(0)), (block_rows, block))
     return y
 
 

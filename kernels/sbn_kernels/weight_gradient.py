@@ -9,15 +9,16 @@ along the sum over tokens if that ends sooner; a second kernel adds the int32 pa
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.capability import capabilities, multiprocessors, runs
-from sbn_kernels.hopper_gemm import _layouts, aligned_tokens, padded_to
+from sbn_kernels.capability import multiprocessors, require, runs
+from sbn_kernels.descriptors import descriptor
+from sbn_kernels.hopper_gemm import aligned_tokens, padded_to
+from sbn_kernels.launch import Launcher
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op
 from sbn_kernels.portable_gemm import int8_gemm
 
@@ -35,11 +36,11 @@ _STEPS_A_BYTE = 1 / (0.7e-6 * 4e12)
 
 
 @functools.cache
-def _device_code() -> ModuleType:
+def _kernel() -> Launcher:
     """The Gluon kernel; importing it needs Triton >= 3.9."""
-    from sbn_kernels import gradient_hopper
+    from sbn_kernels.gradient_hopper import int8_outer_kernel
 
-    return gradient_hopper
+    return Launcher(int8_outer_kernel, enable_fp_fusion=False)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -96,6 +97,9 @@ def add_parts_kernel(
     tl.store(y_pointer + row.to(tl.int64)[:, None] * columns + column[None, :], y, mask=inside)
 
 
+_add_parts = Launcher(add_parts_kernel)
+
+
 def add_parts(parts: Tensor, scale: Tensor, y: Tensor, whole: int, group: int) -> None:
     """Writes to ``y`` the tiles from ``whole`` on: int32 ``parts`` [splits, tiles, 128, columns a tile], added, scaled.
 
@@ -103,15 +107,12 @@ def add_parts(parts: Tensor, scale: Tensor, y: Tensor, whole: int, group: int) -
     """
     splits, others, height, width = parts.shape
     shape = (ceil_div(y.shape[0], height), ceil_div(y.shape[1], width))
-    add_parts_kernel[(others, height // 8)](
-        parts, scale, y, *y.shape, *shape, whole, splits, group, TILE=width, R=8, num_warps=4
-    )
+    numbers = (*y.shape, *shape, whole, splits, group)
+    _add_parts((others, height // 8, 1), (parts, scale, y), numbers, (width, 8))
 
 
 def _hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, launch: list[int]) -> Tensor:
-    capabilities(b8t.device).require("ternary_gemm")
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
+    require("ternary_gemm", b8t)
     (rows, tokens), columns = b8t.shape, x8t.shape[0]
     y = torch.empty((rows, columns), dtype=out_dtype, device=b8t.device)
     b8t, x8t = aligned_tokens(b8t), aligned_tokens(x8t)
@@ -126,18 +127,22 @@ def _hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, lau
     parts = torch.empty((splits, max(others, 1), _ROWS, tile), dtype=torch.int32, device=y.device)
     # TMA stores rows that start on 16-byte boundaries; an odd number of columns takes a detour through a wider output
     align = 16 // y.element_size()
-    target = y if columns % align == 0 else y.new_empty((rows, ceil_div(columns, align) * align))
+    width = ceil_div(columns, align) * align
+    target = y if width == columns else y.new_empty((rows, width))
     chunk, stages = launch_shape(tile, y.element_size())
-    half, layouts = _ROWS // 2, _layouts()
-    out_layout = layouts[8 * y.element_size()]
-    _device_code().int8_outer_kernel[(min(processors, units),)](
-        TensorDescriptor(b8t, [rows, tokens], [b8t.stride(0), 1], [half, 128], layouts[8]),
-        TensorDescriptor(x8t, [columns, tokens], [x8t.stride(0), 1], [tile, 128], layouts[8]),
-        TensorDescriptor(target, list(target.shape), [target.shape[1], 1], [half, chunk], out_layout),
-        TensorDescriptor(parts, [parts.numel() // tile, tile], [tile, 1], [half, 32], layouts[32]),
-        padded_to(scale, _ROWS), steps, per_split, row_tiles, column_tiles, whole, units, _BAND,
-        BN=tile, CHUNK=chunk, STAGES=stages, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    half = _ROWS // 2
+    _kernel()(
+        (min(processors, units), 1, 1),
+        (padded_to(scale, _ROWS),),
+        (steps, per_split, row_tiles, column_tiles, whole, units, _BAND),
+        (tile, chunk, stages),
+        descriptors=(
+            descriptor(b8t, (rows, tokens), b8t.stride(0), (half, 128)),
+            descriptor(x8t, (columns, tokens), x8t.stride(0), (tile, 128)),
+            descriptor(target, (rows, width), width, (half, chunk)),
+            descriptor(parts, (parts.numel() // tile, tile), tile, (half, 32)),
+        ),
+    )
     if target is not y:
         y.copy_(target[:, :columns])
     if others > 0:

@@ -97,7 +97,7 @@ PLAIN = {
         8,
     ),
     "scale": (cusparselt.scale_kernel, {"BIAS": True, "ROWS": 4, "COLUMNS": 1024}, {}, 4),
-    "add splits": (split_k.add_splits_kernel, {"S": 16, "BIAS": True, "BT": 64, "R": 8}, {}, 16),
+    "add splits": (split_k.add_splits_kernel, {"S": 16, "ROWS": True, "BIAS": True, "BT": 64, "R": 8}, {}, 16),
     "portable decode": (decode.decode_portable_kernel, {"BIAS": True, "BT": 16}, {"x_pointer": "*i8"}, 4),
 }
 
@@ -113,24 +113,25 @@ def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_pa
 
 
 @needs_gluon
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "bias"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("sparse", [True, False])
-def test_hopper_gemm(sparse: bool, bias: bool, tmp_path: Path) -> None:
+def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> None:
     """The sparse instruction is there, nothing spills, and multiplications overlap instead of being serialised."""
-    from sbn_kernels.hopper_gemm import _layouts, launch_shape
+    from sbn_kernels.descriptors import tma_layouts
+    from sbn_kernels.hopper_gemm import launch_shape
     from sbn_kernels.hopper_kernels import ternary_gemm_kernel
     from triton.experimental.gluon._runtime import GluonASTSource
 
     tile = 256
     chunk, stages = launch_shape(tile, 2)
-    layouts = _layouts()
+    layouts = tma_layouts()
     types = {
         "x": f"tensordesc<i8[{tile},128],{layouts[8]!r}>",
         "w": f"tensordesc<i32[32,32],{layouts[32]!r}>",
         "y": f"tensordesc<bf16[{chunk},64],{layouts[16]!r}>",
         "scale": "*fp32", "row_scale": "*fp32", "bias": "*bf16",
     }  # fmt: skip
-    constants = {"BT": tile, "CHUNK": chunk, "STAGES": stages, "SPARSE": sparse, "BIAS": bias}
+    constants = {"BT": tile, "CHUNK": chunk, "STAGES": stages, "SPARSE": sparse, "ROWS": rows, "BIAS": bias}
     compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
     kind = "wgmma.mma_async.sp" if sparse else "wgmma.mma_async.sync"
     assert kind + (".sync" if sparse else "") + ".aligned.m64n256k" in compiled.asm["ptx"]

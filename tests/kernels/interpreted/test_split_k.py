@@ -1,7 +1,5 @@
 """The sum over K in parts, without a GPU: the adding kernel interpreted, PyTorch in the Hopper kernel's place."""
 
-from types import SimpleNamespace
-
 import pytest
 import sbn_kernels as sk
 import torch
@@ -33,26 +31,23 @@ class FakeKernel:
     def __init__(self) -> None:
         self.grids: list[tuple[int, int]] = []
 
-    def __getitem__(self, grid: tuple[int, int]):
-        self.grids.append(grid)
-
-        def launch(x, w, parts, k_steps, per_split, zero, *, BT, STAGES, SPARSE, num_warps, enable_fp_fusion):
-            (tokens, columns), panels = x.shape, parts.shape[1] // 128
-            assert (x.block_shape, w.block_shape) == ([BT, 128], [32, 32])
-            assert parts.shape == (grid[1], grid[0] * 128, BT)
-            assert list(w.shape) == [panels * k_steps * 32, 32]
-            assert tokens <= BT
-            assert (zero, num_warps, enable_fp_fusion) == (0, 4, False)
-            codes = sk.packing.unpack(w.base.view(panels, k_steps, 1024), panels * 128, k_steps * 128, "dense")
-            assert (k_steps - 1) * 128 < columns <= k_steps * 128
-            x8 = torch.zeros(BT, k_steps * 128, dtype=torch.int32)
-            x8[:tokens, :columns] = x.base[:, :columns]
-            for split in range(grid[1]):
-                k = slice(split * per_split * 128, (split + 1) * per_split * 128)
-                assert x8[:, k].shape[1] > 0, "no part is empty"
-                parts[split] = codes[:, k].int() @ x8[:, k].t()
-
-        return launch
+    def __call__(self, grid, tensors, numbers, constants, num_warps=4, descriptors=()) -> None:
+        self.grids.append(grid[:2])
+        (parts,), (k_steps, per_split, zero), (tile, _, _), (x, w) = tensors, numbers, constants, descriptors
+        (tokens, columns), panels = x.shape, parts.shape[1] // 128
+        assert (x.block_shape, w.block_shape) == ([tile, 128], [32, 32])
+        assert parts.shape == (grid[1], grid[0] * 128, tile)
+        assert list(w.shape) == [panels * k_steps * 32, 32]
+        assert tokens <= tile
+        assert (grid[2], zero, num_warps) == (1, 0, 4)
+        codes = sk.packing.unpack(w.base.view(panels, k_steps, 1024), panels * 128, k_steps * 128, "dense")
+        assert (k_steps - 1) * 128 < columns <= k_steps * 128
+        x8 = torch.zeros(tile, k_steps * 128, dtype=torch.int32)
+        x8[:tokens, :columns] = x.base[:, :columns]
+        for split in range(grid[1]):
+            k = slice(split * per_split * 128, (split + 1) * per_split * 128)
+            assert x8[:, k].shape[1] > 0, "no part is empty"
+            parts[split] = codes[:, k].int() @ x8[:, k].t()
 
 
 @pytest.fixture
@@ -60,9 +55,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     if gluon_missing() is not None:
         pytest.skip(str(gluon_missing()))
     fake = FakeKernel()
-    monkeypatch.setattr(hopper_gemm, "capabilities", lambda _: SimpleNamespace(require=lambda _: None))
+    monkeypatch.setattr(hopper_gemm, "require", lambda *_: None)
     monkeypatch.setattr(hopper_gemm, "multiprocessors", lambda _: 132)
-    monkeypatch.setattr(hopper_gemm, "_split_code", lambda: SimpleNamespace(ternary_gemm_split_kernel=fake))
+    monkeypatch.setattr(hopper_gemm, "_split_kernel", lambda: fake)
     return fake
 
 
@@ -83,6 +78,10 @@ def test_the_launch_by_the_choice(kernel: FakeKernel) -> None:
     x8, scale, codes, row_scale, _, exact = gemm_case(16, 4864, 96)
     packed = sk.pack_dense(codes)
     assert torch.equal(sk.ternary_gemm(x8, scale, packed, row_scale, 96, out_dtype=torch.float32), exact)
+    ones = torch.ones_like(row_scale)
+    expected = sk.ternary_gemm(x8, scale, packed, ones, 96, out_dtype=torch.float32)
+    assert torch.equal(sk.ternary_gemm(x8, scale, packed, None, 96, out_dtype=torch.float32), expected)
+    kernel.grids = kernel.grids[:1]
     assert kernel.grids == [(1, choose_splits(16, 96, 4864, 132))]
     assert kernel.grids[0][1] > 1
     with pytest.raises(ValueError, match="token_tile"):

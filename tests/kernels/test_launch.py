@@ -1,0 +1,125 @@
+"""A launcher's short way launches what Triton's own way would: the same compiled kernel, the same arguments.
+
+No GPU: Triton compiles for one that is not there, and a launch is written down instead of made.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from sbn_kernels.launch import Launcher
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+LAUNCHES: list[tuple[Any, ...]] = []
+
+
+class Utils:
+    def load_binary(self, *_: Any) -> tuple[int, ...]:
+        return 1, 2, 32, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+
+class Driver:
+    """As far as a launch asks for one."""
+
+    device = 0
+    utils = Utils()
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        # grid and stream, then what belongs to the kernel, then its arguments
+        return lambda *a: LAUNCHES.append(
+            (metadata.hash, *a[:4], *(x.data_ptr() if hasattr(x, "data_ptr") else x for x in a[9:]))
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 7 + device
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    fake = Driver()
+    monkeypatch.setattr(driver, "_active", fake)
+    monkeypatch.setattr(torch.cuda, "current_device", fake.get_current_device)
+    monkeypatch.setattr("triton.compiler.compiler.max_shared_mem", lambda device: 232448)  # not for its cache
+    LAUNCHES.clear()
+    yield fake
+    for compiled, *_ in copy_kernel.device_caches.values():
+        for kernel in compiled.values():
+            kernel.module = None  # not for a real driver to unload
+    copy_kernel.device_caches.clear()
+
+
+@triton.jit
+def copy_kernel(x_pointer, y_pointer, rows, stride, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    at = tl.program_id(0) * stride + tl.arange(0, BLOCK)
+    tl.store(y_pointer + at, tl.load(x_pointer + at, mask=at < rows) + ADD, mask=at < rows)
+
+
+X, Y = torch.zeros(64), torch.zeros(64)
+CASES = [
+    ((X, Y), (64, 16), (32, False), 4),
+    ((X, Y), (64, 16), (32, True), 4),
+    ((X, Y), (64, 16), (32, False), 8),
+    ((X, Y), (64, 1), (32, False), 4),  # 1 is compiled in
+    ((X, Y), (64, 2), (32, False), 4),
+    ((X, Y), (63, 16), (32, False), 4),
+    ((X, Y), (2**40, 16), (32, False), 4),
+    ((X.half(), Y), (64, 16), (32, False), 4),
+    ((X, Y[1:]), (64, 16), (32, False), 4),  # not on a boundary of 16 bytes
+    ((X[4:], Y), (64, 16), (32, False), 4),
+]
+
+
+def test_the_short_way_launches_the_same(gpu: Driver) -> None:
+    launcher = Launcher(copy_kernel)
+    for _ in range(3):
+        for tensors, numbers, constants, warps in CASES:
+            for device in (0, 1):
+                gpu.device = device
+                copy_kernel[(5, 2, 1)](*tensors, *numbers, *constants, num_warps=warps)
+                launcher((5, 2, 1), tensors, numbers, constants, warps)
+                own, other = LAUNCHES[-2:]
+                assert own == other
+                assert own[1:5] == (5, 2, 1, 7 + device)
+    assert len({launch[0] for launch in LAUNCHES}) == len(CASES) - 1  # strides 2 and 16 differ, offsets by 4 do not
+
+
+def test_the_second_launch_is_the_short_one(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = Launcher(copy_kernel)
+    own = []
+    run = copy_kernel.run
+    monkeypatch.setattr(copy_kernel, "run", lambda *args, **kwargs: own.append(1) or run(*args, **kwargs))
+    tensors, numbers, constants, _ = CASES[0]
+    for _ in range(3):
+        launcher((1, 1, 1), tensors, numbers, constants)
+    assert (len(own), len(LAUNCHES)) == (1, 3)
+    for _ in range(3):  # misaligned: always Triton's way
+        launcher((1, 1, 1), (X, Y[1:]), numbers, constants)
+    assert (len(own), len(LAUNCHES)) == (4, 6)
+    assert all(isinstance(compiled, CompiledKernel) for compiled in launcher.compiled.values())
+
+
+def test_sizes_without_end_do_not_collect(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbn_kernels.launch._MOST_COMPILED", 4)
+    launcher = Launcher(copy_kernel)
+    for rows in range(2, 40):
+        launcher((1, 1, 1), (X, Y), (rows, 16), (32, False))
+        assert 1 <= len(launcher.compiled) <= 4
+    assert len(LAUNCHES) == 38
