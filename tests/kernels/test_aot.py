@@ -151,11 +151,12 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> No
 @pytest.mark.parametrize("sparse", [True, False])
 def test_hopper_gemm_in_parts_of_k(sparse: bool, tile: int, tmp_path: Path) -> None:
     """As above, and small enough for two programs a multiprocessor; whole sectors go to the workspace."""
-    from sbn_kernels.hopper_gemm import SPLIT_STAGES, _layouts
+    from sbn_kernels.descriptors import tma_layouts
+    from sbn_kernels.hopper_gemm import SPLIT_STAGES
     from sbn_kernels.split_kernels import ternary_gemm_split_kernel
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    layouts = _layouts()
+    layouts = tma_layouts()
     types = {"x": f"tensordesc<i8[{tile},128],{layouts[8]!r}>", "w": f"tensordesc<i32[32,32],{layouts[32]!r}>"}
     constants = {"BT": tile, "STAGES": SPLIT_STAGES, "SPARSE": sparse}
     compiled = build(ternary_gemm_split_kernel, constants, 90, types, GluonASTSource)
