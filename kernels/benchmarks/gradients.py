@@ -6,7 +6,8 @@
 dequantised weight (made once an optimiser step, not timed) and activations dequantised from int8 (timed). ``int8``:
 quantisation of dy in both orders, dX on packed weights, transposition of the saved activations, dW. Codes, scales and
 both int8 products are compared bit for bit with their definitions before anything is timed. dW is float32 for int8 and
-bfloat16 for the others, as torch.mm gives it.
+bfloat16 for the others, as torch.mm gives it. ``2:4 both ways`` is what dX would take if the mask were 2:4 along
+out_features too: bfloat16 through cuSPARSELt, int8 through ``sparse_gemm``; no layer has such masks.
 """
 
 from __future__ import annotations
@@ -48,12 +49,24 @@ class Case:
         self.x8, self.scale = [q for q, _ in quantized], [s for _, s in quantized]
         self.q = [self.quantize(i) for i in range(sets)]
         self.x8t = [sk.transpose_tokens(x8) for x8 in self.x8]
+        half = torch.eye(2, device="cuda").repeat_interleave(2, 0).repeat_interleave(2, 1)  # [4, 4], two in each line
+        self.both_mask = half.repeat(inner // 4, out // 4).bool()
+        signs = torch.randint(0, 2, (sets, inner, out), device="cuda", dtype=torch.int8) * 2 - 1
+        self.both = list((signs * self.both_mask).unbind())
+        self.both_packed = [sk.pack_sparse24(codes, self.both_mask) for codes in self.both]
+        self.both_compressed = [torch._cslt_compress(codes.bfloat16()) for codes in self.both]
 
     def quantize(self, i: int) -> sk.QuantizedGradient:
         return sk.quantize_gradient(self.dy[i], self.prepared[i].row_scale, self.scale[i], self.seed)
 
     def dx(self, i: int, q: sk.QuantizedGradient) -> Tensor:
         return sk.input_gradient_gemm(q.tokens, q.token_scale, self.packed_t[i], self.inner, unit_scale=self.unit)
+
+    def dx_both_int8(self, i: int) -> Tensor:
+        return sk.sparse_gemm(self.q[i].tokens, self.q[i].token_scale, self.both_packed[i], self.unit, self.inner)
+
+    def dx_both_bf16(self, i: int) -> Tensor:
+        return torch._cslt_sparse_mm(self.both_compressed[i], self.dy[i].t(), transpose_result=True)
 
     def int8(self, i: int) -> tuple[Tensor, Tensor]:
         q = self.quantize(i)
@@ -78,6 +91,12 @@ class Case:
         verify("scales of channels", q.channel_scale[:256], columns.channel_scale)
         dx = (q.tokens.double() @ self.prepared[0].codes.double()).float() * q.token_scale[:, None]
         verify("dX", self.dx(0, q), dx.bfloat16())
+        both = q.tokens.double() @ self.both[0].t().double()
+        verify("dX, int8, 2:4 both ways", self.dx_both_int8(0), (both.float() * q.token_scale[:, None]).bfloat16())
+        exact = dy.double() @ self.both[0].t().double()
+        error = (self.dx_both_bf16(0).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        if not error < 5e-3:
+            raise AssertionError(f"dX, bf16, 2:4 both ways: relative RMS error {error:.1e}")
         dw = (q.channels.double() @ self.x8[0].double()).float() * q.channel_scale[:, None]
         verify("dW", sk.weight_gradient_gemm(q.channels, q.channel_scale, self.x8t[0]), dw)
 
@@ -100,6 +119,8 @@ class Case:
             ("int8", "quantize"): each(self.quantize),
             ("int8", "transpose"): each(lambda i: sk.transpose_tokens(self.x8[i])),
             ("int8", "dX"): each(lambda i: self.dx(i, self.q[i])),
+            ("int8", "dX, 2:4 both ways"): each(self.dx_both_int8),
+            ("exact", "dX, 2:4 both ways"): each(self.dx_both_bf16),
             ("int8", "dW"): each(lambda i: dw(i, False)),
             ("int8", "dW, plain Triton"): each(lambda i: dw(i, True)),
             ("int8", "pack (once a step)"): each(lambda i: sk.pack_transposed(self.prepared[i].codes)),
@@ -125,7 +146,7 @@ def main() -> None:
             ms = median_ms(calls, args.seconds)
             base = base or ms
             row = {"tokens": tokens, "in": inner, "out": out, "variant": variant, "part": part, "ms": ms}
-            products = {"all": 2, "dX": 1, "dW": 1, "dW, plain Triton": 1}.get(part, 0)
+            products = {"all": 2, "dX": 1, "dX, 2:4 both ways": 1, "dW": 1, "dW, plain Triton": 1}.get(part, 0)
             row |= {"tflops": 2e-9 * products * tokens * inner * out / ms}
             append(path, row | {"vs_bf16": base / ms if part == "all" else ""})
 
