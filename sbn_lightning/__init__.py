@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sbn_lightning.callbacks import (
         DenseToSparseRamp,
         DurableCheckpoint,
+        LossProgressBar,
         MaskRefresh,
         NonFiniteGuard,
         SparseEMAWeightAveraging,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "DenseToSparseRamp": "callbacks",
     "DurableCheckpoint": "callbacks",
+    "LossProgressBar": "callbacks",
     "MaskRefresh": "callbacks",
     "NMPattern": "pattern",
     "NonFiniteGuard": "callbacks",
@@ -60,6 +62,7 @@ _MODULE_OF = {
 __all__ = [
     "DenseToSparseRamp",
     "DurableCheckpoint",
+    "LossProgressBar",
     "MaskRefresh",
     "NMPattern",
     "NonFiniteGuard",

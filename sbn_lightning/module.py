@@ -147,8 +147,9 @@ class SparseBitNet(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.model.loss(batch[:, :-1], batch[:, 1:])
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log("train/perplexity", loss.detach().exp(), prog_bar=True)
+        # Not with prog_bar=True: Lightning would fetch them after every batch. LossProgressBar shows them.
+        self.log("train/loss", loss.detach())
+        self.log("train/perplexity", loss.detach().exp())
         # A tensor on the CPU: a number would be copied to the device, and the host would wait for the copy.
         self.log("learning_rate", torch.as_tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
         return loss

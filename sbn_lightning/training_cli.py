@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import register_type
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -28,6 +28,7 @@ from sbn_lightning.callbacks import (
     DenseToSparseRamp,
     DurableCheckpoint,
     DurableCheckpointIO,
+    LossProgressBar,
     MaskRefresh,
     NonFiniteGuard,
     SparsityPatternLogger,
@@ -139,8 +140,8 @@ class SBNCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in (*plugins, _own_checkpoint_io(config["strategy"]))):
             config["plugins"] = [*plugins, DurableCheckpointIO()]
         if config["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in own):
-            # TQDM's bar is one line, whether or not rich happens to be installed.
-            callbacks = [*callbacks, TQDMProgressBar(refresh_rate=10)]
+            # One line, whether or not rich happens to be installed.
+            callbacks = [*callbacks, LossProgressBar()]
         return super()._instantiate_trainer(config, callbacks)
 
 

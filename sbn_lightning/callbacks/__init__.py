@@ -4,6 +4,7 @@ from sbn_lightning.callbacks.checkpoint import DurableCheckpoint, DurableCheckpo
 from sbn_lightning.callbacks.conversion import TernarySparseConversion
 from sbn_lightning.callbacks.mask_refresh import MaskRefresh
 from sbn_lightning.callbacks.non_finite import NonFiniteGuard
+from sbn_lightning.callbacks.progress import LossProgressBar
 from sbn_lightning.callbacks.ramp import DenseToSparseRamp
 from sbn_lightning.callbacks.report import TrainingReport
 from sbn_lightning.callbacks.sparsity_logger import SparsityPatternLogger
@@ -15,6 +16,7 @@ __all__ = [
     "DenseToSparseRamp",
     "DurableCheckpoint",
     "DurableCheckpointIO",
+    "LossProgressBar",
     "MaskRefresh",
     "NonFiniteGuard",
     "SparseEMAWeightAveraging",

@@ -1,0 +1,87 @@
+"""A step of a Trainer fetches nothing from the device; the progress bar does, when it draws."""
+
+import traceback
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sbn_lightning import LossProgressBar, MaskRefresh, NonFiniteGuard, TokenThroughput, WeightDecaySchedule
+from tests.helpers import quiet_trainer, small_module, token_loader
+
+
+class Fetches(TorchDispatchMode):
+    """Where values of tensors become numbers. torch's optimisers keep their step counts on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() == "aten::_local_scalar_dense":
+            stack = "".join(traceback.format_stack(limit=12))
+            if "torch/optim" not in stack:
+                self.places.append(stack)
+        return func(*args, **(kwargs or {}))
+
+
+class Watch(Callback):
+    """From the third step on."""
+
+    def __init__(self):
+        self.fetches = Fetches()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2 and batch_idx % 2 == 0:
+            self.fetches.__enter__()
+
+    def on_train_end(self, trainer, pl_module):
+        self.fetches.__exit__(None, None, None)
+
+
+def places(*callbacks, bar=False):
+    watch = Watch()
+    callbacks = [
+        watch,
+        MaskRefresh(interval=2),
+        WeightDecaySchedule(),
+        NonFiniteGuard(50),
+        TokenThroughput(),
+        *callbacks,
+    ]
+    trainer = quiet_trainer(
+        callbacks, max_steps=6, accumulate_grad_batches=2, gradient_clip_val=1.0, log_every_n_steps=50,
+        enable_progress_bar=bar,
+    )  # fmt: skip
+    trainer.fit(small_module(), token_loader(batches=12))
+    assert trainer.global_step == 6
+    return watch.fetches.places
+
+
+def test_a_step_fetches_nothing():
+    assert places() == []
+
+
+class FetchingModule(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pl_module.log("shown", outputs["loss"], prog_bar=True)
+
+
+def test_what_lightning_shows_is_fetched_after_every_batch():
+    """The reason for the bar of our own; if Lightning stops doing this, it can go."""
+    assert len(places(FetchingModule())) >= 8
+
+
+def test_the_bar_fetches_when_it_draws(capsys):
+    each, some, last = (places(LossProgressBar(refresh_rate=rate), bar=True) for rate in (1, 4, 100))
+    assert len(each) >= 16  # loss and perplexity of 8 batches
+    assert len(last) < len(some) < len(each) - 6
+    assert all("progress.py" in place for place in each)
+    shown = capsys.readouterr()
+    assert "train/loss=" in shown.out + shown.err
+    assert "train/perplexity=" in shown.out + shown.err
+
+
+def test_it_is_lightnings_bar():
+    assert isinstance(LossProgressBar(), TQDMProgressBar)
+    assert LossProgressBar(refresh_rate=3).refresh_rate == 3
