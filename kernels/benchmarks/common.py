@@ -9,6 +9,7 @@ import csv
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import triton
 
 RESULTS = Path(__file__).parent / "results"
+MEASURED = time.strftime("%Y-%m-%d %H:%M", time.gmtime())  # one for all rows of a run: ratios count within one only
 L2_BYTES_TO_EXCEED = 200e6
 
 
@@ -109,7 +111,7 @@ def fresh_results(name: str, keep: bool = False) -> Path:
 def append(path: Path, row: dict[str, object]) -> None:
     """Adds a row (with the environment) to a CSV and prints it."""
     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    full = {**row, **{k: v for k, v in environment().items() if k != "clocks"}}
+    full = {**row, **{k: v for k, v in environment().items() if k != "clocks"}, "measured": MEASURED}
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(full))

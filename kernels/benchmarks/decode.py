@@ -39,8 +39,8 @@ def variants(q: torch.Tensor, s: torch.Tensor, out: int, splits: Sequence[int]) 
     tokens, inner = q.shape
     found: dict[str, Variant] = {}
 
-    def add(name: str, layout: str, call: Callable[..., torch.Tensor], *rest: object, **named: object) -> None:
-        found[name] = (layout, lambda w: call(q, s, w.packed, w.row_scale, *rest, **named))
+    def add(name: str, of: str, call: Callable[..., torch.Tensor], *rest: object, **named: object) -> None:
+        found[name] = (of, lambda w: call(q, s, w.packed, w.row_scale, *rest, **named))
 
     for kind, layout, gemm in (("2:4", "sparse24", sk.sparse_gemm), ("dense ternary", "dense", sk.ternary_gemm)):
         sparse = layout == "sparse24"

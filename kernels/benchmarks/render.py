@@ -4,7 +4,7 @@ python kernels/benchmarks/render.py kernels/benchmarks/results/layer_forward.csv
 
 With ``--summary`` the layer benchmark becomes one row a shape, times in ms and ratios to bf16, that of generation one
 row a model and batch, and that of training steps one row a variant, tokens a second and the same ratios: the README's
-tables.
+tables. A CSV may hold several runs (column ``measured``): the newest row counts, with its ratio to bf16 in its own run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _read(path: Path) -> tuple[list[dict[str, str]], str]:
         raise ValueError(f"{path} has no rows")
     where = {tuple(row[k] for k in ENVIRONMENT) for row in rows}
     if len(where) != 1:
-        raise ValueError(f"{path} mixes runs: {sorted(where)}")
+        raise ValueError(f"{path} mixes environments: {sorted(where)}")
     gpu, torch, triton, driver = where.pop()
     return rows, f"{gpu}, torch {torch}, triton {triton}, driver {driver}"
 
@@ -128,10 +128,10 @@ def render(path: Path) -> str:
     """The table, preceded by the line that says where it was measured.
 
     Raises:
-        ValueError: If the rows are not all from one environment: ratios only count within one run.
+        ValueError: If the rows are not all from one environment.
     """
     rows, where = _read(path)
-    columns = [name for name in rows[0] if name not in ENVIRONMENT]
+    columns = [name for name in rows[0] if name not in (*ENVIRONMENT, "measured")]
     lines = [where, "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_short(row[name]) for name in columns) + " |" for row in rows]
     return "\n".join(lines)

@@ -194,7 +194,8 @@ def profile(step: Callable[[], None], top: int = 12) -> None:
     parts: dict[str, float] = {}
     kernels: dict[str, float] = {}
     for event in found.events() or []:
-        if event.device_type != torch.autograd.DeviceType.CUDA:
+        # An optimiser's own annotation spans kernels that are listed by themselves.
+        if event.device_type != torch.autograd.DeviceType.CUDA or event.name.startswith("Optimizer.step"):
             continue
         ms = event.self_device_time_total / 1e3
         lowered = event.name.lower()
