@@ -29,6 +29,7 @@ from sbn_lightning.callbacks import (
     DurableCheckpoint,
     DurableCheckpointIO,
     LossProgressBar,
+    MaskedWeightDecay,
     MaskRefresh,
     NonFiniteGuard,
     SparsityPatternLogger,
@@ -54,12 +55,13 @@ CALLBACK_GROUPS: dict[str, type[Callback]] = {
     "mask_refresh": MaskRefresh,
     "ramp": DenseToSparseRamp,
     "weight_decay": WeightDecaySchedule,
+    "masked_decay": MaskedWeightDecay,
     "sparsity_logger": SparsityPatternLogger,
     "throughput": TokenThroughput,
     "non_finite_guard": NonFiniteGuard,
     "checkpoint": DurableCheckpoint,
 }
-NEEDS_MASKED_LAYERS = (MaskRefresh, DenseToSparseRamp, SparsityPatternLogger)
+NEEDS_MASKED_LAYERS = (MaskRefresh, DenseToSparseRamp, SparsityPatternLogger, MaskedWeightDecay)
 
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):

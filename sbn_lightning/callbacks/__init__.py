@@ -3,6 +3,7 @@
 from sbn_lightning.callbacks.checkpoint import DurableCheckpoint, DurableCheckpointIO
 from sbn_lightning.callbacks.conversion import TernarySparseConversion
 from sbn_lightning.callbacks.mask_refresh import MaskRefresh
+from sbn_lightning.callbacks.masked_decay import MaskedWeightDecay
 from sbn_lightning.callbacks.non_finite import NonFiniteGuard
 from sbn_lightning.callbacks.progress import LossProgressBar
 from sbn_lightning.callbacks.ramp import DenseToSparseRamp
@@ -18,6 +19,7 @@ __all__ = [
     "DurableCheckpointIO",
     "LossProgressBar",
     "MaskRefresh",
+    "MaskedWeightDecay",
     "NonFiniteGuard",
     "SparseEMAWeightAveraging",
     "SparseWeightAveraging",

@@ -130,6 +130,7 @@ def ablations(results: Results, figure: Figure) -> bool:
                 axes.plot(*zip(*marks, strict=True), "D", mfc="none", c="black", label="paper (0.5B)")
                 axes.legend()
         axes.axhline(0, c="black", lw=0.8)
+        axes.tick_params(axis="x", labelsize=8)  # five names side by side
         axes.set(
             title=f"ternary {pattern}; bars of noise: two standard deviations", ylabel="perplexity, % against method"
         )

@@ -118,10 +118,12 @@ def test_errors_say_what_is_wrong(grid, groups, overrides, message):
 def test_the_shipped_grid(capsys):
     """Its defaults are the base recipe's, every run parses by name, and all that the report needs is there."""
     runs = read_grid(GRID).runs()
-    assert len({run.id for run in runs}) == len(runs) == 84
+    assert len({run.id for run in runs}) == len(runs) == 101
     plain = {(r.factors["family"], r.factors["pattern"], r.factors["seed"]) for r in runs if not r.varied}
     patterns = ("8:8", "7:8", "6:8", "5:8", "4:8", "2:4", "3:8", "2:8")
-    assert {(f, p, s) for f in ("ternary", "bf16-sparse") for p in patterns for s in (1, 2, 3)} <= plain
+    families = ("ternary", "bf16-sparse")
+    assert {(f, p, 1) for f in families for p in patterns} <= plain
+    assert {(f, p, s) for f in families for p in ("8:8", "6:8", "2:4", "2:8") for s in (2, 3)} <= plain
     (naive,) = [run for run in runs if run.varied == {"refresh_interval": 10, "stale_gradient": "dense"}]
     assert naive.recipe["mask_refresh"] == {"interval": 10, "stale_gradient": "dense"}
     assert {run.factors["gradients"] for run in runs} == {None, "bf16", "int8"}
