@@ -30,4 +30,4 @@ class LossProgressBar(TQDMProgressBar):
     ) -> dict[str, int | str | float | dict[str, float]]:
         metrics = trainer.callback_metrics
         shown = {name: float(metrics[name]) for name in self.names if name in metrics}
-        return super().get_metrics(trainer, pl_module) | shown
+        return shown | super().get_metrics(trainer, pl_module)
