@@ -166,18 +166,22 @@ def _linear(config: TransformerConfig, in_features: int, splits: tuple[int, ...]
 def rope_tables(config: TransformerConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary positions (arXiv 2104.09864), each float32 ``[max_sequence_length, head_size]``.
 
-    The two halves of a head are rotated against each other, as in Llama's and Qwen's published weights.
+    The two halves of a head are rotated against each other, as in Llama's and Qwen's published weights; the sines of
+    the first half have the sign that this takes.
     """
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float64) / config.head_size
     positions = torch.arange(config.max_sequence_length, dtype=torch.float64)
-    angles = torch.outer(positions, config.rope_theta**-exponents).repeat(1, 2)
-    return angles.cos().float(), angles.sin().float()
+    angles = torch.outer(positions, config.rope_theta**-exponents)
+    return angles.cos().float().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1).float()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates ``x [B, heads, T, E]`` by position; ``cos`` and ``sin`` are ``[T, E]``, or ``[B, 1, T, E]``."""
-    left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+    """Rotates ``x [B, heads, T, E]`` by position; ``cos`` and ``sin`` are ``[T, E]``, or ``[B, 1, T, E]``.
+
+    The halves change places by a roll, of which a compiler makes one load, forward and backward. Of two slices and a
+    concatenation it makes a load with a condition for each, and the backward of q, k and v nests them.
+    """
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
