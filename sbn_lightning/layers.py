@@ -184,7 +184,7 @@ class SparseBitLinear(MaskedLinear):
         return weight if self.mask_source == "latent" else self._codes()
 
     def _codes(self) -> Tensor:
-        """Codes of all weights, masked or not, by the dense gamma."""
+        """Codes of all weights, masked or not, by the dense gamma; a kernel's own may differ in its last bit."""
         weight = self.latent()
         gamma = weight_scale(weight, self.split_sizes)
         return ternary_codes(weight, expand_scale(gamma, self.split_sizes, self.out_features))

@@ -9,8 +9,8 @@ implementations work through the tokens in chunks; which one is used:
 * ``"liger"``: Liger-Kernel (Triton, CUDA only), the extra ``[liger]``: the least memory;
 * ``"torch"``: ``torch.nn.functional.linear_cross_entropy``, in newer versions of PyTorch, every device;
 * ``"plain"``: logits, then ``cross_entropy``: without compilation, good enough for a small vocabulary;
-* ``"auto"``: on CUDA ``chunked`` from :data:`FUSED_VOCABULARY` classes, elsewhere ``torch`` from four times as many, if
-  it is there; ``plain`` below.
+* ``"auto"``: on CUDA ``chunked`` from :data:`CHUNKED_VOCABULARY` classes; elsewhere ``torch``, if it is there, from
+  :data:`FUSED_VOCABULARY`; ``plain`` below.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from sbn_lightning.ternary import float32_mm
 
 LossImplementation = Literal["auto", "chunked", "liger", "torch", "plain"]
 
-FUSED_VOCABULARY = 4096
+FUSED_VOCABULARY = 16384  # classes from which torch's fused loss is faster than logits, on a CPU
+CHUNKED_VOCABULARY = 4096  # the same for the chunks on CUDA: loss and gradient in one compiled pass
 CHUNK_BYTES = 5 * 2**28  # of logits; 4,096 tokens at 152k classes in bfloat16
 
 
@@ -42,8 +43,8 @@ def choose_loss(implementation: LossImplementation, vocab_size: int, device: tor
     has_torch = hasattr(nn, "LinearCrossEntropyOptions")
     if implementation == "auto":
         if device.type == "cuda":
-            return "chunked" if vocab_size >= FUSED_VOCABULARY else "plain"
-        return "torch" if has_torch and vocab_size >= 4 * FUSED_VOCABULARY else "plain"
+            return "chunked" if vocab_size >= CHUNKED_VOCABULARY else "plain"
+        return "torch" if has_torch and vocab_size >= FUSED_VOCABULARY else "plain"
     if implementation == "liger" and not has_liger:
         raise ConfigError('loss "liger" needs a CUDA device and pip install "sbn-lightning[liger]"')
     if implementation == "torch" and not has_torch:

@@ -155,7 +155,7 @@ def nonzeros_per_group(values: Tensor, m: int) -> Tensor:
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Packs bool ``[..., in_features]`` into uint8 ``[..., ceil(in_features / 8)]``, lowest bit first."""
+    """Packs bool ``[..., in_features]`` (1 or more) into uint8 ``[..., ceil(in_features / 8)]``, lowest bit first."""
     padded = F.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
     # Eight bytes of 0 or 1 as one integer, lowest first: the factor takes byte i to bit 56 + i, and nothing else there.
     return (padded.contiguous().view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)

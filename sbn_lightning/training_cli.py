@@ -182,10 +182,10 @@ class SaveConfigWithoutSecrets(SaveConfigCallback):
 
 
 class RecipeCheck(SBNCLI):
-    """Reads a recipe as ``fit`` does and makes nothing of it; its ``parser`` then reads others.
+    """Reads a recipe of model, data, trainer and callbacks, and makes nothing of it; its ``parser`` then reads others.
 
     Raises:
-        ConfigError: If ``fit`` would not take the recipe.
+        ConfigError: If ``fit`` would not know an option, or its value is of another type.
     """
 
     def __init__(self, recipe: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ from torch import nn
 
 from sbn_lightning import (
     DenseToSparseRamp,
-    MaskedWeightDecay,
     MaskRefresh,
     NMPattern,
     SparseBitLinear,
@@ -431,34 +430,3 @@ def test_callback_state_loads_with_weights_only(tmp_path):
     trainer.save_checkpoint("state.ckpt")
     saved = torch.load("state.ckpt", weights_only=True)["callbacks"]
     assert {"MaskRefresh", "DenseToSparseRamp", "WeightDecaySchedule", "SparsityPatternLogger"} <= set(saved)
-
-
-# MaskedWeightDecay
-
-
-def test_masked_decay_shrinks_what_the_mask_drops_and_nothing_else():
-    torch.manual_seed(0)
-    net = nn.Sequential(SparseBitLinear(16, 8, pattern="2:4"), nn.Linear(8, 4))
-    before = [p.detach().clone() for p in net.parameters()]
-    mask = net[0].mask.clone()
-    optimizer = torch.optim.SGD([{"params": net[0].parameters(), "lr": 0.5}, {"params": net[1].parameters()}], lr=0.1)
-    MaskedWeightDecay(0.25).on_before_optimizer_step(None, net, optimizer)
-    expected = torch.where(mask, before[0], before[0] * (1 - 0.5 * 0.25))
-    torch.testing.assert_close(net[0].weight.detach(), expected)
-    assert all(torch.equal(p, old) for p, old in zip(list(net.parameters())[1:], before[1:], strict=True))
-    MaskedWeightDecay().on_before_optimizer_step(None, nn.Linear(2, 2), optimizer)  # does nothing, so asks for nothing
-    with pytest.raises(ConfigError, match="no SparseBitLinear"):
-        MaskedWeightDecay(0.1).on_before_optimizer_step(None, nn.Linear(2, 2), optimizer)
-    with pytest.raises(ConfigError, match="must not be negative"):
-        MaskedWeightDecay(-1.0)
-
-
-def test_masked_decay_makes_masks_flip_less():
-    flips = []
-    for decay in (0.0, 50.0):
-        torch.manual_seed(0)
-        recorder = Recorder()
-        trainer = quiet_trainer([recorder, MaskedWeightDecay(decay)], max_steps=8)
-        trainer.fit(small_module(pattern="2:4"), token_loader())
-        flips.append(sum((a ^ b).sum().item() for a, b in itertools.pairwise(recorder.masks)))
-    assert 0 < flips[1] < 0.8 * flips[0]

@@ -237,13 +237,13 @@ class NoWaiting(Callback):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(("compile", "loss"), [(False, "plain"), (True, "chunked")])
 @pytest.mark.parametrize("options", [{"gradients": "bf16"}, {"gradients": "int8"}], ids=str)
-def test_a_step_of_a_trainer_does_not_wait_for_the_gpu(options, compile):
+def test_a_step_of_a_trainer_does_not_wait_for_the_gpu(options, compile, loss):
     need("sparse")
     callbacks = [NoWaiting(), MaskRefresh(interval=2), WeightDecaySchedule(until=0.5)]
     torch.manual_seed(0)
-    module = small_module(**SHAPE, pattern="2:4")
+    module = small_module(**SHAPE, pattern="2:4", loss=loss)
     module.hparams["compile"] = compile
     trainer = quiet_trainer(
         callbacks, accelerator="gpu", devices=1, max_steps=8, accumulate_grad_batches=2, gradient_clip_val=1.0,

@@ -1,6 +1,7 @@
 """A step of a Trainer fetches nothing from the device; the progress bar does, when it draws."""
 
 import traceback
+from contextlib import ExitStack
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -29,14 +30,11 @@ class Watch(Callback):
     """From the third step on."""
 
     def __init__(self):
-        self.fetches = Fetches()
+        self.fetches, self.stack = Fetches(), ExitStack()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 2 and batch_idx % 2 == 0:
-            self.fetches.__enter__()
-
-    def on_train_end(self, trainer, pl_module):
-        self.fetches.__exit__(None, None, None)
+            self.stack.enter_context(self.fetches)
 
 
 def places(*callbacks, bar=False):
@@ -53,7 +51,8 @@ def places(*callbacks, bar=False):
         callbacks, max_steps=6, accumulate_grad_batches=2, gradient_clip_val=1.0, log_every_n_steps=50,
         enable_progress_bar=bar,
     )  # fmt: skip
-    trainer.fit(small_module(), token_loader(batches=12))
+    with watch.stack:
+        trainer.fit(small_module(), token_loader(batches=12))
     assert trainer.global_step == 6
     return watch.fetches.places
 

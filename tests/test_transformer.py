@@ -158,8 +158,10 @@ def test_chunked_loss_in_bfloat16_sums_the_head_in_float32(monkeypatch):
 
 
 def test_choice_of_loss():
-    cpu = torch.device("cpu")
-    assert choose_loss("auto", 4096, cpu) == "plain"
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [choose_loss("auto", classes, cuda) for classes in (4095, 4096, 151936)] == ["plain", "chunked", "chunked"]
+    fused = "torch" if hasattr(torch.nn, "LinearCrossEntropyOptions") else "plain"
+    assert [choose_loss("auto", classes, cpu) for classes in (16383, 16384)] == ["plain", fused]
     with pytest.raises(ConfigError, match="CUDA"):
         choose_loss("liger", 151936, cpu)
     with pytest.raises(ConfigError, match="not one of"):

@@ -109,10 +109,21 @@ def fresh_results(name: str, keep: bool = False) -> Path:
 
 
 def append(path: Path, row: dict[str, object]) -> None:
-    """Adds a row (with the environment) to a CSV and prints it."""
+    """Adds a row (with the environment) to a CSV and prints it.
+
+    Raises:
+        ValueError: If the CSV has other columns.
+    """
     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
     full = {**row, **{k: v for k, v in environment().items() if k != "clocks"}, "measured": MEASURED}
     new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            columns = next(csv.reader(file))
+        if columns != list(full):
+            raise ValueError(
+                f"{path} has the columns {columns}, not {list(full)}: rows of another benchmark or version"
+            )
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(full))
         if new:

@@ -83,22 +83,28 @@ def train(name: str, data: Tensor, steps: int) -> Tensor:
     return torch.stack(curve.losses).float().cpu()
 
 
+def _reference_of(name: str) -> str:
+    return "reference 6:8" if "6:8" in name else "reference"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--append", action="store_true", help="keep the rows that the CSV has")
     args = parser.parse_args()
+    if missing := {_reference_of(name) for name in args.runs} - set(args.runs):
+        parser.error(f"distances need the run {' and '.join(map(repr, sorted(missing)))}, too")
     need_gpu()
     torch.set_float32_matmul_precision("high")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     path = fresh_results("loss_curves", keep=args.append)
     print(header())
     data, curves = corpus(), {}
-    for name in args.runs:
+    for name in sorted(args.runs, key=lambda name: name != _reference_of(name)):  # references first
         curve = curves[name] = train(name, data, args.steps)
-        reference = curves.get("reference 6:8" if "6:8" in name else "reference", curve)
-        row: dict[str, object] = {"run": name, "distance": float((curve - reference).abs().mean())}
+        distance = float((curve - curves[_reference_of(name)]).abs().mean())
+        row: dict[str, object] = {"run": name, "distance": distance}
         row |= {f"step {end}": float(curve[end - 10 : end].mean()) for end in range(50, args.steps + 1, 50)}
         append(path, row)
 

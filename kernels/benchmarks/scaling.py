@@ -105,7 +105,8 @@ def measure(
     command += ["--devices", str(devices), "--run", strategy]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[gpu]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.devices)))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode != 0 or not lines:
@@ -133,12 +134,18 @@ def main() -> None:
         sys.exit(f"{torch.cuda.device_count()} GPUs are visible, {args.devices} asked for")
     path = fresh_results("scaling")
     print(header())
+
+    def one_after_the_other(gpu: int) -> dict[str, dict[str, Any] | None]:
+        return {shape: measure(shape, "one", 1, args, gpu) for shape in args.shapes[gpu :: args.devices]}
+
+    single: dict[str, dict[str, Any] | None] = {}
     with ThreadPoolExecutor(args.devices) as pool:
-        single = [pool.submit(measure, shape, "one", 1, args, i % args.devices) for i, shape in enumerate(args.shapes)]
-    for shape, one in zip(args.shapes, single, strict=True):
+        for found_there in pool.map(one_after_the_other, range(args.devices)):
+            single |= found_there
+    for shape in args.shapes:
         alone = None
         for strategy, devices in (("one", 1), *((name, args.devices) for name in STRATEGIES)):
-            found = one.result() if strategy == "one" else measure(shape, strategy, devices, args)
+            found = single[shape] if strategy == "one" else measure(shape, strategy, devices, args)
             if found is None:
                 continue
             if not found["same_masks"]:

@@ -22,7 +22,7 @@ from sbn_kernels.launch import Launcher
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, refuse_gradients
 from sbn_kernels.packing import BLOCK_WORDS, K_STEP, PANEL, packed_shape
 from sbn_kernels.quantize import empty_tokens
-from sbn_kernels.split_k import MOST_TOKENS, add_splits, choose_splits, split_tile, whole_parts
+from sbn_kernels.split_k import MOST_SPLITS, MOST_TOKENS, add_splits, choose_splits, split_tile, whole_parts
 
 _SHARED_BYTES = 232448 - 2048
 _TOKEN_TILES = (256, 128, 64, 32, 16)
@@ -177,16 +177,25 @@ def _(
 
 
 def check_gemm_arguments(
-    x8: Tensor, scale: Tensor, row_scale: Tensor | None, bias: Tensor | None, out_features: int, out_dtype: torch.dtype
+    x8: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    out_dtype: torch.dtype,
+    may_be_ones: bool = False,
 ) -> None:
     """Raises:
-    ValueError: Naming the argument whose shape or dtype does not fit.
+    ValueError: Naming the argument whose shape or dtype does not fit; ``row_scale`` may be None with ``may_be_ones``.
     """
     if x8.dim() != 2 or x8.dtype != torch.int8 or x8.shape[1] == 0:
         raise ValueError(f"tokens must be int8 [tokens, in_features], not {x8.dtype} {list(x8.shape)}")
     if scale.shape != (x8.shape[0],) or scale.dtype != torch.float32:
         raise ValueError(f"token scale must be float32 [{x8.shape[0]}], not {scale.dtype} {list(scale.shape)}")
-    if row_scale is not None and (row_scale.shape != (out_features,) or row_scale.dtype != torch.float32):
+    if row_scale is None:
+        if not may_be_ones:
+            raise ValueError(f"row_scale must be float32 [{out_features}], not None")
+    elif row_scale.shape != (out_features,) or row_scale.dtype != torch.float32:
         raise ValueError(f"row_scale must be float32 [{out_features}], not {row_scale.dtype} {list(row_scale.shape)}")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias must be [{out_features}], not {list(bias.shape)}")
@@ -205,6 +214,16 @@ def check_packed(packed: Tensor, out_features: int, in_features: int) -> None:
             f"packed weight of [{out_features}, {in_features}] must be contiguous int32 {list(shape)}, "
             f"not {packed.dtype} {list(packed.shape)}"
         )
+
+
+def check_splits(splits: int, tokens: int, token_tile: int) -> None:
+    """Raises:
+    ValueError: If the sum over K cannot be split that way.
+    """
+    if not 0 <= splits <= MOST_SPLITS:
+        raise ValueError(f"splits={splits} is not 0 (choose) to {MOST_SPLITS}")
+    if splits > 1 and (token_tile or tokens > MOST_TOKENS):
+        raise ValueError(f"parts of K are for at most {MOST_TOKENS} tokens, and have no token_tile")
 
 
 def sparse_gemm(
@@ -229,8 +248,8 @@ def sparse_gemm(
         bias: ``[out_features]``, any float dtype, or None.
         out_dtype: bfloat16, float16 or float32.
         token_tile: Tokens a tile (256, 128, 64, 32, 16); 0 chooses.
-        splits: Parts of the sum over in_features, at most; several only up to 64 tokens and without ``token_tile``.
-            0 chooses. The result is the same.
+        splits: Parts of the sum over in_features, at most (up to 16); several only up to 64 tokens and without
+            ``token_tile``. 0 chooses. The result is the same.
 
     Returns:
         ``[tokens, out_features]``.
@@ -241,8 +260,7 @@ def sparse_gemm(
     """
     check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype)
     check_packed(packed, out_features, x8.shape[1])
-    if splits > 1 and (token_tile or x8.shape[0] > MOST_TOKENS):
-        raise ValueError(f"parts of K are for at most {MOST_TOKENS} tokens, and have no token_tile")
+    check_splits(splits, x8.shape[0], token_tile)
     args = (x8, scale, packed, row_scale, bias, out_features, True, out_dtype, token_tile, splits)
     result: Tensor = torch.ops.sbn_kernels.hopper_gemm(*args)
     return result
@@ -260,10 +278,9 @@ def ternary_gemm(
     splits: int = 0,
 ) -> Tensor:
     """As :func:`sparse_gemm` for any ternary weight: ``packed`` has layout ``dense``, ``row_scale`` None is ones."""
-    check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype)
+    check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype, may_be_ones=True)
     check_packed(packed, out_features, x8.shape[1])
-    if splits > 1 and (token_tile or x8.shape[0] > MOST_TOKENS):
-        raise ValueError(f"parts of K are for at most {MOST_TOKENS} tokens, and have no token_tile")
+    check_splits(splits, x8.shape[0], token_tile)
     args = (x8, scale, packed, row_scale, bias, out_features, False, out_dtype, token_tile, splits)
     result: Tensor = torch.ops.sbn_kernels.hopper_gemm(*args)
     return result

@@ -3,12 +3,12 @@
 ``kernel[grid](...)`` names, types and specialises every argument, formats the options and compares globals, each time:
 14 to 20 microseconds where the launch itself takes 3 to 6. A :class:`Launcher` keeps the compiled kernel that Triton
 chose, under all that its choice depends on: device, dtypes, number of warps, and the exact values of all numbers and
-constants, so that no rule of specialisation is repeated here. Of a pointer Triton asks whether 16 divides it; only
-where that is true of all pointers of a launch is it made the short way.
+constants, so that no rule of specialisation is repeated here. Of a pointer Triton asks, on CUDA, whether 16 divides it;
+only where that is true of all pointers of a launch is it made the short way.
 
 The short way is public, ``compiled[grid](*arguments)``, the same from Triton 3.6 to 3.9. Hooks around launches (of
 profilers) are called. What it passes over is a change, after a kernel's first launch, of Triton's debugging and
-compiling options.
+compiling options, and what Triton does before each launch: pre-run hooks and the comparison of global variables.
 """
 
 from __future__ import annotations

@@ -97,34 +97,33 @@ def _fresh_bits(weight: Tensor, n: int, m: int, keep: Tensor | None) -> Tensor:
     return bits
 
 
-def _scale(
-    weight: Tensor,
-    mask: Tensor | None,
-    split_sizes: Sequence[int],
-    gammas: Tensor,
-    row_scale: Tensor,
-    *,
-    given: bool = False,
-    nonzero: bool = False,
-    divide_by_kept: bool = False,
-) -> None:
-    """Writes gamma of each split and of each row; with ``given`` of each row only, with ``nonzero`` over what the
-    present ``row_scale`` does not round to zero."""
+def _sums(
+    weight: Tensor, mask: Tensor | None, row_scale: Tensor | None = None, count: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of |W| of each row over what a mask keeps and ``row_scale`` does not round to zero; their number too."""
     out, columns = weight.shape
-    divide_by_kept = divide_by_kept and (nonzero or mask is not None)
-    sums = torch.empty(0 if given else out, dtype=torch.float32, device=weight.device)
-    counts = torch.empty(out if divide_by_kept else 0, dtype=torch.int32, device=weight.device)
-    if not given:
-        _row_sums(
-            (out, 1, 1),
-            (weight, weight if mask is None else mask, row_scale, sums, counts),
-            (columns, weight.stride(0), 0 if mask is None else mask.stride(0)),
-            (mask is not None, nonzero, divide_by_kept, min(4096, next_power_of_2(columns))),
-        )
+    sums = torch.empty(out, dtype=torch.float32, device=weight.device)
+    counts = torch.empty(out, dtype=torch.int32, device=weight.device) if count else None
+    inputs = [weight if tensor is None else tensor for tensor in (mask, row_scale)]
+    _row_sums(
+        (out, 1, 1),
+        (weight, *inputs, sums, sums if counts is None else counts),
+        (columns, weight.stride(0), 0 if mask is None else mask.stride(0)),
+        (mask is not None, row_scale is not None, count, min(4096, next_power_of_2(columns))),
+    )
+    return sums, counts
+
+
+def _write_gamma(
+    sums: Tensor | None, counts: Tensor | None, split_sizes: Sequence[int], columns: int, gammas: Tensor, scale: Tensor
+) -> None:
+    """gamma of each split from sums over its rows, divided by counts or by all; without sums it is there already. And
+    gamma of each row, ``scale``."""
+    tensors = [gammas if tensor is None else tensor for tensor in (sums, counts)]
     first = 0
     for part, size in enumerate(split_sizes):
-        tensors, numbers = (sums, counts, gammas, row_scale), (part, first, size, columns)
-        _gamma((1, 1, 1), tensors, numbers, (divide_by_kept, given, 1024), 8)
+        constants = (counts is not None, sums is None, 1024)
+        _gamma((1, 1, 1), (*tensors, gammas, scale), (part, first, size, columns), constants, 8)
         first += size
 
 
@@ -154,12 +153,13 @@ def _prepare_weight(
     dense = n == m and keep is None
     if given is None and not dense and (m not in _FAST_GROUPS or gamma_over in ("kept", "masked")):
         given = _fresh_bits(weight, n, m, keep)
+    sums, counts = None, None
     if gamma is not None:
         gammas.copy_(gamma)
-        _scale(weight, None, split_sizes, gammas, row_scale, given=True)
     else:
         mask = given if gamma_over in ("kept", "masked") else None
-        _scale(weight, mask, split_sizes, gammas, row_scale, divide_by_kept=gamma_over == "kept")
+        sums, counts = _sums(weight, mask, count=gamma_over == "kept" and mask is not None)
+    _write_gamma(sums, counts, split_sizes, columns, gammas, row_scale)
     nonzero = gamma_over == "nonzero" and gamma is None
     if nonzero and given is None and not dense and not want_mask:
         bits = torch.empty((out, ceil_div(columns, 8)), dtype=torch.uint8, device=weight.device)
@@ -179,7 +179,8 @@ def _prepare_weight(
     )
     if nonzero:
         mask = given if given is not None else None if dense else bits
-        _scale(weight, mask, split_sizes, gammas, row_scale, nonzero=True, divide_by_kept=True)
+        sums, counts = _sums(weight, mask, row_scale, count=True)
+        _write_gamma(sums, counts, split_sizes, columns, gammas, row_scale)
     return outputs
 
 

@@ -24,7 +24,7 @@ from sbn_kernels.ops import ceil_div, next_power_of_2
 from sbn_kernels.packing import K_STEP, PANEL
 
 MOST_TOKENS = 64
-_MOST_SPLITS = 16
+MOST_SPLITS = 16
 _RESIDENT = 2  # programs that fit a multiprocessor
 _ROWS = 8
 # Costs in k128 steps of a program: 0.17 microseconds each, the slope of the 2:4 figures over K in results/decode.csv
@@ -49,7 +49,7 @@ def choose_splits(tokens: int, rows: int, columns: int, processors: int) -> int:
         return 1
     part = 8 * panels * PANEL * split_tile(tokens) / _BYTES_A_STEP  # written and read once, 4 bytes each
     best = int(math.sqrt(steps / part))
-    splits, _ = whole_parts(steps, max(1, min(best, _MOST_SPLITS, _RESIDENT * processors // panels)))
+    splits, _ = whole_parts(steps, max(1, min(best, MOST_SPLITS, _RESIDENT * processors // panels)))
     saved = steps - ceil_div(steps, splits) - part * splits
     return splits if saved >= _LAUNCH else 1
 

@@ -7,9 +7,11 @@ that away, so it is taken from the weight itself: ``W -= lr * decay * (1 - mask)
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -24,26 +26,48 @@ if TYPE_CHECKING:
 class MaskedWeightDecay(RunCallback):
     """Lets the weights that the mask drops decay by ``lr * decay`` an optimiser step, besides any other weight decay.
 
-    The mask is the one of the forward pass; its own learning rate belongs to each weight.
+    The mask is the one of the forward pass; ``lr`` is that of the weight's own parameter group. Not with FSDP2, which
+    shards weights and not masks, and not with ``16-mixed``, whose scaler leaves steps out.
 
     Args:
         decay: Of the size of a weight decay; 0 does nothing.
+
+    Raises:
+        ConfigError: If the decay is negative, and at the start of training if it cannot work with what trains.
     """
 
     def __init__(self, decay: float = 0.0) -> None:
-        if decay < 0:
+        if not 0 <= decay < math.inf:
             raise ConfigError(f"MaskedWeightDecay: decay={decay} must not be negative")
         self.decay = decay
+
+    def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
+        if not self.decay:
+            return
+        trained = {id(weight) for optimizer in trainer.optimizers for weight in _rates(optimizer)}
+        layers = require_masked_layers(self, pl_module)
+        if sharded := [name for name, layer in layers.items() if isinstance(layer._parameters["weight"], DTensor)]:
+            raise ConfigError(f"MaskedWeightDecay: {sharded[0]} is sharded (FSDP2), its mask is not; train with DDP")
+        precision = trainer.precision_plugin if isinstance(trainer, Trainer) else trainer.fabric._precision
+        if getattr(precision, "scaler", None) is not None:
+            raise ConfigError(
+                "MaskedWeightDecay: the scaler of 16-mixed leaves optimiser steps out, not the decay; use bf16-mixed"
+            )
+        if not any(id(layer._parameters["weight"]) in trained for layer in layers.values()):
+            raise ConfigError("MaskedWeightDecay: no optimiser holds the weight of a masked layer")
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Run, pl_module: nn.Module, optimizer: torch.optim.Optimizer) -> None:  # type: ignore[override]
         if not self.decay:
             return
-        rates = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
-        for name, layer in require_masked_layers(self, pl_module).items():
+        rates = {id(weight): rate for weight, rate in _rates(optimizer).items()}
+        for layer in require_masked_layers(self, pl_module).values():
             weight = layer._parameters["weight"]
-            if isinstance(weight, DTensor):
-                raise ConfigError(f"MaskedWeightDecay: {name} is sharded (FSDP2), its mask is not; use DDP")
-            if weight is not None and id(weight) in rates:
+            if weight is not None and id(weight) in rates:  # a frozen layer, or another optimiser's, keeps its weights
                 dropped = ~unpack_mask(layer.mask_bits, layer.in_features)
-                weight.mul_(1 - rates[id(weight)] * self.decay * dropped)
+                weight.mul_(1 - min(1.0, float(rates[id(weight)]) * self.decay) * dropped)
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, float]:
+    """The learning rate of each parameter."""
+    return {weight: group["lr"] for group in optimizer.param_groups for weight in group["params"]}

@@ -18,11 +18,19 @@ class LossProgressBar(TQDMProgressBar):
 
     Args:
         refresh_rate: Batches between drawings; each waits for the device.
+        process_position: As in ``TQDMProgressBar``.
+        leave: As in ``TQDMProgressBar``.
         names: Metrics, as the module logs them, to show besides those logged with ``prog_bar=True``.
     """
 
-    def __init__(self, refresh_rate: int = 10, names: tuple[str, ...] = ("train/loss", "train/perplexity")) -> None:
-        super().__init__(refresh_rate)
+    def __init__(
+        self,
+        refresh_rate: int = 10,
+        process_position: int = 0,
+        leave: bool = False,
+        names: tuple[str, ...] = ("train/loss", "train/perplexity"),
+    ) -> None:
+        super().__init__(refresh_rate, process_position, leave)
         self.names = names
 
     def get_metrics(  # type: ignore[override]

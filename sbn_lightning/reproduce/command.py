@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def reproduce(
         grid: A YAML file of factors and groups.
         output: Folder for results.jsonl, a line a run, and for the runs' logs.
         data: The folder that `reproduce-corpus` wrote.
-        only: Globs: runs whose name, id or group/name matches one; --only 'ablations/*' '*2of4*'.
+        only: Globs: runs whose name, id or group/name matches one; --only 'ablation_*/*' '*2of4*'.
         override: key=value, set in every run's recipe, say trainer.max_steps=100. Makes other runs of them.
         jobs: Runs at a time, spread over the visible GPUs; each run has one.
         stop_after: Seconds after which running ones save and stop.
@@ -106,13 +107,16 @@ def _check_recipes(runs: list[Run], done: set[str]) -> None:
     from sbn_lightning.training_cli import RecipeCheck
 
     parser = None
-    for run in runs:
-        if run.id not in done:
-            try:
-                parser = parser or RecipeCheck(run.recipe).parser
+    todo = [run for run in runs if run.id not in done]
+    print(f"checking the recipes of {len(todo)} runs", file=sys.stderr, flush=True)
+    for run in todo:
+        try:
+            if parser is None:
+                parser = RecipeCheck(run.recipe).parser
+            else:
                 parser.parse_object(run.recipe)
-            except ConfigError as error:
-                raise ConfigError(f"run {run.name}: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"run {run.name}: {error}") from error
 
 
 def _list_runs(runs: list[Run], done: set[str]) -> None:

@@ -132,7 +132,10 @@ class Results:
         cells: dict[str, list[float]] = {}
         for line in self.lines:
             if line["factors"]["family"] == family:
-                key = repr(sorted((k, v) for k, v in line["factors"].items() if k != "seed"))
+                # As in cell(): factors that a grid gained later are missing from older lines.
+                key = repr(
+                    (line["factors"]["pattern"], line["factors"]["learning_rate"], sorted(line["varied"].items()))
+                )
                 cells.setdefault(key, []).append(line["validation"]["loss"])
         squares = sum(sum((loss - fmean(losses)) ** 2 for loss in losses) for losses in cells.values())
         freedom = sum(len(losses) - 1 for losses in cells.values())

@@ -229,6 +229,13 @@ def test_prepare(dtype: torch.dtype, out: int, columns: int, n: int, m: int, lay
         w, n, m, splits, mask_bits=first.mask_bits, old_mask_bits=first.mask_bits, layout=layout, want_stats=True
     )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "a given mask, and run to run"
+    nonzero = sk.prepare_weight(w, n, m, splits, gamma_over="nonzero", layout=layout, want_mask=False)
+    assert torch.equal(nonzero.codes, codes)
+    assert torch.equal(nonzero.packed, first.packed)
+    parts = zip(w.float().abs().split(splits), codes.split(splits), strict=True)
+    means = torch.stack([part[code != 0].mean() for part, code in parts])
+    torch.testing.assert_close(nonzero.gamma, means, rtol=1e-5, atol=0)
+    assert torch.equal(nonzero.row_scale, nonzero.gamma.repeat_interleave(torch.tensor(splits, device="cuda")))
 
 
 def layer(x: torch.Tensor, packed: torch.Tensor, row_scale: torch.Tensor, out: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ def loss_of(run):
     loss += {"ternary": math.log(1.2)}.get(factors["mask_source"], 0.0)
     loss -= 0.1 * (factors["gamma_over"] == "kept")
     loss += 0.2 * (factors["learning_rate"] != BEST[factors["family"]])
+    loss -= 0.2 * (factors["final_learning_rate"] == 0)
     return loss
 
 
@@ -67,6 +68,10 @@ def test_figures_noise_and_the_paper():
     assert kept[2] == "0.004"
     assert ways.index(kept) < [row[1] for row in ways].index("the method")
     assert float(kept[5].removesuffix(" %")) == pytest.approx(100 * math.expm1(0.1), abs=0.6)
+    assert kept[-1] == "not reached"
+    low = next(row for row in ways if row[1] == "final_learning_rate: 0.0")
+    assert float(low[5].removesuffix(" %")) == pytest.approx(100 * math.expm1(0.2), abs=0.6), "against its like"
+    assert rows(text, "8:8", "final_learning_rate: 0.0")
 
 
 def test_noise_is_the_pooled_spread_of_seeds():
@@ -80,6 +85,21 @@ def test_noise_is_the_pooled_spread_of_seeds():
     compared = results.compare(results.cell("ternary", "6:8"), results.cell("ternary", "8:8"))
     assert compared.threshold == pytest.approx(2 * 0.01 * math.sqrt(2 / 3))
     assert compared.difference == pytest.approx(0.1)
+
+
+def test_the_goal_is_judged_by_itself():
+    """0.5 % above dense ternary is worse than it, and within the goal."""
+    lines = all_lines(lambda run: 3.0 + 0.005 * (run.factors["pattern"] == "2:4"), noise=1e-5)
+    _, text = write(lines, "--plots", "false")
+    assert {row[-1] for row in rows(text, "2:4") if row[-2] == "+1.0 %"} == {"reached"}
+
+
+def test_lines_from_before_a_grid_had_a_factor_count_as_its_default():
+    lines = [line for line in all_lines(loss_of, noise=0.01) if not line["varied"]]
+    before = Results(lines).noise("ternary")
+    for line in lines[::2]:
+        line["factors"] = {name: value for name, value in line["factors"].items() if name != "schedule"}
+    assert Results(lines).noise("ternary") == before
 
 
 def test_an_effect_below_the_noise_is_called_that():
