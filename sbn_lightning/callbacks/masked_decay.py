@@ -44,7 +44,7 @@ class MaskedWeightDecay(RunCallback):
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         if not self.decay:
             return
-        trained = {id(weight) for optimizer in trainer.optimizers for weight in _rates(optimizer)}
+        trained = {weight for optimizer in trainer.optimizers for weight in _rates(optimizer)}
         layers = require_masked_layers(self, pl_module)
         if sharded := [name for name, layer in layers.items() if isinstance(layer._parameters["weight"], DTensor)]:
             raise ConfigError(f"MaskedWeightDecay: {sharded[0]} is sharded (FSDP2), its mask is not; train with DDP")
@@ -60,7 +60,7 @@ class MaskedWeightDecay(RunCallback):
     def on_before_optimizer_step(self, trainer: Run, pl_module: nn.Module, optimizer: torch.optim.Optimizer) -> None:  # type: ignore[override]
         if not self.decay:
             return
-        rates = {id(weight): rate for weight, rate in _rates(optimizer).items()}
+        rates = _rates(optimizer)
         for layer in require_masked_layers(self, pl_module).values():
             weight = layer._parameters["weight"]
             if weight is not None and id(weight) in rates:  # a frozen layer, or another optimiser's, keeps its weights
@@ -68,6 +68,6 @@ class MaskedWeightDecay(RunCallback):
                 weight.mul_(1 - min(1.0, float(rates[id(weight)]) * self.decay) * dropped)
 
 
-def _rates(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, float]:
-    """The learning rate of each parameter."""
-    return {weight: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+def _rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    """The learning rate of each parameter, by the parameter's id."""
+    return {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
