@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from sbn_kernels.hopper_kernels import _await, _release, _split_columns, _wait
+from sbn_kernels.hopper_kernels import _await, _release, _ring, _split_columns, _wait
 
 
 @gluon.constexpr_function
@@ -171,11 +171,7 @@ def int8_outer_kernel(
     as_ = gl.allocate_shared_memory(gl.int8, [2 * STAGES, 64, 128], a.layout)
     bs = gl.allocate_shared_memory(gl.int8, [STAGES, BN, 128], b.layout)
     ys = gl.allocate_shared_memory(y.dtype, [4, 64, CHUNK], y.layout)
-    full = mbarrier.allocate_mbarrier(batch=STAGES)
-    empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=8)
+    full, empty = _ring(STAGES)
     gl.warp_specialize(
         [
             (_consumer, (

@@ -293,6 +293,17 @@ def _sum_steps(
 
 
 @gluon.jit
+def _ring(STAGES: gl.constexpr):
+    """Barriers of a ring between one producer and two consumers of four warps: a stage is full, a stage is empty."""
+    full = mbarrier.allocate_mbarrier(batch=STAGES)
+    empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=8)
+    return full, empty
+
+
+@gluon.jit
 def _no_metadata():
     """What the metadata registers hold before the first step."""
     HELD: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0])
@@ -354,11 +365,7 @@ def ternary_gemm_kernel(
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BT, 128], x.layout)
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, 32, 32], w.layout)
     ys = gl.allocate_shared_memory(y.dtype, [4, CHUNK, 64], y.layout)
-    full = mbarrier.allocate_mbarrier(batch=STAGES)
-    empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=8)
+    full, empty = _ring(STAGES)
     gl.warp_specialize(
         [
             (_consumer, (

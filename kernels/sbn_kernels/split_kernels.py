@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from sbn_kernels.hopper_kernels import _load_steps, _no_metadata, _sum_steps
+from sbn_kernels.hopper_kernels import _load_steps, _no_metadata, _ring, _sum_steps
 
 
 @gluon.jit
@@ -54,11 +53,7 @@ def ternary_gemm_split_kernel(
     """
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BT, 128], x.layout)
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, 32, 32], w.layout)
-    full = mbarrier.allocate_mbarrier(batch=STAGES)
-    empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=8)
+    full, empty = _ring(STAGES)
     gl.warp_specialize(
         [
             (_consumer, (part_pointer, xs, ws, full, empty, k_steps, per_split, zero, BT, STAGES, SPARSE, 0)),
