@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TernarySparseConversion,
         TokenThroughput,
         TrainingReport,
+        UnshardedAccumulation,
         WeightDecaySchedule,
     )
     from sbn_lightning.convert import convert_linears, revert_linears
@@ -56,6 +57,7 @@ _MODULE_OF = {
     "TokenThroughput": "callbacks",
     "TrainingReport": "callbacks",
     "TransformerConfig": "transformer",
+    "UnshardedAccumulation": "callbacks",
     "WeightDecaySchedule": "callbacks",
     "convert_linears": "convert",
     "revert_linears": "convert",
@@ -82,6 +84,7 @@ __all__ = [
     "TokenThroughput",
     "TrainingReport",
     "TransformerConfig",
+    "UnshardedAccumulation",
     "WeightDecaySchedule",
     "convert_linears",
     "revert_linears",

@@ -321,6 +321,9 @@ class TernaryTransformer(nn.Module):
         Args:
             **options: For ``torch.compile``.
         """
+        # A block is a graph by itself, and DDP reduces its gradients while the next one's are computed. torch would cut
+        # each graph again at DDP's buckets of 25 MB: less to fuse, more to compile.
+        torch._dynamo.config.optimize_ddp = False
         for block in self.blocks:
             block.compile(**options)
         for _, layer in masked_layers(self):

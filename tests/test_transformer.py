@@ -1,5 +1,8 @@
 import pytest
 import torch
+from torch import distributed as dist
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from sbn_lightning import NMPattern, SparseBitLinear, SparseLinear, TernaryTransformer, TransformerConfig
@@ -112,6 +115,22 @@ def test_compiled_blocks_train_as_eager_ones(linear):
     assert sorted(eager) == sorted(graph)
     for key in eager:
         torch.testing.assert_close(graph[key], eager[key], rtol=1e-3, atol=1e-4)
+
+
+def test_ddp_leaves_compiled_blocks_whole(tmp_path):
+    """torch's default cuts a graph at DDP's buckets, here of a megabyte."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    tokens, counts = torch.randint(320, (2, 17)), []
+    try:
+        for distributed in (False, True):
+            model, counter = make(d_model=256, d_ffn=1024, n_layers=1), CompileCounter()
+            model.compile_blocks(backend=counter)
+            called = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1) if distributed else model
+            called(tokens).sum().backward()
+            counts.append(counter.frame_count)
+    finally:
+        dist.destroy_process_group()
+    assert counts[0] == counts[1] > 0
 
 
 def test_state_dict_keys():

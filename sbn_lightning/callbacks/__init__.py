@@ -1,5 +1,6 @@
 """Callbacks: everything that has to do with time. Each works alone, in any order, on any LightningModule."""
 
+from sbn_lightning.callbacks.accumulation import UnshardedAccumulation
 from sbn_lightning.callbacks.checkpoint import DurableCheckpoint, DurableCheckpointIO
 from sbn_lightning.callbacks.conversion import TernarySparseConversion
 from sbn_lightning.callbacks.mask_refresh import MaskRefresh
@@ -27,5 +28,6 @@ __all__ = [
     "TernarySparseConversion",
     "TokenThroughput",
     "TrainingReport",
+    "UnshardedAccumulation",
     "WeightDecaySchedule",
 ]

@@ -43,6 +43,11 @@ PLUGINS = [
     ("plugin fsdp2 int8", "fsdp2", {"backend": "int8", "gradients": "int8"}, False, 1e-3),
 ]
 PLUGIN_STEPS = TINY_EPOCH + 1
+ACCUMULATED = [
+    ("accumulated alone", "auto", False),
+    ("accumulated", "fsdp2", False),
+    ("accumulated unsharded", "fsdp2", True),
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,9 @@ def runs(counting, epoch, tmp_path_factory):
     for strategy in ("auto", "ddp", "fsdp2", "sharded"):
         first[strategy] = {"strategy": strategy, "steps": STEPS}
         first[f"{strategy} half"] = {"strategy": strategy, "steps": epoch // 2, **data}
+    for name, strategy, unsharded in ACCUMULATED:
+        first[name] = {"strategy": strategy, "steps": STEPS // 2, "accumulate": 2, "unsharded": unsharded}
+    first["nothing sharded"] = {"strategy": "ddp", "steps": 1, "unsharded": True}
     first["plugin alone"] = {"strategy": "auto", "steps": PLUGIN_STEPS, "plugin": {"backend": "reference"}}
     for name, strategy, plugin, measured, _ in PLUGINS:
         job = {"strategy": strategy, "steps": PLUGIN_STEPS, "plugin": plugin, "measured": measured}
@@ -171,6 +179,23 @@ def test_the_precision_plugin_on_two_processes(name, strategy, plugin, measured,
     # Roundings of the same draws would err alike on every rank: no seed is used twice.
     seeds = [seed for rank in ranks for step in rank["seeds"] for seed in step]
     assert len(set(seeds)) == len(seeds) == (2 * PLUGIN_STEPS * layers if "gradients" in plugin else 0)
+
+
+def test_accumulation_without_resharding(runs):
+    """The same training, for half of the reductions and fewer than half of the gathers."""
+    (single,), plain, unsharded = runs["accumulated alone"], runs["accumulated"], runs["accumulated unsharded"]
+    assert plain[0]["losses"] == pytest.approx(single["losses"], rel=1e-5)
+    for rank in unsharded:
+        assert rank["losses"] == pytest.approx(plain[0]["losses"], rel=1e-6)
+        assert len(rank["masks"]) == STEPS
+        for step, masks in enumerate(rank["masks"]):
+            assert all(torch.equal(mask, single["masks"][step][name]) for name, mask in masks.items())
+        assert 2 * rank["sent"]["reductions"] == plain[0]["sent"]["reductions"] > 0
+        assert 2 * rank["sent"]["gathers"] < plain[0]["sent"]["gathers"]
+
+
+def test_unsharded_accumulation_without_shards_is_refused(runs):
+    assert all("nothing here is sharded" in rank["error"] for rank in runs["nothing sharded"])
 
 
 def test_what_a_strategy_would_misread_is_refused(runs):

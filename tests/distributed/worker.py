@@ -8,10 +8,14 @@ together they see what a single process sees.
 import json
 import os
 import sys
+from collections import Counter
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -23,6 +27,7 @@ from sbn_lightning import (
     SparseTernaryPrecision,
     SparsityPatternLogger,
     TokenDataModule,
+    UnshardedAccumulation,
     precision,
 )
 from sbn_lightning.errors import ConfigError
@@ -85,7 +90,34 @@ def measure_on_rank_0_only():
     precision.choose = choose
 
 
-def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None):
+# What FSDP2 sends with, in torch up to 2.14 and after.
+COLLECTIVES = {
+    "gathers": ("all_gather_into_tensor", "all_gather_single"),
+    "reductions": ("reduce_scatter_tensor", "reduce_scatter_single"),
+}
+
+
+@contextmanager
+def counted_collectives():
+    """How often each kind is called."""
+    counts = Counter()
+    functions = {name: (kind, getattr(dist, name, None)) for kind, names in COLLECTIVES.items() for name in names}
+
+    def calling(kind, function):
+        def call(*args, **kwargs):
+            counts[kind] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name, (kind, function) in functions.items():
+            if function is not None:
+                stack.enter_context(mock.patch.object(dist, name, calling(kind, function)))
+        yield counts
+
+
+def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None, accumulate=1, unsharded=False):
     """Saves after every second step, or a run on tokens at its end; returns what the rank saw."""
     world = 1 if strategy == "auto" else 2
     options = {"strategy": STRATEGIES[strategy](), "devices": world, "use_distributed_sampler": False}
@@ -98,20 +130,24 @@ def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None):
         dirpath=output, filename="{step}", every_n_train_steps=every, save_top_k=-1, save_last=tokens is None
     )
     callbacks = [MaskRefresh(interval=2), DenseToSparseRamp("rows", end=0.5), sparsity, witness, saver]
+    callbacks += [UnshardedAccumulation()] * unsharded
+    options["accumulate_grad_batches"] = accumulate
     trainer = quiet_trainer(callbacks, max_steps=steps, enable_checkpointing=True, **options)
     module = small_module(pattern="4:8", **({} if plugin is None else TINY))
     if tokens is None:
         rank, batch_size = int(os.environ.get("RANK", 0)), GLOBAL_BATCH // world
         data = {"batches": EPOCH} if plugin is None else {"batches": TINY_EPOCH, "length": 5}
         loader = token_loader(batch_size=batch_size, rank=rank, world=world, **data)
-        trainer.fit(module, loader, ckpt_path=checkpoint)
+        with counted_collectives() as sent:
+            trainer.fit(module, loader, ckpt_path=checkpoint)
     else:
         data = TokenDataModule(tokens, batch_size=GLOBAL_BATCH // world, sequence_length=63, num_workers=0)
-        trainer.fit(module, data, ckpt_path=checkpoint)
+        with counted_collectives() as sent:
+            trainer.fit(module, data, ckpt_path=checkpoint)
     ignored = sorted(getattr(module, "_ddp_params_and_buffers_to_ignore", []))
     counts = {name: vars(counts) for name, counts in sparsity.counts.items()}
     kept = ("losses", "masks", "gammas", "samples", "moments", "backends", "seeds")
-    return {**{key: getattr(witness, key) for key in kept}, "counts": counts, "ignored": ignored}
+    return {**{key: getattr(witness, key) for key in kept}, "counts": counts, "ignored": ignored, "sent": dict(sent)}
 
 
 def main(jobs):
