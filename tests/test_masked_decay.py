@@ -54,10 +54,10 @@ def test_it_shrinks_what_the_mask_drops_and_nothing_else(decay, factor, dtype):
     assert all(torch.equal(p, old) for p, old in zip(list(layers.parameters())[1:], before[1:], strict=True))
 
 
-def run(loop, decay, **options):
+def run(loop, decay, until=None, **options):
     """Weights and masks of a run whose gradients are all zero: only decays move anything."""
     recorder = Recorder()
-    callbacks = [recorder, MaskedWeightDecay(decay), MaskRefresh()]
+    callbacks = [recorder, MaskedWeightDecay(decay, until), MaskRefresh()]
     module = small_module(pattern="2:4")
     module.hparams["warmup_steps"] = 0
     for parameter in module.parameters():
@@ -87,6 +87,23 @@ def test_once_an_optimiser_step_in_both_loops(loop):
     assert shares[-1] > 1 - 3 * 0.01 * 5.0 - 1e-6  # three steps of at most lr * decay
 
 
+@pytest.mark.parametrize("loop", ["trainer", "fabric"])
+def test_it_ends_where_it_is_told(loop):
+    """Two of four steps: whole in the first, half in the second."""
+    without, whole, half = run(loop, 0.0), run(loop, 5.0), run(loop, 5.0, 0.5)
+    mask = whole.masks[0]
+
+    def kept(recorder, step):
+        """Share of masked weights that a step's decay leaves."""
+        after, before = (recorder.weights[i][~mask] / without.weights[i][~mask] for i in (step + 1, step))
+        return (after / before).mean().item()
+
+    assert kept(half, 0) == pytest.approx(kept(whole, 0), abs=1e-6)
+    assert 1 - kept(half, 1) == pytest.approx(0.5 * (1 - kept(whole, 1)), rel=1e-3)
+    assert kept(half, 2) == pytest.approx(1, abs=1e-6)
+    assert kept(whole, 2) < 1 - 1e-3
+
+
 def test_masks_flip_less():
     flips = []
     for decay in (0.0, 50.0):
@@ -102,6 +119,13 @@ def test_what_cannot_work_is_refused_before_training():
         MaskedWeightDecay(-1.0)
     with pytest.raises(ConfigError, match="must not be negative"):
         MaskedWeightDecay(float("nan"))
+    with pytest.raises(ConfigError, match=r"until=1\.5"):
+        MaskedWeightDecay(1.0, until=1.5)
+    module = small_module()
+    module.hparams["schedule"] = "constant"
+    endless = quiet_trainer([MaskedWeightDecay(1.0, until=0.5)], max_steps=-1, max_epochs=1)
+    with pytest.raises(ConfigError, match="MaskedWeightDecay must know how long"):
+        endless.fit(module, token_loader())
     with pytest.raises(ConfigError, match="no SparseBitLinear"):
         quiet_trainer([MaskedWeightDecay(0.1)]).fit(small_module(linear="dense"), token_loader())
     quiet_trainer([MaskedWeightDecay()], max_steps=1).fit(small_module(linear="dense"), token_loader())  # does nothing

@@ -3,6 +3,8 @@
 With the dense straight-through gradient a weight outside the mask is pushed by a gradient that its movement does not
 answer, and masks near a tie flip to and fro. SR-STE adds ``decay * (1 - mask) * W`` to the gradient; Adam would scale
 that away, so it is taken from the weight itself: ``W -= lr * decay * (1 - mask) * W``, before each optimiser step.
+
+A strong decay settles the masks, which helps at first and costs the last part of a run; ``until`` lets it end before.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from sbn_lightning.callbacks.base import RunCallback, require_masked_layers
+from sbn_lightning.callbacks.base import RunCallback, require_masked_layers, schedule_length
+from sbn_lightning.callbacks.weight_decay import cosine_to_zero
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.pattern import unpack_mask
 
@@ -31,18 +34,30 @@ class MaskedWeightDecay(RunCallback):
 
     Args:
         decay: Of the size of a weight decay; 0 does nothing.
+        until: Share of training after which it is 0, where a cosine takes it; None keeps it.
+        total_steps: Optimiser steps of the whole training, for ``until``; the trainer's ``max_steps`` if not given.
 
     Raises:
-        ConfigError: If the decay is negative, and at the start of training if it cannot work with what trains.
+        ConfigError: If the decay is negative or ``until`` is no share, and at the start of training if it cannot work
+            with what trains.
     """
 
-    def __init__(self, decay: float = 0.0) -> None:
+    def __init__(self, decay: float = 0.0, until: float | None = None, total_steps: int | None = None) -> None:
         if not 0 <= decay < math.inf:
             raise ConfigError(f"MaskedWeightDecay: decay={decay} must not be negative")
-        self.decay = decay
+        if until is not None and not 0 < until <= 1:
+            raise ConfigError(f"MaskedWeightDecay: until={until} is not a share of training above 0 and up to 1")
+        self.decay, self.until, self.total_steps = decay, until, total_steps
+
+    def decay_at(self, trainer: Run) -> float:
+        """The decay of the optimiser step that comes."""
+        if self.until is None or not self.decay:
+            return self.decay
+        total_steps = schedule_length(self, trainer, self.total_steps)
+        return self.decay * cosine_to_zero(trainer.global_step, self.until * total_steps)
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
-        if not self.decay:
+        if not self.decay_at(trainer):  # also asks now for the length that a schedule needs
             return
         trained = {weight for optimizer in trainer.optimizers for weight in _rates(optimizer)}
         layers = require_masked_layers(self, pl_module)
@@ -58,14 +73,15 @@ class MaskedWeightDecay(RunCallback):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Run, pl_module: nn.Module, optimizer: torch.optim.Optimizer) -> None:  # type: ignore[override]
-        if not self.decay:
+        decay = self.decay_at(trainer)
+        if not decay:
             return
         rates = _rates(optimizer)
         for layer in require_masked_layers(self, pl_module).values():
             weight = layer._parameters["weight"]
             if weight is not None and id(weight) in rates:  # a frozen layer, or another optimiser's, keeps its weights
                 dropped = ~unpack_mask(layer.mask_bits, layer.in_features)
-                weight.mul_(1 - min(1.0, float(rates[id(weight)]) * self.decay) * dropped)
+                weight.mul_(1 - min(1.0, float(rates[id(weight)]) * decay) * dropped)
 
 
 def _rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from sbn_lightning.callbacks.base import Run
 
 
+def cosine_to_zero(step: int, last_step: float) -> float:
+    """A cosine from 1 at step 0 to 0 at ``last_step``, and 0 from there on."""
+    return 0.5 * (1 + math.cos(math.pi * min(step / max(last_step, 1), 1.0)))
+
+
 class WeightDecaySchedule(StepCallback):
     """Multiplies each parameter group's weight decay by a cosine that falls from 1 to 0, then keeps 0.
 
@@ -36,7 +41,7 @@ class WeightDecaySchedule(StepCallback):
         """Share of the initial weight decay after ``step`` of ``total_steps`` optimiser steps."""
         if self.until is None:
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min(step / max(self.until * total_steps, 1), 1.0)))
+        return cosine_to_zero(step, self.until * total_steps)
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         groups = self._groups(trainer)
