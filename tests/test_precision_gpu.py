@@ -4,9 +4,19 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from sbn_lightning import MaskRefresh, SparseTernaryPrecision, TernarySparseConversion, WeightDecaySchedule
+from sbn_lightning import (
+    MaskedWeightDecay,
+    MaskRefresh,
+    NonFiniteGuard,
+    SparseTernaryPrecision,
+    SparsityPatternLogger,
+    TernarySparseConversion,
+    TokenThroughput,
+    WeightDecaySchedule,
+)
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import SparseBitLinear, SparseLinear, masked_layers
 from sbn_lightning.selection import engines
@@ -239,15 +249,22 @@ class NoWaiting(Callback):
 
 @pytest.mark.parametrize(("compile", "loss"), [(False, "plain"), (True, "chunked")])
 @pytest.mark.parametrize("options", [{"gradients": "bf16"}, {"gradients": "int8"}], ids=str)
-def test_a_step_of_a_trainer_does_not_wait_for_the_gpu(options, compile, loss):
+def test_a_step_of_a_trainer_does_not_wait_for_the_gpu(options, compile, loss, tmp_path):
+    """With what the recipes have around it, but for the steps at which something is logged or looked at."""
     need("sparse")
-    callbacks = [NoWaiting(), MaskRefresh(interval=2), WeightDecaySchedule(until=0.5)]
+    callbacks = [
+        NoWaiting(),
+        MaskRefresh(interval=2),
+        WeightDecaySchedule(until=0.5),
+        MaskedWeightDecay(1.0, until=0.9),
+    ]
+    callbacks += [SparsityPatternLogger(50), TokenThroughput(window=4), NonFiniteGuard()]
     torch.manual_seed(0)
     module = small_module(**SHAPE, pattern="2:4", loss=loss)
     module.hparams["compile"] = compile
     trainer = quiet_trainer(
         callbacks, accelerator="gpu", devices=1, max_steps=8, accumulate_grad_batches=2, gradient_clip_val=1.0,
-        log_every_n_steps=50, plugins=[SparseTernaryPrecision("sparse", **options)],
+        log_every_n_steps=50, plugins=[SparseTernaryPrecision("sparse", **options)], logger=TensorBoardLogger(tmp_path),
     )  # fmt: skip
     trainer.fit(module, token_loader(batches=16, batch_size=8, length=65, vocab_size=512))
     assert trainer.global_step == 8
