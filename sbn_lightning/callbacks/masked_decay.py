@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sbn_lightning.callbacks.base import RunCallback, require_masked_layers, schedule_length
 from sbn_lightning.callbacks.weight_decay import cosine_to_zero
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 class MaskedWeightDecay(RunCallback):
     """Lets the weights that the mask drops decay by ``lr * decay`` an optimiser step, besides any other weight decay.
 
-    The mask is the one of the forward pass; ``lr`` is that of the weight's own parameter group. Not with FSDP2, which
-    shards weights and not masks, and not with ``16-mixed``, whose scaler leaves steps out.
+    The mask is the one of the forward pass; ``lr`` is that of the weight's own parameter group. Not with ``16-mixed``,
+    whose scaler leaves steps out.
 
     Args:
         decay: Of the size of a weight decay; 0 does nothing.
@@ -61,8 +62,6 @@ class MaskedWeightDecay(RunCallback):
             return
         trained = {weight for optimizer in trainer.optimizers for weight in _rates(optimizer)}
         layers = require_masked_layers(self, pl_module)
-        if sharded := [name for name, layer in layers.items() if isinstance(layer._parameters["weight"], DTensor)]:
-            raise ConfigError(f"MaskedWeightDecay: {sharded[0]} is sharded (FSDP2), its mask is not; train with DDP")
         precision = trainer.precision_plugin if isinstance(trainer, Trainer) else trainer.fabric._precision
         if getattr(precision, "scaler", None) is not None:
             raise ConfigError(
@@ -80,8 +79,18 @@ class MaskedWeightDecay(RunCallback):
         for layer in require_masked_layers(self, pl_module).values():
             weight = layer._parameters["weight"]
             if weight is not None and id(weight) in rates:  # a frozen layer, or another optimiser's, keeps its weights
-                dropped = ~unpack_mask(layer.mask_bits, layer.in_features)
-                weight.mul_(1 - min(1.0, float(rates[id(weight)]) * decay) * dropped)
+                local, rows = _held(weight)
+                dropped = ~unpack_mask(layer.mask_bits[rows], layer.in_features)
+                local.mul_(1 - min(1.0, float(rates[id(weight)]) * decay) * dropped)
+
+
+def _held(weight: Tensor) -> tuple[Tensor, slice]:
+    """What this rank holds of a weight, and which of its rows these are: FSDP2 shards weights, and not masks."""
+    if not isinstance(weight, DTensor):
+        return weight, slice(None)
+    local = weight.to_local()
+    _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return local, slice(offset[0], offset[0] + len(local))
 
 
 def _rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:

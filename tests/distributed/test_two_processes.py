@@ -78,6 +78,8 @@ def runs(counting, epoch, tmp_path_factory):
         first[f"{strategy} half"] = {"strategy": strategy, "steps": epoch // 2, **data}
     for name, strategy, unsharded in ACCUMULATED:
         first[name] = {"strategy": strategy, "steps": STEPS // 2, "accumulate": 2, "unsharded": unsharded}
+    for strategy in ("auto", "ddp", "fsdp2"):
+        first[f"{strategy} decayed"] = {"strategy": strategy, "steps": STEPS, "decay": 20.0}
     first["nothing sharded"] = {"strategy": "ddp", "steps": 1, "unsharded": True}
     first["plugin alone"] = {"strategy": "auto", "steps": PLUGIN_STEPS, "plugin": {"backend": "reference"}}
     for name, strategy, plugin, measured, _ in PLUGINS:
@@ -179,6 +181,20 @@ def test_the_precision_plugin_on_two_processes(name, strategy, plugin, measured,
     # Roundings of the same draws would err alike on every rank: no seed is used twice.
     seeds = [seed for rank in ranks for step in rank["seeds"] for seed in step]
     assert len(set(seeds)) == len(seeds) == (2 * PLUGIN_STEPS * layers if "gradients" in plugin else 0)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_masked_weights_decay_on_every_rank(strategy, runs):
+    (single,), (plain,) = runs["auto decayed"], runs["auto"]
+    name = "model.blocks.0.attention.qkv"
+    assert not torch.equal(single["masks"][-1][name], plain["masks"][-1][name])
+    for rank in runs[f"{strategy} decayed"]:
+        assert rank["losses"] == pytest.approx(single["losses"], rel=1e-5)
+        for masks, expected in zip(rank["masks"], single["masks"], strict=True):
+            assert all(torch.equal(mask, expected[name]) for name, mask in masks.items())
+        for gammas, expected in zip(rank["gammas"], single["gammas"], strict=True):
+            for name, gamma in gammas.items():
+                torch.testing.assert_close(gamma, expected[name], rtol=1e-5, atol=0)
 
 
 def test_accumulation_without_resharding(runs):

@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from sbn_lightning import (
     DenseToSparseRamp,
     DurableCheckpoint,
+    MaskedWeightDecay,
     MaskRefresh,
     SparseTernaryPrecision,
     SparsityPatternLogger,
@@ -117,7 +118,7 @@ def counted_collectives():
         yield counts
 
 
-def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None, accumulate=1, unsharded=False):
+def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None, accumulate=1, unsharded=False, decay=0.0):
     """Saves after every second step, or a run on tokens at its end; returns what the rank saw."""
     world = 1 if strategy == "auto" else 2
     options = {"strategy": STRATEGIES[strategy](), "devices": world, "use_distributed_sampler": False}
@@ -130,7 +131,7 @@ def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None, ac
         dirpath=output, filename="{step}", every_n_train_steps=every, save_top_k=-1, save_last=tokens is None
     )
     callbacks = [MaskRefresh(interval=2), DenseToSparseRamp("rows", end=0.5), sparsity, witness, saver]
-    callbacks += [UnshardedAccumulation()] * unsharded
+    callbacks += [MaskedWeightDecay(decay), *[UnshardedAccumulation()] * unsharded]
     options["accumulate_grad_batches"] = accumulate
     trainer = quiet_trainer(callbacks, max_steps=steps, enable_checkpointing=True, **options)
     module = small_module(pattern="4:8", **({} if plugin is None else TINY))
