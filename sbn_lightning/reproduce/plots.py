@@ -131,9 +131,7 @@ def ablations(results: Results, figure: Figure) -> bool:
                 axes.legend()
         axes.axhline(0, c="black", lw=0.8)
         axes.tick_params(axis="x", labelsize=8)  # five names side by side
-        axes.set(
-            title=f"ternary {pattern}; bars of noise: two standard deviations", ylabel="perplexity, % against method"
-        )
+        axes.set(title=f"ternary {pattern}, with bars of noise", ylabel="perplexity, % against the method")
     return drawn
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sbn_lightning.data.tokenize_segments import write_atomically
 from sbn_lightning.reproduce import paper
+from sbn_lightning.reproduce.noise import t_factor
 from sbn_lightning.reproduce.probe import DISTANCES
 from sbn_lightning.reproduce.tables import (
     DASH,
     FAMILIES,
     Cell,
-    Comparison,
     Line,
     Results,
     change,
@@ -92,14 +93,16 @@ def setting(results: Results) -> str:
         f"{tokens.get('val', 0) / 1e6:.2f}M validation tokens. {' and '.join(machines)}; {'; '.join(versions)}. "
         f"{sum(line['seconds'] for line in lines) / 60:.0f} minutes of training, added up over runs that may have "
         "shared the GPU.",
-        "Perplexity is over all held-out text. A difference is called noise if it is below twice its standard "
-        "deviation, estimated from seeds:",
+        "Perplexity is over all held-out text. A difference is called noise unless it exceeds its standard deviation, "
+        "estimated from seeds, times Student's t for the degrees of freedom; where there is no effect, one comparison "
+        "in twenty exceeds that:",
     ]
     for family in FAMILIES:
         if family in results.learning_rates:
             noise = results.noise(family)
             said = (
-                f"one run varies by {percent(noise[0], 2)} in perplexity ({noise[1]} degrees of freedom)"
+                f"one run varies by {percent(noise[0], 2)} in perplexity (one standard deviation, {noise[1]} degrees "
+                f"of freedom: times {t_factor(noise[1]):.2f})"
                 if noise
                 else "no cell has two seeds, noise is not known"
             )
@@ -140,14 +143,13 @@ def _across_families(results: Results) -> str:
         if not (bf16 and bf16_dense and ternary and ternary_dense):
             continue
         costs = [results.compare(bf16, bf16_dense), results.compare(ternary, ternary_dense)]
-        gap = costs[1].difference - costs[0].difference
-        thresholds = [cost.threshold for cost in costs if cost.threshold is not None]
-        if len(thresholds) < 2:
+        gap = costs[1].less(costs[0])
+        if gap.threshold is None:
             verdict = "noise not known"
-        elif abs(gap) <= sum(t * t for t in thresholds) ** 0.5:
+        elif abs(gap.difference) <= gap.threshold:
             verdict = "the difference is below the noise"
         else:
-            verdict = f"{'ternary' if gap < 0 else 'bf16-sparse'} loses less"
+            verdict = f"{'ternary' if gap.difference < 0 else 'bf16-sparse'} loses less"
         reported = [paper.RELATIVE[family].get(pattern) for family in FAMILIES]
         said.append((pattern, change(costs[0].ratio), change(costs[1].ratio), verdict, *map(change, reported)))
     if not said:
@@ -242,7 +244,7 @@ def at_best_rates(results: Results, missing: list[str]) -> str:
                 rows.append([*row, DASH, DASH, DASH])
                 continue
             compared = results.compare(at[1], (best("8:8", varied) or dense)[1])
-            goal = Comparison(compared.difference - math.log(GOALS[pattern]), compared.threshold)
+            goal = replace(compared, difference=compared.difference - math.log(GOALS[pattern]))
             reached = {"worse": "not reached", "better": "reached"}
             verdict = reached.get(goal.verdict(), goal.verdict())
             rows.append([*row, change(compared.ratio), change(GOALS[pattern]), verdict])

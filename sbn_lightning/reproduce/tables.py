@@ -2,7 +2,7 @@
 
 Comparisons are made in log perplexity (nats), where effects of the same relative size are equally large. The noise of
 one run is the standard deviation between seeds, pooled over all cells of a family that have several; a difference of
-two means counts if it exceeds twice its own standard deviation.
+two means counts if it exceeds its own standard deviation times the quantile of Student's t for the degrees of freedom.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
+
+from sbn_lightning.reproduce.noise import combined, t_factor
 
 Line = dict[str, Any]
 FAMILIES = ("bf16-sparse", "ternary")
@@ -71,16 +73,30 @@ class Comparison:
 
     Attributes:
         difference: Of the mean losses, nats.
-        threshold: What a difference has to exceed to be more than noise; None if no cell has several seeds.
+        deviation: Its standard deviation by the noise of the runs; None if no cell has several seeds.
+        freedom: Degrees of freedom that the deviation is estimated with.
     """
 
     difference: float
-    threshold: float | None
+    deviation: float | None
+    freedom: int = 0
+
+    @property
+    def threshold(self) -> float | None:
+        """What the difference has to exceed to be more than noise; None if that is not known."""
+        return None if self.deviation is None else t_factor(self.freedom) * self.deviation
 
     @property
     def ratio(self) -> float:
         """Of the perplexities."""
         return math.exp(self.difference)
+
+    def less(self, other: Comparison) -> Comparison:
+        """How much more this difference is than another one, of other runs."""
+        difference = self.difference - other.difference
+        if self.deviation is None or other.deviation is None:
+            return Comparison(difference, None)
+        return Comparison(difference, *combined([(self.deviation, self.freedom), (other.deviation, other.freedom)]))
 
     def verdict(self, paper: float | None = None) -> str:
         """In words; ``paper`` is the ratio it reports."""
@@ -145,7 +161,8 @@ class Results:
         """Of two cells of one family."""
         noise = self.noise(cell.runs[0]["factors"]["family"])
         weight = math.sqrt(1 / len(cell.runs) + 1 / len(reference.runs))
-        return Comparison(cell.loss - reference.loss, None if noise is None else 2 * noise[0] * weight)
+        difference = cell.loss - reference.loss
+        return Comparison(difference, None) if noise is None else Comparison(difference, noise[0] * weight, noise[1])
 
     def values(self, factor: str, family: str | None = None) -> list[Any]:
         """Values of a factor that occur."""

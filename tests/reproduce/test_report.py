@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sbn_lightning.cli import main
-from sbn_lightning.reproduce.tables import Results, density
+from sbn_lightning.reproduce.tables import Comparison, Results, density
 from tests.reproduce.fabricated import all_lines
 
 BEST = {"ternary": 0.004, "bf16-sparse": 0.002}  # as in the grid file
@@ -83,8 +83,20 @@ def test_noise_is_the_pooled_spread_of_seeds():
     sigma, freedom = results.noise("ternary")
     assert (sigma, freedom) == (pytest.approx(0.01), 8)
     compared = results.compare(results.cell("ternary", "6:8"), results.cell("ternary", "8:8"))
-    assert compared.threshold == pytest.approx(2 * 0.01 * math.sqrt(2 / 3))
+    assert compared.threshold == pytest.approx(2.306 * 0.01 * math.sqrt(2 / 3), rel=1e-3)  # Student's t for 8
     assert compared.difference == pytest.approx(0.1)
+    one = [line for line in lines if line["factors"]["pattern"] != "8:8" or line["factors"]["seed"] == 1]
+    compared = Results(one).compare(Results(one).cell("ternary", "6:8"), Results(one).cell("ternary", "8:8"))
+    assert compared.threshold == pytest.approx(2.447 * 0.01 * math.sqrt(4 / 3), rel=1e-3)  # 3 runs against 1, for 6
+    _, text = write(one, "--plots", "false")
+    assert "1.00 % in perplexity (one standard deviation, 6 degrees of freedom: times 2.45)" in text
+
+
+def test_a_difference_of_differences_has_the_noise_of_both():
+    gap = Comparison(0.05, 0.003, 8).less(Comparison(0.02, 0.004, 8))
+    assert gap.difference == pytest.approx(0.03)
+    assert gap.threshold == pytest.approx(2.145 * 0.005, rel=1e-3)  # 14 degrees of freedom
+    assert Comparison(0.05, 0.003, 8).less(Comparison(0.02, None)).threshold is None
 
 
 def test_the_goal_is_judged_by_itself():
