@@ -97,6 +97,7 @@ def setting(results: Results) -> str:
         "estimated from seeds, times Student's t for the degrees of freedom; where there is no effect, one comparison "
         "in twenty exceeds that:",
     ]
+    bullets = []
     for family in FAMILIES:
         if family in results.learning_rates:
             noise = results.noise(family)
@@ -106,10 +107,15 @@ def setting(results: Results) -> str:
                 if noise
                 else "no cell has two seeds, noise is not known"
             )
-            parts.append(f"- {family}, learning rate {results.learning_rates[family]:g}: {said}")
+            bullets.append(f"- {family}, learning rate {results.learning_rates[family]:g}: {said}")
+    parts.append("\n".join(bullets))
+    parts.append(
+        "A verdict says first whether our effect is more than this noise, then how it stands to the paper's: agrees "
+        "means that the paper's figure lies within our noise of ours, which a small effect below the noise does easily."
+    )
     if results.left_out:
         parts.append(f"{results.left_out} lines of another corpus, model or length are left out.")
-    return "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:])
+    return "\n\n".join(parts)
 
 
 def main_table(results: Results, missing: list[str]) -> str:
@@ -126,11 +132,12 @@ def main_table(results: Results, missing: list[str]) -> str:
             spread = cell.spread("validation", "perplexity")
             row = [family, pattern, number(cell.perplexity), str(len(cell.runs)), number(spread)]
             if dense is None or pattern == "8:8":
-                rows.append([*row, DASH, number(reported), DASH])
+                rows.append([*row, DASH, DASH, number(reported), DASH])
             else:
                 compared = results.compare(cell, dense)
-                rows.append([*row, number(compared.ratio), number(reported), compared.verdict(reported)])
-    header = ("family", "pattern", "perplexity", "seeds", "spread", "relative to dense", "paper", "against dense")
+                judged = [compared.noise, number(reported), compared.verdict(reported)]
+                rows.append([*row, number(compared.ratio), *judged])
+    header = ("family", "pattern", "perplexity", "seeds", "spread", "relative to dense", "noise", "paper", "verdict")
     return table(header, rows) + "\n\n" + _across_families(results)
 
 
@@ -144,18 +151,15 @@ def _across_families(results: Results) -> str:
             continue
         costs = [results.compare(bf16, bf16_dense), results.compare(ternary, ternary_dense)]
         gap = costs[1].less(costs[0])
-        if gap.threshold is None:
-            verdict = "noise not known"
-        elif abs(gap.difference) <= gap.threshold:
-            verdict = "the difference is below the noise"
-        else:
-            verdict = f"{'ternary' if gap.difference < 0 else 'bf16-sparse'} loses less"
-        reported = [paper.RELATIVE[family].get(pattern) for family in FAMILIES]
-        said.append((pattern, change(costs[0].ratio), change(costs[1].ratio), verdict, *map(change, reported)))
+        reported = [paper.RELATIVE[family][pattern] for family in FAMILIES if pattern in paper.RELATIVE[family]]
+        theirs = reported[1] / reported[0] if len(reported) == 2 else None
+        verdict = gap.verdict(theirs, words=("ternary loses less", "bf16-sparse loses less"))
+        ours = [change(costs[0].ratio), change(costs[1].ratio), change(gap.ratio), gap.noise]
+        said.append((pattern, *ours, change(theirs), verdict))
     if not said:
         return "Which family sparsity costs less: needs both families, dense and sparse."
-    return "What sparsity costs each family:\n\n" + table(
-        ("pattern", "bf16-sparse", "ternary", "verdict", "paper bf16", "paper ternary"), said
+    return "What sparsity costs each family, and ternary more than bf16-sparse:\n\n" + table(
+        ("pattern", "bf16-sparse", "ternary", "ternary more", "noise", "paper: ternary more", "verdict"), said
     )
 
 
@@ -201,11 +205,11 @@ def _variants(
             compared = results.compare(cell, base)
             ratio = reported / paper.SPARSE_BITNET if reported is not None and pattern == "6:8" else None
             seeds = f"{len(cell.runs)} against {len(base.runs)}"
-            changes = [change(compared.ratio), change(ratio), compared.verdict(ratio)]
+            changes = [change(compared.ratio), compared.noise, change(ratio), compared.verdict(ratio)]
             rows.append([pattern, name, number(cell.perplexity), seeds, *changes])
     if not rows:
         return "Not run."
-    return table(("pattern", title, "perplexity", "seeds", "change", "paper", "verdict"), rows)
+    return table(("pattern", title, "perplexity", "seeds", "change", "noise", "paper", "verdict"), rows)
 
 
 def ablations(results: Results, missing: list[str]) -> str:
@@ -241,14 +245,13 @@ def at_best_rates(results: Results, missing: list[str]) -> str:
             name = ", ".join(f"{key}: {value}" for key, value in varied.items()) or "the method"
             row = [pattern, name, f"{at[0]:g}", number(at[1].perplexity), str(len(at[1].runs))]
             if pattern == "8:8":
-                rows.append([*row, DASH, DASH, DASH])
+                rows.append([*row, DASH, DASH, DASH, DASH])
                 continue
             compared = results.compare(at[1], (best("8:8", varied) or dense)[1])
             goal = replace(compared, difference=compared.difference - math.log(GOALS[pattern]))
-            reached = {"worse": "not reached", "better": "reached"}
-            verdict = reached.get(goal.verdict(), goal.verdict())
-            rows.append([*row, change(compared.ratio), change(GOALS[pattern]), verdict])
-    header = ("pattern", "way", "learning rate", "perplexity", "seeds", "against dense", "goal", "verdict")
+            verdict = goal.verdict(words=("reached", "not reached"), below="goal within the noise")
+            rows.append([*row, change(compared.ratio), compared.noise, change(GOALS[pattern]), verdict])
+    header = ("pattern", "way", "learning rate", "perplexity", "seeds", "against dense", "noise", "goal", "verdict")
     note = (
         "Against dense ternary trained in the same way, where that was run, otherwise as the method is. The verdict is "
         "on the goal. The best of several rates that have one seed each looks better than it is."
@@ -267,11 +270,11 @@ def refresh(results: Results, missing: list[str]) -> str:
                 missing.append(f"ternary 6:8 refreshed every {interval} steps, {name}")
                 continue
             compared = results.compare(cell, base)
-            ratio = change(compared.ratio)
-            rows.append([str(interval), name, gradient, number(cell.perplexity), ratio, compared.verdict()])
+            changes = [change(compared.ratio), compared.noise, compared.verdict()]
+            rows.append([str(interval), name, gradient, number(cell.perplexity), *changes])
     if not rows:
         return "Not run."
-    header = ("every", "", "stale_gradient", "perplexity", "against every step", "verdict")
+    header = ("every", "", "stale_gradient", "perplexity", "against every step", "noise", "verdict")
     return table(header, rows) + "\n\nThe paper reports no such runs."
 
 

@@ -98,16 +98,38 @@ class Comparison:
             return Comparison(difference, None)
         return Comparison(difference, *combined([(self.deviation, self.freedom), (other.deviation, other.freedom)]))
 
-    def verdict(self, paper: float | None = None) -> str:
-        """In words; ``paper`` is the ratio it reports."""
+    @property
+    def noise(self) -> str:
+        """The threshold as a change in per cent."""
+        return DASH if self.threshold is None else f"±{100 * math.expm1(self.threshold):.1f} %"
+
+    def verdict(
+        self,
+        reported: float | None = None,
+        words: tuple[str, str] = ("better", "worse"),
+        below: str = "below the noise",
+    ) -> str:
+        """Whether the difference is more than noise, and whether what the paper reports lies within the noise of it.
+
+        Args:
+            reported: The ratio that the paper reports; None if it has none.
+            words: For a difference below zero and above.
+            below: For one that is no more than noise.
+        """
         if self.threshold is None:
             return "one seed: noise not known"
-        if abs(self.difference) <= self.threshold:
-            return f"below the noise (±{100 * math.expm1(self.threshold):.1f} %)"
-        words = "worse" if self.difference > 0 else "better"
-        if paper is None or paper == 1:
-            return words
-        return f"{words}, {'as' if (paper > 1) == (self.difference > 0) else 'against'} the paper"
+        counts = abs(self.difference) > self.threshold
+        said = words[self.difference > 0] if counts else below
+        if reported is None:
+            return said
+        theirs = math.log(reported)
+        if abs(self.difference - theirs) <= self.threshold:
+            return f"{said}, agrees with the paper"
+        if counts and self.difference * theirs < 0:
+            return f"{said}, against the paper"
+        # An interval that holds zero and not the paper's figure: the effect is smaller in that direction, if any.
+        smaller = not counts or abs(self.difference) < abs(theirs)
+        return f"{said}, {'smaller' if smaller else 'larger'} than the paper's"
 
 
 class Results:

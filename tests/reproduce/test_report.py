@@ -51,16 +51,20 @@ def test_everything_is_there(capsys):
 
 def test_figures_noise_and_the_paper():
     _, text = write(all_lines(loss_of, noise=0.002), "--plots", "false")
-    (row,) = rows(text, "ternary", "2:4", "24")[:1] or [next(r for r in rows(text, "ternary", "2:4") if len(r) == 8)]
+    row = next(row for row in rows(text, "ternary", "2:4") if len(row) == 9)
     assert row[3] == "3"
     assert float(row[5]) == pytest.approx(math.exp(0.2), abs=0.006)
-    assert row[6:] == ["1.057", "worse, as the paper"]
+    assert row[6].startswith("±0.")
+    assert row[7:] == ["1.057", "worse, larger than the paper's"]
     (row,) = rows(text, "6:8", "mask_source: ternary")
-    assert row[5] == "+22.5 %"
-    assert row[6] == "worse, as the paper"
-    assert rows(text, "6:8", "gamma_over: kept")[0][6] == "better"
-    assert rows(text, "6:8", "gradient: masked")[0][6].startswith("below the noise (±0.")
-    assert rows(text, "2:8")[0][3] == "ternary loses less"
+    assert row[6:] == ["+22.5 %", "worse, smaller than the paper's"]
+    assert rows(text, "6:8", "gamma_over: kept")[0][6:] == ["-", "better"]
+    (row,) = rows(text, "6:8", "gradient: masked")
+    assert row[5].startswith("±0.")
+    assert row[7] == "below the noise, smaller than the paper's"
+    assert rows(text, "2:4", "gradient: masked")[0][6:] == ["-", "below the noise"], "the paper has none at 2:4"
+    assert rows(text, "2:8")[0][-1] == "ternary loses less, larger than the paper's"
+    assert rows(text, "4:8")[0][-2:] == ["-", "ternary loses less"]
     best = [row[2] for row in rows(text) if row[-1] == "best"]
     assert best == ["0.002"] * 2 + ["0.004"] * 4
     ways = [row for row in rows(text, "2:4") if row[-2] == "+1.0 %"]
@@ -116,8 +120,33 @@ def test_lines_from_before_a_grid_had_a_factor_count_as_its_default():
 
 def test_an_effect_below_the_noise_is_called_that():
     _, text = write(all_lines(loss_of, noise=0.5), "--plots", "false")
-    assert rows(text, "6:8", "mask_source: ternary")[0][6].startswith("below the noise")
-    assert "the difference is below the noise" in text
+    assert rows(text, "6:8", "mask_source: ternary")[0][7] == "below the noise, agrees with the paper"
+    assert rows(text, "2:4")[0][-1].startswith("below the noise")
+
+
+@pytest.mark.parametrize(
+    ("ours", "paper", "expected"),
+    [
+        (0.12, 1.45, "worse, smaller than the paper's"),
+        (0.12, 1.14, "worse, agrees with the paper"),
+        (0.12, 1.05, "worse, larger than the paper's"),
+        (0.12, 0.99, "worse, against the paper"),
+        (-0.12, 1.02, "better, against the paper"),
+        (-0.12, 0.89, "better, agrees with the paper"),
+        (-0.12, 0.8, "better, smaller than the paper's"),
+        (-0.01, 1.225, "below the noise, smaller than the paper's"),
+        (-0.02, 1.02, "below the noise, smaller than the paper's"),
+        (0.01, 1.02, "below the noise, agrees with the paper"),
+        (0.12, 1.0, "worse, larger than the paper's"),
+        (0.12, None, "worse"),
+        (0.01, None, "below the noise"),
+    ],
+)
+def test_verdicts(ours, paper, expected):
+    compared = Comparison(ours, 0.01, 4)  # times 2.78
+    assert compared.verdict(paper) == expected
+    assert compared.noise == "±2.8 %"
+    assert Comparison(ours, None).verdict(paper) == "one seed: noise not known"
 
 
 def test_a_few_results_make_a_part_and_name_the_rest():
@@ -129,7 +158,7 @@ def test_a_few_results_make_a_part_and_name_the_rest():
     status, text = write(few)
     assert status == 0
     assert "no cell has two seeds, noise is not known" in text
-    assert next(row for row in rows(text, "ternary", "6:8") if len(row) == 8)[-1] == "one seed: noise not known"
+    assert next(row for row in rows(text, "ternary", "6:8") if len(row) == 9)[-1] == "one seed: noise not known"
     missing = text[text.index("## Not run") :]
     for item in ("ternary 2:4", "bf16-sparse 2:8", "a sweep of learning rates", "gamma_over: kept", "the probe"):
         assert f"{item}\n" in missing
