@@ -13,9 +13,11 @@ from sbn_lightning.reproduce.corpus import PROBE, TOKENS
 from sbn_lightning.reproduce.grid import Run, read_grid
 from sbn_lightning.reproduce.results import FILE, read_results
 
+GRID = "recipes/reproduce/grid.yaml"
+
 
 def reproduce(
-    grid: str = "recipes/reproduce/grid.yaml",
+    grid: str = GRID,
     output: str = "results",
     data: str = "data/reproduce",
     only: str | list[str] | None = None,
@@ -66,6 +68,7 @@ def reproduce_report(
     output: str = "results/reproduction.md",
     images: str | None = None,
     plots: bool = True,
+    grid: str = GRID,
 ) -> None:
     """Write tables and plots of what `reproduce` measured, next to what the paper reports.
 
@@ -74,9 +77,10 @@ def reproduce_report(
         output: Markdown file to write.
         images: Folder for the plots; not given, images/ next to the output.
         plots: Whether to draw them; needs matplotlib.
+        grid: The grid file; its runs that have no line are listed. Not there, nothing is listed.
 
     Raises:
-        ConfigError: There are no results, or matplotlib is missing.
+        ConfigError: There are no results, the grid cannot work, or matplotlib is missing.
         DataError: The results are damaged.
     """
     lines = read_results(Path(results))
@@ -85,7 +89,10 @@ def reproduce_report(
     from sbn_lightning.reproduce.report import write_report
 
     folder = Path(images) if images is not None else Path(output).parent / "images"
-    write_report(lines, Path(output), folder if plots else None)
+    there = Path(grid).is_file()
+    write_report(lines, Path(output), folder if plots else None, read_grid(grid) if there else None)
+    if not there:
+        print(f"{grid} is not there: the report does not list what was not run", file=sys.stderr)
     print(f"wrote {output} from {len(lines)} runs")
 
 

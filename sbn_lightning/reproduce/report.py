@@ -1,4 +1,4 @@
-"""Markdown of what was measured: one function a section, each of which makes what it can and names what is missing."""
+"""Markdown of what was measured: one function a section, each of which makes what it can of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 from sbn_lightning.data.tokenize_segments import write_atomically
 from sbn_lightning.reproduce import paper
+from sbn_lightning.reproduce.grid import Grid
 from sbn_lightning.reproduce.noise import t_factor
+from sbn_lightning.reproduce.not_run import not_run
 from sbn_lightning.reproduce.probe import DISTANCES
 from sbn_lightning.reproduce.tables import (
     DASH,
@@ -39,25 +41,25 @@ RAMPS = ("share_75", "share_50", "share_25", "walk")
 INTERVALS = (10, 100, 1000)
 
 
-def write_report(lines: list[Line], output: Path, images: Path | None) -> None:
+def write_report(lines: list[Line], output: Path, images: Path | None, grid: Grid | None = None) -> None:
     """Writes the report.
 
     Args:
         lines: Lines of results, at least one.
         output: Markdown file.
         images: Folder for the plots; None for none.
+        grid: What was to be run, to list what has no line; None lists nothing.
 
     Raises:
-        ConfigError: If plots are wanted and matplotlib is missing.
+        ConfigError: If plots are wanted and matplotlib is missing, or the grid cannot work.
     """
     results = Results(lines)
-    missing: list[str] = []
     pictures: dict[str, str] = {}
     if images is not None:
         from sbn_lightning.reproduce.plots import draw
 
         pictures = {name: os.path.relpath(path, output.parent) for name, path in draw(results, images).items()}
-    sections: list[tuple[str, str, Callable[[Results, list[str]], str]]] = [
+    sections: list[tuple[str, str, Callable[[Results], str]]] = [
         ("Perplexity against N", "perplexity", main_table),
         ("Learning rates", "", learning_rates),
         ("Ablations", "ablations", ablations),
@@ -69,12 +71,14 @@ def write_report(lines: list[Line], output: Path, images: Path | None) -> None:
         ("Bracket matching", "", brackets),
     ]
     text = ["# Reproduction", setting(results)]
+    if grid is None:
+        text.append("Runs that are missing are not listed: there was no grid file to compare with.")
     for title, picture, section in sections:
-        text += [f"## {title}", section(results, missing)]
+        text += [f"## {title}", section(results)]
         if picture in pictures:
             text.append(f"![{title}]({pictures[picture]})")
-    if missing:
-        text += ["## Not run", "\n".join(f"- {item}" for item in dict.fromkeys(missing))]
+    if grid is not None and (left := not_run(results, grid)) is not None:
+        text += ["## Not run", left]
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, "\n\n".join(text) + "\n")
 
@@ -118,7 +122,7 @@ def setting(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def main_table(results: Results, missing: list[str]) -> str:
+def main_table(results: Results) -> str:
     """Each family at each pattern, against its dense self."""
     rows = []
     for family in FAMILIES:
@@ -126,7 +130,6 @@ def main_table(results: Results, missing: list[str]) -> str:
         for pattern in PATTERNS:
             cell = results.cell(family, pattern)
             if cell is None:
-                missing.append(f"{family} {pattern}")
                 continue
             reported = paper.RELATIVE[family].get(pattern)
             spread = cell.spread("validation", "perplexity")
@@ -163,7 +166,7 @@ def _across_families(results: Results) -> str:
     )
 
 
-def learning_rates(results: Results, missing: list[str]) -> str:
+def learning_rates(results: Results) -> str:
     """The sweep, and whether the best is inside it."""
     rows, said = [], []
     for family in FAMILIES:
@@ -184,15 +187,12 @@ def learning_rates(results: Results, missing: list[str]) -> str:
                 cost = "" if used is None else f", {change(results.compare(used, cells[best]).ratio)} in perplexity"
                 said.append(f"- {family} {pattern}: the other tables are at {results.learning_rates[family]:g}{cost}")
     if not rows:
-        missing.append("a sweep of learning rates")
         return "Not run."
     header = ("family", "pattern", "learning rate", "perplexity", "seeds", "")
     return "\n\n".join([table(header, rows), *(["\n".join(said)] if said else [])])
 
 
-def _variants(
-    results: Results, missing: list[str], variants: Sequence[tuple[str, dict[str, Any], float | None]], title: str
-) -> str:
+def _variants(results: Results, variants: Sequence[tuple[str, dict[str, Any], float | None]], title: str) -> str:
     """Variants of ternary training against its default, at each of :data:`BASES`; the paper's are at 6:8."""
     rows = []
     for pattern in BASES:
@@ -200,7 +200,6 @@ def _variants(
         for name, varied, reported in variants:
             cell = results.cell("ternary", pattern, varied)
             if cell is None or base is None:
-                missing.append(f"ternary {pattern} {name if base is not None else 'as the method is'}")
                 continue
             compared = results.compare(cell, base)
             ratio = reported / paper.SPARSE_BITNET if reported is not None and pattern == "6:8" else None
@@ -212,19 +211,19 @@ def _variants(
     return table(("pattern", title, "perplexity", "seeds", "change", "noise", "paper", "verdict"), rows)
 
 
-def ablations(results: Results, missing: list[str]) -> str:
+def ablations(results: Results) -> str:
     """Mask source, gradient, gamma."""
     variants = [(f"{name}: {value}", {name: value}, paper.ABLATIONS.get((name, value))) for name, value in ABLATIONS]
-    return _variants(results, missing, variants, "changed")
+    return _variants(results, variants, "changed")
 
 
-def ramps(results: Results, missing: list[str]) -> str:
+def ramps(results: Results) -> str:
     """Sparse shares of training and the walk, against sparse from the start."""
     variants = [(name, {"ramp": name}, paper.SHARES.get(name)) for name in RAMPS]
-    return _variants(results, missing, variants, "ramp")
+    return _variants(results, variants, "ramp")
 
 
-def at_best_rates(results: Results, missing: list[str]) -> str:
+def at_best_rates(results: Results) -> str:
     """All ways to train 2:4 and 2:8, against dense ternary."""
 
     def best(pattern: str, varied: dict[str, Any]) -> tuple[float, Cell] | None:
@@ -234,7 +233,6 @@ def at_best_rates(results: Results, missing: list[str]) -> str:
 
     dense = best("8:8", {})
     if dense is None:
-        missing.append("ternary 8:8")
         return "Not run."
     rows = []
     for pattern in ("8:8", *GOALS):
@@ -259,7 +257,7 @@ def at_best_rates(results: Results, missing: list[str]) -> str:
     return f"{table(header, rows)}\n\n{note}"
 
 
-def refresh(results: Results, missing: list[str]) -> str:
+def refresh(results: Results) -> str:
     """Mask refresh every so many steps, safe and naive, at 6:8."""
     base, rows = results.cell("ternary", "6:8"), []
     for interval in INTERVALS:
@@ -267,7 +265,6 @@ def refresh(results: Results, missing: list[str]) -> str:
             varied = {"refresh_interval": interval} | ({"stale_gradient": "dense"} if name == "naive" else {})
             cell = results.cell("ternary", "6:8", varied)
             if cell is None or base is None:
-                missing.append(f"ternary 6:8 refreshed every {interval} steps, {name}")
                 continue
             compared = results.compare(cell, base)
             changes = [change(compared.ratio), compared.noise, compared.verdict()]
@@ -278,12 +275,12 @@ def refresh(results: Results, missing: list[str]) -> str:
     return table(header, rows) + "\n\nThe paper reports no such runs."
 
 
-def int8_gradients(results: Results, missing: list[str]) -> str:
+def int8_gradients(results: Results) -> str:
     """Rounded against exact."""
-    return _variants(results, missing, [("int8 gradients", {"gradients": "int8"}, None)], "changed")
+    return _variants(results, [("int8 gradients", {"gradients": "int8"}, None)], "changed")
 
 
-def zeros(results: Results, missing: list[str]) -> str:
+def zeros(results: Results) -> str:
     """At the end of training."""
     rows = []
     for pattern in PATTERNS:
@@ -308,7 +305,7 @@ def _with_spread(cell: Cell, name: str) -> str:
     return percent(cell.mean("sparsity", name), 2) + ("" if spread is None else f" (spread {percent(spread, 2)})")
 
 
-def brackets(results: Results, missing: list[str]) -> str:
+def brackets(results: Results) -> str:
     """Whether sparsity breaks what the loss does not show."""
     far = f"{DISTANCES[-1]}+"
     wanted = [(family, pattern, results.cell(family, pattern)) for family in FAMILIES for pattern in PATTERNS]
@@ -322,7 +319,6 @@ def brackets(results: Results, missing: list[str]) -> str:
             spread = percent(cell.spread("probe", "balanced_accuracy"))
             rows.append([name, pattern, str(len(cell.runs)), values[0], spread, *values[1:]])
     if not rows:
-        missing.append("the probe")
         return "Not run."
     header = ("runs", "pattern", "seeds", "balanced accuracy", "spread", f"{far} tokens away", "accuracy", 'always ")"')
     note = (

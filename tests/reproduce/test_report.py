@@ -8,7 +8,7 @@ import pytest
 
 from sbn_lightning.cli import main
 from sbn_lightning.reproduce.tables import Comparison, Results, density
-from tests.reproduce.fabricated import all_lines
+from tests.reproduce.fabricated import GRID, all_lines
 
 BEST = {"ternary": 0.004, "bf16-sparse": 0.002}  # as in the grid file
 
@@ -23,9 +23,10 @@ def loss_of(run):
     return loss
 
 
-def write(lines, *options):
+def write(lines, *options, grid=GRID):
     Path("results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    status = main(["reproduce-report", "--results", "results.jsonl", "--output", "out/report.md", *options])
+    files = ["--results", "results.jsonl", "--output", "out/report.md", "--grid", str(grid)]
+    status = main(["reproduce-report", *files, *options])
     return status, Path("out/report.md").read_text() if status == 0 else ""
 
 
@@ -149,7 +150,7 @@ def test_verdicts(ours, paper, expected):
     assert Comparison(ours, None).verdict(paper) == "one seed: noise not known"
 
 
-def test_a_few_results_make_a_part_and_name_the_rest():
+def test_a_few_results_make_a_part():
     lines = [line for line in all_lines(loss_of) if line["factors"]["seed"] == 1 and not line["varied"]]
     few = [line for line in lines if line["factors"]["pattern"] in ("8:8", "6:8")]
     few = [line for line in few if line["factors"]["learning_rate"] == BEST[line["factors"]["family"]]]
@@ -159,13 +160,45 @@ def test_a_few_results_make_a_part_and_name_the_rest():
     assert status == 0
     assert "no cell has two seeds, noise is not known" in text
     assert next(row for row in rows(text, "ternary", "6:8") if len(row) == 9)[-1] == "one seed: noise not known"
-    missing = text[text.index("## Not run") :]
-    for item in ("ternary 2:4", "bf16-sparse 2:8", "a sweep of learning rates", "gamma_over: kept", "the probe"):
-        assert f"{item}\n" in missing
-    assert "- ternary 6:8 refreshed every 10 steps, naive" in missing
     assert not Path("out/images/reproduction_ablations.png").exists()
     status, text = write(few[:1])
     assert status == 0
+
+
+def test_what_was_not_run_by_group():
+    lines = [line for line in all_lines(loss_of) if line["varied"].get("gradients") != "int8"]
+    lines = [line for line in lines if line["varied"] not in ({"ramp": "walk"}, {"mask_source": "ternary"})]
+    lines = [line for line in lines if not (line["factors"]["pattern"] == "8:8" and line["factors"]["seed"] == 3)]
+    left = len(all_lines(loss_of)) - len(lines)
+    _, text = write(lines, "--plots", "false")
+    text = text[text.index("## Not run") :]
+    assert f"{left} of the grid's {left + len(lines)} runs:" in text
+    assert rows(text, "int8_gradients") == [["int8_gradients", "4 of 4", "all"]]
+    assert rows(text, "ablation_mask") == [["ablation_mask", "2 of 2", "all"]]
+    assert rows(text, "ramps") == [["ramps", "2 of 8", "6:8 walk; 2:4 walk"]]
+    seeds = "ternary 8:8 seed 3; bf16-sparse 8:8 seed 3"
+    assert rows(text, "patterns_seeds") == [["patterns_seeds", "2 of 16", seeds]]
+    assert not rows(text, "learning_rate")
+
+
+def test_runs_of_another_corpus_count_as_not_run():
+    *lines, last = all_lines(loss_of)
+    last["data"]["fingerprint"] = "other"
+    _, text = write([*lines, last], "--plots", "false")
+    assert f"1 of the grid's {len(lines) + 1} runs:" in text
+
+
+def test_without_a_grid_or_with_another(capsys):
+    lines = all_lines(loss_of)[:3]
+    status, text = write(lines, "--plots", "false", grid="nowhere.yaml")
+    assert status == 0
+    assert "nowhere.yaml is not there: the report does not list what was not run" in capsys.readouterr().err
+    assert "Runs that are missing are not listed" in text
+    assert "## Not run" not in text
+    for line in lines:
+        line["id"] += "x"
+    _, text = write(lines, "--plots", "false")
+    assert "runs: the results are of another grid, or were made with --override." in text
 
 
 def test_lines_of_another_corpus_or_length_are_left_out():
