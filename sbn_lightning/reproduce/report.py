@@ -77,6 +77,8 @@ def write_report(lines: list[Line], output: Path, images: Path | None, grid: Gri
         text += [f"## {title}", section(results)]
         if picture in pictures:
             text.append(f"![{title}]({pictures[picture]})")
+        if picture == "flip_rate":
+            text.append(paper.FLIP_RATES)
     if grid is not None and (left := not_run(results, grid)) is not None:
         text += ["## Not run", left]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -115,8 +117,9 @@ def setting(results: Results) -> str:
     parts.append("\n".join(bullets))
     parts.append(
         "A verdict says first whether our effect is more than this noise, then how it stands to the paper's: agrees "
-        "means that the paper's figure lies within our noise of ours, which a small effect below the noise does easily."
+        "means no more than that the paper's figure lies within our noise of ours."
     )
+    parts.append(paper.ORIGIN)
     if results.left_out:
         parts.append(f"{results.left_out} lines of another corpus, model or length are left out.")
     return "\n\n".join(parts)
@@ -141,7 +144,7 @@ def main_table(results: Results) -> str:
                 judged = [compared.noise, number(reported), compared.verdict(reported)]
                 rows.append([*row, number(compared.ratio), *judged])
     header = ("family", "pattern", "perplexity", "seeds", "spread", "relative to dense", "noise", "paper", "verdict")
-    return table(header, rows) + "\n\n" + _across_families(results)
+    return "\n\n".join([table(header, rows), _across_families(results), _absolute(results)])
 
 
 def _across_families(results: Results) -> str:
@@ -161,9 +164,24 @@ def _across_families(results: Results) -> str:
         said.append((pattern, *ours, change(theirs), verdict))
     if not said:
         return "Which family sparsity costs less: needs both families, dense and sparse."
-    return "What sparsity costs each family, and ternary more than bf16-sparse:\n\n" + table(
-        ("pattern", "bf16-sparse", "ternary", "ternary more", "noise", "paper: ternary more", "verdict"), said
-    )
+    header = ("pattern", "bf16-sparse", "ternary", "difference", "noise", "paper's difference", "verdict")
+    return f"What sparsity costs each family, and how much more it costs ternary:\n\n{table(header, said)}"
+
+
+def _absolute(results: Results) -> str:
+    """Perplexities themselves, ours and the paper's by size."""
+
+    def said(dense: float, sparse: float) -> str:
+        return f"{dense:.2f} → {sparse:.2f} ({change(sparse / dense)})"
+
+    rows = []
+    for family in FAMILIES:
+        dense, sparse = results.cell(family, "8:8"), results.cell(family, "6:8")
+        ours = DASH if dense is None or sparse is None else said(dense.perplexity, sparse.perplexity)
+        rows.append([family, ours, *(said(*each) for each in paper.ABSOLUTE[family].values())])
+    sizes = [f"paper, {size}" for size in paper.ABSOLUTE["ternary"]]
+    header = ("family", f"here, {results.lines[0]['parameters'] / 1e6:.1f}M", *sizes)
+    return f"Perplexities, dense → 6:8. {paper.ABSOLUTE_ARE_APART}\n\n{table(header, rows)}"
 
 
 def learning_rates(results: Results) -> str:
@@ -214,7 +232,7 @@ def _variants(results: Results, variants: Sequence[tuple[str, dict[str, Any], fl
 def ablations(results: Results) -> str:
     """Mask source, gradient, gamma."""
     variants = [(f"{name}: {value}", {name: value}, paper.ABLATIONS.get((name, value))) for name, value in ABLATIONS]
-    return _variants(results, variants, "changed")
+    return f"{_variants(results, variants, 'changed')}\n\n{paper.INCONSISTENT}"
 
 
 def ramps(results: Results) -> str:

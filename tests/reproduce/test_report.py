@@ -79,6 +79,23 @@ def test_figures_noise_and_the_paper():
     assert rows(text, "8:8", "final_learning_rate: 0.0")
 
 
+def test_where_the_papers_figures_come_from_and_which_are_missing():
+    _, text = write(all_lines(loss_of))
+    head = text[: text.index("## Perplexity")]
+    for words in ("second hand", "0.5B", "50 billion tokens of RefinedWeb"):
+        assert words in head
+    ablations = text[text.index("## Ablations") : text.index("## From dense")]
+    assert "reported inconsistently" in ablations
+    flips = text[text.index("reproduction_flip_rate.png") : text.index("## Bracket")]
+    assert "high early, then settling" in flips
+    dense = math.exp(3)
+    ours = f"{dense:.2f} → {dense * math.exp(0.1):.2f} (+10.5 %)"
+    reported = ["25.99 → 26.31 (+1.2 %)", "20.11 → 20.35 (+1.2 %)", "17.70 → 17.87 (+1.0 %)"]
+    assert rows(text, "ternary", ours) == [["ternary", ours, *reported]]
+    _, text = write([line for line in all_lines(loss_of) if line["factors"]["pattern"] != "6:8"], "--plots", "false")
+    assert rows(text, "ternary", "-") == [["ternary", "-", *reported]]
+
+
 def test_noise_is_the_pooled_spread_of_seeds():
     lines = [line for line in all_lines(loss_of) if not line["varied"]]
     for line in lines:  # every cell of three seeds: -0.01, 0, 0.01
