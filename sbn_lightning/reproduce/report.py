@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sbn_lightning.data.tokenize_segments import write_atomically
 from sbn_lightning.reproduce import paper
+from sbn_lightning.reproduce.best import at_best_rates
 from sbn_lightning.reproduce.grid import Grid
 from sbn_lightning.reproduce.noise import t_factor
 from sbn_lightning.reproduce.not_run import not_run
@@ -36,7 +35,6 @@ ABLATIONS = (
     ("gamma_over", "nonzero"),
     ("gamma_over", "masked"),
 )
-GOALS = {"2:4": 1.01, "2:8": 1.10}  # of dense ternary's perplexity, each at its own best learning rate
 RAMPS = ("share_75", "share_50", "share_25", "walk")
 INTERVALS = (10, 100, 1000)
 
@@ -189,11 +187,10 @@ def learning_rates(results: Results) -> str:
     rows, said = [], []
     for family in FAMILIES:
         for pattern in results.patterns():
-            swept = {rate: results.cell(family, pattern, rate=rate) for rate in results.values("learning_rate", family)}
-            cells = {rate: cell for rate, cell in swept.items() if cell is not None}
+            cells = results.sweep(family, pattern)
             if len(cells) < 2:
                 continue
-            best = min(cells, key=lambda rate: cells[rate].loss)
+            best = results.best(cells)
             rows += [
                 [family, pattern, f"{rate:g}", number(cell.perplexity), str(len(cell.runs)), "best" * (rate == best)]
                 for rate, cell in cells.items()
@@ -239,40 +236,6 @@ def ramps(results: Results) -> str:
     """Sparse shares of training and the walk, against sparse from the start."""
     variants = [(name, {"ramp": name}, paper.SHARES.get(name)) for name in RAMPS]
     return _variants(results, variants, "ramp")
-
-
-def at_best_rates(results: Results) -> str:
-    """All ways to train 2:4 and 2:8, against dense ternary."""
-
-    def best(pattern: str, varied: dict[str, Any]) -> tuple[float, Cell] | None:
-        cells = {rate: results.cell("ternary", pattern, varied, rate) for rate in results.values("learning_rate")}
-        found = [(rate, cell) for rate, cell in cells.items() if cell is not None]
-        return min(found, key=lambda each: each[1].loss, default=None)
-
-    dense = best("8:8", {})
-    if dense is None:
-        return "Not run."
-    rows = []
-    for pattern in ("8:8", *GOALS):
-        lines = [line for line in results.lines if line["factors"]["pattern"] == pattern]
-        ways = {repr(line["varied"]): line["varied"] for line in lines if line["factors"]["family"] == "ternary"}
-        found = [(varied, best(pattern, varied)) for varied in ways.values()]
-        for varied, at in sorted(((v, at) for v, at in found if at is not None), key=lambda each: each[1][1].loss):
-            name = ", ".join(f"{key}: {value}" for key, value in varied.items()) or "the method"
-            row = [pattern, name, f"{at[0]:g}", number(at[1].perplexity), str(len(at[1].runs))]
-            if pattern == "8:8":
-                rows.append([*row, DASH, DASH, DASH, DASH])
-                continue
-            compared = results.compare(at[1], (best("8:8", varied) or dense)[1])
-            goal = replace(compared, difference=compared.difference - math.log(GOALS[pattern]))
-            verdict = goal.verdict(words=("reached", "not reached"), below="goal within the noise")
-            rows.append([*row, change(compared.ratio), compared.noise, change(GOALS[pattern]), verdict])
-    header = ("pattern", "way", "learning rate", "perplexity", "seeds", "against dense", "noise", "goal", "verdict")
-    note = (
-        "Against dense ternary trained in the same way, where that was run, otherwise as the method is. The verdict is "
-        "on the goal. The best of several rates that have one seed each looks better than it is."
-    )
-    return f"{table(header, rows)}\n\n{note}"
 
 
 def refresh(results: Results) -> str:

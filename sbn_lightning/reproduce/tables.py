@@ -165,6 +165,29 @@ class Results:
         ]
         return Cell(tuple(sorted(found, key=lambda line: line["factors"]["seed"]))) if found else None
 
+    def sweep(self, family: str, pattern: str, varied: dict[str, Any] | None = None) -> dict[float, Cell]:
+        """The same at every learning rate that it was run at, the lowest first."""
+        cells = {rate: self.cell(family, pattern, varied, rate) for rate in self.values("learning_rate", family)}
+        return {rate: cell for rate, cell in cells.items() if cell is not None}
+
+    def best(self, sweep: dict[float, Cell]) -> float:
+        """The learning rate of the lowest mean loss.
+
+        Among those with the most seeds; one with fewer has to be better by more than the noise, or the luckiest of many
+        single runs would win.
+        """
+        chosen: float | None = None
+        for seeds in sorted({len(cell.runs) for cell in sweep.values()}, reverse=True):
+            rate = min((rate for rate in sweep if len(sweep[rate].runs) == seeds), key=lambda rate: sweep[rate].loss)
+            if chosen is None:
+                chosen = rate
+                continue
+            compared = self.compare(sweep[rate], sweep[chosen])
+            if compared.threshold is not None and compared.difference < -compared.threshold:
+                chosen = rate
+        assert chosen is not None, "a sweep of nothing"
+        return chosen
+
     def noise(self, family: str) -> tuple[float, int] | None:
         """Standard deviation of one run's loss between seeds, and its degrees of freedom."""
         cells: dict[str, list[float]] = {}

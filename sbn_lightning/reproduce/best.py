@@ -1,0 +1,93 @@
+"""Every way to train that was run, each at its own best learning rate, against dense training in the same way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from sbn_lightning.reproduce.tables import DASH, FAMILIES, Cell, Results, change, density, number, table
+
+GOALS = {"2:4": 1.01, "2:8": 1.10}  # of dense ternary's perplexity
+# Factors that change nothing where nothing is masked.
+SPARSE_ONLY = ("mask_source", "gradient", "refresh_interval", "stale_gradient", "freeze_after", "masked_decay", "ramp")
+NOTE = (
+    "A way's best rate has the lowest mean loss among its rates with the most seeds; one with fewer seeds is taken "
+    "only if it is better by more than the noise, so that no lucky run wins. The best of several single runs looks "
+    "better than it is. Against dense training in the same way at its own best rate, where that was run, otherwise as "
+    "the method is (the verdict says so). Where there is a goal, the verdict is on the goal."
+)
+
+
+def at_best_rates(results: Results) -> str:
+    """Patterns with a goal, and all others that something was varied at."""
+    rows = []
+    for family in FAMILIES:
+        lines = [line for line in results.lines if line["factors"]["family"] == family]
+        wanted = {line["factors"]["pattern"] for line in lines if line["varied"]}
+        wanted |= set(GOALS) if family == "ternary" else set()
+        ways = {_name(line["varied"]): line["varied"] for line in lines}
+        if wanted:
+            for pattern in sorted(wanted | {"8:8"}, key=lambda text: (-density(text), text)):
+                rows += _pattern(results, family, pattern, ways)
+    header = ("family", "pattern", "way", "learning rate", "rates run", "perplexity", "seeds", "against dense", "noise")
+    return f"{table((*header, 'goal', 'verdict'), rows)}\n\n{NOTE}" if rows else "Not run."
+
+
+def _pattern(results: Results, family: str, pattern: str, ways: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Rows of one pattern, the best first."""
+    rows = []
+    for name, varied in ways.items():
+        sweep = results.sweep(family, pattern, varied)
+        if not sweep:
+            continue
+        rate = results.best(sweep)
+        cell = sweep[rate]
+        row = [family, pattern, name, f"{rate:g}", str(len(sweep)), number(cell.perplexity)]
+        rows.append((cell.loss, [*row, *_against_dense(results, family, pattern, varied, cell, _single(sweep, cell))]))
+    return [row for _, row in sorted(rows, key=lambda each: each[0])]
+
+
+def _against_dense(
+    results: Results, family: str, pattern: str, varied: dict[str, Any], cell: Cell, single: str
+) -> list[str]:
+    """Seeds, change, noise, goal and verdict."""
+    if pattern == "8:8":
+        return [str(len(cell.runs)), DASH, DASH, DASH, single or DASH]
+    same = {key: value for key, value in varied.items() if not _sparse_only(key, value)}
+    remarks = [single] if single else []
+    dense = results.sweep(family, "8:8", same)
+    if not dense and same:
+        dense = results.sweep(family, "8:8", {})
+        remarks.append(f"dense without {_name(same)}")
+    if not dense:
+        return [str(len(cell.runs)), DASH, DASH, DASH, "no dense run"]
+    reference = dense[results.best(dense)]
+    if single_dense := _single(dense, reference):
+        remarks.append(f"dense: {single_dense}")
+    compared = results.compare(cell, reference)
+    goal = GOALS.get(pattern) if family == "ternary" else None
+    verdict = compared.verdict()
+    if goal is not None:
+        judged = replace(compared, difference=compared.difference - math.log(goal))
+        verdict = judged.verdict(words=("reached", "not reached"), below="goal within the noise")
+    said = verdict + (f" ({'; '.join(remarks)})" if remarks else "")
+    seeds = f"{len(cell.runs)} against {len(reference.runs)}"
+    return [seeds, change(compared.ratio), compared.noise, change(goal), said]
+
+
+def _single(sweep: dict[float, Cell], chosen: Cell) -> str:
+    """Says that what was chosen is a single run; empty if it is not."""
+    if len(chosen.runs) > 1:
+        return ""
+    alone = all(len(cell.runs) == 1 for cell in sweep.values())
+    return f"best of {len(sweep)} single runs" if alone and len(sweep) > 1 else "one run"
+
+
+def _sparse_only(key: str, value: Any) -> bool:
+    # gamma over kept or masked weights is that over all where all are kept; over nonzero ones it is another.
+    return key in SPARSE_ONLY or (key == "gamma_over" and value in ("kept", "masked"))
+
+
+def _name(varied: dict[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in sorted(varied.items())) or "the method"
