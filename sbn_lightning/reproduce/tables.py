@@ -147,8 +147,13 @@ class Results:
         self.learning_rates = {family: rate for family in FAMILIES if (rate := self._usual_rate(family)) is not None}
 
     def _usual_rate(self, family: str) -> float | None:
-        """The learning rate that most of a family's runs have: the one that its comparisons are made at."""
-        rates = Counter(line["factors"]["learning_rate"] for line in self.lines if line["factors"]["family"] == family)
+        """The learning rate that its comparisons are made at: that of most runs with nothing varied.
+
+        Variants do not count while there are others: those that are tried at another rate must not move every table.
+        """
+        lines = [line for line in self.lines if line["factors"]["family"] == family]
+        plain = [line for line in lines if not line["varied"]]
+        rates = Counter(line["factors"]["learning_rate"] for line in plain or lines)
         return rates.most_common(1)[0][0] if rates else None
 
     def cell(

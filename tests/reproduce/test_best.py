@@ -115,3 +115,10 @@ def test_any_combination():
     row = way(lines, "2:4", "schedule: linear", family="bf16-sparse")
     assert row["goal"] == "-"
     assert row["verdict"].startswith("one seed: noise not known (")
+
+
+def test_variants_at_another_rate_do_not_move_the_tables():
+    plain = seeds("8:8", 2.0)
+    varied = [made("2:4", 2.0, seed, 0.003, {"schedule": "linear"}) for seed in range(9)]
+    assert Results([*varied, *plain]).learning_rates == {"ternary": 0.004}
+    assert Results(varied).learning_rates == {"ternary": 0.003}
