@@ -83,13 +83,11 @@ def _line(axes: Any, values: dict[str, float], family: str) -> None:
 
 def flip_rate(results: Results, figure: Figure) -> bool:
     """Of masks over time: by pattern, and of the ablations that are said to freeze or to oscillate."""
+    from sbn_lightning.reproduce.report import FLIPS
+
     panels = figure.subplots(1, 2)
     left = {f"{f} {p}": results.cell(f, p) for f in FAMILIES for p in ("6:8", "2:4")}
-    right = {
-        "as the method is": results.cell("ternary", "6:8"),
-        "masked gradient": results.cell("ternary", "6:8", {"gradient": "masked"}),
-        "mask from ternary": results.cell("ternary", "6:8", {"mask_source": "ternary"}),
-    }
+    right = {name: results.cell("ternary", "6:8", varied) for name, varied in FLIPS.items()}
     drawn = False
     for axes, cells, title in zip(panels, (left, right), ("by pattern", "ternary 6:8"), strict=True):
         for label, cell in cells.items():
