@@ -98,13 +98,14 @@ def setting(results: Results) -> str:
     count = "1 run" if len(lines) == 1 else f"{len(lines)} runs"
     parts = [
         f"{count} of {first['parameters'] / 1e6:.1f}M parameters, {first['tokens'] / 1e6:.1f}M tokens "
-        f"({first['steps']} steps) each; corpus of {tokens.get('train', 0) / 1e6:.1f}M training and "
-        f"{tokens.get('val', 0) / 1e6:.2f}M validation tokens. {' and '.join(machines)}; {'; '.join(versions)}. "
+        f"({first['steps']} steps) each; corpus {first['data']['fingerprint'][:12]} of "
+        f"{tokens.get('train', 0) / 1e6:.1f}M training and {tokens.get('val', 0) / 1e6:.2f}M validation tokens. "
+        f"{' and '.join(machines)}; {'; '.join(versions)}. "
         f"{sum(line['seconds'] for line in lines) / 60:.0f} minutes of training, added up over runs that may have "
         "shared the GPU.",
         "Perplexity is over all held-out text. A difference is called noise unless it exceeds its standard deviation, "
-        "estimated from seeds, times Student's t for the degrees of freedom; where there is no effect, one comparison "
-        "in twenty exceeds that:",
+        "estimated from all runs of a family that differ in their seed alone, times Student's t for the degrees of "
+        "freedom; where there is no effect, one comparison in twenty exceeds that:",
     ]
     bullets = []
     for family in FAMILIES:
@@ -116,7 +117,9 @@ def setting(results: Results) -> str:
                 if noise
                 else "no cell has two seeds, noise is not known"
             )
-            bullets.append(f"- {family}, learning rate {results.learning_rates[family]:g}: {said}")
+            bullets.append(
+                f"- {family}, at learning rate {results.learning_rates[family]:g} where none is given: {said}"
+            )
     parts.append("\n".join(bullets))
     parts.append(
         "A verdict says first whether our effect is more than this noise, then how it stands to the paper's: agrees "

@@ -17,6 +17,7 @@ def test_everything_is_there(capsys):
     status, text = write(all_lines(loss_of, noise=0.002))
     assert status == 0
     assert f"{len(all_lines(loss_of))} runs of 15.0M parameters, 50.3M tokens" in text
+    assert "corpus f of 50.0M training" in text
     assert "## Not run" not in text
     assert "Not run." not in text
     images = sorted(path.name for path in Path("out/images").iterdir())
