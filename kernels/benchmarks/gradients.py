@@ -60,7 +60,7 @@ class Case:
         return sk.quantize_gradient(self.dy[i], self.prepared[i].row_scale, self.scale[i], self.seed)
 
     def dx(self, i: int, q: sk.QuantizedGradient) -> Tensor:
-        return sk.input_gradient_gemm(q.tokens, q.token_scale, self.packed_t[i], self.inner, unit_scale=self.unit)
+        return sk.input_gradient_gemm(q.tokens, q.token_scale, self.packed_t[i], self.inner)
 
     def dx_both_int8(self, i: int) -> Tensor:
         return sk.sparse_gemm(self.q[i].tokens, self.q[i].token_scale, self.both_packed[i], self.unit, self.inner)

@@ -245,16 +245,19 @@ def input_gradient_gemm(
             Triton >= 3.9), or int8 codes ``[in_features, out_features]`` (sm_80 and later).
         in_features: Columns of T.
         out_dtype: bfloat16, float16 or float32.
-        unit_scale: float32 ones ``[in_features]``, if there are some already: with int8 codes, saves a small launch.
+        unit_scale: float32 ones ``[in_features]``, if there are some already: saves a small launch. Only with int8
+            codes; the kernel for packed words needs none.
 
     Returns:
         ``[tokens, in_features]``.
 
     Raises:
-        ValueError: If an argument does not fit.
+        ValueError: If an argument does not fit, or ``unit_scale`` comes with packed words.
         UnsupportedError: Where the product cannot run.
     """
     if weight_t.dtype == torch.int32:
+        if unit_scale is not None:
+            raise ValueError("unit_scale is for int8 codes; packed words need none")
         return ternary_gemm(a8, scale, weight_t, None, in_features, out_dtype=out_dtype)
     ones = torch.ones(in_features, device=a8.device) if unit_scale is None else unit_scale
     return int8_gemm(a8, scale, weight_t, ones, out_dtype=out_dtype)

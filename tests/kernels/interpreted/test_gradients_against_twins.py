@@ -98,6 +98,16 @@ def test_products(tokens: int, columns: int, out: int) -> None:
     assert torch.equal(dw, (b8.double().t() @ x8.double()).float() * channel_scale[:, None])
 
 
+def test_ones_for_dx() -> None:
+    """Given ones change nothing with int8 codes, and are refused with packed words, which have no use for them."""
+    a8, token_scale = int8(5, 9), torch.rand(5)
+    codes, ones = torch.randint(-1, 2, (70, 9), dtype=torch.int8), torch.ones(70)
+    given = sk.input_gradient_gemm(a8, token_scale, codes, 70, torch.float32, unit_scale=ones)
+    assert torch.equal(given, sk.input_gradient_gemm(a8, token_scale, codes, 70, torch.float32))
+    with pytest.raises(ValueError, match="packed words need none"):
+        sk.input_gradient_gemm(a8, token_scale, sk.pack_dense(codes), 70, unit_scale=ones)
+
+
 @pytest.mark.parametrize(("group", "whole"), [(1, 0), (2, 4), (4, 5), (16, 3)])
 def test_adding_parts_of_split_sums(group: int, whole: int) -> None:
     """Tiles from ``whole`` on, in the order of bands of ``group`` row tiles; the others are not touched."""
