@@ -19,6 +19,7 @@ import triton
 
 RESULTS = Path(__file__).parent / "results"
 MEASURED = time.strftime("%Y-%m-%d %H:%M", time.gmtime())  # one for all rows of a run: ratios count within one only
+ADDED = ("gpu", "torch", "triton", "driver", "measured")  # to the columns of every row
 L2_BYTES_TO_EXCEED = 200e6
 
 
@@ -99,36 +100,60 @@ def reference_gemm(x8: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, r
     return torch.cat(parts)
 
 
-def fresh_results(name: str, keep: bool = False) -> Path:
-    """Path of a benchmark's CSV, emptied; with ``keep`` it stays as it is, for rows to be added."""
+def fresh_results(name: str, keep: bool = False, columns: Sequence[str] = ()) -> Path:
+    """Path of a benchmark's CSV, emptied; with ``keep`` it stays as it is, for rows to be added.
+
+    Raises:
+        ValueError: If it is kept and has not ``columns``: known now, not only after the first measurement.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     if not keep:
         path.unlink(missing_ok=True)
+    elif columns:
+        _kept_rows(path, [*columns, *ADDED])
     return path
 
 
-def append(path: Path, row: dict[str, object]) -> None:
+def append(path: Path, row: dict[str, object], key: Sequence[str] = ()) -> None:
     """Adds a row (with the environment) to a CSV and prints it.
+
+    Args:
+        path: The CSV.
+        row: Column -> value.
+        key: Columns that say what was measured, if rows that agree in them are to be replaced.
 
     Raises:
         ValueError: If the CSV has other columns.
     """
     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
     full = {**row, **{k: v for k, v in environment().items() if k != "clocks"}, "measured": MEASURED}
-    new = not path.exists()
-    if not new:
-        with path.open(newline="") as file:
-            columns = next(csv.reader(file))
-        if columns != list(full):
-            raise ValueError(
-                f"{path} has the columns {columns}, not {list(full)}: rows of another benchmark or version"
-            )
-    with path.open("a", newline="") as file:
+    written = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in full.items()}
+    kept = _kept_rows(path, list(full))
+    if key:
+        kept = [old for old in kept if any(old[k] != written[k] for k in key)]
+    aside = path.with_suffix(".new")  # a run that is stopped while it writes must not lose what it has measured
+    with aside.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(full))
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in full.items()})
+        writer.writeheader()
+        writer.writerows([*kept, written])
+    aside.replace(path)
+
+
+def _kept_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
+    """Rows of a CSV, none if there is no such file.
+
+    Raises:
+        ValueError: If it has other columns.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        found, rows = list(reader.fieldnames or ()), list(reader)
+    if found != columns:
+        raise ValueError(f"{path} has the columns {found}, not {columns}: rows of another benchmark or version")
+    return rows
 
 
 def need_gpu() -> None:

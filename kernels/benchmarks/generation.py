@@ -3,15 +3,20 @@
     python kernels/benchmarks/generation.py [--models qwen2.5-1.5b] [--batches 1 16] [--variants "bf16 dense" "2:4"]
 
 The weights are random, the shapes those of Qwen2.5. Every variant runs the loop of ``sbn generate``: blocks compiled by
-``torch.compile``, a static cache, a decode step that is one CUDA graph, tokens chosen on the device. ``transformers``
-is Hugging Face's ``generate`` with its default cache, bfloat16: what users run otherwise. Prefill reads 4 x 2,048
-tokens; decoding starts after ``--context`` tokens and reads a cache of that and the new tokens.
+``torch.compile``, for each batch anew; a static cache; a decode step that is one CUDA graph; tokens chosen on the
+device. ``transformers generate`` is Hugging Face's with its default attention and cache, bfloat16, not compiled: what
+users run otherwise; its prefill is the model's forward as ``generate`` calls it. Prefill reads 2,048 tokens a sequence;
+decoding starts after ``--context`` tokens and reads a cache of that and the new tokens. Logits are of the last token.
 
 Before timing, each variant decodes some tokens, and the logits of every step are compared with one forward over the
 whole sequence without a cache, graph or compiler and on the reference backend: ``error`` is their relative RMS
 difference (bfloat16 rounds, and a rounded activation may fall on another integer), ``same`` the share of steps whose
-most likely token is the same one. Dense in float32, and with it the cache, the graph and the padding, has to give the
-same tokens exactly.
+most likely token is the same one. At each batch, the logits after the prefill of four prompts are compared with those
+of a plain forward. Dense in float32, and with it the cache, the graph and the padding, has to give the same tokens
+exactly.
+
+``vs_bf16`` is empty where "bf16 dense" was not measured in the same run. With ``--append`` a new row replaces the row
+of the same model, variant, phase and batch. A cell that fails is named at the end and does not stop the others.
 """
 
 from __future__ import annotations
@@ -19,10 +24,15 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import append, fresh_results, header, need_gpu
@@ -40,7 +50,12 @@ VARIANTS = {
     "2:4": ("ternary", "2:4", "sparse"),
     "6:8": ("ternary", "6:8", "int8"),
 }
-PREFILL = (4, 2048)
+TRANSFORMERS = "transformers generate"
+PHASES = ("prefill", "decode")
+COLUMNS = ("model", "what", "batch", "variant", "ms", "tokens_s", "vs_bf16", "error", "same")
+KEY = ("model", "what", "batch", "variant")
+DEVICE = torch.device("cuda")
+PREFILL_LENGTH, CHECKED_PROMPTS = 2048, 4
 CHECKED, CHECKED_CONTEXT = (4, 72), 64
 ERROR = 0.2  # random weights: a rounding in an early block moves many after it; up to 0.10 was seen, at 6:8
 GREEDY = Sampling()
@@ -51,7 +66,7 @@ def build(name: str, variant: str, length: int) -> TernaryTransformer:
     linear, pattern, _ = VARIANTS[variant]
     config = TransformerConfig.preset(name, linear=linear, pattern=pattern, max_sequence_length=length)
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with DEVICE:
         model = TernaryTransformer(config)
     cast_model(model, torch.bfloat16)
     return model.eval().requires_grad_(False)
@@ -59,7 +74,7 @@ def build(name: str, variant: str, length: int) -> TernaryTransformer:
 
 def random_tokens(batch: int, length: int) -> Tensor:
     """Token ids ``[batch, length]``."""
-    return torch.randint(151936, (batch, length), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    return torch.randint(151936, (batch, length), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
 
 
 def exact_gate() -> None:
@@ -71,12 +86,12 @@ def exact_gate() -> None:
     torch.manual_seed(0)
     shape = QWEN2_5_SHAPES["qwen2.5-0.5b"] | {"n_layers": 2}
     config = TransformerConfig(**shape, vocab_size=4096, qkv_bias=True, linear="dense", max_sequence_length=256)
-    with torch.device("cuda"):
+    with DEVICE:
         model = TernaryTransformer(config).eval()
     prompts = [row[:n].tolist() for row, n in zip(random_tokens(3, 64) % 4096, (64, 1, 37), strict=True)]
     ours = generate(model, prompts, max_new_tokens=24)
     for prompt, new in zip(prompts, ours, strict=True):
-        tokens = torch.tensor([prompt], device="cuda")
+        tokens = torch.tensor([prompt], device=DEVICE)
         with torch.no_grad():
             for token in new:
                 expected = int(model(tokens)[0, -1].argmax())
@@ -96,7 +111,7 @@ def compare(model: TernaryTransformer, expected: Tensor) -> tuple[float, float]:
     (batch, length), tokens = CHECKED, random_tokens(*CHECKED)
     decoder = Decoder(model, batch, length)
     with torch.compiler.set_stance("force_eager"):
-        lengths = torch.full((batch,), CHECKED_CONTEXT, device="cuda")
+        lengths = torch.full((batch,), CHECKED_CONTEXT, device=DEVICE)
         logits = [decoder.prefill_padded(tokens[:, :CHECKED_CONTEXT], lengths)]
     logits += [decoder.step(tokens[:, i]).clone() for i in range(CHECKED_CONTEXT, length)]
     ours = torch.stack(logits, dim=1)
@@ -115,33 +130,49 @@ def difference(logits: Tensor, expected: Tensor) -> float:
     return error
 
 
-def median_event_ms(call: Callable[[], object], count: int) -> float:
-    """Median time between the ends of ``count`` calls in a row, after two to warm up."""
-    call(), call()
+def call_times(call: Callable[[], object], count: int) -> list[float]:
+    """Milliseconds between the ends of ``count`` calls in a row."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()
     for event in events[1:]:
         call()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
-def prefill_ms(model: TernaryTransformer) -> float:
-    """Median time to read :data:`PREFILL` tokens, checked first."""
-    decoder = Decoder(model, *PREFILL)
-    tokens, lengths = random_tokens(*PREFILL), torch.full((PREFILL[0],), PREFILL[1], device="cuda")
-    logits = decoder.prefill_padded(tokens, lengths)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        difference(logits, model.lm_head(model.hidden(tokens)[:, -1]))
-    return median_event_ms(lambda: decoder.prefill_padded(tokens, lengths), 10)
+def few_calls_ms(call: Callable[[], object]) -> float:
+    """Median time of a call over about half a second, 3 to 10 calls, after one that says how long they take."""
+    (first,) = call_times(call, 1)
+    return statistics.median(call_times(call, max(3, min(10, int(500 / first)))))
+
+
+def rows_read(batch: int) -> int:
+    """Prompts to read, in whole batches, for at least :data:`CHECKED_PROMPTS`."""
+    return -(-CHECKED_PROMPTS // batch) * batch
+
+
+@torch.no_grad()
+def plain_prefill(model: TernaryTransformer, tokens: Tensor) -> Tensor:
+    """Logits after the first :data:`CHECKED_PROMPTS` prompts, neither compiled nor cached, on the model's backend."""
+    with torch.compiler.set_stance("force_eager"):
+        return model.lm_head(model.hidden(tokens[:CHECKED_PROMPTS])[:, -1])
+
+
+def prefill_ms(model: TernaryTransformer, batch: int, tokens: Tensor, expected: Tensor) -> float:
+    """Median time to read ``batch`` prompts, checked first."""
+    decoder = Decoder(model, batch, PREFILL_LENGTH)
+    lengths = torch.full((batch,), PREFILL_LENGTH, device=DEVICE)
+    parts = tokens[: rows_read(batch)].split(batch)  # as many prompts at any batch: one alone may be further off
+    difference(torch.cat([decoder.prefill_padded(part, lengths) for part in parts])[:CHECKED_PROMPTS], expected)
+    return few_calls_ms(lambda: decoder.prefill_padded(parts[0], lengths))
 
 
 def decode_ms(model: TernaryTransformer, batch: int, context: int, steps: int) -> float:
     """Median time of a step, over windows of 8 steps."""
     decoder = Decoder(model, batch, context + steps + 24)
     with torch.compiler.set_stance("force_eager"):  # not what is timed: not worth compiling for each batch
-        logits = decoder.prefill_padded(random_tokens(batch, context), torch.full((batch,), context, device="cuda"))
+        logits = decoder.prefill_padded(random_tokens(batch, context), torch.full((batch,), context, device=DEVICE))
     token = GREEDY(logits)
 
     def eight() -> None:
@@ -149,43 +180,76 @@ def decode_ms(model: TernaryTransformer, batch: int, context: int, steps: int) -
         for _ in range(8):
             token = GREEDY(decoder.step(token))
 
-    return median_event_ms(eight, steps // 8) / 8
+    eight(), eight()
+    return statistics.median(call_times(eight, max(1, steps // 8))) / 8
 
 
-def ours(path: Path, name: str, args: argparse.Namespace, base: dict[tuple[str, int], float]) -> None:
-    """Rows of every variant of one model."""
-    for variant in args.variants:
-        torch.compiler.reset()
-        started = time.perf_counter()
-        model = build(name, variant, 4096)
-        expected = plain_logits(model)
-        use_backend(model, VARIANTS[variant][2], torch.bfloat16)
-        prepare_layers(model)
-        if args.compile:
-            model.compile_blocks()
-        cells = {("prefill", PREFILL[0]): prefill_ms(model)}
-        error, same = compare(model, expected)
-        for batch in args.batches:
-            cells["decode", batch] = decode_ms(model, batch, args.context, args.steps)
-        for (what, batch), ms in cells.items():
-            base.setdefault((what, batch), ms)
-            amount = PREFILL[0] * PREFILL[1] if what == "prefill" else batch
-            row = {"model": name, "what": what, "batch": batch, "variant": variant, "ms": ms}
-            row |= {"tokens_s": 1e3 * amount / ms, "vs_bf16": base[what, batch] / ms, "error": error, "same": same}
-            append(path, row)
-        print(f"({time.perf_counter() - started:.0f} s, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most)")
-        del model
+class Table:
+    """Rows of one model: ratios to its BF16 rows, and what could not be measured.
+
+    Args:
+        path: The CSV.
+        model: The model's name.
+    """
+
+    def __init__(self, path: Path, model: str) -> None:
+        self.path = path
+        self.model = model
+        self.base: dict[tuple[str, int], float] = {}
+        self.missing: list[str] = []
+
+    def add(self, variant: str, what: str, batch: int, ms: float, error: float | str, same: float | str) -> None:
+        """Writes a row."""
+        if variant == "bf16 dense":
+            self.base[what, batch] = ms
+        amount = batch * (PREFILL_LENGTH if what == "prefill" else 1)
+        base = self.base.get((what, batch))
+        values = (self.model, what, batch, variant, ms, 1e3 * amount / ms, base / ms if base else "", error, same)
+        append(self.path, dict(zip(COLUMNS, values, strict=True)), KEY)
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Begins with the memory, and without the compiled code, of what was before; notes a failure and goes on."""
+        torch.compiler.reset()  # each batch is compiled for its own sizes, whatever came before
         gc.collect()
         torch.cuda.empty_cache()
+        try:
+            yield
+        except Exception:  # whatever it is: time on a GPU is dear, and the other rows do not depend on it
+            self.missing.append(f"{self.model}, {name}")
+            print(f"{self.missing[-1]}: not measured", flush=True)
+            traceback.print_exc()
 
 
-def huggingface(path: Path, name: str, args: argparse.Namespace, base: dict[tuple[str, int], float]) -> None:
-    """Rows of transformers' own ``generate``: the time of ``steps`` tokens less that of one."""
-    try:
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-    except ImportError as error:
-        print(f"transformers: left out ({error})")
-        return
+def ours(table: Table, variant: str, args: argparse.Namespace) -> None:
+    """Rows of one variant."""
+    model = build(table.model, variant, 4096)
+    expected = plain_logits(model)
+    use_backend(model, VARIANTS[variant][2], torch.bfloat16)
+    prepare_layers(model)
+    if args.compile:
+        model.compile_blocks()
+    error, same = compare(model, expected)
+    if "prefill" in args.phases:
+        tokens = random_tokens(max(map(rows_read, args.batches)), PREFILL_LENGTH)
+        logits = plain_prefill(model, tokens)
+        for batch in args.batches:
+            with table.attempt(f"{variant}, prefill, batch {batch}"):
+                table.add(variant, "prefill", batch, prefill_ms(model, batch, tokens, logits), error, same)
+    if "decode" in args.phases:
+        for batch in args.batches:
+            with table.attempt(f"{variant}, decode, batch {batch}"):
+                table.add(variant, "decode", batch, decode_ms(model, batch, args.context, args.steps), error, same)
+
+
+def qwen2(name: str) -> Any:
+    """transformers' model of the same shape, random weights in bfloat16.
+
+    Raises:
+        ImportError: Without transformers.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     shape = QWEN2_5_SHAPES[name]
     config = Qwen2Config(
         vocab_size=151936,
@@ -199,9 +263,23 @@ def huggingface(path: Path, name: str, args: argparse.Namespace, base: dict[tupl
         pad_token_id=0,
     )
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with DEVICE:
         model = Qwen2ForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
+    return model
+
+
+def huggingface(table: Table, args: argparse.Namespace) -> None:
+    """Rows of transformers: a forward on prompts; a token of ``generate``, the time of 17 less that of one."""
+    try:
+        model = qwen2(table.model)
+    except ImportError as error:
+        print(f"{TRANSFORMERS}: left out ({error})")
+        return
+
+    @torch.no_grad()
+    def prefill(tokens: Tensor) -> None:
+        model(tokens, attention_mask=torch.ones_like(tokens), use_cache=True, logits_to_keep=1)
 
     def seconds(batch: int, new: int) -> float:
         tokens = random_tokens(batch, args.context)
@@ -213,38 +291,56 @@ def huggingface(path: Path, name: str, args: argparse.Namespace, base: dict[tupl
         torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    seconds(1, 2)
-    for batch in args.batches:
-        count = 16
-        one, more = ([seconds(batch, n) for _ in range(3)] for n in (1, count + 1))
-        ms = 1e3 * (statistics.median(more) - statistics.median(one)) / count
-        row = {"model": name, "what": "decode", "batch": batch, "variant": "transformers generate", "ms": ms}
-        ratio = base["decode", batch] / ms if ("decode", batch) in base else ""
-        append(path, row | {"tokens_s": 1e3 * batch / ms, "vs_bf16": ratio, "error": "", "same": ""})
+    if "prefill" in args.phases:
+        prefill(random_tokens(1, PREFILL_LENGTH))  # the very first loads kernels
+        for batch in args.batches:
+            with table.attempt(f"{TRANSFORMERS}, prefill, batch {batch}"):
+                ms = few_calls_ms(partial(prefill, random_tokens(batch, PREFILL_LENGTH)))
+                table.add(TRANSFORMERS, "prefill", batch, ms, "", "")
+    if "decode" in args.phases:
+        seconds(1, 2)
+        for batch in args.batches:
+            with table.attempt(f"{TRANSFORMERS}, decode, batch {batch}"):
+                count = 16
+                one, more = ([seconds(batch, n) for _ in range(3)] for n in (1, count + 1))
+                ms = 1e3 * (statistics.median(more) - statistics.median(one)) / count
+                table.add(TRANSFORMERS, "decode", batch, ms, "", "")
 
 
 def main() -> None:
     """Checks, then times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(QWEN2_5_SHAPES), choices=list(QWEN2_5_SHAPES))
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), help=f"of {', '.join(VARIANTS)}; or none")
+    parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--context", type=int, default=256, help="tokens in the cache when decoding starts")
     parser.add_argument("--steps", type=int, default=64, help="timed steps")
     parser.add_argument("--eager", dest="compile", action="store_false", help="do not compile blocks")
     parser.add_argument("--no_transformers", action="store_true")
+    parser.add_argument("--append", action="store_true", help="keep the CSV's rows but those measured anew")
     args = parser.parse_args()
+    if unknown := set(args.variants) - set(VARIANTS):
+        parser.error(f"no such variants: {', '.join(sorted(unknown))}")
     need_gpu()
+    path = fresh_results("generation", args.append, COLUMNS)
     print(header())
     exact_gate()
-    path = fresh_results("generation")
+    missing: list[str] = []
     for name in args.models:
-        base: dict[tuple[str, int], float] = {}
-        ours(path, name, args, base)
+        table = Table(path, name)
+        for variant in [variant for variant in VARIANTS if variant in args.variants]:  # BF16, the base of ratios, first
+            started = time.perf_counter()
+            with table.attempt(variant):
+                ours(table, variant, args)
+            memory = torch.cuda.max_memory_allocated() / 2**30
+            print(f"({time.perf_counter() - started:.0f} s, {memory:.1f} GiB at most)", flush=True)
         if not args.no_transformers:
-            huggingface(path, name, args, base)
-        gc.collect()
-        torch.cuda.empty_cache()
+            with table.attempt(TRANSFORMERS):
+                huggingface(table, args)
+        missing += table.missing
+    if missing:
+        sys.exit(f"not measured: {'; '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""Benchmarks as far as a CPU can run them: their rows, and a small model through that of generation."""
+
+import argparse
+import csv
+import importlib
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
+ENVIRONMENT = {"gpu": "none", "torch": "2", "triton": "3", "driver": "1", "clocks": "0"}
+
+
+class WallClockEvent:
+    """``torch.cuda.Event`` where there is no GPU."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later: "WallClockEvent") -> float:
+        return 1e3 * (later.at - self.at)
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    common = importlib.import_module("common")
+    monkeypatch.setattr(common, "environment", lambda: ENVIRONMENT)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_are_replaced_by_key() -> None:
+    common = importlib.import_module("common")
+    path = common.fresh_results("made_up")
+    for name, batch, ms in (("a, b", 1, 1 / 3), ("a, b", 4, 2.0), ("c", 1, 3.0)):
+        common.append(path, {"name": name, "batch": batch, "ms": ms, "note": ""}, ("name", "batch"))
+    before = path.read_bytes()
+    assert common.fresh_results("made_up", keep=True, columns=("name", "batch", "ms", "note")).read_bytes() == before
+    common.append(path, {"name": "a, b", "batch": 1, "ms": 9.0, "note": ""}, ("name", "batch"))
+    assert [(row["name"], row["batch"], row["ms"]) for row in read(path)] == [
+        ("a, b", "4", "2"),
+        ("c", "1", "3"),
+        ("a, b", "1", "9"),
+    ]
+    common.append(path, {"name": "c", "batch": 1, "ms": 4.0, "note": ""})
+    assert len(read(path)) == 4
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="another benchmark or version"):
+        common.append(path, {"name": "c", "ms": 4.0})
+    with pytest.raises(ValueError, match="another benchmark or version"):
+        common.fresh_results("made_up", keep=True, columns=("name", "ms"))
+    assert path.read_bytes() == before
+    assert not common.fresh_results("made_up").exists()
+
+
+@pytest.fixture
+def generation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark with tiny models on a CPU."""
+    module = importlib.import_module("generation")
+    tiny = {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 64}
+    monkeypatch.setitem(module.QWEN2_5_SHAPES, "qwen2.5-0.5b", tiny)
+    monkeypatch.setattr(module, "VARIANTS", {k: (*v[:2], "reference") for k, v in module.VARIANTS.items()})
+    monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(module, "PREFILL_LENGTH", 16)
+    monkeypatch.setattr(torch.cuda, "Event", WallClockEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return module
+
+
+ARGUMENTS = argparse.Namespace(phases=["prefill", "decode"], batches=[1, 6], context=8, steps=8, compile=False)
+
+
+def test_generation_rows(generation: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    generation.exact_gate()
+    table = generation.Table(tmp_path / "rows.csv", "qwen2.5-0.5b")
+    generation.ours(table, "bf16 dense", ARGUMENTS)
+    generation.ours(table, "2:4", ARGUMENTS)
+    generation.huggingface(table, ARGUMENTS)
+    rows = read(table.path)
+    assert tuple(rows[0])[: len(generation.COLUMNS)] == generation.COLUMNS
+    for variant in ("bf16 dense", "2:4", generation.TRANSFORMERS):
+        found = [(row["what"], row["batch"]) for row in rows if row["variant"] == variant]
+        assert found == [("prefill", "1"), ("prefill", "6"), ("decode", "1"), ("decode", "6")], variant
+    assert all(row["vs_bf16"] for row in rows)
+    assert not table.missing
+    for row in rows:
+        tokens = int(row["batch"]) * (16 if row["what"] == "prefill" else 1)
+        assert float(row["tokens_s"]) == pytest.approx(1e3 * tokens / float(row["ms"]), rel=1e-4)
+
+
+def test_generation_without_bf16_has_no_ratio(generation: ModuleType, tmp_path: Path) -> None:
+    table = generation.Table(tmp_path / "rows.csv", "qwen2.5-0.5b")
+    generation.ours(table, "2:4", argparse.Namespace(**vars(ARGUMENTS) | {"phases": ["decode"]}))
+    assert [(row["batch"], row["vs_bf16"]) for row in read(table.path)] == [("1", ""), ("6", "")]
+
+
+def test_a_batch_that_fails_does_not_end_the_run(
+    generation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode_ms(model: object, batch: int, context: int, steps: int) -> float:
+        if batch == 1:
+            raise torch.OutOfMemoryError("out of memory\nmuch more of it")
+        return 2.0
+
+    monkeypatch.setattr(generation, "decode_ms", decode_ms)
+    table = generation.Table(tmp_path / "rows.csv", "qwen2.5-0.5b")
+    generation.ours(table, "bf16 dense", argparse.Namespace(**vars(ARGUMENTS) | {"phases": ["decode"]}))
+    assert [row["batch"] for row in read(table.path)] == ["6"]
+    assert table.missing == ["qwen2.5-0.5b, bf16 dense, decode, batch 1"]
