@@ -3,8 +3,9 @@
 python kernels/benchmarks/render.py kernels/benchmarks/results/layer_forward.csv [--summary]
 
 With ``--summary`` the layer benchmark becomes one row a shape, times in ms and ratios to bf16, that of generation one
-row a model and batch, and that of training steps one row a variant, tokens a second and the same ratios: the README's
-tables. A CSV may hold several runs (column ``measured``): the newest row counts, with its ratio to bf16 in its own run.
+row a model, phase and batch, and that of training steps one row a variant, tokens a second and the same ratios: the
+README's tables. A CSV may hold several runs (column ``measured``): the newest row counts, with its ratio to bf16 in its
+own run.
 """
 
 from __future__ import annotations
@@ -74,15 +75,18 @@ def _summarize_steps(rows: list[dict[str, str]], where: str) -> str:
 
 
 def _summarize_generation(rows: list[dict[str, str]], where: str) -> str:
-    table: dict[tuple[str, str, str], dict[str, str]] = {}
-    for row in rows:
+    """Rows a model: prefill, then decode, by batch. Columns: BF16, ours, transformers."""
+    table: dict[tuple[str, str, int], dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: row["measured"]):
         ratio = _ratio(row) if row["variant"] != "bf16 dense" else ""
-        cells = table.setdefault((row["model"], row["what"], row["batch"]), {})
+        cells = table.setdefault((row["model"], row["what"], int(row["batch"])), {})
         cells[row["variant"]] = f"{float(row['tokens_s']):,.0f}{ratio}"
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    known = ("bf16 dense", "2:4", "6:8", "transformers generate")
+    found = list(dict.fromkeys(row["variant"] for row in rows))
+    variants = [name for name in known if name in found] + [name for name in found if name not in known]
     lines = [where, "", "| tokens/s | " + " | ".join(variants) + " |", "|" + " --- |" * (len(variants) + 1)]
-    for (model, what, batch), cells in table.items():
-        values = " | ".join(cells.get(variant, "") for variant in variants)
+    for model, what, batch in sorted(table, key=lambda cell: (cell[0], cell[1] != "prefill", cell[2])):
+        values = " | ".join(table[model, what, batch].get(variant, "") for variant in variants)
         lines.append(f"| {model}, {what}, batch {batch} | {values} |")
     return "\n".join(lines)
 

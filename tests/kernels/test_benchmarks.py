@@ -119,3 +119,39 @@ def test_a_batch_that_fails_does_not_end_the_run(
     generation.ours(table, "bf16 dense", argparse.Namespace(**vars(ARGUMENTS) | {"phases": ["decode"]}))
     assert [row["batch"] for row in read(table.path)] == ["6"]
     assert table.missing == ["qwen2.5-0.5b, bf16 dense, decode, batch 1"]
+
+
+def test_summary_of_generation(tmp_path: Path) -> None:
+    """The CSV in the repository with rows added to it: all batches of both phases, in order, the newest of each."""
+    render = importlib.import_module("render")
+    rows = read(BENCHMARKS / "results" / "generation.csv")
+
+    def add(what: str, batch: int, variant: str, rate: float, ratio: str, measured: str = "2099") -> None:
+        cell = {"model": "qwen9", "what": what, "batch": str(batch), "variant": variant}
+        rows.append({**rows[0], **cell, "tokens_s": str(rate), "vs_bf16": ratio, "measured": measured})
+
+    for batch in (64, 16, 4, 1):
+        add("decode", batch, "transformers generate", 100 * batch, "0.1")
+        add("decode", batch, "bf16 dense", 1000 * batch, "1")
+        add("prefill", batch, "2:4", 2000 * batch, "2")
+    add("prefill", 64, "bf16 dense", 64000, "1")
+    add("prefill", 64, "transformers generate", 32000, "")
+    add("decode", 1, "bf16 dense", 7, "1", measured="2026")  # older, but further down
+    path = tmp_path / "generation.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    text = render.summarize(path)
+    assert text.splitlines()[2] == "| tokens/s | bf16 dense | 2:4 | 6:8 | transformers generate |"
+    assert "\n".join(line for line in text.splitlines() if "qwen9" in line) == (
+        "| qwen9, prefill, batch 1 |  | 2,000 (2.00x) |  |  |\n"
+        "| qwen9, prefill, batch 4 |  | 8,000 (2.00x) |  |  |\n"
+        "| qwen9, prefill, batch 16 |  | 32,000 (2.00x) |  |  |\n"
+        "| qwen9, prefill, batch 64 | 64,000 | 128,000 (2.00x) |  | 32,000 |\n"
+        "| qwen9, decode, batch 1 | 1,000 |  |  | 100 (0.10x) |\n"
+        "| qwen9, decode, batch 4 | 4,000 |  |  | 400 (0.10x) |\n"
+        "| qwen9, decode, batch 16 | 16,000 |  |  | 1,600 (0.10x) |\n"
+        "| qwen9, decode, batch 64 | 64,000 |  |  | 6,400 (0.10x) |"
+    )
+    assert len(text.splitlines()) == 4 + len({(row["model"], row["what"], row["batch"]) for row in rows})
