@@ -155,3 +155,44 @@ def test_summary_of_generation(tmp_path: Path) -> None:
         "| qwen9, decode, batch 64 | 64,000 |  |  | 6,400 (0.10x) |"
     )
     assert len(text.splitlines()) == 4 + len({(row["model"], row["what"], row["batch"]) for row in rows})
+
+
+def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches by shape unless given, the link where there is one, no ratio without a run on one GPU."""
+    scaling = importlib.import_module("scaling")
+    commands: list[list[str]] = []
+
+    def child(name: str, options: list[str], args: object, gpu: int | None) -> dict[str, object] | None:
+        commands.append(options)
+        return None if name == "qwen2.5-3b ddp" else {"ms": 1000.0, "peak_gib": 1.0, "same_masks": "fsdp2" not in name}
+
+    monkeypatch.setattr(scaling, "child", child)
+    args = argparse.Namespace(sequences=None, accumulate=None, gradients="int8", devices=2, steps=6)
+    table = scaling.Table(tmp_path / "scaling.csv", args, 300.0)
+    table.add_singles(["qwen2.5-0.5b"])
+    for shape in ("qwen2.5-0.5b", "qwen2.5-3b"):
+        table.add(shape, "ddp", table.measure(shape, "ddp"))
+    args.accumulate = 8
+    table.measure("qwen2.5-3b", "fsdp2 unsharded")
+    assert [options[:4] for options in commands[::3]] == [
+        ["--run", "one", "--shapes", "qwen2.5-0.5b"],
+        ["--run", "fsdp2 unsharded", "--shapes", "qwen2.5-3b"],
+    ]
+    assert [" ".join(options[6:]) for options in commands] == [
+        "--sequences 8 --accumulate 2 --steps 6 --devices 1",
+        "--sequences 8 --accumulate 2 --steps 6 --devices 2",
+        "--sequences 4 --accumulate 4 --steps 6 --devices 2",
+        "--sequences 4 --accumulate 8 --steps 6 --devices 2",
+    ]
+    rows = read(table.path)
+    assert [(row["strategy"], row["tokens_per_s"], row["scaling"], row["link_gb_per_s"]) for row in rows] == [
+        ("one", "32768", "1", ""),
+        ("ddp", "65536", "1", "300"),
+    ]
+    assert tuple(rows[0])[: len(scaling.COLUMNS)] == scaling.COLUMNS
+    assert table.missing == ["qwen2.5-3b ddp"]
+    table.alone.clear()
+    table.add("qwen2.5-0.5b", "ddp", {"ms": 500.0, "peak_gib": 1.0, "same_masks": True})
+    assert [(row["strategy"], row["scaling"]) for row in read(table.path)] == [("one", "1"), ("ddp", "1"), ("ddp", "")]
+    with pytest.raises(AssertionError, match="different masks"):
+        table.add("qwen2.5-0.5b", "fsdp2", {"ms": 1.0, "peak_gib": 1.0, "same_masks": False})
