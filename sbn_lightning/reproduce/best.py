@@ -13,9 +13,9 @@ GOALS = {"2:4": 1.01, "2:8": 1.10}  # of dense ternary's perplexity
 SPARSE_ONLY = ("mask_source", "gradient", "refresh_interval", "stale_gradient", "freeze_after", "masked_decay", "ramp")
 NOTE = (
     "A way's best rate has the lowest mean loss among its rates with the most seeds; one with fewer seeds is taken "
-    "only if it is better by more than the noise, so that no lucky run wins. The best of several single runs looks "
-    "better than it is. Against dense training in the same way at its own best rate, where that was run, otherwise as "
-    "the method is (the verdict says so). Where there is a goal, the verdict is on the goal."
+    "only if it is better by more than the noise, so that no lucky run wins. The best of several single runs, or the "
+    "first of many ways, looks better than it is. Against dense training in the same way at its own best rate, where "
+    "that was run, otherwise as the method is (the verdict says so). Where there is a goal, the verdict is on the goal."
 )
 
 
