@@ -14,8 +14,9 @@ SPARSE_ONLY = ("mask_source", "gradient", "refresh_interval", "stale_gradient", 
 NOTE = (
     "A way's best rate has the lowest mean loss among its rates with the most seeds; one with fewer seeds is taken "
     "only if it is better by more than the noise, so that no lucky run wins. The best of several single runs, or the "
-    "first of many ways, looks better than it is. Against dense training in the same way at its own best rate, where "
-    "that was run, otherwise as the method is (the verdict says so). Where there is a goal, the verdict is on the goal."
+    "first of many ways, looks better than it is. Against the method: at the same pattern, with the noise of that. "
+    "Against dense training in the same way at its own best rate, where that was run, otherwise as the method is (the "
+    "verdict says so). Where there is a goal, the verdict is on the goal."
 )
 
 
@@ -30,20 +31,25 @@ def at_best_rates(results: Results) -> str:
         if wanted:
             for pattern in sorted(wanted | {"8:8"}, key=lambda text: (-density(text), text)):
                 rows += _pattern(results, family, pattern, ways)
-    header = ("family", "pattern", "way", "learning rate", "rates run", "perplexity", "seeds", "against dense", "noise")
-    return f"{table((*header, 'goal', 'verdict'), rows)}\n\n{NOTE}" if rows else "Not run."
+    header = ("family", "pattern", "way", "learning rate", "rates run", "perplexity", "against the method", "seeds")
+    columns = (*header, "against dense", "noise", "goal", "verdict")
+    return f"{table(columns, rows)}\n\n{NOTE}" if rows else "Not run."
 
 
 def _pattern(results: Results, family: str, pattern: str, ways: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Rows of one pattern, the best first."""
     rows = []
+    plain = results.sweep(family, pattern, {})
+    method = plain[results.best(plain)] if plain else None
     for name, varied in ways.items():
         sweep = results.sweep(family, pattern, varied)
         if not sweep:
             continue
         rate = results.best(sweep)
         cell = sweep[rate]
+        gain = results.compare(cell, method) if method is not None and varied else None
         row = [family, pattern, name, f"{rate:g}", str(len(sweep)), number(cell.perplexity)]
+        row.append(DASH if gain is None else f"{change(gain.ratio)} ({gain.noise})")
         rows.append((cell.loss, [*row, *_against_dense(results, family, pattern, varied, cell, _single(sweep, cell))]))
     return [row for _, row in sorted(rows, key=lambda each: each[0])]
 

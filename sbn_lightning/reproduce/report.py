@@ -19,6 +19,7 @@ from sbn_lightning.reproduce.tables import (
     FAMILIES,
     Cell,
     Line,
+    Noise,
     Results,
     change,
     number,
@@ -88,6 +89,13 @@ def write_report(lines: list[Line], output: Path, images: Path | None, grid: Gri
     write_atomically(output, "\n\n".join(text) + "\n")
 
 
+def _noise_row(family: str, noise: Noise | None) -> list[str]:
+    if noise is None:
+        return [family, "all", "no cell has two seeds, noise is not known", DASH, DASH]
+    spread = percent(noise.deviation, 2)
+    return [family, noise.pattern or "all", spread, str(noise.freedom), f"{t_factor(noise.freedom):.2f}"]
+
+
 def setting(results: Results) -> str:
     """What was run, on what."""
     lines = results.lines
@@ -103,24 +111,20 @@ def setting(results: Results) -> str:
         f"{' and '.join(machines)}; {'; '.join(versions)}. "
         f"{sum(line['seconds'] for line in lines) / 60:.0f} minutes of training, added up over runs that may have "
         "shared the GPU.",
-        "Perplexity is over all held-out text. A difference is called noise unless it exceeds its standard deviation, "
-        "estimated from all runs of a family that differ in their seed alone, times Student's t for the degrees of "
-        "freedom; where there is no effect, one comparison in twenty exceeds that:",
+        "Perplexity is over all held-out text. A difference is called noise unless it exceeds its standard deviation "
+        "times Student's t for the degrees of freedom; where there is no effect, one comparison in twenty exceeds "
+        "that. The deviation of one run is estimated from those that differ in their seed alone, for each family and "
+        "pattern; where a pattern has too few of them, from all of the family:",
     ]
-    bullets = []
+    rows = []
     for family in FAMILIES:
         if family in results.learning_rates:
-            noise = results.noise(family)
-            said = (
-                f"one run varies by {percent(noise[0], 2)} in perplexity (one standard deviation, {noise[1]} degrees "
-                f"of freedom: times {t_factor(noise[1]):.2f})"
-                if noise
-                else "no cell has two seeds, noise is not known"
-            )
-            bullets.append(
-                f"- {family}, at learning rate {results.learning_rates[family]:g} where none is given: {said}"
-            )
-    parts.append("\n".join(bullets))
+            found = {pattern: results.noise(family, pattern) for pattern in results.patterns()}
+            own = [noise for pattern, noise in found.items() if noise is not None and noise.pattern == pattern]
+            rows += [_noise_row(family, noise) for noise in (*own, results.noise(family))]
+    parts.append(table(("family", "pattern", "one run varies by", "degrees of freedom", "times"), rows))
+    rates = ", ".join(f"{rate:g} for {family}" for family, rate in results.learning_rates.items())
+    parts.append(f"Learning rates are {rates} where none is given.")
     parts.append(
         "A verdict says first whether our effect is more than this noise, then how it stands to the paper's: agrees "
         "means no more than that the paper's figure lies within our noise of ours."

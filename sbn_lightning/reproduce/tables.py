@@ -1,8 +1,10 @@
 """Lines of results -> cells with seeds and noise -> Markdown tables.
 
 Comparisons are made in log perplexity (nats), where effects of the same relative size are equally large. The noise of
-one run is the standard deviation between seeds, pooled over all cells of a family that have several; a difference of
-two means counts if it exceeds its own standard deviation times the quantile of Student's t for the degrees of freedom.
+one run is the standard deviation between seeds, pooled over all cells of a family and pattern that have several: some
+patterns train less steadily than others. Where a pattern has less than two degrees of freedom, the whole family's takes
+its place. A difference of two means counts if it exceeds its own standard deviation times the quantile of Student's t
+for the degrees of freedom.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from sbn_lightning.reproduce.noise import combined, t_factor
 Line = dict[str, Any]
 FAMILIES = ("bf16-sparse", "ternary")
 DASH = "-"
+LEAST_FREEDOM = 2  # degrees of freedom; with one, Student's t asks for 12.7 standard deviations
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,12 @@ class Cell:
     """
 
     runs: tuple[Line, ...]
+
+    @property
+    def factors(self) -> dict[str, Any]:
+        """Their factors but for the seed."""
+        factors: dict[str, Any] = self.runs[0]["factors"]
+        return factors
 
     @property
     def losses(self) -> list[float]:
@@ -132,6 +141,32 @@ class Comparison:
         return f"{said}, {'smaller' if smaller else 'larger'} than the paper's"
 
 
+@dataclass(frozen=True)
+class Noise:
+    """Standard deviation of one run's loss between seeds, nats.
+
+    Attributes:
+        deviation: The estimate.
+        freedom: Its degrees of freedom.
+        pattern: The pattern whose runs it is from; None for all of a family.
+    """
+
+    deviation: float
+    freedom: int
+    pattern: str | None
+
+
+def _pooled(lines: Sequence[Line], pattern: str | None) -> Noise | None:
+    cells: dict[str, list[float]] = {}
+    for line in lines:
+        # As in Results.cell(): factors that a grid gained later are missing from older lines.
+        key = repr((line["factors"]["pattern"], line["factors"]["learning_rate"], sorted(line["varied"].items())))
+        cells.setdefault(key, []).append(line["validation"]["loss"])
+    squares = sum(sum((loss - fmean(losses)) ** 2 for loss in losses) for losses in cells.values())
+    freedom = sum(len(losses) - 1 for losses in cells.values())
+    return Noise(math.sqrt(squares / freedom), freedom, pattern) if freedom else None
+
+
 class Results:
     """Lines that can be compared: same corpus, model and length, those that most lines share.
 
@@ -193,26 +228,31 @@ class Results:
         assert chosen is not None, "a sweep of nothing"
         return chosen
 
-    def noise(self, family: str) -> tuple[float, int] | None:
-        """Standard deviation of one run's loss between seeds, and its degrees of freedom."""
-        cells: dict[str, list[float]] = {}
-        for line in self.lines:
-            if line["factors"]["family"] == family:
-                # As in cell(): factors that a grid gained later are missing from older lines.
-                key = repr(
-                    (line["factors"]["pattern"], line["factors"]["learning_rate"], sorted(line["varied"].items()))
-                )
-                cells.setdefault(key, []).append(line["validation"]["loss"])
-        squares = sum(sum((loss - fmean(losses)) ** 2 for loss in losses) for losses in cells.values())
-        freedom = sum(len(losses) - 1 for losses in cells.values())
-        return (math.sqrt(squares / freedom), freedom) if freedom else None
+    def noise(self, family: str, pattern: str | None = None) -> Noise | None:
+        """Of one run's loss between seeds: of a family, or of one of its patterns if that has enough runs.
+
+        Returns:
+            None if no cell has several seeds.
+        """
+        lines = [line for line in self.lines if line["factors"]["family"] == family]
+        of_pattern = [line for line in lines if line["factors"]["pattern"] == pattern]
+        found = _pooled(of_pattern, pattern)
+        return found if found is not None and found.freedom >= LEAST_FREEDOM else _pooled(lines, None)
 
     def compare(self, cell: Cell, reference: Cell) -> Comparison:
         """Of two cells of one family."""
-        noise = self.noise(cell.runs[0]["factors"]["family"])
-        weight = math.sqrt(1 / len(cell.runs) + 1 / len(reference.runs))
         difference = cell.loss - reference.loss
-        return Comparison(difference, None) if noise is None else Comparison(difference, noise[0] * weight, noise[1])
+        noises = [self.noise(factors["family"], factors["pattern"]) for factors in (cell.factors, reference.factors)]
+        if noises[0] is None or noises[1] is None:
+            return Comparison(difference, None)
+        deviations = [
+            (noise.deviation / math.sqrt(len(each.runs)), noise.freedom)
+            for noise, each in zip(noises, (cell, reference), strict=True)
+            if noise is not None
+        ]
+        if noises[0] == noises[1]:  # one estimate, not two
+            return Comparison(difference, math.hypot(*(deviation for deviation, _ in deviations)), noises[0].freedom)
+        return Comparison(difference, *combined(deviations))
 
     def values(self, factor: str, family: str | None = None) -> list[Any]:
         """Values of a factor that occur."""

@@ -60,7 +60,7 @@ def test_the_goal_is_judged_by_itself():
 @pytest.mark.parametrize(("single", "expected"), [(1.98, 0.004), (1.94, 0.003)])
 def test_a_single_run_has_to_be_better_by_more_than_the_noise(single, expected):
     lines = [*seeds("8:8", 2.0), made("8:8", single, rate=0.003), *seeds("2:4", 2.1)]
-    results = Results(lines)  # sigma 0.01, 4 degrees of freedom: 2.776 * 0.01 * sqrt(1 + 1/3) = 0.032
+    results = Results(lines)  # sigma 0.01, 2 degrees of freedom: 4.303 * 0.01 * sqrt(1 + 1/3) = 0.050
     assert results.best(results.sweep("ternary", "8:8")) == expected
     row = way(lines, "8:8", "the method")
     assert row["learning rate"] == f"{expected:g}"
@@ -73,10 +73,17 @@ def test_a_single_run_has_to_be_better_by_more_than_the_noise(single, expected):
 
 def test_the_noise_is_that_of_both_sides():
     lines = [*seeds("8:8", 2.0), *seeds("2:4", 2.1), made("2:8", 2.2)]
-    sigma = 2.776 * 0.01
-    for pattern, weight in (("2:4", 2 / 3), ("2:8", 4 / 3)):
-        expected = 100 * math.expm1(sigma * math.sqrt(weight))
+    # Welch's degrees of freedom: 4 of 2 and 2; 5 of 2 and the family's 4, for the single run.
+    for pattern, factor, weight in (("2:4", 2.776, 2 / 3), ("2:8", 2.571, 4 / 3)):
+        expected = 100 * math.expm1(factor * 0.01 * math.sqrt(weight))
         assert way(lines, pattern, "the method")["noise"] == f"±{expected:.1f} %"
+
+
+def test_against_the_method_at_the_same_pattern():
+    lines = [*seeds("8:8", 2.0), *seeds("2:4", 2.1), *seeds("2:4", 2.05, varied={"masked_decay": "weak"})]
+    noise = 100 * math.expm1(2.776 * 0.01 * math.sqrt(2 / 3))  # of one pattern: 2 and 2 degrees of freedom, pooled
+    assert way(lines, "2:4", "masked_decay: weak")["against the method"] == f"-4.9 % (±{noise:.1f} %)"
+    assert way(lines, "2:4", "the method")["against the method"] == "-"
 
 
 def test_single_runs_at_several_rates_are_recognisable():

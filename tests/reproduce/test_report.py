@@ -9,7 +9,7 @@ import yaml
 
 from sbn_lightning.cli import main
 from sbn_lightning.reproduce.grid import read_grid
-from sbn_lightning.reproduce.tables import Comparison, Results
+from sbn_lightning.reproduce.tables import Comparison, Noise, Results
 from tests.reproduce.fabricated import BEST, GRID, all_lines, line_of, loss_of, rows, write
 
 
@@ -73,16 +73,33 @@ def test_noise_is_the_pooled_spread_of_seeds():
     for line in lines:  # every cell has three seeds: -0.01, 0, 0.01
         line["validation"]["loss"] += 0.01 * (line["factors"]["seed"] - 2)
     results = Results(lines)
-    sigma, freedom = results.noise("ternary")
-    assert (sigma, freedom) == (pytest.approx(0.01), 8)
+    assert results.noise("ternary") == Noise(pytest.approx(0.01), 8, None)
+    assert results.noise("ternary", "6:8") == Noise(pytest.approx(0.01), 2, "6:8")
+    assert results.noise("ternary", "7:8") == results.noise("ternary")
     compared = results.compare(results.cell("ternary", "6:8"), results.cell("ternary", "8:8"))
-    assert compared.threshold == pytest.approx(2.306 * 0.01 * math.sqrt(2 / 3), rel=1e-3)  # Student's t for 8
+    assert compared.threshold == pytest.approx(2.776 * 0.01 * math.sqrt(2 / 3), rel=1e-3)  # Student's t for 2 + 2
     assert compared.difference == pytest.approx(0.1)
     one = [line for line in lines if line["factors"]["pattern"] != "8:8" or line["factors"]["seed"] == 1]
     compared = Results(one).compare(Results(one).cell("ternary", "6:8"), Results(one).cell("ternary", "8:8"))
-    assert compared.threshold == pytest.approx(2.447 * 0.01 * math.sqrt(4 / 3), rel=1e-3)  # 3 runs against 1, for 6
+    # 3 runs against 1, whose pattern has no noise of its own: Welch's 8 of 2 and the family's 6.
+    assert compared.threshold == pytest.approx(2.306 * 0.01 * math.sqrt(4 / 3), rel=1e-3)
     _, text = write(one, "--plots", "false")
-    assert "1.00 % in perplexity (one standard deviation, 6 degrees of freedom: times 2.45)" in text
+    assert rows(text, "ternary", "6:8", "1.00 %") == [["ternary", "6:8", "1.00 %", "2", "4.30"]]
+    assert rows(text, "ternary", "all") == [["ternary", "all", "1.00 %", "6", "2.45"]]
+    assert not rows(text, "ternary", "8:8", "1.00 %")
+
+
+def test_a_pattern_that_trains_unsteadily_does_not_blur_the_others():
+    lines = [line for line in all_lines(loss_of) if not line["varied"]]
+    lines = [line for line in lines if line["factors"]["learning_rate"] == BEST[line["factors"]["family"]]]
+    for line in lines:
+        spread = 0.5 if line["factors"]["pattern"] == "2:8" else 0.001
+        line["validation"]["loss"] += spread * (line["factors"]["seed"] - 2)
+    results = Results(lines)
+    steady = results.compare(results.cell("ternary", "2:4"), results.cell("ternary", "8:8"))
+    unsteady = results.compare(results.cell("ternary", "2:8"), results.cell("ternary", "8:8"))
+    assert steady.threshold < 0.003
+    assert unsteady.threshold > 0.5
 
 
 def test_a_difference_of_differences_has_the_noise_of_both():
