@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
-from sbn_lightning.checkpoint.init import load_weights
+from sbn_lightning.checkpoint.init import check_tokenizer, load_weights
 from sbn_lightning.distributed import check_strategy, keep_masks_out_of_broadcasts, name_optimizer_states, shard
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.transformer import TernaryTransformer, TransformerConfig
@@ -107,13 +107,15 @@ class SparseBitNet(LightningModule):
         """Checks strategy and data against the model.
 
         Raises:
-            ConfigError: If the strategy cannot keep masks, the tokenizer has more tokens than the embedding has rows,
-                or sequences are too long.
+            ConfigError: If the strategy cannot keep masks, the data are tokens of another tokenizer than that of
+                ``init_from``, the tokenizer has more tokens than the embedding has rows, or sequences are too long.
         """
         refuse_plain_averaging(self.trainer.callbacks)  # type: ignore[attr-defined]
         check_strategy(self.trainer.strategy)
         keep_masks_out_of_broadcasts(self)
         data = getattr(self.trainer, "datamodule", None)
+        if self.init_from is not None:
+            check_tokenizer(self.init_from, data)
         vocab_size = getattr(data, "vocab_size", None)
         if vocab_size is not None and vocab_size > self.config.vocab_size:
             raise ConfigError(

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from sbn_lightning.checkpoint import lightning_file
+from sbn_lightning.checkpoint.tokenizers import find_tokenizer
 from sbn_lightning.errors import ConfigError, DataError
 from sbn_lightning.transformer import TernaryTransformer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # What weights mean depends on these; the rest (pattern, quantisation, sequence length, loss) is the new run's choice.
 FIXED = (
@@ -47,3 +54,60 @@ def load_weights(model: TernaryTransformer, path: str) -> None:
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise DataError(f"init_from: {path} does not fit its own configuration: {[*missing, *unexpected][0]}")
+
+
+def check_tokenizer(path: str, data: Any) -> None:
+    """Checks that tokens mean in the data what they mean to a checkpoint's weights.
+
+    Nothing is checked if the checkpoint has no tokenizer with it, or ``data`` is no
+    :class:`~sbn_lightning.data.TokenDataModule`.
+
+    Args:
+        path: As of :func:`load_weights`.
+        data: The run's data.
+
+    Raises:
+        ConfigError: If not; the message names both tokenizers.
+        DataError: If the checkpoint's tokenizer is damaged.
+    """
+    from sbn_lightning.data import TokenDataModule
+
+    if not isinstance(data, TokenDataModule):
+        return
+    file, ours = find_tokenizer(Path(path), None)
+    if ours is None:
+        return
+    folder = next(iter(data.sources))
+    try:
+        theirs = data.tokenizer
+    except DataError as error:  # shards can be read without it
+        rank_zero_warn(f"init_from: cannot compare {file} with the tokenizer of {folder}: {error}")
+        return
+    found = first_difference(ours, theirs, data.eos_id)
+    if found is not None:
+        first, second = (tokenizer.id_to_token(found) for tokenizer in (ours, theirs))
+        raise ConfigError(
+            f"init_from: {path} has the tokenizer {file}, data.path {folder} was prepared with another one (token "
+            f"{found} is {first!r} in the first, {second!r} in the second): prepare the data again with python cli.py "
+            f"prepare --tokenizer {file} --input FILES --output FOLDER"
+        )
+
+
+def first_difference(weights: Tokenizer, data: Tokenizer, eos_id: int) -> int | None:
+    """The lowest token id that does not mean the same in two tokenizers; None if there is none.
+
+    The vocabularies must be equal; how their files are written may differ. Of tokens added to a vocabulary, the data
+    may have more than the weights know, and may name special ones otherwise: ``prepare`` writes no special token but
+    the one that ends a document.
+
+    Args:
+        weights: Of the checkpoint.
+        data: Of the prepared folder.
+        eos_id: What ends a document in the data.
+    """
+    known, used = ({i: token for token, i in t.get_vocab(with_added_tokens=True).items()} for t in (weights, data))
+    ids = {i for t in (weights, data) for i in t.get_vocab(with_added_tokens=False).values()}
+    for i, token in data.get_added_tokens_decoder().items():
+        if i in known and (i == eos_id or not token.special):
+            ids.add(i)
+    return min((i for i in ids if known.get(i) != used.get(i)), default=None)

@@ -1,14 +1,19 @@
 """A run that starts from imported weights."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, models
 
 from sbn_lightning import SparseBitNet
 from sbn_lightning.checkpoint import load_model
+from sbn_lightning.checkpoint.init import first_difference
+from sbn_lightning.checkpoint.tokenizers import beside
 from sbn_lightning.cli import main
+from sbn_lightning.data.tokenizer import train_bpe
 from sbn_lightning.errors import ConfigError, DataError
 from sbn_lightning.pattern import NMPattern, top_n_mask
 from tests.checkpoint.models import logits, make_model, save, some_tokens
@@ -104,6 +109,69 @@ def test_another_shape_is_refused_with_the_way_out(tmp_path, changes, message):
     path = save(make_model(linear="dense"), tmp_path / "m.ckpt")
     with pytest.raises(ConfigError, match=message):
         quiet_trainer().validate(module(path, **changes), token_loader(), verbose=False)
+
+
+def run_fit(capsys, *options):
+    status = main(["fit", "--config", str(RECIPE), *options])
+    return status, [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+
+
+def small_run(path, folder):
+    model = load_model(path).config.to_dict() | {"linear": "ternary", "pattern": "2:4"}
+    options = [f"--model.config.{key}={value}" for key, value in model.items() if value is not None]
+    options += [f"--model.init_from={path}", f"--data.path={folder}", "--data.batch_size=2", "--data.num_workers=0"]
+    options += ["--data.sequence_length=16", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    return [*options, "--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0", "--trainer.max_steps=1"]
+
+
+def test_data_of_another_tokenizer_are_refused_with_the_way_out(tmp_path, tokens, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sbn"])
+    path = save(make_model(linear="dense", n_layers=1), tmp_path / "m.ckpt", tokenizer=False)
+    options = small_run(path, tokens)
+    assert run_fit(capsys, *options)[0] == 0  # no tokenizer, nothing to compare
+    train_bpe(["some text " * 50], 270).save(str(beside(path)))
+    status, errors = run_fit(capsys, *options)
+    assert status == 1
+    (line,) = errors
+    assert str(path) in line
+    assert f"data.path {tokens}" in line
+    assert f"python cli.py prepare --tokenizer {beside(path)} " in line
+    # The same vocabulary in a file that is written otherwise.
+    contents = json.loads((tokens / "tokenizer.json").read_text())
+    contents["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    contents["padding"] |= {"pad_type_id": 0, "pad_token": "x"}
+    beside(path).write_text(json.dumps(contents, indent=7))
+    assert run_fit(capsys, *options)[0] == 0
+
+
+def tokenizer_of(vocabulary, added=()):
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
+    for token, special in added:
+        tokenizer.add_tokens([AddedToken(token, special=special)])
+    return tokenizer
+
+
+END, PAD, TOOL = ("<end>", True), ("<pad>", True), ("<tool>", False)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (tokenizer_of("abc", [END, PAD, TOOL]), None),
+        (tokenizer_of("abc", [END]), None),
+        (tokenizer_of("abc", [END, PAD, TOOL, ("<more>", False)]), None),
+        # No data hold it, so its name is all the same.
+        (tokenizer_of("abc", [END, ("<reserved>", True), TOOL]), None),
+        (tokenizer_of("acb", [END, PAD, TOOL]), 1),
+        (tokenizer_of("abcd", [END, PAD, TOOL]), 3),
+        (tokenizer_of("ab", [END, PAD, TOOL]), 2),
+        (tokenizer_of("abc", [PAD, END, TOOL]), 4),
+        (tokenizer_of("abc", [END, PAD, ("<call>", False)]), 5),
+    ],
+)
+def test_which_tokenizers_differ(data, found):
+    weights = tokenizer_of("abc", [END, PAD, TOOL])
+    assert first_difference(weights, data, data.token_to_id("<end>")) == found
 
 
 def test_a_missing_or_other_file_is_refused(tmp_path):
