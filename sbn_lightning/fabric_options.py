@@ -63,10 +63,7 @@ def fabric_run(**config: Any) -> FabricRun:
     callbacks = [callback for callback in config["callbacks"] if not isinstance(callback, ProgressBar)]
     if config["enable_checkpointing"] is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
-    try:
-        fabric = Fabric(callbacks=callbacks, loggers=loggers or [], **{key: config[key] for key in FABRIC_TAKES})
-    except (ImportError, TypeError, ValueError) as error:
-        raise ConfigError(f"Fabric refuses an option of the trainer: {error}") from error
+    fabric = Fabric(callbacks=callbacks, loggers=loggers or [], **{key: config[key] for key in FABRIC_TAKES})
     options = {key: config[key] for key in LOOP_TAKES}
     options |= {key: config[key] for key in LOOP_TAKES_UNLESS_NONE if config[key] is not None}
     return FabricRun(fabric, **options)

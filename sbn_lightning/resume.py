@@ -1,4 +1,4 @@
-"""``--ckpt_path last``: the newest run of the same name, and its newest checkpoint that can be read."""
+"""``--ckpt_path``: whether it is there; ``last`` is the newest run of the same name, and of it what can be read."""
 
 from __future__ import annotations
 
@@ -68,6 +68,22 @@ def resume_last_run(config: Namespace, training: bool = True) -> None:
     config.ckpt_path = str(path)
     if not fixed:
         logger.init_args.version = run.parent.name
+
+
+def check_is_there(path: str) -> None:
+    """Finds out before anything is made whether there is a checkpoint to read.
+
+    Args:
+        path: As given for ``--ckpt_path``. What Lightning looks up elsewhere passes: a URL, ``registry:...``, ``hpc``.
+
+    Raises:
+        DataError: If there is no such file or folder.
+    """
+    elsewhere = "://" in path or path.startswith("registry") or path == "hpc"
+    if not elsewhere and not Path(path).exists():
+        raise DataError(
+            f"--ckpt_path {path} does not exist; give the path of a checkpoint, or last for that of the newest run"
+        )
 
 
 def _age(path: Path) -> float:

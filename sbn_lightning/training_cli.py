@@ -18,6 +18,7 @@ import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import register_type
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -47,7 +48,7 @@ from sbn_lightning.module import SparseBitNet
 from sbn_lightning.parsing import OneLineErrors, what_is_wrong
 from sbn_lightning.pattern import NMPattern
 from sbn_lightning.redaction import without_secrets
-from sbn_lightning.resume import resume_last_run
+from sbn_lightning.resume import check_is_there, resume_last_run
 
 register_type(NMPattern, serializer=str, deserializer=NMPattern.parse)
 
@@ -104,6 +105,8 @@ class SBNCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.get("ckpt_path") == "last":
             resume_last_run(config, training=self.subcommand in ("fit", "fabric"))
+        elif path := config.get("ckpt_path"):
+            check_is_there(path)
 
     def instantiate_classes(self) -> None:
         try:
@@ -144,11 +147,29 @@ class SBNCLI(LightningCLI):
         if config["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in own):
             # One line, whether or not rich happens to be installed.
             callbacks = [*callbacks, LossProgressBar()]
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except SBNError:
+            raise
+        except (ImportError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(f"the trainer's options do not work here: {why_refused(error, config)}") from error
 
 
 def _own_checkpoint_io(strategy: Any) -> Any:
     return getattr(strategy, "_checkpoint_io", None)
+
+
+def why_refused(error: Exception, config: dict[str, Any]) -> str:
+    """Lightning's words on a Trainer, or a Fabric, that it does not make, in one line with a way out.
+
+    Args:
+        error: As raised.
+        config: The trainer's options.
+    """
+    words = " ".join(str(error).split()).rstrip("!.") or type(error).__name__
+    if config["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
+        words += "; torch sees no GPU here: --trainer.accelerator cpu trains without"
+    return words
 
 
 def explain(error: Exception, data: TokenDataModule) -> None:

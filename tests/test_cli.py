@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.cli import TOOLS, TRAINING, main
 from tests.helpers import imported_by_help
 
@@ -164,6 +165,46 @@ def test_a_dense_model_needs_no_mask_callbacks(tokens):
 )
 def test_errors_are_one_clear_line(tokens, capsys, option, message):
     assert message in error_of(capsys, fit(tokens, option))
+
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.mark.parametrize("command", ["fit", "fabric"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        pytest.param("--trainer.accelerator=gpu", "torch sees no GPU here: --trainer.accelerator cpu", marks=no_gpu),
+        pytest.param("--trainer.accelerator=cuda", "torch sees no GPU here: --trainer.accelerator cpu", marks=no_gpu),
+        ("--trainer.accelerator=nope", "invalid accelerator name: `accelerator='nope'`"),
+        ("--trainer.devices=0", "(devices='0')` value is not a valid input"),
+        ("--trainer.strategy=nope", "strategy"),
+        ("--ckpt_path=nope.ckpt", "--ckpt_path nope.ckpt does not exist"),
+    ],
+)
+def test_a_trainer_that_cannot_be_made_is_one_clear_line(tokens, capsys, command, option, message):
+    line = error_of(capsys, main([command, "--config", str(RECIPE), *small(tokens, option)]))
+    assert message in line
+    assert "nope" not in option or "nope" in line
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_checkpoint_that_is_not_there_is_one_clear_line(tokens, capsys, command):
+    options = [option for option in small(tokens, "--ckpt_path=nope.ckpt") if "checkpoint." not in option]
+    line = error_of(capsys, main([command, "--config", str(RECIPE), *options]))
+    assert line.endswith("nope.ckpt does not exist; give the path of a checkpoint, or last for that of the newest run")
+
+
+class Breaks(RunCallback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        raise RuntimeError("from inside")
+
+
+@pytest.mark.parametrize("command", ["fit", "fabric"])
+def test_an_error_inside_training_keeps_its_traceback(tokens, command):
+    words = [command, "--config", str(RECIPE), *small(tokens, "--trainer.callbacks+=tests.test_cli.Breaks")]
+    with pytest.raises(RuntimeError, match="from inside"):
+        main(words)
 
 
 PLUGIN = "sbn_lightning.SparseTernaryPrecision"

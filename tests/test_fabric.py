@@ -387,7 +387,6 @@ def trainer_options(**changes):
         ({"val_check_interval": "00:00:10:00"}, "trainer.val_check_interval='00:00:10:00'"),
         ({"strategy": ModelParallelStrategy()}, "trainer.strategy=ModelParallelStrategy"),
         ({"plugins": [MixedPrecision("bf16-mixed", "cpu")]}, "MixedPrecision in trainer.plugins"),
-        ({"precision": "3-bit"}, "Fabric refuses"),
     ],
 )
 def test_trainer_options_are_refused_by_name(changes, message):
