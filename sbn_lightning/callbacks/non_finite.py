@@ -25,14 +25,15 @@ class NonFiniteError(SBNError, ArithmeticError):
 class NonFiniteGuard(RunCallback):
     """Stops training when the loss is NaN or infinite, before the optimiser carries it into the weights.
 
-    The batch is then run again with hooks on every layer, to name the first one, in forward order, with a value that
-    is not finite. Nothing is hooked before that. No checkpoint is written with a weight that is not finite.
+    The micro-batch is then run again with hooks on every layer, to name the first one, in forward order, with a value
+    that is not finite; only the last one of a step, those before it are gone. Nothing is hooked before that. No
+    checkpoint is written with a weight that is not finite.
 
     Args:
-        interval: Look at the loss every so many optimiser steps; looking waits for the device. By default every step
-            on a CPU, and elsewhere with the trainer's ``log_every_n_steps``, when the loss is fetched anyway. If it
-            was not finite in between, all weights may be spoilt by then, and the layer it began in unknown; an
-            interval of 1 finds it.
+        interval: Look at the loss every so many optimiser steps; looking waits for the device, once, at the step's last
+            micro-batch. By default every step on a CPU, and elsewhere with the trainer's ``log_every_n_steps``, when
+            the loss is fetched anyway. If it was not finite in between, all weights may be spoilt by then, and the
+            layer it began in unknown; an interval of 1 finds it.
     """
 
     def __init__(self, interval: int | None = None) -> None:
@@ -52,7 +53,7 @@ class NonFiniteGuard(RunCallback):
             # one of the smallest parameter tells.
             def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 if not self._sees_losses:
-                    self._look(trainer, pl_module, _smallest_gradient(optimizer))
+                    self._look(trainer, pl_module, _smallest_gradient(optimizer), steps=True)
 
             self._hooks += [optimizer.register_step_pre_hook(look) for optimizer in trainer.optimizers]
 
@@ -61,7 +62,7 @@ class NonFiniteGuard(RunCallback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: nn.Module, loss: Tensor) -> None:  # type: ignore[override]
         self._sees_losses = True
-        self._look(trainer, pl_module, loss)
+        self._look(trainer, pl_module, loss, steps=_steps(trainer, self._batch))
 
     def on_train_batch_end(self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._batch = None
@@ -87,34 +88,46 @@ class NonFiniteGuard(RunCallback):
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _look(self, trainer: Run, module: nn.Module, value: Tensor | None) -> None:
-        """Takes note of a loss or gradient; every ``interval`` steps, looks at what was noted."""
+    def _look(self, trainer: Run, module: nn.Module, value: Tensor | None, steps: bool) -> None:
+        """Takes note of a loss or gradient; every ``interval`` steps, if the optimiser ``steps`` with it, looks."""
         if value is None:
             return
         finite = value.detach().isfinite().all()
         self._finite = finite if self._finite is None else self._finite & finite
         interval = self.interval or (1 if value.device.type == "cpu" else trainer.log_every_n_steps)  # type: ignore[union-attr]
-        if (trainer.global_step + 1) % interval:
+        if not steps or (trainer.global_step + 1) % interval:
             return
-        fine = bool(self._finite)
+        here = fine = bool(self._finite)
         if trainer.world_size > 1:  # all stop together, or those left wait for ever
             fine = trainer.strategy.reduce_boolean_decision(fine, all=True)
         self._finite = None
         if not fine:
-            self._stop(trainer, module)
+            self._stop(trainer, module, is_gone=not here and bool(finite))
         self._last_look = trainer.global_step + 1
 
-    def _stop(self, trainer: Run, module: nn.Module) -> None:
+    def _stop(self, trainer: Run, module: nn.Module, is_gone: bool) -> None:
+        """Raises the error; ``is_gone`` says that the micro-batch at hand is not the one to blame."""
         since, now = self._last_look + 1, trainer.global_step + 1
         when = f"in optimiser step {now}" if now <= since else f"between the optimiser steps {since} and {now}"
         text = f"the loss is NaN or infinite {when}"
-        if self._batch is not None:
+        if is_gone:
+            text += "; it came with an earlier micro-batch than the last: that one is gone, so no layer can be named"
+        elif self._batch is not None:
             text += f"; {find_origin(trainer, module, *self._batch)}"
         if now > since:
             text += "; set non_finite_guard.interval to 1 to see where it begins"
         checkpoint = getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path
         good = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         raise NonFiniteError(f"{text}; {good}")
+
+
+def _steps(trainer: Run, batch: tuple[Any, int] | None) -> bool:
+    """Whether the optimiser steps with this micro-batch and its number in the epoch."""
+    if not isinstance(trainer, Trainer):
+        return trainer.is_step
+    done = batch[1] + 1 if batch is not None else 0
+    is_last = trainer.is_last_batch or done == trainer.num_training_batches
+    return is_last or done % trainer.accumulate_grad_batches == 0
 
 
 def _smallest_gradient(optimizer: torch.optim.Optimizer) -> Tensor | None:

@@ -13,15 +13,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sbn_lightning.callbacks import DurableCheckpoint, DurableCheckpointIO, NonFiniteGuard
+from sbn_lightning.callbacks import DurableCheckpoint, DurableCheckpointIO
 from sbn_lightning.callbacks.base import RunCallback
-from sbn_lightning.callbacks.non_finite import NonFiniteError
 from sbn_lightning.cli import main
 from sbn_lightning.errors import DataError
 from sbn_lightning.redaction import without_secrets
 from tests.faults import kill
 from tests.faults.recorder import read
-from tests.helpers import ForeignModule, quiet_trainer, regression_loader, small_module, token_loader
+from tests.helpers import ForeignModule, quiet_trainer, regression_loader
 from tests.test_cli import RECIPE, error_of, fit, small
 
 FOLDER = Path("logs/sparse_pretrain/version_0/checkpoints")
@@ -276,72 +275,6 @@ def test_a_thread_that_cannot_listen_trains_all_the_same(tmp_path):
 
 def test_durable_checkpoint_reads_and_writes_the_state_of_modelcheckpoint():
     assert DurableCheckpoint(every_n_train_steps=5).state_key == ModelCheckpoint(every_n_train_steps=5).state_key
-
-
-# Numbers.
-
-
-class Poison(RunCallback):
-    """Makes one weight NaN before step ``at``."""
-
-    def __init__(self, name: str, at: int = 2):
-        self.name, self.at = name, at
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.at:
-            with torch.no_grad():
-                dict(pl_module.named_parameters())[self.name].view(-1)[3] = float("nan")
-
-
-@pytest.mark.parametrize("loop", ["fit", "fabric"])
-def test_a_nan_stops_the_run_names_its_layer_and_keeps_the_last_checkpoint(tokens, capsys, loop):
-    name = "model.blocks.0.mlp.down.weight"
-    more = ["--trainer.callbacks+=tests.faults.test_faults.Poison", f"--trainer.callbacks.name={name}"]
-    error = error_of(capsys, cli(loop, tokens, "--trainer.max_steps=6", *more))
-    assert "the loss is NaN or infinite in optimiser step 3" in error
-    assert "it begins in model.blocks.0.mlp.down: its weight is not finite" in error
-    assert error.endswith(f"the last good checkpoint is {FOLDER}/last.ckpt")
-    saved = torch.load(FOLDER / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == 2
-    assert all(value.isfinite().all() for value in saved["state_dict"].values() if value.is_floating_point())
-
-
-def test_an_activation_that_overflows_is_named_in_any_module():
-    class Overflows(torch.nn.Module):
-        def forward(self, x):
-            return x.exp()
-
-    module = ForeignModule()
-    module.net = torch.nn.Sequential(torch.nn.Linear(16, 32), Overflows(), torch.nn.Linear(32, 8))
-    module.net[0].bias.data += 1000
-    with pytest.raises(
-        NonFiniteError, match=r"begins in net\.1: its output is not finite, its parameters are; there is"
-    ):
-        quiet_trainer([NonFiniteGuard()]).fit(module, regression_loader())
-
-
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    """The guard looks at the loss too rarely to stop the run; the checkpoint must not be overwritten all the same."""
-    callbacks = [Poison("net.0.weight"), NonFiniteGuard(interval=100)]
-    checkpoint = DurableCheckpoint(tmp_path, every_n_train_steps=1, save_last=True)
-    trainer = quiet_trainer([*callbacks, checkpoint], enable_checkpointing=True)
-    with pytest.raises(NonFiniteError, match=r"net\.0\.weight is not finite after optimiser step 3: nothing is saved"):
-        trainer.fit(ForeignModule(), regression_loader())
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
-
-
-def test_a_look_now_and_then_finds_it_late_and_says_so():
-    callbacks = [Poison("net.0.weight"), NonFiniteGuard(interval=5)]
-    with pytest.raises(NonFiniteError, match=r"optimiser steps 1 and 5; .*set non_finite_guard\.interval to 1"):
-        quiet_trainer(callbacks).fit(ForeignModule(), regression_loader())
-
-
-def test_hooks_exist_only_when_a_layer_is_looked_for():
-    class Hooks(RunCallback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            assert not any(module._forward_hooks for module in pl_module.modules())
-
-    quiet_trainer([NonFiniteGuard(), Hooks()]).fit(small_module(), token_loader())
 
 
 # Data.
