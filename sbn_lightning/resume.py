@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 
 from sbn_lightning import sharded
 from sbn_lightning.callbacks.checkpoint import say
+from sbn_lightning.checkpoint import lightning_file
 from sbn_lightning.data import shards
 from sbn_lightning.errors import ConfigError, DataError
 
@@ -77,12 +78,18 @@ def check_is_there(path: str) -> None:
         path: As given for ``--ckpt_path``. What Lightning looks up elsewhere passes: a URL, ``registry:...``, ``hpc``.
 
     Raises:
-        DataError: If there is no such file or folder.
+        DataError: If there is no such file or folder, or the file is no checkpoint.
     """
     elsewhere = "://" in path or path.startswith("registry") or path == "hpc"
-    if not elsewhere and not Path(path).exists():
+    if elsewhere:
+        return
+    given = Path(path)
+    reason = "" if given.exists() else "does not exist"
+    if given.is_file() and not lightning_file.is_one(given):
+        reason = "is no checkpoint"
+    if reason:
         raise DataError(
-            f"--ckpt_path {path} does not exist; give the path of a checkpoint, or last for that of the newest run"
+            f"--ckpt_path {path} {reason}; give the path of a checkpoint, or last for that of the newest run"
         )
 
 

@@ -24,6 +24,7 @@ from sbn_lightning.layers import SparseBitLinear
 from sbn_lightning.ternary import quantize_activations
 
 if TYPE_CHECKING:
+    from sbn_lightning.checkpoint.packed_layer import PackedTernaryLinear
     from sbn_lightning.kernel_backends import Engine, Gradients
 
 BackendName = Literal["auto", "reference", "int8", "sparse"]
@@ -81,7 +82,7 @@ def engines(device: torch.device) -> tuple[dict[str, Engine], dict[str, str]]:
     return found, reasons
 
 
-def unfit(layer: SparseBitLinear, name: str, engine: Engine) -> str | None:
+def unfit(layer: SparseBitLinear | PackedTernaryLinear, name: str, engine: Engine) -> str | None:
     """Why ``layer`` cannot run on a backend that the hardware has; None if it can."""
     if layer.activation_bits is None:
         return "activation_bits=None leaves nothing to multiply as integers"
@@ -90,6 +91,28 @@ def unfit(layer: SparseBitLinear, name: str, engine: Engine) -> str | None:
     if engine == "cusparselt" and (layer.in_features % 32 or layer.out_features % 32):
         return f"cuSPARSELt needs multiples of 32, not {layer.in_features} -> {layer.out_features}"
     return None
+
+
+def require(
+    layers: Mapping[str, SparseBitLinear] | Mapping[str, PackedTernaryLinear], wanted: BackendName, device: torch.device
+) -> Engine:
+    """The engine of the backend ``wanted``, ``"int8"`` or ``"sparse"``.
+
+    Raises:
+        ConfigError: If ``device`` has none or one of the layers does not fit it: what it needs and what would work.
+    """
+    found, reasons = engines(device)
+    if wanted not in found:
+        able = ", ".join(["auto", "reference", *found])
+        raise ConfigError(f'backend "{wanted}" cannot run on {_describe(device)}: {reasons[wanted]}; use {able}')
+    for name, layer in layers.items():
+        if reason := unfit(layer, wanted, found[wanted]):
+            raise ConfigError(_refusal(wanted, name, reason))
+    return found[wanted]
+
+
+def _refusal(wanted: str, name: str, reason: str) -> str:
+    return f'backend "{wanted}" cannot run layer {name}: {reason}; use auto'
 
 
 def choose(
@@ -109,23 +132,18 @@ def choose(
     """
     if wanted == "reference":
         return {name: Choice("reference", None, "asked for") for name in layers}
-    found, reasons = engines(device)
     if wanted != "auto":
-        if wanted not in found:
-            able = ", ".join(["auto", "reference", *found])
-            raise ConfigError(f'backend "{wanted}" cannot run on {_describe(device)}: {reasons[wanted]}; use {able}')
-        engine = found[wanted]
+        engine = require(layers, wanted, device)
         checked = set()
         for name, layer in layers.items():
-            reason = unfit(layer, wanted, engine)
-            if reason is None and device.type == "cuda" and _key(layer) not in checked:
+            if device.type == "cuda" and _key(layer) not in checked:
                 checked.add(_key(layer))
                 trial = _Trial(layer, device, dtype, min(tokens, _CHECKED))
                 backend = Choice(wanted, engine, "").make("bf16")
-                reason = None if trial.agrees(backend, trial.prepare(backend)) else WRONG
-            if reason is not None:
-                raise ConfigError(f'backend "{wanted}" cannot run layer {name}: {reason}; use auto')
+                if not trial.agrees(backend, trial.prepare(backend)):
+                    raise ConfigError(_refusal(wanted, name, WRONG))
         return {name: Choice(wanted, engine, f"asked for ({engine})") for name in layers}
+    found, reasons = engines(device)
     measured: dict[tuple[object, ...], Choice] = {}
     choices = {}
     for name, layer in layers.items():

@@ -180,6 +180,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
         ("--trainer.devices=0", "(devices='0')` value is not a valid input"),
         ("--trainer.strategy=nope", "strategy"),
         ("--ckpt_path=nope.ckpt", "--ckpt_path nope.ckpt does not exist"),
+        (f"--ckpt_path={RECIPE}", "sparse_pretrain.yaml is no checkpoint; give"),
     ],
 )
 def test_a_trainer_that_cannot_be_made_is_one_clear_line(tokens, capsys, command, option, message):

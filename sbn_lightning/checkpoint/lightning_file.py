@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -18,6 +20,21 @@ from sbn_lightning.errors import ConfigError, DataError
 from sbn_lightning.transformer import TransformerConfig
 
 PREFIX = "model."
+ZIP = b"PK\x03\x04"
+ACCEPTED = "a .ckpt, the folder of a run, a packed or a Hugging Face folder"
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file begins as torch's checkpoints do, which are ZIP archives. Of other files torch says much.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(len(ZIP)) == ZIP
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 def read(path: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
@@ -26,11 +43,19 @@ def read(path: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
     Raises:
         DataError: If the file is damaged, or no checkpoint of this project.
     """
+    if not is_one(path):
+        raise DataError(f"{path} is no checkpoint; give {ACCEPTED}")
+    if not is_zipfile(path):  # which looks for its end
+        raise DataError(f"{path} is damaged: its end is missing")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:  # in which torch advises to trust the file
+        raise DataError(
+            f"{path} was changed, or is not this project's: it holds other than tensors and plain values"
+        ) from error
     except Exception as error:  # a damaged file can make torch raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise DataError(f"{path} is no checkpoint, or damaged: {reason}") from error
+        raise DataError(f"{path} is damaged: {reason}") from error
     values = saved.get("hyper_parameters", {}).get("config") if isinstance(saved, dict) else None
     if not isinstance(values, dict) or "state_dict" not in saved:
         raise DataError(f"{path} is not a checkpoint of SparseBitNet: it holds no hyper_parameters with a config")

@@ -112,7 +112,7 @@ def _recognise(path: Path) -> tuple[ModelFormat, Path]:
             raise DataError(f"{path} is a GGUF file, which is written but not read: give the checkpoint it was made of")
         return "lightning", path
     if not path.is_dir():
-        raise DataError(f"{path} does not exist; give a .ckpt, the folder of a run, a packed or a Hugging Face folder")
+        raise DataError(f"{path} does not exist; give {lightning_file.ACCEPTED}")
     if (path / ".metadata").is_file():
         raise DataError(
             f"{path} is a sharded checkpoint; make one file of it: sbn consolidate --checkpoint {path} --output "

@@ -55,6 +55,8 @@ def run(
     reports = layer_reports(loaded.model)
     results["layers"] = [vars(report) | {"follows_pattern": report.follows_pattern} for report in reports]
     print(as_table(reports))
+    if any(report.natural is None for report in reports):
+        print("natural, enforced: packed weights do not tell zeros of the mask from rounded ones; the checkpoint does")
     _save(output, results)
     if tasks:
         results["tasks"] = _run_tasks(loaded, tasks, tasks_folder, num_fewshot, limit, batch_size)

@@ -16,7 +16,7 @@ from sbn_lightning.checkpoint.load import LoadedModel, load_model
 from sbn_lightning.checkpoint.packed_layer import PackedTernaryLinear
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import prepare_layers, ternary_layers
-from sbn_lightning.selection import choose, table
+from sbn_lightning.selection import choose, require, table
 
 BackendName = Literal["auto", "reference", "int8", "sparse"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -77,8 +77,8 @@ def choose_device(name: str) -> torch.device:
 def use_backend(model: nn.Module, backend: BackendName, dtype: torch.dtype, tokens: int = 2048) -> str:
     """Gives the ternary layers of a model a backend.
 
-    Layers that hold packed weights pick their kernel by the pattern themselves: there ``"int8"`` and ``"sparse"`` both
-    mean kernels or an error.
+    Layers that hold packed weights pick their kernel by the pattern themselves: where ``"int8"`` or ``"sparse"`` can
+    run them, both mean these kernels.
 
     Args:
         model: On the device where it runs.
@@ -93,9 +93,16 @@ def use_backend(model: nn.Module, backend: BackendName, dtype: torch.dtype, toke
     Raises:
         ConfigError: If the backend cannot run here: what it needs and what would work.
     """
-    for module in model.modules():
-        if isinstance(module, PackedTernaryLinear):
-            module.backend = backend if backend in ("auto", "reference") else "kernels"
+    packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedTernaryLinear)}
+    if packed and backend in ("int8", "sparse"):
+        device = next(iter(packed.values())).codes.device
+        if require(packed, backend, device) == "cusparselt":
+            raise ConfigError(
+                f'backend "{backend}" cannot run packed weights here: it would be cuSPARSELt, which has no kernel for '
+                "them; use auto, or give the checkpoint that they were exported from"
+            )
+    for module in packed.values():
+        module.backend = backend if backend in ("auto", "reference") else "kernels"
     layers = ternary_layers(model)
     if not layers:
         return ""

@@ -236,11 +236,19 @@ def test_other_things_are_told_apart(tmp_path):
     for name, text in (("a.ckpt", "text"), ("m.gguf", "GGUF")):
         (tmp_path / name).write_text(text)
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    saved = save(make_model(), tmp_path / "cut.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(saved[:-1000])
+    torch.save({"state_dict": {}, "where": tmp_path}, tmp_path / "code.ckpt")
     (tmp_path / "run/checkpoints/last.ckpt").mkdir(parents=True)
     (tmp_path / "run/checkpoints/last.ckpt/.metadata").write_text("")
     (tmp_path / "empty").mkdir()
     for name, message in (
-        ("a.ckpt", "a.ckpt is no checkpoint, or damaged"),
+        ("a.ckpt", r"a\.ckpt is no checkpoint; give a \.ckpt, the folder of a run, a packed or a Hugging Face folder$"),
+        ("cut.ckpt", r"cut\.ckpt is damaged: its end is missing$"),
+        (
+            "code.ckpt",
+            r"code\.ckpt was changed, or is not this project's: it holds other than tensors",
+        ),
         ("other.ckpt", "not a checkpoint of SparseBitNet"),
         ("m.gguf", "written but not read"),
         ("run", r"sbn consolidate --checkpoint .*run/checkpoints/last.ckpt --output .*last.whole.ckpt"),

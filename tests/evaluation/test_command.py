@@ -197,6 +197,13 @@ def test_layer_reports(linear):
         assert "2:4 (1 off)" in as_table(layer_reports(model))
 
 
+def test_why_a_packed_folder_has_no_natural_zeros(checkpoint, capsys):
+    assert main(["export", "--checkpoint", checkpoint, "--output", "packed"]) == 0
+    for model, told in ((checkpoint, 0), ("packed", 1)):
+        _, out, _ = run(capsys, "--checkpoint", model)
+        assert out.count("packed weights do not tell zeros of the mask from rounded ones") == told
+
+
 def test_packed_layers_are_reported_like_latent_ones():
     torch.manual_seed(0)
     model = TernaryTransformer(small_config())

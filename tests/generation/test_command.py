@@ -1,5 +1,6 @@
 """``sbn generate`` as a user meets it."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -8,11 +9,15 @@ import pytest
 import torch
 
 from sbn_lightning.checkpoint.lightning_file import contents
+from sbn_lightning.checkpoint.packed_layer import pack_layers
 from sbn_lightning.cli import main
 from sbn_lightning.data.tokenizer import byte_tokenizer
+from sbn_lightning.errors import ConfigError
 from sbn_lightning.generation import generate
+from sbn_lightning.generation.opening import use_backend
+from sbn_lightning.transformer import TernaryTransformer
 from tests.generation.test_decoder import make
-from tests.helpers import imported, imported_by_help
+from tests.helpers import imported, imported_by_help, small_config
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +158,57 @@ def test_errors_are_one_line(checkpoint, capsys, arguments, message):
     assert status == 1
     (line,) = (line for line in err.splitlines() if line.startswith("error: "))
     assert message in line
+
+
+def test_a_file_that_is_no_checkpoint(capsys, tmp_path):
+    (tmp_path / "notes.md").write_text("# Notes")
+    status, _, err = run(capsys, "--checkpoint", "notes.md", "--prompt", "x")
+    assert status == 1
+    assert err == (
+        "error: notes.md is no checkpoint; give a .ckpt, the folder of a run, a packed or a Hugging Face folder\n"
+    )
+
+
+@pytest.mark.parametrize("backend", ["sparse", "int8"])
+def test_a_packed_folder_is_refused_a_backend_in_the_words_of_its_checkpoint(checkpoint, capsys, backend):
+    assert main(["export", "--checkpoint", checkpoint, "--output", "packed"]) == 0
+    errors = []
+    for model in (checkpoint, "packed"):
+        options = ["--checkpoint", model, "--prompt", "x", "--device", "cpu", "--backend", backend]
+        status, _, err = run(capsys, *options)
+        assert status == 1
+        errors.append([line for line in err.splitlines() if line.startswith("error: ")])
+    assert errors[0] == errors[1]
+    assert errors[0][0].startswith(f'error: backend "{backend}" cannot run on the CPU: ')
+
+
+@pytest.mark.parametrize(
+    ("pattern", "engine", "message"),
+    [
+        (
+            "6:8",
+            "hopper",
+            r'backend "sparse" cannot run layer blocks\.0\.attention\.qkv: .* take 2:4, not 6:8; use auto',
+        ),
+        ("2:4", "cusparselt", "cannot run packed weights here: it would be cuSPARSELt"),
+        ("2:4", "hopper", None),
+    ],
+)
+def test_packed_weights_and_sparse_tensor_cores(monkeypatch, pattern, engine, message):
+    """As on a machine that has them."""
+    monkeypatch.setattr("sbn_lightning.selection.engines", lambda device: ({"sparse": engine}, {}))
+    latent = TernaryTransformer(small_config(pattern=pattern))
+    packed = pack_layers(copy.deepcopy(latent))
+    if message is None:
+        use_backend(packed, "sparse", torch.float32)
+        assert packed.blocks[0].mlp.down.backend == "kernels"
+        return
+    with pytest.raises(ConfigError, match=message) as refused:
+        use_backend(packed, "sparse", torch.float32)
+    if engine == "hopper":
+        with pytest.raises(ConfigError) as expected:
+            use_backend(latent, "sparse", torch.float32)
+        assert str(refused.value) == str(expected.value)
 
 
 def test_without_a_tokenizer(model, capsys, tmp_path):
