@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sbn_lightning.module import SparseBitNet
     from sbn_lightning.pattern import NMPattern
     from sbn_lightning.precision import SparseTernaryPrecision
+    from sbn_lightning.rope import RopeScaling
     from sbn_lightning.transformer import TernaryTransformer, TransformerConfig
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _MODULE_OF = {
     "MaskedWeightDecay": "callbacks",
     "NMPattern": "pattern",
     "NonFiniteGuard": "callbacks",
+    "RopeScaling": "rope",
     "SparseBitLinear": "layers",
     "SparseBitNet": "module",
     "SparseEMAWeightAveraging": "callbacks",
@@ -71,6 +73,7 @@ __all__ = [
     "MaskedWeightDecay",
     "NMPattern",
     "NonFiniteGuard",
+    "RopeScaling",
     "SparseBitLinear",
     "SparseBitNet",
     "SparseEMAWeightAveraging",

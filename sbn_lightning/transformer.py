@@ -36,6 +36,7 @@ from sbn_lightning.layers import (
 )
 from sbn_lightning.loss import LossImplementation, linear_cross_entropy
 from sbn_lightning.pattern import NMPattern
+from sbn_lightning.rope import RopeScaling, apply_rope, rope_tables
 from sbn_lightning.ternary import GammaOver, apply_swiglu
 
 LinearKind = Literal["ternary", "masked", "dense"]
@@ -60,6 +61,7 @@ class TransformerConfig:
         d_ffn: Width of the SwiGLU hidden layer.
         max_sequence_length: Longest sequence, in tokens.
         rope_theta: Base of the rotary frequencies.
+        rope_scaling: Slower rotary frequencies for long contexts, as in Llama 3.1 to 3.3; see :class:`RopeScaling`.
         norm_eps: Epsilon of RMSNorm.
         qkv_bias: Whether q, k and v have a bias, as in Qwen2.5.
         tie_embeddings: Whether the head shares the embedding's weight.
@@ -87,6 +89,7 @@ class TransformerConfig:
     d_ffn: int = 704
     max_sequence_length: int = 2048
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     tie_embeddings: bool = True
@@ -102,6 +105,8 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         self.pattern = pattern = NMPattern.parse(self.pattern)
+        if isinstance(self.rope_scaling, dict):  # read back from a checkpoint, which holds only plain values
+            self.rope_scaling = RopeScaling(**self.rope_scaling)
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ffn", "max_sequence_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
@@ -141,7 +146,7 @@ class TransformerConfig:
         return self.d_model // self.n_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings: what goes into a checkpoint; ``TransformerConfig(**d)`` reads it back."""
+        """Plain values: what goes into a checkpoint; ``TransformerConfig(**d)`` reads it back."""
         return dataclasses.asdict(dataclasses.replace(self)) | {"pattern": str(self.pattern)}
 
 
@@ -161,27 +166,6 @@ def _linear(config: TransformerConfig, in_features: int, splits: tuple[int, ...]
         gradient=config.gradient,
         gamma_over=config.gamma_over,
     )
-
-
-def rope_tables(config: TransformerConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary positions (arXiv 2104.09864), each float32 ``[max_sequence_length, head_size]``.
-
-    The two halves of a head are rotated against each other, as in Llama's and Qwen's published weights; the sines of
-    the first half have the sign that this takes.
-    """
-    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float64) / config.head_size
-    positions = torch.arange(config.max_sequence_length, dtype=torch.float64)
-    angles = torch.outer(positions, config.rope_theta**-exponents)
-    return angles.cos().float().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1).float()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates ``x [B, heads, T, E]`` by position; ``cos`` and ``sin`` are ``[T, E]``, or ``[B, 1, T, E]``.
-
-    The halves change places by a roll, of which a compiler makes one load, forward and backward. Of two slices and a
-    concatenation it makes a load with a condition for each, and the backward of q, k and v nests them.
-    """
-    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):

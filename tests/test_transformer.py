@@ -9,7 +9,7 @@ from sbn_lightning import NMPattern, SparseBitLinear, SparseLinear, TernaryTrans
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import masked_layers
 from sbn_lightning.loss import FUSED_VOCABULARY, choose_loss, linear_cross_entropy
-from sbn_lightning.transformer import apply_rope, rope_tables
+from sbn_lightning.rope import apply_rope, rope_tables
 from tests.helpers import small_config
 
 

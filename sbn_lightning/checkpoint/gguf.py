@@ -7,8 +7,9 @@ quantiser maps the largest magnitude to -8 and would not give them: its blocks a
 and codes on both sides of its zero.
 
 A model with q/k/v biases becomes architecture ``qwen2``, one without ``llama``, whose rotary positions turn neighbours
-among the rows of a head: q and k are reordered for it. llama.cpp quantises activations in its own way, by block and not
-by token, so its logits are close to ours and not the same.
+among the rows of a head: q and k are reordered for it, and scaled positions come as ``rope_freqs.weight``, one divisor
+for each frequency. llama.cpp quantises activations in its own way, by block and not by token, so its logits are close
+to ours and not the same.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sbn_lightning.checkpoint.hf_names import linear_parts
 from sbn_lightning.checkpoint.hf_write import check_ternary
 from sbn_lightning.checkpoint.packed import ternary_layers
 from sbn_lightning.errors import ConfigError
+from sbn_lightning.rope import rope_frequencies, rope_stretch
 
 if TYPE_CHECKING:
     from sbn_lightning.checkpoint.load import LoadedModel
@@ -104,6 +106,11 @@ def check_gguf(loaded: LoadedModel, block: int) -> None:
         ConfigError: If something of it has no home in the format.
     """
     check_ternary(loaded, "gguf")
+    if loaded.config.rope_scaling is not None and loaded.config.qkv_bias:
+        raise ConfigError(
+            "llama.cpp scales rotary positions (rope_scaling) of Llama only, and q/k/v biases make this a Qwen2; use "
+            "--format packed or hf-bitnet"
+        )
     layers = ternary_layers(loaded.model)
     for name, layer in layers.items():
         if layer.in_features % block:
@@ -153,7 +160,7 @@ def _add_config(writer: Any, config: TransformerConfig, file_type: int) -> None:
 
 
 def _add_other_tensors(writer: Any, loaded: LoadedModel) -> None:
-    """Embedding and head in the dtype they have, norms in float32, as llama.cpp wants them."""
+    """Embedding and head in the dtype they have, norms in float32, as llama.cpp wants them; divisors of frequencies."""
     import gguf
 
     state = loaded.model.state_dict()
@@ -167,6 +174,9 @@ def _add_other_tensors(writer: Any, loaded: LoadedModel) -> None:
             writer.add_tensor(theirs, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
         else:
             writer.add_tensor(theirs, tensor.numpy())
+    if (scaling := loaded.config.rope_scaling) is not None:
+        divisors = rope_stretch(scaling, rope_frequencies(loaded.config))
+        writer.add_tensor("rope_freqs.weight", divisors.float().numpy())
     writer.add_tensor("output_norm.weight", state["norm.weight"].float().numpy())
     for i in range(loaded.config.n_layers):
         for ours, theirs in (("attention_norm", "attn_norm"), ("mlp_norm", "ffn_norm")):

@@ -6,9 +6,11 @@ ask for beyond that is refused by name: a model that loads must compute what its
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from sbn_lightning.errors import ConfigError
+from sbn_lightning.rope import RopeScaling
 from sbn_lightning.transformer import TransformerConfig
 
 # What transformers assumes where config.json is silent: https://huggingface.co/docs/transformers (Qwen2Config,
@@ -44,7 +46,7 @@ def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
     values = DEFAULTS[kind] | {key: value for key, value in values.items() if value is not None}
     try:
         heads, d_model = int(values["num_attention_heads"]), int(values["hidden_size"])
-        theta = _rope_theta(values, source)
+        theta, scaling = _rope(values, source)
         _refuse_unsupported(values, kind, heads, d_model, source)
         return TransformerConfig(
             vocab_size=int(values["vocab_size"]),
@@ -55,6 +57,7 @@ def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
             d_ffn=int(values["intermediate_size"]),
             max_sequence_length=int(values["max_position_embeddings"]),
             rope_theta=theta,
+            rope_scaling=scaling,
             norm_eps=float(values.get("rms_norm_eps", 1e-6)),
             qkv_bias=kind == "qwen2",
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
@@ -68,18 +71,28 @@ def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
         raise ConfigError(f"{source} holds a value of the wrong kind: {error}") from error
 
 
-def _rope_theta(values: dict[str, Any], source: str) -> float:
-    """Base of the rotary frequencies: of the model (before transformers 5) or in its ``rope_parameters``."""
+def _rope(values: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
+    """Base of the rotary frequencies, of the model (before transformers 5) or in ``rope_parameters``, and scaling."""
     # rope_scaling is the older name of the same dictionary; where a file has both, transformers takes it.
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ConfigError(f"{source}: rope_parameters={rope!r} is not an object")
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        raise ConfigError(f"{source}: rotary positions are scaled (rope_type {scaling!r}), which is not supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ConfigError(f"{source}: rotary positions are scaled (rope_type {kind!r}), only llama3 is supported")
     if float(rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))) != 1.0:
         raise ConfigError(f"{source}: partial_rotary_factor is not supported, only whole heads turn")
-    return float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
+    theta = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
+    if kind == "default":
+        return theta, None
+    # What transformers takes for the original context: the model's own, its scaling's, or all of the present one.
+    name = "original_max_position_embeddings"
+    original = values.get(name, rope.get(name, values["max_position_embeddings"]))
+    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    try:
+        return theta, RopeScaling(factor, low, high, int(original))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def _refuse_unsupported(values: dict[str, Any], kind: str, heads: int, d_model: int, source: str) -> None:
@@ -117,6 +130,9 @@ def to_hf(config: TransformerConfig, dtype: str) -> dict[str, Any]:
         dtype: Of its weights, as torch names it: ``"float32"``.
     """
     kind = "qwen2" if config.qkv_bias else "llama"
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope = {"rope_type": "llama3", **asdict(config.rope_scaling)}
     return {
         "architectures": [architecture(config)],
         "model_type": kind,
@@ -131,9 +147,10 @@ def to_hf(config: TransformerConfig, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
-        # Transformers 5 reads the first, 4 the second.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        # Transformers 5 reads the first, 4 the others.
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,
+        **({} if config.rope_scaling is None else {"rope_scaling": rope}),
         "torch_dtype": dtype,
         "use_cache": True,
         "bos_token_id": None,

@@ -42,11 +42,12 @@ def import_hf(input: str, output: str, overwrite: bool = False) -> None:
     model = build_model(config, state, str(folder))  # checks names and shapes
     with file_aside(target, overwrite) as file:
         lightning_file.write(config, model.state_dict(), file)
+    scaled = "" if config.rope_scaling is None else f" with positions scaled by {config.rope_scaling.factor:g}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{parameters:,} parameters ({model.embed.weight.dtype}): {config.n_layers} layers, d_model {config.d_model}, "
         f"d_ffn {config.d_ffn}, {config.n_heads} heads, {config.n_kv_heads} key/value heads, rope_theta "
-        f"{config.rope_theta:g}\nwritten to {target}"
+        f"{config.rope_theta:g}{scaled}\nwritten to {target}"
     )
     if (folder / TOKENIZER).is_file():
         with file_aside(beside(target), overwrite=True) as file:

@@ -24,6 +24,7 @@ FIXED = (
     "n_kv_heads",
     "d_ffn",
     "rope_theta",
+    "rope_scaling",
     "norm_eps",
     "qkv_bias",
     "tie_embeddings",
@@ -47,7 +48,8 @@ def load_weights(model: TernaryTransformer, path: str) -> None:
     config, state = lightning_file.read(file)
     differing = [name for name in FIXED if getattr(config, name) != getattr(model.config, name)]
     if differing:
-        wanted = ", ".join(f"{name}: {getattr(config, name)}" for name in differing)
+        values = config.to_dict()
+        wanted = ", ".join(f"{name}: {values[name]}" for name in differing)
         raise ConfigError(f"init_from: {path} does not fit the model; set model.config to {wanted}")
     # Masks are made anew from the weights: those of another run may be of another pattern, or of the middle of a ramp.
     state = {name: tensor for name, tensor in state.items() if not name.endswith(".mask_bits")}

@@ -19,7 +19,8 @@ from sbn_lightning.checkpoint.packed_layer import PackedTernaryLinear
 from sbn_lightning.checkpoint.tokenizers import find_tokenizer
 from sbn_lightning.errors import DataError
 from sbn_lightning.layers import SparseBitLinear, masked_layers
-from sbn_lightning.transformer import TernaryTransformer, TransformerConfig, rope_tables
+from sbn_lightning.rope import rope_tables
+from sbn_lightning.transformer import TernaryTransformer, TransformerConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
