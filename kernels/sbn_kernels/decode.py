@@ -85,9 +85,9 @@ def prefers_decode(tokens: int, out_features: int, in_features: int, processors:
 
     Its time grows with rows times tokens, each 16 rows reading all tokens anew; the prefill kernel's with the waves
     that panels of 128 rows take on so many ``processors``. Both grow with in_features. Where the prefill kernel splits
-    K (``split_k``) it takes over above 8 tokens: by its cost model, which is not measured.
+    K (``split_k``) it takes over from 8 tokens on; at fewer the two were not compared.
     """
-    if tokens > 8 and choose_splits(tokens, out_features, in_features, processors) > 1:
+    if tokens >= 8 and choose_splits(tokens, out_features, in_features, processors) > 1:
         return False
     waves = ceil_div(ceil_div(out_features, 128), processors)
     return tokens <= 4 or (tokens <= 16 and tokens * out_features <= _READS * waves)
