@@ -126,19 +126,24 @@ class Runner:
                     if deadline is not None and time.monotonic() > deadline:
                         stopped = len(self._workers) + len(todo)
                         self._stop(total)
-                        left = total - self._done - len(self.failed)
+                        left = self._left(runs)
                         if stopped:
                             _say(f"time is up, runs left: {left}; the same command continues")
                         return left
         except KeyboardInterrupt:
             _say(f"stopping; {len(self._workers)} running save first (a second Ctrl-C does not wait for them)")
             self._stop(total)
-            _say(f"stopped, runs left: {total - self._done}; the same command continues")
+            _say(f"stopped, runs left: {self._left(runs)}; the same command continues")
             raise SystemExit(130) from None
         finally:
             for worker in self._workers:  # only after a second Ctrl-C, or a bug
                 _signal(worker, signal.SIGKILL)
         return 0
+
+    def _left(self, runs: Sequence[Run]) -> int:
+        """Runs without a line; asked of the file, as Ctrl-C may have come between a line and our count of it."""
+        recorded = {line["id"] for line in read_results(self.output / FILE)}
+        return sum(run.id not in recorded for run in runs)
 
     def _start(self, run: Run) -> Worker:
         folder = self.output / "runs" / run.id
