@@ -43,7 +43,8 @@ def _no_arguments(monkeypatch):
 
 def test_there_are_recipes():
     names = {path.stem for path in RECIPES}
-    assert {"sparse_pretrain", "dense_to_sparse", "bf16_sparse_baseline", "ternary_dense"} <= names
+    assert {"sparse_pretrain", "sparse_pretrain_2_4", "dense_to_sparse"} <= names
+    assert {"bf16_sparse_baseline", "ternary_dense"} <= names
     assert "dense_to_sparse_from_pretrained" in names
     assert {f"qwen2.5_{size}_sparse" for size in ("0.5b", "1.5b", "3b")} <= names
 
