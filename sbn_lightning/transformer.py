@@ -302,6 +302,8 @@ class TernaryTransformer(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Compiles each block with ``torch.compile`` in place; names in the state dict stay as they are.
 
+        Turns torch's ``optimize_ddp`` off, in the whole process.
+
         Args:
             **options: For ``torch.compile``.
         """

@@ -1,14 +1,18 @@
 """MaskedWeightDecay: masked weights shrink, once an optimiser step, and nothing else does."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.plugins import MixedPrecision
+from torch import distributed as dist
 from torch import nn
 from torch.amp import GradScaler
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from sbn_lightning import MaskedWeightDecay, MaskRefresh, SparseBitLinear
 from sbn_lightning.callbacks.base import RunCallback
@@ -132,6 +136,19 @@ def test_what_cannot_work_is_refused_before_training():
     scaled = quiet_trainer([MaskedWeightDecay(0.1)], plugins=[MixedPrecision("16-mixed", "cpu", GradScaler("cpu"))])
     with pytest.raises(ConfigError, match="bf16-mixed"):
         scaled.fit(small_module(), token_loader())
+
+
+def test_columns_on_several_ranks_are_refused(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        layers, _ = net()
+        weight = distribute_tensor(layers[0].weight.detach(), init_device_mesh("cpu", (1,)), [Shard(1)])
+        layers[0].weight = nn.Parameter(weight)
+        run = SimpleNamespace(optimizers=[torch.optim.SGD(layers.parameters(), lr=0.1)])
+        with pytest.raises(ConfigError, match=r"0 is sharded by \(Shard\(dim=1\),\), not by rows"):
+            MaskedWeightDecay(0.1).on_train_start(run, layers)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_weights_that_nothing_trains_are_an_error():

@@ -15,8 +15,9 @@ most likely token is the same one. At each batch, the logits after the prefill o
 of a plain forward. Dense in float32, and with it the cache, the graph and the padding, has to give the same tokens
 exactly.
 
-``vs_bf16`` is empty where "bf16 dense" was not measured in the same run. With ``--append`` a new row replaces the row
-of the same model, variant, phase and batch. A cell that fails is named at the end and does not stop the others.
+``bf16_ms`` is the time of "bf16 dense" in the same run, ``vs_bf16`` that over ``ms``; empty where it was not run. With
+``--append`` a new row replaces the row of the same model, variant, phase and batch. A cell that fails is named at the
+end and does not stop the others.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ VARIANTS = {
 }
 TRANSFORMERS = "transformers generate"
 PHASES = ("prefill", "decode")
-COLUMNS = ("model", "what", "batch", "variant", "ms", "tokens_s", "vs_bf16", "error", "same")
+COLUMNS = ("model", "what", "batch", "variant", "ms", "tokens_s", "bf16_ms", "vs_bf16", "error", "same")
 KEY = ("model", "what", "batch", "variant")
 DEVICE = torch.device("cuda")
 PREFILL_LENGTH, CHECKED_PROMPTS = 2048, 4
@@ -204,7 +205,8 @@ class Table:
             self.base[what, batch] = ms
         amount = batch * (PREFILL_LENGTH if what == "prefill" else 1)
         base = self.base.get((what, batch))
-        values = (self.model, what, batch, variant, ms, 1e3 * amount / ms, base / ms if base else "", error, same)
+        ratio: tuple[float | str, float | str] = (base, base / ms) if base else ("", "")
+        values = (self.model, what, batch, variant, ms, 1e3 * amount / ms, *ratio, error, same)
         append(self.path, dict(zip(COLUMNS, values, strict=True)), KEY)
 
     @contextmanager

@@ -40,7 +40,6 @@ from torch.utils.data import DataLoader
 from sbn_lightning import SparseBitNet, SparseTernaryPrecision, TransformerConfig, UnshardedAccumulation
 from sbn_lightning.layers import masked_layers
 
-ACCELERATOR, DEVICE = "gpu", "cuda"
 LENGTH = 2048
 WARM_STEPS = 3
 STRATEGIES = ("one", "ddp", "fsdp2", "fsdp2 unsharded")
@@ -100,8 +99,7 @@ class Clock(Callback):
         os._exit(0)
 
     def milliseconds(self) -> float:
-        """Median time of a step."""
-        torch.cuda.synchronize()
+        """Median time of a step, after all have ended."""
         return statistics.median(a.elapsed_time(b) for a, b in pairwise(self.events[WARM_STEPS - 1 :]))
 
 
@@ -121,7 +119,7 @@ def run(shape: str, strategy: str, devices: int, args: argparse.Namespace) -> No
     config = TransformerConfig.preset(shape, max_sequence_length=LENGTH, pattern="2:4")
     optimizer = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     torch.manual_seed(0)
-    with torch.device(DEVICE, int(os.environ.get("LOCAL_RANK", "0"))):  # drawing 3 billion numbers on a CPU takes long
+    with torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))):  # drawing 3 billion numbers on a CPU takes long
         module = SparseBitNet(config, optimizer, schedule="constant", compile=True)
     tokens = torch.randint(
         config.vocab_size, ((WARM_STEPS + args.steps) * args.accumulate * args.sequences, LENGTH + 1)
@@ -129,7 +127,7 @@ def run(shape: str, strategy: str, devices: int, args: argparse.Namespace) -> No
     clock = Clock(partial(say, f"{shape} {strategy}", args.started))
     made, callbacks = strategy_of(strategy, devices)
     trainer = Trainer(
-        accelerator=ACCELERATOR, devices=devices, strategy=made, callbacks=[clock, *callbacks], max_epochs=1,
+        accelerator="gpu", devices=devices, strategy=made, callbacks=[clock, *callbacks], max_epochs=1,
         plugins=[SparseTernaryPrecision("sparse", args.gradients)], accumulate_grad_batches=args.accumulate,
         gradient_clip_val=1.0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, logger=False,
@@ -143,7 +141,7 @@ def link(devices: int) -> None:
     Raises:
         AssertionError: If a sum is wrong.
     """
-    fabric = Fabric(accelerator=ACCELERATOR, devices=devices, strategy="ddp")
+    fabric = Fabric(accelerator="gpu", devices=devices, strategy="ddp")
     fabric.launch()
     warm, timed = 2, 5
     x = torch.ones(LINK_BYTES // 4, device=fabric.device)

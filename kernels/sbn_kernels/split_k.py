@@ -28,7 +28,8 @@ MOST_SPLITS = 16
 _RESIDENT = 2  # programs that fit a multiprocessor
 _ROWS = 8
 # Costs in k128 steps of a program: 0.17 microseconds each, the slope of the 2:4 figures over K in results/decode.csv.
-# The numbers of parts that follow make 15 to 25 microseconds in one piece 4 to 10 there, at 8 to 64 tokens.
+# For 8960 -> 1536, 11008 -> 2048 and 4864 -> 896 at 8 to 64 tokens the parts that follow take 4 to 10 microseconds,
+# one piece 9 to 25. Where there are more features (14336 -> 4096, 8192 -> 8192) it is the model's word alone.
 _LAUNCH = 12
 _BYTES_A_STEP = 0.17e-6 * 4e12
 
