@@ -114,7 +114,8 @@ def setting(results: Results) -> str:
         "Perplexity is over all held-out text. A difference is called noise unless it exceeds its standard deviation "
         "times Student's t for the degrees of freedom; where there is no effect, one comparison in twenty exceeds "
         "that. The deviation of one run is estimated from those that differ in their seed alone, for each family and "
-        "pattern; where a pattern has too few of them, from all of the family:",
+        "pattern; where a pattern has too few of them, from all of the family but the pattern that it is compared "
+        "with, if that has enough:",
     ]
     rows = []
     for family in FAMILIES:

@@ -2,9 +2,9 @@
 
 Comparisons are made in log perplexity (nats), where effects of the same relative size are equally large. The noise of
 one run is the standard deviation between seeds, pooled over all cells of a family and pattern that have several: some
-patterns train less steadily than others. Where a pattern has less than two degrees of freedom, the whole family's takes
-its place. A difference of two means counts if it exceeds its own standard deviation times the quantile of Student's t
-for the degrees of freedom.
+patterns train less steadily than others. Where a pattern has less than two degrees of freedom, the family's takes its
+place, without the runs of the pattern that it is compared with: those make the other side's noise. A difference of two
+means counts if it exceeds its own standard deviation times the quantile of Student's t for the degrees of freedom.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Noise:
     Attributes:
         deviation: The estimate.
         freedom: Its degrees of freedom.
-        pattern: The pattern whose runs it is from; None for all of a family.
+        pattern: The pattern whose runs it is from; None for those of several.
     """
 
     deviation: float
@@ -242,17 +242,35 @@ class Results:
     def compare(self, cell: Cell, reference: Cell) -> Comparison:
         """Of two cells of one family."""
         difference = cell.loss - reference.loss
-        noises = [self.noise(factors["family"], factors["pattern"]) for factors in (cell.factors, reference.factors)]
-        if noises[0] is None or noises[1] is None:
+        family = cell.factors["family"]
+        noises = self._noises(family, cell.factors["pattern"], reference.factors["pattern"])
+        if noises is None:
             return Comparison(difference, None)
         deviations = [
             (noise.deviation / math.sqrt(len(each.runs)), noise.freedom)
             for noise, each in zip(noises, (cell, reference), strict=True)
-            if noise is not None
         ]
         if noises[0] == noises[1]:  # one estimate, not two
             return Comparison(difference, math.hypot(*(deviation for deviation, _ in deviations)), noises[0].freedom)
         return Comparison(difference, *combined(deviations))
+
+    def _noises(self, family: str, *patterns: str) -> list[Noise] | None:
+        """Of two patterns, so that they are either equal, one estimate, or of runs that have nothing in common."""
+        found = [self.noise(family, pattern) for pattern in patterns]
+        noises = [noise for noise in found if noise is not None]
+        if len(noises) < len(found):
+            return None
+        own = {noise.pattern for noise in noises} - {None}
+        if len(own) != 1 or noises[0] == noises[1]:  # both have their own, or both share one
+            return noises
+        others = [
+            line for line in self.lines if line["factors"]["family"] == family and line["factors"]["pattern"] not in own
+        ]
+        rest = _pooled(others, None)
+        if rest is not None and rest.freedom >= LEAST_FREEDOM:
+            return [rest if noise.pattern is None else noise for noise in noises]
+        # Nearly all that is known of the family is from the one pattern: that is no second estimate.
+        return [noise for noise in noises if noise.pattern is None] * len(noises)
 
     def values(self, factor: str, family: str | None = None) -> list[Any]:
         """Values of a factor that occur."""

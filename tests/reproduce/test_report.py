@@ -81,8 +81,8 @@ def test_noise_is_the_pooled_spread_of_seeds():
     assert compared.difference == pytest.approx(0.1)
     one = [line for line in lines if line["factors"]["pattern"] != "8:8" or line["factors"]["seed"] == 1]
     compared = Results(one).compare(Results(one).cell("ternary", "6:8"), Results(one).cell("ternary", "8:8"))
-    # 3 runs against 1, whose pattern has no noise of its own: Welch's 8 of 2 and the family's 6.
-    assert compared.threshold == pytest.approx(2.306 * 0.01 * math.sqrt(4 / 3), rel=1e-3)
+    # 3 runs against 1, whose pattern has no noise of its own: Welch's 5 of 2 and the 4 of 2:4 and 2:8.
+    assert compared.threshold == pytest.approx(2.571 * 0.01 * math.sqrt(4 / 3), rel=1e-3)
     _, text = write(one, "--plots", "false")
     assert rows(text, "ternary", "6:8", "1.00 %") == [["ternary", "6:8", "1.00 %", "2", "4.30"]]
     assert rows(text, "ternary", "all") == [["ternary", "all", "1.00 %", "6", "2.45"]]
@@ -100,6 +100,32 @@ def test_a_pattern_that_trains_unsteadily_does_not_blur_the_others():
     unsteady = results.compare(results.cell("ternary", "2:8"), results.cell("ternary", "8:8"))
     assert steady.threshold < 0.003
     assert unsteady.threshold > 0.5
+
+
+def test_the_familys_noise_is_without_the_pattern_compared_with():
+    spreads = {"8:8": 0.001, "2:4": 0.02, "7:8": 0.0}
+    lines = [line for line in all_lines(loss_of) if not line["varied"] and line["factors"]["family"] == "ternary"]
+    lines = [line for line in lines if line["factors"]["learning_rate"] == BEST["ternary"]]
+    lines = [line for line in lines if line["factors"]["pattern"] in spreads]
+    for line in lines:
+        line["validation"]["loss"] += spreads[line["factors"]["pattern"]] * (line["factors"]["seed"] - 2)
+
+    def threshold(chosen, pattern, other):
+        results = Results(chosen)
+        cells = [results.cell("ternary", each) for each in (pattern, other)]
+        assert results.compare(*cells).threshold == pytest.approx(results.compare(*cells[::-1]).threshold)
+        return results.compare(*cells).threshold
+
+    # The single 7:8 takes the noise of 2:4 against 8:8, and that of 8:8 against 2:4.
+    assert threshold(lines, "7:8", "8:8") == pytest.approx(4.303 * math.hypot(0.02, 0.001 / math.sqrt(3)), rel=1e-3)
+    assert threshold(lines, "7:8", "2:4") == pytest.approx(4.303 * math.hypot(0.001, 0.02 / math.sqrt(3)), rel=1e-3)
+    # One degree beside those of 8:8: the family's three are the one estimate of both.
+    fewer = [line for line in lines if line["factors"]["pattern"] != "2:4" or line["factors"]["seed"] < 3]
+    pooled = math.sqrt((2 * 0.001**2 + 0.02**2 / 2) / 3)
+    assert threshold(fewer, "7:8", "8:8") == pytest.approx(3.182 * pooled * math.sqrt(4 / 3), rel=1e-3)
+    # None beside them: they do not count twice.
+    alone = [line for line in lines if line["factors"]["pattern"] != "2:4"]
+    assert threshold(alone, "7:8", "8:8") == pytest.approx(4.303 * 0.001 * math.sqrt(4 / 3), rel=1e-3)
 
 
 def test_a_difference_of_differences_has_the_noise_of_both():
