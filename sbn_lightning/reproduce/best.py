@@ -16,7 +16,9 @@ NOTE = (
     "only if it is better by more than the noise, so that no lucky run wins. The best of several single runs, or the "
     "first of many ways, looks better than it is. Against the method: at the same pattern, with the noise of that. "
     "Against dense training in the same way at its own best rate, where that was run, otherwise as the method is (the "
-    "verdict says so). Where there is a goal, the verdict is on the goal."
+    "verdict says so). Where there is a goal, the verdict is on the goal. The goals, no more than "
+    f"{' and '.join(f'{100 * (goal - 1):.0f} % at {pattern}' for pattern, goal in GOALS.items())} above dense ternary, "
+    "are the aims that this project set itself for equal tokens, each at its own best learning rate."
 )
 
 

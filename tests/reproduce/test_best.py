@@ -53,6 +53,8 @@ def test_the_goal_is_judged_by_itself():
     """0.5 % above dense ternary is worse than it, and within the goal."""
     lines = [*seeds("8:8", 2.0, spread=1e-5), *seeds("2:4", 2.005, spread=1e-5), made("6:8", 2.005)]
     assert way(lines, "2:4", "the method")["verdict"] == "reached"
+    text = write(lines, "--plots", "false")[1]
+    assert "no more than 1 % at 2:4 and 10 % at 2:8 above dense ternary, are the aims that this project set" in text
     lines += [made("6:8", 2.005, varied={"schedule": "linear"})]
     assert way(lines, "6:8", "the method")["verdict"] == "worse (one run)", "no goal at 6:8"
 
