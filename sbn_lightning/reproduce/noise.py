@@ -9,7 +9,7 @@ PROBABILITY = 0.95  # of no more than that, either way, where there is no effect
 
 
 @lru_cache
-def t_factor(freedom: int, probability: float = PROBABILITY) -> float:
+def t_factor(freedom: int) -> float:
     """The two-sided quantile of Student's t: 12.7 for one degree of freedom, 1.96 for many.
 
     For integer degrees the probability has a closed form (Abramowitz and Stegun, 26.7.3 and 26.7.4); it grows with t,
@@ -17,12 +17,11 @@ def t_factor(freedom: int, probability: float = PROBABILITY) -> float:
 
     Args:
         freedom: Degrees of freedom, at least 1.
-        probability: Of ``abs(t)`` below the result.
     """
     low, high = 0.0, math.pi / 2  # of atan(t / sqrt(freedom))
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < probability else (low, middle)
+        low, high = (middle, high) if _within(middle, freedom) < PROBABILITY else (low, middle)
     return math.sqrt(freedom) * math.tan(low)
 
 

@@ -16,10 +16,6 @@ def test_quantiles(freedom, expected):
     assert t_factor(freedom) == pytest.approx(expected, abs=6e-4)
 
 
-def test_another_probability():
-    assert t_factor(5, 0.99) == pytest.approx(4.032, abs=6e-4)
-
-
 def test_three_runs_against_three_cross_it_once_in_twenty():
     draw = random.Random(0)
     trials, crossed = 20_000, 0
