@@ -11,6 +11,7 @@ from typing import Any
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.reproduce import paper
 from sbn_lightning.reproduce.tables import FAMILIES, Cell, Results, change, density
+from sbn_lightning.reproduce.variants import ABLATIONS, BASES, FLIPS, RAMPS
 
 COLOURS = {"bf16-sparse": "#4c72b0", "ternary": "#c44e52"}
 Figure = Any  # matplotlib's
@@ -83,10 +84,8 @@ def _line(axes: Any, values: dict[str, float], family: str) -> None:
 
 def flip_rate(results: Results, figure: Figure) -> bool:
     """Of masks over time: by pattern, and of the ablations that are said to freeze or to oscillate."""
-    from sbn_lightning.reproduce.report import FLIPS
-
     panels = figure.subplots(1, 2)
-    left = {f"{f} {p}": results.cell(f, p) for f in FAMILIES for p in ("6:8", "2:4")}
+    left = {f"{f} {p}": results.cell(f, p) for f in FAMILIES for p in BASES}
     right = {name: results.cell("ternary", "6:8", varied) for name, varied in FLIPS.items()}
     drawn = False
     for axes, cells, title in zip(panels, (left, right), ("by pattern", "ternary 6:8"), strict=True):
@@ -103,12 +102,10 @@ def flip_rate(results: Results, figure: Figure) -> bool:
 
 
 def ablations(results: Results, figure: Figure) -> bool:
-    """Change of perplexity, as bars, at 6:8 and at 2:4."""
-    from sbn_lightning.reproduce.report import ABLATIONS
-
-    panels = figure.subplots(1, 2)
+    """Change of perplexity, as bars, at each of ``BASES``."""
+    panels = figure.subplots(1, len(BASES))
     drawn = False
-    for axes, pattern in zip(panels, ("6:8", "2:4"), strict=True):
+    for axes, pattern in zip(panels, BASES, strict=True):
         base = results.cell("ternary", pattern)
         rows: list[tuple[str, float, float, float | None]] = []
         for name, value in ABLATIONS:
@@ -134,12 +131,10 @@ def ablations(results: Results, figure: Figure) -> bool:
 
 
 def ramps(results: Results, figure: Figure) -> bool:
-    """Validation loss over time, and where it ends, at 6:8 and at 2:4."""
-    from sbn_lightning.reproduce.report import RAMPS
-
-    panels = figure.subplots(1, 2)
+    """Validation loss over time, and where it ends, at each of ``BASES``."""
+    panels = figure.subplots(1, len(BASES))
     drawn = False
-    for axes, pattern in zip(panels, ("6:8", "2:4"), strict=True):
+    for axes, pattern in zip(panels, BASES, strict=True):
         cells: dict[str, Cell | None] = {
             "sparse from the start": results.cell("ternary", pattern),
             **{name: results.cell("ternary", pattern, {"ramp": name}) for name in RAMPS},

@@ -13,6 +13,7 @@ from sbn_lightning.reproduce.best import at_best_rates
 from sbn_lightning.reproduce.grid import Grid
 from sbn_lightning.reproduce.noise import t_factor
 from sbn_lightning.reproduce.not_run import not_run
+from sbn_lightning.reproduce.plots import draw
 from sbn_lightning.reproduce.probe import DISTANCES
 from sbn_lightning.reproduce.tables import (
     DASH,
@@ -26,22 +27,9 @@ from sbn_lightning.reproduce.tables import (
     percent,
     table,
 )
+from sbn_lightning.reproduce.variants import ABLATIONS, BASES, FLIPS, RAMPS
 
 PATTERNS = ("8:8", "7:8", "6:8", "5:8", "4:8", "2:4", "3:8", "2:8")
-BASES = ("6:8", "2:4")  # patterns that variants are tried at
-ABLATIONS = (
-    ("mask_source", "ternary"),
-    ("gradient", "masked"),
-    ("gamma_over", "kept"),
-    ("gamma_over", "nonzero"),
-    ("gamma_over", "masked"),
-)
-RAMPS = ("share_75", "share_50", "share_25", "walk")
-FLIPS: dict[str, dict[str, Any]] = {
-    "as the method is": {},
-    "with masked gradients": {"gradient": "masked"},
-    "with masks from ternary weights": {"mask_source": "ternary"},
-}
 INTERVALS = (10, 100, 1000)
 
 
@@ -60,8 +48,6 @@ def write_report(lines: list[Line], output: Path, images: Path | None, grid: Gri
     results = Results(lines)
     pictures: dict[str, str] = {}
     if images is not None:
-        from sbn_lightning.reproduce.plots import draw
-
         pictures = {name: os.path.relpath(path, output.parent) for name, path in draw(results, images).items()}
     sections: list[tuple[str, str, Callable[[Results], str]]] = [
         ("Perplexity against N", "perplexity", main_table),
@@ -221,7 +207,7 @@ def learning_rates(results: Results) -> str:
 
 
 def _variants(results: Results, variants: Sequence[tuple[str, dict[str, Any], float | None]], title: str) -> str:
-    """Variants of ternary training against its default, at each of :data:`BASES`; the paper's are at 6:8."""
+    """Variants of ternary training against its default, at each of ``BASES``; the paper's are at 6:8."""
     rows = []
     for pattern in BASES:
         base = results.cell("ternary", pattern)
