@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from typing import Any
 
+from sbn_lightning.reproduce.grid import Grid
 from sbn_lightning.reproduce.tables import DASH, FAMILIES, Cell, Results, change, density, number, table
 
 GOALS = {"2:4": 1.01, "2:8": 1.10}  # of dense ternary's perplexity
@@ -22,8 +24,13 @@ NOTE = (
 )
 
 
-def at_best_rates(results: Results) -> str:
-    """Patterns with a goal, and all others that something was varied at."""
+def at_best_rates(results: Results, grid: Grid | None = None) -> str:
+    """Patterns with a goal, and all others that something was varied at.
+
+    Args:
+        results: What was measured.
+        grid: What the names in it stand for; None leaves that out.
+    """
     rows = []
     for family in FAMILIES:
         lines = [line for line in results.lines if line["factors"]["family"] == family]
@@ -35,7 +42,25 @@ def at_best_rates(results: Results) -> str:
                 rows += _pattern(results, family, pattern, ways)
     header = ("family", "pattern", "way", "learning rate", "rates run", "perplexity", "against the method", "seeds")
     columns = (*header, "against dense", "noise", "goal", "verdict")
-    return f"{table(columns, rows)}\n\n{NOTE}" if rows else "Not run."
+    if not rows:
+        return "Not run."
+    choices = [] if grid is None else _choices(results, grid)
+    named = f"The names above, and what they set in the recipe:\n\n{table(('name', 'sets'), choices)}"
+    return "\n\n".join([table(columns, rows), *([named] if choices else []), NOTE])
+
+
+def _choices(results: Results, grid: Grid) -> list[list[str]]:
+    """Rows of the grid's named choices that have results."""
+    # By the id, which holds a digest of the recipe: in lines of another grid the same name may have set something else.
+    done = {line["id"] for line in results.lines}
+    varied = [run.varied for run in grid.runs() if run.id in done]
+    rows = []
+    for factor, choices in grid.factors.items():
+        for choice, keys in choices.items() if isinstance(choices, dict) else ():
+            if any(each.get(factor) == choice for each in varied):
+                values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in keys.items()}
+                rows.append([_name({factor: choice}), ", ".join(f"{key} {value}" for key, value in values.items())])
+    return rows
 
 
 def _pattern(results: Results, family: str, pattern: str, ways: dict[str, dict[str, Any]]) -> list[list[str]]:

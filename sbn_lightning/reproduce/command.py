@@ -77,7 +77,7 @@ def reproduce_report(
         output: Markdown file to write.
         images: Folder for the plots; not given, images/ next to the output.
         plots: Whether to draw them; needs matplotlib.
-        grid: The grid file; its runs that have no line are listed. Not there, nothing is listed.
+        grid: The grid file; its runs that have no line are listed, and what its names set. Not there, neither is.
 
     Raises:
         ConfigError: There are no results, the grid cannot work, or matplotlib is missing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def write_report(lines: list[Line], output: Path, images: Path | None, grid: Gri
         lines: Lines of results, at least one.
         output: Markdown file.
         images: Folder for the plots; None for none.
-        grid: What was to be run, to list what has no line; None lists nothing.
+        grid: What was to be run, to list what has no line and what its names stand for; None lists nothing.
 
     Raises:
         ConfigError: If plots are wanted and matplotlib is missing, or the grid cannot work.
@@ -54,7 +55,7 @@ def write_report(lines: list[Line], output: Path, images: Path | None, grid: Gri
         ("Learning rates", "", learning_rates),
         ("Ablations", "ablations", ablations),
         ("From dense to sparse", "ramps", ramps),
-        ("Each at its own best learning rate", "", at_best_rates),
+        ("Each at its own best learning rate", "", partial(at_best_rates, grid=grid)),
         ("Mask refresh", "", refresh),
         ("int8 gradients", "", int8_gradients),
         ("Zeros and flips", "flip_rate", zeros),
@@ -100,8 +101,8 @@ def setting(results: Results) -> str:
         "Perplexity is over all held-out text. A difference is called noise unless it exceeds its standard deviation "
         "times Student's t for the degrees of freedom; where there is no effect, one comparison in twenty exceeds "
         "that. The deviation of one run is estimated from those that differ in their seed alone, for each family and "
-        "pattern; where a pattern has too few of them, from all of the family but the pattern that it is compared "
-        "with, if that has enough:",
+        "pattern; where a pattern has too few of them, from all of the family, without the pattern that it is compared "
+        "with where the others have enough:",
     ]
     rows = []
     for family in FAMILIES:

@@ -110,6 +110,21 @@ def test_dense_training_in_the_same_way():
     assert way(lines, "2:4", "gamma_over: nonzero")["verdict"].endswith("dense without gamma_over: nonzero)")
 
 
+def test_the_named_choices_that_occur():
+    lines = [line for line in LINES if line["factors"].get("ramp") != "walk"]
+    _, text = write(lines, "--plots", "false")
+    assert rows(text, "masked_decay: hard_50") == [
+        ["masked_decay: hard_50", "masked_decay.decay 20.0, masked_decay.until 0.5"]
+    ]
+    assert rows(text, "ramp: share_50") == [["ramp: share_50", "ramp.shape step, ramp.start 0.5"]]
+    assert not rows(text, "ramp: walk"), "has no results"
+    assert not rows(text, "masked_decay: none")
+    others = [line | {"id": f"{line['id']}x"} for line in lines]
+    for text in (write(others, "--plots", "false")[1], write(lines, "--plots", "false", grid="nowhere.yaml")[1]):
+        assert rows(text, "ternary", "2:4", "masked_decay: hard_50")
+        assert not rows(text, "masked_decay: hard_50"), "nobody knows what it set"
+
+
 def test_any_combination():
     varied = [
         {"masked_decay": "strong", "freeze_after": 768, "ramp": "walk", "stale_gradient": "dense"},
