@@ -102,18 +102,31 @@ class NonFiniteGuard(RunCallback):
             fine = trainer.strategy.reduce_boolean_decision(fine, all=True)
         self._finite = None
         if not fine:
-            self._stop(trainer, module, is_gone=not here and bool(finite))
+            self._stop(trainer, module, all_finite=here, last_finite=bool(finite))
         self._last_look = trainer.global_step + 1
 
-    def _stop(self, trainer: Run, module: nn.Module, is_gone: bool) -> None:
-        """Raises the error; ``is_gone`` says that the micro-batch at hand is not the one to blame."""
+    def _stop(self, trainer: Run, module: nn.Module, all_finite: bool, last_finite: bool) -> None:
+        """Raises the error.
+
+        Args:
+            trainer: Of the run.
+            module: Of the run.
+            all_finite: Whether all losses of this process since the last look are finite.
+            last_finite: Whether that of the micro-batch at hand is.
+        """
         since, now = self._last_look + 1, trainer.global_step + 1
         when = f"in optimiser step {now}" if now <= since else f"between the optimiser steps {since} and {now}"
         text = f"the loss is NaN or infinite {when}"
-        if is_gone:
+        is_at_hand = not last_finite
+        if trainer.world_size > 1:  # sharded weights are gathered by all or none
+            is_at_hand = trainer.strategy.reduce_boolean_decision(is_at_hand, all=False)
+        origin = find_origin(trainer, module, *self._batch) if is_at_hand and self._batch is not None else ""
+        if all_finite:
+            text += " on another process"
+        elif last_finite:
             text += "; it came with an earlier micro-batch than the last: that one is gone, so no layer can be named"
-        elif self._batch is not None:
-            text += f"; {find_origin(trainer, module, *self._batch)}"
+        elif origin:
+            text += f"; {origin}"
         if now > since:
             text += "; set non_finite_guard.interval to 1 to see where it begins"
         checkpoint = getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path

@@ -108,10 +108,10 @@ def runs(counting, epoch, tmp_path_factory):
     return seen
 
 
-def launch(words, folder):
+def launch(words, folder, timeout=None):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,0 +1,31 @@
+"""Steps of several micro-batches under FSDP2 on two processes."""
+
+import json
+
+import pytest
+
+from tests.distributed.steps_worker import LAYER, NON_FINITE
+from tests.distributed.test_two_processes import ROOT, launch
+
+ELSEWHERE, EARLIER = "in optimiser step 1 on another process; there is", "; it came with an earlier micro-batch"
+NAMED = f"; it begins in {LAYER}: its output is not finite"
+ERRORS = {
+    "first of one": (EARLIER, ELSEWHERE),
+    "last of one": (NAMED, ELSEWHERE),
+    "first of one, last of the other": (EARLIER, NAMED),
+    "first of both": (EARLIER, EARLIER),
+}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """By rank."""
+    folder = tmp_path_factory.mktemp("steps")
+    launch([str(ROOT / "tests/distributed/steps_worker.py"), str(folder)], folder, timeout=120)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", NON_FINITE)
+def test_a_nan_on_one_rank_stops_all_and_each_says_what_it_knows(name, seen):
+    for rank, expected in zip(seen, ERRORS[name], strict=True):
+        assert expected in rank[name]
