@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from sbn_lightning.callbacks.base import is_step
 from sbn_lightning.errors import ConfigError
 
 
@@ -37,7 +38,7 @@ class UnshardedAccumulation(Callback):
             root.set_reshard_after_forward(False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        last = not trainer.fit_loop._should_accumulate()  # Lightning's own question before DDP's no_sync
+        last = is_step(trainer)
         for root in _roots(pl_module):
             root.set_requires_gradient_sync(last)
             root.set_reshard_after_backward(last)

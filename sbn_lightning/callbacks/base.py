@@ -63,6 +63,13 @@ def schedule_length(callback: Callback, trainer: Run, total_steps: int | None) -
     return steps
 
 
+def is_step(trainer: Run) -> bool:
+    """Whether the optimiser steps with the micro-batch under way: at the end of a window, and of an epoch."""
+    if isinstance(trainer, Trainer):
+        return not trainer.fit_loop._should_accumulate()  # Lightning's own question; there is no public one
+    return trainer.is_step
+
+
 def show(trainer: Run, module: nn.Module, name: str, value: float, *, logger: bool = True) -> None:
     """Puts a value in the progress bar, and in the logs unless ``logger`` is False."""
     if isinstance(trainer, Trainer):

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sbn_lightning.callbacks.base import RunCallback
+from sbn_lightning.callbacks.base import RunCallback, is_step
 from sbn_lightning.errors import ConfigError, SBNError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class NonFiniteGuard(RunCallback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: nn.Module, loss: Tensor) -> None:  # type: ignore[override]
         self._sees_losses = True
-        self._look(trainer, pl_module, loss, steps=_steps(trainer, self._batch))
+        self._look(trainer, pl_module, loss, steps=is_step(trainer))
 
     def on_train_batch_end(self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._batch = None
@@ -132,15 +132,6 @@ class NonFiniteGuard(RunCallback):
         checkpoint = getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path
         good = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         raise NonFiniteError(f"{text}; {good}")
-
-
-def _steps(trainer: Run, batch: tuple[Any, int] | None) -> bool:
-    """Whether the optimiser steps with this micro-batch and its number in the epoch."""
-    if not isinstance(trainer, Trainer):
-        return trainer.is_step
-    done = batch[1] + 1 if batch is not None else 0
-    is_last = trainer.is_last_batch or done == trainer.num_training_batches
-    return is_last or done % trainer.accumulate_grad_batches == 0
 
 
 def _smallest_gradient(optimizer: torch.optim.Optimizer) -> Tensor | None:
