@@ -64,7 +64,8 @@ def rope_stretch(scaling: RopeScaling, frequencies: Tensor) -> Tensor:
     """How many times slower each of ``frequencies`` becomes, from 1 to ``scaling.factor``, in their shape and dtype.
 
     A share ``s`` of a frequency ``f`` stays and the rest is divided: ``f' = (s + (1 - s) / factor) f``, where ``s``
-    rises from 0 at ``low_freq_factor`` turns in the original context to 1 at ``high_freq_factor``.
+    rises from 0 at ``low_freq_factor`` turns in the original context to 1 at ``high_freq_factor``. The formula is that
+    of Meta's Llama 3.1 release; ``_compute_llama3_parameters`` in Hugging Face's transformers is the same.
     """
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
