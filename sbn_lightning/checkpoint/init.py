@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def load_weights(model: TernaryTransformer, path: str) -> None:
 
 
 def check_tokenizer(path: str, data: Any) -> None:
-    """Checks that tokens mean in the data what they mean to a checkpoint's weights.
+    """Checks that data were prepared with the tokenizer of a checkpoint's weights, as far as :func:`difference` tells.
 
     Nothing is checked if the checkpoint has no tokenizer with it, or ``data`` is no
     :class:`~sbn_lightning.data.TokenDataModule`.
@@ -69,7 +70,7 @@ def check_tokenizer(path: str, data: Any) -> None:
         data: The run's data.
 
     Raises:
-        ConfigError: If not; the message names both tokenizers.
+        ConfigError: If not; the message names both tokenizers and what differs.
         DataError: If the checkpoint's tokenizer is damaged.
     """
     from sbn_lightning.data import TokenDataModule
@@ -85,31 +86,64 @@ def check_tokenizer(path: str, data: Any) -> None:
     except DataError as error:  # shards can be read without it
         rank_zero_warn(f"init_from: cannot compare {file} with the tokenizer of {folder}: {error}")
         return
-    found = first_difference(ours, theirs, data.eos_id)
+    found = difference(ours, theirs, data.eos_id)
     if found is not None:
-        first, second = (tokenizer.id_to_token(found) for tokenizer in (ours, theirs))
         raise ConfigError(
-            f"init_from: {path} has the tokenizer {file}, data.path {folder} was prepared with another one (token "
-            f"{found} is {first!r} in the first, {second!r} in the second): prepare the data again with python cli.py "
-            f"prepare --tokenizer {file} --input FILES --output FOLDER"
+            f"init_from: {path} has the tokenizer {file}, data.path {folder} was prepared with another one ({found}): "
+            f"prepare the data again with python cli.py prepare --tokenizer {file} --input FILES --output FOLDER"
         )
 
 
-def first_difference(weights: Tokenizer, data: Tokenizer, eos_id: int) -> int | None:
-    """The lowest token id that does not mean the same in two tokenizers; None if there is none.
+def difference(weights: Tokenizer, data: Tokenizer, eos_id: int) -> str | None:
+    """What tells two tokenizers apart; None if nothing of what follows does.
 
-    The vocabularies must be equal; how their files are written may differ. Of tokens added to a vocabulary, the data
-    may have more than the weights know, and may name special ones otherwise: ``prepare`` writes no special token but
-    the one that ends a document.
+    Vocabularies must be equal, and so must what splits a text into them: normalizer, pre-tokenizer, and the model's
+    kind, merges, ``ignore_merges`` and ``byte_fallback``. Of tokens added to a vocabulary, the data may have more than
+    the weights know, and may name special ones otherwise: ``prepare`` writes no special token but the one that ends a
+    document, which the weights must know. Nothing else is compared, such as scores of a Unigram model, or how files
+    are written.
 
     Args:
         weights: Of the checkpoint.
         data: Of the prepared folder.
         eos_id: What ends a document in the data.
     """
+    token = _first_other_token(weights, data, eos_id)
+    if token is not None:
+        first, second = (tokenizer.id_to_token(token) for tokenizer in (weights, data))
+        return f"token {token} is {first!r} in the first, {second!r} in the second"
+    ours, theirs = _rules(weights), _rules(data)
+    return next((f"the {name} differs" for name in ours if ours[name] != theirs[name]), None)
+
+
+def _first_other_token(weights: Tokenizer, data: Tokenizer, eos_id: int) -> int | None:
+    """The lowest token id that does not mean the same in both."""
     known, used = ({i: token for token, i in t.get_vocab(with_added_tokens=True).items()} for t in (weights, data))
-    ids = {i for t in (weights, data) for i in t.get_vocab(with_added_tokens=False).values()}
-    for i, token in data.get_added_tokens_decoder().items():
-        if i in known and (i == eos_id or not token.special):
-            ids.add(i)
+    ids = {i for t in (weights, data) for i in t.get_vocab(with_added_tokens=False).values()} | {eos_id}
+    ids |= {i for i, token in data.get_added_tokens_decoder().items() if i in known and not token.special}
     return min((i for i in ids if known.get(i) != used.get(i)), default=None)
+
+
+def _rules(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What splits a text into tokens, by its name for a user."""
+    # Written by one version of the library: in files, merges are "a b" or ["a", "b"], and defaults may be left out.
+    contents = json.loads(tokenizer.to_str())
+    model = contents["model"]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
+    return {
+        "kind of the model": model.get("type"),
+        "list of merges": merges,
+        "model's ignore_merges": model.get("ignore_merges", False),
+        "model's byte_fallback": model.get("byte_fallback", False),
+        "normalizer": contents["normalizer"],
+        "pre_tokenizer": _without_offsets(contents["pre_tokenizer"]),
+    }
+
+
+def _without_offsets(part: Any) -> Any:
+    """A part of a tokenizer without ``trim_offsets``, which says where tokens lie in the text, not which they are."""
+    if isinstance(part, list):
+        return [_without_offsets(item) for item in part]
+    if isinstance(part, dict):
+        return {key: _without_offsets(value) for key, value in part.items() if key != "trim_offsets"}
+    return part

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from sbn_lightning import SparseBitNet
 from sbn_lightning.checkpoint import load_model
-from sbn_lightning.checkpoint.init import first_difference
+from sbn_lightning.checkpoint.init import difference
 from sbn_lightning.checkpoint.tokenizers import beside
 from sbn_lightning.cli import main
 from sbn_lightning.data.tokenizer import train_bpe
@@ -171,7 +171,43 @@ END, PAD, TOOL = ("<end>", True), ("<pad>", True), ("<tool>", False)
 )
 def test_which_tokenizers_differ(data, found):
     weights = tokenizer_of("abc", [END, PAD, TOOL])
-    assert first_difference(weights, data, data.token_to_id("<end>")) == found
+    told = difference(weights, data, data.token_to_id("<end>"))
+    assert told is None if found is None else told.startswith(f"token {found} is ")
+
+
+def test_an_end_of_documents_that_the_weights_do_not_know():
+    weights = tokenizer_of("abc")
+    assert difference(weights, tokenizer_of("abc", [END]), 3) == "token 3 is None in the first, '<end>' in the second"
+    assert difference(weights, tokenizer_of("abc", [PAD]), 0) is None
+
+
+def split_by(normalizer=None, words=True, trim=True, merges=("a b", "b c"), **options):
+    """A tokenizer whose file has ``merges`` as they are."""
+    tokenizer = tokenizer_of(["a", "b", "c", "ab", "bc"])
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(use_regex=words, trim_offsets=trim)]
+    )
+    contents = json.loads(tokenizer.to_str())
+    contents["model"] |= {"merges": list(merges), **options}
+    return Tokenizer.from_str(json.dumps(contents))
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (split_by(merges=(["a", "b"], ["b", "c"])), None),
+        (split_by(trim=False), None),
+        (split_by(merges=("b c", "a b")), "the list of merges differs"),
+        (split_by(merges=("a b",)), "the list of merges differs"),
+        (split_by(normalizers.NFC()), "the normalizer differs"),
+        (split_by(words=False), "the pre_tokenizer differs"),
+        (split_by(ignore_merges=True), "the model's ignore_merges differs"),
+        (split_by(byte_fallback=True), "the model's byte_fallback differs"),
+    ],
+)
+def test_the_same_vocabulary_that_splits_texts_otherwise(data, found):
+    assert difference(split_by(), data, 0) == found
 
 
 def test_a_missing_or_other_file_is_refused(tmp_path):
