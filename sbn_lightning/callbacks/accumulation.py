@@ -21,7 +21,7 @@ class UnshardedAccumulation(Callback):
     """Keeps weights whole, and gradients too, from a step's first micro-batch to its last.
 
     For each parameter it takes 8 bytes more (float32) on every rank: 12 GiB at a billion and a half. Optimiser states
-    and, between steps, weights stay sharded.
+    stay sharded; weights are sharded again between steps, also after a validation there.
 
     Raises:
         ConfigError: At the start of training, if nothing is sharded with FSDP2.
@@ -43,6 +43,13 @@ class UnshardedAccumulation(Callback):
             root.set_requires_gradient_sync(last)
             root.set_reshard_after_backward(last)
             root.set_is_last_backward(last)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Its forwards leave weights whole, and no backward follows that would shard them. Within a step they stay.
+        if is_step(trainer):
+            for module in pl_module.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
 
 def _roots(module: nn.Module) -> list[FSDPModule]:

@@ -29,3 +29,11 @@ def seen(tmp_path_factory):
 def test_a_nan_on_one_rank_stops_all_and_each_says_what_it_knows(name, seen):
     for rank, expected in zip(seen, ERRORS[name], strict=True):
         assert expected in rank[name]
+
+
+def test_weights_stay_whole_within_a_step_and_sharded_between(seen):
+    """Whether or not a validation comes there."""
+    for rank in seen:
+        plain, unsharded = rank["validated"]["sharded"], rank["validated"]["unsharded"]
+        assert unsharded["whole"] == [[False], [True]] * 2
+        assert unsharded["losses"] == pytest.approx(plain["losses"], rel=1e-6)
