@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sbn_lightning.callbacks.base import RunCallback, require_masked_layers, schedule_length
-from sbn_lightning.callbacks.weight_decay import cosine_to_zero
+from sbn_lightning.callbacks.weight_decay import check_share, cosine_to_zero
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.pattern import unpack_mask
 
@@ -46,8 +46,7 @@ class MaskedWeightDecay(RunCallback):
     def __init__(self, decay: float = 0.0, until: float | None = None, total_steps: int | None = None) -> None:
         if not 0 <= decay < math.inf:
             raise ConfigError(f"MaskedWeightDecay: decay={decay} must not be negative")
-        if until is not None and not 0 < until <= 1:
-            raise ConfigError(f"MaskedWeightDecay: until={until} is not a share of training above 0 and up to 1")
+        check_share(self, until)
         self.decay, self.until, self.total_steps = decay, until, total_steps
 
     def decay_at(self, trainer: Run) -> float:
@@ -92,10 +91,10 @@ class MaskedWeightDecay(RunCallback):
 
 def _held(weight: Tensor) -> tuple[Tensor, slice]:
     """What this rank holds of a weight, and which of its rows these are: FSDP2 shards weights, and not masks."""
-    # torch has no public function that gives the offset; its own checkpoints use this one.
     if not isinstance(weight, DTensor):
         return weight, slice(None)
     local = weight.to_local()
+    # torch has no public function that gives the offset; its own checkpoints use this one.
     _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
     return local, slice(offset[0], offset[0] + len(local))
 

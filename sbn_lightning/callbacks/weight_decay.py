@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import Callback
 from torch import nn
 
 from sbn_lightning.callbacks.base import StepCallback, schedule_length
@@ -12,6 +13,14 @@ from sbn_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from sbn_lightning.callbacks.base import Run
+
+
+def check_share(callback: Callback, until: float | None) -> None:
+    """Raises:
+    ConfigError: If ``until`` is given and no share of training.
+    """
+    if until is not None and not 0 < until <= 1:
+        raise ConfigError(f"{type(callback).__name__}: until={until} is not a share of training above 0 and up to 1")
 
 
 def cosine_to_zero(step: int, last_step: float) -> float:
@@ -31,8 +40,7 @@ class WeightDecaySchedule(StepCallback):
 
     def __init__(self, until: float | None = 0.5, total_steps: int | None = None) -> None:
         super().__init__()
-        if until is not None and not 0 < until <= 1:
-            raise ConfigError(f"WeightDecaySchedule: until={until} is not a share of training above 0 and up to 1")
+        check_share(self, until)
         self.until = until
         self.total_steps = total_steps
         self._initial: list[float] = []
