@@ -18,7 +18,9 @@ then saves a position that is one batch too far.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -170,12 +172,20 @@ class TokenLoader(StreamingDataLoader):  # type: ignore[misc, unused-ignore]
 
 
 def keep_working(worker: int) -> None:
-    """Makes a loader process ignore SIGTERM.
+    """Makes a loader process ignore SIGTERM, unless its parent sends it.
 
     A preempted job gets the signal in every process. The main one saves a checkpoint first, and needs batches until the
-    end of its optimiser step; it ends its workers itself.
+    end of its optimiser step. It ends its workers itself; at its exit Python does, with this signal, and waits for them.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # on Linux; a handler would not learn who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, name="sigterm", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 _OPTION = {"seed": "seed", "shuffle": "shuffle", "block": "sequence_length"}

@@ -5,6 +5,7 @@ import io
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -263,6 +264,23 @@ def test_sigterm_as_a_process_meets_it(tokens, tmp_path, workers):
     assert f"SIGTERM: saved step {step} to " in log
     assert "Traceback" not in log
     assert max(read(tmp_path / "record.txt"))[0] == step
+
+
+def test_a_loader_process_ends_with_its_parent_and_with_nobody_else(tokens):
+    """A signal from outside does not end it; a script that leaves an iterator behind does not wait for it for ever."""
+    script = (
+        "import subprocess\n"
+        "from multiprocessing import active_children\n"
+        "from sbn_lightning.data import TokenDataModule\n"
+        f"data = TokenDataModule({str(tokens)!r}, batch_size=1, sequence_length=64, num_workers=1)\n"
+        "data.setup('fit')\n"
+        "batches = iter(data.train_dataloader())\n"
+        "first = next(batches)\n"
+        "subprocess.run(['kill', '-TERM', *(str(worker.pid) for worker in active_children())], check=True)\n"
+        "print(sum(1 for _ in zip(range(20), batches)), len(active_children()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.split() == ["20", "1"]
 
 
 def test_a_thread_that_cannot_listen_trains_all_the_same(tmp_path):
