@@ -18,7 +18,7 @@ from sbn_lightning.layers import SparseBitLinear
 from sbn_lightning.pattern import NMPattern, nonzeros_per_group
 from sbn_lightning.ternary import TernaryLinearFunction, expand_scale, quantize_activations
 
-InferenceBackend = Literal["reference", "kernels", "auto"]
+InferenceBackend = Literal["reference", "kernels", "int8", "auto"]
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -35,8 +35,9 @@ class PackedTernaryLinear(nn.Module):
 
     Attributes:
         backend: ``"reference"``: plain PyTorch, any device. ``"kernels"``: packed weights and the kernels of
-            ``sbn_kernels``; an error where they cannot run. ``"auto"`` (the default): kernels on a GPU that has them,
-            for activations of 8 or 4 bits; the reference elsewhere.
+            ``sbn_kernels``, on sparse tensor cores where device and pattern allow; an error where no kernel can run.
+            ``"int8"``: the same on dense tensor cores. ``"auto"`` (the default): as ``"kernels"`` on a GPU that has
+            them, for activations of 8 or 4 bits; the reference elsewhere.
 
     Shape:
         x ``[..., in_features]`` -> y ``[..., out_features]`` in the dtype of x, or autocast's where autocast is on.
@@ -124,18 +125,23 @@ class PackedTernaryLinear(nn.Module):
     def _settle(self) -> None:
         """Decides between kernels and reference, and packs the weight for the kernels of its device."""
         reason = None if self.backend == "reference" else self._why_no_kernels()
-        if reason and self.backend == "kernels":
-            raise ConfigError(f"backend='kernels' cannot run a packed layer here: {reason}; use 'auto' or 'reference'")
+        if reason and self.backend != "auto":
+            raise ConfigError(
+                f"backend={self.backend!r} cannot run a packed layer here: {reason}; use 'auto' or 'reference'"
+            )
         self._packed, self._layout = None, "none"
         if self.backend != "reference" and reason is None:
             from sbn_kernels import capabilities, pack_dense, pack_sparse24
 
             can = capabilities(self.codes.device)
             self._on_hopper = can.can("ternary_gemm")
-            sparse = can.can("sparse_gemm") and self.in_features % 4 == 0 and _fits_24(self.codes)
+            sparse = self.backend != "int8" and can.can("sparse_gemm") and self._fits_24()
             self._layout = "sparse24" if sparse else "dense"
             self._packed = pack_sparse24(self.codes, self.mask) if sparse else pack_dense(self.codes)
         self._settled_for = (self.backend, self.codes.device)
+
+    def _fits_24(self) -> bool:
+        return self.in_features % 4 == 0 and int(nonzeros_per_group(self.codes, 4).max()) <= 2
 
     def _why_no_kernels(self) -> str | None:
         if self.activation_bits is None:
@@ -198,7 +204,3 @@ def packed_layer(layer: SparseBitLinear) -> PackedTernaryLinear:
         split_sizes=layer.split_sizes,
         activation_bits=layer.activation_bits,
     ).train(layer.training)
-
-
-def _fits_24(codes: Tensor) -> bool:
-    return int(nonzeros_per_group(codes, 4).max()) <= 2

@@ -77,8 +77,7 @@ def choose_device(name: str) -> torch.device:
 def use_backend(model: nn.Module, backend: BackendName, dtype: torch.dtype, tokens: int = 2048) -> str:
     """Gives the ternary layers of a model a backend.
 
-    Layers that hold packed weights pick their kernel by the pattern themselves: where ``"int8"`` or ``"sparse"`` can
-    run them, both mean these kernels.
+    Layers that hold packed weights pick their kernel themselves under ``"auto"``, by the pattern and without measuring.
 
     Args:
         model: On the device where it runs.
@@ -102,7 +101,7 @@ def use_backend(model: nn.Module, backend: BackendName, dtype: torch.dtype, toke
                 "them; use auto, or give the checkpoint that they were exported from"
             )
     for module in packed.values():
-        module.backend = backend if backend in ("auto", "reference") else "kernels"
+        module.backend = "kernels" if backend == "sparse" else backend
     layers = ternary_layers(model)
     if not layers:
         return ""

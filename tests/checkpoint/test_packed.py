@@ -230,9 +230,9 @@ def test_a_packed_model_compiles():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels can run here")
 def test_kernels_are_not_replaced_silently():
     layer = packed_layer(SparseBitLinear(16, 8))
-    layer.backend = "kernels"
-    with pytest.raises(ConfigError, match=r"no CUDA GPU.*'auto' or 'reference'"):
-        layer(torch.randn(2, 16))
+    for layer.backend in ("kernels", "int8"):
+        with pytest.raises(ConfigError, match=rf"{layer.backend}.*no CUDA GPU.*'auto' or 'reference'"):
+            layer(torch.randn(2, 16))
     layer.activation_bits = None
     with pytest.raises(ConfigError, match="activation_bits is null"):
         layer(torch.randn(2, 16))

@@ -6,6 +6,7 @@ import torch
 from sbn_lightning import SparseBitLinear
 from sbn_lightning.checkpoint import load_model
 from sbn_lightning.checkpoint.packed_layer import PackedTernaryLinear, pack_layers, packed_layer
+from sbn_lightning.generation.opening import use_backend
 from tests.checkpoint.models import logits, make_model, save, some_tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible to torch")
@@ -52,6 +53,10 @@ def test_logits_of_a_packed_model(tmp_path, pattern):
     assert all(layer._packed is not None for layer in layers)
     if torch.cuda.get_device_capability() == (9, 0):
         assert all(layer._layout == ("sparse24" if pattern == "2:4" else "dense") for layer in layers)
+    use_backend(loaded, "int8", torch.float32)
+    error = (logits(loaded, tokens.cuda()).cpu() - expected).abs().amax(-1) / expected.std()
+    assert error.median() < 1e-3
+    assert all(layer._layout == "dense" for layer in layers)
 
 
 @pytest.mark.parametrize("tokens", [4, 100])
