@@ -27,7 +27,11 @@ class UnshardedAccumulation(Callback):
         ConfigError: At the start of training, if nothing is sharded with FSDP2.
     """
 
+    def __init__(self) -> None:
+        self._last: bool | None = None  # what the flags say; setting them walks over all modules
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = None
         roots = _roots(pl_module)
         if not roots:
             raise ConfigError(
@@ -39,6 +43,9 @@ class UnshardedAccumulation(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         last = is_step(trainer)
+        if last == self._last:
+            return
+        self._last = last
         for root in _roots(pl_module):
             root.set_requires_gradient_sync(last)
             root.set_reshard_after_backward(last)
