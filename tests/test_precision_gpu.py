@@ -75,7 +75,7 @@ def test_training_follows_the_reference(backend, pattern, compile, gradients):
         {"callbacks": [MaskRefresh(interval=3)], "compile": True},
         {"gradient_clip_val": 0.5},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options),
 )
 def test_it_combines(options):
     need("sparse")

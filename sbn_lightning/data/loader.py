@@ -175,7 +175,7 @@ def keep_working(worker: int) -> None:
     """Makes a loader process ignore SIGTERM, unless its parent sends it.
 
     A preempted job gets the signal in every process. The main one saves a checkpoint first, and needs batches until the
-    end of its optimiser step. It ends its workers itself; at its exit Python does, with this signal, and waits for them.
+    end of its optimiser step. It ends its workers itself, or Python does at its exit: with this signal, and waits.
     """
     if hasattr(signal, "sigwaitinfo"):  # on Linux; a handler would not learn who sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -56,7 +56,7 @@ class Whole(Callback):
 
 def fit(callbacks, **options):
     # The collective that another rank does not join fails soon.
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, timeout=timedelta(seconds=10))
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, timeout=timedelta(seconds=30))
     options = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False} | options
     trainer = quiet_trainer(callbacks, accumulate_grad_batches=ACCUMULATE, **options)
     data = {"batches": 4, "length": 5, "rank": int(os.environ["RANK"]), "world": 2}

@@ -19,6 +19,7 @@ def version(text: str) -> tuple[int, ...]:
     reason="the interpreter of older Triton cannot loop over run-time bounds with numpy >= 2.4",
 )
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already interpreting: collected directly")
+@pytest.mark.timeout(900)  # each of them has its own
 def test_kernels_equal_their_twins_in_the_interpreter() -> None:
     folder = Path(__file__).parent / "interpreted"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(folder)]
