@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -14,7 +13,6 @@ from jsonargparse import Namespace
 from sbn_lightning import sharded
 from sbn_lightning.callbacks.checkpoint import say
 from sbn_lightning.checkpoint import lightning_file
-from sbn_lightning.data import shards
 from sbn_lightning.errors import ConfigError, DataError
 
 
@@ -71,22 +69,27 @@ def resume_last_run(config: Namespace, training: bool = True) -> None:
         logger.init_args.version = run.parent.name
 
 
-def check_is_there(path: str) -> None:
+def check_can_be_read(path: str, *, training: bool, weights_only: bool | None = None) -> None:
     """Finds out before anything is made whether there is a checkpoint to read.
 
     Args:
         path: As given for ``--ckpt_path``. What Lightning looks up elsewhere passes: a URL, ``registry:...``, ``hpc``.
+        training: Whether training is to continue from it.
+        weights_only: As given for ``--weights_only``; a file that may hold any objects (False) is not opened.
 
     Raises:
-        DataError: If there is no such file or folder, or the file is no checkpoint.
+        DataError: If there is no such file or folder, or it is no checkpoint, or damaged.
     """
     elsewhere = "://" in path or path.startswith("registry") or path == "hpc"
     if elsewhere:
         return
     given = Path(path)
-    reason = "" if given.exists() else "does not exist"
-    if given.is_file() and not lightning_file.is_one(given):
+    if not given.exists():
+        reason = "does not exist"
+    elif given.is_file() and given.stat().st_size and not lightning_file.is_one(given):
         reason = "is no checkpoint"
+    else:
+        reason = "" if weights_only is False else why_unreadable(given, training)
     if reason:
         raise DataError(
             f"--ckpt_path {path} {reason}; give the path of a checkpoint, or last for that of the newest run"
@@ -105,10 +108,10 @@ def _is_last(path: Path) -> bool:
     return re.fullmatch(r"last(-v\d+)?", path.stem) is not None
 
 
-def why_unreadable(path: Path) -> str:
-    """What is wrong with a checkpoint; empty if nothing is.
+def why_unreadable(path: Path, training: bool = False) -> str:
+    """What is wrong with a checkpoint, also for going on with ``training``; empty if nothing is.
 
-    Checksums are compared up to ``shards.CHECKSUM_LIMIT`` bytes; above, what a file cut short shows.
+    Checksums are compared up to ``CHECKSUM_LIMIT`` bytes; above, what a file cut short shows.
     """
     try:
         if path.is_dir():
@@ -118,10 +121,13 @@ def why_unreadable(path: Path) -> str:
             return ""
         if not path.stat().st_size:
             return "is empty"
-        with zipfile.ZipFile(path) as file:
-            if path.stat().st_size <= shards.CHECKSUM_LIMIT and (record := file.testzip()):
-                return f"is damaged (in {record})"
+        if record := lightning_file.damaged_record(path):
+            return f"is damaged (in {record})"
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file can make torch raise anything
         return f"is damaged ({(str(error) or type(error).__name__).splitlines()[0].rstrip('.')})"
-    return "" if isinstance(saved, dict) and "state_dict" in saved else "is no checkpoint"
+    if not isinstance(saved, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(saved):
+        return "is no checkpoint of Lightning"
+    if training and "optimizer_states" not in saved:
+        return "holds weights and no training to continue (model.init_from starts from weights)"
+    return ""

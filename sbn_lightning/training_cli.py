@@ -48,7 +48,7 @@ from sbn_lightning.module import SparseBitNet
 from sbn_lightning.parsing import OneLineErrors, what_is_wrong
 from sbn_lightning.pattern import NMPattern
 from sbn_lightning.redaction import without_secrets
-from sbn_lightning.resume import check_is_there, resume_last_run
+from sbn_lightning.resume import check_can_be_read, resume_last_run
 
 register_type(NMPattern, serializer=str, deserializer=NMPattern.parse)
 
@@ -103,10 +103,11 @@ class SBNCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        training = self.subcommand in ("fit", "fabric")
         if config.get("ckpt_path") == "last":
-            resume_last_run(config, training=self.subcommand in ("fit", "fabric"))
+            resume_last_run(config, training)
         elif path := config.get("ckpt_path"):
-            check_is_there(path)
+            check_can_be_read(path, training=training, weights_only=config.get("weights_only"))
 
     def instantiate_classes(self) -> None:
         try:

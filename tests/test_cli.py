@@ -1,5 +1,6 @@
 """The command line as a user meets it: commands that work, and errors in one line."""
 
+import io
 import json
 import os
 import subprocess
@@ -194,6 +195,33 @@ def test_a_checkpoint_that_is_not_there_is_one_clear_line(tokens, capsys, comman
     options = [option for option in small(tokens, "--ckpt_path=nope.ckpt") if "checkpoint." not in option]
     line = error_of(capsys, main([command, "--config", str(RECIPE), *options]))
     assert line.endswith("nope.ckpt does not exist; give the path of a checkpoint, or last for that of the newest run")
+
+
+@pytest.mark.parametrize("command", ["fit", "fabric", "validate"])
+def test_a_checkpoint_that_cannot_be_read_is_one_clear_line(tokens, capsys, tmp_path, command):
+    assert fit(tokens, "--trainer.max_steps=1") == 0
+    saved = next(Path("logs").rglob("*.ckpt")).read_bytes()
+    Path("cut.ckpt").write_bytes(saved[: len(saved) // 2])
+    Path("empty.ckpt").touch()
+    torch.save({"a": 1}, "other.ckpt")
+    weights = torch.load(io.BytesIO(saved), weights_only=True)
+    del weights["optimizer_states"]
+    torch.save(weights, "weights.ckpt")
+    reasons = {
+        "cut": "is damaged (File is not a zip file)",
+        "empty": "is empty",
+        "other": "is no checkpoint of Lightning",
+        "weights": "holds weights and no training to continue (model.init_from starts from weights)",
+    }
+    for name, reason in reasons.items():
+        options = small(tokens, f"--ckpt_path={name}.ckpt")
+        if command == "validate":
+            options = [option for option in options if "checkpoint." not in option]
+        status = main([command, "--config", str(RECIPE), *options])
+        if (command, name) == ("validate", "weights"):
+            assert status == 0
+        else:
+            assert f"--ckpt_path {name}.ckpt {reason}; give the path" in error_of(capsys, status)
 
 
 class Breaks(RunCallback):

@@ -11,11 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
 
+from sbn_lightning.data.shards import CHECKSUM_LIMIT
 from sbn_lightning.errors import ConfigError, DataError
 from sbn_lightning.transformer import TransformerConfig
 
@@ -37,6 +38,12 @@ def is_one(path: Path) -> bool:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
+def damaged_record(path: Path) -> str | None:
+    """The first part of a checkpoint that does not have its checksum; None above ``CHECKSUM_LIMIT`` bytes."""
+    with ZipFile(path) as file:
+        return file.testzip() if path.stat().st_size <= CHECKSUM_LIMIT else None
+
+
 def read(path: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
     """Configuration and state dict of a checkpoint of this project; tensors are mapped from the file.
 
@@ -48,7 +55,11 @@ def read(path: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
     if not is_zipfile(path):  # which looks for its end
         raise DataError(f"{path} is damaged: its end is missing")
     try:
+        if record := damaged_record(path):
+            raise DataError(f"{path} is damaged (in {record})")
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except DataError:
+        raise
     except UnpicklingError as error:  # in which torch advises to trust the file
         raise DataError(
             f"{path} was changed, or is not this project's: it holds other than tensors and plain values"

@@ -238,6 +238,8 @@ def test_other_things_are_told_apart(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     saved = save(make_model(), tmp_path / "cut.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(saved[:-1000])
+    middle = len(saved) // 2
+    (tmp_path / "flip.ckpt").write_bytes(saved[:middle] + bytes([saved[middle] ^ 1]) + saved[middle + 1 :])
     torch.save({"state_dict": {}, "where": tmp_path}, tmp_path / "code.ckpt")
     (tmp_path / "run/checkpoints/last.ckpt").mkdir(parents=True)
     (tmp_path / "run/checkpoints/last.ckpt/.metadata").write_text("")
@@ -245,6 +247,7 @@ def test_other_things_are_told_apart(tmp_path):
     for name, message in (
         ("a.ckpt", r"a\.ckpt is no checkpoint; give a \.ckpt, the folder of a run, a packed or a Hugging Face folder$"),
         ("cut.ckpt", r"cut\.ckpt is damaged: its end is missing$"),
+        ("flip.ckpt", r"flip\.ckpt is damaged \(in .*data/\d+\)$"),
         (
             "code.ckpt",
             r"code\.ckpt was changed, or is not this project's: it holds other than tensors",
