@@ -21,3 +21,9 @@ def tokens(tmp_path_factory):
 def _in_tmp_path(tmp_path, monkeypatch):
     """Logs and checkpoints of a test land in its own folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    """torch compiles a function eight times a process, then runs it as it is: tests would depend on their order."""
+    torch._dynamo.reset()

@@ -63,7 +63,6 @@ def test_compiled_models_train_like_eager_ones(build, in_configure_model, kind, 
 
 
 def test_a_compiled_model_sees_refreshed_masks_and_reverts():
-    torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     convert_linears(model, "2:4", activation_bits=None)
     compiled, x = torch.compile(model, backend="aot_eager"), torch.randn(3, 16)
@@ -86,7 +85,6 @@ def test_a_compiled_model_sees_refreshed_masks_and_reverts():
 
 
 def test_a_compiled_model_sees_a_new_density_while_its_mask_is_held():
-    torch._dynamo.reset()
     layer, x = nn.Sequential(nn.Linear(16, 4)), torch.randn(3, 16)
     convert_linears(layer, "2:4", kind="masked")
     layer[0].hold_mask = True
