@@ -14,6 +14,7 @@ import select
 import sys
 from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import version
 from traceback import format_exception
 from types import TracebackType
 
@@ -71,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if argv[0] == "--version":
+        print(f"sbn_lightning {version('sbn-lightning')}")
+        return 0
     command, rest = argv[0], argv[1:]
     # Before torch is imported. Threads that spin at barriers starve each other where cores are shared: on two busy
     # cores a training step took 3 times as long as with threads that sleep, a generated token 4 to 8 times.
@@ -97,6 +101,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
+        return 1
+    except OSError as error:
+        if command in TRAINING or error.filename is None or os.environ.get("SBN_DEBUG"):
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
 
@@ -126,32 +135,42 @@ def _run_tool(command: str, argv: list[str]) -> None:
     module, name, _ = TOOLS[command]
     function = getattr(import_module(module), name)
     parameters = inspect.signature(function).parameters
-    words = _gather_lists(argv, {name for name, about in parameters.items() if "list[" in str(about.annotation)})
+    words = _gather_lists(argv, {name: "list[" in str(about.annotation) for name, about in parameters.items()})
     auto_cli(function, args=words, as_positional=False, prog=f"sbn {command}", parser_class=OneLineErrors)
 
 
-def _gather_lists(argv: list[str], lists: set[str]) -> list[str]:
+def _gather_lists(argv: list[str], takes_list: dict[str, bool]) -> list[str]:
     """``--input a b`` or ``--input a --input b`` -> ``--input=["a", "b"]``, as jsonargparse reads a list.
 
     The first is what a shell makes of ``*.txt``. A single value of an option that takes a list becomes one too: read as
-    YAML, the prompt ``# sorts a list`` would be nothing at all.
+    YAML, the prompt ``# sorts a list`` would be nothing at all. Of any other option the last value counts.
 
     Args:
-        argv: Arguments as typed.
-        lists: Names of the options that take lists.
+        argv: Arguments as typed; names of options may be cut short.
+        takes_list: Whether an option takes a list, by its name.
     """
     gathered: dict[str, list[str]] = {}
+    rest: list[str] = []
+    name, values, is_list = "", rest, True
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word.partition("=")
-            gathered.setdefault(name, []).extend([value] if equals else [])
+            meant = [known for known in takes_list if known.startswith(name[2:])]
+            if len(meant) == 1:
+                name = f"--{meant[0]}"
+            is_list = takes_list.get(name[2:], False)
+            values = gathered.setdefault(name, [])
+            if not is_list:
+                values.clear()
+            values += [value] if equals else []
+        elif not values or (is_list and word != "-h"):
+            values.append(word)
         else:
-            gathered.setdefault(next(reversed(gathered), ""), []).append(word)
-    words = list(gathered.pop("", []))
+            rest.append(word)
+    words = list(rest)
     for name, values in gathered.items():
-        as_list = len(values) > 1 or name[2:] in lists
         # With "=": a value may begin with dashes.
-        words.append(f"{name}={_quoted(values) if as_list else values[0]}" if values else name)
+        words.append(f"{name}={_quoted(values) if takes_list.get(name[2:]) else values[0]}" if values else name)
     return words
 
 

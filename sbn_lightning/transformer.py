@@ -13,6 +13,7 @@ in as arguments (:class:`Attend`); what a cache looks like is :mod:`sbn_lightnin
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -110,6 +111,9 @@ class TransformerConfig:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ffn", "max_sequence_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0 and finite")
         if self.d_model % (2 * self.n_heads):
             raise ConfigError(
                 f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads of an even size "

@@ -50,12 +50,18 @@ def export(
 
     from sbn_lightning.checkpoint.load import load_model
     from sbn_lightning.checkpoint.write import write_model
+    from sbn_lightning.data.tokenizer import vocab_size_of
 
     loaded = load_model(checkpoint, dtype=None if dtype is None else getattr(torch, dtype), tokenizer=tokenizer)
     if overwrite and target.resolve() in (loaded.path.resolve(), *loaded.path.resolve().parents):
         raise ConfigError(f"{target} holds the model that is to be exported; give another --output")
     if loaded.tokenizer is None and format != "gguf":  # which cannot do without
         print(f"note: no tokenizer found with {loaded.path}; add one with --tokenizer")
+    if loaded.tokenizer is not None and (size := vocab_size_of(loaded.tokenizer)) > loaded.config.vocab_size:
+        raise ConfigError(
+            f"{loaded.tokenizer_path} has {size} tokens, the model's vocab_size is {loaded.config.vocab_size}; give "
+            "its own with --tokenizer"
+        )
     with folder_aside(target, overwrite) as folder:
         summary = write_model(loaded, folder, format, linear_class=linear_class, quantization=quantization)
     print(f"{summary}\nwritten to {target}")

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,8 @@ def file_aside(target: Path, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         raise DataError(f"cannot write {target}: {error.strerror or error}; nothing there was changed") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that cannot be
+            aside.unlink()
 
 
 def check_output(target: Path, overwrite: bool) -> None:

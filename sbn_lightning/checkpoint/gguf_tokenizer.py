@@ -34,6 +34,11 @@ def check_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], str]:
     values = json.loads(tokenizer.to_str())
     if values["model"].get("type") != "BPE" or values["model"].get("byte_fallback"):
         raise ConfigError("--format gguf needs a byte-level BPE tokenizer, as `prepare` trains, Qwen2 or Llama 3 have")
+    normalizer = (values["normalizer"] or {}).get("type", "NFC")
+    if normalizer != "NFC":  # Qwen2's, which llama.cpp leaves out
+        raise ConfigError(f"llama.cpp does not change text before it cuts it, this tokenizer does ({normalizer})")
+    if len(tokenizer.encode("").ids) > 1 or tokenizer.encode("a").ids[:-1] != tokenizer.encode("").ids:
+        raise ConfigError("llama.cpp adds one token before a text; this tokenizer adds others")
     if not values["model"]["merges"]:
         return values, "gpt-2"
     steps = values["pre_tokenizer"] or {}
@@ -82,5 +87,6 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     writer.add_token_types(types)
     writer.add_token_merges(merges)
     writer.add_eos_token_id(eos_id)
-    writer.add_bos_token_id(eos_id)  # else llama.cpp takes a number of its own for it
-    writer.add_add_bos_token(False)
+    start = tokenizer.encode("").ids
+    writer.add_bos_token_id(start[0] if start else eos_id)  # else llama.cpp takes a number of its own for it
+    writer.add_add_bos_token(bool(start))

@@ -36,7 +36,7 @@ def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
         ConfigError: If it asks for anything that :class:`TernaryTransformer` has not; the message names it.
     """
     kind = values.get("model_type")
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         raise ConfigError(f"{source}: model_type {kind!r} is not one of qwen2, llama")
     if quantization := values.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization

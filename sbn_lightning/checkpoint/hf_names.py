@@ -15,6 +15,8 @@ from torch import Tensor
 from sbn_lightning.errors import DataError
 from sbn_lightning.transformer import TransformerConfig
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # fp8 weights come with scales
+
 
 class Part(NamedTuple):
     """One tensor here and the ones there whose rows it is made of."""
@@ -69,8 +71,8 @@ def from_hf_state(
         source: For messages.
 
     Raises:
-        DataError: If a tensor is missing, has other rows, or is left over: then the model has a part that would be
-            lost.
+        DataError: If a tensor is missing, of another shape or no floating-point numbers, or is left over: then the
+            model has a part that would be lost.
     """
     left = set(names)
     state: dict[str, Tensor] = {}
@@ -80,14 +82,28 @@ def from_hf_state(
             if name not in names:
                 raise DataError(f"{source} lacks the tensor {name}")
             tensor = read(name)
-            if rows is not None and len(tensor) != rows:
-                raise DataError(f"{source}: {name} has {len(tensor)} rows, its config.json says {rows}")
+            if tensor.dtype not in DTYPES:
+                raise DataError(f"{source}: {name} is of {tensor.dtype}, which needs more than itself to be read")
+            if rows is not None and tensor.shape[:1] != (rows,):
+                raise DataError(
+                    f"{source}: {name} has the shape {list(tensor.shape)}, its config.json says {rows} rows"
+                )
             tensors.append(tensor)
             left.discard(name)
-        state[part.ours] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-    # A tied head may be stored again; frequencies of rotary positions are made anew.
-    ignored = {"lm_head.weight"} if config.tie_embeddings else set()
-    left = {name for name in left if name not in ignored and not name.endswith("rotary_emb.inv_freq")}
+        try:
+            state[part.ours] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        except RuntimeError as error:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+            raise DataError(f"{source}: {', '.join(part.theirs)} do not go together: {shapes}") from error
+    if config.tie_embeddings and "lm_head.weight" in left:
+        if not torch.equal(read("lm_head.weight"), state["embed.weight"]):
+            raise DataError(
+                f"{source}: its config.json ties the head to the embeddings, and lm_head.weight is another tensor; "
+                "set tie_word_embeddings to false there to use it"
+            )
+        left.discard("lm_head.weight")
+    # Frequencies of rotary positions are made anew.
+    left = {name for name in left if not name.endswith("rotary_emb.inv_freq")}
     if left:
         raise DataError(f"{source} has {len(left)} tensors that no part of the model takes, such as {min(left)}")
     return state

@@ -54,6 +54,7 @@ def import_hf(input: str, output: str, overwrite: bool = False) -> None:
             shutil.copyfile(folder / TOKENIZER, file)
         print(f"tokenizer: {beside(target)}")
     else:
+        beside(target).unlink(missing_ok=True)  # of the checkpoint that was replaced
         print(f"note: {folder} has no {TOKENIZER}")
 
 

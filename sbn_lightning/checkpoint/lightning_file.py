@@ -67,8 +67,9 @@ def read(path: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
     except Exception as error:  # a damaged file can make torch raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(f"{path} is damaged: {reason}") from error
-    values = saved.get("hyper_parameters", {}).get("config") if isinstance(saved, dict) else None
-    if not isinstance(values, dict) or "state_dict" not in saved:
+    hyper_parameters = saved.get("hyper_parameters") if isinstance(saved, dict) else None
+    values = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
+    if not isinstance(values, dict) or not isinstance(saved.get("state_dict"), dict):
         raise DataError(f"{path} is not a checkpoint of SparseBitNet: it holds no hyper_parameters with a config")
     try:
         config = TransformerConfig(**values)

@@ -116,8 +116,13 @@ def find_eos(tokenizer: Tokenizer, eos_token: str | None) -> tuple[str, int]:
         if token_id is not None:
             return token, int(token_id)
     special = sorted(t.content for t in tokenizer.get_added_tokens_decoder().values())[:8]
-    what = f"eos_token {eos_token!r} is not in the vocabulary" if eos_token else "no end-of-document token found"
-    raise ConfigError(f"{what}; pass --eos_token with one of the tokenizer's special tokens: {special}")
+    has = f"its special tokens are {', '.join(special)}" if special else "it has no special tokens"
+    if eos_token:
+        raise ConfigError(f"eos_token {eos_token!r} is not in the vocabulary; {has}")
+    raise ConfigError(
+        f"the tokenizer has no token that is known to end a document ({', '.join(_KNOWN_EOS)}); {has} (`prepare` takes "
+        "--eos_token)"
+    )
 
 
 class Encoder:

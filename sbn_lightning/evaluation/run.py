@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from sbn_lightning.checkpoint.load import LoadedModel
+from sbn_lightning.checkpoint.tokenizers import difference
+from sbn_lightning.data.folders import load_meta, load_tokenizer_of
 from sbn_lightning.data.tokenize_segments import write_atomically
 from sbn_lightning.errors import ConfigError, DataError, SBNError
 from sbn_lightning.evaluation.report import as_table, layer_reports
@@ -76,6 +78,7 @@ def _perplexity(
 ) -> dict[str, Any]:
     if data is not None:
         source = text_of_folder(data, split, max_tokens)
+        _check_tokenizer(loaded, data)
     else:
         loaded.need_tokenizer()
         assert loaded.tokenizer_path is not None
@@ -101,6 +104,17 @@ def _perplexity(
         "window": result.window,
         "stride": result.stride,
     }
+
+
+def _check_tokenizer(loaded: LoadedModel, data: str) -> None:
+    if loaded.tokenizer is None:  # tokens are scored as they are
+        return
+    found = difference(loaded.tokenizer, load_tokenizer_of(data), load_meta(data, None)["eos_id"])
+    if found is not None:
+        raise ConfigError(
+            f"{loaded.path} has the tokenizer {loaded.tokenizer_path}, {data} was prepared with another one ({found}); "
+            "give the text itself with --text"
+        )
 
 
 def _run_tasks(

@@ -126,6 +126,11 @@ def _prompts(prompt: str | list[str] | None, prompts_file: str | None) -> list[s
         prompts += _listed(text, prompts_file) if prompts_file.endswith(".json") else _lines(text)
     if not prompts:
         raise ConfigError("there is no prompt; pass --prompt TEXT or --prompts_file FILE")
+    for i, text in enumerate(prompts, start=1):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # Python keeps bytes of arguments that are none as halves of pairs
+            raise ConfigError(f"prompt {i} of {len(prompts)} is not UTF-8: {error.reason}") from error
     return prompts
 
 

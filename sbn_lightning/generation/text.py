@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_REPLACEMENT = "\ufffd"  # what bytes that are no character decode to; one for all bytes of an unfinished one
+# What bytes that are no character decode to: one for all bytes of an unfinished one, or, where a vocabulary has single
+# bytes for what it does not know, one for each of the byte tokens in a row, characters among them included.
+_REPLACEMENT = "\ufffd"
 
 
 class TextStream:
@@ -34,11 +36,10 @@ class TextStream:
         """Adds a token; returns the text that is certain now, which may be none."""
         self._ids.append(token)
         text = self._decode(self._start, len(self._ids))
-        unfinished = text.endswith(_REPLACEMENT)
-        end = max(len(text) - unfinished, self._printed)
+        end = max(len(text.rstrip(_REPLACEMENT)), self._printed)
         piece = text[self._printed : end]
         self._printed = end
-        if not unfinished:
+        if not text.endswith(_REPLACEMENT):
             self._start, self._ids_printed = self._ids_printed, len(self._ids)
             self._printed = len(self._decode(self._start, self._ids_printed))
         return piece

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from sbn_lightning.checkpoint.gguf import interleave_halves
 from sbn_lightning.checkpoint.gguf_tokenizer import check_tokenizer
@@ -161,6 +161,33 @@ def test_a_tokenizer_is_needed(tmp_path, capsys):
     assert export("--tokenizer", "tokenizer.json") == 0
 
 
+def test_a_token_before_each_text_is_known_there(tmp_path):
+    """As Llama 3's: what begins a text is not what ends it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<start>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A", special_tokens=[("<start>", tokenizer.token_to_id("<start>"))]
+    )
+    save(make_model(**WIDE), tmp_path / "m.ckpt", tokenizer=False)
+    tokenizer.save("tokenizer.json")
+    assert export() == 0
+    fields = read(tmp_path / "out/model-TQ2_0.gguf")[0].fields
+    ids = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("bos", "eos")]
+    assert ids == [tokenizer.token_to_id("<start>"), tokenizer.token_to_id("<|endoftext|>")]
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+
+
+@pytest.mark.parametrize("format", ["gguf", "packed"])
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, capsys, format):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"more{i}" for i in range(100)])
+    save(make_model(**WIDE), tmp_path / "m.ckpt", tokenizer=False)
+    tokenizer.save("tokenizer.json")
+    assert export("--format", format) == 1
+    assert f"has {tokenizer.get_vocab_size()} tokens, the model's vocab_size is 320" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_package_is_asked_for_by_name(tmp_path, capsys, monkeypatch):
     import sys
 
@@ -170,9 +197,11 @@ def test_the_package_is_asked_for_by_name(tmp_path, capsys, monkeypatch):
     assert 'pip install "sbn-lightning[export]"' in capsys.readouterr().err
 
 
-def merged(pre_tokenizer):
+def merged(pre_tokenizer, **parts):
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizer
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
     return tokenizer
 
 
@@ -193,6 +222,11 @@ def test_ways_to_cut_text_are_known_by_name():
     [
         (merged(split(r"\w+")), r"cuts text \(\\w\+\)"),
         (merged(pre_tokenizers.Whitespace()), "Whitespace"),
+        (merged(split(QWEN2_WORDS), normalizer=normalizers.Lowercase()), "this tokenizer does .Lowercase"),
+        (
+            merged(split(QWEN2_WORDS), post_processor=processors.TemplateProcessing("$A b", special_tokens=[("b", 1)])),
+            "adds one token before a text; this tokenizer adds others",
+        ),
         (merged(pre_tokenizers.ByteLevel(add_prefix_space=True)), "with add_prefix_space"),
         (Tokenizer(models.BPE(vocab={"a": 0}, merges=[], byte_fallback=True)), "byte-level BPE"),
         (Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "byte-level BPE"),

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 
 from sbn_lightning import SparseBitNet
@@ -138,6 +139,9 @@ def test_a_ternary_model_does_not_go_out_as_plain_weights(tmp_path, capsys):
         ("llama", {"quantization_config": {"quant_method": "awq"}}, "awq"),
         ("qwen3", {}, "model_type 'qwen3'"),
         ("qwen2", {"hidden_size": None}, "lacks hidden_size"),
+        ("llama", {"model_type": ["llama"]}, "model_type .'llama'. is not one of"),
+        ("llama", {"rope_theta": -5.0}, "rope_theta=-5.0 must be above 0"),
+        ("llama", {"rms_norm_eps": float("nan")}, "norm_eps=nan must be above 0"),
     ],
 )
 def test_what_the_model_cannot_be_is_refused_by_name(kind, changes, message):
@@ -193,12 +197,38 @@ def test_tensors_that_have_no_place_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.layers.0.self_attn.k_proj.weight", lambda t: t[:-1], "has the shape [15, 32], its config.json says 16"),
+        ("model.layers.0.mlp.up_proj.weight", lambda t: t[:, 1:], "do not go together: [64, 32], [64, 31]"),
+        ("model.layers.0.mlp.up_proj.weight", lambda t: torch.tensor(1.0), "has the shape []"),
+        ("model.layers.1.mlp.down_proj.weight", lambda t: t.to(torch.float8_e4m3fn), "is of torch.float8_e4m3fn"),
+        ("model.layers.1.mlp.down_proj.weight", lambda t: t.to(torch.int8), "is of torch.int8"),
+        ("lm_head.weight", lambda t: torch.ones(320, 32), "and lm_head.weight is another tensor"),
+        ("lm_head.weight", None, ""),  # the embeddings again, as some tools write a tied head
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path, capsys, name, change, message):
+    folder = save_hf(make_hf(tie_word_embeddings=True), tmp_path / "in")
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    found = tensors.get(name, tensors["model.embed_tokens.weight"]).clone()
+    tensors[name] = found if change is None else change(found).clone()
+    safetensors.save_file(tensors, folder / "model.safetensors")
+    capsys.readouterr()
+    assert import_hf("--input", folder, "--output", "m.ckpt") == (1 if message else 0)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == bool(message)
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--input", "nowhere", "--output", "m.ckpt"], "nowhere does not exist"),
         (["--input", "in", "--output", "."], "is a folder; name a file in it"),
         (["--input", "in", "--output", "taken.ckpt"], "taken.ckpt is there already"),
         (["--input", "pickled", "--output", "m.ckpt"], "may run code when read"),
+        (["--input", "in", "--output", "taken.ckpt/m.ckpt"], "cannot write taken.ckpt/m.ckpt"),
     ],
 )
 def test_import_errors_are_one_line(tmp_path, capsys, args, message):
@@ -211,6 +241,21 @@ def test_import_errors_are_one_line(tmp_path, capsys, args, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_each_checkpoint_has_the_tokenizer_of_its_model(tmp_path):
+    """Names with dots, and a checkpoint that is replaced."""
+    with_tokenizer = save_hf(make_hf(), tmp_path / "in")
+    without = tmp_path / "without"
+    shutil.copytree(with_tokenizer, without)
+    (without / "tokenizer.json").unlink()
+    for name in ("qwen-0.5b", "qwen-0.6b.ckpt"):
+        assert import_hf("--input", with_tokenizer, "--output", tmp_path / name) == 0
+    assert beside(tmp_path / "qwen-0.5b") == tmp_path / "qwen-0.5b.tokenizer.json"
+    assert load_model("qwen-0.5b").tokenizer_path == Path("qwen-0.5b.tokenizer.json")
+    assert load_model("qwen-0.6b.ckpt").tokenizer_path == Path("qwen-0.6b.tokenizer.json")
+    assert import_hf("--input", without, "--output", "qwen-0.5b", "--overwrite=true") == 0
+    assert load_model("qwen-0.5b").tokenizer is None
 
 
 def test_a_name_is_looked_up_on_the_hub(tmp_path, monkeypatch, capsys):

@@ -10,8 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from sbn_lightning import SparseBitNet
 from sbn_lightning.checkpoint import load_model
-from sbn_lightning.checkpoint.init import difference
-from sbn_lightning.checkpoint.tokenizers import beside
+from sbn_lightning.checkpoint.tokenizers import beside, difference
 from sbn_lightning.cli import main
 from sbn_lightning.data.tokenizer import train_bpe
 from sbn_lightning.errors import ConfigError, DataError

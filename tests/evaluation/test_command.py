@@ -13,7 +13,7 @@ from sbn_lightning.checkpoint.lightning_file import contents
 from sbn_lightning.checkpoint.packed_layer import PackedTernaryLinear
 from sbn_lightning.cli import main
 from sbn_lightning.data import prepare
-from sbn_lightning.data.tokenizer import byte_tokenizer
+from sbn_lightning.data.tokenizer import byte_tokenizer, train_bpe
 from sbn_lightning.errors import ConfigError, DataError
 from sbn_lightning.evaluation import layer_reports, perplexity
 from sbn_lightning.evaluation.report import as_table
@@ -142,6 +142,13 @@ def test_errors_are_one_line(checkpoint, folder, capsys, arguments, message):
     assert status == 1
     (line,) = (line for line in err.splitlines() if line.startswith("error: "))
     assert message in line
+
+
+def test_data_of_another_tokenizer_are_refused(checkpoint, folder, capsys, tmp_path):
+    train_bpe(DOCUMENTS * 20, 300).save("tokenizer.json")
+    status, _, err = run(capsys, "--checkpoint", checkpoint, "--data", str(folder))
+    assert status == 1
+    assert f"{folder} was prepared with another one (token " in err
 
 
 def test_a_shard_cut_short_is_named(folder, tmp_path):

@@ -94,6 +94,20 @@ def test_prompts_are_taken_as_they_are_typed(checkpoint, capsys, prompts):
     assert [row["prompt"] for row in json.loads(out)] == prompts
 
 
+def test_options_stand_in_any_order(checkpoint, capsys):
+    """Repeated ones too: of those that take a list all values count, of others the last."""
+    arguments = ["--checkpoint", "nowhere", "--prompt", "a", "--max_new", "1", "--prompt", "b", "c", "--json=true"]
+    status, out, _ = run(capsys, *arguments, "--checkpoint", checkpoint, "--max_new_tokens", "2", "--device", "cpu")
+    assert status == 0
+    assert [(row["prompt"], row["tokens"]) for row in json.loads(out)] == [("a", 2), ("b", 2), ("c", 2)]
+
+
+def test_help_after_other_options(checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        run(capsys, "--checkpoint", checkpoint, "--prompt", "a", "-h")
+    assert "usage: sbn generate" in capsys.readouterr().out
+
+
 def test_a_line_of_a_file_is_a_prompt(checkpoint, capsys, tmp_path):
     lines = ["form\x0cfeed", "", "separator\u2028inside"]
     (tmp_path / "lines.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -149,6 +163,9 @@ def test_a_reader_that_leaves_is_no_error(checkpoint):
         (["--prompt", "x", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["--prompt", "x", "--stop_token", "nope"], "stop_token 'nope'"),
         (["--prompts_file", "missing.txt"], "missing.txt"),
+        (["--prompt", "x", "--seed", "1", "stray"], "unrecognized arguments: stray"),
+        (["--prompt", "x\udcff"], "is not UTF-8"),
+        (["--prompt", "x", "--checkpoint", "x" * 300], "File name too long"),
         (["--prompt", "x", "--backend", "sparse", "--device", "cpu"], "sparse"),
         (["--prompt", "x", "--batch_size", "0"], "batch_size=0"),
     ],

@@ -21,7 +21,7 @@ def test_a_character_comes_when_its_last_byte_does():
 def test_bytes_that_are_no_character_do_not_hold_up_the_rest():
     printed = pieces(BYTES, b"\xff\xfe\xf0\x9fab\xc3")
     assert "".join(printed) == BYTES.decode(list(b"\xff\xfe\xf0\x9fab\xc3"))
-    assert printed[1] == "\ufffd"
+    assert printed[:4] == [""] * 4  # each could still belong to a character
     assert printed[-1] == "\ufffd"
     assert "a" in printed[4]
 
@@ -60,6 +60,22 @@ def with_spaces():
 
 def test_spaces_between_words_stay(with_spaces):
     assert pieces(with_spaces, [0, 1, 2, 1]) == ["hello", " world", "!", " world", ""]
+
+
+@pytest.fixture
+def with_byte_fallback():
+    """As Llama 2's: bytes stand for characters that are no token, and are decoded as long as they last."""
+    words = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256, "a": 257}
+    tokenizer = Tokenizer(models.BPE(words, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+def test_characters_from_single_bytes(with_byte_fallback):
+    smile = list("🙂".encode())
+    assert pieces(with_byte_fallback, [256, 257, *smile, *smile, 257]) == ["", "a", *["", "", "", "🙂"] * 2, "a", ""]
 
 
 def test_special_tokens_are_left_out():
