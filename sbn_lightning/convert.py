@@ -65,12 +65,17 @@ def name_matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(span, pattern) for pattern in patterns for span in spans)
 
 
+def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """A tuple, also of a single pattern: its letters would be patterns too, which match nothing."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
 def convert_linears(
     model: nn.Module,
     pattern: NMPattern | str = "6:8",
     *,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = ("lm_head",),
+    include: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = ("lm_head",),
     kind: Literal["ternary", "masked"] = "ternary",
     activation_bits: int | None = 8,
     mask_source: MaskSource = "latent",
@@ -82,7 +87,7 @@ def convert_linears(
     Args:
         model: Changed in place.
         pattern: "N:M".
-        include: Shell-style patterns of names to convert (see :func:`name_matches`).
+        include: Shell-style pattern or patterns of names to convert (see :func:`name_matches`).
         exclude: Patterns of names to leave alone; wins over ``include``. Name the head here if it is not ``lm_head``.
         kind: ``"ternary"`` for :class:`SparseBitLinear`, ``"masked"`` for :class:`SparseLinear`.
         activation_bits: As in :class:`SparseBitLinear`; ignored for ``"masked"``, like the two options below.
@@ -98,6 +103,7 @@ def convert_linears(
         ConfigError: If nothing was converted although no layer is masked yet, or ``kind`` is unknown.
     """
     target = NMPattern.parse(pattern)
+    include, exclude = as_patterns(include), as_patterns(exclude)
     if kind not in ("ternary", "masked"):
         raise ConfigError(f"kind={kind!r} is not 'ternary' or 'masked'")
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))

@@ -168,7 +168,7 @@ class SparseBitLinear(MaskedLinear):
 
     def _multiply(self, x: Tensor, swiglu: bool) -> Tensor:
         if torch.compiler.is_compiling() and not self.owner_prepares:
-            fused = self.mask_source == "latent" and not self.hold_mask
+            fused = self.mask_source == "latent" and not self._mask_stays()
             keep = self._keep() if fused else self._most_kept
             prepared = self._backend.prepare(self.latent(), None if fused else self._graph_mask(), keep, self._spec)
             mask_bits = prepared.mask_bits

@@ -10,6 +10,8 @@ layer correct in a bare training loop, and under gradient accumulation the work 
 Some updates do not count a version: a fused optimiser's, and those of FSDP2, which fills the weight that a forward sees
 from shards. So weights that train are also taken to have changed with every optimiser step of the process.
 :attr:`MaskedLinear.hold_mask` takes the mask out of that rule, for whoever decides about refreshes (``MaskRefresh``).
+A mask that was loaded stays as well, until an optimiser steps that holds its weight: it may be an older one, or of the
+middle of a ramp, and must not change in a model that is only used.
 
 Inside ``torch.compile`` a version counter cannot be read, so the derived values are traced into the graph and computed
 at each forward, unless an owner promises to call :func:`prepare_layers` before (``TernaryTransformer`` does).
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +33,24 @@ from sbn_lightning.errors import ConfigError
 from sbn_lightning.pattern import NMPattern, unpack_mask
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
+_SHARDS = (0, 0)  # no weight has this id
 
 Gradient = Literal["dense", "masked"]
 
 _optimizer_steps = 0
+_layers_that_keep: WeakSet[MaskedLinear] = WeakSet()  # their masks, until their weights change
 
 
 def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     global _optimizer_steps
     _optimizer_steps += 1
+    if _layers_that_keep:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        ids, sharded = set(map(id, weights)), any(isinstance(weight, DTensor) for weight in weights)
+        for layer in list(_layers_that_keep):
+            if sharded if layer._kept_for == _SHARDS else id(layer._parameters["weight"]) in ids:
+                layer._kept_for = None
+                _layers_that_keep.discard(layer)
 
 
 register_optimizer_step_post_hook(_count_step)
@@ -85,6 +97,7 @@ class MaskedLinear(nn.Linear):
         self._keep_n, self._sparse_share = self.pattern.n, 1.0
         self._most_kept = self.pattern.m  # in any group of the present mask
         self._mask_of: tuple[Any, ...] | None = None
+        self._kept_for: tuple[int, int] | None = None  # the weight whose mask stays, and its version
         packed = torch.empty(self.out_features, -(-self.in_features // 8), dtype=torch.uint8, device=self.weight.device)
         self.register_buffer("mask_bits", packed)
         self.refresh_mask()
@@ -131,6 +144,14 @@ class MaskedLinear(nn.Linear):
         """Recomputes the mask from the weight as it is now."""
         self.mask_bits.copy_(self._fresh_mask())
         self._note_fresh_mask()
+
+    def keep_mask(self) -> None:
+        """Takes the present mask for that of the present weight: it stays until an optimiser changes the weight."""
+        weight = self._parameters["weight"]
+        self._mask_of = self._mask_key()
+        # FSDP2 shows a forward another parameter than the one that was loaded and that the optimiser has.
+        self._kept_for = _SHARDS if isinstance(weight, DTensor) else (id(weight), weight._version)  # type: ignore[union-attr]
+        _layers_that_keep.add(self)
 
     def values(self, masked: bool = True) -> Tensor:
         """What the layer multiplies with, up to a scale: ternary codes, or the weight where it is not quantised.
@@ -190,12 +211,19 @@ class MaskedLinear(nn.Linear):
 
     def _note_fresh_mask(self) -> None:
         self._mask_of = self._mask_key()
+        self._kept_for = None
+        _layers_that_keep.discard(self)
         self._most_kept = self._keep_n if self._sparse_share == 1 else self.pattern.m
 
     def _weight_key(self) -> tuple[Any, ...]:
         # The parameter itself: a subclass may show another view of it as its weight.
-        weight = self._parameters["weight"]
-        assert weight is not None
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise ConfigError(
+                f"{type(self).__name__}({self.in_features}, {self.out_features}): its weight is no parameter any more "
+                "(parametrize, weight_norm, pruning), and masks are made of latent weights; leave that out, or exclude "
+                "the layer from conversion"
+            )
         return id(weight), weight._version, _optimizer_steps if weight.requires_grad else 0
 
     def _mask_key(self) -> tuple[Any, ...]:
@@ -206,7 +234,7 @@ class MaskedLinear(nn.Linear):
         if key == self._mask_of:
             return False
         density_changed = self._mask_of is None or key[-2:] != self._mask_of[-2:]
-        return density_changed or not self.hold_mask
+        return density_changed or not (self.hold_mask or self._kept_for in (_SHARDS, key[:2]))
 
     def _sync_mask(self) -> None:
         if self._mask_is_stale():
@@ -217,7 +245,11 @@ class MaskedLinear(nn.Linear):
 
     def _graph_mask(self) -> Tensor:
         """The packed mask inside a compiled graph."""
-        return self.mask_bits if self.hold_mask or self.owner_prepares else self._fresh_mask()
+        return self.mask_bits if self._mask_stays() or self.owner_prepares else self._fresh_mask()
+
+    def _mask_stays(self) -> bool:
+        """Whether the mask stays what it is for now, as far as a compiled graph can see."""
+        return self.hold_mask or self._kept_for is not None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._sync_mask()
@@ -239,7 +271,7 @@ class MaskedLinear(nn.Linear):
         )
         mask_name = prefix + "mask_bits"
         if mask_name in state_dict:
-            self._mask_of = self._mask_key()
+            self.keep_mask()
             kept = unpack_mask(self.mask_bits, self.in_features).unflatten(-1, (-1, self.pattern.m)).sum(-1)
             self._most_kept = self.pattern.m if kept.is_meta else int(kept.max())
         elif prefix + "weight" in state_dict:
@@ -254,7 +286,7 @@ class MaskedLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._mask_of = self._mask_key()  # before, it named the weight that was copied
+        self.keep_mask()  # before, it was that of the weight that was copied
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}"

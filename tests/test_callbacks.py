@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -78,6 +78,25 @@ def test_frozen_masks_stay_and_masked_weights_rest():
     assert not torch.equal(recorder.masks[1], recorder.masks[2])
     assert all(torch.equal(recorder.masks[2], mask) for mask in recorder.masks[3:])
     assert [gradient > 0 for gradient in recorder.masked_gradient] == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize("options", [{"interval": 4}, {"freeze_after": 2}])
+def test_held_masks_stay_after_training_until_the_weights_train_again(options):
+    module, recorder = small_module(), Recorder()
+    trainer = quiet_trainer([MaskRefresh(**options)], max_steps=7)
+    trainer.fit(module, token_loader())
+    layer = dict(masked_layers(module))[recorder.name]
+    masks = layer.mask.clone()
+    assert not torch.equal(masks, top_n_mask(layer.weight, layer.pattern))
+    trainer.save_checkpoint("end.ckpt")
+    trainer.validate(module, token_loader(), verbose=False)
+    assert torch.equal(layer.mask, masks)
+    assert torch.equal(torch.load("end.ckpt")["state_dict"][f"{recorder.name}.mask_bits"], layer.mask_bits)
+    quiet_trainer([recorder], max_steps=3).fit(module, token_loader())
+    assert torch.equal(recorder.masks[0], masks)
+    for weight, mask in list(zip(recorder.weights, recorder.masks, strict=True))[1:]:
+        assert torch.equal(mask, top_n_mask(weight, layer.pattern))
+    assert all(gradient > 0 for gradient in recorder.masked_gradient)
 
 
 def test_dense_stale_gradient_warns():
@@ -173,6 +192,31 @@ def test_weight_decay_resumes_from_the_initial_value():
     assert again.optimizers[0].param_groups[0]["weight_decay"] == pytest.approx(0.1 * 0.1464466, abs=1e-6)
 
 
+def test_weight_decay_of_a_second_run_is_that_of_its_optimiser():
+    class Decaying(ForeignModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-3, weight_decay=self.decay)
+
+    callback = WeightDecaySchedule(until=1.0, total_steps=2)
+    for decay in (0.1, 0.5):
+        module = Decaying()
+        module.decay = decay
+        trainer = quiet_trainer([callback], max_steps=1)
+        trainer.fit(module, regression_loader())
+        assert trainer.optimizers[0].param_groups[0]["weight_decay"] == pytest.approx(decay / 2)
+
+
+# All
+
+
+def test_without_anything_that_costs_time():
+    """``barebones`` has no logging at all."""
+    callbacks = [MaskRefresh(), DenseToSparseRamp(), WeightDecaySchedule(), SparsityPatternLogger(2)]
+    trainer = Trainer(barebones=True, accelerator="cpu", max_steps=4, callbacks=callbacks)
+    trainer.fit(small_module(), token_loader())
+    assert trainer.global_step == 4
+
+
 # Order
 
 
@@ -258,6 +302,29 @@ def test_any_logger_will_do(tmp_path):
 
 
 # TernarySparseConversion
+
+
+def test_the_logger_looks_at_a_second_run_as_at_the_first():
+    """With ``max_steps`` of both: the second run's steps were behind the last look of the first."""
+    looks = []
+
+    class Noted(SparsityPatternLogger):
+        def _look(self, trainer, module):
+            super()._look(trainer, module)
+            looks.append((trainer.global_step, self.total().shares()))
+
+    logger = Noted(interval=2)
+    for _ in range(2):
+        quiet_trainer([logger], max_steps=5).fit(small_module(), token_loader())
+    assert [step for step, _ in looks] == [0, 2, 4, 5] * 2
+    assert looks[:4] == looks[4:]
+
+
+@pytest.mark.parametrize(("options", "left"), [({"exclude": "*.0"}, "net.0"), ({"include": "*.0"}, "net.2")])
+def test_one_name_is_a_pattern_too(options, left):
+    conversion = TernarySparseConversion("2:4", **options)
+    quiet_trainer([conversion], max_steps=1).fit(ForeignModule(), regression_loader())
+    assert conversion.report.skipped == {left: "excluded by name"}
 
 
 @pytest.mark.parametrize("in_configure_model", [False, True])

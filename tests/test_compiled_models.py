@@ -84,6 +84,19 @@ def test_a_compiled_model_sees_refreshed_masks_and_reverts():
     torch.testing.assert_close(compiled(x), fresh)
 
 
+@pytest.mark.parametrize(("shape", "warns"), [("walk", True), ("rows", False)])
+def test_a_ramp_says_when_torch_will_stop_compiling(shape, warns, recwarn):
+    torch._dynamo.utils.counters.clear()
+    module = compiled_whole(False)
+    callbacks = [TernarySparseConversion("8:16", exclude=("net.2",)), DenseToSparseRamp(shape, end=1.0)]
+    quiet_trainer(callbacks, max_steps=24).fit(module, regression_loader())
+    told = [str(warning.message) for warning in recwarn if "goes on uncompiled" in str(warning.message)]
+    assert len(told) == warns
+    assert all("changes density 8 times" in line and "after 8 times" in line for line in told)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert (compiled == torch._dynamo.config.recompile_limit) is warns
+
+
 def test_a_compiled_model_sees_a_new_density_while_its_mask_is_held():
     layer, x = nn.Sequential(nn.Linear(16, 4)), torch.randn(3, 16)
     convert_linears(layer, "2:4", kind="masked")

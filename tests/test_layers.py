@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import pickle
 import weakref
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from sbn_lightning.backends import REFERENCE
 from sbn_lightning.errors import ConfigError
@@ -335,22 +335,10 @@ def test_impossible_options_name_the_layer(options, message):
     assert "SparseBitLinear(20, 8)" in str(error.value)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-@pytest.mark.parametrize("kind", [SparseBitLinear, SparseLinear])
-def test_copies_have_the_mask_of_a_checkpoint_and_then_their_own(kind, duplicate):
-    layer, other = (kind(16, 8, pattern="2:4") for _ in range(2))
-    state = layer.state_dict() | {"mask_bits": other.state_dict()["mask_bits"]}  # older than the weights
-    layer.load_state_dict(state)
-    layer(torch.randn(2, 16))
-    twin = duplicate(layer)
-    assert torch.equal(twin.mask_bits, state["mask_bits"])
-    assert torch.equal(twin.mask, other.mask)
-    assert torch.equal(twin.effective_weight(), layer.effective_weight())
-    with torch.no_grad():
-        twin.weight.mul_(-torch.rand(8, 16))
-    twin.refresh_mask()
-    assert torch.equal(twin.mask, top_n_mask(twin.weight, twin.pattern))
-    assert torch.equal(layer.mask, other.mask)
+@pytest.mark.parametrize("change", [parametrizations.spectral_norm, parametrizations.weight_norm])
+def test_a_weight_that_is_no_parameter_any_more_is_an_error(change):
+    with pytest.raises(ConfigError, match=r"SparseBitLinear\(16, 8\): its weight is no parameter any more"):
+        change(SparseBitLinear(16, 8, pattern="2:4"))(torch.randn(2, 16))
 
 
 def test_a_layer_that_moves_leaves_no_ternary_weight_behind():

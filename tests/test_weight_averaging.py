@@ -105,6 +105,18 @@ def test_the_average_has_the_density_of_the_ramp():
     assert kept == [0.75, 0.5, 0.5]
 
 
+def test_a_second_run_has_an_average_of_its_own():
+    averages = []
+    for callback in (ema := SparseEMAWeightAveraging(decay=DECAY), ema, SparseEMAWeightAveraging(decay=DECAY)):
+        module = Validated()
+        with torch.no_grad():
+            module.net[0].weight.mul_(len(averages) + 1 if len(averages) < 2 else 2)
+        fit([callback, TernarySparseConversion("2:4")], module)
+        averages.append(module.net[0].weight)
+    assert not torch.equal(averages[0], averages[1])
+    assert torch.equal(averages[1], averages[2])
+
+
 def test_a_run_with_ema_resumes_exactly():
     def run(steps, ckpt_path=None):
         callbacks = [TernarySparseConversion("2:4"), MaskRefresh(interval=4), SparseEMAWeightAveraging(decay=DECAY)]

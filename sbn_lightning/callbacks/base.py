@@ -70,6 +70,16 @@ def is_step(trainer: Run) -> bool:
     return trainer.is_step
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` was used on a model or a part of it."""
+    return any(
+        module._compiled_call_impl is not None
+        or hasattr(module, "_orig_mod")
+        or (isinstance(module, LightningModule) and module._compiler_ctx is not None)
+        for module in model.modules()
+    )
+
+
 def show(trainer: Run, module: nn.Module, name: str, value: float, *, logger: bool = True) -> None:
     """Puts a value in the progress bar, and in the logs unless ``logger`` is False."""
     if isinstance(trainer, Trainer):

@@ -12,8 +12,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from sbn_lightning.callbacks.base import is_compiled
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
-from sbn_lightning.convert import ConversionReport, convert_linears, revert_linears
+from sbn_lightning.convert import ConversionReport, as_patterns, convert_linears, revert_linears
 from sbn_lightning.distributed import check_strategy, keep_masks_out_of_broadcasts
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import Gradient, MaskSource, masked_layers
@@ -32,7 +33,7 @@ class TernarySparseConversion(Callback):
 
     Args:
         pattern: "N:M".
-        include: Shell-style patterns of layer names to convert; a pattern also matches everything below a module.
+        include: Shell-style pattern or patterns of layer names to convert; one also matches everything below a module.
         exclude: Patterns of layers to leave alone; wins over ``include``. Name the head here if it is not ``lm_head``.
         kind: ``"ternary"``, or ``"masked"`` for sparse layers without quantisation.
         activation_bits: 8, 4 or None.
@@ -49,8 +50,8 @@ class TernarySparseConversion(Callback):
     def __init__(
         self,
         pattern: NMPattern | str = "6:8",
-        include: Sequence[str] = ("*",),
-        exclude: Sequence[str] = ("lm_head",),
+        include: str | Sequence[str] = ("*",),
+        exclude: str | Sequence[str] = ("lm_head",),
         kind: Literal["ternary", "masked"] = "ternary",
         activation_bits: int | None = 8,
         mask_source: MaskSource = "latent",
@@ -58,7 +59,7 @@ class TernarySparseConversion(Callback):
         gamma_over: GammaOver = "dense",
     ) -> None:
         self.pattern = NMPattern.parse(pattern)
-        self.include, self.exclude, self.kind = tuple(include), tuple(exclude), kind
+        self.include, self.exclude, self.kind = as_patterns(include), as_patterns(exclude), kind
         self.activation_bits, self.mask_source = activation_bits, mask_source
         self.gradient, self.gamma_over = gradient, gamma_over
         self.report: ConversionReport | None = None
@@ -103,7 +104,7 @@ class TernarySparseConversion(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A model may pass the weight of a layer to some function and never call the layer. Whether it does shows in
         # the first backward pass: a gradient without a call. A compiled model is not watched, it would compile twice.
-        if not any(_is_compiled(module) for module in pl_module.modules()):
+        if not is_compiled(pl_module):
             for name, layer in masked_layers(pl_module):
                 self._not_called[name] = layer.register_forward_pre_hook(partial(self._note_call, name))
 
@@ -149,8 +150,3 @@ class TernarySparseConversion(Callback):
         for handle in self._not_called.values():
             handle.remove()
         self._not_called.clear()
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    compiled_here = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-    return compiled_here or (isinstance(module, LightningModule) and module._compiler_ctx is not None)

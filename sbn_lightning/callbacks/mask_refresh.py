@@ -70,6 +70,13 @@ class MaskRefresh(StepCallback):
         if due:
             self.last_refresh = step
 
+    def on_train_end(self, trainer: Run, pl_module: nn.Module) -> None:
+        """Held masks stay until the weights train again, and follow them then, as after loading a checkpoint."""
+        for layer in require_masked_layers(self, pl_module).values():
+            if layer.hold_mask:
+                layer.keep_mask()
+            layer.hold_mask, layer.regrow = False, True
+
     def state_dict(self) -> dict[str, Any]:
         return {"interval": self.interval, "freeze_after": self.freeze_after, "last_refresh": self.last_refresh}
 

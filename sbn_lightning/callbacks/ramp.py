@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from sbn_lightning.callbacks.base import StepCallback, require_masked_layers, schedule_length
+from sbn_lightning.callbacks.base import StepCallback, is_compiled, require_masked_layers, schedule_length
 from sbn_lightning.errors import ConfigError
+from sbn_lightning.layers import MaskedLinear
 from sbn_lightning.pattern import NMPattern
 
 if TYPE_CHECKING:
@@ -85,7 +88,19 @@ class DenseToSparseRamp(StepCallback):
             # A resumed run: the masks in the checkpoint were made for these densities.
             for layer, (keep_n, share) in zip(layers, self._densities, strict=True):
                 layer.set_density(keep_n, share, refresh=False)
+        if is_compiled(pl_module) and not all(layer.owner_prepares for layer in layers):
+            self._warn_of_compilations(layers)
         super().on_train_start(trainer, pl_module)
+
+    def _warn_of_compilations(self, layers: list[MaskedLinear]) -> None:
+        densities = {"walk": max(layer.pattern.m - layer.pattern.n for layer in layers), "layers": len(layers)}
+        times, limit = densities.get(self.shape, 0) + 1, torch._dynamo.config.recompile_limit
+        if times > limit:
+            rank_zero_warn(
+                f"DenseToSparseRamp(shape={self.shape!r}) changes density {times - 1} times; each time torch compiles "
+                f"the model again; after {limit} times it goes on uncompiled. Use shape='rows', or raise "
+                "torch._dynamo.config.recompile_limit"
+            )
 
     def on_step(self, trainer: Run, module: nn.Module, step: int) -> None:
         layers = list(require_masked_layers(self, module).values())

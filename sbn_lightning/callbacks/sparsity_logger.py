@@ -56,6 +56,10 @@ class SparsityPatternLogger(RunCallback):
         self._before: dict[str, Snapshot] = {}
         self._last_look = -1
 
+    def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
+        if trainer.global_step < self._last_look:  # another run; one that resumes is not behind its last look
+            self.counts, self._before, self._last_look = {}, {}, -1
+
     def on_train_batch_start(self, trainer: Run, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.interval == 0 and trainer.global_step > self._last_look:
             self._look(trainer, pl_module)

@@ -46,7 +46,10 @@ class SparseWeightAveraging(WeightAveraging):
     _swapped = False  # whether the model holds the average, and the average what is being trained
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Does nothing: the average is a copy of the model, whose layers may not be converted or even built yet."""
+        """Makes no average yet: it is a copy of the model, whose layers may not be converted or even built."""
+        if stage == "fit":
+            self._average_model = None  # that of an earlier run of this callback
+            self._latest_update_step, self._latest_update_epoch = 0, -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._make_average(pl_module).to(self._device or pl_module.device)

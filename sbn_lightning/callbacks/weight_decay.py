@@ -44,6 +44,7 @@ class WeightDecaySchedule(StepCallback):
         self.until = until
         self.total_steps = total_steps
         self._initial: list[float] = []
+        self._is_restored = False
 
     def factor(self, step: int, total_steps: int) -> float:
         """Share of the initial weight decay after ``step`` of ``total_steps`` optimiser steps."""
@@ -54,8 +55,9 @@ class WeightDecaySchedule(StepCallback):
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         groups = self._groups(trainer)
         # A resumed optimiser holds the decay of its last step; the initial one comes from this callback's state.
-        if len(self._initial) != len(groups):
+        if not self._is_restored or len(self._initial) != len(groups):
             self._initial = [float(group.get("weight_decay", 0.0)) for group in groups]
+        self._is_restored = False  # another run of this callback has an optimiser of its own
         super().on_train_start(trainer, pl_module)
 
     def on_step(self, trainer: Run, module: nn.Module, step: int) -> None:
@@ -65,7 +67,8 @@ class WeightDecaySchedule(StepCallback):
             for group, initial in zip(groups, self._initial, strict=True):
                 if initial > 0:
                     group["weight_decay"] = initial * factor
-        if step > 0 and step % trainer.log_every_n_steps == 0:  # type: ignore[union-attr]
+        every = trainer.log_every_n_steps  # type: ignore[union-attr]
+        if step > 0 and every and step % every == 0:
             decay = max(float(group.get("weight_decay", 0.0)) for group in groups)
             for logger in trainer.loggers:
                 logger.log_metrics({"weight_decay": decay}, step)
@@ -79,3 +82,4 @@ class WeightDecaySchedule(StepCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._initial = list(state_dict["initial"])
+        self._is_restored = True

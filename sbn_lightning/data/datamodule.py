@@ -105,7 +105,7 @@ class TokenDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.shuffle = shuffle
-        self.val_batch_size = val_batch_size or batch_size
+        self._val_batch_size = val_batch_size
         self.verify = verify
         self.meta_path = meta_path
         self._corpus = corpus or ("stdlib" if not paths and path == DEFAULT_PATH else None)
@@ -121,6 +121,11 @@ class TokenDataModule(LightningDataModule):
         self._is_verified = False
         self._train_loader: TokenLoader | MixedTokenLoader | None = None
         self._position: dict[str, Any] | None = None
+
+    @property
+    def val_batch_size(self) -> int:
+        """Sequences in a validation batch: ``batch_size``, also after that was changed, if not given."""
+        return self._val_batch_size or self.batch_size
 
     # What the data are.
 
@@ -268,9 +273,8 @@ class TokenDataModule(LightningDataModule):
         limit = trainer.limit_train_batches
         if limit is not None:
             loader.epoch_batches = limit if isinstance(limit, int) else int(len(loader) * limit)
-        if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
-            # A loader made for epoch n would shuffle as the first epoch did.
-            loader.current_epoch = trainer.current_epoch
+        # A loader made for epoch n, in a second fit for example, would shuffle as the first epoch did.
+        loader.current_epoch = trainer.current_epoch
 
     def val_dataloader(self) -> Any:
         """Batches of the validation split, in order; none if it was prepared without one.
@@ -310,7 +314,8 @@ class TokenDataModule(LightningDataModule):
         return open_split(
             folders.join(source, split),
             self.sequence_length + 1,
-            shuffle=self.shuffle and training,
+            # Lightning shuffles nothing either when the same batches are to be learned by heart.
+            shuffle=self.shuffle and training and not getattr(self.trainer, "overfit_batches", 0),
             drop_last=True if training else None,
             seed=self.seed,
             **self._cache,

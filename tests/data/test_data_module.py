@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 from data_helpers import prepare_small, write_corpus
+from lightning.pytorch import LightningModule
+from lightning.pytorch.tuner import Tuner
 
 from sbn_lightning.data import TokenDataModule, prepare
 from sbn_lightning.errors import ConfigError, DataError
+from tests.helpers import quiet_trainer
 
 
 def module(path: Path | str, **options: Any) -> TokenDataModule:
@@ -50,6 +53,54 @@ def test_batches(prepared: Path) -> None:
     for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
         assert len(rows(loader)) == blocks
     assert module(prepared, val_batch_size=2).val_dataloader().batch_size == 2
+
+
+class Seen(LightningModule):
+    """Keeps the samples of its batches; trains nothing worth mentioning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.train_batches: list[int] = []
+        self.val_sizes: list[int] = []
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.train_batches.append(hash(tuple(batch.flatten().tolist())))
+        return self.weight * 1.0
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.val_sizes.append(len(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_the_same_batches_in_every_epoch_if_they_are_to_be_learned_by_heart(prepared: Path) -> None:
+    seen = Seen()
+    quiet_trainer(overfit_batches=3, max_steps=-1, max_epochs=2).fit(seen, module(prepared))
+    assert len(set(seen.train_batches)) == 3
+    assert seen.train_batches[:3] == seen.train_batches[3:]
+
+
+def test_a_second_fit_goes_on_with_the_next_epoch(prepared: Path) -> None:
+    whole, parts = Seen(), Seen()
+    options: dict[str, Any] = {"limit_train_batches": 3, "max_steps": -1, "limit_val_batches": 0}
+    quiet_trainer(max_epochs=2, **options).fit(whole, module(prepared))
+    trainer, data = quiet_trainer(max_epochs=1, **options), module(prepared)
+    trainer.fit(parts, data)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(parts, data)
+    assert parts.train_batches == whole.train_batches
+    assert len(set(whole.train_batches)) == 6
+
+
+def test_the_tuner_finds_a_batch_size_of_validation(prepared: Path) -> None:
+    seen, data = Seen(), module(prepared)
+    Tuner(quiet_trainer()).scale_batch_size(
+        seen, datamodule=data, method="validate", max_trials=3, steps_per_trial=1, init_val=2
+    )
+    assert set(seen.val_sizes) == {2, 4, 8}
+    assert data.batch_size == data.val_batch_size
 
 
 def test_shuffling_mixes_distant_blocks(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_large_vocabularies_and_foreign_tokenizers(corpus: Path, tmp_path: Path)
     tokenizer["model"]["vocab"] = {**vocab, "<stop>": 70000}
     file = tmp_path / "foreign.json"
     file.write_text(json.dumps(tokenizer))
-    with pytest.raises(ConfigError, match=r"--eos_token .*<stop>"):
+    with pytest.raises(ConfigError, match=r"special tokens are <stop> .*--eos_token"):
         prepare_small(corpus, tmp_path / "out", tokenizer=str(file))
     meta = prepare_small(corpus, tmp_path / "out", tokenizer=str(file), eos_token="<stop>")
     assert (meta["vocab_size"], meta["eos_id"], meta["dtype"]) == (70001, 70000, "int32")
