@@ -11,7 +11,6 @@ from sbn_lightning import (
     DenseToSparseRamp,
     MaskRefresh,
     NMPattern,
-    SparseBitLinear,
     SparsityPatternLogger,
     TernarySparseConversion,
     TokenThroughput,
@@ -318,49 +317,6 @@ def test_the_logger_looks_at_a_second_run_as_at_the_first():
         quiet_trainer([logger], max_steps=5).fit(small_module(), token_loader())
     assert [step for step, _ in looks] == [0, 2, 4, 5] * 2
     assert looks[:4] == looks[4:]
-
-
-@pytest.mark.parametrize(("options", "left"), [({"exclude": "*.0"}, "net.0"), ({"include": "*.0"}, "net.2")])
-def test_one_name_is_a_pattern_too(options, left):
-    conversion = TernarySparseConversion("2:4", **options)
-    quiet_trainer([conversion], max_steps=1).fit(ForeignModule(), regression_loader())
-    assert conversion.report.skipped == {left: "excluded by name"}
-
-
-@pytest.mark.parametrize("in_configure_model", [False, True])
-def test_conversion_of_a_foreign_module(in_configure_model):
-    module = ForeignModule(in_configure_model)
-    conversion = TernarySparseConversion("2:4", exclude=("net.2",))
-    trainer = quiet_trainer([conversion, MaskRefresh()], max_steps=20)
-    trainer.fit(module, regression_loader())
-    assert conversion.report.converted == ["net.0"]
-    assert conversion.report.skipped == {"net.2": "excluded by name"}
-    assert type(module.net[0]) is SparseBitLinear
-    assert module._ddp_params_and_buffers_to_ignore == ["net.0.mask_bits"]
-    optimised = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
-    assert {id(p) for p in module.parameters()} == optimised
-    assert torch.equal(module.net[0].mask, top_n_mask(module.net[0].weight, NMPattern(2, 4)))
-
-
-@pytest.mark.parametrize("in_configure_model", [False, True])
-def test_a_converted_module_resumes(in_configure_model):
-    def run(steps, ckpt_path=None):
-        module = ForeignModule(in_configure_model)
-        trainer = quiet_trainer([TernarySparseConversion("2:4"), MaskRefresh(interval=4)], max_steps=steps)
-        trainer.fit(module, regression_loader(batch_size=64), ckpt_path=ckpt_path)
-        trainer.save_checkpoint(f"{steps}.ckpt")
-        return module.state_dict()
-
-    expected = run(14)
-    run(6)
-    resumed = run(14, "6.ckpt")
-    assert sorted(expected) == sorted(resumed)
-    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
-
-
-def test_a_conversion_that_matches_nothing_is_an_error():
-    with pytest.raises(ConfigError, match="no layer was converted"):
-        quiet_trainer([TernarySparseConversion(include=("encoder",))]).fit(ForeignModule(), regression_loader())
 
 
 # Report and throughput

@@ -7,7 +7,8 @@ from functools import partial, wraps
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -76,6 +77,12 @@ class TernarySparseConversion(Callback):
         check_strategy(trainer.strategy)
         if self._module is pl_module:
             return
+        if stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            rank_zero_warn(
+                "TernarySparseConversion: this strategy (spawn, fork, notebook) trains a copy of the model in other "
+                "processes; yours gets the trained weights and keeps its plain layers, which compute something else: "
+                "call convert_linears on it with the same options, or load a checkpoint"
+            )
         if not is_overridden("configure_model", pl_module):
             self._convert(pl_module)
             return
