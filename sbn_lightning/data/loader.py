@@ -20,10 +20,13 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -125,6 +128,9 @@ class TokenLoader(StreamingDataLoader):  # type: ignore[misc, unused-ignore]
         self._resume_next_epoch = False
         yield from super().__iter__()
 
+    def _get_iterator(self) -> Any:
+        return end_with_this_process(super()._get_iterator())
+
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch comes from, in plain types (loads with ``weights_only=True``)."""
         state = dict(super().state_dict())
@@ -172,20 +178,34 @@ class TokenLoader(StreamingDataLoader):  # type: ignore[misc, unused-ignore]
 
 
 def keep_working(worker: int) -> None:
-    """Makes a loader process ignore SIGTERM, unless its parent sends it.
+    """Makes a loader process ignore SIGTERM; for loaders whose iterators went through :func:`end_with_this_process`.
 
     A preempted job gets the signal in every process. The main one saves a checkpoint first, and needs batches until the
-    end of its optimiser step. It ends its workers itself, or Python does at its exit: with this signal, and waits.
+    end of its optimiser step; it ends its workers itself.
     """
-    if hasattr(signal, "sigwaitinfo"):  # on Linux; a handler would not learn who sent it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, name="sigterm", daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _end_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+_Iterator = TypeVar("_Iterator")
+_workers: WeakSet[BaseProcess] = WeakSet()
+_workers_of = 0  # the process that started them
+
+
+def end_with_this_process(iterator: _Iterator) -> _Iterator:
+    """Ends the worker processes of a loader's iterator before Python, at its exit, waits for those that are left."""
+    global _workers_of
+    if _workers_of != os.getpid():
+        _workers.clear()  # in a fork: those of its parent
+        _workers_of = os.getpid()
+        Finalize(None, _end_workers, exitpriority=0)
+    _workers.update(getattr(iterator, "_workers", ()))
+    return iterator
+
+
+def _end_workers() -> None:
+    for process in list(_workers):
+        with suppress(ValueError):  # closed
+            process.kill()
 
 
 _OPTION = {"seed": "seed", "shuffle": "shuffle", "block": "sequence_length"}

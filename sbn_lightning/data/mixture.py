@@ -18,7 +18,7 @@ import torch
 from litdata import StreamingDataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sbn_lightning.data.loader import check_same_data
+from sbn_lightning.data.loader import check_same_data, end_with_this_process
 from sbn_lightning.errors import ConfigError, DataError
 
 # More often than this no source is read in one epoch; keeps the orders of one epoch apart from the next one's.
@@ -119,6 +119,9 @@ class MixedTokenLoader(DataLoader[torch.Tensor]):
 
     def __len__(self) -> int:
         return self._batches
+
+    def _get_iterator(self) -> Any:
+        return end_with_this_process(super()._get_iterator())
 
     def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
         if not self._resume_next_epoch:

@@ -266,11 +266,13 @@ def test_sigterm_as_a_process_meets_it(tokens, tmp_path, workers):
     assert max(read(tmp_path / "record.txt"))[0] == step
 
 
-def test_a_loader_process_ends_with_its_parent_and_with_nobody_else(tokens):
+@pytest.mark.parametrize("start", ["fork", "forkserver"])  # the default up to Python 3.13, and after it
+def test_a_loader_process_ends_with_its_parent_and_with_nobody_else(tokens, start):
     """A signal from outside does not end it; a script that leaves an iterator behind does not wait for it for ever."""
     script = (
         "import subprocess\n"
-        "from multiprocessing import active_children\n"
+        "from multiprocessing import active_children, set_start_method\n"
+        f"set_start_method({start!r})\n"
         "from sbn_lightning.data import TokenDataModule\n"
         f"data = TokenDataModule({str(tokens)!r}, batch_size=1, sequence_length=64, num_workers=1)\n"
         "data.setup('fit')\n"
