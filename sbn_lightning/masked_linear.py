@@ -48,7 +48,9 @@ def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         ids, sharded = set(map(id, weights)), any(isinstance(weight, DTensor) for weight in weights)
         for layer in list(_layers_that_keep):
-            if sharded if layer._kept_for == _SHARDS else id(layer._parameters["weight"]) in ids:
+            weight = id(layer._parameters.get("weight"))
+            is_another = layer._kept_for is None or layer._kept_for[0] != weight  # its id may be given away again
+            if sharded if layer._kept_for == _SHARDS else (weight in ids or is_another):
                 layer._kept_for = None
                 _layers_that_keep.discard(layer)
 
