@@ -9,7 +9,6 @@ LEVELS = 127 * 2**15 - 2
 SMALLEST = 1e-30
 ROUNDS = 7
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to |v| < 2^22, the sum's low bits are round(v)
-_MAGIC_BITS = tl.constexpr(0x4B400000)
 _LEVELS = tl.constexpr(float(LEVELS))
 _STEPS = tl.constexpr(LEVELS / 2**15)
 _SMALLEST = tl.constexpr(SMALLEST)
@@ -20,6 +19,11 @@ _ROUNDS = tl.constexpr(ROUNDS)
 def _magnitude(value):
     """Bits of |value|: they order as the magnitudes do, infinity above all of them and NaN above infinity."""
     return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 # numbers that vary from call to call and that no vector of loads depends on are not specialised on
@@ -35,7 +39,7 @@ def gradient_maxima_kernel(
     """
     column = tl.program_id(0) * C + tl.arange(0, C)
     first = tl.program_id(1) * span
-    largest = tl.zeros([R, C], tl.int32)
+    largest = tl.zeros([R, C], tl.float32)
     if TOKENS:
         row_scale = tl.load(row_scale_pointer + column, mask=column < columns, other=0.0)
     for start in range(first, tl.minimum(first + span, rows), R):
@@ -43,15 +47,18 @@ def gradient_maxima_kernel(
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         where = dy_pointer + row.to(tl.int64)[:, None] * dy_stride + column[None, :]
         dy = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-        if TOKENS:
-            of_token = tl.max(_magnitude(dy * row_scale[None, :]), axis=1)
-            tl.atomic_max(max_pointer + row, of_token, mask=row < rows, sem="relaxed")
         if CHANNELS:
             token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)
-            largest = tl.maximum(largest, _magnitude(dy * token_scale[:, None]))
+            largest = _larger(largest, tl.abs(dy * token_scale[:, None]))
+        if TOKENS:
+            # in floats as far as one thread holds them: |.| is part of that instruction
+            eights = tl.reshape(tl.abs(dy * row_scale[None, :]), [R, C // 8, 8])
+            of_token = tl.max(_magnitude(tl.reduce(eights, 2, _larger)), axis=1)
+            tl.atomic_max(max_pointer + row, of_token, mask=row < rows, sem="relaxed")
     if CHANNELS:
         where = max_pointer + first_channel + column
-        tl.atomic_max(where, tl.max(largest, axis=0), mask=column < columns, sem="relaxed")
+        of_channel = tl.max(_magnitude(largest), axis=0)
+        tl.atomic_max(where, of_channel, mask=column < columns, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["tokens", "channels"])
@@ -72,68 +79,121 @@ def gradient_scales_kernel(
 
 
 @triton.jit
-def _add_draw(value, draw):
-    """Value in 2^-15 of a step, rounded half to even, plus draw, as int32 with the bits of the magic number.
-
-    Bits 15 to 22 are the code, bit 7 of it flipped: bit 22 is the magic number's lowest.
-    """
-    return (value + _MAGIC).to(tl.int32, bitcast=True) + draw.to(tl.int32, bitcast=True)
+def _multiply_wide(value, FACTOR: tl.constexpr, PTX: tl.constexpr):
+    """Upper and lower 32 bits of a product of uint32. PTX: by one instruction, where the compiler makes two."""
+    factor = tl.full([1, 1], FACTOR, tl.uint32)
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1, $0}, p; }",
+            "=r,=r,r,r", [value, factor], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.umulhi(value, factor), tl.mul(value, factor, sanitize_overflow=False)
 
 
 @triton.jit
-def _byte(fixed, J: tl.constexpr):
-    """Bits 15 to 22 moved to byte J."""
-    if J == 3:
-        return (fixed << 9) & -16777216
-    elif J == 2:
-        return (fixed << 1) & 0xFF0000
+def _philox(seed, c0, c1, c2, ROUNDS: tl.constexpr, PTX: tl.constexpr):
+    """Four uint32 of Philox-4x32, as ``tl.philox(seed, c0, c1, c2, 0, ROUNDS)`` has them."""
+    key = seed.to(tl.uint64, bitcast=True)
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    c0, c1 = c0.to(tl.uint32), c1.to(tl.uint32)
+    c2, c3 = tl.zeros([1, 1], tl.uint32) + c2.to(tl.uint32), tl.zeros([1, 1], tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        high_a, low_a = _multiply_wide(c0, 0xD2511F53, PTX)
+        high_b, low_b = _multiply_wide(c2, 0xCD9E8D57, PTX)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _rounded(value, draw):
+    """Value in 2^-15 of a step, rounded half to even, plus half of draw, doubled: uint32.
+
+    Bits 16 to 23 are the code, bit 7 of it flipped: bit 22 is the magic number's lowest, before it is doubled. The
+    lowest bit of draw may be anything: below it there is nothing to carry.
+    """
+    return (value + _MAGIC).to(tl.uint32, bitcast=True) * 2 + draw
+
+
+@triton.jit
+def _codes(rounded, PTX: tl.constexpr):
+    """The codes as int8; PTX: four by three byte permutations, where the compiler shifts each by itself."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t, u; prmt.b32 t, $1, $2, 0x0062; prmt.b32 u, $3, $4, 0x0062; prmt.b32 t, t, u, 0x5410; "
+            "xor.b32 $0, t, 0x80808080; }",
+            "=r,r,r,r,r", [rounded], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
     else:
-        return (fixed >> (15 - 8 * J)) & (255 << 8 * J)
+        return ((rounded >> 16) ^ 0x80).to(tl.int8)
+
+
+@triton.jit
+def _word(r0, r1, r2, r3, PTX: tl.constexpr):
+    """The codes of four tokens, the first lowest."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t, u; prmt.b32 t, $1, $2, 0x0062; prmt.b32 u, $3, $4, 0x0062; prmt.b32 t, t, u, 0x5410; "
+            "xor.b32 $0, t, 0x80808080; }",
+            "=r,r,r,r,r", [r0, r1, r2, r3], dtype=tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        low = ((r0 >> 16) & 0xFF) | ((r1 >> 8) & 0xFF00)
+        return (low | (r2 & 0xFF0000) | ((r3 << 8) & 0xFF000000)) ^ 0x80808080
 
 
 @triton.jit(do_not_specialize=["rows", "stream"])
 def quantize_gradient_kernel(
     dy_pointer, row_scale_pointer, token_scale_pointer, inverse_pointer, seed_pointer, a_pointer, b_pointer,
     rows, columns, dy_stride, a_stride, b_stride, first_channel, stream,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One tile of 8 R tokens and C channels, rounded twice: ``a`` [tokens, channels] int8, ``b`` transposed.
 
     Eight tensors [R, C], one for each token of every eight: a call of the generator serves eight tokens of a channel,
-    and eight codes of ``b`` become one word of 64 bits before they are transposed.
+    and eight codes of ``b`` become one word of 64 bits before they are transposed. All is read before anything is
+    written: the compiler moves no load above a store, and one load at a time waits for memory eight times.
     """
     tiles = tl.cdiv(columns, C)
     octet = tl.program_id(0) // tiles * R + tl.arange(0, R)
     column = tl.program_id(0) % tiles * C + tl.arange(0, C)
     there = column < columns
-    row_scale = tl.load(row_scale_pointer + column, mask=there, other=0.0)[None, :]
-    if CHANNELS:
-        channel_inverse = tl.load(inverse_pointer + first_channel + column, mask=there, other=0)
-        channel_inverse = channel_inverse.to(tl.float32, bitcast=True)[None, :]
-        low = tl.zeros([R, C], tl.int32)
-        high = tl.zeros([R, C], tl.int32)
-    random = tl.philox(tl.load(seed_pointer), column[None, :], octet[:, None], stream, 0, _ROUNDS)
+    gradients = ()
+    inverses = ()
+    token_scales = ()
     for j in tl.static_range(8):
         row = octet * 8 + j
         inside = (row < rows)[:, None] & there[None, :]
         where = dy_pointer + row.to(tl.int64)[:, None] * dy_stride + column[None, :]
-        dy = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-        draw = random[j // 2] >> 17 if j % 2 else random[j // 2] & 0x7FFF
+        gradients += (tl.load(where, mask=inside, other=0.0),)
         if TOKENS:
-            inverse = tl.load(inverse_pointer + row, mask=row < rows, other=0).to(tl.float32, bitcast=True)[:, None]
-            a = (_add_draw(dy * row_scale * inverse, draw) - _MAGIC_BITS) >> 15
-            where = a_pointer + row.to(tl.int64)[:, None] * a_stride + column[None, :]
-            tl.store(where, a.to(tl.int8), mask=inside)
+            inverse = tl.load(inverse_pointer + row, mask=row < rows, other=0)
+            inverses += (inverse.to(tl.float32, bitcast=True)[:, None],)
         if CHANNELS:
-            token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)[:, None]
-            byte = _byte(_add_draw(dy * token_scale * channel_inverse, draw), j % 4)
-            if j < 4:
-                low |= byte
-            else:
-                high |= byte
+            token_scales += (tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)[:, None],)
+    if TOKENS:
+        row_scale = tl.load(row_scale_pointer + column, mask=there, other=0.0)[None, :]
     if CHANNELS:
-        b_words = b_pointer.to(tl.pointer_type(tl.int64), bitcast=True)
+        channel_inverse = tl.load(inverse_pointer + first_channel + column, mask=there, other=0)
+        channel_inverse = channel_inverse.to(tl.float32, bitcast=True)[None, :]
+    random = _philox(tl.load(seed_pointer), column[None, :], octet[:, None], stream, _ROUNDS, PTX)
+    for_channels = ()
+    for j in tl.static_range(8):
+        row = octet * 8 + j
+        dy = gradients[j].to(tl.float32)
+        draw = random[j // 2] >> 16 if j % 2 else (random[j // 2] << 1) & 0xFFFF
+        if TOKENS:
+            a = _codes(_rounded(dy * row_scale * inverses[j], draw), PTX)
+            where = a_pointer + row.to(tl.int64)[:, None] * a_stride + column[None, :]
+            tl.store(where, a, mask=(row < rows)[:, None] & there[None, :])
+        if CHANNELS:
+            for_channels += (_rounded(dy * token_scales[j] * channel_inverse, draw),)
+    if CHANNELS:
+        b_words = b_pointer.to(tl.pointer_type(tl.uint64), bitcast=True)
         where = b_words + column.to(tl.int64)[:, None] * (b_stride // 8) + octet[None, :]
-        low, high = low ^ -2139062144, high ^ -2139062144  # bit 7 of every byte
-        words = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+        low = _word(for_channels[0], for_channels[1], for_channels[2], for_channels[3], PTX)
+        high = _word(for_channels[4], for_channels[5], for_channels[6], for_channels[7], PTX)
+        words = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
         tl.store(where, tl.trans(words), mask=there[:, None] & (octet * 8 < rows)[None, :])

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sbn_kernels.capability import multiprocessors, require
+from sbn_kernels.capability import interpreting, multiprocessors, require
 from sbn_kernels.gradient_kernels import (
     LEVELS,
     ROUNDS,
@@ -47,7 +47,8 @@ from sbn_kernels.quantize import empty_tokens, empty_vector
 _WORD = 0xFFFFFFFF
 _maxima = Launcher(gradient_maxima_kernel, enable_fp_fusion=False)
 _scales = Launcher(gradient_scales_kernel)
-_round = Launcher(quantize_gradient_kernel, enable_fp_fusion=False)
+# four programs a multiprocessor; three fit at the 160 registers that the compiler would take
+_round = Launcher(quantize_gradient_kernel, enable_fp_fusion=False, maxnreg=128)
 
 
 class QuantizedGradient(NamedTuple):
@@ -114,12 +115,12 @@ def _quantize_gradient(
         numbers = (rows if want_tokens else 0, columns if want_channels else 0, first_channel)
         _scales((ceil_div(length, 1024), 1, 1), (maxima, sa, sb), numbers, (1024,))
     if rows > 0:
-        octets, block_columns = 8, 64
+        octets, block_columns = 16, 64
         _round(
             (ceil_div(rows, 8 * octets) * ceil_div(columns, block_columns), 1, 1),
             (dy, row_scale, token_scale, maxima, seed, a, b),
             (rows, columns, dy.stride(0), a.stride(0), b.stride(0), first_channel, stream),
-            (want_tokens, want_channels, octets, block_columns),
+            (want_tokens, want_channels, octets, block_columns, not interpreting()),
         )
     return outputs
 

@@ -22,7 +22,7 @@ BOTH = {"TOKENS": True, "CHANNELS": True}
 PLAIN = {
     "maxima": (gradient_kernels.gradient_maxima_kernel, {**BOTH, "R": 8, "C": 256}, 4),
     "scales": (gradient_kernels.gradient_scales_kernel, {"BLOCK": 1024}, 4),
-    "rounding": (gradient_kernels.quantize_gradient_kernel, {**BOTH, "R": 8, "C": 64}, 4),
+    "rounding": (gradient_kernels.quantize_gradient_kernel, {**BOTH, "R": 16, "C": 64, "PTX": True}, 4),
     "transpose": (transpose.transpose_kernel, {"R": 32, "C": 128}, 4),
     "dequantize": (transpose.dequantize_kernel, {"R": 4, "C": 1024}, 4),
     "pack transposed": (prepare_kernels.pack_transposed_kernel, {}, 4),
