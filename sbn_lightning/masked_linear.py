@@ -5,7 +5,8 @@ moment; *when* any of that changes is the callbacks' business.
 
 The weight is a plain ``nn.Parameter`` and the mask a packed ``uint8`` buffer, so checkpoints, optimisers, DDP and
 ``torch.compile`` need to know nothing. Derived values (mask, ternary codes) follow the weight lazily: each use compares
-the weight's version counter, which in-place updates increment, and recomputes only after a change. That makes the
+the weight's version counter, which in-place updates increment (not those through ``weight.data``: call
+``refresh_mask``), and recomputes only after a change. That makes the
 layer correct in a bare training loop, and under gradient accumulation the work is done once an optimiser step.
 Some updates do not count a version: a fused optimiser's, and those of FSDP2, which fills the weight that a forward sees
 from shards. So weights that train are also taken to have changed with every optimiser step of the process.
@@ -20,6 +21,7 @@ at each forward, unless an owner promises to call :func:`prepare_layers` before 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -27,18 +29,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sbn_lightning.backends import REFERENCE, Backend, Keep
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.pattern import NMPattern, unpack_mask
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
-_SHARDS = (0, 0)  # no weight has this id
+_SHARDS = (0, 0)  # no weight has this number
 
 Gradient = Literal["dense", "masked"]
 
 _optimizer_steps = 0
 _layers_that_keep: WeakSet[MaskedLinear] = WeakSet()  # their masks, until their weights change
+_numbers = WeakIdKeyDictionary()  # of weights; an id is given away again
+_next_number = count(1)
 
 
 def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -48,14 +53,19 @@ def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         ids, sharded = set(map(id, weights)), any(isinstance(weight, DTensor) for weight in weights)
         for layer in list(_layers_that_keep):
-            weight = id(layer._parameters.get("weight"))
-            is_another = layer._kept_for is None or layer._kept_for[0] != weight  # its id may be given away again
-            if sharded if layer._kept_for == _SHARDS else (weight in ids or is_another):
+            weight = layer._parameters.get("weight")
+            is_another = layer._kept_for is None or weight is None or layer._kept_for[0] != _number(weight)
+            if sharded if layer._kept_for == _SHARDS else (id(weight) in ids or is_another):
                 layer._kept_for = None
                 _layers_that_keep.discard(layer)
 
 
 register_optimizer_step_post_hook(_count_step)
+
+
+def _number(weight: Tensor) -> int:
+    number: int = _numbers.get(weight, 0) or _numbers.setdefault(weight, next(_next_number))
+    return number
 
 
 class MaskedLinear(nn.Linear):
@@ -152,7 +162,7 @@ class MaskedLinear(nn.Linear):
         weight = self._parameters["weight"]
         self._mask_of = self._mask_key()
         # FSDP2 shows a forward another parameter than the one that was loaded and that the optimiser has.
-        self._kept_for = _SHARDS if isinstance(weight, DTensor) else (id(weight), weight._version)  # type: ignore[union-attr]
+        self._kept_for = _SHARDS if isinstance(weight, DTensor) else self._mask_of[:2]  # type: ignore[assignment]
         _layers_that_keep.add(self)
 
     def values(self, masked: bool = True) -> Tensor:
@@ -204,8 +214,10 @@ class MaskedLinear(nn.Linear):
         """What a fresh mask keeps in each group."""
         if not 0 < self._sparse_share < 1:
             return self._keep_n if self._sparse_share > 0 else self.pattern.m
-        rows = torch.arange(1, self.out_features + 1, dtype=torch.float64, device=self.weight.device)
-        sparse = (rows * _GOLDEN_RATIO).frac() < self._sparse_share
+        device = self.weight.device
+        where = "cpu" if device.type == "mps" else device  # which has no float64
+        rows = torch.arange(1, self.out_features + 1, dtype=torch.float64, device=where)
+        sparse = ((rows * _GOLDEN_RATIO).frac() < self._sparse_share).to(device)
         return torch.where(sparse, self._keep_n, self.pattern.m)
 
     def _fresh_mask(self) -> Tensor:
@@ -226,7 +238,8 @@ class MaskedLinear(nn.Linear):
                 "(parametrize, weight_norm, pruning), and masks are made of latent weights; leave that out, or exclude "
                 "the layer from conversion"
             )
-        return id(weight), weight._version, _optimizer_steps if weight.requires_grad else 0
+        steps = _optimizer_steps if weight.requires_grad else 0
+        return _number(weight), weight._version, weight.dtype, steps
 
     def _mask_key(self) -> tuple[Any, ...]:
         return (*self._weight_key(), self._keep_n, self._sparse_share)

@@ -181,7 +181,7 @@ class SparseTernaryPrecision(Precision):
         """
         rank, processes = _place()
         count = len(layers)
-        first = (self.seed << 40) + (self._passes * processes + rank) * count
+        first = (self.seed % 2**23 << 40) + (self._passes * processes + rank) * count
         self._passes += 1
         # Two columns: views start on 16-byte boundaries, as compiled code likes its inputs.
         seeds = torch.arange(first, first + count, device=layers[0].weight.device).repeat_interleave(2)

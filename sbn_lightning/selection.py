@@ -64,6 +64,8 @@ def engines(device: torch.device) -> tuple[dict[str, Engine], dict[str, str]]:
         return {}, dict.fromkeys(("int8", "sparse"), "Triton is not installed")
     import sbn_kernels as sk
 
+    if device.type != "cuda" and torch.cuda.is_available():
+        return {}, dict.fromkeys(("int8", "sparse"), f"tensors are on the {device.type.upper()}")
     here = sk.capabilities(device if device.type == "cuda" else None)
     found: dict[str, Engine] = {}
     reasons: dict[str, str] = {}
@@ -187,11 +189,16 @@ def _fastest(
     trial = _Trial(layer, device, dtype, tokens)
     times: dict[str, float] = {}
     for name, backend in candidates.items():
-        weight = trial.prepare(backend)
-        if name != "reference" and not trial.agrees(backend, weight):
-            remarks.append(f"{name}: {WRONG}")
-            continue
-        times[name] = _milliseconds(partial(trial.run, backend, weight))
+        try:
+            weight = trial.prepare(backend)
+            if name != "reference" and not trial.agrees(backend, weight):
+                remarks.append(f"{name}: {WRONG}")
+                continue
+            times[name] = _milliseconds(partial(trial.run, backend, weight))
+        except RuntimeError as error:  # of cuSPARSELt on a GPU that it does not know, for example
+            if name == "reference":
+                raise
+            remarks.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     best = min(times, key=times.__getitem__)
     timed = ", ".join(f"{name} {time:.3f} ms" for name, time in times.items())
     return Choice(best, found.get(best), "; ".join([timed, *remarks]))

@@ -154,7 +154,7 @@ def float32_mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` with the sum kept in float32: a bfloat16 sum would lose the integers above 256."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
-    if a.is_cuda:
+    if a.is_cuda and torch.version.hip is None:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 

@@ -349,12 +349,12 @@ class TernaryTransformer(nn.Module):
         else:
             rope = self.cos[positions_BT].unsqueeze(1), self.sin[positions_BT].unsqueeze(1)
         for i, block in enumerate(self.blocks):
-            if self.config.activation_checkpointing and self.training:
-                x_BTD = _checkpoint(block, x_BTD, *rope)
-            elif attend is None:
-                x_BTD = block(x_BTD, *rope)
-            else:
+            if attend is not None:
                 x_BTD = block(x_BTD, *rope, attend[i])
+            elif self.config.activation_checkpointing and self.training:
+                x_BTD = _checkpoint(block, x_BTD, *rope)
+            else:
+                x_BTD = block(x_BTD, *rope)
         out: Tensor = self.norm(x_BTD)
         return out
 

@@ -335,6 +335,29 @@ def test_impossible_options_name_the_layer(options, message):
     assert "SparseBitLinear(20, 8)" in str(error.value)
 
 
+def test_another_weight_is_told_from_one_that_is_gone():
+    """Python gives the id of an object that is gone to the next one."""
+    layer, x = SparseBitLinear(64, 8, pattern="2:4"), torch.randn(2, 64)
+    for _ in range(20):
+        weight = torch.randn(8, 64)
+        y = torch.func.functional_call(layer, {"weight": weight}, x)
+        fresh = SparseBitLinear(64, 8, pattern="2:4")
+        fresh.load_state_dict({"weight": weight, "bias": layer.bias})
+        assert torch.equal(y, fresh(x))
+        del weight
+
+
+def test_codes_are_those_of_the_weight_in_its_new_dtype():
+    torch.manual_seed(0)
+    layer, x = SparseBitLinear(256, 128, pattern="2:4"), torch.randn(2, 256, dtype=torch.bfloat16)
+    layer(x.float())
+    layer.bfloat16()
+    fresh = SparseBitLinear(256, 128, pattern="2:4", dtype=torch.bfloat16)
+    fresh.load_state_dict({name: value for name, value in layer.state_dict().items() if name != "mask_bits"})
+    assert torch.equal(layer.mask, fresh.mask)
+    assert torch.equal(layer(x), fresh(x))
+
+
 @pytest.mark.parametrize("change", [parametrizations.spectral_norm, parametrizations.weight_norm])
 def test_a_weight_that_is_no_parameter_any_more_is_an_error(change):
     with pytest.raises(ConfigError, match=r"SparseBitLinear\(16, 8\): its weight is no parameter any more"):

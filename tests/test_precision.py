@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from sbn_lightning import SparseTernaryPrecision, TernarySparseConversion, convert_linears, revert_linears
+from sbn_lightning import SparseTernaryPrecision, TernarySparseConversion, convert_linears, revert_linears, selection
 from sbn_lightning.backends import REFERENCE, ReferenceBackend
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.layers import SparseBitLinear
@@ -242,6 +242,28 @@ def test_after_an_exception_the_plugin_is_as_new():
         fit(small_module(), [plugin], [Interrupt()])
     assert pickle.loads(pickle.dumps(plugin))._models == []
     assert fit(small_module(), [plugin])[1] == fit(small_module())[1]
+
+
+def test_tensors_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    layers = {"a": SparseBitLinear(32, 32, pattern="2:4")}
+    with pytest.raises(ConfigError, match='"int8" cannot run on the CPU: tensors are on the CPU'):
+        choose(layers, "int8", torch.device("cpu"), torch.float32, 64)
+
+
+def test_a_backend_that_fails_at_the_trial_is_left_out(monkeypatch):
+    class Failing(ReferenceBackend):
+        def prepare(self, *args):
+            raise RuntimeError("architecture mismatch\nand more")
+
+    trial = selection._Trial
+    monkeypatch.setattr(selection, "engines", lambda device: ({"sparse": "cusparselt"}, {}))
+    monkeypatch.setattr(selection.Choice, "make", lambda self, gradients: Failing())
+    monkeypatch.setattr(selection, "_milliseconds", lambda call: 1.0)
+    monkeypatch.setattr(selection, "_Trial", lambda layer, device, *rest: trial(layer, torch.device("cpu"), *rest))
+    chosen = choose({"a": SparseBitLinear(32, 32, pattern="2:4")}, "auto", torch.device("cuda"), torch.float32, 64)
+    assert chosen["a"].backend == "reference"
+    assert "sparse: architecture mismatch" in chosen["a"].why
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -62,8 +62,8 @@ def one_shape(
     path: Path, copy: float, inner: int, out: int, token_counts: Sequence[int], splits: Sequence[int]
 ) -> None:
     """Verifies and times every variant at every number of tokens."""
-    sets = copies(inner * out / 4, most=16)
-    dense = [torch.randn(out, inner, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    sets, dense_sets = copies(inner * out / 4, most=200), copies(2 * inner * out, most=200)
+    dense = [torch.randn(out, inner, device="cuda", dtype=torch.bfloat16) for _ in range(dense_sets)]
     prepared = {
         layout: [sk.prepare_weight(torch.randn(out, inner, device="cuda"), n, m, layout=layout) for _ in range(sets)]
         for layout, n, m in (("sparse24", 2, 4), ("dense", 6, 8))

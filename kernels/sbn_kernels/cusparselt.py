@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sbn_kernels.capability import capabilities
 from sbn_kernels.hopper_gemm import check_gemm_arguments
-from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op
+from sbn_kernels.ops import ceil_div, contiguous, kernel_fake, kernel_op
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def scale_accumulator(
     y = torch.empty((tokens, features), dtype=out_dtype, device=acc.device)
     rows, columns = 4, 1024
     scale_kernel[(ceil_div(tokens, rows), ceil_div(features, columns))](
-        acc, y, scale, row_scale, scale if bias is None else bias, tokens, features,
+        acc, y, *contiguous(scale, row_scale, scale if bias is None else bias), tokens, features,
         BIAS=bias is not None, ROWS=rows, COLUMNS=columns, enable_fp_fusion=False,
     )  # fmt: skip
     return y

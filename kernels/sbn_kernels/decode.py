@@ -18,7 +18,7 @@ from torch import Tensor
 from sbn_kernels.capability import UnsupportedError, gluon_missing, interpreting, multiprocessors, require, runs
 from sbn_kernels.hopper_gemm import aligned_tokens, check_gemm_arguments, check_packed, sparse_gemm, ternary_gemm
 from sbn_kernels.launch import Launcher
-from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2
+from sbn_kernels.ops import ceil_div, contiguous, kernel_fake, kernel_op, next_power_of_2
 from sbn_kernels.split_k import choose_splits
 
 MAX_TOKENS = 64
@@ -112,7 +112,7 @@ def _decode_gemm(
     if tokens == 0:
         return y
     k_steps = packed.shape[1]
-    some_bias = scale if bias is None else bias
+    scale, row_scale, some_bias = contiguous(scale, row_scale, scale if bias is None else bias)
     if portable:
         x8 = x8 if x8.stride(1) == 1 else x8.contiguous()
         _portable(

@@ -10,6 +10,7 @@ Integers on the host, too, are divided here: ``triton.cdiv`` is a compile-time f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -39,13 +40,27 @@ def refuse_gradients(*tensors: Tensor | None) -> None:
         raise ValueError("kernels have no gradient: detach their arguments, or call them in an autograd.Function")
 
 
+def contiguous(*vectors: Tensor) -> list[Tensor]:
+    """Vectors as kernels read them: an expanded or strided one is copied."""
+    return [vector.contiguous() for vector in vectors]
+
+
 def kernel_op(name: str) -> Callable[[F], F]:
     """Registers what the op ``name`` does, on every device; its schema follows from the type hints."""
 
     def register(function: F) -> F:
         schema = torch.library.infer_schema(function, mutates_args=())
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+
+        @functools.wraps(function)
+        def on_its_device(first: Tensor, *rest: Any) -> Any:
+            index = first.get_device()
+            if index < 0 or index == torch.cuda.current_device():
+                return function(first, *rest)
+            with torch.cuda.device(index):  # Triton launches on the current device, not on the tensors'
+                return function(first, *rest)
+
+        _LIBRARY.impl(name, on_its_device, "CompositeExplicitAutograd")
         return function
 
     return register

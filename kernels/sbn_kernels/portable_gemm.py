@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sbn_kernels.capability import capabilities, interpreting
 from sbn_kernels.hopper_gemm import check_gemm_arguments
-from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2
+from sbn_kernels.ops import ceil_div, contiguous, kernel_fake, kernel_op, next_power_of_2
 
 
 def _config(tokens: int, features: int, inner: int, warps: int, stages: int) -> triton.Config:
@@ -81,8 +81,9 @@ def _int8_gemm(
     y = torch.empty((tokens, features), dtype=out_dtype, device=x8.device)
     if tokens == 0:
         return y
+    scale, row_scale, some_bias = contiguous(scale, row_scale, scale if bias is None else bias)
     args = (
-        x8, codes, y, scale, row_scale, scale if bias is None else bias, tokens, features, inner, x8.stride(0),
+        x8, codes, y, scale, row_scale, some_bias, tokens, features, inner, x8.stride(0),
         codes.stride(0), next_power_of_2(tokens),
     )  # fmt: skip
     if interpreting():

@@ -271,6 +271,7 @@ def prepare_weight(
         raise ValueError(f"keep must be int32 [{out}], not {keep.dtype} {list(keep.shape)}")
     if gamma is not None and (gamma.shape != (len(sizes),) or gamma.dtype != torch.float32):
         raise ValueError(f"gamma must be float32 [{len(sizes)}], not {gamma.dtype} {list(gamma.shape)}")
+    keep, gamma = (None if vector is None else vector.contiguous() for vector in (keep, gamma))
     given = (mask_bits, old_mask_bits, keep, gamma, gamma_over)
     wanted = (layout, want_mask, want_codes, want_stats)
     return PreparedWeight(*torch.ops.sbn_kernels.prepare_weight(weight, n, m, sizes, *given, *wanted))

@@ -30,7 +30,7 @@ def row_sums_kernel(w_pointer, mask_pointer, row_scale_pointer, sum_pointer, cou
             byte = tl.load(mask_pointer + row * mask_stride + column // 8, mask=column < columns, other=0).to(tl.int32)
             counts = counts & ((byte >> (column % 8)) & 1 != 0)
         if NONZERO:
-            counts = counts & (w > 0.5 * tl.load(row_scale_pointer + row))
+            counts = counts & ((w > 0.5 * tl.load(row_scale_pointer + row)) | (w != w))
         total += tl.where(counts, w, 0.0)
         kept += counts.to(tl.int32)
     tl.store(sum_pointer + row, tl.sum(total, axis=0))
@@ -56,10 +56,10 @@ def gamma_kernel(sum_pointer, count_pointer, gamma_pointer, row_scale_pointer, p
             total += tl.load(sum_pointer + first + row, mask=row < rows, other=0.0).to(tl.float64)
             if KEPT:
                 kept += tl.load(count_pointer + first + row, mask=row < rows, other=0).to(tl.float64)
-        count = rows.to(tl.float64) * columns.to(tl.float64)
+        count = (tl.zeros([], tl.float64) + rows) * columns
         if KEPT:
             count = tl.maximum(tl.sum(kept, axis=0), 1.0)
-        gamma = tl.maximum((tl.sum(total, axis=0) / count).to(tl.float32), 1e-5)
+        gamma = tl.maximum((tl.sum(total, axis=0) / count).to(tl.float32), 1e-5, propagate_nan=tl.PropagateNan.ALL)
         tl.store(gamma_pointer + part, gamma)
     for start in range(0, rows, BLOCK):
         row = start + block

@@ -46,9 +46,21 @@ def _codes(x, scale, inverse, BITS: tl.constexpr, FUSED: tl.constexpr):
 def _scale(reduced, columns, BITS: tl.constexpr):
     """s from max|x| (8 bits) or sum|x| (4 bits)."""
     if BITS == 8:
-        return tl.div_rn(tl.maximum(reduced, 1e-5), tl.full(reduced.shape, 127.0, tl.float32))
-    mean = tl.div_rn(reduced, tl.zeros_like(reduced) + columns.to(tl.float32))
-    return tl.div_rn(tl.maximum(mean, 1e-5), tl.full(reduced.shape, 2.6457513110645907, tl.float32))
+        return tl.div_rn(_at_least(reduced), tl.full(reduced.shape, 127.0, tl.float32))
+    mean = tl.div_rn(reduced, tl.zeros_like(reduced) + columns)
+    return tl.div_rn(_at_least(mean), tl.full(reduced.shape, 2.6457513110645907, tl.float32))
+
+
+@triton.jit
+def _at_least(x):
+    return tl.maximum(x, 1e-5, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(x, axis: tl.constexpr, keep_dims: tl.constexpr):
+    """max|x| as the bits order: NaN above infinity, where tl.max drops it."""
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=axis, keep_dims=keep_dims)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -71,7 +83,7 @@ def quantize_rows_kernel(
         x = coming.to(tl.float32)
         coming = _load_rows(x_pointer, row + tl.num_programs(0) * ROWS, column, rows, columns, x_stride)
         if BITS == 8:
-            scale = _scale(tl.max(tl.abs(x), axis=1), columns, BITS)
+            scale = _scale(_largest(x, 1, False), columns, BITS)
         else:
             scale = _scale(tl.sum(tl.abs(x), axis=1), columns, BITS)
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
@@ -93,9 +105,9 @@ def quantize_long_rows_kernel(
     for start in range(0, columns, BLOCK):
         column = start + block
         x = tl.abs(tl.load(x_pointer + row * x_stride + column, mask=column < columns, other=0.0).to(tl.float32))
-        reduced = tl.maximum(reduced, x) if BITS == 8 else reduced + x
+        reduced = tl.maximum(reduced, x, propagate_nan=tl.PropagateNan.ALL) if BITS == 8 else reduced + x
     if BITS == 8:
-        scale = _scale(tl.max(reduced, axis=0, keep_dims=True), columns, BITS)
+        scale = _scale(_largest(reduced, 0, True), columns, BITS)
     else:
         scale = _scale(tl.sum(reduced, axis=0, keep_dims=True), columns, BITS)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)

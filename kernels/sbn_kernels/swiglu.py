@@ -17,7 +17,7 @@ from torch import Tensor
 from sbn_kernels.capability import interpreting, require
 from sbn_kernels.launch import Launcher
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2, refuse_gradients
-from sbn_kernels.quantize import _codes, _scale, empty_tokens, empty_vector
+from sbn_kernels.quantize import _codes, _largest, _scale, empty_tokens, empty_vector
 
 MAX_FEATURES = 32768
 
@@ -34,7 +34,7 @@ def _product(row_pointer, features, START: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _reduce(x, BITS: tl.constexpr):
     """What the scale is made of: max|x| for 8 bits, sum|x| for 4."""
-    return tl.max(tl.abs(x), axis=0, keep_dims=True) if BITS == 8 else tl.sum(tl.abs(x), axis=0, keep_dims=True)
+    return _largest(x, 0, True) if BITS == 8 else tl.sum(tl.abs(x), axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -49,7 +49,8 @@ def swiglu_quantize_kernel(
     reduced = _reduce(main, BITS)
     if TAIL > 0:
         tail = _product(x_row, features, MAIN, TAIL)
-        reduced = tl.maximum(reduced, _reduce(tail, BITS)) if BITS == 8 else reduced + _reduce(tail, BITS)
+        other = _reduce(tail, BITS)
+        reduced = tl.maximum(reduced, other, propagate_nan=tl.PropagateNan.ALL) if BITS == 8 else reduced + other
     scale = _scale(reduced, features, BITS)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     column = tl.arange(0, MAIN)

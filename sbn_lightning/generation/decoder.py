@@ -13,13 +13,14 @@ launches hundreds of kernels that each run for microseconds; without the graph t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sbn_lightning.errors import ConfigError
-from sbn_lightning.layers import prepare_layers
+from sbn_lightning.layers import prepare_layers, ternary_layers
 from sbn_lightning.transformer import TernaryTransformer, causal_attention
 
 _SLOTS = 64  # the cache's length is a multiple of this, as attention kernels want the rows of a mask aligned
@@ -101,6 +102,7 @@ class Decoder:
         self.slots = min(-(-max_length // _SLOTS) * _SLOTS, limit)
         self._use_graph = self.device.type == "cuda" if cuda_graph is None else cuda_graph
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._recorded: list[Any] = []
         self._logits: Tensor | None = None
         self._shared = _Slots()
         self._shared.rows = torch.arange(batch_size, device=self.device)
@@ -138,6 +140,10 @@ class Decoder:
             lengths_B: Their lengths, int64 ``[B]``.
         """
         prepare_layers(self.model)
+        if self._graph is not None and any(
+            now is not then for now, then in zip(self._weights(), self._recorded, strict=True)
+        ):
+            self._graph = None  # it reads weights that have been replaced
         attend = [_PromptAttention() for _ in self.model.blocks]
         hidden = self.model.hidden(tokens_BT, attend=attend)
         if not self._layers:
@@ -205,9 +211,13 @@ class Decoder:
                 self._step()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(self.device), torch.cuda.graph(graph):
             self._logits = self._step()
-        self._graph = graph
+        self._graph, self._recorded = graph, self._weights()
+
+    def _weights(self) -> list[Any]:
+        """What ternary layers compute with: made anew where a weight has changed."""
+        return [layer._prepared for layer in ternary_layers(self.model).values()]
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         if len(prompts) != self.batch_size:

@@ -68,6 +68,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # "meta" exists, but holds nothing
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # of kernels and graphs that ask for none
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used here ({reason}); use auto, cpu or cuda") from error

@@ -48,7 +48,10 @@ class Sampling:
         """
         if self.temperature == 0:
             return logits_BV.argmax(dim=-1)
-        probabilities = (logits_BV.float() / self.temperature).softmax(dim=-1)
+        logits = logits_BV.float()
+        # Without the largest: a small temperature makes it infinite.
+        temperature = max(self.temperature, torch.finfo(logits.dtype).tiny)
+        probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
         order = None
         if self.top_k is not None:
             probabilities, order = probabilities.topk(min(self.top_k, probabilities.shape[-1]), dim=-1)

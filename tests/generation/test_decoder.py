@@ -89,6 +89,27 @@ def test_a_decoder_forgets_at_the_next_prefill():
         assert torch.equal(decoder.step(torch.tensor([token])), fresh.step(torch.tensor([token])))
 
 
+def test_a_model_in_training_mode_that_recomputes_its_activations():
+    model = make()
+    expected = generate(model, PROMPTS, max_new_tokens=6)
+    model.config.activation_checkpointing = True
+    assert generate(model.train(), PROMPTS, max_new_tokens=6) == expected
+
+
+def test_a_graph_is_recorded_again_when_weights_have_changed():
+    """It reads what ternary layers computed from the weights before."""
+    model = make()
+    decoder = Decoder(model, 1, 60)
+    decoder.prefill([[1, 2]])
+    decoder._graph, decoder._recorded = object(), decoder._weights()
+    decoder.prefill([[3, 4]])
+    assert decoder._graph is not None
+    with torch.no_grad():
+        model.blocks[1].mlp.down.weight.mul_(2)
+    decoder.prefill([[3, 4]])
+    assert decoder._graph is None
+
+
 def test_half_precision_and_compiled_blocks():
     model = make(torch.bfloat16)
     expected = generate(model, PROMPTS, max_new_tokens=6)

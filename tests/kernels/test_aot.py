@@ -36,7 +36,7 @@ def build(kernel, constants, capability, types=None, source=ASTSource, warps=4):
     signature = {n: {**POINTERS, **(types or {})}.get(n, "i32") for n in names}
     signature.update(dict.fromkeys(constants, "constexpr"))
     values = {(names.index(n),): v for n, v in constants.items()}
-    even = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in ALIGNED]
+    even = [i for i, n in enumerate(names) if signature[n].startswith("*") or (n in ALIGNED and n not in constants)]
     aligned = {(i,): [["tt.divisibility", 16]] for i in even}
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return triton.compile(
@@ -62,6 +62,12 @@ NO_PREPARE = dict.fromkeys(("GIVEN", "KEEP", "OLD", "BITS", "CODES", "STATS"), F
 TILE = {"R": 64, "C": 128}
 PLAIN = {
     "quantize rows": (quantize.quantize_rows_kernel, {"BITS": 8, "ROWS": 1, "BLOCK": 4096, "FUSED": True}, {}, 8),
+    "quantize a column": (  # Triton makes a constant of a 1
+        quantize.quantize_rows_kernel,
+        {"BITS": 4, "ROWS": 1, "BLOCK": 16, "FUSED": True, "columns": 1},
+        {},
+        1,
+    ),
     "quantize long rows": (quantize.quantize_long_rows_kernel, {"BITS": 4, "BLOCK": 8192, "FUSED": True}, {}, 16),
     "swiglu quantize": (swiglu.swiglu_quantize_kernel, {"BITS": 8, "MAIN": 8192, "TAIL": 4096, "FUSED": True}, {}, 8),
     "swiglu backward": (

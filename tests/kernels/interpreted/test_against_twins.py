@@ -170,6 +170,45 @@ def test_scaling_of_an_int32_product() -> None:
     assert torch.equal(scale_accumulator(acc, scale, row_scale, bias, 5, torch.float32), exact + bias)
 
 
+def test_vectors_may_have_any_strides() -> None:
+    x8, scale, codes, _, bias, _ = gemm_case(5, 64, 70)
+    gamma = torch.rand(1)
+    row_scale, tokens, twice = gamma.expand(70), torch.stack([scale, -scale], 1)[:, 0], torch.stack([bias, -bias], 1)
+    exact = (x8.double() @ codes.double().t()).float() * (scale[:, None] * gamma) + bias
+    assert torch.equal(sk.int8_gemm(x8, tokens, codes, row_scale, twice[:, 0], torch.float32), exact)
+    packed = sk.pack_dense(codes)
+    assert torch.equal(sk.decode_gemm(x8, tokens, packed, row_scale, 70, twice[:, 0], torch.float32), exact)
+    acc = x8.int() @ codes.int().t()
+    assert torch.equal(scale_accumulator(acc, tokens, row_scale, twice[:, 0], 5, torch.float32), exact)
+    weight, keep = with_ties(9, 16, torch.float32), torch.tensor([3], dtype=torch.int32).expand(9)
+    assert torch.equal(sk.prepare_weight(weight, 2, 4, keep=keep).codes, sk.prepare_weight(weight, 3, 4).codes)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("features", [40, 20000])
+def test_nan_in_a_token_comes_through(bits: int, features: int) -> None:
+    """A scale that is NaN makes the outputs NaN; those of other tokens stay what they are."""
+    x = torch.randn(3, features)
+    clean = sk.quantize_tokens(x, bits)
+    x[1, 3] = torch.nan
+    q, scale = sk.quantize_tokens(x, bits)
+    assert scale.isnan().tolist() == [False, True, False]
+    assert torch.equal(q[::2], clean[0][::2])
+    gate_up = torch.cat([x, torch.ones_like(x)], 1)
+    assert sk.swiglu_quantize(gate_up, bits)[1].isnan().tolist() == [False, True, False]
+    assert sk.swiglu_quantize(gate_up.roll(features, 1), bits)[1].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("over", ["dense", "kept", "masked", "nonzero"])
+def test_nan_in_a_weight_comes_through(over: str) -> None:
+    weight = torch.randn(6, 16)
+    weight[2, 5] = torch.nan
+    mask = torch.ones(6, 16, dtype=torch.bool)
+    mask[:, ::4] = False
+    prepared = sk.prepare_weight(weight, 2, 4, (2, 4), mask_bits=pack_mask(mask), gamma_over=over)  # type: ignore[arg-type]
+    assert prepared.gamma.isnan().tolist() == [False, True]
+
+
 def test_layout_sparse24_has_no_portable_decode() -> None:
     x8, scale, codes, row_scale, _, _ = gemm_case(1, 64, 70)
     with pytest.raises(sk.UnsupportedError, match="sparse24"):

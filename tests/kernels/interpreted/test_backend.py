@@ -172,6 +172,7 @@ def test_int8_gradients_are_reproducible_and_resume_exactly(tmp_path: Path) -> N
 
     whole = train(plugin(), max_steps=4).losses
     assert train(plugin(seed=1), max_steps=4).losses != whole
+    assert len(train(plugin(seed=20_240_101), max_steps=1).losses) == 1  # a date
     half = train(plugin(), max_steps=2)
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
     rest = train(plugin(), str(tmp_path / "half.ckpt"), max_steps=4)
