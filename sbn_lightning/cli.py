@@ -24,7 +24,7 @@ TRAINING = {
     "fit": "train a model",
     "validate": "evaluate a checkpoint on the validation split",
     "test": "evaluate a checkpoint on the test split",
-    "predict": "log-likelihoods of the prediction split's tokens",
+    "predict": "log-likelihoods of the prediction split's tokens, for a prediction writer among the callbacks",
     "fabric": "train a model in a loop on Lightning Fabric, from the same recipe",
 }
 TOOLS = {

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -137,6 +138,41 @@ class SparseBitNet(LightningModule):
             self.model.compile_blocks()
         if self.device_mesh is not None:  # ModelParallelStrategy
             shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Masks of another pattern are made anew from the weights; a model of another shape is refused.
+
+        Raises:
+            ConfigError: Naming the fields that differ.
+        """
+        saved = checkpoint.get("hyper_parameters", {}).get("config")
+        if not isinstance(saved, dict):
+            return
+        now = self.config.to_dict()
+        shape = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ffn", "qkv_bias", "tie_embeddings")
+        if differing := [name for name in shape if name in saved and saved[name] != now[name]]:
+            values = ", ".join(f"{name}={saved[name]}, not {now[name]}" for name in differing)
+            raise ConfigError(f"the checkpoint is of another model: it has {values}; set model.config as it was")
+        state = checkpoint.get("state_dict")
+        if saved.get("pattern") != now["pattern"] and state and any(name.endswith(".mask_bits") for name in state):
+            rank_zero_warn(
+                f"the checkpoint has masks of the pattern {saved.get('pattern')}, this run has {now['pattern']}: masks "
+                "are made anew from the weights"
+            )
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.endswith(".mask_bits")}
+
+    def on_train_start(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            for name in ("lr", "betas", "eps", "momentum"):
+                wanted = optimizer.defaults.get(name)
+                has: Any = optimizer.param_groups[0].get("initial_lr" if name == "lr" else name, wanted)
+                if (tuple(has) if isinstance(has, list) else has) != (
+                    tuple(wanted) if isinstance(wanted, list) else wanted
+                ):
+                    rank_zero_warn(
+                        f"training goes on with the checkpoint's {name}={has}, not {wanted}: an optimiser's options "
+                        "are part of its state (model.init_from starts a new run from weights)"
+                    )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if isinstance(self._trainer, Trainer) and "optimizer_states" in checkpoint:  # the Fabric loop does it itself

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -44,7 +43,9 @@ def resume_last_run(config: Namespace, training: bool = True) -> None:
         return
     run = found[-1].parent
     # What was meant to be last comes first; then the newest.
-    candidates = sorted((path for path in found if path.parent == run), key=lambda p: (_is_last(p), _age(p)))[::-1]
+    candidates = sorted(
+        (path for path in found if path.parent == run), key=lambda p: (lightning_file.is_last(p), _age(p))
+    )[::-1]
     damage: dict[Path, str] = {}
     for path in candidates:
         if reason := why_unreadable(path):
@@ -104,10 +105,6 @@ def _age(path: Path) -> float:
         return 0.0
 
 
-def _is_last(path: Path) -> bool:
-    return re.fullmatch(r"last(-v\d+)?", path.stem) is not None
-
-
 def why_unreadable(path: Path, training: bool = False) -> str:
     """What is wrong with a checkpoint, also for going on with ``training``; empty if nothing is.
 
@@ -115,6 +112,10 @@ def why_unreadable(path: Path, training: bool = False) -> str:
     """
     try:
         if path.is_dir():
+            if (path / "config.json").is_file():
+                return "is a model to run and no training to continue (model.init_from starts from a .ckpt)"
+            if found := [file for file in path.glob("**/last*.ckpt") if lightning_file.is_last(file)]:
+                return f"is a folder of checkpoints, such as {found[0]}"
             if missing := sharded.what_is_missing(path):
                 return f"is not complete (it has no {missing})"
             torch.load(path / sharded.REST, map_location="cpu", weights_only=True)  # written last

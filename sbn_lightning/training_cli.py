@@ -34,6 +34,7 @@ from sbn_lightning.callbacks import (
     MaskRefresh,
     NonFiniteGuard,
     SparsityPatternLogger,
+    TernarySparseConversion,
     TokenThroughput,
     TrainingReport,
     WeightDecaySchedule,
@@ -131,10 +132,10 @@ class SBNCLI(LightningCLI):
             raise
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
-        if self.model.config.linear == "dense":
-            callbacks = [callback for callback in callbacks if not isinstance(callback, NEEDS_MASKED_LAYERS)]
         own = config["callbacks"] or []
         own = own if isinstance(own, list) else [own]
+        if self.model.config.linear == "dense" and not any(isinstance(one, TernarySparseConversion) for one in own):
+            callbacks = [callback for callback in callbacks if not isinstance(callback, NEEDS_MASKED_LAYERS)]
         plugins = config["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         precision = next((plugin for plugin in plugins if isinstance(plugin, Precision)), None)

@@ -98,7 +98,7 @@ class StepCallback(RunCallback):
     """A callback whose :meth:`on_step` runs once before training and once after each optimiser step."""
 
     def __init__(self) -> None:
-        self._seen = -1
+        self._seen = self._before = -1
 
     def on_step(self, trainer: Run, module: nn.Module, step: int) -> None:
         """Called with the number of optimiser steps done, ``trainer.global_step``."""
@@ -106,10 +106,10 @@ class StepCallback(RunCallback):
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         refuse_plain_averaging(trainer.callbacks)  # type: ignore[union-attr]
-        self._seen = trainer.global_step
+        self._seen, self._before = trainer.global_step, trainer.global_step - 1
         self.on_step(trainer, pl_module, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step > self._seen:
-            self._seen = trainer.global_step
+            self._seen, self._before = trainer.global_step, self._seen
             self.on_step(trainer, pl_module, trainer.global_step)

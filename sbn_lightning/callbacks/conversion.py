@@ -77,7 +77,7 @@ class TernarySparseConversion(Callback):
         check_strategy(trainer.strategy)
         if self._module is pl_module:
             return
-        if stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        if stage == "fit" and isinstance(getattr(trainer.strategy, "launcher", None), _MultiProcessingLauncher):
             rank_zero_warn(
                 "TernarySparseConversion: this strategy (spawn, fork, notebook) trains a copy of the model in other "
                 "processes; yours gets the trained weights and keeps its plain layers, which compute something else: "

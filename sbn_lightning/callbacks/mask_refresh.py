@@ -61,7 +61,8 @@ class MaskRefresh(StepCallback):
         return step % self.interval == 0 and (self.freeze_after is None or step <= self.freeze_after)
 
     def on_step(self, trainer: Run, module: nn.Module, step: int) -> None:
-        due = self.is_due(step)
+        # With several optimisers global_step counts the steps of all, and may jump over one that is due.
+        due = any(self.is_due(passed) for passed in range(self._before + 1, step + 1))
         for layer in require_masked_layers(self, module).values():
             layer.hold_mask = self.interval > 1 or self.freeze_after is not None
             layer.regrow = due or self.stale_gradient == "dense"

@@ -95,7 +95,7 @@ class NonFiniteGuard(RunCallback):
         finite = value.detach().isfinite().all()
         self._finite = finite if self._finite is None else self._finite & finite
         interval = self.interval or (1 if value.device.type == "cpu" else trainer.log_every_n_steps)  # type: ignore[union-attr]
-        if not steps or (trainer.global_step + 1) % interval:
+        if not steps or (trainer.global_step + 1) // interval <= self._last_look // interval:
             return
         here = fine = bool(self._finite)
         if trainer.world_size > 1:  # all stop together, or those left wait for ever

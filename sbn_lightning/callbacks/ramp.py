@@ -82,12 +82,13 @@ class DenseToSparseRamp(StepCallback):
         return pattern.m - int(progress * (pattern.m - pattern.n) + 1e-9), 1.0
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
-        schedule_length(self, trainer, self.total_steps)
+        self._length(trainer)
         layers = list(require_masked_layers(self, pl_module).values())
         if len(self._densities) == len(layers):
-            # A resumed run: the masks in the checkpoint were made for these densities.
+            # A resumed run: the masks in the checkpoint were made for these densities, unless the pattern is another.
             for layer, (keep_n, share) in zip(layers, self._densities, strict=True):
-                layer.set_density(keep_n, share, refresh=False)
+                if layer.pattern.n <= keep_n <= layer.pattern.m:
+                    layer.set_density(keep_n, share, refresh=False)
         if is_compiled(pl_module) and not all(layer.owner_prepares for layer in layers):
             self._warn_of_compilations(layers)
         super().on_train_start(trainer, pl_module)
@@ -104,10 +105,14 @@ class DenseToSparseRamp(StepCallback):
 
     def on_step(self, trainer: Run, module: nn.Module, step: int) -> None:
         layers = list(require_masked_layers(self, module).values())
-        progress = self.progress(step, schedule_length(self, trainer, self.total_steps))
+        progress = self.progress(step, self._length(trainer))
         self._densities = [self.density(progress, layer.pattern, i, len(layers)) for i, layer in enumerate(layers)]
         for layer, (keep_n, share) in zip(layers, self._densities, strict=True):
             layer.set_density(keep_n, share)
+
+    def _length(self, trainer: Run) -> int:
+        sparse_from_the_start = self.shape == "step" and self.start == 0
+        return 1 if sparse_from_the_start else schedule_length(self, trainer, self.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
         return {"densities": self._densities}

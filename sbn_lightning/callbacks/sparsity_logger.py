@@ -61,7 +61,7 @@ class SparsityPatternLogger(RunCallback):
             self.counts, self._before, self._last_look = {}, {}, -1
 
     def on_train_batch_start(self, trainer: Run, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step % self.interval == 0 and trainer.global_step > self._last_look:
+        if trainer.global_step // self.interval > self._last_look // self.interval:
             self._look(trainer, pl_module)
             show(trainer, pl_module, "zeros", self.total().shares()["zeros"], logger=False)
 

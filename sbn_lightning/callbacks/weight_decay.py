@@ -68,7 +68,7 @@ class WeightDecaySchedule(StepCallback):
                 if initial > 0:
                     group["weight_decay"] = initial * factor
         every = trainer.log_every_n_steps  # type: ignore[union-attr]
-        if step > 0 and every and step % every == 0:
+        if step > 0 and every and step // every > self._before // every:
             decay = max(float(group.get("weight_decay", 0.0)) for group in groups)
             for logger in trainer.loggers:
                 logger.log_metrics({"weight_decay": decay}, step)

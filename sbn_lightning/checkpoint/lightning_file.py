@@ -7,6 +7,7 @@ A checkpoint of ``fit`` holds the weights under ``state_dict`` with the prefix `
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -36,6 +37,11 @@ def is_one(path: Path) -> bool:
             return file.read(len(ZIP)) == ZIP
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def is_last(path: Path) -> bool:
+    """Whether it has a name that ``ModelCheckpoint`` gives to a run's last checkpoint."""
+    return re.fullmatch(r"last(-v\d+)?", path.stem) is not None
 
 
 def damaged_record(path: Path) -> str | None:

@@ -127,13 +127,11 @@ def _recognise(path: Path) -> tuple[ModelFormat, Path]:
             raise DataError(f"{config} is damaged: {error}") from error
         if isinstance(values, dict):
             return ("packed" if values.get("format") == "sbn-packed" else "hf"), path
-    for candidate in (path / "last.ckpt", path / "checkpoints" / "last.ckpt"):
-        if candidate.exists():
-            return _recognise(candidate)
-    # The folder of a recipe's runs: the newest one.
-    runs = sorted(path.glob("version_*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
-    if runs:
-        return _recognise(runs[-1])
+    # A run's own folders, or that of a recipe's runs; the newest, of a run that went on in its folder last-v1.ckpt.
+    for folder in ("", "checkpoints/", "version_*/checkpoints/"):
+        found = [file for file in path.glob(f"{folder}last*.ckpt") if lightning_file.is_last(file)]
+        if found:
+            return _recognise(max(found, key=lambda file: file.stat().st_mtime))
     raise DataError(f"{path} holds no model: neither last.ckpt nor config.json is there")
 
 
