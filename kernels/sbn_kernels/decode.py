@@ -85,7 +85,7 @@ def prefers_decode(tokens: int, out_features: int, in_features: int, processors:
 
     Its time grows with rows times tokens, each 16 rows reading all tokens anew; the prefill kernel's with the waves
     that panels of 128 rows take on so many ``processors``. Both grow with in_features. Where the prefill kernel splits
-    K (``split_k``) it takes over from 8 tokens on: measured for three shapes, 0.85 to 1.06 of the decode kernel's time
+    K (``split_k``) it takes over from 8 tokens on: measured for five shapes, 0.75 to 1.07 of the decode kernel's time
     at 8 tokens and less above; at fewer the two were not compared.
     """
     if tokens >= 8 and choose_splits(tokens, out_features, in_features, processors) > 1:
