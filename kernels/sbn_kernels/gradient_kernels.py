@@ -5,25 +5,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sbn_kernels.maxima import larger, magnitude
+
 LEVELS = 127 * 2**15 - 2
 SMALLEST = 1e-30
 ROUNDS = 7
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to |v| < 2^22, the sum's low bits are round(v)
+# PTX: bits 16 to 23 of four words as the bytes of one, bit 7 of each flipped
+_PACK = tl.constexpr(
+    "{ .reg .b32 t, u; prmt.b32 t, $1, $2, 0x0062; prmt.b32 u, $3, $4, 0x0062; prmt.b32 t, t, u, 0x5410; "
+    "xor.b32 $0, t, 0x80808080; }"
+)
 _LEVELS = tl.constexpr(float(LEVELS))
 _STEPS = tl.constexpr(LEVELS / 2**15)
 _SMALLEST = tl.constexpr(SMALLEST)
 _ROUNDS = tl.constexpr(ROUNDS)
-
-
-@triton.jit
-def _magnitude(value):
-    """Bits of |value|: they order as the magnitudes do, infinity above all of them and NaN above infinity."""
-    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 # numbers that vary from call to call and that no vector of loads depends on are not specialised on
@@ -49,15 +45,15 @@ def gradient_maxima_kernel(
         dy = tl.load(where, mask=inside, other=0.0).to(tl.float32)
         if CHANNELS:
             token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)
-            largest = _larger(largest, tl.abs(dy * token_scale[:, None]))
+            largest = larger(largest, tl.abs(dy * token_scale[:, None]))
         if TOKENS:
             # in floats as far as one thread holds them: |.| is part of that instruction
             eights = tl.reshape(tl.abs(dy * row_scale[None, :]), [R, C // 8, 8])
-            of_token = tl.max(_magnitude(tl.reduce(eights, 2, _larger)), axis=1)
+            of_token = tl.max(magnitude(tl.reduce(eights, 2, larger)), axis=1)
             tl.atomic_max(max_pointer + row, of_token, mask=row < rows, sem="relaxed")
     if CHANNELS:
         where = max_pointer + first_channel + column
-        of_channel = tl.max(_magnitude(largest), axis=0)
+        of_channel = tl.max(magnitude(largest), axis=0)
         tl.atomic_max(where, of_channel, mask=column < columns, sem="relaxed")
 
 
@@ -122,9 +118,7 @@ def _codes(rounded, PTX: tl.constexpr):
     """The codes as int8; PTX: four by three byte permutations, where the compiler shifts each by itself."""
     if PTX:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t, u; prmt.b32 t, $1, $2, 0x0062; prmt.b32 u, $3, $4, 0x0062; prmt.b32 t, t, u, 0x5410; "
-            "xor.b32 $0, t, 0x80808080; }",
-            "=r,r,r,r,r", [rounded], dtype=tl.int8, is_pure=True, pack=4,
+            _PACK, "=r,r,r,r,r", [rounded], dtype=tl.int8, is_pure=True, pack=4,
         )  # fmt: skip
     else:
         return ((rounded >> 16) ^ 0x80).to(tl.int8)
@@ -135,9 +129,7 @@ def _word(r0, r1, r2, r3, PTX: tl.constexpr):
     """The codes of four tokens, the first lowest."""
     if PTX:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t, u; prmt.b32 t, $1, $2, 0x0062; prmt.b32 u, $3, $4, 0x0062; prmt.b32 t, t, u, 0x5410; "
-            "xor.b32 $0, t, 0x80808080; }",
-            "=r,r,r,r,r", [r0, r1, r2, r3], dtype=tl.uint32, is_pure=True, pack=1,
+            _PACK, "=r,r,r,r,r", [r0, r1, r2, r3], dtype=tl.uint32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
         low = ((r0 >> 16) & 0xFF) | ((r1 >> 8) & 0xFF00)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sbn_kernels.maxima import larger
+
 TILE_ROWS = 64
 TILE_COLUMNS = 128
 _LARGEST = tl.constexpr(0x7FFFFFFF)
@@ -59,7 +61,7 @@ def gamma_kernel(sum_pointer, count_pointer, gamma_pointer, row_scale_pointer, p
         count = (tl.zeros([], tl.float64) + rows) * columns
         if KEPT:
             count = tl.maximum(tl.sum(kept, axis=0), 1.0)
-        gamma = tl.maximum((tl.sum(total, axis=0) / count).to(tl.float32), 1e-5, propagate_nan=tl.PropagateNan.ALL)
+        gamma = larger((tl.sum(total, axis=0) / count).to(tl.float32), 1e-5)
         tl.store(gamma_pointer + part, gamma)
     for start in range(0, rows, BLOCK):
         row = start + block

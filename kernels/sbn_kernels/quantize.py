@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sbn_kernels.capability import interpreting, multiprocessors, require
 from sbn_kernels.launch import Launcher
+from sbn_kernels.maxima import larger, magnitude
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2, refuse_gradients
 
 _LOOP_BLOCK = 8192
@@ -46,20 +47,15 @@ def _codes(x, scale, inverse, BITS: tl.constexpr, FUSED: tl.constexpr):
 def _scale(reduced, columns, BITS: tl.constexpr):
     """s from max|x| (8 bits) or sum|x| (4 bits)."""
     if BITS == 8:
-        return tl.div_rn(_at_least(reduced), tl.full(reduced.shape, 127.0, tl.float32))
+        return tl.div_rn(larger(reduced, 1e-5), tl.full(reduced.shape, 127.0, tl.float32))
     mean = tl.div_rn(reduced, tl.zeros_like(reduced) + columns)
-    return tl.div_rn(_at_least(mean), tl.full(reduced.shape, 2.6457513110645907, tl.float32))
-
-
-@triton.jit
-def _at_least(x):
-    return tl.maximum(x, 1e-5, propagate_nan=tl.PropagateNan.ALL)
+    return tl.div_rn(larger(mean, 1e-5), tl.full(reduced.shape, 2.6457513110645907, tl.float32))
 
 
 @triton.jit
 def _largest(x, axis: tl.constexpr, keep_dims: tl.constexpr):
-    """max|x| as the bits order: NaN above infinity, where tl.max drops it."""
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=axis, keep_dims=keep_dims)
+    """max|x|, or NaN."""
+    bits = tl.max(magnitude(x), axis=axis, keep_dims=keep_dims)
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -105,7 +101,7 @@ def quantize_long_rows_kernel(
     for start in range(0, columns, BLOCK):
         column = start + block
         x = tl.abs(tl.load(x_pointer + row * x_stride + column, mask=column < columns, other=0.0).to(tl.float32))
-        reduced = tl.maximum(reduced, x, propagate_nan=tl.PropagateNan.ALL) if BITS == 8 else reduced + x
+        reduced = larger(reduced, x) if BITS == 8 else reduced + x
     if BITS == 8:
         scale = _scale(_largest(reduced, 0, True), columns, BITS)
     else:

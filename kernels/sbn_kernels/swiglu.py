@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sbn_kernels.capability import interpreting, require
 from sbn_kernels.launch import Launcher
+from sbn_kernels.maxima import larger
 from sbn_kernels.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2, refuse_gradients
 from sbn_kernels.quantize import _codes, _largest, _scale, empty_tokens, empty_vector
 
@@ -50,7 +51,7 @@ def swiglu_quantize_kernel(
     if TAIL > 0:
         tail = _product(x_row, features, MAIN, TAIL)
         other = _reduce(tail, BITS)
-        reduced = tl.maximum(reduced, other, propagate_nan=tl.PropagateNan.ALL) if BITS == 8 else reduced + other
+        reduced = larger(reduced, other) if BITS == 8 else reduced + other
     scale = _scale(reduced, features, BITS)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     column = tl.arange(0, MAIN)
