@@ -151,7 +151,7 @@ def _gather_lists(argv: list[str], takes_list: dict[str, bool]) -> list[str]:
     """
     gathered: dict[str, list[str]] = {}
     rest: list[str] = []
-    name, values, is_list = "", rest, True
+    values, is_list = rest, True
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word.partition("=")
@@ -167,11 +167,10 @@ def _gather_lists(argv: list[str], takes_list: dict[str, bool]) -> list[str]:
             values.append(word)
         else:
             rest.append(word)
-    words = list(rest)
     for name, values in gathered.items():
         # With "=": a value may begin with dashes.
-        words.append(f"{name}={_quoted(values) if takes_list.get(name[2:]) else values[0]}" if values else name)
-    return words
+        rest.append(f"{name}={_quoted(values) if takes_list.get(name[2:]) else values[0]}" if values else name)
+    return rest
 
 
 def _quoted(values: list[str]) -> str:

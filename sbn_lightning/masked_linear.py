@@ -6,8 +6,8 @@ moment; *when* any of that changes is the callbacks' business.
 The weight is a plain ``nn.Parameter`` and the mask a packed ``uint8`` buffer, so checkpoints, optimisers, DDP and
 ``torch.compile`` need to know nothing. Derived values (mask, ternary codes) follow the weight lazily: each use compares
 the weight's version counter, which in-place updates increment (not those through ``weight.data``: call
-``refresh_mask``), and recomputes only after a change. That makes the
-layer correct in a bare training loop, and under gradient accumulation the work is done once an optimiser step.
+``refresh_mask``), and recomputes only after a change. That makes the layer correct in a bare training loop, and under
+gradient accumulation the work is done once an optimiser step.
 Some updates do not count a version: a fused optimiser's, and those of FSDP2, which fills the weight that a forward sees
 from shards. So weights that train are also taken to have changed with every optimiser step of the process.
 :attr:`MaskedLinear.hold_mask` takes the mask out of that rule, for whoever decides about refreshes (``MaskRefresh``).
@@ -49,15 +49,13 @@ _next_number = count(1)
 def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     global _optimizer_steps
     _optimizer_steps += 1
-    if _layers_that_keep:
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        ids, sharded = set(map(id, weights)), any(isinstance(weight, DTensor) for weight in weights)
-        for layer in list(_layers_that_keep):
-            weight = layer._parameters.get("weight")
-            is_another = layer._kept_for is None or weight is None or layer._kept_for[0] != _number(weight)
-            if sharded if layer._kept_for == _SHARDS else (id(weight) in ids or is_another):
-                layer._kept_for = None
-                _layers_that_keep.discard(layer)
+    if not _layers_that_keep:
+        return
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    stepped, sharded = set(map(id, weights)), any(isinstance(weight, DTensor) for weight in weights)
+    for layer in list(_layers_that_keep):
+        if sharded if layer._kept_for == _SHARDS else layer._may_have_changed(stepped):
+            layer._keep_mask_no_longer()
 
 
 register_optimizer_step_post_hook(_count_step)
@@ -165,6 +163,15 @@ class MaskedLinear(nn.Linear):
         self._kept_for = _SHARDS if isinstance(weight, DTensor) else self._mask_of[:2]  # type: ignore[assignment]
         _layers_that_keep.add(self)
 
+    def _keep_mask_no_longer(self) -> None:
+        self._kept_for = None
+        _layers_that_keep.discard(self)
+
+    def _may_have_changed(self, stepped: set[int]) -> bool:
+        """Whether the weight is among those with the ids ``stepped``, or is not the one whose mask is kept."""
+        weight = self._parameters.get("weight")
+        return weight is None or id(weight) in stepped or self._kept_for is None or self._kept_for[0] != _number(weight)
+
     def values(self, masked: bool = True) -> Tensor:
         """What the layer multiplies with, up to a scale: ternary codes, or the weight where it is not quantised.
 
@@ -225,8 +232,7 @@ class MaskedLinear(nn.Linear):
 
     def _note_fresh_mask(self) -> None:
         self._mask_of = self._mask_key()
-        self._kept_for = None
-        _layers_that_keep.discard(self)
+        self._keep_mask_no_longer()
         self._most_kept = self._keep_n if self._sparse_share == 1 else self.pattern.m
 
     def _weight_key(self) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
-from sbn_lightning.checkpoint.init import check_tokenizer, load_weights
+from sbn_lightning.checkpoint.init import SHAPE, check_tokenizer, load_weights, without_masks
 from sbn_lightning.distributed import check_strategy, keep_masks_out_of_broadcasts, name_optimizer_states, shard
 from sbn_lightning.errors import ConfigError
 from sbn_lightning.transformer import TernaryTransformer, TransformerConfig
@@ -149,26 +149,24 @@ class SparseBitNet(LightningModule):
         if not isinstance(saved, dict):
             return
         now = self.config.to_dict()
-        shape = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ffn", "qkv_bias", "tie_embeddings")
-        if differing := [name for name in shape if name in saved and saved[name] != now[name]]:
+        if differing := [name for name in SHAPE if name in saved and saved[name] != now[name]]:
             values = ", ".join(f"{name}={saved[name]}, not {now[name]}" for name in differing)
             raise ConfigError(f"the checkpoint is of another model: it has {values}; set model.config as it was")
-        state = checkpoint.get("state_dict")
-        if saved.get("pattern") != now["pattern"] and state and any(name.endswith(".mask_bits") for name in state):
+        state = checkpoint.get("state_dict") or {}
+        anew = without_masks(state)
+        if saved.get("pattern") != now["pattern"] and len(anew) < len(state):
             rank_zero_warn(
                 f"the checkpoint has masks of the pattern {saved.get('pattern')}, this run has {now['pattern']}: masks "
                 "are made anew from the weights"
             )
-            checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.endswith(".mask_bits")}
+            checkpoint["state_dict"] = anew
 
     def on_train_start(self) -> None:
         for optimizer in self.trainer.optimizers:
             for name in ("lr", "betas", "eps", "momentum"):
-                wanted = optimizer.defaults.get(name)
-                has: Any = optimizer.param_groups[0].get("initial_lr" if name == "lr" else name, wanted)
-                if (tuple(has) if isinstance(has, list) else has) != (
-                    tuple(wanted) if isinstance(wanted, list) else wanted
-                ):
+                wanted = _as_tuple(optimizer.defaults.get(name))
+                has = _as_tuple(optimizer.param_groups[0].get("initial_lr" if name == "lr" else name, wanted))
+                if has != wanted:
                     rank_zero_warn(
                         f"training goes on with the checkpoint's {name}={has}, not {wanted}: an optimiser's options "
                         "are part of its state (model.init_from starts a new run from weights)"
@@ -236,3 +234,8 @@ class SparseBitNet(LightningModule):
         )
         scheduler = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _as_tuple(option: Any) -> Any:
+    """A list, as YAML and checkpoints have betas, as a tuple."""
+    return tuple(option) if isinstance(option, list) else option

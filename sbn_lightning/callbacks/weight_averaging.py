@@ -48,7 +48,7 @@ class SparseWeightAveraging(WeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes no average yet: it is a copy of the model, whose layers may not be converted or even built."""
         if stage == "fit":
-            self._average_model = None  # that of an earlier run of this callback
+            self._average_model, self._swapped = None, False  # those of an earlier run of this callback
             self._latest_update_step, self._latest_update_epoch = 0, -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

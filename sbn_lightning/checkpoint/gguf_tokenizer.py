@@ -37,7 +37,8 @@ def check_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], str]:
     normalizer = (values["normalizer"] or {}).get("type", "NFC")
     if normalizer != "NFC":  # Qwen2's, which llama.cpp leaves out
         raise ConfigError(f"llama.cpp does not change text before it cuts it, this tokenizer does ({normalizer})")
-    if len(tokenizer.encode("").ids) > 1 or tokenizer.encode("a").ids[:-1] != tokenizer.encode("").ids:
+    start = tokenizer.encode("").ids
+    if len(start) > 1 or tokenizer.encode("a").ids[:-1] != start:
         raise ConfigError("llama.cpp adds one token before a text; this tokenizer adds others")
     if not values["model"]["merges"]:
         return values, "gpt-2"

@@ -26,6 +26,7 @@ FIXED = (
     "qkv_bias",
     "tie_embeddings",
 )
+SHAPE = tuple(name for name in FIXED if name not in ("rope_theta", "rope_scaling", "norm_eps"))  # of tensors
 
 
 def load_weights(model: TernaryTransformer, path: str) -> None:
@@ -49,10 +50,14 @@ def load_weights(model: TernaryTransformer, path: str) -> None:
         wanted = ", ".join(f"{name}: {values[name]}" for name in differing)
         raise ConfigError(f"init_from: {path} does not fit the model; set model.config to {wanted}")
     # Masks are made anew from the weights: those of another run may be of another pattern, or of the middle of a ramp.
-    state = {name: tensor for name, tensor in state.items() if not name.endswith(".mask_bits")}
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing, unexpected = model.load_state_dict(without_masks(state), strict=False)
     if missing or unexpected:
         raise DataError(f"init_from: {path} does not fit its own configuration: {[*missing, *unexpected][0]}")
+
+
+def without_masks(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict from which layers make masks anew."""
+    return {name: value for name, value in state.items() if not name.endswith(".mask_bits")}
 
 
 def check_tokenizer(path: str, data: Any) -> None:

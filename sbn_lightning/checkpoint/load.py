@@ -129,7 +129,7 @@ def _recognise(path: Path) -> tuple[ModelFormat, Path]:
             return ("packed" if values.get("format") == "sbn-packed" else "hf"), path
     # A run's own folders, or that of a recipe's runs; the newest, of a run that went on in its folder last-v1.ckpt.
     for folder in ("", "checkpoints/", "version_*/checkpoints/"):
-        found = [file for file in path.glob(f"{folder}last*.ckpt") if lightning_file.is_last(file)]
+        found = [file for file in path.glob(f"{folder}last*.ckpt") if lightning_file.is_last(file) and file.exists()]
         if found:
             return _recognise(max(found, key=lambda file: file.stat().st_mtime))
     raise DataError(f"{path} holds no model: neither last.ckpt nor config.json is there")
