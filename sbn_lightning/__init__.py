@@ -1,13 +1,16 @@
 """sbn_lightning: train transformers whose weights are ternary and N:M sparse, with PyTorch Lightning.
 
-The public names are imported on first use, so that ``import sbn_lightning.pattern`` (or a command that prepares data)
-does not pay for Lightning.
+The public names are imported on first use, so that ``import sbn_lightning`` does not pay for Lightning or torch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from sbn_kernels._moved import install
+
+from sbn_lightning._moved import MOVED
 
 if TYPE_CHECKING:
     from sbn_lightning.callbacks import (
@@ -26,14 +29,14 @@ if TYPE_CHECKING:
         UnshardedAccumulation,
         WeightDecaySchedule,
     )
-    from sbn_lightning.convert import convert_linears, revert_linears
     from sbn_lightning.data import TokenDataModule
-    from sbn_lightning.layers import SparseBitLinear, SparseLinear
-    from sbn_lightning.module import SparseBitNet
-    from sbn_lightning.pattern import NMPattern
-    from sbn_lightning.precision import SparseTernaryPrecision
-    from sbn_lightning.rope import RopeScaling
-    from sbn_lightning.transformer import TernaryTransformer, TransformerConfig
+    from sbn_lightning.layers.conversion import convert_linears, revert_linears
+    from sbn_lightning.layers.sparse_linear import SparseBitLinear, SparseLinear
+    from sbn_lightning.models.config import RopeScaling, TransformerConfig
+    from sbn_lightning.models.transformer import TernaryTransformer
+    from sbn_lightning.sparsity.pattern import NMPattern
+    from sbn_lightning.training.module import SparseBitNet
+    from sbn_lightning.training.precision import SparseTernaryPrecision
 
 __version__ = "0.1.0"
 
@@ -43,26 +46,26 @@ _MODULE_OF = {
     "LossProgressBar": "callbacks",
     "MaskRefresh": "callbacks",
     "MaskedWeightDecay": "callbacks",
-    "NMPattern": "pattern",
+    "NMPattern": "sparsity.pattern",
     "NonFiniteGuard": "callbacks",
-    "RopeScaling": "rope",
+    "RopeScaling": "models.config",
     "SparseBitLinear": "layers",
-    "SparseBitNet": "module",
+    "SparseBitNet": "training.module",
     "SparseEMAWeightAveraging": "callbacks",
     "SparseLinear": "layers",
-    "SparseTernaryPrecision": "precision",
+    "SparseTernaryPrecision": "training.precision",
     "SparseWeightAveraging": "callbacks",
     "SparsityPatternLogger": "callbacks",
     "TernarySparseConversion": "callbacks",
-    "TernaryTransformer": "transformer",
+    "TernaryTransformer": "models.transformer",
     "TokenDataModule": "data",
     "TokenThroughput": "callbacks",
     "TrainingReport": "callbacks",
-    "TransformerConfig": "transformer",
+    "TransformerConfig": "models.config",
     "UnshardedAccumulation": "callbacks",
     "WeightDecaySchedule": "callbacks",
-    "convert_linears": "convert",
-    "revert_linears": "convert",
+    "convert_linears": "layers.conversion",
+    "revert_linears": "layers.conversion",
 }
 
 __all__ = [
@@ -92,6 +95,9 @@ __all__ = [
     "convert_linears",
     "revert_linears",
 ]
+
+
+install(MOVED)
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sbn_lightning import SparseBitNet, TransformerConfig
 from sbn_lightning.callbacks.base import RunCallback
-from sbn_lightning.layers import masked_layers
+from sbn_lightning.layers.sparse_linear import masked_layers
 
 
 def small_config(**changes):

@@ -22,24 +22,64 @@ the saved activations. With exact gradients: ``dequantize_tokens`` and bfloat16 
 ``capabilities()`` says which of them run here, and why the others do not.
 """
 
-from sbn_kernels.capability import Capabilities, UnsupportedError, capabilities
-from sbn_kernels.cusparselt import check_cusparselt, compress24, cusparselt_gemm
-from sbn_kernels.decode import decode_gemm
-from sbn_kernels.gradients import (
-    QuantizedGradient,
-    gradient_draws,
-    input_gradient_gemm,
-    quantize_gradient,
-    quantize_gradient_reference,
-)
-from sbn_kernels.hopper_gemm import sparse_gemm, ternary_gemm
-from sbn_kernels.packing import pack_dense, pack_sparse24, packed_shape, unpack
-from sbn_kernels.portable_gemm import int8_gemm
-from sbn_kernels.prepare import PreparedWeight, prepare_weight
-from sbn_kernels.quantize import quantize_tokens
-from sbn_kernels.swiglu import swiglu_backward, swiglu_quantize
-from sbn_kernels.transpose import dequantize_tokens, pack_transposed, transpose_tokens
-from sbn_kernels.weight_gradient import weight_gradient_gemm
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sbn_kernels._moved import install
+
+if TYPE_CHECKING:
+    from sbn_kernels.common.packing import pack_dense, pack_sparse24, packed_shape, unpack
+    from sbn_kernels.decode.gemv import decode_gemm
+    from sbn_kernels.gemm.cusparselt import check_cusparselt, compress24, cusparselt_gemm
+    from sbn_kernels.gemm.portable import int8_gemm
+    from sbn_kernels.gemm.sm90.gemm import sparse_gemm, ternary_gemm
+    from sbn_kernels.gradients.gradients import (
+        QuantizedGradient,
+        gradient_draws,
+        input_gradient_gemm,
+        quantize_gradient,
+        quantize_gradient_reference,
+    )
+    from sbn_kernels.gradients.transpose import dequantize_tokens, pack_transposed, transpose_tokens
+    from sbn_kernels.gradients.weight_gradient import weight_gradient_gemm
+    from sbn_kernels.prepare.prepare import PreparedWeight, prepare_weight
+    from sbn_kernels.quantize.triton import quantize_tokens
+    from sbn_kernels.runtime.capability import Capabilities, UnsupportedError, capabilities
+    from sbn_kernels.swiglu.triton import swiglu_backward, swiglu_quantize
+
+# Imported on first use: what needs no kernel does not wait for Triton.
+_MODULE_OF = {
+    "Capabilities": "runtime.capability",
+    "PreparedWeight": "prepare.prepare",
+    "QuantizedGradient": "gradients.gradients",
+    "UnsupportedError": "runtime.capability",
+    "capabilities": "runtime.capability",
+    "check_cusparselt": "gemm.cusparselt",
+    "compress24": "gemm.cusparselt",
+    "cusparselt_gemm": "gemm.cusparselt",
+    "decode_gemm": "decode.gemv",
+    "dequantize_tokens": "gradients.transpose",
+    "gradient_draws": "gradients.gradients",
+    "input_gradient_gemm": "gradients.gradients",
+    "int8_gemm": "gemm.portable",
+    "pack_dense": "common.packing",
+    "pack_sparse24": "common.packing",
+    "pack_transposed": "gradients.transpose",
+    "packed_shape": "common.packing",
+    "prepare_weight": "prepare.prepare",
+    "quantize_gradient": "gradients.gradients",
+    "quantize_gradient_reference": "gradients.gradients",
+    "quantize_tokens": "quantize.triton",
+    "sparse_gemm": "gemm.sm90.gemm",
+    "swiglu_backward": "swiglu.triton",
+    "swiglu_quantize": "swiglu.triton",
+    "ternary_gemm": "gemm.sm90.gemm",
+    "transpose_tokens": "gradients.transpose",
+    "unpack": "common.packing",
+    "weight_gradient_gemm": "gradients.weight_gradient",
+}
 
 __all__ = [
     "Capabilities",
@@ -71,3 +111,32 @@ __all__ = [
     "unpack",
     "weight_gradient_gemm",
 ]
+
+install(
+    {
+        "sbn_kernels.capability": ("sbn_kernels.runtime.capability",),
+        "sbn_kernels.cusparselt": ("sbn_kernels.gemm.cusparselt",),
+        "sbn_kernels.decode_kernels": ("sbn_kernels.decode.gluon",),
+        "sbn_kernels.descriptors": ("sbn_kernels.runtime.descriptors",),
+        "sbn_kernels.gradient_hopper": ("sbn_kernels.gradients.sm90",),
+        "sbn_kernels.gradient_kernels": ("sbn_kernels.gradients.triton",),
+        "sbn_kernels.hopper_gemm": ("sbn_kernels.gemm.sm90.gemm",),
+        "sbn_kernels.hopper_kernels": ("sbn_kernels.gemm.sm90.kernels",),
+        "sbn_kernels.launch": ("sbn_kernels.runtime.launch",),
+        "sbn_kernels.maxima": ("sbn_kernels.common.maxima",),
+        "sbn_kernels.ops": ("sbn_kernels.runtime.ops",),
+        "sbn_kernels.packing": ("sbn_kernels.common.packing",),
+        "sbn_kernels.portable_gemm": ("sbn_kernels.gemm.portable",),
+        "sbn_kernels.prepare_kernels": ("sbn_kernels.prepare.triton",),
+        "sbn_kernels.split_k": ("sbn_kernels.gemm.sm90.split_k",),
+        "sbn_kernels.split_kernels": ("sbn_kernels.gemm.sm90.split_kernels",),
+        "sbn_kernels.transpose": ("sbn_kernels.gradients.transpose",),
+        "sbn_kernels.weight_gradient": ("sbn_kernels.gradients.weight_gradient",),
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

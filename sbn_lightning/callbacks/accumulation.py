@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from sbn_lightning.callbacks.base import is_step
-from sbn_lightning.errors import ConfigError
+from sbn_lightning.core.errors import ConfigError
 
 
 class UnshardedAccumulation(Callback):

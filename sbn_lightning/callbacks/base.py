@@ -1,7 +1,7 @@
 """What the callbacks share: one face for two kinds of run, masked layers, and each optimiser step exactly once.
 
 A callback here is a Lightning ``Callback`` that asks its trainer for little: :data:`Run` is a ``Trainer``, or a
-:class:`~sbn_lightning.fabric.FabricRun`, which has the same things under the same names. Hooks keep Lightning's names
+:class:`~sbn_lightning.fabric.loop.FabricRun`, which has the same things under the same names. Hooks keep Lightning's names
 and parameter names, so ``fabric.call(hook, trainer=run, pl_module=module, ...)`` reaches them by keyword.
 
 ``on_train_batch_end`` fires for every micro-batch; the optimiser steps only at the end of an accumulation window.
@@ -19,13 +19,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
-from sbn_lightning.errors import ConfigError
-from sbn_lightning.layers import MaskedLinear, masked_layers
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.sparse_linear import MaskedLinear, masked_layers
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    from sbn_lightning.fabric import FabricRun
+    from sbn_lightning.fabric.loop import FabricRun
 
     Run: TypeAlias = Trainer | FabricRun
 

@@ -15,12 +15,13 @@ from torch.utils.hooks import RemovableHandle
 
 from sbn_lightning.callbacks.base import is_compiled
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
-from sbn_lightning.convert import ConversionReport, as_patterns, convert_linears, revert_linears
-from sbn_lightning.distributed import check_strategy, keep_masks_out_of_broadcasts
-from sbn_lightning.errors import ConfigError
-from sbn_lightning.layers import Gradient, MaskSource, masked_layers
-from sbn_lightning.pattern import NMPattern
-from sbn_lightning.ternary import GammaOver
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts
+from sbn_lightning.distributed.strategies import check_strategy
+from sbn_lightning.layers.conversion import ConversionReport, as_patterns, convert_linears, revert_linears
+from sbn_lightning.layers.sparse_linear import Gradient, MaskSource, masked_layers
+from sbn_lightning.sparsity.pattern import NMPattern
+from sbn_lightning.sparsity.ternary import GammaOver
 
 
 class TernarySparseConversion(Callback):

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from sbn_lightning.callbacks.base import StepCallback, require_masked_layers
-from sbn_lightning.errors import ConfigError
+from sbn_lightning.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from sbn_lightning.callbacks.base import Run

@@ -20,8 +20,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from sbn_lightning.callbacks.base import RunCallback, require_masked_layers, schedule_length
 from sbn_lightning.callbacks.weight_decay import check_share, cosine_to_zero
-from sbn_lightning.errors import ConfigError
-from sbn_lightning.pattern import unpack_mask
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.sparsity.pattern import unpack_mask
 
 if TYPE_CHECKING:
     from sbn_lightning.callbacks.base import Run

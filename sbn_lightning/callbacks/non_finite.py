@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sbn_lightning.callbacks.base import RunCallback, is_step
-from sbn_lightning.errors import ConfigError, SBNError
+from sbn_lightning.core.errors import ConfigError, SBNError
 
 if TYPE_CHECKING:
     from sbn_lightning.callbacks.base import Run

@@ -9,9 +9,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from sbn_lightning.callbacks.base import StepCallback, is_compiled, require_masked_layers, schedule_length
-from sbn_lightning.errors import ConfigError
-from sbn_lightning.layers import MaskedLinear
-from sbn_lightning.pattern import NMPattern
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.sparse_linear import MaskedLinear
+from sbn_lightning.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:
     from sbn_lightning.callbacks.base import Run

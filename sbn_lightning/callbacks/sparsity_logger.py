@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sbn_lightning.callbacks.base import RunCallback, require_masked_layers, show
-from sbn_lightning.errors import ConfigError
-from sbn_lightning.layers import MaskedLinear, SparseBitLinear
-from sbn_lightning.pattern import nonzeros_per_group
-from sbn_lightning.statistics import Counts, Snapshot, count, kind_of
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.sparse_linear import MaskedLinear, SparseBitLinear
+from sbn_lightning.layers.statistics import Counts, Snapshot, count, kind_of
+from sbn_lightning.sparsity.pattern import nonzeros_per_group
 
 if TYPE_CHECKING:
     from sbn_lightning.callbacks.base import Run

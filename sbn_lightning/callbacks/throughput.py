@@ -2,7 +2,7 @@
 
 Lightning's ``ThroughputMonitor`` takes a precision plugin that it does not know for float32, and its table of peaks
 holds figures "with sparsity" or without tensor cores for some GPUs. Here FLOPs and peaks are those of the dense model
-in BF16 (:mod:`sbn_lightning.flops`), whatever a run really computes with: a utilisation says how far a run is ahead of
+in BF16 (:mod:`sbn_lightning.models.flops`), whatever a run really computes with: a utilisation says how far a run is ahead of
 a dense one, and sparse or int8 kernels may bring it above 1.
 """
 
@@ -16,9 +16,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from sbn_lightning import flops
 from sbn_lightning.callbacks.base import RunCallback, show
-from sbn_lightning.errors import ConfigError
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.models import flops
 
 if TYPE_CHECKING:
     from sbn_lightning.callbacks.base import Run
@@ -47,7 +47,7 @@ class TokenThroughput(RunCallback):
     """Logs ``tokens_per_second`` and ``model_flops_utilization``, and shows them in the progress bar.
 
     The first counts all processes. The second is that of one device: what its tokens would cost in the dense model
-    (:func:`~sbn_lightning.flops.flops_per_token`), over what it can do in that time in dense BF16. It is left out on a
+    (:func:`~sbn_lightning.models.flops.flops_per_token`), over what it can do in that time in dense BF16. It is left out on a
     CPU, and with a note on a GPU whose peak is not known, unless ``peak_flops`` is given.
 
     Time is taken between the ends of batches, without synchronising with the device: over a window of many batches the

@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from sbn_lightning.errors import ConfigError
-from sbn_lightning.layers import masked_layers
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.sparse_linear import masked_layers
 
 
 def refuse_plain_averaging(callbacks: Sequence[Any]) -> None:

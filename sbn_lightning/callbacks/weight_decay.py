@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from sbn_lightning.callbacks.base import StepCallback, schedule_length
-from sbn_lightning.errors import ConfigError
+from sbn_lightning.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from sbn_lightning.callbacks.base import Run

@@ -13,18 +13,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 # Not lazy: `prepare` is a function here and also the name of its submodule. Importing it now, once, settles that
-# `sbn_lightning.data.prepare` is the function whatever else is imported later.
-from sbn_lightning.data.prepare import prepare
+# `sbn_lightning.data.tokenization.prepare` is the function whatever else is imported later.
+from sbn_lightning.data.tokenization.prepare import prepare
 from sbn_lightning.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from sbn_lightning.data.datamodule import TokenDataModule
-    from sbn_lightning.data.loader import TokenLoader
-    from sbn_lightning.data.mixture import MixedTokenLoader
+    from sbn_lightning.data.stream.datamodule import TokenDataModule
+    from sbn_lightning.data.stream.loader import TokenLoader
+    from sbn_lightning.data.stream.mixture import MixedTokenLoader
 
 __all__ = ["MixedTokenLoader", "TokenDataModule", "TokenLoader", "load_tokenizer", "prepare"]
 
-_LAZY = {"MixedTokenLoader": "mixture", "TokenDataModule": "datamodule", "TokenLoader": "loader"}
+_LAZY = {"MixedTokenLoader": "stream.mixture", "TokenDataModule": "stream.datamodule", "TokenLoader": "stream.loader"}
 
 
 def __getattr__(name: str) -> Any:

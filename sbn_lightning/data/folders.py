@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.data import shards
 from sbn_lightning.data.tokenizer import load_tokenizer
-from sbn_lightning.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from sbn_lightning.data.sources import file_crc32
-from sbn_lightning.data.tokenize_segments import write_atomically
-from sbn_lightning.errors import DataError
+from sbn_lightning.core.errors import DataError
+from sbn_lightning.data.tokenization.segments import write_atomically
+from sbn_lightning.data.tokenization.sources import file_crc32
 
 FORMAT = "sbn_lightning.tokens"
 FORMAT_VERSION = 1

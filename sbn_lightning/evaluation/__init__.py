@@ -2,9 +2,9 @@
 
 * :mod:`~sbn_lightning.evaluation.scoring`: log-probabilities of given tokens;
 * :mod:`~sbn_lightning.evaluation.sliding`: perplexity with sliding windows;
-* :mod:`~sbn_lightning.evaluation.report`: what each linear layer is: pattern, zeros, gamma;
+* :mod:`~sbn_lightning.evaluation.layer_report`: what each linear layer is: pattern, zeros, gamma;
 * :mod:`~sbn_lightning.evaluation.harness`: for the lm-evaluation-harness (``pip install sbn-lightning[eval]``);
-* :mod:`~sbn_lightning.evaluation.command`: ``sbn evaluate``.
+* :mod:`~sbn_lightning.cli.evaluate`: ``sbn evaluate``.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sbn_lightning.evaluation.report import LayerReport, layer_reports
+    from sbn_lightning.evaluation.layer_report import LayerReport, layer_reports
     from sbn_lightning.evaluation.scoring import score
     from sbn_lightning.evaluation.sliding import Perplexity, perplexity
 
 __all__ = ["LayerReport", "Perplexity", "layer_reports", "perplexity", "score"]
 
 _MODULE_OF = {
-    "LayerReport": "report",
+    "LayerReport": "layer_report",
     "Perplexity": "sliding",
-    "layer_reports": "report",
+    "layer_reports": "layer_report",
     "perplexity": "sliding",
     "score": "scoring",
 }

@@ -19,13 +19,13 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from sbn_lightning.checkpoint.load import LoadedModel
+from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data.tokenizer import find_eos, vocab_size_of
-from sbn_lightning.errors import ConfigError
 from sbn_lightning.evaluation.scoring import score_ends
-from sbn_lightning.generation.loop import generate
-from sbn_lightning.generation.opening import BackendName, DTypeName, open_model
-from sbn_lightning.generation.sampling import Sampling
+from sbn_lightning.formats.load import LoadedModel
+from sbn_lightning.inference.loop import generate
+from sbn_lightning.inference.opening import BackendName, DTypeName, open_model
+from sbn_lightning.inference.sampling import Sampling
 
 
 @register_model("sbn_lightning")

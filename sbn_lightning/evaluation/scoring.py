@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sbn_lightning.transformer import TernaryTransformer
+from sbn_lightning.models.transformer import TernaryTransformer
 
 LOGITS = 1 << 27
 

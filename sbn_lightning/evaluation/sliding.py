@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sbn_lightning.errors import ConfigError, DataError
+from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.evaluation.scoring import score
-from sbn_lightning.transformer import TernaryTransformer
+from sbn_lightning.models.transformer import TernaryTransformer
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.data import folders, shards
 from sbn_lightning.data.tokenizer import Encoder, find_eos, load_tokenizer
-from sbn_lightning.errors import ConfigError, DataError
 
 _BLOCK = 1024
 
@@ -79,7 +79,7 @@ def text_of_folder(folder: str, split: str, max_tokens: int | None = None) -> Te
     if split not in meta["splits"]:
         raise DataError(f"{folder} has no split {split!r}, only {', '.join(meta['splits'])}")
     shards.verify(Path(folder), meta, checksum=False)
-    from sbn_lightning.data.loader import open_split
+    from sbn_lightning.data.stream.loader import open_split
 
     counts = meta["splits"][split]
     index = json.loads(Path(folder, split, "index.json").read_text(encoding="utf-8"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from data_helpers import prepare_small, write_corpus
+
+from tests.data.helpers import prepare_small, write_corpus
 
 
 @pytest.fixture(scope="session")

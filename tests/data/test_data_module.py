@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from data_helpers import prepare_small, write_corpus
 from lightning.pytorch import LightningModule
 from lightning.pytorch.tuner import Tuner
 
+from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.data import TokenDataModule, prepare
-from sbn_lightning.errors import ConfigError, DataError
+from tests.data.helpers import prepare_small, write_corpus
 from tests.helpers import quiet_trainer
 
 

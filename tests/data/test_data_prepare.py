@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import contents, prepare_small, write_corpus
 
+from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.data import load_tokenizer, prepare
-from sbn_lightning.data.options import parse_bytes
-from sbn_lightning.data.sources import find_files, share
-from sbn_lightning.errors import ConfigError, DataError
+from sbn_lightning.data.tokenization.options import parse_bytes
+from sbn_lightning.data.tokenization.sources import find_files, share
+from tests.data.helpers import contents, prepare_small, write_corpus
 
 
 def tokens(folder: Path, split: str) -> np.ndarray:
     """All tokens of a split, read back by litdata itself, one token a block."""
-    from sbn_lightning.data.loader import open_split
+    from sbn_lightning.data.stream.loader import open_split
 
     dataset = open_split(str(folder / split), 1, shuffle=False, drop_last=False, seed=0)
     return np.concatenate([np.asarray(dataset[i]) for i in range(len(dataset))])

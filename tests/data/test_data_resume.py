@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from data_helpers import prepare_small, write_corpus
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data import TokenDataModule
-from sbn_lightning.errors import ConfigError
+from tests.data.helpers import prepare_small, write_corpus
 
 BATCH, LENGTH = 4, 63
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.data import load_tokenizer
-from sbn_lightning.data.readers import read_part
-from sbn_lightning.data.sources import Part, ReplacementCounter, cut
+from sbn_lightning.data.tokenization.readers import read_part
+from sbn_lightning.data.tokenization.sources import Part, ReplacementCounter, cut
 from sbn_lightning.data.tokenizer import (
     Encoder,
     byte_tokenizer,
@@ -20,7 +21,6 @@ from sbn_lightning.data.tokenizer import (
     train_bpe,
     vocab_size_of,
 )
-from sbn_lightning.errors import ConfigError, DataError
 
 BYTES = byte_tokenizer()
 TRAINING = ["def function(argument): return argument\n" * 20, "naïve θ"]

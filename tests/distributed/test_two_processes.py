@@ -12,12 +12,12 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
-from sbn_lightning.callbacks.checkpoint import folder_of_before_kept
+from sbn_lightning.callbacks.durable_checkpoint import folder_of_before_kept
+from sbn_lightning.checkpoints.resume import why_unreadable
+from sbn_lightning.checkpoints.sharded import consolidate
+from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.data import prepare
-from sbn_lightning.distributed import check_checkpoint, check_strategy
-from sbn_lightning.errors import ConfigError, DataError
-from sbn_lightning.resume import why_unreadable
-from sbn_lightning.sharded import consolidate
+from sbn_lightning.distributed.strategies import check_checkpoint, check_strategy
 from tests.distributed import worker
 from tests.distributed.worker import EPOCH, GLOBAL_BATCH, TINY_EPOCH
 from tests.helpers import Interrupted

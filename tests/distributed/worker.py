@@ -29,11 +29,11 @@ from sbn_lightning import (
     SparsityPatternLogger,
     TokenDataModule,
     UnshardedAccumulation,
-    precision,
 )
-from sbn_lightning.errors import ConfigError
-from sbn_lightning.layers import SparseBitLinear, masked_layers
-from sbn_lightning.selection import Choice
+from sbn_lightning.backends.selection import Choice
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.sparse_linear import SparseBitLinear, masked_layers
+from sbn_lightning.training import precision
 from tests.helpers import quiet_trainer, small_module, token_loader
 
 GLOBAL_BATCH = 8

@@ -13,13 +13,13 @@ pytest.importorskip("lm_eval", reason='needs pip install "sbn-lightning[eval]"')
 
 from lm_eval.tasks import TaskManager
 
-from sbn_lightning.checkpoint import load_model
-from sbn_lightning.checkpoint.lightning_file import contents
+from sbn_lightning.checkpoints.lightning_file import contents
 from sbn_lightning.cli import main
+from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data.tokenizer import byte_tokenizer
-from sbn_lightning.errors import ConfigError
-from sbn_lightning.generation import generate
-from sbn_lightning.transformer import TernaryTransformer
+from sbn_lightning.formats import load_model
+from sbn_lightning.inference import generate
+from sbn_lightning.models.transformer import TernaryTransformer
 from tests.helpers import small_config
 
 QUESTIONS = [

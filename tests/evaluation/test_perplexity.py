@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sbn_lightning.checkpoint import load_model
-from sbn_lightning.errors import ConfigError, DataError
+from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.evaluation import perplexity, score, scoring
 from sbn_lightning.evaluation.scoring import score_ends
 from sbn_lightning.evaluation.sliding import Perplexity, windows
-from sbn_lightning.transformer import TernaryTransformer
+from sbn_lightning.formats import load_model
+from sbn_lightning.models.transformer import TernaryTransformer
 from tests.helpers import small_config
 
 TEXT = np.random.default_rng(0).integers(0, 128, 301).astype(np.uint16)

@@ -4,7 +4,7 @@ import os
 import zlib
 
 from sbn_lightning.callbacks.base import RunCallback
-from sbn_lightning.layers import masked_layers
+from sbn_lightning.layers.sparse_linear import masked_layers
 
 
 class Recorder(RunCallback):

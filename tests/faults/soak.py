@@ -30,7 +30,7 @@ from sbn_lightning import (
 from sbn_lightning.callbacks import DurableCheckpoint, DurableCheckpointIO, NonFiniteGuard
 from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.data import prepare
-from sbn_lightning.fabric import FabricRun, train
+from sbn_lightning.fabric.loop import FabricRun, train
 from tests.helpers import quiet_trainer, small_config
 
 

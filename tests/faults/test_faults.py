@@ -17,12 +17,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from sbn_lightning.callbacks import DurableCheckpoint, DurableCheckpointIO
 from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.cli import main
-from sbn_lightning.errors import DataError
-from sbn_lightning.redaction import without_secrets
+from sbn_lightning.cli.redaction import without_secrets
+from sbn_lightning.core.errors import DataError
+from tests.cli.test_cli import RECIPE, error_of, fit, small
 from tests.faults import kill
 from tests.faults.recorder import read
 from tests.helpers import ForeignModule, quiet_trainer, regression_loader
-from tests.test_cli import RECIPE, error_of, fit, small
 
 FOLDER = Path("logs/sparse_pretrain/version_0/checkpoints")
 RECORD = ["--trainer.callbacks+=tests.faults.recorder.Recorder", "--trainer.callbacks.path=record.txt"]

@@ -12,10 +12,10 @@ from sbn_lightning.callbacks import DurableCheckpoint
 from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.callbacks.non_finite import NonFiniteError
 from sbn_lightning.cli import main
-from sbn_lightning.fabric import FabricRun, train
+from sbn_lightning.fabric.loop import FabricRun, train
+from tests.callbacks.test_progress import Fetches
+from tests.cli.test_cli import RECIPE, error_of, small
 from tests.helpers import ForeignModule, quiet_trainer, regression_loader, small_module, token_loader
-from tests.test_cli import RECIPE, error_of, small
-from tests.test_progress import Fetches
 
 FOLDER = Path("logs/sparse_pretrain/version_0/checkpoints")
 

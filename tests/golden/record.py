@@ -48,7 +48,9 @@ SHRUNKEN = {
 
 def environment() -> dict[str, str]:
     """What decides the last bits of a float32 sum on a CPU."""
-    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    names = (
+        re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    )
     return {
         "torch": torch.__version__,
         "processor": names[0] if names else platform.processor(),
@@ -87,7 +89,13 @@ def fit(folder: Path, recipe: str, *extra: str, steps: int = STEPS) -> tuple[lis
 
     options = SHRUNKEN | {"data.path": folder / "data", "trainer.max_steps": steps}
     with chdir(folder):
-        run("fit", "--config", str(ROOT / "recipes" / f"{recipe}.yaml"), *(f"--{k}={v}" for k, v in options.items()), *extra)
+        run(
+            "fit",
+            "--config",
+            str(ROOT / "recipes" / f"{recipe}.yaml"),
+            *(f"--{k}={v}" for k, v in options.items()),
+            *extra,
+        )
         newest = max((folder / "logs" / recipe).glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
     events = EventAccumulator(str(newest))
     events.Reload()
@@ -102,7 +110,7 @@ def keys(checkpoint: Path) -> dict[str, str]:
 
 def command_line() -> dict[str, list[str]]:
     """The options of every command with their types and defaults, without their descriptions."""
-    from sbn_lightning import cli
+    from sbn_lightning.cli import main as cli
 
     os.environ["COLUMNS"] = "100000"
     surface = {}

@@ -11,10 +11,16 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from sbn_kernels import cusparselt, decode, portable_gemm, prepare_kernels, quantize, split_k, swiglu  # noqa: E402
-from sbn_kernels.capability import gluon_missing  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler.compiler import ASTSource  # noqa: E402
+from sbn_kernels.decode import gemv as decode
+from sbn_kernels.gemm import cusparselt
+from sbn_kernels.gemm import portable as portable_gemm
+from sbn_kernels.gemm.sm90 import split_k
+from sbn_kernels.prepare import triton as prepare_kernels
+from sbn_kernels.quantize import triton as quantize
+from sbn_kernels.runtime.capability import gluon_missing
+from sbn_kernels.swiglu import triton as swiglu
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 needs_gluon = pytest.mark.skipif(gluon_missing() is not None, reason=str(gluon_missing()))
@@ -123,9 +129,9 @@ def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_pa
 @pytest.mark.parametrize("sparse", [True, False])
 def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> None:
     """The sparse instruction is there, nothing spills, and multiplications overlap instead of being serialised."""
-    from sbn_kernels.descriptors import tma_layouts
-    from sbn_kernels.hopper_gemm import launch_shape
-    from sbn_kernels.hopper_kernels import ternary_gemm_kernel
+    from sbn_kernels.gemm.sm90.gemm import launch_shape
+    from sbn_kernels.gemm.sm90.kernels import ternary_gemm_kernel
+    from sbn_kernels.runtime.descriptors import tma_layouts
     from triton.experimental.gluon._runtime import GluonASTSource
 
     tile = 256
@@ -157,9 +163,9 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> No
 @pytest.mark.parametrize("sparse", [True, False])
 def test_hopper_gemm_in_parts_of_k(sparse: bool, tile: int, tmp_path: Path) -> None:
     """As above, and small enough for two programs a multiprocessor; whole sectors go to the workspace."""
-    from sbn_kernels.descriptors import tma_layouts
-    from sbn_kernels.hopper_gemm import SPLIT_STAGES
-    from sbn_kernels.split_kernels import ternary_gemm_split_kernel
+    from sbn_kernels.gemm.sm90.gemm import SPLIT_STAGES
+    from sbn_kernels.gemm.sm90.split_kernels import ternary_gemm_split_kernel
+    from sbn_kernels.runtime.descriptors import tma_layouts
     from triton.experimental.gluon._runtime import GluonASTSource
 
     layouts = tma_layouts()
@@ -190,8 +196,8 @@ def test_hopper_gemm_in_parts_of_k(sparse: bool, tile: int, tmp_path: Path) -> N
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("sparse", "token_groups"), [(True, 1), (False, 2), (True, 8)])
 def test_decode(sparse: bool, token_groups: int, capability: int, tmp_path: Path) -> None:
-    from sbn_kernels.decode import launch_shape
-    from sbn_kernels.decode_kernels import decode_kernel
+    from sbn_kernels.decode.gemv import launch_shape
+    from sbn_kernels.decode.gluon import decode_kernel
     from triton.experimental.gluon._runtime import GluonASTSource
 
     groups, prefetch = launch_shape(32, 896, token_groups)

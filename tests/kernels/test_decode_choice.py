@@ -1,8 +1,8 @@
 """Which kernel serves few tokens, against what an H200 was measured to take; where the sum over K is split."""
 
 import pytest
-from sbn_kernels.decode import prefers_decode
-from sbn_kernels.split_k import choose_splits, split_tile, whole_parts
+from sbn_kernels.decode.gemv import prefers_decode
+from sbn_kernels.gemm.sm90.split_k import choose_splits, split_tile, whole_parts
 
 # in, out, tokens, microseconds of the decode kernel and of the prefill kernel, K in one piece, 2:4 (docs/LOG.md)
 MEASURED = [
@@ -19,7 +19,7 @@ MEASURED = [
 
 
 # Three shapes, each in one run with the prefill kernel also in parts of K: 2:4, then dense ternary words
-# (kernels/benchmarks/results/decode.csv).
+# (benchmarks/results/decode.csv).
 WITH_PARTS = [
     (8960, 1536, 8, 7.29, 15.39, 6.54), (8960, 1536, 16, 10.22, 15.39, 6.58),
     (8960, 1536, 32, 15.50, 15.40, 6.90), (8960, 1536, 64, 29.84, 15.06, 7.18),

@@ -10,8 +10,11 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from sbn_kernels import gradient_kernels, prepare_kernels, transpose, weight_gradient
-from test_aot import TOOLS, build, needs_gluon, spilled_bytes
+from sbn_kernels.gradients import transpose, weight_gradient
+from sbn_kernels.gradients import triton as gradient_kernels
+from sbn_kernels.prepare import triton as prepare_kernels
+
+from tests.kernels.test_aot import TOOLS, build, needs_gluon, spilled_bytes
 
 TYPES = {
     "dy_pointer": "*bf16", "token_scale_pointer": "*fp32", "max_pointer": "*i32", "channel_scale_pointer": "*fp32",
@@ -42,8 +45,8 @@ def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_pa
 @pytest.mark.parametrize(("tile", "out"), [(256, "fp32"), (256, "bf16"), (128, "fp32")])
 def test_hopper_weight_gradient(tile: int, out: str, tmp_path: Path) -> None:
     """Both factors from shared memory, nothing spilled, and a step's multiplications overlap the step before's."""
-    from sbn_kernels.descriptors import tma_layouts
-    from sbn_kernels.gradient_hopper import int8_outer_kernel
+    from sbn_kernels.gradients.sm90 import int8_outer_kernel
+    from sbn_kernels.runtime.descriptors import tma_layouts
     from triton.experimental.gluon._runtime import GluonASTSource
 
     bits = 16 if out == "bf16" else 32

@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from sbn_kernels.launch import Launcher
+from sbn_kernels.runtime.launch import Launcher
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -117,7 +117,7 @@ def test_the_second_launch_is_the_short_one(gpu: Driver, monkeypatch: pytest.Mon
 
 
 def test_sizes_without_end_do_not_collect(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbn_kernels.launch._MOST_COMPILED", 4)
+    monkeypatch.setattr("sbn_kernels.runtime.launch._MOST_COMPILED", 4)
     launcher = Launcher(copy_kernel)
     for rows in range(2, 40):
         launcher((1, 1, 1), (X, Y), (rows, 16), (32, False))

@@ -3,7 +3,7 @@
 import pytest
 import sbn_kernels as sk
 import torch
-from sbn_kernels.packing import positions24
+from sbn_kernels.common.packing import positions24
 
 
 @pytest.mark.parametrize(("out", "columns"), [(1, 4), (200, 328), (128, 128), (129, 132)])

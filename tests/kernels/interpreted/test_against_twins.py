@@ -3,10 +3,10 @@
 import pytest
 import sbn_kernels as sk
 import torch
-from sbn_kernels.cusparselt import scale_accumulator
+from sbn_kernels.gemm.cusparselt import scale_accumulator
 
-from sbn_lightning.pattern import NMPattern, pack_mask, top_n_mask
-from sbn_lightning.ternary import expand_scale, quantize_activations, ternary_codes, ternary_weight
+from sbn_lightning.sparsity.pattern import NMPattern, pack_mask, top_n_mask
+from sbn_lightning.sparsity.ternary import expand_scale, quantize_activations, ternary_codes, ternary_weight
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, Trainer
-from sbn_kernels import quantize, swiglu
+from sbn_kernels.quantize import triton as quantize
+from sbn_kernels.swiglu import triton as swiglu
 
 from sbn_lightning import DenseToSparseRamp, MaskRefresh, SparseEMAWeightAveraging, SparseTernaryPrecision
-from sbn_lightning.kernel_backends import Gradients, KernelBackend
-from sbn_lightning.layers import SparseBitLinear, ternary_layers
+from sbn_lightning.backends.integer import Gradients, KernelBackend
+from sbn_lightning.layers.sparse_linear import SparseBitLinear, ternary_layers
 from tests.helpers import Losses, quiet_trainer, small_module, token_loader
 
 TINY = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 16}  # the interpreter takes its time
@@ -66,7 +67,7 @@ def test_a_layer_computes_what_the_reference_computes(options: dict[str, object]
 def test_a_swiglu_before_a_layer_is_the_references(
     gradients_kind: Gradients, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sbn_lightning.kernel_backends.MAX_FEATURES", most)  # 39: too wide to be fused
+    monkeypatch.setattr("sbn_lightning.backends.integer.MAX_FEATURES", most)  # 39: too wide to be fused
     torch.manual_seed(0)
     layer = SparseBitLinear(40, 30, pattern="2:4")
     other = copy.deepcopy(layer)

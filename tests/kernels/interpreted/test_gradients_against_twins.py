@@ -3,7 +3,7 @@
 import pytest
 import sbn_kernels as sk
 import torch
-from sbn_kernels.weight_gradient import add_parts
+from sbn_kernels.gradients.weight_gradient import add_parts
 from torch import Tensor
 
 

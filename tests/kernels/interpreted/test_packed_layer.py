@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sbn_lightning import SparseBitLinear
-from sbn_lightning.checkpoint.packed_layer import packed_layer
+from sbn_lightning.layers.packed import packed_layer
 
 
 @pytest.mark.parametrize("bits", [8, 4])

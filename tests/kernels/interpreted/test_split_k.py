@@ -3,9 +3,9 @@
 import pytest
 import sbn_kernels as sk
 import torch
-from sbn_kernels import hopper_gemm
-from sbn_kernels.capability import gluon_missing
-from sbn_kernels.split_k import add_splits, choose_splits, split_tile
+from sbn_kernels.gemm.sm90 import gemm as hopper_gemm
+from sbn_kernels.gemm.sm90.split_k import add_splits, choose_splits, split_tile
+from sbn_kernels.runtime.capability import gluon_missing
 from test_against_twins import _seed, gemm_case, within_one_rounding  # noqa: F401 (_seed is a fixture: it poisons)
 
 

@@ -1,0 +1,349 @@
+"""A whole model: prefill and decoding in tokens a second, ternary against bfloat16 in the same loop.
+
+    python benchmarks/generation.py [--models qwen2.5-1.5b] [--batches 1 16] [--variants "bf16 dense" "2:4"]
+
+The weights are random, the shapes those of Qwen2.5. Every variant runs the loop of ``sbn generate``: blocks compiled by
+``torch.compile``, for each batch anew; a static cache; a decode step that is one CUDA graph; tokens chosen on the
+device. ``transformers generate`` is Hugging Face's with its default attention and cache, bfloat16, not compiled: what
+users run otherwise; its prefill is the model's forward as ``generate`` calls it. Prefill reads 2,048 tokens a sequence;
+decoding starts after ``--context`` tokens and reads a cache of that and the new tokens. Logits are of the last token.
+
+Before timing, each variant decodes some tokens, and the logits of every step are compared with one forward over the
+whole sequence without a cache, graph or compiler and on the reference backend: ``error`` is their relative RMS
+difference (bfloat16 rounds, and a rounded activation may fall on another integer), ``same`` the share of steps whose
+most likely token is the same one. At each batch, the logits after the prefill of four prompts are compared with those
+of a plain forward. Dense in float32, and with it the cache, the graph and the padding, has to give the same tokens
+exactly.
+
+``bf16_ms`` is the time of "bf16 dense" in the same run, ``vs_bf16`` that over ``ms``; empty where it was not run. With
+``--append`` a new row replaces the row of the same model, variant, phase and batch. A cell that fails is named at the
+end and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import append, fresh_results, header, need_gpu
+from torch import Tensor
+
+from sbn_lightning.formats.assemble import cast_model
+from sbn_lightning.inference import Decoder, Sampling, generate
+from sbn_lightning.inference.opening import use_backend
+from sbn_lightning.layers.sparse_linear import prepare_layers
+from sbn_lightning.models.transformer import QWEN2_5_SHAPES, TernaryTransformer, TransformerConfig
+
+# Variant -> (what its linear layers are, pattern, backend).
+VARIANTS = {
+    "bf16 dense": ("dense", "6:8", "reference"),
+    "2:4": ("ternary", "2:4", "sparse"),
+    "6:8": ("ternary", "6:8", "int8"),
+}
+TRANSFORMERS = "transformers generate"
+PHASES = ("prefill", "decode")
+COLUMNS = ("model", "what", "batch", "variant", "ms", "tokens_s", "bf16_ms", "vs_bf16", "error", "same")
+KEY = ("model", "what", "batch", "variant")
+DEVICE = torch.device("cuda")
+PREFILL_LENGTH, CHECKED_PROMPTS = 2048, 4
+CHECKED, CHECKED_CONTEXT = (4, 72), 64
+ERROR = 0.2  # random weights: a rounding in an early block moves many after it; up to 0.10 was seen, at 6:8
+GREEDY = Sampling()
+
+
+def build(name: str, variant: str, length: int) -> TernaryTransformer:
+    """A random model on the GPU, on the reference backend."""
+    linear, pattern, _ = VARIANTS[variant]
+    config = TransformerConfig.preset(name, linear=linear, pattern=pattern, max_sequence_length=length)
+    torch.manual_seed(0)
+    with DEVICE:
+        model = TernaryTransformer(config)
+    cast_model(model, torch.bfloat16)
+    return model.eval().requires_grad_(False)
+
+
+def random_tokens(batch: int, length: int) -> Tensor:
+    """Token ids ``[batch, length]``."""
+    return torch.randint(151936, (batch, length), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
+
+
+def exact_gate() -> None:
+    """Dense, float32, ragged prompts: the graph's greedy tokens against a loop without a cache.
+
+    Raises:
+        AssertionError: If one differs.
+    """
+    torch.manual_seed(0)
+    shape = QWEN2_5_SHAPES["qwen2.5-0.5b"] | {"n_layers": 2}
+    config = TransformerConfig(**shape, vocab_size=4096, qkv_bias=True, linear="dense", max_sequence_length=256)
+    with DEVICE:
+        model = TernaryTransformer(config).eval()
+    prompts = [row[:n].tolist() for row, n in zip(random_tokens(3, 64) % 4096, (64, 1, 37), strict=True)]
+    ours = generate(model, prompts, max_new_tokens=24)
+    for prompt, new in zip(prompts, ours, strict=True):
+        tokens = torch.tensor([prompt], device=DEVICE)
+        with torch.no_grad():
+            for token in new:
+                expected = int(model(tokens)[0, -1].argmax())
+                if token != expected:
+                    raise AssertionError(f"token {tokens.shape[1]} is {token}, without a cache {expected}")
+                tokens = torch.cat([tokens, tokens.new_tensor([[token]])], dim=1)
+
+
+@torch.no_grad()
+def plain_logits(model: TernaryTransformer) -> Tensor:
+    """What :func:`compare` expects: logits of one forward."""
+    return model.lm_head(model.hidden(random_tokens(*CHECKED))[:, CHECKED_CONTEXT - 1 :])
+
+
+def compare(model: TernaryTransformer, expected: Tensor) -> tuple[float, float]:
+    """``error`` and ``same`` of the graph's steps."""
+    (batch, length), tokens = CHECKED, random_tokens(*CHECKED)
+    decoder = Decoder(model, batch, length)
+    with torch.compiler.set_stance("force_eager"):
+        lengths = torch.full((batch,), CHECKED_CONTEXT, device=DEVICE)
+        logits = [decoder.prefill_padded(tokens[:, :CHECKED_CONTEXT], lengths)]
+    logits += [decoder.step(tokens[:, i]).clone() for i in range(CHECKED_CONTEXT, length)]
+    ours = torch.stack(logits, dim=1)
+    return difference(ours, expected), float((ours.argmax(-1) == expected.argmax(-1)).float().mean())
+
+
+def difference(logits: Tensor, expected: Tensor) -> float:
+    """Relative RMS difference of logits.
+
+    Raises:
+        AssertionError: If it is above :data:`ERROR`.
+    """
+    error = float((logits.float() - expected.float()).square().mean().sqrt() / expected.float().square().mean().sqrt())
+    if not error <= ERROR:
+        raise AssertionError(f"logits differ from the plain forward's by {error:.3f}, relative RMS")
+    return error
+
+
+def call_times(call: Callable[[], object], count: int) -> list[float]:
+    """Milliseconds between the ends of ``count`` calls in a row."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
+
+
+def few_calls_ms(call: Callable[[], object]) -> float:
+    """Median time of a call over about half a second, 3 to 10 calls, after one that says how long they take."""
+    (first,) = call_times(call, 1)
+    return statistics.median(call_times(call, max(3, min(10, int(500 / first)))))
+
+
+def rows_read(batch: int) -> int:
+    """Prompts to read, in whole batches, for at least :data:`CHECKED_PROMPTS`."""
+    return -(-CHECKED_PROMPTS // batch) * batch
+
+
+@torch.no_grad()
+def plain_prefill(model: TernaryTransformer, tokens: Tensor) -> Tensor:
+    """Logits after the first :data:`CHECKED_PROMPTS` prompts, neither compiled nor cached, on the model's backend."""
+    with torch.compiler.set_stance("force_eager"):
+        return model.lm_head(model.hidden(tokens[:CHECKED_PROMPTS])[:, -1])
+
+
+def prefill_ms(model: TernaryTransformer, batch: int, tokens: Tensor, expected: Tensor) -> float:
+    """Median time to read ``batch`` prompts, checked first."""
+    decoder = Decoder(model, batch, PREFILL_LENGTH)
+    lengths = torch.full((batch,), PREFILL_LENGTH, device=DEVICE)
+    parts = tokens[: rows_read(batch)].split(batch)  # as many prompts at any batch: one alone may be further off
+    difference(torch.cat([decoder.prefill_padded(part, lengths) for part in parts])[:CHECKED_PROMPTS], expected)
+    return few_calls_ms(lambda: decoder.prefill_padded(parts[0], lengths))
+
+
+def decode_ms(model: TernaryTransformer, batch: int, context: int, steps: int) -> float:
+    """Median time of a step, over windows of 8 steps."""
+    decoder = Decoder(model, batch, context + steps + 24)
+    with torch.compiler.set_stance("force_eager"):  # not what is timed: not worth compiling for each batch
+        logits = decoder.prefill_padded(random_tokens(batch, context), torch.full((batch,), context, device=DEVICE))
+    token = GREEDY(logits)
+
+    def eight() -> None:
+        nonlocal token
+        for _ in range(8):
+            token = GREEDY(decoder.step(token))
+
+    eight(), eight()
+    return statistics.median(call_times(eight, max(1, steps // 8))) / 8
+
+
+class Table:
+    """Rows of one model: ratios to its BF16 rows, and what could not be measured.
+
+    Args:
+        path: The CSV.
+        model: The model's name.
+    """
+
+    def __init__(self, path: Path, model: str) -> None:
+        self.path = path
+        self.model = model
+        self.base: dict[tuple[str, int], float] = {}
+        self.missing: list[str] = []
+
+    def add(self, variant: str, what: str, batch: int, ms: float, error: float | str, same: float | str) -> None:
+        """Writes a row."""
+        if variant == "bf16 dense":
+            self.base[what, batch] = ms
+        amount = batch * (PREFILL_LENGTH if what == "prefill" else 1)
+        base = self.base.get((what, batch))
+        ratio: tuple[float | str, float | str] = (base, base / ms) if base else ("", "")
+        values = (self.model, what, batch, variant, ms, 1e3 * amount / ms, *ratio, error, same)
+        append(self.path, dict(zip(COLUMNS, values, strict=True)), KEY)
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Begins with the memory, and without the compiled code, of what was before; notes a failure and goes on."""
+        torch.compiler.reset()  # each batch is compiled for its own sizes, whatever came before
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            yield
+        except Exception:  # whatever it is: time on a GPU is dear, and the other rows do not depend on it
+            self.missing.append(f"{self.model}, {name}")
+            print(f"{self.missing[-1]}: not measured", flush=True)
+            traceback.print_exc()
+
+
+def ours(table: Table, variant: str, args: argparse.Namespace) -> None:
+    """Rows of one variant."""
+    model = build(table.model, variant, 4096)
+    expected = plain_logits(model)
+    use_backend(model, VARIANTS[variant][2], torch.bfloat16)
+    prepare_layers(model)
+    if args.compile:
+        model.compile_blocks()
+    error, same = compare(model, expected)
+    if "prefill" in args.phases:
+        tokens = random_tokens(max(map(rows_read, args.batches)), PREFILL_LENGTH)
+        logits = plain_prefill(model, tokens)
+        for batch in args.batches:
+            with table.attempt(f"{variant}, prefill, batch {batch}"):
+                table.add(variant, "prefill", batch, prefill_ms(model, batch, tokens, logits), error, same)
+    if "decode" in args.phases:
+        for batch in args.batches:
+            with table.attempt(f"{variant}, decode, batch {batch}"):
+                table.add(variant, "decode", batch, decode_ms(model, batch, args.context, args.steps), error, same)
+
+
+def qwen2(name: str) -> Any:
+    """transformers' model of the same shape, random weights in bfloat16.
+
+    Raises:
+        ImportError: Without transformers.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = QWEN2_5_SHAPES[name]
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=shape["d_model"],
+        intermediate_size=shape["d_ffn"],
+        num_hidden_layers=shape["n_layers"],
+        num_attention_heads=shape["n_heads"],
+        num_key_value_heads=shape["n_kv_heads"],
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with DEVICE:
+        model = Qwen2ForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def huggingface(table: Table, args: argparse.Namespace) -> None:
+    """Rows of transformers: a forward on prompts; a token of ``generate``, the time of 17 less that of one."""
+    try:
+        model = qwen2(table.model)
+    except ImportError as error:
+        print(f"{TRANSFORMERS}: left out ({error})")
+        return
+
+    @torch.no_grad()
+    def prefill(tokens: Tensor) -> None:
+        model(tokens, attention_mask=torch.ones_like(tokens), use_cache=True, logits_to_keep=1)
+
+    def seconds(batch: int, new: int) -> float:
+        tokens = random_tokens(batch, args.context)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, min_new_tokens=new, max_new_tokens=new
+        )
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    if "prefill" in args.phases:
+        prefill(random_tokens(1, PREFILL_LENGTH))  # the very first loads kernels
+        for batch in args.batches:
+            with table.attempt(f"{TRANSFORMERS}, prefill, batch {batch}"):
+                ms = few_calls_ms(partial(prefill, random_tokens(batch, PREFILL_LENGTH)))
+                table.add(TRANSFORMERS, "prefill", batch, ms, "", "")
+    if "decode" in args.phases:
+        seconds(1, 2)
+        for batch in args.batches:
+            with table.attempt(f"{TRANSFORMERS}, decode, batch {batch}"):
+                count = 16
+                one, more = ([seconds(batch, n) for _ in range(3)] for n in (1, count + 1))
+                ms = 1e3 * (statistics.median(more) - statistics.median(one)) / count
+                table.add(TRANSFORMERS, "decode", batch, ms, "", "")
+
+
+def main() -> None:
+    """Checks, then times."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(QWEN2_5_SHAPES), choices=list(QWEN2_5_SHAPES))
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), help=f"of {', '.join(VARIANTS)}; or none")
+    parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--context", type=int, default=256, help="tokens in the cache when decoding starts")
+    parser.add_argument("--steps", type=int, default=64, help="timed steps")
+    parser.add_argument("--eager", dest="compile", action="store_false", help="do not compile blocks")
+    parser.add_argument("--no_transformers", action="store_true")
+    parser.add_argument("--append", action="store_true", help="keep the CSV's rows but those measured anew")
+    args = parser.parse_args()
+    if unknown := set(args.variants) - set(VARIANTS):
+        parser.error(f"no such variants: {', '.join(sorted(unknown))}")
+    need_gpu()
+    path = fresh_results("generation", args.append, COLUMNS)
+    print(header())
+    exact_gate()
+    missing: list[str] = []
+    for name in args.models:
+        table = Table(path, name)
+        for variant in [variant for variant in VARIANTS if variant in args.variants]:  # BF16, the base of ratios, first
+            started = time.perf_counter()
+            with table.attempt(variant):
+                ours(table, variant, args)
+            memory = torch.cuda.max_memory_allocated() / 2**30
+            print(f"({time.perf_counter() - started:.0f} s, {memory:.1f} GiB at most)", flush=True)
+        if not args.no_transformers:
+            with table.attempt(TRANSFORMERS):
+                huggingface(table, args)
+        missing += table.missing
+    if missing:
+        sys.exit(f"not measured: {'; '.join(missing)}")
+
+
+if __name__ == "__main__":
+    main()

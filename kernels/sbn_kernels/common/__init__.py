@@ -1,0 +1,1 @@
+"""What several kernels share: packed layouts and pieces of device code."""

@@ -1,0 +1,207 @@
+"""GEMM of 1 to 64 tokens with packed ternary weights: bound by reading the weights, 2 bits each.
+
+The weights are the same packed words that the Hopper GEMMs read: a model keeps one copy for prefill and decode.
+With Triton >= 3.9 a Gluon kernel feeds them to ``mma.sync`` from registers (``decode_kernels``), both layouts, sm_80
+and later; on Hopper, more than a few tokens go to the prefill kernel. Otherwise, and in the interpreter, a plain
+Triton kernel unpacks layout ``dense`` with shifts and uses ``tl.dot``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sbn_kernels.gemm.sm90.gemm import aligned_tokens, check_gemm_arguments, check_packed, sparse_gemm, ternary_gemm
+from sbn_kernels.gemm.sm90.split_k import choose_splits
+from sbn_kernels.runtime.capability import UnsupportedError, gluon_missing, interpreting, multiprocessors, require, runs
+from sbn_kernels.runtime.launch import Launcher
+from sbn_kernels.runtime.ops import ceil_div, contiguous, kernel_fake, kernel_op, next_power_of_2
+
+MAX_TOKENS = 64
+_WARPS = 4096
+_READS = 72_000  # rows times tokens, for each wave of the prefill kernel, up to which the decode kernel beats it
+
+
+@triton.jit
+def decode_portable_kernel(
+    x_pointer, packed_pointer, y_pointer, scale_pointer, row_scale_pointer, bias_pointer,
+    tokens, features, inner, k_steps, x_stride,
+    BIAS: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """64 rows a program: y [tokens, features] for at most BT tokens, layout ``dense``."""
+    half = tl.program_id(0)
+    base = packed_pointer + (half // 2).to(tl.int64) * k_steps * 1024 + (half % 2) * 512
+    local = tl.arange(0, 64)[:, None]
+    four = tl.arange(0, 32)[None, :]  # columns 4 four .. 4 four + 3 of the k step share a word
+    thread = 32 * (local // 16) + 4 * (local % 8) + four % 4
+    where = thread * 4 + four // 8
+    shift = 16 * (local // 8 % 2) + 2 * (four // 4 % 2)
+    token = tl.arange(0, BT)
+    column = tl.arange(0, 128)
+    acc = tl.zeros([64, BT], tl.int32)
+    for step in range(k_steps):
+        words = tl.load(base + step * 1024 + where) >> shift
+        codes = (words[:, :, None] >> (4 * tl.arange(0, 4)[None, None, :])) & 3
+        codes = tl.reshape(tl.where(codes == 2, -1, codes).to(tl.int8), [64, 128])
+        k = step * 128 + column
+        inside = (token < tokens)[None, :] & (k < inner)[:, None]
+        x = tl.load(x_pointer + token.to(tl.int64)[None, :] * x_stride + k[:, None], mask=inside, other=0)
+        acc = tl.dot(codes, x, acc, out_dtype=tl.int32)
+    row = half * 64 + tl.arange(0, 64)
+    scale = tl.load(scale_pointer + token, mask=token < tokens, other=0.0)
+    gamma = tl.load(row_scale_pointer + row, mask=row < features, other=0.0)
+    y = acc.to(tl.float32) * (scale[None, :] * gamma[:, None])
+    if BIAS:
+        y += tl.load(bias_pointer + row, mask=row < features, other=0.0).to(tl.float32)[:, None]
+    target = y_pointer + token.to(tl.int64)[None, :] * features + row[:, None]
+    tl.store(target, y.to(y_pointer.dtype.element_ty), mask=(row < features)[:, None] & (token < tokens)[None, :])
+
+
+_portable = Launcher(decode_portable_kernel)
+
+
+@functools.cache
+def _kernel() -> Launcher:
+    """The Gluon kernel; importing it needs Triton >= 3.9."""
+    from sbn_kernels.decode.gluon import decode_kernel
+
+    return Launcher(decode_kernel, enable_fp_fusion=False)
+
+
+def launch_shape(k_steps: int, row_tiles: int, token_groups: int) -> tuple[int, int]:
+    """(warps that split K, steps in flight a warp): rows times warps of at most ``_WARPS``, one wave on a large GPU."""
+    groups = 16
+    while groups > 4 and (groups * row_tiles > _WARPS or groups > k_steps):
+        groups //= 2
+    return groups, 2 if token_groups > 2 or k_steps <= 2 * groups else 4
+
+
+def prefers_decode(tokens: int, out_features: int, in_features: int, processors: int) -> bool:
+    """Whether the decode kernel is the faster one on Hopper, as measured for 2:4 on an H200 (within a tenth).
+
+    Its time grows with rows times tokens, each 16 rows reading all tokens anew; the prefill kernel's with the waves
+    that panels of 128 rows take on so many ``processors``. Both grow with in_features. Where the prefill kernel splits
+    K (``split_k``) it takes over from 8 tokens on: measured for five shapes, 0.75 to 1.07 of the decode kernel's time
+    at 8 tokens and less above; at fewer the two were not compared.
+    """
+    if tokens >= 8 and choose_splits(tokens, out_features, in_features, processors) > 1:
+        return False
+    waves = ceil_div(ceil_div(out_features, 128), processors)
+    return tokens <= 4 or (tokens <= 16 and tokens * out_features <= _READS * waves)
+
+
+@kernel_op("decode_gemm")
+def _decode_gemm(
+    x8: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    sparse: bool,
+    out_dtype: torch.dtype,
+    portable: bool,
+) -> Tensor:
+    require("decode", x8)
+    tokens, columns = x8.shape
+    y = torch.empty((tokens, out_features), dtype=out_dtype, device=x8.device)
+    if tokens == 0:
+        return y
+    k_steps = packed.shape[1]
+    scale, row_scale, some_bias = contiguous(scale, row_scale, scale if bias is None else bias)
+    if portable:
+        x8 = x8 if x8.stride(1) == 1 else x8.contiguous()
+        _portable(
+            (ceil_div(out_features, 64), 1, 1),
+            (x8, packed, y, scale, row_scale, some_bias),
+            (tokens, out_features, columns, k_steps, x8.stride(0)),
+            (bias is not None, max(16, next_power_of_2(tokens))),
+        )
+        return y
+    x8 = aligned_tokens(x8)
+    words = torch.as_strided(x8, (tokens, x8.stride(0)), (x8.stride(0), 1)).view(torch.int32)
+    row_tiles = ceil_div(out_features, 16)
+    token_groups = next_power_of_2(ceil_div(tokens, 8))
+    groups, prefetch = launch_shape(k_steps, row_tiles, token_groups)
+    _kernel()(
+        (row_tiles, 1, 1),
+        (words, packed, y, scale, row_scale, some_bias),
+        (tokens, out_features, k_steps, x8.stride(0) // 4),
+        (token_groups, groups, prefetch, sparse, bias is not None),
+        groups,
+    )
+    return y
+
+
+@kernel_fake("decode_gemm")
+def _(
+    x8: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    sparse: bool,
+    out_dtype: torch.dtype,
+    portable: bool,
+) -> Tensor:
+    return torch.empty((x8.shape[0], out_features), dtype=out_dtype, device=x8.device)
+
+
+def decode_gemm(
+    x8: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    row_scale: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    layout: str = "dense",
+    portable: bool | None = None,
+) -> Tensor:
+    """``y = (x8 @ T^T) * scale * row_scale (+ bias)`` for few tokens.
+
+    Args:
+        x8: int8 ``[tokens, in_features]``, at most 64 tokens.
+        scale: float32 ``[tokens]``.
+        packed: int32 words, see :mod:`sbn_kernels.common.packing`.
+        row_scale: float32 ``[out_features]``.
+        out_features: Rows of the weight.
+        bias: ``[out_features]``, any float dtype, or None.
+        out_dtype: bfloat16, float16 or float32.
+        layout: Of ``packed``: ``"dense"`` or ``"sparse24"``.
+        portable: Use the plain Triton kernel (layout ``dense`` only); None: only where the other cannot run.
+
+    Returns:
+        ``[tokens, out_features]``.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        UnsupportedError: If the layout needs a newer Triton, or there is no GPU.
+    """
+    check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype)
+    check_packed(packed, out_features, x8.shape[1])
+    if x8.shape[0] > MAX_TOKENS:
+        raise ValueError(f"decode_gemm takes at most {MAX_TOKENS} tokens, not {x8.shape[0]}")
+    if layout not in ("dense", "sparse24"):
+        raise ValueError(f"layout {layout!r} is not one of dense, sparse24")
+    missing = "Triton's interpreter runs no inline PTX" if interpreting() else gluon_missing()
+    if portable is None:
+        portable = missing is not None
+    if portable and layout == "sparse24":
+        raise UnsupportedError(f"decode of layout sparse24: {missing or 'the portable kernel reads layout dense only'}")
+    if not portable and missing is not None:
+        raise UnsupportedError(f"decode: {missing}")
+    sparse = layout == "sparse24"
+    on_hopper = not portable and runs("ternary_gemm", x8.device.index)
+    if on_hopper and not prefers_decode(x8.shape[0], out_features, x8.shape[1], multiprocessors(x8.device.index)):
+        gemm = sparse_gemm if sparse else ternary_gemm
+        return gemm(x8, scale, packed, row_scale, out_features, bias, out_dtype)
+    args = (x8, scale, packed, row_scale, bias, out_features, sparse, out_dtype, portable)
+    result: Tensor = torch.ops.sbn_kernels.decode_gemm(*args)
+    return result

@@ -1,0 +1,1 @@
+"""Products of many tokens, one file or folder a kind of hardware."""

@@ -1,0 +1,135 @@
+"""Portable int8 x int8 GEMM with the scales fused, in plain Triton: for GPUs or Triton versions without Gluon's needs.
+
+Works from sm_80 on and in Triton's interpreter, on int8 ternary codes ``[out, in]``, so it reads 8 bits a weight where
+the packed kernels read 2. The int32 sum leaves registers once: scaled in fp32 in the order of the plain-PyTorch twin,
+rounded, stored. The tile configuration is tuned once for each (tokens rounded up to a power of two, out, in, dtype);
+tuning cannot run inside a CUDA-graph capture, so call once before capturing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sbn_kernels.gemm.sm90.gemm import check_gemm_arguments
+from sbn_kernels.runtime.capability import capabilities, interpreting
+from sbn_kernels.runtime.ops import ceil_div, contiguous, kernel_fake, kernel_op, next_power_of_2
+
+
+def _config(tokens: int, features: int, inner: int, warps: int, stages: int) -> triton.Config:
+    return triton.Config({"BM": tokens, "BN": features, "BK": inner}, num_warps=warps, num_stages=stages)
+
+
+_CONFIGS = [
+    _config(128, 256, 128, 8, 3),
+    _config(256, 128, 128, 8, 3),
+    _config(128, 128, 128, 8, 4),
+    _config(128, 128, 64, 4, 4),
+    _config(64, 128, 128, 4, 4),
+    _config(32, 128, 128, 4, 4),
+    _config(16, 64, 256, 4, 4),
+]
+
+
+@triton.jit
+def int8_gemm_kernel(
+    x_pointer, w_pointer, y_pointer, scale_pointer, row_scale_pointer, bias_pointer,
+    tokens, features, inner, x_stride, w_stride, bucket,
+    BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y [tokens, features] = (x [tokens, inner] @ w [features, inner]^T) * scale[token] * row_scale[feature] + bias."""
+    program = tl.program_id(0)
+    row_tiles = tl.cdiv(tokens, BM)
+    band = 8 * tl.cdiv(features, BN)  # 8 token tiles share a sweep over the weight, so that both stay in L2
+    first = program // band * 8
+    height = tl.minimum(row_tiles - first, 8)
+    token = (first + program % band % height) * BM + tl.arange(0, BM)
+    feature = program % band // height * BN + tl.arange(0, BN)
+    # rows beyond the end are read as the last one, and not stored: the loop needs no row mask
+    x_row = tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * x_stride
+    w_row = tl.minimum(feature, features - 1).to(tl.int64)[None, :] * w_stride
+    acc = tl.zeros([BM, BN], tl.int32)
+    for start in range(0, inner, BK):
+        k = start + tl.arange(0, BK)
+        x = tl.load(x_pointer + x_row + k[None, :], mask=k[None, :] < inner, other=0)
+        w = tl.load(w_pointer + w_row + k[:, None], mask=k[:, None] < inner, other=0)
+        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+    scale = tl.load(scale_pointer + token, mask=token < tokens, other=0.0)
+    gamma = tl.load(row_scale_pointer + feature, mask=feature < features, other=0.0)
+    y = acc.to(tl.float32) * (scale[:, None] * gamma[None, :])
+    if BIAS:
+        y += tl.load(bias_pointer + feature, mask=feature < features, other=0.0).to(tl.float32)[None, :]
+    where = token.to(tl.int64)[:, None] * features + feature[None, :]
+    inside = (token < tokens)[:, None] & (feature < features)[None, :]
+    tl.store(y_pointer + where, y.to(y_pointer.dtype.element_ty), mask=inside)
+
+
+_tuned = triton.autotune(_CONFIGS, key=["bucket", "features", "inner", "BIAS"])(int8_gemm_kernel)
+
+
+@kernel_op("int8_gemm")
+def _int8_gemm(
+    x8: Tensor, scale: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    capabilities(x8.device if x8.is_cuda else None).require("int8_gemm")
+    if x8.stride(1) != 1:
+        x8 = x8.contiguous()
+    tokens, inner = x8.shape
+    features = codes.shape[0]
+    y = torch.empty((tokens, features), dtype=out_dtype, device=x8.device)
+    if tokens == 0:
+        return y
+    scale, row_scale, some_bias = contiguous(scale, row_scale, scale if bias is None else bias)
+    args = (
+        x8, codes, y, scale, row_scale, some_bias, tokens, features, inner, x8.stride(0),
+        codes.stride(0), next_power_of_2(tokens),
+    )  # fmt: skip
+    if interpreting():
+        grid = (ceil_div(tokens, 32) * ceil_div(features, 64),)
+        int8_gemm_kernel[grid](*args, BIAS=bias is not None, BM=32, BN=64, BK=64)
+    else:
+        _tuned[lambda meta: (ceil_div(tokens, meta["BM"]) * ceil_div(features, meta["BN"]),)](
+            *args, BIAS=bias is not None, enable_fp_fusion=False
+        )
+    return y
+
+
+@kernel_fake("int8_gemm")
+def _(
+    x8: Tensor, scale: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    return torch.empty((x8.shape[0], codes.shape[0]), dtype=out_dtype, device=x8.device)
+
+
+def int8_gemm(
+    x8: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """``y = (x8 @ codes^T) * scale * row_scale (+ bias)`` on dense int8 tensor cores (sm_80 and later).
+
+    Args:
+        x8: int8 ``[tokens, in_features]``.
+        scale: float32 ``[tokens]``.
+        codes: int8 ``[out_features, in_features]``.
+        row_scale: float32 ``[out_features]``.
+        bias: ``[out_features]``, any float dtype, or None.
+        out_dtype: bfloat16, float16 or float32.
+
+    Returns:
+        ``[tokens, out_features]``.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        UnsupportedError: Without a GPU of compute capability 8.0 or later.
+    """
+    if codes.dim() != 2 or codes.dtype != torch.int8 or codes.shape[1] != x8.shape[-1] or codes.stride(1) != 1:
+        raise ValueError(f"codes must be int8 [out_features, {x8.shape[-1]}], not {codes.dtype} {list(codes.shape)}")
+    check_gemm_arguments(x8, scale, row_scale, bias, codes.shape[0], out_dtype)
+    result: Tensor = torch.ops.sbn_kernels.int8_gemm(x8, scale, codes, row_scale, bias, out_dtype)
+    return result

@@ -1,0 +1,286 @@
+"""Hopper GEMMs on 2-bit ternary weights: ``sparse_gemm`` (2:4, sparse tensor core) and ``ternary_gemm`` (any pattern).
+
+Launch, tile choice and argument checks of the Gluon kernel in ``hopper_kernels``, which says how it works. Both are
+exact: the inner product is an int32 (``in_features`` up to 2^24 cannot overflow it), the scales are multiplied in fp32
+in the order of the plain-PyTorch twin, and one rounding to the output dtype follows.
+
+The tile is 128 features by ``BT`` tokens; ``BT`` is chosen by the number of waves of tiles over the multiprocessors.
+Up to 64 tokens the sum over K may be split over programs (``split_k`` says where, and why the result is the same).
+On Hopper only 2:4 gains from sparsity: any other pattern runs as dense ternary at the int8 rate.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from sbn_kernels.common.packing import BLOCK_WORDS, K_STEP, PANEL, packed_shape
+from sbn_kernels.gemm.sm90.split_k import MOST_SPLITS, MOST_TOKENS, add_splits, choose_splits, split_tile, whole_parts
+from sbn_kernels.quantize.triton import empty_tokens
+from sbn_kernels.runtime.capability import multiprocessors, require
+from sbn_kernels.runtime.descriptors import descriptor
+from sbn_kernels.runtime.launch import Launcher
+from sbn_kernels.runtime.ops import ceil_div, kernel_fake, kernel_op, refuse_gradients
+
+_SHARED_BYTES = 232448 - 2048
+_TOKEN_TILES = (256, 128, 64, 32, 16)
+SPLIT_STAGES = 8  # of parts of K: 96 KB at 64 tokens, so that two programs fit a multiprocessor
+_BAND = 8  # token tiles that share a sweep over the weight; 16, or an L2 evict-first hint on stores, measured slower
+_OUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+@functools.cache
+def _kernel() -> Launcher:
+    """The Gluon kernel; importing it needs Triton >= 3.9."""
+    from sbn_kernels.gemm.sm90.kernels import ternary_gemm_kernel
+
+    return Launcher(ternary_gemm_kernel, enable_fp_fusion=False)
+
+
+@functools.cache
+def _split_kernel() -> Launcher:
+    """The Gluon kernel for parts of K; importing it needs Triton >= 3.9."""
+    from sbn_kernels.gemm.sm90.split_kernels import ternary_gemm_split_kernel
+
+    return Launcher(ternary_gemm_split_kernel, enable_fp_fusion=False)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
+    """Tokens a tile: least waves of tiles times (tile + a fixed cost that stands for the epilogue and the codes)."""
+
+    def cost(tile: int) -> tuple[int, int]:
+        waves = ceil_div(ceil_div(tokens, tile) * panels, processors)
+        return waves * (tile + 24), -tile
+
+    return min(_TOKEN_TILES, key=cost)
+
+
+@functools.cache
+def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int]:
+    """(tokens an epilogue chunk, ring stages) that fit shared memory for a token tile."""
+    chunk = min(tile, 32)
+    epilogue = 2 * chunk * PANEL * out_itemsize
+    return chunk, min(8, (_SHARED_BYTES - epilogue) // (tile * K_STEP + 4 * BLOCK_WORDS))
+
+
+def aligned_tokens(x8: Tensor) -> Tensor:
+    """``x8`` itself if it can be read in whole 16-byte pieces of a row, else a copy that can."""
+    rows, columns = x8.shape
+    whole = x8.storage_offset() + rows * x8.stride(0) <= x8.untyped_storage().nbytes()
+    if whole and x8.stride(1) == 1 and x8.stride(0) % 16 == 0 and x8.data_ptr() % 16 == 0 and x8.stride(0) >= columns:
+        return x8
+    return empty_tokens(rows, columns, x8.device).copy_(x8)
+
+
+def padded_to(vector: Tensor, multiple: int) -> Tensor:
+    """``vector`` itself if memory it owns goes on to a multiple of ``multiple`` elements, else a copy where it does.
+
+    The kernel reads whole tiles; what it reads beyond the end is never stored. Vectors that this package makes have
+    the room (see ``empty_vector``), so only foreign ones are copied, and only at ragged sizes.
+    """
+    length = ceil_div(vector.shape[0], multiple) * multiple
+    end = (vector.storage_offset() + length) * vector.element_size()
+    if vector.stride(0) == 1 and end <= vector.untyped_storage().nbytes():
+        return vector
+    copy = vector.new_empty(length)
+    copy[: vector.shape[0]] = vector
+    return copy
+
+
+def _parts(x8: Tensor, packed: Tensor, sparse: bool, splits: int) -> Tensor:
+    """int32 ``[splits, whole panels of rows, tile]``: the unscaled product of aligned tokens, in parts of K."""
+    tokens, columns = x8.shape
+    panels, k_steps, _ = packed.shape
+    splits, per_split = whole_parts(k_steps, splits)
+    tile = split_tile(tokens)
+    parts = torch.empty((splits, panels * PANEL, tile), dtype=torch.int32, device=x8.device)
+    _split_kernel()(
+        (panels, splits, 1),
+        (parts,),
+        (k_steps, per_split, 0),
+        (tile, SPLIT_STAGES, sparse),
+        descriptors=(
+            descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
+            descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
+        ),
+    )
+    return parts
+
+
+@kernel_op("hopper_gemm")
+def _hopper_gemm(
+    x8: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    sparse: bool,
+    out_dtype: torch.dtype,
+    token_tile: int,
+    splits: int,
+) -> Tensor:
+    require("sparse_gemm" if sparse else "ternary_gemm", x8)
+    tokens, columns = x8.shape
+    y = torch.empty((tokens, out_features), dtype=out_dtype, device=x8.device)
+    if tokens == 0:
+        return y
+    x8 = aligned_tokens(x8)
+    panels, k_steps, _ = packed.shape
+    processors = multiprocessors(x8.device.index)
+    if splits == 0 and tokens <= MOST_TOKENS and not token_tile:
+        splits = choose_splits(tokens, out_features, columns, processors)
+    if splits > 1:
+        return add_splits(_parts(x8, packed, sparse, splits), scale, row_scale, bias, y)
+    tile = token_tile or choose_token_tile(tokens, panels, processors)
+    token_tiles = ceil_div(tokens, tile)
+    chunk, stages = launch_shape(tile, y.element_size())
+    # TMA stores rows that start on 16-byte boundaries; an odd out_features takes a detour through a wider output
+    align = 16 // y.element_size()
+    width = ceil_div(out_features, align) * align
+    target = y if width == out_features else y.new_empty((tokens, width))
+    scale = padded_to(scale, tile)
+    of_rows = [scale if vector is None else padded_to(vector, PANEL) for vector in (row_scale, bias)]
+    _kernel()(
+        (min(processors, token_tiles * panels), 1, 1),
+        (scale, *of_rows),
+        (k_steps, token_tiles, panels, _BAND, 0),
+        (tile, chunk, stages, sparse, row_scale is not None, bias is not None),
+        descriptors=(
+            descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
+            descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
+            descriptor(target, (tokens, width), width, (chunk, PANEL // 2)),
+        ),
+    )
+    if target is not y:
+        y.copy_(target[:, :out_features])
+    return y
+
+
+@kernel_fake("hopper_gemm")
+def _(
+    x8: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    sparse: bool,
+    out_dtype: torch.dtype,
+    token_tile: int,
+    splits: int,
+) -> Tensor:
+    return torch.empty((x8.shape[0], out_features), dtype=out_dtype, device=x8.device)
+
+
+def check_gemm_arguments(
+    x8: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    out_dtype: torch.dtype,
+    may_be_ones: bool = False,
+) -> None:
+    """Raises:
+    ValueError: Naming the argument whose shape or dtype does not fit; ``row_scale`` may be None with ``may_be_ones``.
+    """
+    if x8.dim() != 2 or x8.dtype != torch.int8 or x8.shape[1] == 0:
+        raise ValueError(f"tokens must be int8 [tokens, in_features], not {x8.dtype} {list(x8.shape)}")
+    if scale.shape != (x8.shape[0],) or scale.dtype != torch.float32:
+        raise ValueError(f"token scale must be float32 [{x8.shape[0]}], not {scale.dtype} {list(scale.shape)}")
+    if row_scale is None:
+        if not may_be_ones:
+            raise ValueError(f"row_scale must be float32 [{out_features}], not None")
+    elif row_scale.shape != (out_features,) or row_scale.dtype != torch.float32:
+        raise ValueError(f"row_scale must be float32 [{out_features}], not {row_scale.dtype} {list(row_scale.shape)}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must be [{out_features}], not {list(bias.shape)}")
+    refuse_gradients(scale, row_scale, bias)
+    if out_dtype not in _OUT_DTYPES:
+        raise ValueError(f"out_dtype must be one of {_OUT_DTYPES}, not {out_dtype}")
+
+
+def check_packed(packed: Tensor, out_features: int, in_features: int) -> None:
+    """Raises:
+    ValueError: If ``packed`` is not of this weight's shape.
+    """
+    shape = packed_shape(out_features, in_features)
+    if packed.shape != shape or packed.dtype != torch.int32 or not packed.is_contiguous():
+        raise ValueError(
+            f"packed weight of [{out_features}, {in_features}] must be contiguous int32 {list(shape)}, "
+            f"not {packed.dtype} {list(packed.shape)}"
+        )
+
+
+def check_splits(splits: int, tokens: int, token_tile: int) -> None:
+    """Raises:
+    ValueError: If the sum over K cannot be split that way.
+    """
+    if not 0 <= splits <= MOST_SPLITS:
+        raise ValueError(f"splits={splits} is not 0 (choose) to {MOST_SPLITS}")
+    if splits > 1 and (token_tile or tokens > MOST_TOKENS):
+        raise ValueError(f"parts of K are for at most {MOST_TOKENS} tokens, and have no token_tile")
+
+
+def sparse_gemm(
+    x8: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    row_scale: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    token_tile: int = 0,
+    splits: int = 0,
+) -> Tensor:
+    """``y = (x8 @ T^T) * scale * row_scale (+ bias)`` on the sparse tensor core, for 2:4 weights.
+
+    Args:
+        x8: int8 ``[tokens, in_features]``, all values allowed; rows on 16-byte boundaries avoid a copy.
+        scale: float32 ``[tokens]``.
+        packed: int32 words, layout ``sparse24`` of :mod:`sbn_kernels.common.packing`.
+        row_scale: float32 ``[out_features]``: gamma of each row.
+        out_features: Rows of the weight.
+        bias: ``[out_features]``, any float dtype, or None.
+        out_dtype: bfloat16, float16 or float32.
+        token_tile: Tokens a tile (256, 128, 64, 32, 16); 0 chooses.
+        splits: Parts of the sum over in_features, at most (up to 16); several only up to 64 tokens and without
+            ``token_tile``. 0 chooses. The result is the same.
+
+    Returns:
+        ``[tokens, out_features]``.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        UnsupportedError: On other GPUs than Hopper or with Triton < 3.9.
+    """
+    check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype)
+    check_packed(packed, out_features, x8.shape[1])
+    check_splits(splits, x8.shape[0], token_tile)
+    args = (x8, scale, packed, row_scale, bias, out_features, True, out_dtype, token_tile, splits)
+    result: Tensor = torch.ops.sbn_kernels.hopper_gemm(*args)
+    return result
+
+
+def ternary_gemm(
+    x8: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    row_scale: Tensor | None,
+    out_features: int,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    token_tile: int = 0,
+    splits: int = 0,
+) -> Tensor:
+    """As :func:`sparse_gemm` for any ternary weight: ``packed`` has layout ``dense``, ``row_scale`` None is ones."""
+    check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype, may_be_ones=True)
+    check_packed(packed, out_features, x8.shape[1])
+    check_splits(splits, x8.shape[0], token_tile)
+    args = (x8, scale, packed, row_scale, bias, out_features, False, out_dtype, token_tile, splits)
+    result: Tensor = torch.ops.sbn_kernels.hopper_gemm(*args)
+    return result

@@ -1,0 +1,16 @@
+"""Tokens to int8 codes and scales."""
+
+from importlib import import_module
+from typing import Any
+
+_MODULE_OF = {
+    "quantize_tokens": "triton",
+}
+
+__all__ = ["quantize_tokens"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

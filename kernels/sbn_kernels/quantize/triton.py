@@ -1,0 +1,190 @@
+"""Per-token quantisation of activations to int8 codes, one pass over memory.
+
+A token's row is read once into registers, reduced, quantised and written; rows above 16,384 values are read twice, the
+second time mostly from L2. Formulas (BitNet b1.58, arXiv 2402.17764; the twin is ``ternary.quantize_activations``)::
+
+    8 bits: s = max(max|x|, 1e-5) / 127            x8 = clamp(round(x / s), -128, 127)
+    4 bits: s = max(mean|x|, 1e-5) / sqrt(7)       x8 = clamp(round(x / s), -8, 7)
+
+The quotient is rounded like IEEE division, halves to even, so 8-bit codes and scales equal the twin's bit for bit
+(4-bit scales to the last bits of the mean, whose summation order differs). Dividing costs more arithmetic than the
+memory traffic leaves room for, so it is a reciprocal a row and one exact residual a value (Markstein): three
+multiply-adds. The interpreter has no fused multiply-add and divides.
+
+Rows of the result start on 16-byte boundaries, as TMA needs: the row stride is K rounded up to 16.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sbn_kernels.common.maxima import larger, magnitude
+from sbn_kernels.runtime.capability import interpreting, multiprocessors, require
+from sbn_kernels.runtime.launch import Launcher
+from sbn_kernels.runtime.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2, refuse_gradients
+
+_LOOP_BLOCK = 8192
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to an integer, half to even
+
+
+@triton.jit
+def _codes(x, scale, inverse, BITS: tl.constexpr, FUSED: tl.constexpr):
+    """clamp(round(x / scale)) as int8; clamping first gives the same and keeps the rounding trick in range."""
+    high: tl.constexpr = 127.0 if BITS == 8 else 7.0
+    if FUSED:
+        q = x * inverse
+        q = tl.fma(tl.fma(-q, scale, x), inverse, q)
+    else:
+        q = tl.div_rn(x, scale)
+    q = tl.minimum(tl.maximum(q, -high - 1.0), high)
+    return ((q + _ROUND) - _ROUND).to(tl.int8)
+
+
+@triton.jit
+def _scale(reduced, columns, BITS: tl.constexpr):
+    """s from max|x| (8 bits) or sum|x| (4 bits)."""
+    if BITS == 8:
+        return tl.div_rn(larger(reduced, 1e-5), tl.full(reduced.shape, 127.0, tl.float32))
+    mean = tl.div_rn(reduced, tl.zeros_like(reduced) + columns)
+    return tl.div_rn(larger(mean, 1e-5), tl.full(reduced.shape, 2.6457513110645907, tl.float32))
+
+
+@triton.jit
+def _largest(x, axis: tl.constexpr, keep_dims: tl.constexpr):
+    """max|x|, or NaN."""
+    bits = tl.max(magnitude(x), axis=axis, keep_dims=keep_dims)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_rows(x_pointer, row, column, rows, columns, x_stride):
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(x_pointer + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x_pointer, q_pointer, scale_pointer, rows, columns, x_stride, q_stride,
+    BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """ROWS whole rows at a time, in registers; the next ones are already on their way while these are quantised."""
+    local = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    coming = _load_rows(x_pointer, tl.program_id(0) * ROWS + local, column, rows, columns, x_stride)
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = first + local
+        x = coming.to(tl.float32)
+        coming = _load_rows(x_pointer, row + tl.num_programs(0) * ROWS, column, rows, columns, x_stride)
+        if BITS == 8:
+            scale = _scale(_largest(x, 1, False), columns, BITS)
+        else:
+            scale = _scale(tl.sum(tl.abs(x), axis=1), columns, BITS)
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        q = _codes(x, scale[:, None], inverse[:, None], BITS, FUSED)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        tl.store(q_pointer + row.to(tl.int64)[:, None] * q_stride + column[None, :], q, mask=inside)
+        tl.store(scale_pointer + row, scale, mask=row < rows)
+
+
+@triton.jit
+def quantize_long_rows_kernel(
+    x_pointer, q_pointer, scale_pointer, columns, x_stride, q_stride,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """One row a program, in blocks: once to reduce, once to quantise."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCK)
+    reduced = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + block
+        x = tl.abs(tl.load(x_pointer + row * x_stride + column, mask=column < columns, other=0.0).to(tl.float32))
+        reduced = larger(reduced, x) if BITS == 8 else reduced + x
+    if BITS == 8:
+        scale = _scale(_largest(reduced, 0, True), columns, BITS)
+    else:
+        scale = _scale(tl.sum(reduced, axis=0, keep_dims=True), columns, BITS)
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    for start in range(0, columns, BLOCK):
+        column = start + block
+        x = tl.load(x_pointer + row * x_stride + column, mask=column < columns, other=0.0).to(tl.float32)
+        q = _codes(x, scale, inverse, BITS, FUSED)
+        tl.store(q_pointer + row * q_stride + column, q, mask=column < columns)
+    tl.store(scale_pointer + row + tl.arange(0, 1), scale)
+
+
+_quantize_rows = Launcher(quantize_rows_kernel)
+_quantize_long_rows = Launcher(quantize_long_rows_kernel)
+
+
+def empty_tokens(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Uninitialised int8 ``[rows, columns]`` with room for rows of ``columns`` rounded up to 16, their stride."""
+    stride = ceil_div(columns, 16) * 16
+    whole = torch.empty((rows, stride), dtype=torch.int8, device=device)
+    return whole if stride == columns else whole[:, :columns]
+
+
+def empty_vector(length: int, device: torch.device) -> Tensor:
+    """Uninitialised float32 ``[length]`` whose memory goes on to a multiple of 256 elements (the largest tile)."""
+    room = ceil_div(length, 256) * 256
+    whole = torch.empty(room, dtype=torch.float32, device=device)
+    return whole if room == length else whole[:length]
+
+
+@kernel_op("quantize_tokens")
+def _quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    require("quantize", x)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    rows, columns = x.shape
+    q = empty_tokens(rows, columns, x.device)
+    scale = empty_vector(rows, x.device)
+    if rows == 0:
+        return q, scale
+    fused = not interpreting()
+    block = next_power_of_2(columns)
+    strides = (x.stride(0), q.stride(0))
+    if block <= 16384:
+        per = max(1, 2048 // block)
+        warps = min(16, max(4, per * block // 512))
+        programs = ceil_div(rows, per)
+        if x.is_cuda:  # as many as fit at once, for the loop over rows to have a next one
+            programs = min(programs, multiprocessors(x.device.index) * max(1, 32 // warps))
+        _quantize_rows((programs, 1, 1), (x, q, scale), (rows, columns, *strides), (bits, per, block, fused), warps)
+    else:
+        _quantize_long_rows((rows, 1, 1), (x, q, scale), (columns, *strides), (bits, _LOOP_BLOCK, fused), 16)
+    return q, scale
+
+
+@kernel_fake("quantize_tokens")
+def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    return empty_tokens(rows, columns, x.device), empty_vector(rows, x.device)
+
+
+def quantize_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Quantises each row of ``x`` to signed integers.
+
+    Args:
+        x: ``[tokens, features]``, float32, bfloat16 or float16; any number of rows, also 0.
+        bits: 8, or 4 for the range [-8, 7] (still stored as int8).
+
+    Returns:
+        int8 ``[tokens, features]`` whose rows start on 16-byte boundaries (stride: ``features`` rounded up to 16), and
+        the scale ``[tokens]``, float32: integers times scale approximate ``x``.
+
+    Raises:
+        ValueError: For another shape, dtype or number of bits.
+        UnsupportedError: If there is no GPU.
+    """
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"quantize_tokens needs [tokens, features] with features > 0, not {list(x.shape)}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"quantize_tokens needs float32, bfloat16 or float16, not {x.dtype}")
+    if bits not in (8, 4):
+        raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+    refuse_gradients(x)
+    q, scale = torch.ops.sbn_kernels.quantize_tokens(x, bits)
+    return q, scale

@@ -1,0 +1,18 @@
+"""SwiGLU fused with the quantisation of its output, and its backward."""
+
+from importlib import import_module
+from typing import Any
+
+_MODULE_OF = {
+    "MAX_FEATURES": "triton",
+    "swiglu_backward": "triton",
+    "swiglu_quantize": "triton",
+}
+
+__all__ = ["MAX_FEATURES", "swiglu_backward", "swiglu_quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -1,0 +1,182 @@
+"""SwiGLU fused with what comes next: the quantisation of its result, and its own backward.
+
+``act = silu(gate) * up`` of a row is computed in float32 registers and quantised there, so of a gigabyte of gates and
+ups only int8 tokens are written, once read. Written in plain PyTorch and compiled, the same takes two kernels and reads
+the gates twice. The backward is one pass, too: ``d_gate = d up sigma (1 + gate (1 - sigma))``, ``d_up = d gate sigma``.
+
+Twins: ``quantize_activations(silu(gate) * up)`` and autograd, in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sbn_kernels.common.maxima import larger
+from sbn_kernels.quantize.triton import _codes, _largest, _scale, empty_tokens, empty_vector
+from sbn_kernels.runtime.capability import interpreting, require
+from sbn_kernels.runtime.launch import Launcher
+from sbn_kernels.runtime.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2, refuse_gradients
+
+MAX_FEATURES = 32768
+
+
+@triton.jit
+def _product(row_pointer, features, START: tl.constexpr, BLOCK: tl.constexpr):
+    """silu(gate) * up of BLOCK columns from START on, zeros beyond the row."""
+    column = START + tl.arange(0, BLOCK)
+    gate = tl.load(row_pointer + column, mask=column < features, other=0.0).to(tl.float32)
+    up = tl.load(row_pointer + features + column, mask=column < features, other=0.0).to(tl.float32)
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _reduce(x, BITS: tl.constexpr):
+    """What the scale is made of: max|x| for 8 bits, sum|x| for 4."""
+    return _largest(x, 0, True) if BITS == 8 else tl.sum(tl.abs(x), axis=0, keep_dims=True)
+
+
+@triton.jit
+def swiglu_quantize_kernel(
+    x_pointer, q_pointer, scale_pointer, features, x_stride, q_stride,
+    BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """One row, gates in the first half, ups in the second, in two blocks: 8960 = 8192 + 768 wastes few lanes."""
+    row = tl.program_id(0).to(tl.int64)
+    x_row, q_row = x_pointer + row * x_stride, q_pointer + row * q_stride
+    main = _product(x_row, features, 0, MAIN)
+    reduced = _reduce(main, BITS)
+    if TAIL > 0:
+        tail = _product(x_row, features, MAIN, TAIL)
+        other = _reduce(tail, BITS)
+        reduced = larger(reduced, other) if BITS == 8 else reduced + other
+    scale = _scale(reduced, features, BITS)
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    column = tl.arange(0, MAIN)
+    tl.store(q_row + column, _codes(main, scale, inverse, BITS, FUSED), mask=column < features)
+    if TAIL > 0:
+        column = MAIN + tl.arange(0, TAIL)
+        tl.store(q_row + column, _codes(tail, scale, inverse, BITS, FUSED), mask=column < features)
+    tl.store(scale_pointer + row + tl.arange(0, 1), scale)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    d_pointer, x_pointer, dx_pointer, features, d_stride, x_stride, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A block of columns of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < features
+    d = tl.load(d_pointer + row * d_stride + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(x_pointer + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x_pointer + row * x_stride + features + column, mask=inside, other=0.0).to(tl.float32)
+    sigma = 1.0 / (1.0 + tl.exp(-gate))
+    target = dx_pointer + row * (2 * features) + column
+    element = dx_pointer.dtype.element_ty
+    tl.store(target, (d * up * sigma * (1.0 + gate * (1.0 - sigma))).to(element), mask=inside)
+    tl.store(target + features, (d * gate * sigma).to(element), mask=inside)
+
+
+_quantize = Launcher(swiglu_quantize_kernel)
+_backward = Launcher(swiglu_backward_kernel)
+
+
+def blocks(features: int) -> tuple[int, int]:
+    """Powers of two that cover a row: one, or two where they sum to less."""
+    whole = next_power_of_2(features)
+    tail = next_power_of_2(features - whole // 2)
+    return (whole, 0) if features == whole or tail == whole // 2 else (whole // 2, tail)
+
+
+@kernel_op("swiglu_quantize")
+def _swiglu_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    require("quantize", x)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    rows, features = x.shape[0], x.shape[1] // 2
+    q, scale = empty_tokens(rows, features, x.device), empty_vector(rows, x.device)
+    if rows:
+        main, tail = blocks(features)
+        constants = (bits, main, tail, not interpreting())
+        numbers = (features, x.stride(0), q.stride(0))
+        _quantize((rows, 1, 1), (x, q, scale), numbers, constants, min(8, max(1, main // 1024)))
+    return q, scale
+
+
+@kernel_fake("swiglu_quantize")
+def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    rows, features = x.shape[0], x.shape[1] // 2
+    return empty_tokens(rows, features, x.device), empty_vector(rows, x.device)
+
+
+@kernel_op("swiglu_backward")
+def _swiglu_backward(d: Tensor, x: Tensor) -> Tensor:
+    require("quantize", x)
+    d = d if d.stride(1) == 1 else d.contiguous()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, features = d.shape
+    if rows:
+        block = min(2048, next_power_of_2(features))
+        grid = (rows, ceil_div(features, block), 1)
+        _backward(grid, (d, x, dx), (features, d.stride(0), x.stride(0)), (block,))
+    return dx
+
+
+@kernel_fake("swiglu_backward")
+def _(d: Tensor, x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _check(x: Tensor) -> None:
+    refuse_gradients(x)
+    if x.dim() != 2 or x.shape[1] % 2 or not 0 < x.shape[1] <= 2 * MAX_FEATURES:
+        raise ValueError(f"gates and ups must be [tokens, 2 features], features 1 to {MAX_FEATURES}: {list(x.shape)}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"gates and ups must be float32, bfloat16 or float16, not {x.dtype}")
+
+
+def swiglu_quantize(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """``quantize_tokens(silu(gate) * up)`` without writing the product.
+
+    Args:
+        x: ``[tokens, 2 features]``, gates then ups; float32, bfloat16 or float16; at most 32,768 features.
+        bits: 8 or 4.
+
+    Returns:
+        int8 ``[tokens, features]`` and scales, float32 ``[tokens]``, as :func:`~sbn_kernels.quantize.triton.quantize_tokens`.
+
+    Raises:
+        ValueError: For another shape, dtype or number of bits.
+        UnsupportedError: If there is no GPU.
+    """
+    _check(x)
+    if bits not in (8, 4):
+        raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+    q, scale = torch.ops.sbn_kernels.swiglu_quantize(x, bits)
+    return q, scale
+
+
+def swiglu_backward(d: Tensor, x: Tensor) -> Tensor:
+    """Gradient of ``silu(gate) * up``.
+
+    Args:
+        d: Gradient of the product ``[tokens, features]``.
+        x: Gates then ups, ``[tokens, 2 features]``.
+
+    Returns:
+        ``[tokens, 2 features]`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+        UnsupportedError: If there is no GPU.
+    """
+    _check(x)
+    refuse_gradients(d)
+    if d.shape != (x.shape[0], x.shape[1] // 2):
+        raise ValueError(f"the gradient must be {[x.shape[0], x.shape[1] // 2]}, not {list(d.shape)}")
+    dx: Tensor = torch.ops.sbn_kernels.swiglu_backward(d, x)
+    return dx

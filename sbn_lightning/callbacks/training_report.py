@@ -1,0 +1,65 @@
+"""The table at the end of a run: how good, how sparse, and where everything is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from sbn_lightning.callbacks.base import RunCallback
+from sbn_lightning.callbacks.sparsity_logger import SparsityPatternLogger
+from sbn_lightning.layers.statistics import by_kind
+
+if TYPE_CHECKING:
+    from sbn_lightning.callbacks.base import Run
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligns the first column and right-aligns the others."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+class TrainingReport(RunCallback):
+    """Prints a summary when training ends: validation loss and perplexity, zeros and flip rates by kind of layer (as
+    the :class:`SparsityPatternLogger` of the same trainer last saw them), and where logs and checkpoints are."""
+
+    def on_fit_end(self, trainer: Run, pl_module: nn.Module) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[union-attr]
+            print(f"\n{self.text(trainer)}\n", file=sys.stdout, flush=True)
+
+    def text(self, trainer: Run) -> str:
+        """The summary as text."""
+        blocks = [f"Trained {trainer.global_step} steps."]
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
+        if metrics:
+            blocks.append(format_table(("validation", "value"), [(k, f"{v:.4f}") for k, v in sorted(metrics.items())]))
+        for callback in trainer.callbacks:  # type: ignore[union-attr]
+            if isinstance(callback, SparsityPatternLogger) and callback.counts:
+                blocks.append(self._sparsity(callback))
+        places = []
+        loggers: list[Any] = [logger for logger in trainer.loggers if hasattr(logger, "log_dir")]
+        places += [f"logs: {logger.log_dir}" for logger in loggers if logger.log_dir]
+        if trainer.checkpoint_callback is not None:
+            best, last = (getattr(trainer.checkpoint_callback, f"{k}_model_path", "") for k in ("best", "last"))
+            places += [f"checkpoint ({kind}): {path}" for kind, path in (("best", best), ("last", last)) if path]
+        if save_dir := getattr(trainer.logger, "save_dir", None):
+            places.append(f"look at it: tensorboard --logdir {save_dir}")
+        return "\n\n".join([*blocks, "\n".join(places)]).rstrip()
+
+    @staticmethod
+    def _sparsity(logger: SparsityPatternLogger) -> str:
+        rows = []
+        for kind, counts in (*by_kind(logger.counts).items(), ("all", logger.total())):
+            shares = counts.shares()
+            keys = ("zeros_natural", "zeros_enforced", "zeros", "flip_rate_mask", "flip_rate_code")
+            rows.append((kind, f"{int(counts.weights):,}", *(f"{100 * shares[key]:.2f} %" for key in keys)))
+        header = ("layers", "weights", "zeros natural", "enforced", "in all", "mask flips", "code flips")
+        return format_table(header, rows)

@@ -1,0 +1,1 @@
+"""Checkpoints of a training run: writing them whole, reading them, resuming from them, consolidating shards."""

@@ -1,0 +1,117 @@
+"""Checkpoints of Lightning as plain files: read and written without Lightning.
+
+A checkpoint of ``fit`` holds the weights under ``state_dict`` with the prefix ``model.``, and the configuration under
+``hyper_parameters``. An imported one holds just these, which ``load_model``, ``init_from`` and
+``SparseBitNet.load_from_checkpoint`` need; there is no optimiser state to continue from.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from zipfile import ZipFile, is_zipfile
+
+import torch
+from torch import Tensor
+
+from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.data.shards import CHECKSUM_LIMIT
+from sbn_lightning.models.transformer import TransformerConfig
+
+PREFIX = "model."
+ZIP = b"PK\x03\x04"
+ACCEPTED = "a .ckpt, the folder of a run, a packed or a Hugging Face folder"
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file begins as torch's checkpoints do, which are ZIP archives. Of other files torch says much.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(len(ZIP)) == ZIP
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def is_last(path: Path) -> bool:
+    """Whether it has a name that ``ModelCheckpoint`` gives to a run's last checkpoint."""
+    return re.fullmatch(r"last(-v\d+)?", path.stem) is not None
+
+
+def damaged_record(path: Path) -> str | None:
+    """The first part of a checkpoint that does not have its checksum; None above ``CHECKSUM_LIMIT`` bytes."""
+    with ZipFile(path) as file:
+        return file.testzip() if path.stat().st_size <= CHECKSUM_LIMIT else None
+
+
+def read(path: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    """Configuration and state dict of a checkpoint of this project; tensors are mapped from the file.
+
+    Raises:
+        DataError: If the file is damaged, or no checkpoint of this project.
+    """
+    if not is_one(path):
+        raise DataError(f"{path} is no checkpoint; give {ACCEPTED}")
+    if not is_zipfile(path):  # which looks for its end
+        raise DataError(f"{path} is damaged: its end is missing")
+    try:
+        if record := damaged_record(path):
+            raise DataError(f"{path} is damaged (in {record})")
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except DataError:
+        raise
+    except UnpicklingError as error:  # in which torch advises to trust the file
+        raise DataError(
+            f"{path} was changed, or is not this project's: it holds other than tensors and plain values"
+        ) from error
+    except Exception as error:  # a damaged file can make torch raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(f"{path} is damaged: {reason}") from error
+    hyper_parameters = saved.get("hyper_parameters") if isinstance(saved, dict) else None
+    values = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
+    if not isinstance(values, dict) or not isinstance(saved.get("state_dict"), dict):
+        raise DataError(f"{path} is not a checkpoint of SparseBitNet: it holds no hyper_parameters with a config")
+    try:
+        config = TransformerConfig(**values)
+    except (ConfigError, TypeError) as error:
+        raise DataError(f"{path}: its configuration cannot be used here: {error}") from error
+    state = {
+        name.removeprefix(PREFIX): tensor for name, tensor in saved["state_dict"].items() if name.startswith(PREFIX)
+    }
+    return config, state
+
+
+def write(config: TransformerConfig, state: dict[str, Tensor], path: Path) -> None:
+    """Writes :func:`contents`.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(contents(config, state), file)
+        except RuntimeError as error:  # what torch makes of a full disk, on the way out
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+def contents(config: TransformerConfig, state: dict[str, Tensor]) -> dict[str, Any]:
+    """What to save so that ``fit`` with ``init_from``, ``validate`` and ``load_model`` can read it."""
+    try:
+        lightning = version("lightning")
+    except PackageNotFoundError:
+        lightning = "2.6.0"
+    return {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning,
+        "state_dict": {PREFIX + name: tensor for name, tensor in state.items()},
+        "hyper_parameters": {"config": config.to_dict()},
+    }

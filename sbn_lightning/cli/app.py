@@ -1,0 +1,204 @@
+"""The command line: which command, and errors in one line.
+
+Commands that train go to a LightningCLI. The others are plain functions whose signature and docstring make their
+command line; they must not wait for Lightning's import, so nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import select
+import sys
+from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from traceback import format_exception
+from types import TracebackType
+
+from sbn_lightning.core.errors import SBNError
+
+TRAINING = {
+    "fit": "train a model",
+    "validate": "evaluate a checkpoint on the validation split",
+    "test": "evaluate a checkpoint on the test split",
+    "predict": "log-likelihoods of the prediction split's tokens, for a prediction writer among the callbacks",
+    "fabric": "train a model in a loop on Lightning Fabric, from the same recipe",
+}
+TOOLS = {
+    "prepare": ("sbn_lightning.data", "prepare", "turn text into tokenised litdata shards"),
+    "import-hf": ("sbn_lightning.cli.import_hf", "import_hf", "start from a Hugging Face Qwen2 or Llama"),
+    "export": ("sbn_lightning.cli.export", "export", "write a model to run elsewhere, or packed"),
+    "generate": ("sbn_lightning.cli.generate", "generate_text", "continue prompts with a trained model"),
+    "evaluate": ("sbn_lightning.cli.evaluate", "evaluate", "perplexity, sparsity report, lm-eval tasks"),
+    "consolidate": (
+        "sbn_lightning.checkpoints.sharded",
+        "consolidate",
+        "a sharded checkpoint, which is a folder, as one file",
+    ),
+    "reproduce": ("research.reproduce.command", "reproduce", "run a grid of trainings: the paper's claims"),
+    "reproduce-corpus": ("research.reproduce.corpus", "reproduce_corpus", "this machine's Python files as text"),
+    "reproduce-report": ("research.reproduce.command", "reproduce_report", "tables and plots of its results"),
+}
+
+
+def usage() -> str:
+    """The overview that ``--help`` prints."""
+    commands = TRAINING | {name: text for name, (_, _, text) in TOOLS.items()}
+    lines = [f"  {name:<16} {text}" for name, text in commands.items()]
+    return "\n".join(
+        [
+            "usage: sbn COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "sbn COMMAND --help lists a command's options.",
+            "For example: sbn fit --config recipes/sparse_pretrain.yaml",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments after the program's name; the process's own if None.
+
+    Returns:
+        The exit status: 0, or 1 after an error that was printed in one line; 130 after Ctrl-C. ``SBN_DEBUG=1`` prints
+        the traceback.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+        sys.excepthook = print_without_secrets
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"sbn_lightning {version('sbn-lightning')}")
+        return 0
+    command, rest = argv[0], argv[1:]
+    # Before torch is imported. Threads that spin at barriers starve each other where cores are shared: on two busy
+    # cores a training step took 3 times as long as with threads that sleep, a generated token 4 to 8 times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        if command in TOOLS:
+            _run_tool(command, rest)
+        elif command in TRAINING:
+            from sbn_lightning.cli.training import run
+
+            run(argv)
+        else:
+            raise SBNError(f"no command {command!r}; there are {', '.join([*TRAINING, *TOOLS])}")
+    except SBNError as error:
+        if os.environ.get("SBN_DEBUG"):
+            raise
+        from sbn_lightning.cli.redaction import without_secrets
+
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 1
+    except OSError as error:
+        if command in TRAINING or error.filename is None or os.environ.get("SBN_DEBUG"):
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def print_without_secrets(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Prints an exception that nobody caught; a message may quote a URL with its password."""
+    from sbn_lightning.cli.redaction import without_secrets
+
+    print(without_secrets("".join(format_exception(kind, error, traceback))), end="", file=sys.stderr)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what is printed any more, as behind ``| head``; the rest of it goes nowhere then."""
+    ends = select.poll()
+    ends.register(sys.stdout, 0)  # what is always told: errors
+    gone = bool(ends.poll(0))
+    if gone:  # else Python's flush at its end complains as well
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
+
+
+def _run_tool(command: str, argv: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from sbn_lightning.cli.parsing import OneLineErrors
+
+    module, name, _ = TOOLS[command]
+    if module.startswith("research."):
+        _find_research(command)
+    function = getattr(import_module(module), name)
+    parameters = inspect.signature(function).parameters
+    words = _gather_lists(argv, {name: "list[" in str(about.annotation) for name, about in parameters.items()})
+    auto_cli(function, args=words, as_positional=False, prog=f"sbn {command}", parser_class=OneLineErrors)
+
+
+def _find_research(command: str) -> None:
+    """Makes the folder ``research`` importable, which is part of the repository and not of the wheel."""
+    root = Path(__file__).parents[2]
+    if not (root / "research").is_dir():
+        raise SBNError(
+            f"{command} needs the folder research/ of the repository, which an installed package does not have: clone "
+            "the repository, pip install -e it, and run the command there"
+        )
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
+
+
+def _gather_lists(argv: list[str], takes_list: dict[str, bool]) -> list[str]:
+    """``--input a b`` or ``--input a --input b`` -> ``--input=["a", "b"]``, as jsonargparse reads a list.
+
+    The first is what a shell makes of ``*.txt``. A single value of an option that takes a list becomes one too: read as
+    YAML, the prompt ``# sorts a list`` would be nothing at all. Of any other option the last value counts.
+
+    Args:
+        argv: Arguments as typed; names of options may be cut short.
+        takes_list: Whether an option takes a list, by its name.
+    """
+    gathered: dict[str, list[str]] = {}
+    rest: list[str] = []
+    values, is_list = rest, True
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word.partition("=")
+            meant = [known for known in takes_list if known.startswith(name[2:])]
+            if len(meant) == 1:
+                name = f"--{meant[0]}"
+            is_list = takes_list.get(name[2:], False)
+            values = gathered.setdefault(name, [])
+            if not is_list:
+                values.clear()
+            values += [value] if equals else []
+        elif not values or (is_list and word != "-h"):
+            values.append(word)
+        else:
+            rest.append(word)
+    for name, values in gathered.items():
+        # With "=": a value may begin with dashes.
+        rest.append(f"{name}={_quoted(values) if takes_list.get(name[2:]) else values[0]}" if values else name)
+    return rest
+
+
+def _quoted(values: list[str]) -> str:
+    """Values, or the one that is a JSON list already, as JSON that YAML reads alike.
+
+    YAML knows no pairs of escapes for one character, and wants escapes for what cannot be printed.
+    """
+    if len(values) == 1 and values[0].startswith("["):
+        with suppress(ValueError):
+            values = json.loads(values[0])
+    text = json.dumps(values, ensure_ascii=False)
+    return re.sub("[\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]", lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -1,0 +1,66 @@
+"""Errors of the command line in one line, with the option that was probably meant."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from difflib import get_close_matches
+from pydoc import locate
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from sbn_lightning.core.errors import ConfigError
+
+# Endings of NMPattern's own messages: among the attempts that a union of types lists, theirs says what is wrong.
+_PATTERN_MESSAGE = re.compile(r"pattern[: ][^\n]*?(?:quote it, pattern: \"\S+\"|example \"6:8\"|N <= M <= \d+)")
+_UNION = "Does not validate against any of the Union subtypes"
+# What the other attempts of a union say: that the value is of another type.
+_OTHER_TYPE = re.compile(
+    rf"{_UNION}|Expected an? (<class|path|collections)|Not a valid subclass|a class path \(|a dict with"
+    r"|Import path \S+ does not correspond to a subclass"
+)
+
+
+class OneLineErrors(ArgumentParser):
+    """Raises a one-line :class:`ConfigError` where jsonargparse would print its usage and every alternative."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        found = _PATTERN_MESSAGE.search(message)
+        line = re.sub(r"\s+", " ", found[0] if found else what_is_wrong(message)).strip()
+        raise ConfigError(line + (self._suggestion(line) or _suggestion_for_class(message))) from ex
+
+    def _suggestion(self, message: str) -> str:
+        wrong = re.match(r"unrecognized arguments: --([\w.]+)", message) or re.search(
+            r"accept option '(\w+[\w.]*)'", message
+        )
+        known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+        return _close_to(wrong[1], known) if wrong else ""
+
+
+def what_is_wrong(message: str) -> str:
+    """A message of jsonargparse, of a union's attempts only those that got anywhere."""
+    if _UNION not in message:
+        return message
+    attempts: list[str] = []
+    for line in map(str.strip, message.splitlines()):
+        if line.startswith("- "):
+            attempts.append(line[2:])
+        elif attempts and not re.match(r"Subtypes:|Errors:|Subclass types|Given value", line):
+            attempts[-1] += f" {line}"
+    told = dict.fromkeys(attempt for attempt in attempts if not _OTHER_TYPE.match(attempt))
+    key = re.match(r'\s*Parser key "[^"]+":', message)
+    return f"{key[0] + ' ' if key else ''}{'; '.join(told)}" if told else message
+
+
+def _suggestion_for_class(message: str) -> str:
+    """For an option that a class of ``class_path`` does not have."""
+    wrong = re.search(r"Option '(\w+)' is not accepted", message)
+    kinds = [locate(path) for path in set(re.findall(r"class_path'?[=:] ?'([\w.]+)'", message))] if wrong else []
+    known = [name for kind in kinds if isinstance(kind, type) for name in inspect.signature(kind).parameters]
+    return _close_to(wrong[1], known) if wrong else ""
+
+
+def _close_to(wrong: str, known: list[str]) -> str:
+    close = get_close_matches(wrong, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

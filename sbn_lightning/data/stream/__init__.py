@@ -1,0 +1,1 @@
+"""Litdata shards to batches: loaders, mixtures, and the data module."""

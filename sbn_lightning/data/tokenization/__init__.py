@@ -1,0 +1,1 @@
+"""Text to tokens to litdata shards: what ``sbn prepare`` does."""

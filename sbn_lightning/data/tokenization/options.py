@@ -1,0 +1,66 @@
+"""Reading and checking the options of ``prepare``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.data.tokenizer import EOS_TOKEN
+
+_OURS = {"train", "val", "tokenizer.json", "meta.json", "meta.json.tmp", ".work", ".prepare.lock"}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def default_workers() -> int:
+    """One process for each CPU this process may use, at most 16."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, usable)
+
+
+def parse_bytes(value: int | str, name: str) -> int:
+    """Read a size like 1000, '64MB' or '2GiB'.
+
+    Raises:
+        ConfigError: It is not one, or not above zero.
+    """
+    text = str(value).strip().lower().removesuffix("b").strip()
+    digits = text.rstrip("kmgti")
+    try:
+        size = int(float(digits) * _UNITS[text[len(digits) :]])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"{name} {value!r} is not a size; give bytes, or something like 64MB or 2GiB")
+    return size
+
+
+def check_options(tokenizer: str, vocab_size: int | None, val_fraction: float, num_workers: int | None) -> None:
+    """Refuse values that cannot work.
+
+    Raises:
+        ConfigError: Names the value and the way out.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(f"val_fraction {val_fraction} is not in [0, 1); 0.05 holds out one document in twenty")
+    if num_workers is not None and num_workers < 1:
+        raise ConfigError(f"num_workers {num_workers} is below 1; leave it out for one a CPU")
+    if tokenizer not in ("byte", "bpe") and not Path(tokenizer).is_file():
+        raise ConfigError(f"tokenizer {tokenizer!r} is not 'byte', 'bpe' or the path of a tokenizer.json")
+    if tokenizer != "bpe" and vocab_size is not None:
+        raise ConfigError(f"vocab_size is for tokenizer 'bpe' only, {tokenizer!r} has its own; leave it out")
+    if vocab_size is not None and vocab_size < 257:
+        raise ConfigError(f"vocab_size {vocab_size} is below 257 (256 bytes + {EOS_TOKEN}); use tokenizer 'byte'")
+
+
+def check_output(out: Path) -> None:
+    """Refuse an output folder that holds anything ``prepare`` did not write.
+
+    Raises:
+        ConfigError: It does, or is no folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"output {out} is a file; give a folder")
+    strange = sorted(p.name for p in out.iterdir() if p.name not in _OURS) if out.is_dir() else []
+    if strange:
+        raise ConfigError(f"output {out} holds files that `prepare` did not write ({strange[0]}, ...); give another")

@@ -1,0 +1,295 @@
+"""``prepare``: any text to a folder of litdata shards that can be trusted.
+
+The work is done in four steps, each of which can be interrupted at any moment and taken up again:
+
+1. plan: list the inputs and cut them into segments (``sources``); fingerprint inputs and options;
+2. tokenizer: take it, or train it on a sample of the training split;
+3. tokenize: one segment after the other, in several processes (``tokenize_segments``);
+4. assemble: lay the segments end to end and cut them into litdata chunks (``shards``).
+
+Everything unfinished lives in ``DIR/.work``. The finished parts are renamed into place and ``meta.json`` is written
+last, so that a folder with a ``meta.json`` is a finished one. The price is disk space: tokens are on disk twice
+(2 bytes a token) until the end.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.data import shards
+from sbn_lightning.data.tokenization import readers, sources
+from sbn_lightning.data.tokenization.options import check_options, check_output, default_workers, parse_bytes
+from sbn_lightning.data.tokenization.segments import SPLITS, describe_os_error, tokenize, write_atomically
+from sbn_lightning.data.tokenization.sources import Part
+from sbn_lightning.data.tokenizer import (
+    EOS_TOKEN,
+    byte_tokenizer,
+    find_eos,
+    load_tokenizer,
+    token_dtype,
+    train_bpe,
+    vocab_size_of,
+)
+
+DEFAULT_VOCAB_SIZE = 4096
+
+
+def prepare(
+    input: str | list[str] = "stdlib",
+    output: str = "data/stdlib",
+    tokenizer: str = "bpe",
+    vocab_size: int | None = None,
+    eos_token: str | None = None,
+    text_key: str = "text",
+    pattern: str = "*",
+    subset: str | None = None,
+    split: str = "train",
+    val_fraction: float = 0.05,
+    max_bytes: int | str | None = None,
+    chunk_bytes: int | str = "64MB",
+    segment_bytes: int | str = "8MB",
+    bpe_sample_bytes: int | str = "8MB",
+    num_workers: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Turn text into token shards for training.
+
+    Interrupted at any moment, the same command continues. The result depends only on the input and the options,
+    not on the number of workers.
+
+    Args:
+        input: Text files, JSONL or Parquet files, folders or globs of them; 'stdlib' for the Python sources of
+            the running interpreter's standard library (about 30 MB); 'hf:NAME' or 'hf:FOLDER' for a Hugging Face
+            dataset. Several: --input+=A --input+=B, or --input '["A", "B"]'.
+        output: Folder to write.
+        tokenizer: 'byte' (256 bytes and an end-of-document token), 'bpe' (byte-level BPE, trained here), or the
+            path of a tokenizer.json.
+        vocab_size: Vocabulary of 'bpe'; default 4096.
+        eos_token: End-of-document token of a tokenizer.json, if it is not one of the usual ones.
+        text_key: Key (JSONL) or column (Parquet, Hugging Face) that holds the text.
+        pattern: Which files of a folder to take, as a glob.
+        subset: Subset (configuration) of a Hugging Face dataset.
+        split: Split of a Hugging Face dataset to read.
+        val_fraction: Share of files, or of records, to hold out for validation.
+        max_bytes: Stop after about this much input; a number of bytes, or like '10MB'.
+        chunk_bytes: Size of a shard.
+        segment_bytes: The work is cut in pieces of this size; an interruption loses at most one a worker.
+        bpe_sample_bytes: How much text to train 'bpe' on.
+        num_workers: Processes; default one a CPU, at most 16.
+        overwrite: Replace what an earlier `prepare` with other inputs or options left in the output folder.
+
+    Returns:
+        The contents of ``meta.json``.
+
+    Raises:
+        ConfigError: An option or input cannot work, or the output folder holds something else.
+        DataError: An input file is damaged.
+    """
+    out = Path(output)
+    sizes = {
+        "max_bytes": None if max_bytes is None else parse_bytes(max_bytes, "max_bytes"),
+        "chunk_bytes": parse_bytes(chunk_bytes, "chunk_bytes"),
+        "segment_bytes": parse_bytes(segment_bytes, "segment_bytes"),
+        "bpe_sample_bytes": parse_bytes(bpe_sample_bytes, "bpe_sample_bytes"),
+    }
+    check_options(tokenizer, vocab_size, val_fraction, num_workers)
+    if tokenizer == "bpe" and vocab_size is None:
+        vocab_size = DEFAULT_VOCAB_SIZE
+    options = {
+        "input": [input] if isinstance(input, str) else list(input),
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "eos_token": eos_token,
+        "text_key": text_key,
+        "pattern": pattern,
+        "subset": subset,
+        "split": split,
+        "val_fraction": val_fraction,
+        **sizes,
+    }
+    check_output(out)
+    out.mkdir(parents=True, exist_ok=True)
+    from filelock import FileLock
+
+    # Two processes may get here at once (torchrun starts them so): one prepares, the others find it done.
+    with FileLock(str(out / ".prepare.lock")):
+        return _Preparation(out, options, num_workers or default_workers(), overwrite).run()
+
+
+class _Preparation:
+    """One call of ``prepare``, with the lock held."""
+
+    def __init__(self, out: Path, options: dict[str, Any], num_workers: int, overwrite: bool) -> None:
+        self.out = out
+        self.work = out / ".work"
+        self.options = options
+        self.num_workers = num_workers
+        self.overwrite = overwrite
+        self._tokenizer_kind = options["tokenizer"] if options["tokenizer"] in ("byte", "bpe") else "file"
+
+    def run(self) -> dict[str, Any]:
+        segments, skipped, description = self._plan()
+        # Where the inputs lie does not matter, only what they are: `description` knows that.
+        choices = {key: value for key, value in self.options.items() if key not in ("input", "tokenizer")}
+        choices["tokenizer"] = self._tokenizer_kind
+        fingerprint = f"{shards.FORMAT_VERSION}-{sources.digest(json.dumps([choices, description]))}"
+        meta = shards.read_meta(self.out)
+        if meta is not None:
+            if meta["fingerprint"] == fingerprint:
+                shutil.rmtree(self.work, ignore_errors=True)
+                _say(f"{self.out} is already prepared: {_summary(meta)}")
+                return meta
+            if not self.overwrite:
+                raise ConfigError(
+                    f"{self.out} was prepared from other inputs or options; pass --overwrite true to replace it, "
+                    "or another --output"
+                )
+            # From here on the folder is not finished, whatever else is still in it.
+            (self.out / "meta.json").unlink()
+        self._open_work_folder(fingerprint)
+        try:
+            vocab_size, eos_token, eos_id = self._take_tokenizer(segments)
+            self._tokenize(segments, eos_id)
+            meta = self._assemble(len(segments), fingerprint, skipped, vocab_size, eos_token, eos_id)
+        except KeyboardInterrupt:
+            _say(f"interrupted; run the same command again to continue in {self.out}")
+            raise
+        except OSError as error:
+            raise DataError(describe_os_error(error)) from error
+        _say(f"prepared {self.out}: {_summary(meta)}")
+        return meta
+
+    def _plan(self) -> tuple[list[list[Part]], list[str], list[Any]]:
+        inputs: list[str] = self.options["input"]
+        files = [text for text in inputs if not text.startswith("hf:")]
+        datasets = [text.removeprefix("hf:") for text in inputs if text.startswith("hf:")]
+        limit, size = self.options["max_bytes"], self.options["segment_bytes"]
+        if not inputs:
+            raise ConfigError("input is empty; give files, folders, 'stdlib' or 'hf:NAME'")
+        parts, skipped = sources.plan_files(files, self.options["pattern"], self.options["val_fraction"], limit, size)
+        for name in datasets:
+            left = None if limit is None else limit - sum(part.size for part in parts)
+            if left is None or left > 0:
+                parts += readers.plan_hf(name, self.options, left, size)
+        if not parts:
+            raise ConfigError(f"input {inputs} holds no text; give files that are not empty")
+        description: list[Any] = sources.describe_files(parts) + [
+            readers.describe_hf(n, self.options) for n in datasets
+        ]
+        if self._tokenizer_kind == "file":
+            description.append(sources.file_crc32(self.options["tokenizer"]))
+        return sources.group(parts, size), skipped, description
+
+    def _open_work_folder(self, fingerprint: str) -> None:
+        """Keep the work of an interrupted run with the same fingerprint; drop any other."""
+        journal = self.work / "journal.json"
+        if not journal.is_file() or json.loads(journal.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+            if self.work.exists():
+                _say(f"discarding unfinished work in {self.out}: it was for other inputs or options")
+                shutil.rmtree(self.work)
+            self.work.mkdir()
+            write_atomically(journal, json.dumps({"fingerprint": fingerprint}))
+        for name in ("train", "val"):
+            shutil.rmtree(self.out / name, ignore_errors=True)
+
+    def _take_tokenizer(self, segments: list[list[Part]]) -> tuple[int, str, int]:
+        kind, file = self.options["tokenizer"], self.work / "tokenizer.json"
+        if not file.is_file():
+            if kind == "bpe":
+                parts = [part for segment in segments for part in segment]
+                made = train_bpe(readers.sample_texts(parts, self.options), self.options["vocab_size"])
+            else:
+                made = byte_tokenizer() if kind == "byte" else load_tokenizer(kind)
+            write_atomically(file, made.to_str(pretty=True))
+        tokenizer = load_tokenizer(file)
+        # Ours has one end token, whatever --eos_token says; a foreign one may have several.
+        wanted = self.options["eos_token"] or (EOS_TOKEN if kind in ("byte", "bpe") else None)
+        return vocab_size_of(tokenizer), *find_eos(tokenizer, wanted)
+
+    def _tokenize(self, segments: list[list[Part]], eos_id: int) -> None:
+        from tqdm import tqdm
+
+        plan = {
+            "options": self.options,
+            "eos_id": eos_id,
+            "segments": [[part.to_json() for part in segment] for segment in segments],
+        }
+        write_atomically(self.work / "plan.json", json.dumps(plan))
+        sizes = [sum(part.size for part in segment) for segment in segments]
+        todo = [i for i in range(len(segments)) if not (self.work / f"{i:06d}.json").is_file()]
+        start = sum(sizes) - sum(sizes[i] for i in todo)
+        # stderr, and only to a terminal: a log file keeps the two lines of `_say`.
+        with tqdm(
+            total=sum(sizes),
+            initial=start,
+            unit="B",
+            unit_scale=True,
+            desc="tokenizing",
+            file=sys.stderr,
+            disable=None,
+        ) as bar:
+            tokenize(self.work, todo, self.num_workers, lambda i: (bar.update(sizes[i]), None)[1])
+
+    def _assemble(
+        self, count: int, fingerprint: str, skipped: list[str], vocab_size: int, eos_token: str, eos_id: int
+    ) -> dict[str, Any]:
+        stats = [json.loads((self.work / f"{i:06d}.json").read_text(encoding="utf-8")) for i in range(count)]
+        keys = ("tokens", "documents", "bytes")
+        splits = {split: {key: sum(one[split][key] for one in stats) for key in keys} for split in SPLITS}
+        self._check_splits(splits)
+        dtype = token_dtype(vocab_size)
+        assembled = self.work / "shards"
+        shutil.rmtree(assembled, ignore_errors=True)
+        for split in SPLITS:
+            if splits[split]["tokens"]:
+                files = [self.work / f"{i:06d}.{split}.bin" for i in range(count)]
+                shards.write_shards(assembled / split, files, dtype, self.options["chunk_bytes"])
+        shutil.copyfile(self.work / "tokenizer.json", assembled / "tokenizer.json")
+        names = [p.relative_to(assembled).as_posix() for p in assembled.rglob("*") if p.is_file()]
+        meta = {
+            "format": shards.FORMAT,
+            "format_version": shards.FORMAT_VERSION,
+            "fingerprint": fingerprint,
+            "options": self.options,
+            "tokenizer": self._tokenizer_kind,
+            "vocab_size": vocab_size,
+            "eos_token": eos_token,
+            "eos_id": eos_id,
+            "dtype": dtype.name,
+            "splits": {name: counts for name, counts in splits.items() if counts["tokens"]},
+            "replaced": sum(one["replaced"] for one in stats),
+            "skipped": skipped,
+            "files": shards.checksums(assembled, names),
+        }
+        for entry in sorted(assembled.iterdir()):
+            entry.replace(self.out / entry.name)
+        write_atomically(self.out / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
+        shutil.rmtree(self.work, ignore_errors=True)
+        return meta
+
+    def _check_splits(self, splits: dict[str, dict[str, int]]) -> None:
+        empty = [s for s in SPLITS if not splits[s]["bytes"]]
+        if self.options["val_fraction"] == 0 and empty == ["val"]:
+            return
+        if empty:
+            total = sum(counts["documents"] for counts in splits.values())
+            raise DataError(
+                f"no text fell into {empty[0]} ({total} in all, val_fraction {self.options['val_fraction']}); "
+                "change --val_fraction (0 for no validation) or give more documents"
+            )
+
+
+def _summary(meta: dict[str, Any]) -> str:
+    counts = ", ".join(f"{c['tokens']:,} {s} tokens in {c['documents']:,} documents" for s, c in meta["splits"].items())
+    notes = [f"{meta['replaced']} byte sequences were not UTF-8"] if meta["replaced"] else []
+    notes += [f"{len(meta['skipped'])} files skipped"] if meta["skipped"] else []
+    return "; ".join([counts, f"vocabulary {meta['vocab_size']}", *notes])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

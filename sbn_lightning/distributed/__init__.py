@@ -1,0 +1,27 @@
+"""Several processes: sharding, masks that equal one process's, optimiser states by name."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sbn_lightning.distributed.optimizer_states import name_optimizer_states
+    from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts, shard
+    from sbn_lightning.distributed.strategies import check_checkpoint, check_strategy
+
+_MODULE_OF = {
+    "check_checkpoint": "strategies",
+    "check_strategy": "strategies",
+    "keep_masks_out_of_broadcasts": "sharding",
+    "name_optimizer_states": "optimizer_states",
+    "shard": "sharding",
+}
+
+__all__ = ["check_checkpoint", "check_strategy", "keep_masks_out_of_broadcasts", "name_optimizer_states", "shard"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

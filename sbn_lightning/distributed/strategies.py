@@ -1,0 +1,56 @@
+"""Which of Lightning's strategies keep groups of M whole, and which checkpoints each of them reads."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+
+from sbn_lightning.core.errors import ConfigError
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuses strategies that flatten weights into one vector: groups of M and gamma would be lost.
+
+    Raises:
+        ConfigError: For FSDP1 and DeepSpeed, naming what works instead.
+    """
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise ConfigError(
+            f"{type(strategy).__name__} flattens weights, which cuts groups of M and hides each layer's gamma; "
+            "use DDPStrategy, or ModelParallelStrategy (FSDP2) to shard"
+        )
+
+
+def check_checkpoint(path: str | Path | None, strategy: Any) -> None:
+    """Refuses what a strategy would not read, or read wrongly.
+
+    Args:
+        path: A checkpoint to continue from; None, and what is not there, is nobody's business here.
+        strategy: Lightning's or Fabric's.
+
+    Raises:
+        ConfigError: For a sharded checkpoint without ``ModelParallelStrategy``; or for optimiser states without names
+            with it (files of version 0.1.0, or of a module that does not call :func:`name_optimizer_states`).
+    """
+    if path is None:
+        return
+    path, sharding = Path(path), isinstance(strategy, ModelParallelStrategy)
+    if path.is_dir() and not sharding:
+        # To read it here would run what it contains: torch.distributed.checkpoint unpickles its metadata.
+        raise ConfigError(
+            f"{path} is a sharded checkpoint, which only ModelParallelStrategy reads; if you trust it, make one file "
+            f"of it: sbn consolidate --checkpoint {path} --output {path.with_suffix('.whole.ckpt')}"
+        )
+    if path.is_file() and sharding:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        for state in checkpoint.get("optimizer_states", ()):
+            numbers = list(chain.from_iterable(group["params"] for group in state["param_groups"]))
+            if len(state["param_groups"]) > 1 and numbers == list(range(len(numbers))):
+                raise ConfigError(
+                    f"{path} numbers its optimiser states, and ModelParallelStrategy would give them to other "
+                    "parameters: continue it for a step without that strategy first; what that saves has names"
+                )

@@ -1,0 +1,179 @@
+"""What ``sbn evaluate`` does: perplexity, a report of the layers, tasks of the lm-evaluation-harness.
+
+Results are printed and saved part by part, so that a task that fails does not take the perplexity with it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sbn_lightning.checkpoints.tokenizers import difference
+from sbn_lightning.core.errors import ConfigError, DataError, SBNError
+from sbn_lightning.data.folders import load_meta, load_tokenizer_of
+from sbn_lightning.data.tokenization.segments import write_atomically
+from sbn_lightning.evaluation.layer_report import as_table, layer_reports
+from sbn_lightning.evaluation.sliding import perplexity
+from sbn_lightning.evaluation.texts import text_of_files, text_of_folder
+from sbn_lightning.formats.load import LoadedModel
+from sbn_lightning.inference.opening import BackendName, DTypeName, open_model
+
+
+def run(
+    checkpoint: str,
+    *,
+    data: str | None,
+    files: list[str],
+    split: str,
+    window: int | None,
+    stride: int | None,
+    max_tokens: int | None,
+    tasks: list[str],
+    tasks_folder: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    output: str | None,
+    batch_size: int,
+    tokenizer: str | None,
+    device: str,
+    dtype: DTypeName,
+    backend: BackendName,
+) -> dict[str, Any]:
+    """Runs it; the arguments are those of :func:`~sbn_lightning.cli.evaluate.evaluate`."""
+    loaded = open_model(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend)
+    results: dict[str, Any] = {
+        "model": {"path": str(loaded.path), "format": loaded.format, "config": loaded.config.to_dict()},
+        "device": str(loaded.model.embed.weight.device),
+        "torch": torch.__version__,
+    }
+    if data is not None or files:
+        results["perplexity"] = _perplexity(loaded, data, files, split, window, stride, max_tokens, batch_size)
+        print(_lines(results["perplexity"]), end="\n\n")
+        _save(output, results)
+    reports = layer_reports(loaded.model)
+    results["layers"] = [vars(report) | {"follows_pattern": report.follows_pattern} for report in reports]
+    print(as_table(reports))
+    if any(report.natural is None for report in reports):
+        print("natural, enforced: packed weights do not tell zeros of the mask from rounded ones; the checkpoint does")
+    _save(output, results)
+    if tasks:
+        results["tasks"] = _run_tasks(loaded, tasks, tasks_folder, num_fewshot, limit, batch_size)
+        _save(output, results)
+    return results
+
+
+def _perplexity(
+    loaded: LoadedModel,
+    data: str | None,
+    files: list[str],
+    split: str,
+    window: int | None,
+    stride: int | None,
+    max_tokens: int | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    if data is not None:
+        source = text_of_folder(data, split, max_tokens)
+        _check_tokenizer(loaded, data)
+    else:
+        loaded.need_tokenizer()
+        assert loaded.tokenizer_path is not None
+        source = text_of_files(files, loaded.tokenizer_path, max_tokens)
+    if window is None:
+        window = min(loaded.config.max_sequence_length, 1024)
+    result = perplexity(
+        loaded.model,
+        source.tokens,
+        window=window,
+        stride=max(1, window // 2) if stride is None else stride,
+        batch_size=batch_size,
+        progress=True,
+    )
+    return {
+        "text": source.name,
+        "perplexity": result.perplexity,
+        "loss": result.loss,
+        "bits_per_byte": None if source.bytes is None else result.bits_per_byte(source.bytes),
+        "tokens": result.tokens,
+        "scored": result.scored,
+        "bytes": source.bytes,
+        "window": result.window,
+        "stride": result.stride,
+    }
+
+
+def _check_tokenizer(loaded: LoadedModel, data: str) -> None:
+    if loaded.tokenizer is None:  # tokens are scored as they are
+        return
+    found = difference(loaded.tokenizer, load_tokenizer_of(data), load_meta(data, None)["eos_id"])
+    if found is not None:
+        raise ConfigError(
+            f"{loaded.path} has the tokenizer {loaded.tokenizer_path}, {data} was prepared with another one ({found}); "
+            "give the text itself with --text"
+        )
+
+
+def _run_tasks(
+    loaded: LoadedModel,
+    names: list[str],
+    folder: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+
+    from sbn_lightning.evaluation.harness import HarnessModel
+
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigError(f"tasks_folder {folder} is not a folder")
+    known = TaskManager(include_path=folder, include_defaults=False) if folder is not None else TaskManager()
+    if folder is not None and not set(names) <= set(known.all_tasks):
+        known = TaskManager(include_path=folder)
+    missing = sorted(set(names) - set(known.all_tasks))
+    if missing:
+        raise ConfigError(
+            f"no task {', '.join(missing)}; `lm-eval ls tasks` lists those there are, and see tasks_folder"
+        )
+    model = HarnessModel(loaded, batch_size=batch_size)
+    try:
+        results = lm_eval.simple_evaluate(
+            model=model, tasks=names, task_manager=known, num_fewshot=num_fewshot, limit=limit, log_samples=False
+        )
+    except SBNError:
+        raise
+    except Exception as error:  # of the harness, of datasets, of a task's template: a class each
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"tasks {', '.join(names)} failed in the lm-evaluation-harness: {reason}") from error
+    print("\n" + make_table(results))
+    return {name: dict(values) for name, values in results["results"].items()}
+
+
+def _lines(values: dict[str, Any]) -> str:
+    shown = {key: f"{value:.4f}" if isinstance(value, float) else str(value) for key, value in values.items()}
+    width = max(map(len, shown))
+    return "\n".join(f"{key.ljust(width)}  {value}" for key, value in shown.items())
+
+
+def _save(output: str | None, results: dict[str, Any]) -> None:
+    if output is not None:
+        text = json.dumps(_without_nan(results), indent=2, default=str, allow_nan=False)
+        try:
+            write_atomically(Path(output), text + "\n")
+        except OSError as error:
+            raise DataError(f"cannot write output {output}: {error.strerror or error}") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no infinity and no NaN: null takes their place."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,167 @@
+"""Checkpoints of the Fabric loop, in the Trainer's format.
+
+One format for both, the Trainer's, because other tools read it too. Whatever the moment of a save, the progress in it
+is that of a Trainer in ``on_train_batch_end``: the micro-batch counts as done, the validation after it does not. A
+Trainer continues from there at the next micro-batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+
+from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.distributed.optimizer_states import name_optimizer_states
+from sbn_lightning.distributed.strategies import check_checkpoint
+
+if TYPE_CHECKING:
+    from sbn_lightning.fabric.run import FabricRun
+
+
+def dump(run: FabricRun, weights_only: bool) -> dict[str, Any]:
+    """The checkpoint of a run as it is; without what training needs besides the weights if ``weights_only``."""
+    module = run.module
+    assert isinstance(module, LightningModule)
+    checkpoint: dict[str, Any] = {
+        "epoch": run.current_epoch,
+        "global_step": run.global_step,
+        "pytorch-lightning_version": lightning.__version__,
+        "state_dict": module.state_dict(),
+        "loops": {"fit_loop": _loops(run), "validate_loop": {}, "test_loop": {}, "predict_loop": {}},
+    }
+    if not weights_only:
+        states = {_state_key(c): c.state_dict() for c in run.callbacks if hasattr(c, "state_dict")}
+        checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
+        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in run.optimizers]
+        name_optimizer_states(checkpoint["optimizer_states"], module, run.optimizers)
+        checkpoint["lr_schedulers"] = [scheduler.state_dict() for scheduler in run.schedulers]
+        precision = run.fabric.strategy.precision
+        if state := precision.state_dict():
+            checkpoint[type(precision).__qualname__] = state
+    for part in (module, run.datamodule):
+        if part is not None and part.hparams:
+            checkpoint[part.CHECKPOINT_HYPER_PARAMS_KEY] = dict(part.hparams)
+            checkpoint[part.CHECKPOINT_HYPER_PARAMS_NAME] = cast(Any, part)._hparams_name
+    if run.datamodule is not None and (state := run.datamodule.state_dict()):
+        checkpoint[type(run.datamodule).__qualname__] = state
+    run.call("on_save_checkpoint", checkpoint=checkpoint)
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _loops(run: FabricRun) -> dict[str, Any]:
+    """State of a Trainer's fit loop in ``on_train_batch_end``; Lightning counts what is left out from zero."""
+
+    def batches(n: int) -> dict[str, int]:
+        return {"ready": n, "started": n, "processed": n, "completed": max(n - 1, 0)}
+
+    def done(n: int) -> dict[str, int]:
+        return {"ready": n, "started": n, "completed": n}
+
+    in_epoch = -(-run.batches_done // run.accumulate_grad_batches)
+    steps = {"total": done(run.global_step), "current": done(in_epoch)}
+    epoch = {"ready": run.current_epoch + 1, "started": run.current_epoch + 1}
+    epoch |= {"processed": run.current_epoch, "completed": run.current_epoch}
+    loader = run.train_loader
+    return {
+        "state_dict": {"combined_loader": [loader.state_dict()]} if hasattr(loader, "state_dict") else {},
+        "epoch_progress": {"total": epoch, "current": epoch},
+        "epoch_loop.state_dict": {"_batches_that_stepped": run.steps_before_this_batch()},
+        "epoch_loop.batch_progress": {
+            "total": batches(run.total_batches),
+            "current": batches(run.batches_done),
+            "is_last_batch": run.is_last_batch,
+        },
+        "epoch_loop.scheduler_progress": steps,
+        "epoch_loop.automatic_optimization.optim_progress": {"optimizer": {"step": steps, "zero_grad": steps}},
+    }
+
+
+def read(run: FabricRun, path: str) -> dict[str, Any]:
+    """Reads a checkpoint, of this loop or of a Trainer, for the three functions that restore from it.
+
+    Raises:
+        ConfigError: If it holds no training to continue.
+        DataError: If it cannot be read.
+    """
+    check_checkpoint(path, run.fabric.strategy)
+    try:
+        load = run.fabric.strategy.checkpoint_io.load_checkpoint
+        checkpoint: dict[str, Any] = load(path, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist") from error
+    except Exception as error:  # a damaged file can make torch raise anything
+        raise DataError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    missing = {"state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers"} - set(checkpoint)
+    if missing:
+        raise ConfigError(f"{path} has no {', '.join(sorted(missing))}: it holds weights, no training to continue")
+    return checkpoint
+
+
+def restore_model(run: FabricRun, checkpoint: dict[str, Any]) -> None:
+    """Loads weights and the callbacks' states."""
+    module = run.module
+    assert isinstance(module, LightningModule)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    states = checkpoint["callbacks"]
+    lost = set(states) - {_state_key(callback) for callback in run.callbacks}
+    if lost:
+        rank_zero_warn(f"the checkpoint has states of callbacks that this run lacks: {', '.join(sorted(lost))}")
+    run.call("on_load_checkpoint", checkpoint=checkpoint)
+    for callback in run.callbacks:
+        if state := states.get(_state_key(callback)):
+            callback.load_state_dict(state)
+    if run.datamodule is not None and (state := checkpoint.get(type(run.datamodule).__qualname__)):
+        run.datamodule.load_state_dict(state)
+
+
+def restore_progress(run: FabricRun, checkpoint: dict[str, Any]) -> None:
+    """Loads optimiser, schedule and counters."""
+    for optimizer, state in zip(run.optimizers, checkpoint["optimizer_states"], strict=True):
+        optimizer.load_state_dict(state)
+    for scheduler, state in zip(run.schedulers, checkpoint["lr_schedulers"], strict=True):
+        scheduler.load_state_dict(state)
+    precision = run.fabric.strategy.precision
+    if state := checkpoint.get(type(precision).__qualname__):
+        precision.load_state_dict(state)
+    loops = checkpoint["loops"]["fit_loop"]
+    steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    batches = loops["epoch_loop.batch_progress"]
+    run.global_step = steps["total"]["completed"]
+    run.current_epoch = max(loops["epoch_progress"]["current"]["started"] - 1, 0)
+    run.batches_done, run.total_batches = batches["current"]["ready"], batches["total"]["ready"]
+
+
+def restore_position(run: FabricRun, checkpoint: dict[str, Any]) -> None:
+    """Brings the training loader to where the checkpoint was.
+
+    Raises:
+        ConfigError: If that position cannot be continued.
+    """
+    loader = run.train_loader
+    loops = checkpoint["loops"]["fit_loop"]
+    if loops["epoch_loop.batch_progress"]["is_last_batch"] or run.batches_done > run.num_training_batches:
+        run.batches_done = run.num_training_batches
+    if not run.is_step:
+        raise ConfigError(
+            f"{run.ckpt_path} was saved after micro-batch {run.batches_done} of its epoch, inside a window of "
+            f"accumulate_grad_batches={run.accumulate_grad_batches}; gradients are not in a checkpoint: continue "
+            "from one saved by every_n_train_steps"
+        )
+    states = loops["state_dict"].get("combined_loader")
+    if run.datamodule is None or type(run.datamodule).__qualname__ not in checkpoint:
+        if states and hasattr(loader, "load_state_dict"):
+            loader.load_state_dict(states[0])
+        elif not run.is_last_batch:
+            raise ConfigError(
+                f"{run.ckpt_path} ends inside an epoch and has no position in the data of {type(loader).__name__}"
+            )
+
+
+def _state_key(callback: Any) -> str:
+    """The key of a callback's state in a checkpoint; Fabric takes objects that are no ``Callback`` too."""
+    return callback.state_key if isinstance(callback, Callback) else type(callback).__qualname__

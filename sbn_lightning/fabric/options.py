@@ -1,0 +1,107 @@
+"""What the Fabric loop makes of a recipe's ``trainer:`` options: none that changes training is lost unnoticed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies.ddp import DDPStrategy as FabricDDPStrategy
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.fabric.run import FabricRun
+from sbn_lightning.training.precision import SparseTernaryPrecision
+
+# Keys of a recipe's ``trainer:`` by what the Fabric loop makes of them. Any other may only have its default value.
+FABRIC_TAKES = ("accelerator", "strategy", "devices", "num_nodes", "precision", "plugins")
+LOOP_TAKES = (
+    "max_steps",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "limit_val_batches",
+    "check_val_every_n_epoch",
+    "enable_autolog_hparams",
+)
+LOOP_TAKES_UNLESS_NONE = (
+    "max_epochs",
+    "gradient_clip_algorithm",
+    "val_check_interval",
+    "num_sanity_val_steps",
+    "log_every_n_steps",
+    "enable_progress_bar",
+    "default_root_dir",
+)
+HERE = ("logger", "callbacks", "enable_checkpointing", "deterministic", "benchmark", "detect_anomaly")
+# These do nothing in a ``fit`` either: they belong to other commands, or to data that is not streamed.
+NOT_OF_TRAINING = ("limit_test_batches", "limit_predict_batches", "inference_mode", "use_distributed_sampler")
+ONLY_SHOWN = ("enable_model_summary", "model_registry")
+
+
+def fabric_run(**config: Any) -> FabricRun:
+    """Makes a :class:`FabricRun` from a Trainer's options.
+
+    Raises:
+        ConfigError: If an option that changes training cannot be honoured.
+    """
+    check_fabric_options(config)
+    torch.autograd.set_detect_anomaly(config["detect_anomaly"])
+    if config["deterministic"]:
+        torch.use_deterministic_algorithms(True, warn_only=config["deterministic"] == "warn")
+    if config["benchmark"] is not None:
+        torch.backends.cudnn.benchmark = config["benchmark"]
+    root, loggers = config["default_root_dir"] or ".", config["logger"]
+    if loggers is None or loggers is True:
+        loggers = TensorBoardLogger(root)
+    callbacks = [callback for callback in config["callbacks"] if not isinstance(callback, ProgressBar)]
+    if config["enable_checkpointing"] is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+    fabric = Fabric(callbacks=callbacks, loggers=loggers or [], **{key: config[key] for key in FABRIC_TAKES})
+    options = {key: config[key] for key in LOOP_TAKES}
+    options |= {key: config[key] for key in LOOP_TAKES_UNLESS_NONE if config[key] is not None}
+    return FabricRun(fabric, **options)
+
+
+def check_fabric_options(config: dict[str, Any]) -> None:
+    """Warns of options that the ``fabric`` command does without, and brings a DDP strategy over to Fabric.
+
+    Raises:
+        ConfigError: If an option that changes training cannot be honoured.
+    """
+    known = {*FABRIC_TAKES, *LOOP_TAKES, *LOOP_TAKES_UNLESS_NONE, *HERE, *NOT_OF_TRAINING}
+    for name, parameter in inspect.signature(Trainer.__init__).parameters.items():
+        value = config.get(name, parameter.default)
+        if name in known or value == parameter.default or value is False:
+            continue
+        if name not in ONLY_SHOWN:
+            raise ConfigError(f"the Fabric loop cannot honour trainer.{name}={value!r}; leave it out, or use `fit`")
+        rank_zero_warn(f"the Fabric loop does without trainer.{name}={value!r}")
+    if not isinstance(config["val_check_interval"], (int, float, type(None))):
+        raise ConfigError(
+            f"the Fabric loop cannot honour trainer.val_check_interval={config['val_check_interval']!r}; give a number "
+            "of batches, or a share of an epoch"
+        )
+    if config["max_steps"] < 0 and config["max_epochs"] is None:
+        raise ConfigError("training would not end: set trainer.max_steps or trainer.max_epochs")
+    strategy = config["strategy"]
+    if isinstance(strategy, DDPStrategy):
+        backend, timeout, start = strategy.process_group_backend, strategy._timeout, strategy._start_method
+        options = {"process_group_backend": backend, "timeout": timeout, "start_method": start, **strategy._ddp_kwargs}
+        config["strategy"] = FabricDDPStrategy(**options)
+    elif strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"):
+        name = type(strategy).__name__ if isinstance(strategy, Strategy) else strategy
+        raise ConfigError(f"the Fabric loop cannot honour trainer.strategy={name}, only ddp; use `fit`")
+    plugins = config["plugins"] or []
+    for plugin in plugins if isinstance(plugins, list) else [plugins]:
+        if isinstance(plugin, Precision) and not isinstance(plugin, SparseTernaryPrecision):
+            raise ConfigError(
+                f"{type(plugin).__name__} in trainer.plugins works in a Trainer only: give its counterpart for "
+                "Fabric, or trainer.precision"
+            )

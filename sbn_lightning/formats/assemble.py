@@ -1,0 +1,72 @@
+"""Models around tensors that exist already: what every reader of a format ends with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sbn_lightning.core.errors import DataError
+from sbn_lightning.layers.masked_linear import masked_layers
+from sbn_lightning.layers.packed import PackedTernaryLinear
+from sbn_lightning.layers.sparse_linear import SparseBitLinear
+from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.rope import rope_tables
+from sbn_lightning.models.transformer import TernaryTransformer
+
+
+def build_model(config: TransformerConfig, state: dict[str, Any], source: str) -> TernaryTransformer:
+    """A model around tensors that exist already; nothing is initialised or copied.
+
+    Args:
+        config: Of the model.
+        state: Its state dict; masks may be missing, as in a dense checkpoint.
+        source: For messages.
+
+    Raises:
+        DataError: If a tensor is missing, left over, or of another shape.
+    """
+    model = empty_model(config)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise DataError(f"{source} does not fit its own configuration: {_first_mismatch(error)}") from error
+    if config.tie_embeddings:
+        missing = [name for name in missing if name != "lm_head.weight"]
+    return finish_model(model, missing, unexpected, source)
+
+
+def empty_model(config: TransformerConfig) -> TernaryTransformer:
+    """A model without storage, to be filled by ``load_state_dict(assign=True)``."""
+    with torch.device("meta"):
+        return TernaryTransformer(config)
+
+
+def finish_model(
+    model: TernaryTransformer, missing: list[str], unexpected: list[str], source: str
+) -> TernaryTransformer:
+    """Ties the head, makes rotary tables and holds masks: what a state dict does not bring."""
+    for names, what in ((missing, "lacks"), (unexpected, "has unknown")):
+        if names:
+            raise DataError(f"{source} {what} {len(names)} tensors, the first is {names[0]}")
+    if model.config.tie_embeddings:
+        model.lm_head.weight = model.embed.weight
+    model.cos, model.sin = rope_tables(model.config)
+    for _, layer in masked_layers(model):
+        layer.hold_mask = True  # the mask it was saved with, also in the middle of a ramp
+    return model
+
+
+def cast_model(model: TernaryTransformer, dtype: torch.dtype) -> None:
+    """Casts all parameters but the latent weights of ternary layers, in place; gamma and rotary tables stay float32."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and not (isinstance(module, SparseBitLinear) and name == "weight"):
+                parameter.data = parameter.data.to(dtype)
+        if isinstance(module, PackedTernaryLinear) and module.bias is not None:
+            module.bias = module.bias.to(dtype)
+
+
+def _first_mismatch(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+    return lines[0] if lines else str(error).splitlines()[0]

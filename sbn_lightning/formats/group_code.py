@@ -1,0 +1,137 @@
+"""Ternary weights in close to as few bits as they carry.
+
+A group of M weights of which at most N are non-zero has ``S = sum_k C(M, k) 2^k`` states (k = 0 .. N). The states of G
+groups are the digits, base S, of one number, stored in B whole bytes; G and B are those with the fewest bits a weight
+among ``S^G <= 256^B``, B <= 7, so that a number fits an int64. Two familiar cases: single weights (N = M = 1, S = 3)
+give five trits a byte, 1.6 bits a weight; 2:4 (S = 33) gives eleven groups in seven bytes, 1.273 bits a weight, where
+six bits a group would be 1.5 and the entropy bound is 1.261.
+
+The mask is implied: positions that are zero. Groups run along ``in_features``; the last number of a tensor may be
+filled up with zero digits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from math import comb
+
+import torch
+from torch import Tensor
+
+from sbn_lightning.sparsity.pattern import nonzeros_per_group
+
+MAX_BYTES = 7
+MAX_GROUP = 8  # larger groups are stored as single weights: a table of 3^M entries finds the state
+
+
+@dataclass(frozen=True)
+class GroupCode:
+    """How groups are stored.
+
+    Attributes:
+        n: At most this many of a group are non-zero.
+        m: Weights a group.
+        groups: Groups in one number.
+        bytes: Bytes of one number.
+    """
+
+    n: int
+    m: int
+    groups: int
+    bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Without what the last number of a tensor is filled up with."""
+        return 8 * self.bytes / (self.groups * self.m)
+
+
+def states(n: int, m: int) -> int:
+    """How many different groups there are."""
+    return sum(comb(m, k) * 2**k for k in range(n + 1))
+
+
+@cache
+def best_code(n: int, m: int) -> GroupCode:
+    """The code with the fewest bits a weight; the shortest number of those."""
+    count = states(n, m)
+    candidates = []
+    for size in range(1, MAX_BYTES + 1):
+        groups = 0
+        while count ** (groups + 1) <= 256**size:
+            groups += 1
+        if groups:
+            candidates.append(GroupCode(n, m, groups, size))
+    return min(candidates, key=lambda code: (code.bits_per_weight, code.bytes))
+
+
+def choose_code(codes: Tensor, m: int) -> GroupCode:
+    """The densest exact code of a weight.
+
+    Args:
+        codes: int8 ``[out_features, in_features]`` in {-1, 0, 1}.
+        m: Group size of its pattern. What counts is how many of a group really are non-zero: in the middle of a ramp
+            that is more than the pattern's N.
+    """
+    single = best_code(1, 1)
+    if m > MAX_GROUP or codes.shape[1] % m:
+        return single
+    # n = 0, all weights zero, would be no bits at all.
+    grouped = best_code(max(1, int(nonzeros_per_group(codes, m).max())), m)
+    return min(single, grouped, key=lambda code: code.bits_per_weight)
+
+
+@cache
+def _table(n: int, m: int) -> tuple[Tensor, Tensor]:
+    """State -> weights, int8 ``[S, m]``; and the weights read as a number in base 3 -> state, int64 ``[3^m]``."""
+    members = [group for group in itertools.product((0, 1, -1), repeat=m) if sum(map(abs, group)) <= n]
+    table = torch.tensor(members, dtype=torch.int8)
+    state_of = torch.full((3**m,), -1, dtype=torch.int64)
+    state_of[_base3(table)] = torch.arange(len(members))
+    return table, state_of
+
+
+def _base3(groups: Tensor) -> Tensor:
+    powers = 3 ** torch.arange(groups.shape[-1])
+    return ((groups.to(torch.int64) + 1) * powers).sum(-1)
+
+
+def encode(codes: Tensor, code: GroupCode) -> Tensor:
+    """int8 ``[out_features, in_features]`` in {-1, 0, 1} -> uint8 ``[numbers * code.bytes]``, low byte first.
+
+    Raises:
+        ValueError: If a group has more non-zeros than the code can hold.
+    """
+    _, state_of = _table(code.n, code.m)
+    digits = state_of[_base3(codes.reshape(-1, code.m))]
+    if bool((digits < 0).any()):
+        raise ValueError(f"a group of {code.m} weights has more than {code.n} non-zeros")
+    digits = torch.nn.functional.pad(digits, (0, -len(digits) % code.groups)).view(-1, code.groups)
+    powers = states(code.n, code.m) ** torch.arange(code.groups)
+    numbers = (digits * powers).sum(-1)
+    shifts = 8 * torch.arange(code.bytes)
+    return ((numbers.unsqueeze(-1) >> shifts) & 255).to(torch.uint8).flatten()
+
+
+def decode(data: Tensor, code: GroupCode, out_features: int, in_features: int) -> Tensor:
+    """Inverse of :func:`encode`.
+
+    Raises:
+        ValueError: If ``data`` has another length, or holds a number that no weights have.
+    """
+    table, _ = _table(code.n, code.m)
+    count = out_features * in_features // code.m
+    expected = -(-count // code.groups) * code.bytes
+    if len(data) != expected:
+        raise ValueError(f"{len(data)} bytes where {out_features} x {in_features} weights take {expected}")
+    shifts = 8 * torch.arange(code.bytes)
+    numbers = (data.view(-1, code.bytes).to(torch.int64) << shifts).sum(-1)
+    if bool((numbers >= len(table) ** code.groups).any()):
+        raise ValueError("a number is larger than any weights give")
+    weights = torch.empty(len(numbers), code.groups, code.m, dtype=torch.int8)
+    for group in range(code.groups):
+        weights[:, group] = table[numbers % len(table)]
+        numbers = numbers // len(table)
+    return weights.view(-1, code.m)[:count].reshape(out_features, in_features)

@@ -1,0 +1,1 @@
+"""Hugging Face folders of Qwen2 and Llama models, in and out."""

@@ -1,0 +1,109 @@
+"""Names of tensors: Hugging Face's Qwen2 and Llama <-> :class:`TernaryTransformer`.
+
+q, k, v and gate, up are separate tensors there and fused here. Heads need no reordering: both rotate the two halves of
+a head against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sbn_lightning.core.errors import DataError
+from sbn_lightning.models.transformer import TransformerConfig
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # fp8 weights come with scales
+
+
+class Part(NamedTuple):
+    """One tensor here and the ones there whose rows it is made of."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    rows: tuple[int, ...] | None  # of each of them; None: it is the whole tensor
+
+
+def linear_parts(config: TransformerConfig) -> Iterator[Part]:
+    """The linear layers of all blocks, named without ``.weight``: ``blocks.0.attention.qkv`` and so on."""
+    kv = config.n_kv_heads * config.head_size
+    for i in range(config.n_layers):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        qkv = tuple(f"{theirs}.self_attn.{name}_proj" for name in "qkv")
+        yield Part(f"{ours}.attention.qkv", qkv, (config.d_model, kv, kv))
+        yield Part(f"{ours}.attention.o", (f"{theirs}.self_attn.o_proj",), None)
+        gate_up = (f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj")
+        yield Part(f"{ours}.mlp.gate_up", gate_up, (config.d_ffn, config.d_ffn))
+        yield Part(f"{ours}.mlp.down", (f"{theirs}.mlp.down_proj",), None)
+
+
+def other_parts(config: TransformerConfig) -> Iterator[Part]:
+    """Embedding, norms, and the head if it is not tied: full names."""
+    yield Part("embed.weight", ("model.embed_tokens.weight",), None)
+    for i in range(config.n_layers):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        yield Part(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",), None)
+        yield Part(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",), None)
+    yield Part("norm.weight", ("model.norm.weight",), None)
+    if not config.tie_embeddings:
+        yield Part("lm_head.weight", ("lm_head.weight",), None)
+
+
+def all_parts(config: TransformerConfig) -> Iterator[Part]:
+    """Every tensor of a dense model, full names."""
+    yield from other_parts(config)
+    for part in linear_parts(config):
+        for kind in ("weight", "bias") if config.qkv_bias and part.ours.endswith("qkv") else ("weight",):
+            yield Part(f"{part.ours}.{kind}", tuple(f"{name}.{kind}" for name in part.theirs), part.rows)
+
+
+def from_hf_state(
+    config: TransformerConfig, read: Callable[[str], Tensor], names: set[str], source: str
+) -> dict[str, Tensor]:
+    """Collects the state dict of a dense :class:`TernaryTransformer`.
+
+    Args:
+        config: Of the model.
+        read: Gives a tensor there by its name.
+        names: Of all tensors there.
+        source: For messages.
+
+    Raises:
+        DataError: If a tensor is missing, of another shape or no floating-point numbers, or is left over: then the
+            model has a part that would be lost.
+    """
+    left = set(names)
+    state: dict[str, Tensor] = {}
+    for part in all_parts(config):
+        tensors = []
+        for name, rows in zip(part.theirs, part.rows or (None,), strict=True):
+            if name not in names:
+                raise DataError(f"{source} lacks the tensor {name}")
+            tensor = read(name)
+            if tensor.dtype not in DTYPES:
+                raise DataError(f"{source}: {name} is of {tensor.dtype}, which needs more than itself to be read")
+            if rows is not None and tensor.shape[:1] != (rows,):
+                raise DataError(
+                    f"{source}: {name} has the shape {list(tensor.shape)}, its config.json says {rows} rows"
+                )
+            tensors.append(tensor)
+            left.discard(name)
+        try:
+            state[part.ours] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        except RuntimeError as error:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+            raise DataError(f"{source}: {', '.join(part.theirs)} do not go together: {shapes}") from error
+    if config.tie_embeddings and "lm_head.weight" in left:
+        if not torch.equal(read("lm_head.weight"), state["embed.weight"]):
+            raise DataError(
+                f"{source}: its config.json ties the head to the embeddings, and lm_head.weight is another tensor; "
+                "set tie_word_embeddings to false there to use it"
+            )
+        left.discard("lm_head.weight")
+    # Frequencies of rotary positions are made anew.
+    left = {name for name in left if not name.endswith("rotary_emb.inv_freq")}
+    if left:
+        raise DataError(f"{source} has {len(left)} tensors that no part of the model takes, such as {min(left)}")
+    return state

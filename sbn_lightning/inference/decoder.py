@@ -1,0 +1,236 @@
+"""A model with a key/value cache: prompts in once, then one token a step.
+
+The cache is static: ``[batch, key/value heads, max_length, head size]`` a layer, allocated once. Prompts of different
+lengths are padded on the *right*: under causal attention no token sees what stands behind it, so each row computes what
+it would compute alone, at the same positions and in the same slots, and the prompts run through the causal kernel
+without a mask. The step after that writes each row's token into the row's own next slot, over the padding, and attends
+to slots up to it. Tokens are quantised one by one, so rows do not see each other there either.
+
+On a GPU a step is one CUDA graph: nothing in it depends on the host, and what it computes with stands still. A step
+launches hundreds of kernels that each run for microseconds; without the graph the host would be the bottleneck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.sparse_linear import prepare_layers, ternary_layers
+from sbn_lightning.models.transformer import TernaryTransformer, causal_attention
+
+_SLOTS = 64  # the cache's length is a multiple of this, as attention kernels want the rows of a mask aligned
+_WARM_UP = 2
+
+
+class _PromptAttention:
+    """Causal attention that remembers keys and values ``[B, K, T, E]``."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
+        self.keys, self.values = k_BKTE, v_BKTE
+        return causal_attention(q_BHTE, k_BKTE, v_BKTE)
+
+
+class _Slots:
+    """Where the step at hand writes: shared by all layers.
+
+    Attributes:
+        rows: 0 to B - 1, int64 ``[B]``.
+        now: Slot of each row's token, int64 ``[B]``.
+        bias: 0 for slots up to it, -inf behind, ``[B, 1, 1, L]`` in the cache's dtype.
+    """
+
+    rows: Tensor
+    now: Tensor
+    bias: Tensor
+
+
+class _StepAttention:
+    """Attention of one token a row to the cache of one layer, itself included."""
+
+    def __init__(self, keys: Tensor, values: Tensor, slots: _Slots) -> None:
+        self.keys, self.values, self.slots = keys, values, slots
+
+    def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
+        slots = self.slots
+        self.keys[slots.rows, :, slots.now] = k_BKTE.squeeze(2)
+        self.values[slots.rows, :, slots.now] = v_BKTE.squeeze(2)
+        # H200, torch 2.11, one sequence, 2,048 slots, 16 query, 2 key heads: 7 us; 44 us with the heads of a group laid
+        # along the sequence (so that attention need not know of groups), 10 us as two products and a fused softmax.
+        return F.scaled_dot_product_attention(
+            q_BHTE, self.keys, self.values, attn_mask=slots.bias, enable_gqa=q_BHTE.shape[1] != self.keys.shape[1]
+        )
+
+
+class Decoder:
+    """A model that remembers the keys and values of ``batch_size`` sequences.
+
+    ``prefill`` starts sequences (again and again, if need be), ``step`` continues them. The model's weights must not
+    change in between, nor the backends of its layers while the decoder lives.
+
+    Args:
+        model: In evaluation mode or not: nothing in it depends on that.
+        batch_size: Sequences at a time.
+        max_length: Tokens a sequence can have, prompt included; at most the model's ``max_sequence_length``.
+        cuda_graph: Capture a step as a CUDA graph; None does on a GPU.
+
+    Raises:
+        ConfigError: If ``max_length`` is beyond the model's context, or a CUDA graph is asked for without a GPU.
+    """
+
+    def __init__(
+        self, model: TernaryTransformer, batch_size: int, max_length: int, *, cuda_graph: bool | None = None
+    ) -> None:
+        limit = model.config.max_sequence_length
+        if not 1 <= max_length <= limit:
+            raise ConfigError(f"max_length={max_length} is outside 1 to the model's max_sequence_length={limit}")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} is below 1")
+        self.device = model.embed.weight.device
+        if cuda_graph and self.device.type != "cuda":
+            raise ConfigError(f"a CUDA graph needs a model on a GPU, this one is on {self.device}; use cuda_graph=None")
+        self.model = model
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.slots = min(-(-max_length // _SLOTS) * _SLOTS, limit)
+        self._use_graph = self.device.type == "cuda" if cuda_graph is None else cuda_graph
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._recorded: list[Any] = []
+        self._logits: Tensor | None = None
+        self._shared = _Slots()
+        self._shared.rows = torch.arange(batch_size, device=self.device)
+        self._layers: list[_StepAttention] = []
+        self._index = torch.arange(self.slots, device=self.device)
+        self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Reads prompts, one a row of the batch; what was in the cache is forgotten.
+
+        Args:
+            prompts: Token ids, as many prompts as ``batch_size``, none empty.
+
+        Returns:
+            Logits of each prompt's next token, ``[B, vocab_size]``.
+
+        Raises:
+            ConfigError: If their number is not ``batch_size``, one is empty, does not fit, or has a token id beyond the
+                vocabulary.
+        """
+        self._check(prompts)
+        lengths = [len(prompt) for prompt in prompts]
+        tokens = torch.zeros(self.batch_size, max(lengths), dtype=torch.int64)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        return self.prefill_padded(tokens.to(self.device), torch.tensor(lengths).to(self.device))
+
+    @torch.no_grad()
+    def prefill_padded(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+        """:meth:`prefill` for prompts on the model's device, unchecked.
+
+        Args:
+            tokens_BT: Prompts, padded at their ends with any token, int64 ``[B, T]``.
+            lengths_B: Their lengths, int64 ``[B]``.
+        """
+        prepare_layers(self.model)
+        if self._graph is not None and any(
+            now is not then for now, then in zip(self._weights(), self._recorded, strict=True)
+        ):
+            self._graph = None  # it reads weights that have been replaced
+        attend = [_PromptAttention() for _ in self.model.blocks]
+        hidden = self.model.hidden(tokens_BT, attend=attend)
+        if not self._layers:
+            # Only now is known what keys and values look like: the model may compute in another dtype than it stores.
+            for layer in attend:
+                shape = (*layer.keys.shape[:2], self.slots, layer.keys.shape[3])
+                # Zeros: an infinity left in memory would come through a mask, as 0 * inf.
+                self._layers.append(
+                    _StepAttention(layer.keys.new_zeros(shape), layer.values.new_zeros(shape), self._shared)
+                )
+        for cache, layer in zip(self._layers, attend, strict=True):
+            cache.keys[:, :, : tokens_BT.shape[1]] = layer.keys
+            cache.values[:, :, : tokens_BT.shape[1]] = layer.values
+        self.lengths.copy_(lengths_B)
+        logits: Tensor = self.model.lm_head(hidden[self._shared.rows, lengths_B - 1])
+        return logits
+
+    @torch.no_grad()
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """Adds a token to each sequence.
+
+        A sequence of ``max_length`` tokens stays that long: its last token is replaced.
+
+        Args:
+            tokens_B: Token ids, int64 ``[B]`` on the model's device.
+
+        Returns:
+            Logits of the token after it, ``[B, vocab_size]``. From a CUDA graph: overwritten by the next step.
+
+        Raises:
+            ConfigError: If there was no ``prefill``.
+        """
+        if not self._layers:
+            raise ConfigError("a decoder steps on from prompts: call prefill first")
+        self._tokens.copy_(tokens_B.unsqueeze(1))
+        if not self._use_graph:
+            logits = self._step()
+        else:
+            if self._graph is None:
+                self._capture()
+            assert self._graph is not None
+            assert self._logits is not None
+            self._graph.replay()
+            logits = self._logits
+        self.lengths.add_(1).clamp_(max=self.max_length)
+        return logits
+
+    def _step(self) -> Tensor:
+        shared, dtype = self._shared, self._layers[0].keys.dtype
+        shared.now = self.lengths.clamp(max=self.max_length - 1)
+        seen = self._index <= shared.now.unsqueeze(1)
+        shared.bias = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, float("-inf"))
+        shared.bias = shared.bias[:, None, None]
+        hidden = self.model.hidden(self._tokens, shared.now.unsqueeze(1), self._layers)
+        logits: Tensor = self.model.lm_head(hidden[:, 0])
+        return logits
+
+    def _capture(self) -> None:
+        # Kernels are compiled, chosen and given workspaces at their first call, which a graph cannot record. Repeating
+        # a step is harmless: it writes the same keys and values into the same slots.
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                self._step()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.graph(graph):
+            self._logits = self._step()
+        self._graph, self._recorded = graph, self._weights()
+
+    def _weights(self) -> list[Any]:
+        """What ternary layers compute with: made anew where a weight has changed."""
+        return [layer._prepared for layer in ternary_layers(self.model).values()]
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        if len(prompts) != self.batch_size:
+            raise ConfigError(f"{len(prompts)} prompts for a decoder of batch_size={self.batch_size}")
+        vocabulary = self.model.config.vocab_size
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ConfigError(f"prompt {i} is empty; begin it with a token, for example the end-of-document token")
+            if len(prompt) > self.max_length:
+                raise ConfigError(f"prompt {i} has {len(prompt)} tokens, the cache holds {self.max_length}")
+            if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+                wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+                raise ConfigError(
+                    f"prompt {i} has token id {wrong}, the model's vocab_size is {vocabulary}; was it written with "
+                    "another tokenizer?"
+                )

@@ -1,0 +1,209 @@
+"""The loop around a :class:`Decoder`: token ids in, token ids out.
+
+The host runs ahead of the device. It reads tokens back only where it must: every :data:`CHECK_EVERY` tokens to see
+whether all sequences have stopped, and for a stream one token late, while the device computes the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.inference.decoder import Decoder
+from sbn_lightning.inference.sampling import Sampling
+from sbn_lightning.models.transformer import TernaryTransformer
+
+CHECK_EVERY = 16
+
+GREEDY = Sampling()
+
+
+@dataclass
+class Speed:
+    """What was generated, and in which time.
+
+    Attributes:
+        prompt_tokens: Tokens read.
+        prefill_seconds: Until the first new token of each sequence was there.
+        new_tokens: Tokens written, all sequences together, up to where each stopped.
+        decode_seconds: For all of them but the first of each sequence. On a GPU the capture of the graph is in it.
+        sequences: Prompts.
+    """
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    new_tokens: int = 0
+    decode_seconds: float = 0.0
+    sequences: int = 0
+
+    def __add__(self, other: Speed) -> Speed:
+        return Speed(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __str__(self) -> str:
+        decoded = self.new_tokens - self.sequences
+        parts = [
+            f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / max(self.prefill_seconds, 1e-9):.0f} tokens/s"
+        ]
+        if decoded > 0:
+            parts.append(f"decode {decoded} tokens, {decoded / max(self.decode_seconds, 1e-9):.1f} tokens/s")
+        return "; ".join(parts)
+
+
+def generate(
+    model: TernaryTransformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop_tokens: Collection[int] = (),
+    cuda_graph: bool | None = None,
+    speed: Speed | None = None,
+) -> list[list[int]]:
+    """Continues a batch of prompts, which may differ in length.
+
+    Greedy, each gets the tokens that it would get alone and without a cache, as far as the device's arithmetic gives a
+    sum the same value in a batch.
+
+    Args:
+        model: On the device to use.
+        prompts: Token ids of each prompt, none empty.
+        max_new_tokens: Tokens to add to each at most; fewer where the model's context ends.
+        sampling: How tokens are chosen; greedy if not given.
+        seed: Of the draws: the same seed, prompts and device give the same tokens.
+        stop_tokens: Ids that end a sequence; they are not part of the result.
+        cuda_graph: As of :class:`Decoder`.
+        speed: Is filled in, if given, at the price of two waits for the device.
+
+    Returns:
+        The new token ids of each prompt.
+
+    Raises:
+        ConfigError: If a prompt is empty, or leaves no room for a new token in the model's context.
+    """
+    rooms, decoder = _start(model, prompts, max_new_tokens, cuda_graph)
+    device = decoder.device
+    stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=device)
+    written = torch.zeros(len(prompts), max(rooms), dtype=torch.int64, device=device)
+    stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    count = 0
+    started = first = time.perf_counter()
+    for count, tokens in enumerate(_tokens(decoder, prompts, max(rooms), sampling, seed), start=1):
+        written[:, count - 1] = tokens
+        if count == 1 and speed is not None:
+            _wait(device)
+            first = time.perf_counter()
+        if len(stops):
+            stopped |= torch.isin(tokens, stops)
+            if count % CHECK_EVERY == 0 and bool(stopped.all()):
+                break
+    rows = written[:, :count].tolist()
+    ended = time.perf_counter()
+    new = [_until_stop(row[:room], stop_tokens) for row, room in zip(rows, rooms, strict=True)]
+    if speed is not None:
+        speed.prompt_tokens, speed.prefill_seconds = sum(map(len, prompts)), first - started
+        speed.new_tokens, speed.decode_seconds, speed.sequences = sum(map(len, new)), ended - first, len(prompts)
+    return new
+
+
+def stream(
+    model: TernaryTransformer,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop_tokens: Collection[int] = (),
+    cuda_graph: bool | None = None,
+    speed: Speed | None = None,
+) -> Iterator[int]:
+    """Continues one prompt, token by token; the arguments and the tokens are those of :func:`generate`.
+
+    Yields:
+        New token ids as they come.
+    """
+    (room,), decoder = _start(model, [prompt], max_new_tokens, cuda_graph)
+    speed = Speed() if speed is None else speed
+    speed.prompt_tokens, speed.new_tokens, speed.sequences = len(prompt), 0, 1
+    started = time.perf_counter()
+    for token in _late(_tokens(decoder, [prompt], room, sampling, seed), decoder.device):
+        now = time.perf_counter()
+        if speed.new_tokens == 0:
+            speed.prefill_seconds = now - started
+        speed.decode_seconds = now - started - speed.prefill_seconds
+        if token in stop_tokens:
+            return
+        speed.new_tokens += 1
+        yield token
+
+
+def _start(
+    model: TernaryTransformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, cuda_graph: bool | None
+) -> tuple[list[int], Decoder]:
+    """How many new tokens each prompt has room for, and a decoder that holds them all."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} is below 1")
+    if not prompts:
+        raise ConfigError("there is no prompt to continue")
+    limit = model.config.max_sequence_length
+    rooms = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    if min(rooms) < 1:
+        i = rooms.index(min(rooms))
+        raise ConfigError(
+            f"prompt {i} has {len(prompts[i])} tokens, which leaves no room in the model's context of {limit} "
+            "(max_sequence_length): shorten it"
+        )
+    longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
+    return rooms, Decoder(model, len(prompts), longest, cuda_graph=cuda_graph)
+
+
+def _tokens(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, seed: int
+) -> Iterator[Tensor]:
+    """``count`` times the next token of each sequence, int64 ``[B]``, still on its way on the device."""
+    generator = torch.Generator(decoder.device).manual_seed(seed)
+    logits = decoder.prefill(prompts)
+    for i in range(count):
+        tokens = sampling(logits, generator)
+        yield tokens
+        if i + 1 < count:
+            logits = decoder.step(tokens)
+
+
+def _late(tokens: Iterator[Tensor], device: torch.device) -> Iterator[int]:
+    """The first sequence's tokens on the host, each read when the device has been given the next step."""
+    if device.type != "cuda":
+        for step in tokens:
+            yield int(step[0])
+        return
+    waiting: tuple[Tensor, torch.cuda.Event] | None = None
+    for step in tokens:
+        arrived = torch.empty(1, dtype=torch.int64, pin_memory=True).copy_(step[:1], non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        # The copy is queued before the next step, but awaited after: this generator resumes `tokens` in between.
+        if waiting is not None:
+            yield _read(*waiting)
+        waiting = arrived, event
+    if waiting is not None:
+        yield _read(*waiting)
+
+
+def _read(host: Tensor, event: torch.cuda.Event) -> int:
+    event.synchronize()
+    return int(host)
+
+
+def _until_stop(tokens: list[int], stop_tokens: Collection[int]) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in stop_tokens), len(tokens))
+    return tokens[:end]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

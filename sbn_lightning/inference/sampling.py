@@ -1,0 +1,70 @@
+"""From logits to the next token, on the device and without a look from the host.
+
+A draw is a race of exponential clocks: with ``e`` from Exp(1), ``argmax(p / e)`` falls on each token with probability
+``p``, whatever the sum of ``p``. So what top-k and top-p leave over needs no new normalisation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sbn_lightning.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Draw from the smallest set of most likely tokens whose probabilities sum to at least this
+            (nucleus sampling, arXiv 1904.09751); 1 for all tokens.
+        top_k: Draw from this many most likely tokens; None for all.
+
+    Raises:
+        ConfigError: If a value is outside its range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature={self.temperature} is not a number from 0 (greedy) upwards")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} is outside 0 (excluded) to 1; 1 draws from all tokens")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k={self.top_k} is below 1; leave it out to draw from all tokens")
+
+    def __call__(self, logits_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Logits ``[B, vocab_size]`` -> token ids, int64 ``[B]``.
+
+        ``generator`` is the source of randomness, on the device of the logits; a greedy choice needs none.
+        """
+        if self.temperature == 0:
+            return logits_BV.argmax(dim=-1)
+        logits = logits_BV.float()
+        # Without the largest: a small temperature makes it infinite.
+        temperature = max(self.temperature, torch.finfo(logits.dtype).tiny)
+        probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+        order = None
+        if self.top_k is not None:
+            probabilities, order = probabilities.topk(min(self.top_k, probabilities.shape[-1]), dim=-1)
+            probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+        elif self.top_p < 1:
+            probabilities, order = probabilities.sort(dim=-1, descending=True)
+        if self.top_p < 1:
+            before = probabilities.cumsum(dim=-1) - probabilities
+            # The most likely token always stays: the first sum is 0 only up to rounding.
+            outside = (before >= self.top_p).index_fill_(
+                -1, torch.zeros(1, dtype=torch.int64, device=before.device), False
+            )
+            probabilities = probabilities.masked_fill(outside, 0.0)
+        clocks = torch.empty_like(probabilities).exponential_(generator=generator)
+        drawn = (probabilities / clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)).argmax(dim=-1)
+        return drawn if order is None else order.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)

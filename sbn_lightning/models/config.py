@@ -1,0 +1,161 @@
+"""The shape and arithmetic of a model, as plain values: what a recipe says and a checkpoint stores."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.sparse_linear import Gradient, MaskSource
+from sbn_lightning.models.loss import LossImplementation
+from sbn_lightning.sparsity.pattern import NMPattern
+from sbn_lightning.sparsity.ternary import GammaOver
+
+LinearKind = Literal["ternary", "masked", "dense"]
+
+QWEN2_5_SHAPES: dict[str, dict[str, int]] = {
+    "qwen2.5-0.5b": {"n_layers": 24, "d_model": 896, "d_ffn": 4864, "n_heads": 14, "n_kv_heads": 2},
+    "qwen2.5-1.5b": {"n_layers": 28, "d_model": 1536, "d_ffn": 8960, "n_heads": 12, "n_kv_heads": 2},
+    "qwen2.5-3b": {"n_layers": 36, "d_model": 2048, "d_ffn": 11008, "n_heads": 16, "n_kv_heads": 2},
+}
+
+
+@dataclass
+class RopeScaling:
+    """Rotary positions of Llama 3.1 to 3.3 (``rope_type: llama3`` of transformers).
+
+    Args:
+        factor: How many times longer the slowest waves become; 1 or more.
+        low_freq_factor: Waves that turn less often than this in the original context get all of ``factor``.
+        high_freq_factor: Waves that turn more often than this in it stay as they are.
+        original_max_position_embeddings: The original context, in tokens.
+
+    Raises:
+        ConfigError: If a number is out of range.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise ConfigError(f"rope_scaling: factor={self.factor} must be 1 or more")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                f"rope_scaling: low_freq_factor={self.low_freq_factor} must be above 0 and below high_freq_factor="
+                f"{self.high_freq_factor}"
+            )
+        if self.original_max_position_embeddings < 1:
+            raise ConfigError(
+                f"rope_scaling: original_max_position_embeddings={self.original_max_position_embeddings} must be at "
+                "least 1"
+            )
+
+
+@dataclass
+class TransformerConfig:
+    """Shape and arithmetic of a :class:`TernaryTransformer`.
+
+    Args:
+        vocab_size: Rows of the embedding; at least the size of the tokenizer's vocabulary.
+        d_model: Width of the residual stream.
+        n_layers: Number of blocks.
+        n_heads: Query heads; divides ``d_model`` into heads of an even size.
+        n_kv_heads: Key/value heads; divides ``n_heads``.
+        d_ffn: Width of the SwiGLU hidden layer.
+        max_sequence_length: Longest sequence, in tokens.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: Slower rotary frequencies for long contexts, as in Llama 3.1 to 3.3; see :class:`RopeScaling`.
+        norm_eps: Epsilon of RMSNorm.
+        qkv_bias: Whether q, k and v have a bias, as in Qwen2.5.
+        tie_embeddings: Whether the head shares the embedding's weight.
+        init_std: Standard deviation of initial weights; those that write to the residual stream get
+            ``init_std / sqrt(2 n_layers)``.
+        linear: Linear layers of the blocks: ``"ternary"``, ``"masked"`` (sparse, not quantised) or ``"dense"``.
+        pattern: "N:M" of ternary and masked layers. In YAML it must be quoted.
+        activation_bits: Bits of activations in ternary layers: 8, 4, or null for none.
+        mask_source: ``"latent"`` or ``"ternary"``; see :class:`SparseBitLinear`.
+        gradient: ``"dense"`` or ``"masked"``; see :class:`SparseBitLinear`.
+        gamma_over: ``"dense"``, ``"kept"``, ``"masked"`` or ``"nonzero"``; see :class:`SparseBitLinear`.
+        activation_checkpointing: Recompute each block in the backward pass instead of saving its activations. What
+            kernels have quantised is kept, and goes with the first backward pass through it.
+        loss: Implementation of head and cross-entropy; see :mod:`sbn_lightning.models.loss`.
+
+    Raises:
+        ConfigError: If the numbers do not fit together.
+    """
+
+    vocab_size: int = 4096
+    d_model: int = 256
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    d_ffn: int = 704
+    max_sequence_length: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+    linear: LinearKind = "ternary"
+    pattern: NMPattern | str = "6:8"
+    activation_bits: int | None = 8
+    mask_source: MaskSource = "latent"
+    gradient: Gradient = "dense"
+    gamma_over: GammaOver = "dense"
+    activation_checkpointing: bool = False
+    loss: LossImplementation = "auto"
+
+    def __post_init__(self) -> None:
+        self.pattern = pattern = NMPattern.parse(self.pattern)
+        if isinstance(self.rope_scaling, dict):  # read back from a checkpoint, which holds only plain values
+            self.rope_scaling = RopeScaling(**self.rope_scaling)
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ffn", "max_sequence_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0 and finite")
+        if self.d_model % (2 * self.n_heads):
+            raise ConfigError(
+                f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads of an even size "
+                "(rotary embeddings turn pairs)"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if self.linear != "dense":
+            pattern.check_divides(self.d_model, "layers attention.qkv, attention.o and mlp.gate_up (d_model)")
+            pattern.check_divides(self.d_ffn, "layer mlp.down (d_ffn)")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> TransformerConfig:
+        """The shape of a published model: ``"qwen2.5-0.5b"``, ``"qwen2.5-1.5b"`` or ``"qwen2.5-3b"``.
+
+        Args:
+            name: One of the above; all have 151,936 tokens, q/k/v biases, tied embeddings and rotary base 1e6.
+            **changes: Fields to set otherwise, for example ``pattern="2:4"``.
+        """
+        if name not in QWEN2_5_SHAPES:
+            raise ConfigError(f"preset {name!r} is not one of {', '.join(QWEN2_5_SHAPES)}")
+        published: dict[str, Any] = {
+            **QWEN2_5_SHAPES[name],
+            "vocab_size": 151936,
+            "max_sequence_length": 32768,
+            "rope_theta": 1e6,
+            "qkv_bias": True,
+        }
+        return cls(**(published | changes))
+
+    @property
+    def head_size(self) -> int:
+        """Features of one attention head."""
+        return self.d_model // self.n_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: what goes into a checkpoint; ``TransformerConfig(**d)`` reads it back."""
+        return dataclasses.asdict(dataclasses.replace(self)) | {"pattern": str(self.pattern)}

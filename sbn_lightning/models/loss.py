@@ -1,0 +1,152 @@
+"""Cross-entropy of a linear head without holding all logits at once.
+
+With a vocabulary of 150k the logits of 16k tokens take 5 GB in bfloat16, and their gradient as much again. Fused
+implementations work through the tokens in chunks; which one is used:
+
+* ``"chunked"``: here, any device: loss and gradients of a chunk in one go, chunks of a gigabyte of logits, and the host
+  never waits. Liger's chunks shrink as the vocabulary grows (128 tokens for Qwen2.5-0.5B); reading and writing the
+  gradient of the head for each of them then takes longer than the products;
+* ``"liger"``: Liger-Kernel (Triton, CUDA only), the extra ``[liger]``: the least memory;
+* ``"torch"``: ``torch.nn.functional.linear_cross_entropy``, in newer versions of PyTorch, every device;
+* ``"plain"``: logits, then ``cross_entropy``: without compilation, good enough for a small vocabulary;
+* ``"auto"``: on CUDA ``chunked`` from :data:`CHUNKED_VOCABULARY` classes; elsewhere ``torch``, if it is there, from
+  :data:`FUSED_VOCABULARY`; ``plain`` below.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.sparsity.ternary import float32_mm
+
+LossImplementation = Literal["auto", "chunked", "liger", "torch", "plain"]
+
+FUSED_VOCABULARY = 16384  # classes from which torch's fused loss is faster than logits, on a CPU
+CHUNKED_VOCABULARY = 4096  # the same for the chunks on CUDA: loss and gradient in one compiled pass
+CHUNK_BYTES = 5 * 2**28  # of logits; 4,096 tokens at 152k classes in bfloat16
+
+
+def choose_loss(implementation: LossImplementation, vocab_size: int, device: torch.device) -> LossImplementation:
+    """Resolves ``"auto"`` and checks that what was asked for is there.
+
+    Raises:
+        ConfigError: If the asked-for implementation cannot run here, with what would make it run.
+    """
+    has_liger = device.type == "cuda" and find_spec("liger_kernel") is not None
+    has_torch = hasattr(nn, "LinearCrossEntropyOptions")
+    if implementation == "auto":
+        if device.type == "cuda":
+            return "chunked" if vocab_size >= CHUNKED_VOCABULARY else "plain"
+        return "torch" if has_torch and vocab_size >= FUSED_VOCABULARY else "plain"
+    if implementation == "liger" and not has_liger:
+        raise ConfigError('loss "liger" needs a CUDA device and pip install "sbn-lightning[liger]"')
+    if implementation == "torch" and not has_torch:
+        raise ConfigError(
+            f'loss "torch" needs torch.nn.functional.linear_cross_entropy, which torch {torch.__version__} lacks; '
+            'use "liger" or "plain"'
+        )
+    if implementation not in get_args(LossImplementation):
+        raise ConfigError(f"loss={implementation!r} is not one of {', '.join(map(repr, get_args(LossImplementation)))}")
+    return implementation
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, implementation: LossImplementation = "auto"
+) -> Tensor:
+    """Mean cross-entropy of ``hidden @ weight^T`` against ``target``, in nats.
+
+    Args:
+        hidden: ``[tokens, d_model]``.
+        weight: Head weight ``[vocab_size, d_model]``.
+        target: int64 ``[tokens]``.
+        implementation: See the module.
+
+    Returns:
+        A float32 scalar.
+    """
+    device = hidden.device.type
+    chosen = choose_loss(implementation, weight.shape[0], hidden.device)
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden = hidden.to(dtype)
+        weight = weight if chosen == "chunked" else weight.to(dtype)
+    with torch.autocast(device, enabled=False):
+        if chosen == "chunked":
+            loss: Tensor = ChunkedCrossEntropy.apply(hidden, weight, target, torch.is_grad_enabled())
+        elif chosen == "liger":
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+            loss = liger_fused_linear_cross_entropy(hidden, weight, target)
+        elif chosen == "torch":
+            loss = F.linear_cross_entropy(hidden, weight, target, options=nn.LinearCrossEntropyOptions())
+        else:
+            logits = hidden @ weight.t()
+            loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target)
+    return loss.float()
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of ``hidden [tokens, d_model]`` times ``weight [vocab_size, d_model]``, in chunks of tokens.
+
+    The forward computes the gradients too: with ``P`` the softmax and ``Y`` the one-hot targets, ``dH = (P - Y) W / n``
+    and ``dW = (P - Y)^T H / n``. Products are taken in the dtype of ``hidden``, ``dW`` is summed in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, differentiate: bool) -> Tensor:
+        """Without ``differentiate`` the loss alone is computed. ``weight`` may be wider than ``hidden``."""
+        need_dh, need_dw = (differentiate and needed for needed in ctx.needs_input_grad[:2])
+        head = weight.to(hidden.dtype)
+        most = max(256, CHUNK_BYTES // (head.shape[0] * head.element_size()))
+        rows = 1 << (most.bit_length() - 1)  # a power of two, for chunks of a common batch to be equal
+        scale = 1.0 / max(len(hidden), 1)
+        run = _compiled() if hidden.is_cuda else _loss_and_gradient
+        total = hidden.new_zeros((), dtype=torch.float32)
+        dh = torch.empty_like(hidden) if need_dh else None
+        dw = None
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = hidden[part] @ head.t()
+            if not differentiate:
+                total += F.cross_entropy(logits.float(), target[part], reduction="sum")
+                continue
+            loss, gradient = run(logits, target[part], scale)
+            total += loss
+            if dh is not None:
+                torch.mm(gradient, head, out=dh[part])
+            if need_dw:
+                product = float32_mm(gradient.t(), hidden[part])
+                dw = product if dw is None else dw.add_(product)
+        ctx.save_for_backward(dh, dw)
+        ctx.dtype = weight.dtype
+        return total * scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        dh, dw = ctx.saved_tensors
+        (dy,) = grad_outputs
+        # The gradients are ours alone, and a float32 head is large: they are scaled where they are.
+        return None if dh is None else dh.mul_(dy), None if dw is None else dw.mul_(dy).to(ctx.dtype), None, None
+
+
+def _loss_and_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropy over tokens, and ``(softmax - one-hot) * scale`` in the dtype of the logits."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    log_sum = wide.logsumexp(-1, keepdim=True)
+    loss = (log_sum - wide.gather(-1, target.unsqueeze(-1))).sum()
+    classes = torch.arange(logits.shape[-1], device=logits.device)
+    gradient = ((wide - log_sum).exp() - (classes == target.unsqueeze(-1)).to(wide.dtype)) * scale
+    return loss, gradient.to(logits.dtype)
+
+
+@functools.cache
+def _compiled() -> Any:
+    return torch.compile(_loss_and_gradient)

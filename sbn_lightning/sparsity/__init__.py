@@ -1,0 +1,1 @@
+"""The mathematics of the method in plain PyTorch: N:M patterns, ternary codes, and their autograd functions."""

@@ -1,0 +1,243 @@
+"""SparseBitNet: the LightningModule around :class:`TernaryTransformer`.
+
+It trains a ternary-sparse model, the BF16-sparse baseline and a dense model alike (``config.linear``). It knows nothing
+of time: when masks refresh, how the pattern ramps and how weight decay falls are callbacks.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
+
+from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.optimizer_states import name_optimizer_states
+from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts, shard
+from sbn_lightning.distributed.strategies import check_strategy
+from sbn_lightning.formats.init_from import SHAPE, check_tokenizer, load_weights, without_masks
+from sbn_lightning.models.transformer import TernaryTransformer, TransformerConfig
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+class Perplexity(Metric):
+    """``exp`` of the mean cross-entropy a token, from losses rather than logits: logits of 150k classes never exist."""
+
+    full_state_update = False
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, tokens: int) -> None:
+        """Adds ``tokens`` tokens of mean cross-entropy ``loss`` (nats)."""
+        self.total += loss.detach().double() * tokens
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        return (self.total / self.tokens).exp()
+
+
+def learning_rate_factor(step: int, *, schedule: Schedule, warmup_steps: int, max_steps: int, floor: float) -> float:
+    """The learning rate of optimiser step ``step`` (from 0) as a share of its peak.
+
+    Linear warm-up over ``warmup_steps``, then cosine or linear decay that reaches ``floor`` at ``max_steps``, or none.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = min((step - warmup_steps) / max(max_steps - warmup_steps, 1), 1.0)
+    falling = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+    return floor + (1 - floor) * falling
+
+
+class SparseBitNet(LightningModule):
+    """Trains a :class:`TernaryTransformer` on next-token prediction.
+
+    A batch is int64 ``[batch, sequence_length + 1]``: inputs and, shifted by one, targets.
+
+    Args:
+        config: Shape and arithmetic of the transformer.
+        optimizer: Makes the optimiser from parameter groups; norms, biases and embeddings get no weight decay.
+        schedule: Learning rate after the warm-up: ``"cosine"``, ``"linear"`` or ``"constant"``.
+        warmup_steps: Optimiser steps of linear warm-up.
+        final_learning_rate: Share of the peak learning rate at the last step.
+        schedule_steps: Optimiser steps until the schedule ends; the trainer's ``max_steps`` if not given.
+        compile: Compile each block with ``torch.compile``.
+        init_from: A checkpoint (of ``import-hf``, say) whose weights a new run starts from. A run that continues from a
+            checkpoint has that one's weights.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        optimizer: OptimizerCallable = AdamW,
+        schedule: Schedule = "cosine",
+        warmup_steps: int = 100,
+        final_learning_rate: float = 0.03,
+        schedule_steps: int | None = None,
+        compile: bool = False,
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(config, dict):  # read back from a checkpoint, which holds only plain values
+            config = TransformerConfig(**config)
+        self.save_hyperparameters(ignore=["config", "optimizer", "init_from"])
+        self.save_hyperparameters({"config": config.to_dict()})
+        self.config = config
+        self.model = TernaryTransformer(config)
+        self.init_from = init_from
+        self.val_perplexity = Perplexity()
+        self.test_perplexity = Perplexity()
+        self._make_optimizer = optimizer
+
+    def setup(self, stage: str) -> None:
+        """Checks strategy and data against the model.
+
+        Raises:
+            ConfigError: If the strategy cannot keep masks, the data are tokens of another tokenizer than that of
+                ``init_from``, the tokenizer has more tokens than the embedding has rows, or sequences are too long.
+        """
+        refuse_plain_averaging(self.trainer.callbacks)  # type: ignore[attr-defined]
+        check_strategy(self.trainer.strategy)
+        keep_masks_out_of_broadcasts(self)
+        data = getattr(self.trainer, "datamodule", None)
+        if self.init_from is not None:
+            check_tokenizer(self.init_from, data)
+        vocab_size = getattr(data, "vocab_size", None)
+        if vocab_size is not None and vocab_size > self.config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer of {getattr(data, 'path', 'the data')} has {vocab_size} tokens, the model's vocab_size "
+                f"is {self.config.vocab_size}: set model.config.vocab_size to {vocab_size} or more"
+            )
+        length = getattr(data, "sequence_length", None)
+        if length is not None and length > self.config.max_sequence_length:
+            raise ConfigError(
+                f"data.sequence_length={length} is longer than model.config.max_sequence_length="
+                f"{self.config.max_sequence_length}"
+            )
+
+    def configure_model(self) -> None:
+        if self.init_from is not None:
+            load_weights(self.model, self.init_from)
+            self.init_from = None  # once: a Trainer configures the model again for each of its commands
+        if self.hparams["compile"] and not self.model.is_compiled:
+            self.model.compile_blocks()
+        if self.device_mesh is not None:  # ModelParallelStrategy
+            shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Masks of another pattern are made anew from the weights; a model of another shape is refused.
+
+        Raises:
+            ConfigError: Naming the fields that differ.
+        """
+        saved = checkpoint.get("hyper_parameters", {}).get("config")
+        if not isinstance(saved, dict):
+            return
+        now = self.config.to_dict()
+        if differing := [name for name in SHAPE if name in saved and saved[name] != now[name]]:
+            values = ", ".join(f"{name}={saved[name]}, not {now[name]}" for name in differing)
+            raise ConfigError(f"the checkpoint is of another model: it has {values}; set model.config as it was")
+        state = checkpoint.get("state_dict") or {}
+        anew = without_masks(state)
+        if saved.get("pattern") != now["pattern"] and len(anew) < len(state):
+            rank_zero_warn(
+                f"the checkpoint has masks of the pattern {saved.get('pattern')}, this run has {now['pattern']}: masks "
+                "are made anew from the weights"
+            )
+            checkpoint["state_dict"] = anew
+
+    def on_train_start(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            for name in ("lr", "betas", "eps", "momentum"):
+                wanted = _as_tuple(optimizer.defaults.get(name))
+                has = _as_tuple(optimizer.param_groups[0].get("initial_lr" if name == "lr" else name, wanted))
+                if has != wanted:
+                    rank_zero_warn(
+                        f"training goes on with the checkpoint's {name}={has}, not {wanted}: an optimiser's options "
+                        "are part of its state (model.init_from starts a new run from weights)"
+                    )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if isinstance(self._trainer, Trainer) and "optimizer_states" in checkpoint:  # the Fabric loop does it itself
+            name_optimizer_states(checkpoint["optimizer_states"], self, self._trainer.optimizers)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids int64 ``[B, T]`` -> logits ``[B, T, vocab_size]``."""
+        logits: Tensor = self.model(tokens)
+        return logits
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.model.loss(batch[:, :-1], batch[:, 1:])
+        # Not with prog_bar=True: Lightning would fetch them after every batch. LossProgressBar shows them.
+        self.log("train/loss", loss.detach())
+        self.log("train/perplexity", loss.detach().exp())
+        # A tensor on the CPU: a number would be copied to the device, and the host would wait for the copy.
+        self.log("learning_rate", torch.as_tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._evaluate(batch, self.val_perplexity, "val")
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._evaluate(batch, self.test_perplexity, "test")
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Log-likelihood of each token after the first, float32 ``[batch, sequence_length]``."""
+        log_probabilities = self.model(batch[:, :-1]).float().log_softmax(-1)
+        return log_probabilities.gather(-1, batch[:, 1:].unsqueeze(-1)).squeeze(-1)
+
+    def _evaluate(self, batch: Tensor, perplexity: Perplexity, stage: str) -> None:
+        loss = self.model.loss(batch[:, :-1], batch[:, 1:])
+        perplexity.update(loss, batch[:, 1:].numel())
+        self.log(f"{stage}/loss", loss, on_epoch=True, on_step=False, batch_size=len(batch), sync_dist=True)
+        self.log(f"{stage}/perplexity", perplexity, on_epoch=True, on_step=False, prog_bar=True)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Two optimiser groups: weights of linear layers decay; norms, biases and embeddings do not."""
+        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        decay: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                (decay if parameter.ndim >= 2 and id(parameter) not in embeddings else rest).append(parameter)
+        return [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        steps = self.hparams["schedule_steps"] or self.trainer.max_steps
+        if steps < 1 and self.hparams["schedule"] != "constant":
+            raise ConfigError(
+                f"a {self.hparams['schedule']} schedule must know its end: set the trainer's max_steps, "
+                "or the model's schedule_steps"
+            )
+        optimizer = self._make_optimizer(self.parameter_groups())
+        factor = partial(
+            learning_rate_factor,
+            schedule=self.hparams["schedule"],
+            warmup_steps=self.hparams["warmup_steps"],
+            max_steps=steps,
+            floor=self.hparams["final_learning_rate"],
+        )
+        scheduler = LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _as_tuple(option: Any) -> Any:
+    """A list, as YAML and checkpoints have betas, as a tuple."""
+    return tuple(option) if isinstance(option, list) else option

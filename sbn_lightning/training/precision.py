@@ -1,0 +1,230 @@
+"""``SparseTernaryPrecision``: the precision plugin that gives ternary layers their kernels.
+
+It owns three choices: the dtype that everything else computes in, the backend of each ternary layer, and what the
+gradients are rounded to. Layers are changed in place and keep their parameters and state-dict keys, so a checkpoint
+moves freely between backends, and between CPU and GPU.
+
+One class serves ``Trainer(plugins=...)`` and ``Fabric(plugins=...)``. Both call a precision plugin's hooks, with other
+arguments: where a Trainer hands over its LightningModule to run the module's hooks around the backward pass, Fabric
+has none. What arrives tells the two apart.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.precision.precision import Precision as FabricPrecision
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision.precision import Precision
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from typing_extensions import override
+
+from sbn_lightning.backends.reference import REFERENCE
+from sbn_lightning.backends.selection import BACKENDS, BackendName, Choice, choose, table
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.sparse_linear import SparseBitLinear, ternary_layers
+
+ComputeDtype = Literal["bf16", "fp32"]
+
+
+@dataclass
+class _Model:
+    """A converted module. References are weak: under Fabric, which tears nothing down, a plugin outlives its models."""
+
+    module: weakref.ref[nn.Module]
+    device: torch.device | None = None  # that its layers have their backends for
+    layers: list[weakref.ref[SparseBitLinear]] = field(default_factory=list)
+
+    def ternary_layers(self) -> list[SparseBitLinear]:
+        """Those that have a backend; a layer that was reverted is none any more."""
+        return [layer for ref in self.layers if isinstance(layer := ref(), SparseBitLinear)]
+
+
+class SparseTernaryPrecision(Precision):
+    """Runs ternary layers on integer tensor cores, and everything else in ``dtype``.
+
+    The forward equals the reference's to rounding, whatever the backend: weights and tokens are integers, and their
+    product is exact. Parameters stay as they are (float32, for small updates to count).
+
+    Args:
+        backend: ``"auto"``: for each layer the fastest that gives the dense result, measured at the start (on a CPU
+            the reference); ``"sparse"``: sparse tensor cores, 2:4 only; ``"int8"``: dense int8 tensor cores, any
+            pattern; ``"reference"``: plain PyTorch.
+        gradients: ``"bf16"``: exact straight-through, in ``dtype``; ``"int8"``: the gradient of a layer's output is
+            rounded stochastically to int8 and both products of the backward run on int8 tensor cores.
+        dtype: ``"bf16"``: autocast to bfloat16; ``"fp32"``: no autocast.
+        tokens: Tokens in a micro-batch, for the measurement.
+        seed: Of the stochastic rounding.
+
+    Raises:
+        ConfigError: On an option that is not one of these.
+    """
+
+    precision: Any = "bf16-mixed"
+
+    def __init__(
+        self,
+        backend: BackendName = "auto",
+        gradients: Literal["bf16", "int8"] = "bf16",
+        dtype: ComputeDtype = "bf16",
+        tokens: int = 8192,
+        seed: int = 0,
+    ) -> None:
+        for option, value, known in (
+            ("backend", backend, BACKENDS),
+            ("gradients", gradients, ("bf16", "int8")),
+            ("dtype", dtype, ("bf16", "fp32")),
+        ):
+            if value not in known:
+                raise ConfigError(f"SparseTernaryPrecision: {option}={value!r} is not one of {', '.join(known)}")
+        if gradients == "int8" and backend == "reference":
+            raise ConfigError(
+                'SparseTernaryPrecision: gradients="int8" run on integer tensor cores: use backend="auto", "int8" or '
+                '"sparse"'
+            )
+        if tokens < 1:
+            raise ConfigError(f"SparseTernaryPrecision: tokens={tokens} must be at least 1")
+        self.backend, self.gradients, self.dtype, self.tokens, self.seed = backend, gradients, dtype, tokens, seed
+        self.precision = "bf16-mixed" if dtype == "bf16" else "32-true"
+        self._models: list[_Model] = []
+        self._passes = 0
+        self._device_type = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def __repr__(self) -> str:
+        return f"SparseTernaryPrecision(backend={self.backend!r}, gradients={self.gradients!r}, dtype={self.dtype!r})"
+
+    # Layers.
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Takes note of ``module``; its layers get their backends before the first forward, where their device is.
+
+        Raises:
+            ConfigError: If ``module`` has no ternary layer.
+        """
+        if not ternary_layers(module):
+            raise ConfigError(
+                f"SparseTernaryPrecision found no SparseBitLinear in {type(module).__name__}; add the "
+                "TernarySparseConversion callback, build the model with these layers, or replace the plugin by "
+                'precision="bf16-mixed"'
+            )
+        self._models = [model for model in self._models if model.module() not in (None, module)]
+        self._models.append(_Model(weakref.ref(module)))
+        return module
+
+    def _install(self, model: _Model, module: nn.Module) -> None:
+        layers = ternary_layers(module)
+        device = next(iter(layers.values())).weight.device
+        self._device_type = device.type
+        choices = self._agreed_choices(layers, device)
+        exact = sum(choice.engine is None for choice in choices.values())
+        for name, layer in layers.items():
+            layer.backend = choices[name].make(self.gradients)
+        model.layers, model.device = [weakref.ref(layer) for layer in layers.values()], device
+        rank_zero_info(f"{self!r}:\n{table(layers, choices)}")
+        if self.gradients == "int8" and exact:
+            rank_zero_info(f"gradients stay exact in the {exact} layers on the reference backend")
+
+    def _agreed_choices(self, layers: dict[str, SparseBitLinear], device: torch.device) -> dict[str, Choice]:
+        """The same choices on every rank: timings differ."""
+        rank, processes = _place()
+        agreed: list[dict[str, Choice] | None] = [None]
+        if self.backend != "auto" or rank == 0:
+            agreed = [choose(layers, self.backend, device, self._compute_dtype, self.tokens)]
+        if processes > 1:
+            dist.broadcast_object_list(agreed)
+        choices = agreed[0]
+        assert choices is not None
+        return choices
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+    @override
+    def teardown(self) -> None:
+        """Leaves the layers on the reference backend: Lightning moves the module to the CPU when it is done."""
+        for model in self._models:
+            for layer in model.ternary_layers():
+                layer.backend = REFERENCE
+        self._models = []
+
+    # A pass through the model.
+
+    @override
+    @contextmanager
+    def forward_context(self) -> Generator[None, None, None]:
+        """Gives layers that are new, or on another device now, their backends; draws seeds; sets autocast."""
+        layers = []
+        for model in self._models:
+            module, known = model.module(), model.ternary_layers()
+            if module is not None and (model.device is None or (known and known[0].weight.device != model.device)):
+                self._install(model, module)
+                known = model.ternary_layers()
+            layers += known
+        if self.gradients == "int8" and torch.is_grad_enabled() and layers:
+            self._draw_seeds(layers)
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self.dtype == "bf16"):
+            yield
+
+    def _draw_seeds(self, layers: list[SparseBitLinear]) -> None:
+        """A seed for each layer, pass and process. New tensors: a backward still to come may hold the old ones.
+
+        Processes must not share seeds: roundings by one draw err alike, and their mean would err as much as one.
+        """
+        rank, processes = _place()
+        count = len(layers)
+        first = (self.seed % 2**23 << 40) + (self._passes * processes + rank) * count
+        self._passes += 1
+        # Two columns: views start on 16-byte boundaries, as compiled code likes its inputs.
+        seeds = torch.arange(first, first + count, device=layers[0].weight.device).repeat_interleave(2)
+        for layer, seed in zip(layers, seeds.view(count, 2)[:, :1].unbind(), strict=True):
+            if layer.backend is not REFERENCE:
+                layer.backend.seed = seed.to(layer.weight.device)  # type: ignore[attr-defined]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"passes": self._passes} if self.gradients == "int8" else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._passes = state_dict.get("passes", 0)
+
+    # Trainer or Fabric.
+
+    @override
+    def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:  # type: ignore[override]
+        return _hooks(module).pre_backward(self, tensor, module)  # type: ignore[arg-type]
+
+    @override
+    def backward(self, tensor: Tensor, model: nn.Module | None, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        _hooks(model).backward(self, tensor, model, *args, **kwargs)  # type: ignore[arg-type]
+
+    @override
+    def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Any:  # type: ignore[override]
+        return _hooks(module).post_backward(self, tensor, module)  # type: ignore[arg-type]
+
+    @override
+    def optimizer_step(self, optimizer: Any, model: nn.Module | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        given = {} if model is None else {"model": model}
+        return _hooks(model).optimizer_step(self, optimizer, **given, **kwargs)
+
+
+def _hooks(module: nn.Module | None) -> type[FabricPrecision]:
+    """The class whose hooks suit whoever drives the training."""
+    trained = isinstance(module, LightningModule) and isinstance(module._trainer, Trainer)
+    return Precision if trained else FabricPrecision
+
+
+def _place() -> tuple[int, int]:
+    """Rank of this process, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

@@ -1,0 +1,198 @@
+"""Benchmarks as far as a CPU can run them: their rows, and a small model through that of generation."""
+
+import argparse
+import csv
+import importlib
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ENVIRONMENT = {"gpu": "none", "torch": "2", "triton": "3", "driver": "1", "clocks": "0"}
+
+
+class WallClockEvent:
+    """``torch.cuda.Event`` where there is no GPU."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later: "WallClockEvent") -> float:
+        return 1e3 * (later.at - self.at)
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    common = importlib.import_module("common")
+    monkeypatch.setattr(common, "environment", lambda: ENVIRONMENT)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_are_replaced_by_key() -> None:
+    common = importlib.import_module("common")
+    path = common.fresh_results("made_up")
+    for name, batch, ms in (("a, b", 1, 1 / 3), ("a, b", 4, 2.0), ("c", 1, 3.0)):
+        common.append(path, {"name": name, "batch": batch, "ms": ms, "note": ""}, ("name", "batch"))
+    before = path.read_bytes()
+    assert common.fresh_results("made_up", keep=True, columns=("name", "batch", "ms", "note")).read_bytes() == before
+    common.append(path, {"name": "a, b", "batch": 1, "ms": 9.0, "note": ""}, ("name", "batch"))
+    assert [(row["name"], row["batch"], row["ms"]) for row in read(path)] == [
+        ("a, b", "4", "2"),
+        ("c", "1", "3"),
+        ("a, b", "1", "9"),
+    ]
+    common.append(path, {"name": "c", "batch": 1, "ms": 4.0, "note": ""})
+    assert len(read(path)) == 4
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="another benchmark or version"):
+        common.append(path, {"name": "c", "ms": 4.0})
+    with pytest.raises(ValueError, match="another benchmark or version"):
+        common.fresh_results("made_up", keep=True, columns=("name", "ms"))
+    assert path.read_bytes() == before
+    assert not common.fresh_results("made_up").exists()
+
+
+@pytest.fixture
+def generation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark with tiny models on a CPU."""
+    module = importlib.import_module("generation")
+    tiny = {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 64}
+    monkeypatch.setitem(module.QWEN2_5_SHAPES, "qwen2.5-0.5b", tiny)
+    monkeypatch.setattr(module, "VARIANTS", {k: (*v[:2], "reference") for k, v in module.VARIANTS.items()})
+    monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(module, "PREFILL_LENGTH", 16)
+    monkeypatch.setattr(torch.cuda, "Event", WallClockEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return module
+
+
+ARGUMENTS = argparse.Namespace(phases=["prefill", "decode"], batches=[1, 6], context=8, steps=8, compile=False)
+
+
+def test_generation_rows(generation: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    generation.exact_gate()
+    table = generation.Table(tmp_path / "rows.csv", "qwen2.5-0.5b")
+    generation.ours(table, "bf16 dense", ARGUMENTS)
+    generation.ours(table, "2:4", ARGUMENTS)
+    generation.huggingface(table, ARGUMENTS)
+    rows = read(table.path)
+    assert tuple(rows[0])[: len(generation.COLUMNS)] == generation.COLUMNS
+    for variant in ("bf16 dense", "2:4", generation.TRANSFORMERS):
+        found = [(row["what"], row["batch"]) for row in rows if row["variant"] == variant]
+        assert found == [("prefill", "1"), ("prefill", "6"), ("decode", "1"), ("decode", "6")], variant
+    assert all(row["vs_bf16"] for row in rows)
+    assert not table.missing
+    for row in rows:
+        tokens = int(row["batch"]) * (16 if row["what"] == "prefill" else 1)
+        assert float(row["tokens_s"]) == pytest.approx(1e3 * tokens / float(row["ms"]), rel=1e-4)
+
+
+def test_generation_without_bf16_has_no_ratio(generation: ModuleType, tmp_path: Path) -> None:
+    table = generation.Table(tmp_path / "rows.csv", "qwen2.5-0.5b")
+    generation.ours(table, "2:4", argparse.Namespace(**vars(ARGUMENTS) | {"phases": ["decode"]}))
+    assert [(row["batch"], row["vs_bf16"]) for row in read(table.path)] == [("1", ""), ("6", "")]
+
+
+def test_a_batch_that_fails_does_not_end_the_run(
+    generation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode_ms(model: object, batch: int, context: int, steps: int) -> float:
+        if batch == 1:
+            raise torch.OutOfMemoryError("out of memory\nmuch more of it")
+        return 2.0
+
+    monkeypatch.setattr(generation, "decode_ms", decode_ms)
+    table = generation.Table(tmp_path / "rows.csv", "qwen2.5-0.5b")
+    generation.ours(table, "bf16 dense", argparse.Namespace(**vars(ARGUMENTS) | {"phases": ["decode"]}))
+    assert [row["batch"] for row in read(table.path)] == ["6"]
+    assert table.missing == ["qwen2.5-0.5b, bf16 dense, decode, batch 1"]
+
+
+def test_summary_of_generation(tmp_path: Path) -> None:
+    """The CSV in the repository with rows added to it: all batches of both phases, in order, the newest of each."""
+    render = importlib.import_module("render")
+    rows = read(BENCHMARKS / "results" / "generation.csv")
+
+    def add(what: str, batch: int, variant: str, rate: float, ratio: str, measured: str = "2099") -> None:
+        cell = {"model": "qwen9", "what": what, "batch": str(batch), "variant": variant}
+        rows.append({**rows[0], **cell, "tokens_s": str(rate), "vs_bf16": ratio, "measured": measured})
+
+    for batch in (64, 16, 4, 1):
+        add("decode", batch, "transformers generate", 100 * batch, "0.1")
+        add("decode", batch, "bf16 dense", 1000 * batch, "1")
+        add("prefill", batch, "2:4", 2000 * batch, "2")
+    add("prefill", 64, "bf16 dense", 64000, "1")
+    add("prefill", 64, "transformers generate", 32000, "")
+    add("decode", 1, "bf16 dense", 7, "1", measured="2026")  # older, but further down
+    path = tmp_path / "generation.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    text = render.summarize(path)
+    assert text.splitlines()[2] == "| tokens/s | bf16 dense | 2:4 | 6:8 | transformers generate |"
+    assert "\n".join(line for line in text.splitlines() if "qwen9" in line) == (
+        "| qwen9, prefill, batch 1 |  | 2,000 (2.00x) |  |  |\n"
+        "| qwen9, prefill, batch 4 |  | 8,000 (2.00x) |  |  |\n"
+        "| qwen9, prefill, batch 16 |  | 32,000 (2.00x) |  |  |\n"
+        "| qwen9, prefill, batch 64 | 64,000 | 128,000 (2.00x) |  | 32,000 |\n"
+        "| qwen9, decode, batch 1 | 1,000 |  |  | 100 (0.10x) |\n"
+        "| qwen9, decode, batch 4 | 4,000 |  |  | 400 (0.10x) |\n"
+        "| qwen9, decode, batch 16 | 16,000 |  |  | 1,600 (0.10x) |\n"
+        "| qwen9, decode, batch 64 | 64,000 |  |  | 6,400 (0.10x) |"
+    )
+    assert len(text.splitlines()) == 4 + len({(row["model"], row["what"], row["batch"]) for row in rows})
+
+
+def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches by shape unless given, the link where there is one, no ratio without a run on one GPU."""
+    scaling = importlib.import_module("scaling")
+    commands: list[list[str]] = []
+
+    def child(name: str, options: list[str], args: object, gpu: int | None) -> dict[str, object] | None:
+        commands.append(options)
+        return None if name == "qwen2.5-3b ddp" else {"ms": 1000.0, "peak_gib": 1.0, "same_masks": "fsdp2" not in name}
+
+    monkeypatch.setattr(scaling, "child", child)
+    args = argparse.Namespace(sequences=None, accumulate=None, gradients="int8", devices=2, steps=6)
+    table = scaling.Table(tmp_path / "scaling.csv", args, 300.0)
+    table.add_singles(["qwen2.5-0.5b"])
+    for shape in ("qwen2.5-0.5b", "qwen2.5-3b"):
+        table.add(shape, "ddp", table.measure(shape, "ddp"))
+    args.accumulate = 8
+    table.measure("qwen2.5-3b", "fsdp2 unsharded")
+    assert [options[:4] for options in commands[::3]] == [
+        ["--run", "one", "--shapes", "qwen2.5-0.5b"],
+        ["--run", "fsdp2 unsharded", "--shapes", "qwen2.5-3b"],
+    ]
+    assert [" ".join(options[6:]) for options in commands] == [
+        "--sequences 8 --accumulate 2 --steps 6 --devices 1",
+        "--sequences 8 --accumulate 2 --steps 6 --devices 2",
+        "--sequences 4 --accumulate 4 --steps 6 --devices 2",
+        "--sequences 4 --accumulate 8 --steps 6 --devices 2",
+    ]
+    rows = read(table.path)
+    assert [(row["strategy"], row["tokens_per_s"], row["scaling"], row["link_gb_per_s"]) for row in rows] == [
+        ("one", "32768", "1", ""),
+        ("ddp", "65536", "1", "300"),
+    ]
+    assert tuple(rows[0])[: len(scaling.COLUMNS)] == scaling.COLUMNS
+    assert table.missing == ["qwen2.5-3b ddp"]
+    table.alone.clear()
+    table.add("qwen2.5-0.5b", "ddp", {"ms": 500.0, "peak_gib": 1.0, "same_masks": True})
+    assert [(row["strategy"], row["scaling"]) for row in read(table.path)] == [("one", "1"), ("ddp", "1"), ("ddp", "")]
+    with pytest.raises(AssertionError, match="different masks"):
+        table.add("qwen2.5-0.5b", "fsdp2", {"ms": 1.0, "peak_gib": 1.0, "same_masks": False})

@@ -1,0 +1,84 @@
+"""``TernarySparseConversion`` in runs of modules that know nothing of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sbn_lightning import MaskRefresh, SparseBitLinear, TernarySparseConversion
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.sparsity.pattern import NMPattern, top_n_mask
+from tests.helpers import ForeignModule, quiet_trainer, regression_loader
+
+
+@pytest.mark.parametrize(("options", "left"), [({"exclude": "*.0"}, "net.0"), ({"include": "*.0"}, "net.2")])
+def test_one_name_is_a_pattern_too(options, left):
+    conversion = TernarySparseConversion("2:4", **options)
+    quiet_trainer([conversion], max_steps=1).fit(ForeignModule(), regression_loader())
+    assert conversion.report.skipped == {left: "excluded by name"}
+
+
+@pytest.mark.parametrize("in_configure_model", [False, True])
+def test_conversion_of_a_foreign_module(in_configure_model):
+    module = ForeignModule(in_configure_model)
+    conversion = TernarySparseConversion("2:4", exclude=("net.2",))
+    trainer = quiet_trainer([conversion, MaskRefresh()], max_steps=20)
+    trainer.fit(module, regression_loader())
+    assert conversion.report.converted == ["net.0"]
+    assert conversion.report.skipped == {"net.2": "excluded by name"}
+    assert type(module.net[0]) is SparseBitLinear
+    assert module._ddp_params_and_buffers_to_ignore == ["net.0.mask_bits"]
+    optimised = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert {id(p) for p in module.parameters()} == optimised
+    assert torch.equal(module.net[0].mask, top_n_mask(module.net[0].weight, NMPattern(2, 4)))
+
+
+@pytest.mark.parametrize("in_configure_model", [False, True])
+def test_a_converted_module_resumes(in_configure_model):
+    def run(steps, ckpt_path=None):
+        module = ForeignModule(in_configure_model)
+        trainer = quiet_trainer([TernarySparseConversion("2:4"), MaskRefresh(interval=4)], max_steps=steps)
+        trainer.fit(module, regression_loader(batch_size=64), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(f"{steps}.ckpt")
+        return module.state_dict()
+
+    expected = run(14)
+    run(6)
+    resumed = run(14, "6.ckpt")
+    assert sorted(expected) == sorted(resumed)
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+
+
+FORKED = """
+from tests.helpers import ForeignModule, quiet_trainer, regression_loader
+from sbn_lightning import TernarySparseConversion, convert_linears
+import torch
+
+module = ForeignModule()
+options = {"strategy": "ddp_fork", "devices": 1, "max_steps": 2, "enable_checkpointing": True}
+trainer = quiet_trainer([TernarySparseConversion("2:4")], **options)
+trainer.fit(module, regression_loader())
+convert_linears(module, "2:4")
+saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=False)["state_dict"]
+print("same", all(torch.equal(value, saved[name]) for name, value in module.state_dict().items()))
+"""
+
+
+def test_training_in_a_forked_process_says_what_the_model_here_is():
+    """It keeps plain layers with the trained weights; converted as told it is the model of the checkpoint.
+
+    In an interpreter of its own: once autograd has threads a process cannot be forked any more.
+    """
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", FORKED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200, env=environment)
+    assert "call convert_linears on it with the same options" in done.stderr
+    assert "same True" in done.stdout
+
+
+def test_a_conversion_that_matches_nothing_is_an_error():
+    with pytest.raises(ConfigError, match="no layer was converted"):
+        quiet_trainer([TernarySparseConversion(include=("encoder",))]).fit(ForeignModule(), regression_loader())

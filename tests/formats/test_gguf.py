@@ -1,0 +1,237 @@
+"""GGUF files, read back with the gguf package. ``by_hand_llama.py`` tries them with llama.cpp."""
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from sbn_lightning.cli import main
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.data.tokenizer import byte_tokenizer, train_bpe
+from sbn_lightning.formats.gguf.tokenizer import check_tokenizer
+from sbn_lightning.formats.gguf.write import interleave_halves
+from tests.formats.models import make_model, save
+
+gguf = pytest.importorskip("gguf")
+
+WIDE = {"d_model": 256, "d_ffn": 512, "n_layers": 1}
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def export(*more):
+    return main(["export", "--checkpoint", "m.ckpt", "--output", "out", "--format", "gguf", *more])
+
+
+def read(path):
+    reader = gguf.GGUFReader(path)
+    tensors = {t.name: (t, gguf.quants.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    return reader, tensors
+
+
+@pytest.mark.parametrize("quantization", ["TQ2_0", "TQ1_0", "Q4_0"])
+@pytest.mark.parametrize(
+    ("options", "architecture"),
+    [
+        ({"pattern": "2:4"}, "llama"),
+        ({"qkv_bias": True, "tie_embeddings": False, "rope_theta": 1e6, "norm_eps": 1e-5}, "qwen2"),
+    ],
+)
+def test_dequantised_weights_are_ours(tmp_path, quantization, options, architecture):
+    """To the last bit, with gamma rounded to float16; a block without a weight, whose scale is 0, included."""
+    model = make_model(**WIDE, **options)
+    with torch.no_grad():
+        model.blocks[0].mlp.down.weight[3, 256:] = 0
+    save(model, tmp_path / "m.ckpt")
+    assert export("--quantization", quantization) == 0
+    reader, tensors = read(tmp_path / f"out/model-{quantization}.gguf")
+    head = model.config.head_size
+    block = model.blocks[0]
+    parts = [(block.attention.qkv, (256, 128, 128), ("attn_q", "attn_k", "attn_v"))]
+    parts += [(block.attention.o, (256,), ("attn_output",)), (block.mlp.gate_up, (512, 512), ("ffn_gate", "ffn_up"))]
+    parts += [(block.mlp.down, (256,), ("ffn_down",))]
+    for layer, rows, names in parts:
+        codes, gamma = layer.ternary()
+        for name, piece, scale in zip(names, codes.split(rows), gamma, strict=True):
+            expected = piece * scale.half().float()
+            if architecture == "llama" and name in ("attn_q", "attn_k"):
+                # Rows 2j and 2j + 1 of a head there are rows j and j + E/2 here.
+                order = [
+                    h * head + j + half * head // 2
+                    for h in range(len(piece) // head)
+                    for j in range(head // 2)
+                    for half in (0, 1)
+                ]
+                expected = expected[order]
+            tensor, values = tensors[f"blk.0.{name}.weight"]
+            assert tensor.tensor_type.name == quantization
+            assert np.array_equal(values, expected.numpy())
+    assert np.array_equal(tensors["token_embd.weight"][1], model.embed.weight.detach().numpy())
+    assert np.array_equal(tensors["blk.0.ffn_norm.weight"][1], block.mlp_norm.weight.detach().numpy())
+    assert ("output.weight" in tensors) == (not model.config.tie_embeddings)
+    if architecture == "qwen2":
+        bias = np.concatenate([tensors[f"blk.0.attn_{name}.bias"][1] for name in "qkv"])
+        assert np.array_equal(bias, block.attention.qkv.bias.detach().numpy())
+    expected = {
+        "general.architecture": architecture,
+        f"{architecture}.block_count": 1,
+        f"{architecture}.embedding_length": 256,
+        f"{architecture}.feed_forward_length": 512,
+        f"{architecture}.attention.head_count": 4,
+        f"{architecture}.attention.head_count_kv": 2,
+        f"{architecture}.rope.freq_base": model.config.rope_theta,
+        f"{architecture}.attention.layer_norm_rms_epsilon": pytest.approx(model.config.norm_eps),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.eos_token_id": 256,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    assert {key: reader.fields[key].contents() for key in expected} == expected
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == model.config.vocab_size
+    assert [tokens[i] for i in (97, 256, 319)] == ["a", "<|endoftext|>", "[UNUSED319]"]
+    types = reader.fields["tokenizer.ggml.token_type"].contents()
+    assert [types[i] for i in (97, 256, 319)] == [1, 3, 5]
+    assert reader.fields["tokenizer.ggml.merges"].contents() == ["<|endoftext|> <|endoftext|>"]
+
+
+def test_widths_that_256_does_not_divide(tmp_path):
+    model = make_model(d_model=96, d_ffn=160)
+    save(model, tmp_path / "m.ckpt")
+    assert export("--quantization", "Q4_0") == 0
+    _, tensors = read(tmp_path / "out/model-Q4_0.gguf")
+    codes, gamma = model.blocks[1].mlp.down.ternary()
+    assert np.array_equal(tensors["blk.1.ffn_down.weight"][1], (codes * gamma.half().float()).numpy())
+
+
+def test_embeddings_in_bfloat16(tmp_path):
+    model = make_model(**WIDE)
+    save(model, tmp_path / "m.ckpt")
+    assert export("--dtype", "bfloat16") == 0
+    _, tensors = read(tmp_path / "out/model-TQ2_0.gguf")
+    assert tensors["token_embd.weight"][0].tensor_type.name == "BF16"
+    expected = model.embed.weight.detach().bfloat16().float().numpy()
+    assert np.array_equal(tensors["token_embd.weight"][1], expected)
+
+
+def test_interleaving_undoes_the_halves():
+    """Rotating neighbours of the reordered rows is rotating halves of the rows as they were."""
+    torch.manual_seed(0)
+    rows, angles = torch.randn(2 * 8), torch.randn(4)
+    left, right = rows.view(2, 2, 4).unbind(1)
+    halves = torch.stack((left * angles.cos() - right * angles.sin(), right * angles.cos() + left * angles.sin()), 1)
+    even, odd = interleave_halves(rows.unsqueeze(-1), 8).view(2, 4, 2).unbind(-1)
+    pairs = torch.stack((even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin()), -1)
+    assert torch.equal(interleave_halves(halves.flatten().unsqueeze(-1), 8).flatten(), pairs.flatten())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"blocks.0.attention.qkv: in_features=32 is not a multiple of 256"),
+        ({"d_model": 256, "d_ffn": 320}, r"blocks.0.mlp.down: in_features=320 is not a multiple of 256"),
+        ({"d_model": 256, "d_ffn": 320}, "use --quantization Q4_0"),
+        ({"d_model": 256, "d_ffn": 328}, "this quantisation; use --format packed"),
+        ({**WIDE, "activation_bits": None}, "activation_bits=None"),
+        ({**WIDE, "linear": "dense"}, "use --format hf"),
+    ],
+)
+def test_what_has_no_home_is_refused_before_writing(tmp_path, capsys, options, message):
+    save(make_model(**options), tmp_path / "m.ckpt")
+    assert export() == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_that_float16_cannot_hold_are_refused(tmp_path, capsys):
+    model = make_model(**WIDE)
+    with torch.no_grad():
+        model.blocks[0].attention.o.weight.mul_(1e-3)
+    save(model, tmp_path / "m.ckpt")
+    assert export() == 1
+    assert "blocks.0.attention.o: gamma=" in capsys.readouterr().err
+
+
+def test_a_tokenizer_is_needed(tmp_path, capsys):
+    save(make_model(**WIDE), tmp_path / "m.ckpt", tokenizer=False)
+    assert export() == 1
+    assert "pass --tokenizer" in capsys.readouterr().err
+    byte_tokenizer().save("tokenizer.json")
+    assert export("--tokenizer", "tokenizer.json") == 0
+
+
+def test_a_token_before_each_text_is_known_there(tmp_path):
+    """As Llama 3's: what begins a text is not what ends it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<start>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A", special_tokens=[("<start>", tokenizer.token_to_id("<start>"))]
+    )
+    save(make_model(**WIDE), tmp_path / "m.ckpt", tokenizer=False)
+    tokenizer.save("tokenizer.json")
+    assert export() == 0
+    fields = read(tmp_path / "out/model-TQ2_0.gguf")[0].fields
+    ids = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("bos", "eos")]
+    assert ids == [tokenizer.token_to_id("<start>"), tokenizer.token_to_id("<|endoftext|>")]
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+
+
+@pytest.mark.parametrize("format", ["gguf", "packed"])
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, capsys, format):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"more{i}" for i in range(100)])
+    save(make_model(**WIDE), tmp_path / "m.ckpt", tokenizer=False)
+    tokenizer.save("tokenizer.json")
+    assert export("--format", format) == 1
+    assert f"has {tokenizer.get_vocab_size()} tokens, the model's vocab_size is 320" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_package_is_asked_for_by_name(tmp_path, capsys, monkeypatch):
+    import sys
+
+    save(make_model(**WIDE), tmp_path / "m.ckpt")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert export() == 1
+    assert 'pip install "sbn-lightning[export]"' in capsys.readouterr().err
+
+
+def merged(pre_tokenizer, **parts):
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    return tokenizer
+
+
+def split(pattern):
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+
+
+def test_ways_to_cut_text_are_known_by_name():
+    assert check_tokenizer(train_bpe(["some text " * 50], 270))[1] == "gpt-2"
+    assert check_tokenizer(merged(split(QWEN2_WORDS)))[1] == "qwen2"
+    assert check_tokenizer(merged(split(QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))))[1] == "llama-bpe"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (merged(split(r"\w+")), r"cuts text \(\\w\+\)"),
+        (merged(pre_tokenizers.Whitespace()), "Whitespace"),
+        (merged(split(QWEN2_WORDS), normalizer=normalizers.Lowercase()), "this tokenizer does .Lowercase"),
+        (
+            merged(split(QWEN2_WORDS), post_processor=processors.TemplateProcessing("$A b", special_tokens=[("b", 1)])),
+            "adds one token before a text; this tokenizer adds others",
+        ),
+        (merged(pre_tokenizers.ByteLevel(add_prefix_space=True)), "with add_prefix_space"),
+        (Tokenizer(models.BPE(vocab={"a": 0}, merges=[], byte_fallback=True)), "byte-level BPE"),
+        (Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "byte-level BPE"),
+    ],
+)
+def test_tokenizers_without_a_name_there_are_refused(tokenizer, message):
+    with pytest.raises(ConfigError, match=message):
+        check_tokenizer(tokenizer)

@@ -1,0 +1,104 @@
+"""The packed layout of transformers' bitnet; transformers itself reads what is written."""
+
+import pytest
+import torch
+
+from sbn_lightning.cli import main
+from sbn_lightning.formats.huggingface.write import pack_rows
+from tests.formats.models import logits, make_model, save, some_tokens
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate", reason="transformers needs it to load a bitnet model")
+
+
+@pytest.fixture(autouse=True)
+def _eager():
+    """transformers compiles its quantisers: half a minute, and other roundings than the eager ones."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+def export(*more):
+    return main(["export", "--checkpoint", "m.ckpt", "--output", "out", "--format", "hf-bitnet", *more])
+
+
+def test_rows_are_packed_as_transformers_packs_them():
+    from transformers.integrations.bitnet import pack_weights, unpack_weights
+
+    codes = torch.randint(-1, 2, (12, 7), dtype=torch.int8)
+    packed = pack_rows(codes)
+    assert torch.equal(packed, pack_weights(codes.clone()))  # which changes its argument
+    assert torch.equal(unpack_weights(packed, torch.float32), codes.float())
+    assert packed[1, 2] == sum((int(codes[1 + 3 * i, 2]) + 1) << 2 * i for i in range(4))
+
+
+@pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
+@pytest.mark.parametrize(
+    ("options", "architecture"),
+    [
+        ({"pattern": "2:4"}, "LlamaForCausalLM"),
+        ({"qkv_bias": True, "tie_embeddings": False, "rope_theta": 1e6}, "Qwen2ForCausalLM"),
+    ],
+)
+def test_logits_are_ours(tmp_path, linear_class, options, architecture):
+    """To rounding: of float32, and of one 8-bit step where ``x * (127 / max)`` and ``x / (max / 127)`` fall apart."""
+    model = make_model(**options)
+    save(model, tmp_path / "m.ckpt")
+    assert export("--linear_class", linear_class) == 0
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
+    assert not any(report.values())
+    assert type(theirs).__name__ == architecture
+    assert "BitLinear" in type(theirs.model.layers[0].mlp.up_proj).__name__
+    tokens = some_tokens(length=48)
+    expected, actual = logits(model, tokens), logits(theirs.eval(), tokens)
+    error = (actual - expected).abs().amax(-1) / expected.std()
+    assert error.median() < 1e-5
+    assert error.max() < 2e-2
+    # The scales of gate and up, and of q, k and v, differ: a shared one would show.
+    assert model.blocks[0].mlp.gate_up.ternary()[1].unique().numel() == 2
+
+
+@pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
+def test_in_bfloat16(tmp_path, linear_class):
+    """The dtype is chosen when exporting: transformers does not cast the dense part of a bitnet model."""
+    model = make_model(qkv_bias=True)
+    save(model, tmp_path / "m.ckpt")
+    assert export("--linear_class", linear_class, "--dtype", "bfloat16") == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("out")
+    actual, expected = logits(theirs, some_tokens()), logits(model, some_tokens())
+    assert actual.dtype == torch.bfloat16
+    assert ((actual - expected).abs().amax(-1) / expected.std()).median() < 0.1
+
+
+def test_each_layer_is_ours(tmp_path):
+    """Where nothing before it rounds, a layer differs by float32 rounding only."""
+    model = make_model(qkv_bias=True)
+    save(model, tmp_path / "m.ckpt")
+    x = torch.randint(-127, 128, (5, 32)).float()
+    x[:, 0] = 127  # s = 1: the tokens are their own codes
+    layer = model.blocks[1].attention.qkv
+    for linear_class in ("bitlinear", "autobitlinear"):
+        export("--linear_class", linear_class, "--overwrite=true")
+        attention = transformers.AutoModelForCausalLM.from_pretrained("out").model.layers[1].self_attn
+        with torch.no_grad():
+            actual = torch.cat(
+                [projection(x) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)], -1
+            )
+            torch.testing.assert_close(actual, layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation_bits": 4}, "activation_bits=4"),
+        ({"linear": "masked"}, "use --format hf"),
+        # k has one head of 2 features.
+        ({"d_model": 24, "n_heads": 12, "n_kv_heads": 1, "d_ffn": 32}, "k_proj has 2 rows, not a multiple of 4"),
+    ],
+)
+def test_what_it_cannot_hold_is_refused(tmp_path, capsys, options, message):
+    save(make_model(**options), tmp_path / "m.ckpt")
+    assert export() == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
