@@ -43,7 +43,8 @@ from sbn_lightning.formats.assemble import cast_model
 from sbn_lightning.inference import Decoder, Sampling, generate
 from sbn_lightning.inference.opening import use_backend
 from sbn_lightning.layers.sparse_linear import prepare_layers
-from sbn_lightning.models.transformer import QWEN2_5_SHAPES, TernaryTransformer, TransformerConfig
+from sbn_lightning.models.config import QWEN2_5_SHAPES, TransformerConfig
+from sbn_lightning.models.transformer import TernaryTransformer
 
 # Variant -> (what its linear layers are, pattern, backend).
 VARIANTS = {

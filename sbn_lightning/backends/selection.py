@@ -13,19 +13,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from sbn_lightning.backends.reference import REFERENCE, Backend, WeightSpec
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.sparse_linear import SparseBitLinear
-from sbn_lightning.sparsity.ternary import quantize_activations
+from sbn_lightning.sparsity.pattern import NMPattern
+from sbn_lightning.sparsity.ternary import GammaOver, quantize_activations
 
 if TYPE_CHECKING:
     from sbn_lightning.backends.integer import Engine, Gradients
-    from sbn_lightning.layers.packed import PackedTernaryLinear
 
 BackendName = Literal["auto", "reference", "int8", "sparse"]
 BACKENDS: tuple[BackendName, ...] = ("auto", "reference", "int8", "sparse")
@@ -33,6 +32,28 @@ BACKENDS: tuple[BackendName, ...] = ("auto", "reference", "int8", "sparse")
 WRONG = "its product differs from the dense one"
 _ROUNDS, _REPEATS = 5, 4
 _CHECKED = 256  # tokens that are compared with the dense product
+
+
+class LayerShape(Protocol):
+    """What a kernel asks of a layer before it says whether it can serve it."""
+
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def pattern(self) -> NMPattern: ...
+    @property
+    def activation_bits(self) -> int | None: ...
+
+
+class TernaryLayer(LayerShape, Protocol):
+    """What the measurement needs to know as well."""
+
+    @property
+    def split_sizes(self) -> tuple[int, ...] | None: ...
+    @property
+    def gamma_over(self) -> GammaOver: ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +105,7 @@ def engines(device: torch.device) -> tuple[dict[str, Engine], dict[str, str]]:
     return found, reasons
 
 
-def unfit(layer: SparseBitLinear | PackedTernaryLinear, name: str, engine: Engine) -> str | None:
+def unfit(layer: LayerShape, name: str, engine: Engine) -> str | None:
     """Why ``layer`` cannot run on a backend that the hardware has; None if it can."""
     if layer.activation_bits is None:
         return "activation_bits=None leaves nothing to multiply as integers"
@@ -95,9 +116,7 @@ def unfit(layer: SparseBitLinear | PackedTernaryLinear, name: str, engine: Engin
     return None
 
 
-def require(
-    layers: Mapping[str, SparseBitLinear] | Mapping[str, PackedTernaryLinear], wanted: BackendName, device: torch.device
-) -> Engine:
+def require(layers: Mapping[str, TernaryLayer], wanted: BackendName, device: torch.device) -> Engine:
     """The engine of the backend ``wanted``, ``"int8"`` or ``"sparse"``.
 
     Raises:
@@ -118,7 +137,7 @@ def _refusal(wanted: str, name: str, reason: str) -> str:
 
 
 def choose(
-    layers: Mapping[str, SparseBitLinear], wanted: BackendName, device: torch.device, dtype: torch.dtype, tokens: int
+    layers: Mapping[str, TernaryLayer], wanted: BackendName, device: torch.device, dtype: torch.dtype, tokens: int
 ) -> dict[str, Choice]:
     """Chooses a backend for each layer.
 
@@ -155,7 +174,7 @@ def choose(
     return choices
 
 
-def _key(layer: SparseBitLinear) -> tuple[object, ...]:
+def _key(layer: TernaryLayer) -> tuple[object, ...]:
     """Layers that agree in this share a measurement."""
     return layer.in_features, layer.out_features, layer.pattern, layer.activation_bits, layer.split_sizes
 
@@ -168,7 +187,7 @@ def _describe(device: torch.device) -> str:
 
 
 def _fastest(
-    layer: SparseBitLinear,
+    layer: TernaryLayer,
     found: dict[str, Engine],
     reasons: dict[str, str],
     device: torch.device,
@@ -207,7 +226,7 @@ def _fastest(
 class _Trial:
     """Random weights and tokens in the shape of a layer."""
 
-    def __init__(self, layer: SparseBitLinear, device: torch.device, dtype: torch.dtype, tokens: int) -> None:
+    def __init__(self, layer: TernaryLayer, device: torch.device, dtype: torch.dtype, tokens: int) -> None:
         assert layer.activation_bits is not None
         generator = torch.Generator(device).manual_seed(0)
         shape = layer.out_features, layer.in_features
@@ -256,7 +275,7 @@ def _milliseconds(run: Callable[[], Tensor]) -> float:
     return sorted(samples)[_ROUNDS // 2]
 
 
-def table(layers: Mapping[str, SparseBitLinear], choices: Mapping[str, Choice]) -> str:
+def table(layers: Mapping[str, TernaryLayer], choices: Mapping[str, Choice]) -> str:
     """The choices as text: layers that differ in a number only share a row."""
     rows: dict[tuple[str, ...], int] = {}
     for name, layer in layers.items():

@@ -1,8 +1,7 @@
 """What the callbacks share: one face for two kinds of run, masked layers, and each optimiser step exactly once.
 
-A callback here is a Lightning ``Callback`` that asks its trainer for little: :data:`Run` is a ``Trainer``, or a
-:class:`~sbn_lightning.fabric.loop.FabricRun`, which has the same things under the same names. Hooks keep Lightning's names
-and parameter names, so ``fabric.call(hook, trainer=run, pl_module=module, ...)`` reaches them by keyword.
+A callback here is a Lightning ``Callback`` that asks its trainer for little: :data:`Run` is a ``Trainer`` or a
+:class:`LoopRun`, which has the same things under the same names. Hooks keep Lightning's names and parameter names, so ``fabric.call(hook, trainer=run, pl_module=module, ...)`` reaches them by keyword.
 
 ``on_train_batch_end`` fires for every micro-batch; the optimiser steps only at the end of an accumulation window.
 ``trainer.global_step`` tells the two apart. At that hook the weights are updated, and checkpointing and validation
@@ -12,22 +11,56 @@ a run that resumes at any step then decides the same.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.optim import Optimizer
 
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.sparse_linear import MaskedLinear, masked_layers
 
-if TYPE_CHECKING:
-    from typing import TypeAlias
 
-    from sbn_lightning.fabric.loop import FabricRun
+class LoopRun(Protocol):
+    """What callbacks ask of a loop that is not a ``Trainer``: the same things under the same names.
 
-    Run: TypeAlias = Trainer | FabricRun
+    :class:`sbn_lightning.fabric.FabricRun` has them.
+    """
+
+    ckpt_path: Any
+    max_steps: int
+    global_step: int
+    log_every_n_steps: int
+    optimizers: list[Optimizer]
+    callback_metrics: dict[str, Any]
+    fast_dev_run: bool
+    sanity_checking: bool
+    fabric: Any
+
+    @property
+    def callbacks(self) -> list[Any]: ...
+    @property
+    def loggers(self) -> list[Any]: ...
+    @property
+    def logger(self) -> Any: ...
+    @property
+    def checkpoint_callback(self) -> Any: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def is_global_zero(self) -> bool: ...
+    @property
+    def strategy(self) -> Any: ...
+    @property
+    def is_step(self) -> bool: ...
+    def show(self, name: str, value: float, *, logger: bool = True) -> None: ...
+    def save_checkpoint(self, path: str | Path, weights_only: bool | None = False) -> None: ...
+
+
+Run: TypeAlias = Trainer | LoopRun
 
 
 def require_masked_layers(callback: Callback, module: nn.Module) -> dict[str, MaskedLinear]:

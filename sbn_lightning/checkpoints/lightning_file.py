@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.data.shards import CHECKSUM_LIMIT
-from sbn_lightning.models.transformer import TransformerConfig
+from sbn_lightning.models.config import TransformerConfig
 
 PREFIX = "model."
 ZIP = b"PK\x03\x04"

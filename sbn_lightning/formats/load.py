@@ -18,7 +18,8 @@ from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.checkpoints.tokenizers import find_tokenizer
 from sbn_lightning.core.errors import DataError
 from sbn_lightning.formats.assemble import build_model, cast_model
-from sbn_lightning.models.transformer import TernaryTransformer, TransformerConfig
+from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.transformer import TernaryTransformer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

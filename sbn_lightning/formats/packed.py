@@ -25,7 +25,8 @@ from sbn_lightning.formats.group_code import GroupCode, choose_code, decode, enc
 from sbn_lightning.formats.huggingface.folder import read_json
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_linear import SparseBitLinear
-from sbn_lightning.models.transformer import TernaryTransformer, TransformerConfig
+from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.transformer import TernaryTransformer
 
 FORMAT = "sbn-packed"
 VERSION = 1

@@ -26,7 +26,8 @@ from sbn_lightning.distributed.optimizer_states import name_optimizer_states
 from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts, shard
 from sbn_lightning.distributed.strategies import check_strategy
 from sbn_lightning.formats.init_from import SHAPE, check_tokenizer, load_weights, without_masks
-from sbn_lightning.models.transformer import TernaryTransformer, TransformerConfig
+from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.transformer import TernaryTransformer
 
 Schedule = Literal["cosine", "linear", "constant"]
 

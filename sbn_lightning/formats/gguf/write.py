@@ -30,7 +30,7 @@ from sbn_lightning.models.rope import rope_frequencies, rope_stretch
 
 if TYPE_CHECKING:
     from sbn_lightning.formats.load import LoadedModel
-    from sbn_lightning.models.transformer import TransformerConfig
+    from sbn_lightning.models.config import TransformerConfig
 
 BLOCKS = {"TQ2_0": 256, "TQ1_0": 256, "Q4_0": 32}
 SMALLEST_NORMAL_HALF = 2.0**-14

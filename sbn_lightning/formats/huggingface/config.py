@@ -10,8 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.models.rope import RopeScaling
-from sbn_lightning.models.transformer import TransformerConfig
+from sbn_lightning.models.config import RopeScaling, TransformerConfig
 
 # What transformers assumes where config.json is silent: https://huggingface.co/docs/transformers (Qwen2Config,
 # LlamaConfig).

@@ -13,7 +13,7 @@ from torch import Tensor
 from sbn_lightning.core.errors import DataError
 from sbn_lightning.formats.huggingface.config import from_hf
 from sbn_lightning.formats.huggingface.names import from_hf_state
-from sbn_lightning.models.transformer import TransformerConfig
+from sbn_lightning.models.config import TransformerConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

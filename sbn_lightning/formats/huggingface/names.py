@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sbn_lightning.core.errors import DataError
-from sbn_lightning.models.transformer import TransformerConfig
+from sbn_lightning.models.config import TransformerConfig
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # fp8 weights come with scales
 
