@@ -1,7 +1,8 @@
-"""Records what this project computes and promises today, so that a change of its structure can be held against it.
+"""Records what this project computes and promises, so that a change of its structure can be held against the record.
 
-``python -m tests.golden.record`` writes the files beside this module; ``test_golden.py`` makes the same things again and
-compares them. Record only on purpose: a new file is a decision that behaviour changes, and belongs in CHANGELOG.md.
+``python -m tests.golden.record`` writes the files beside this module. ``test_golden.py`` makes the same things again
+and compares them. Record only on purpose: a new file is a decision that behaviour changes, and needs an entry in
+CHANGELOG.md. ``public_names.json`` was written once, by hand, from version 0.1.0.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -110,12 +112,12 @@ def keys(checkpoint: Path) -> dict[str, str]:
 
 def command_line() -> dict[str, list[str]]:
     """The options of every command with their types and defaults, without their descriptions."""
-    from sbn_lightning.cli import main as cli
+    from sbn_lightning import cli
 
-    os.environ["COLUMNS"] = "100000"
     surface = {}
     for command in [*cli.TRAINING, *cli.TOOLS]:
-        printed = run(command, "--help")
+        with patch.dict(os.environ, COLUMNS="100000"):  # no line is broken
+            printed = run(command, "--help")
         options = []
         for line in printed.splitlines():
             flag = re.match(r"\s+(-\S+(?:, -\S+)*)", line)
