@@ -39,6 +39,8 @@ TOOLS = {
         "consolidate",
         "a sharded checkpoint, which is a folder, as one file",
     ),
+    "recipes": ("sbn_lightning.cli.recipes", "recipes", "list the recipes of the package, or copy one to edit"),
+    "env": ("sbn_lightning.cli.env", "env", "what a bug report needs: versions, GPU, which kernels run here"),
     "reproduce": ("research.reproduce.command", "reproduce", "run a grid of trainings: the paper's claims"),
     "reproduce-corpus": ("research.reproduce.corpus", "reproduce_corpus", "this machine's Python files as text"),
     "reproduce-report": ("research.reproduce.command", "reproduce_report", "tables and plots of its results"),
@@ -142,6 +144,9 @@ def _run_tool(command: str, argv: list[str]) -> None:
         _find_research(command)
     function = getattr(import_module(module), name)
     parameters = inspect.signature(function).parameters
+    if [*parameters] == ["argv"]:  # a command with words of its own, such as `recipes copy NAME`
+        function(argv)
+        return
     words = _gather_lists(argv, {name: "list[" in str(about.annotation) for name, about in parameters.items()})
     auto_cli(function, args=words, as_positional=False, prog=f"sbn {command}", parser_class=OneLineErrors)
 

@@ -1,0 +1,33 @@
+"""``sbn env`` says what a bug report needs."""
+
+import platform
+
+import pytest
+import torch
+from sbn_kernels import capabilities
+
+import sbn_lightning
+from sbn_lightning.cli import main
+
+
+def test_it_names_versions_and_every_kernel(capsys):
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    for value in (sbn_lightning.__version__, platform.python_version(), torch.__version__):
+        assert value in printed
+    assert str(capabilities()) in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs some of the kernels")
+def test_it_says_why_a_kernel_does_not_run(capsys):
+    main(["env"])
+    assert "no CUDA GPU" in capsys.readouterr().out
+
+
+def test_it_names_variables_that_are_set(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "somewhere")
+    monkeypatch.delenv("NCCL_DEBUG", raising=False)
+    main(["env"])
+    printed = capsys.readouterr().out
+    assert "somewhere" in printed
+    assert "NCCL_DEBUG" not in printed
