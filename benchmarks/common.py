@@ -6,6 +6,7 @@ A number counts only after the result was compared with a reference (``verify``)
 from __future__ import annotations
 
 import csv
+import io
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import torch
 import triton
+
+from sbn_lightning.core.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 MEASURED = time.strftime("%Y-%m-%d %H:%M", time.gmtime())  # one for all rows of a run: ratios count within one only
@@ -132,12 +135,11 @@ def append(path: Path, row: dict[str, object], key: Sequence[str] = ()) -> None:
     kept = _kept_rows(path, list(full))
     if key:
         kept = [old for old in kept if any(old[k] != written[k] for k in key)]
-    aside = path.with_suffix(".new")  # a run that is stopped while it writes must not lose what it has measured
-    with aside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(full))
-        writer.writeheader()
-        writer.writerows([*kept, written])
-    aside.replace(path)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(full))
+    writer.writeheader()
+    writer.writerows([*kept, written])
+    write_text(path, table.getvalue())  # A run that is stopped while it writes keeps what it has measured.
 
 
 def _kept_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "sbn_lightning.cli.import_hf",
     ),
     "sbn_lightning.checkpoint.export_command": ("sbn_lightning.cli.export",),
-    "sbn_lightning.checkpoint.files": ("sbn_lightning.core.files",),
+    "sbn_lightning.checkpoint.files": ("sbn_lightning.core.files", "sbn_lightning.formats.output"),
     "sbn_lightning.checkpoint.gguf": ("sbn_lightning.formats.gguf.write",),
     "sbn_lightning.checkpoint.gguf_tokenizer": ("sbn_lightning.formats.gguf.tokenizer",),
     "sbn_lightning.checkpoint.group_code": ("sbn_lightning.formats.group_code",),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.files import atomic_stream
 from sbn_lightning.data import prepare
 from sbn_lightning.data.tokenization.options import parse_bytes
 from sbn_lightning.data.tokenization.sources import share
@@ -165,11 +166,7 @@ def _some(documents: dict[str, Path], max_bytes: int) -> dict[str, Path]:
 
 
 def _write_lines(target: Path, documents: dict[str, Path]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f"{target.name}.tmp")
-    with aside.open("w", encoding="utf-8") as stream:
+    with atomic_stream(target) as stream:
         for path in documents.values():
-            stream.write(json.dumps({"text": path.read_bytes().decode("utf-8")}, ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(target)
+            line = json.dumps({"text": path.read_bytes().decode("utf-8")}, ensure_ascii=False) + "\n"
+            stream.write(line.encode("utf-8"))

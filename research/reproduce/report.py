@@ -17,7 +17,7 @@ from research.reproduce.plots import draw
 from research.reproduce.probe import DISTANCES
 from research.reproduce.tables import DASH, FAMILIES, Cell, Line, Noise, Results, change, number, percent, table
 from research.reproduce.variants import ABLATIONS, BASES, FLIPS, RAMPS
-from sbn_lightning.data.tokenization.segments import write_atomically
+from sbn_lightning.core.files import write_text
 
 PATTERNS = ("8:8", "7:8", "6:8", "5:8", "4:8", "2:4", "3:8", "2:8")
 INTERVALS = (10, 100, 1000)
@@ -62,7 +62,7 @@ def write_report(lines: list[Line], output: Path, images: Path | None, grid: Gri
     if grid is not None and (left := not_run(results, grid)) is not None:
         text += ["## Not run", left]
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, "\n\n".join(text) + "\n")
+    write_text(output, "\n\n".join(text) + "\n")
 
 
 def _noise_row(family: str, noise: Noise | None) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from sbn_lightning.core.errors import DataError
-from sbn_lightning.data.tokenization.segments import write_atomically
+from sbn_lightning.core.files import sync, write_text
 
 FILE = "results.jsonl"
 
@@ -38,8 +37,7 @@ def append_result(path: Path, result: dict[str, Any]) -> None:
     if path.is_file():
         text = path.read_text(encoding="utf-8")
         if text and not text.endswith("\n"):  # cut short by a crash
-            write_atomically(path, text[: text.rfind("\n") + 1])
+            write_text(path, text[: text.rfind("\n") + 1])
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(result, allow_nan=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    sync(path)

@@ -24,7 +24,7 @@ from typing import Any
 from research.reproduce.grid import Run
 from research.reproduce.results import FILE, append_result, read_results
 from sbn_lightning.core.errors import ConfigError, SBNError
-from sbn_lightning.data.tokenization.segments import write_atomically
+from sbn_lightning.core.files import write_text
 
 WORKER = "from research.reproduce.worker import main; main()"
 GRACE = 60.0  # seconds from the order to stop until a process is killed
@@ -151,7 +151,7 @@ class Runner:
         recipe = run.recipe | {"trainer": run.recipe["trainer"] | {"logger": _logger(folder)}}
         import yaml
 
-        write_atomically(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         job = {
             "id": run.id,
             "name": run.name,
@@ -160,7 +160,7 @@ class Runner:
             "tokens": run.tokens,
             "probe": self.probe,
         }
-        write_atomically(folder / "job.json", json.dumps(job))
+        write_text(folder / "job.json", json.dumps(job))
         command = [sys.executable, "-c", WORKER, str(folder)]
         busy = [worker.gpu for worker in self._workers]
         gpu = min(self.gpus, key=busy.count, default=None)

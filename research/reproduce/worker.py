@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbn_lightning.core.errors import DataError, SBNError
-from sbn_lightning.data.tokenization.segments import write_atomically
+from sbn_lightning.core.files import write_text
 
 if TYPE_CHECKING:
     from sbn_lightning.cli.training import SBNCLI
@@ -42,7 +42,7 @@ def main() -> None:
         except SBNError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(1) from error
-        write_atomically(folder / "result.json", json.dumps(result, allow_nan=False))
+        write_text(folder / "result.json", json.dumps(result, allow_nan=False))
 
 
 def _stop_with_the_parent() -> None:

@@ -7,10 +7,10 @@ metadata: reading one runs what it contains, while checkpoint files are read as 
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.core.files import atomic_file
 
 SHARDS, REST = ".metadata", "meta.pt"  # of torch.distributed.checkpoint, and Lightning's
 
@@ -40,20 +40,16 @@ def consolidate(checkpoint: str, output: str) -> None:
         raise DataError(f"{folder} is no sharded checkpoint, or not complete: there is no {folder / missing}")
     if target.exists():
         raise ConfigError(f"{target} exists; give another --output")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f"{target.name}.tmp")
     logging.disable(logging.WARNING)  # torch logs tracebacks of what it tries
     try:
-        dcp_to_torch_save(folder, aside)
-        whole = torch.load(aside, map_location="cpu", weights_only=True)
-        rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
-        count = sum(key.startswith("optimizer_") for key in whole)
-        if count:
-            whole["optimizer_states"] = [whole.pop(f"optimizer_{i}") for i in range(count)]
-        with aside.open("wb") as file:
-            torch.save(whole | rest, file)
-            os.fsync(file.fileno())
-        aside.replace(target)
+        with atomic_file(target) as aside:
+            dcp_to_torch_save(folder, aside)
+            whole = torch.load(aside, map_location="cpu", weights_only=True)
+            rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
+            count = sum(key.startswith("optimizer_") for key in whole)
+            if count:
+                whole["optimizer_states"] = [whole.pop(f"optimizer_{i}") for i in range(count)]
+            torch.save(whole | rest, aside)
     except CheckpointException as error:  # no Exception
         failure, _ = next(iter(error.failures.values()))
         raise DataError(f"{folder} is damaged ({failure})") from error
@@ -63,5 +59,4 @@ def consolidate(checkpoint: str, output: str) -> None:
         raise DataError(f"{folder} is damaged ({str(error).splitlines()[0]})") from error
     finally:
         logging.disable(logging.NOTSET)
-        aside.unlink(missing_ok=True)
     print(f"wrote {target}")

@@ -1,1 +1,1 @@
-"""What every other package may use and what knows none of them: errors, and files that are whole or not there."""
+"""What every other package may use: errors, and writing and reading files. This package imports none of them."""

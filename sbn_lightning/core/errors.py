@@ -1,16 +1,16 @@
-"""The exceptions a user can meet. Each message is one line: what is wrong, where, and the way out.
+"""The exceptions that this package raises on purpose.
 
-Both kinds also derive from the built-in exception a library user would catch (``ValueError``, ``RuntimeError``);
-the command line prints them without a traceback.
+Each message is one line: what is wrong, where, and the way out. The command line prints the message without a
+traceback. A library user can catch the built-in exception that each class derives from.
 """
 
 
 class SBNError(Exception):
-    """Base of every error this package raises on purpose."""
+    """The base class of every error that this package raises on purpose."""
 
 
 class ConfigError(SBNError, ValueError):
-    """A value the user chose cannot work."""
+    """A value that the user chose cannot work."""
 
 
 class DataError(SBNError, RuntimeError):

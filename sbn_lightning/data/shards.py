@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from sbn_lightning.core.errors import DataError
-from sbn_lightning.data.tokenization.segments import write_atomically
+from sbn_lightning.core.files import write_text
 from sbn_lightning.data.tokenization.sources import file_crc32
 
 FORMAT = "sbn_lightning.tokens"
@@ -66,7 +66,7 @@ def write_shards(folder: Path, segments: Iterable[Path], dtype: np.dtype[Any], c
         chunk["filename"] = name
         content = zlib.crc32(f"{chunk['dim']} {file_crc32(folder / name)}".encode(), content)
     index_json["updated_at"] = f"{content:08x}"
-    write_atomically(folder / "index.json", json.dumps(index_json, sort_keys=True))
+    write_text(folder / "index.json", json.dumps(index_json, sort_keys=True))
 
 
 def _blocks(segments: Iterable[Path], dtype: np.dtype[Any], size: int) -> Iterator[np.ndarray]:

@@ -14,8 +14,8 @@ import torch
 
 from sbn_lightning.checkpoints.tokenizers import difference
 from sbn_lightning.core.errors import ConfigError, DataError, SBNError
+from sbn_lightning.core.files import write_text
 from sbn_lightning.data.folders import load_meta, load_tokenizer_of
-from sbn_lightning.data.tokenization.segments import write_atomically
 from sbn_lightning.evaluation.layer_report import as_table, layer_reports
 from sbn_lightning.evaluation.sliding import perplexity
 from sbn_lightning.evaluation.texts import text_of_files, text_of_folder
@@ -165,7 +165,7 @@ def _save(output: str | None, results: dict[str, Any]) -> None:
     if output is not None:
         text = json.dumps(_without_nan(results), indent=2, default=str, allow_nan=False)
         try:
-            write_atomically(Path(output), text + "\n")
+            write_text(output, text + "\n")
         except OSError as error:
             raise DataError(f"cannot write output {output}: {error.strerror or error}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from torch.optim import Optimizer
 
 from sbn_lightning.checkpoints.io import DurableCheckpointIO
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.files import atomic_file
 from sbn_lightning.fabric.checkpoint import dump
 
 
@@ -264,11 +264,8 @@ class FabricRun:
             if "://" in str(path) or isinstance(storage, DurableCheckpointIO):  # which writes aside itself
                 write(checkpoint, path)
             else:
-                aside = Path(f"{path}.tmp")
-                write(checkpoint, aside)
-                with aside.open("rb") as stream:
-                    os.fsync(stream.fileno())
-                aside.replace(path)
+                with atomic_file(path) as aside:
+                    write(checkpoint, aside)
         self.fabric.barrier()
 
 

@@ -86,7 +86,15 @@ def test_a_write_is_aside_and_synced_before_it_has_its_name(tmp_path, monkeypatc
     )
     monkeypatch.setattr(Path, "replace", lambda self, to: (seen.append(f"{self.name} -> {to.name}"), replace(self, to)))
     DurableCheckpointIO().save_checkpoint({"a": 1}, tmp_path / "last.ckpt")
-    assert seen == ["last.ckpt.tmp", "last.ckpt.tmp -> last.ckpt", tmp_path.name]
+    aside = f"last.ckpt.{os.getpid()}.tmp"
+    assert seen == [aside, f"{aside} -> last.ckpt", tmp_path.name]
+
+
+def test_what_a_killed_write_left_goes_with_the_next(tmp_path):
+    for name in ("last.ckpt.tmp", "last.ckpt.12345.tmp", "last-v1.ckpt.12345.tmp"):
+        (tmp_path / name).write_bytes(b"left over")
+    DurableCheckpointIO().save_checkpoint({"a": 1}, tmp_path / "last.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last-v1.ckpt.12345.tmp", "last.ckpt"]
 
 
 @pytest.mark.parametrize("loop", ["fit", "fabric"])

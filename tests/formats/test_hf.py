@@ -9,7 +9,6 @@ import safetensors.torch as safetensors
 import torch
 
 from sbn_lightning import SparseBitNet
-from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.checkpoints.tokenizers import beside
 from sbn_lightning.cli import main
 from sbn_lightning.core.errors import ConfigError, DataError
@@ -157,11 +156,6 @@ def test_values_of_the_wrong_kind_are_refused():
     both = {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
     with pytest.raises(ConfigError, match="rope_type 'yarn'"):
         from_hf(SHAPE | {"model_type": "qwen2"} | both, "config.json")
-
-
-def test_a_full_disk_is_an_os_error():
-    with pytest.raises(OSError, match="No space left"):
-        lightning_file.write(make_model().config, make_model().state_dict(), Path("/dev/full"))
 
 
 def test_sliding_window_that_is_not_used_is_no_obstacle():

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.core.files import write_text
 from sbn_lightning.data import shards
 from sbn_lightning.data.tokenization import readers, sources
 from sbn_lightning.data.tokenization.options import check_options, check_output, default_workers, parse_bytes
-from sbn_lightning.data.tokenization.segments import SPLITS, describe_os_error, tokenize, write_atomically
+from sbn_lightning.data.tokenization.segments import SPLITS, describe_os_error, tokenize
 from sbn_lightning.data.tokenization.sources import Part
 from sbn_lightning.data.tokenizer import (
     EOS_TOKEN,
@@ -193,7 +194,7 @@ class _Preparation:
                 _say(f"discarding unfinished work in {self.out}: it was for other inputs or options")
                 shutil.rmtree(self.work)
             self.work.mkdir()
-            write_atomically(journal, json.dumps({"fingerprint": fingerprint}))
+            write_text(journal, json.dumps({"fingerprint": fingerprint}))
         for name in ("train", "val"):
             shutil.rmtree(self.out / name, ignore_errors=True)
 
@@ -205,7 +206,7 @@ class _Preparation:
                 made = train_bpe(readers.sample_texts(parts, self.options), self.options["vocab_size"])
             else:
                 made = byte_tokenizer() if kind == "byte" else load_tokenizer(kind)
-            write_atomically(file, made.to_str(pretty=True))
+            write_text(file, made.to_str(pretty=True))
         tokenizer = load_tokenizer(file)
         # Ours has one end token, whatever --eos_token says; a foreign one may have several.
         wanted = self.options["eos_token"] or (EOS_TOKEN if kind in ("byte", "bpe") else None)
@@ -219,7 +220,7 @@ class _Preparation:
             "eos_id": eos_id,
             "segments": [[part.to_json() for part in segment] for segment in segments],
         }
-        write_atomically(self.work / "plan.json", json.dumps(plan))
+        write_text(self.work / "plan.json", json.dumps(plan))
         sizes = [sum(part.size for part in segment) for segment in segments]
         todo = [i for i in range(len(segments)) if not (self.work / f"{i:06d}.json").is_file()]
         start = sum(sizes) - sum(sizes[i] for i in todo)
@@ -268,7 +269,7 @@ class _Preparation:
         }
         for entry in sorted(assembled.iterdir()):
             entry.replace(self.out / entry.name)
-        write_atomically(self.out / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
+        write_text(self.out / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
         shutil.rmtree(self.work, ignore_errors=True)
         return meta
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO
@@ -24,21 +25,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sbn_lightning.core.errors import ConfigError, DataError, SBNError
+from sbn_lightning.core.files import atomic_stream, write_text
 from sbn_lightning.data.tokenization.readers import PIECE, read_part
 from sbn_lightning.data.tokenization.sources import Part, ReplacementCounter
 from sbn_lightning.data.tokenizer import Encoder, load_tokenizer
 
 SPLITS = ("train", "val")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is there as a whole or not at all, whatever happens in between."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def describe_os_error(error: OSError) -> str:
@@ -69,12 +61,12 @@ class SegmentTokenizer:
         """
         counter = ReplacementCounter()
         stats: dict[str, Any] = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
-        # Under a name of its own: a worker that outlived a killed parent may be at the same segment.
-        files = {split: self.work / f"{index:06d}.{split}.{os.getpid()}.tmp" for split in SPLITS}
-        streams: dict[str, BinaryIO] = {split: file.open("wb") for split, file in files.items()}
         batch: list[tuple[str, str, bool]] = []
         held = 0
-        try:
+        with ExitStack() as stack:
+            streams = {
+                split: stack.enter_context(atomic_stream(self.work / f"{index:06d}.{split}.bin")) for split in SPLITS
+            }
             for part in self._segments[index]:
                 for piece in read_part(part, self._options, counter):
                     batch.append(piece)
@@ -83,22 +75,17 @@ class SegmentTokenizer:
                         self._flush(batch, streams, stats)
                         batch, held = [], 0
             self._flush(batch, streams, stats)
-        finally:
-            for stream in streams.values():
-                stream.close()
-        for split, file in files.items():
-            file.replace(self.work / f"{index:06d}.{split}.bin")
         stats["replaced"] = counter.count
-        write_atomically(self.work / f"{index:06d}.json", json.dumps(stats))
+        write_text(self.work / f"{index:06d}.json", json.dumps(stats))
 
     def _flush(
         self, batch: Sequence[tuple[str, str, bool]], streams: dict[str, BinaryIO], stats: dict[str, Any]
     ) -> None:
         eos = np.array([self._eos_id], dtype=self._encoder.dtype)
         for (split, text, ends), ids in zip(batch, self._encoder([t for _, t, _ in batch]), strict=True):
-            ids.tofile(streams[split])
+            streams[split].write(ids.tobytes())
             if ends:
-                eos.tofile(streams[split])
+                streams[split].write(eos.tobytes())
             stats[split]["tokens"] += len(ids) + ends
             stats[split]["documents"] += ends
             stats[split]["bytes"] += len(text) if text.isascii() else len(text.encode("utf-8"))
