@@ -2,10 +2,13 @@
 
 python benchmarks/render.py benchmarks/results/layer_forward.csv [--summary]
 
-With ``--summary`` the layer benchmark becomes one row a shape, times in ms and ratios to bf16, that of generation one
-row a model, phase and batch, and that of training steps one row a variant, tokens a second and the same ratios: the
-README's tables. A CSV may hold several runs (column ``measured``): the newest row counts, with its ratio to bf16 in its
-own run.
+With ``--summary`` the table is arranged for a reader, as ``benchmarks/pages.py`` puts it into the documentation:
+
+- layers: one row a shape, times in ms, ratios to bf16;
+- generation: one row a model, phase and batch;
+- training steps: one row a variant, tokens a second, ratios to bf16.
+
+A CSV may hold several runs (column ``measured``). The newest row counts, with its ratio to bf16 in its own run.
 """
 
 from __future__ import annotations
@@ -26,7 +29,12 @@ def _short(value: str) -> str:
     return value if number.is_integer() and "e" not in value else f"{number:.4g}"
 
 
-def _read(path: Path) -> tuple[list[dict[str, str]], str]:
+def read(path: Path) -> tuple[list[dict[str, str]], str]:
+    """The rows of a CSV, and the one environment in which all of them were measured.
+
+    Raises:
+        ValueError: If there are no rows, or if they come from several environments.
+    """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
@@ -54,8 +62,8 @@ def _ratio(row: dict[str, str]) -> str:
 
 
 def summarize(path: Path) -> str:
-    """The README's table of a benchmark, with ratios to bf16 in the same run."""
-    rows, where = _read(path)
+    """The table of a benchmark for the documentation, with ratios to bf16 in the same run."""
+    rows, where = read(path)
     kinds = {"same": _summarize_generation, "mfu": _summarize_steps}
     return next((kind for column, kind in kinds.items() if column in rows[0]), _summarize_layers)(rows, where)
 
@@ -109,7 +117,7 @@ def _summarize_layers(rows: list[dict[str, str]], where: str) -> str:
 
 def summarize_gradients(path: Path) -> str:
     """One row a shape of the backward benchmark: totals with ratios to bf16, then the parts of int8, in ms."""
-    rows, where = _read(path)
+    rows, where = read(path)
     table: dict[tuple[str, ...], dict[tuple[str, str], dict[str, str]]] = {}
     for row in rows:
         table.setdefault((row["tokens"], row["in"], row["out"]), {})[row["variant"], row["part"]] = row
@@ -134,7 +142,7 @@ def render(path: Path) -> str:
     Raises:
         ValueError: If the rows are not all from one environment.
     """
-    rows, where = _read(path)
+    rows, where = read(path)
     columns = [name for name in rows[0] if name not in (*ENVIRONMENT, "measured")]
     lines = [where, "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_short(row[name]) for name in columns) + " |" for row in rows]

@@ -1,0 +1,178 @@
+"""Writes the benchmark pages of the documentation from ``benchmarks/results/*.csv``.
+
+    python benchmarks/pages.py            # writes docs/benchmarks/*.md
+    python benchmarks/pages.py --check    # changes nothing; fails if a page differs from its CSV
+
+A table in the documentation is never typed by hand. The continuous integration runs ``--check``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from render import read, render, summarize, summarize_gradients
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ROOT / "docs" / "benchmarks"
+NOTE = "<!-- Written by `python benchmarks/pages.py` from benchmarks/results/{csv}.csv. Do not edit. -->"
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page: a title, what the table shows, and how the table is made from the CSV.
+
+    Attributes:
+        csv: The CSV's name, which is the page's name and the benchmark script's name as well.
+        title: The page's title.
+        about: What was measured, and what a reader has to know to read the table.
+        table: The function that makes the Markdown table from the CSV.
+        options: Options of the benchmark command.
+    """
+
+    csv: str
+    title: str
+    about: str
+    table: Callable[[Path], str]
+    options: str = ""
+
+    def text(self) -> str:
+        """The page as Markdown."""
+        where, _, table = self.table(RESULTS / f"{self.csv}.csv").partition("\n\n")
+        parts = [
+            f"# {self.title}",
+            NOTE.format(csv=self.csv),
+            self.about,
+            f"Measured on: {where}.",
+            table,
+            f"Measure again: `python benchmarks/{self.csv}.py{self.options}`. The command checks its results before it "
+            f"measures time. All rows: `benchmarks/results/{self.csv}.csv` in the repository.",
+        ]
+        return "\n\n".join(parts) + "\n"
+
+
+def table_of(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    headings = list(headings)
+    lines = [headings, ["---"] * len(headings), *(list(row) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def decode(path: Path) -> str:
+    """The newest measurement of each layer, number of tokens and variant: one row a layer and number of tokens."""
+    rows, where = read(path)
+    variants = ("bf16 F.linear", "decode, 2:4", "decode, dense ternary")
+    newest: dict[tuple[int, int, int], dict[str, tuple[str, str]]] = {}
+    for row in sorted(rows, key=lambda row: row["measured"]):
+        if row["variant"] in variants:
+            shape = (int(row["in"]), int(row["out"]), int(row["tokens"]))
+            newest.setdefault(shape, {})[row["variant"]] = (row["us"], row["vs_bf16"])
+    lines = []
+    for (width, out, tokens), cells in sorted(newest.items()):
+        values = [f"{float(cells[variants[0]][0]):.1f}"]
+        values += [f"{float(us):.1f} ({float(ratio):.2f}x)" for us, ratio in (cells[name] for name in variants[1:])]
+        lines.append([f"{width:,} to {out:,}", str(tokens), *values])
+    return f"{where}\n\n" + table_of(["layer", "tokens", "bf16", "2:4", "any pattern"], lines)
+
+
+ALL = (
+    Page(
+        "layer_forward",
+        "One layer, forward",
+        "Milliseconds of one linear layer. The columns with a ratio are whole layers: from bfloat16 tokens to bfloat16 "
+        "output, with the quantisation of the activations included. The ratio is to bf16 in the same run. The "
+        "cuSPARSELt column is a product without scales. Noise is about 5 %.",
+        summarize,
+    ),
+    Page(
+        "training_step",
+        "Whole training steps",
+        "Whole optimiser steps of 32,768 tokens in sequences of 2,048: head, loss and AdamW included. Every row but "
+        '"eager" runs under `torch.compile`. Each cell shows tokens a second, the ratio to bf16 in the same run, and '
+        "the peak of GPU memory. A row that was measured several times shows its newest run, so ratios in one column "
+        "can belong to different bf16 runs.",
+        summarize,
+    ),
+    Page(
+        "generation",
+        "Prefill and decoding",
+        "Tokens a second of whole models with random weights in the loop of `sbn generate`. Prefill reads 2,048 tokens "
+        "of each prompt; decoding is measured after 256 tokens of context. The ratio is to bf16 in the same loop and "
+        "the same run. Prefill of a single prompt is limited by the host, which launches the kernels: there, "
+        "run-to-run variation is large (8 to 40 ms), and we can be slower than bf16.",
+        summarize,
+    ),
+    Page(
+        "decode",
+        "One layer, decoding",
+        "Microseconds of one linear layer for 1 to 64 tokens, with weights read from memory and not from the cache. "
+        "The ratio is to bf16 in the same run.",
+        decode,
+    ),
+    Page(
+        "gradients",
+        "One layer, backward",
+        "Milliseconds of one layer's backward pass. Exact gradients use bfloat16 products; int8 gradients round the "
+        "gradient of the layer's output stochastically. The four columns after them are the parts of the "
+        "int8 backward.",
+        summarize_gradients,
+    ),
+    Page(
+        "prepare",
+        "Weight preparation",
+        "What happens to a weight once in each optimiser step: gamma, mask, codes and packed words. `of_copy` compares "
+        "the time with one read of the weight at copy speed; `passes_of_copy` counts the two reads that a mean over "
+        "the whole weight needs.",
+        render,
+    ),
+    Page(
+        "quantize",
+        "Activation quantisation",
+        "Quantisation of activations to int8 with one scale a token. `of_copy` is the share of the GPU's copy "
+        "bandwidth.",
+        render,
+    ),
+    Page(
+        "scaling",
+        "Several GPUs",
+        "Training steps on two GPUs of one host. `scaling` is the throughput divided by twice the throughput of one "
+        "GPU. `same_masks` says whether both ranks had the same masks at the end.",
+        render,
+    ),
+    Page(
+        "loss_curves",
+        "Losses of every backend",
+        "300 steps of a small model on real text. `distance` is the mean distance of the loss from the loss of the "
+        "float32 reference of the same pattern. A run with another seed shows what noise alone does.",
+        render,
+    ),
+)
+
+
+def stale() -> list[Page]:
+    """The pages whose text on disk differs from what their CSV says."""
+    files = ((page, PAGES / f"{page.csv}.md") for page in ALL)
+    return [page for page, file in files if not file.is_file() or file.read_text() != page.text()]
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the pages, or checks them; returns the exit status."""
+    if arguments not in ([], ["--check"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    pages = stale()
+    for page in pages:
+        if arguments:
+            print(f"docs/benchmarks/{page.csv}.md is stale: run python benchmarks/pages.py", file=sys.stderr)
+        else:
+            PAGES.mkdir(parents=True, exist_ok=True)
+            (PAGES / f"{page.csv}.md").write_text(page.text())
+            print(f"docs/benchmarks/{page.csv}.md")
+    return 1 if arguments and pages else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

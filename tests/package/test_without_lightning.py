@@ -1,0 +1,129 @@
+"""Layers, conversion, backends, formats and inference work where neither Lightning nor litdata is installed."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+# Put in front of a program, this makes the import of a package fail as if the package were not installed.
+BLOCKER = """
+    import sys
+
+    class Absent:
+        NAMES = {"lightning", "litdata", "lightning_utilities", "pytorch_lightning", "torchmetrics"}
+
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in self.NAMES:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, Absent())
+"""
+
+
+def run(program, folder):
+    """Runs a program in an interpreter of its own; returns what the program printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:sbn_lightning", "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_blocker_blocks(tmp_path):
+    program = textwrap.dedent(BLOCKER) + "import lightning"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert "No module named 'lightning'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "room", ["core", "sparsity", "backends", "layers", "models", "formats", "inference", "schedule", "integrations"]
+)
+def test_every_file_of_a_room_imports(room, tmp_path):
+    program = textwrap.dedent(BLOCKER) + textwrap.dedent(
+        f"""
+        import importlib, pkgutil
+        import sbn_lightning.{room} as room
+
+        HOSTS = {{"transformers", "torchao", "vllm", "gguf"}}  # other people's packages, if they are not installed
+        count = 1
+        for module in pkgutil.walk_packages(room.__path__, room.__name__ + "."):
+            try:
+                importlib.import_module(module.name)
+            except ModuleNotFoundError as error:
+                if error.name not in HOSTS:
+                    raise
+            count += 1
+        print(count)
+        """
+    )
+    assert int(run(program, tmp_path)) > 1
+
+
+def test_a_model_is_converted_trained_saved_packed_and_exported(tmp_path):
+    program = textwrap.dedent(BLOCKER) + textwrap.dedent(
+        """
+        import torch
+        from torch import nn
+        from sbn_lightning import TernaryTransformer, TransformerConfig, convert_linears, revert_linears
+        from sbn_lightning.formats.packed import write_packed
+        from sbn_lightning.formats import load_model
+        from sbn_lightning.layers import masked_layers
+        from sbn_lightning.layers.packed import pack_layers
+
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+        convert_linears(model, "2:4")
+        assert len(masked_layers(model)) == 2
+        x, y = torch.randn(64, 16), torch.randn(64, 8)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+
+        torch.save(model.state_dict(), "model.pt")
+        model.load_state_dict(torch.load("model.pt", weights_only=True))
+        model.eval()
+        with torch.no_grad():
+            expected = model(x)
+            revert_linears(model)
+            weight = model[0].weight.view(-1, 4)
+            assert ((weight != 0).sum(1) <= 2).all()
+
+        config = TransformerConfig(
+            vocab_size=64, d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ffn=64, pattern="2:4"
+        )
+        model = TernaryTransformer(config).eval()
+        write_packed(model, "packed")
+        tokens = torch.arange(16)[None]
+        again = load_model("packed").model
+        with torch.no_grad():
+            assert torch.equal(again(tokens), model(tokens))
+        assert "lightning" not in sys.modules and "litdata" not in sys.modules
+        print("done")
+        """
+    )
+    assert run(program, tmp_path).strip() == "done"
+
+
+@pytest.mark.parametrize("module", ["sbn_lightning", "sbn_kernels"])
+def test_the_package_itself_imports_nothing_heavy(module, tmp_path):
+    """An import of the package must cost next to nothing; modules are counted, because times vary."""
+    heavy = {"torch", "lightning", "litdata", "triton", "transformers", "torchmetrics", "jsonargparse"}
+    printed = run(f"import {module}, sys; print(*sys.modules)", tmp_path).split()
+    assert not heavy & set(printed)
+
+
+def test_layers_need_no_more_than_torch(tmp_path):
+    heavy = {"lightning", "litdata", "transformers", "torchmetrics", "jsonargparse", "tensorboard"}
+    program = "import torch, sys; from sbn_lightning import SparseBitLinear, convert_linears; print(*sys.modules)"
+    assert not heavy & set(run(program, tmp_path).split())
