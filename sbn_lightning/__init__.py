@@ -30,10 +30,13 @@ if TYPE_CHECKING:
         WeightDecaySchedule,
     )
     from sbn_lightning.data import TokenDataModule
+    from sbn_lightning.integrations import convert, load_sparse, revert, save_sparse, use_kernels
     from sbn_lightning.layers.conversion import convert_linears, revert_linears
     from sbn_lightning.layers.sparse_linear import SparseBitLinear, SparseLinear
     from sbn_lightning.models.config import RopeScaling, TransformerConfig
     from sbn_lightning.models.transformer import TernaryTransformer
+    from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh, SparsitySchedule
+    from sbn_lightning.sparsity.config import SparsityConfig
     from sbn_lightning.sparsity.pattern import NMPattern
     from sbn_lightning.training.module import SparseBitNet
     from sbn_lightning.training.precision import SparseTernaryPrecision
@@ -45,9 +48,12 @@ _MODULE_OF = {
     "DurableCheckpoint": "callbacks",
     "LossProgressBar": "callbacks",
     "MaskRefresh": "callbacks",
+    "MaskedDecay": "schedule",
     "MaskedWeightDecay": "callbacks",
     "NMPattern": "sparsity.pattern",
     "NonFiniteGuard": "callbacks",
+    "Ramp": "schedule",
+    "Refresh": "schedule",
     "RopeScaling": "models.config",
     "SparseBitLinear": "layers",
     "SparseBitNet": "training.module",
@@ -55,7 +61,9 @@ _MODULE_OF = {
     "SparseLinear": "layers",
     "SparseTernaryPrecision": "training.precision",
     "SparseWeightAveraging": "callbacks",
+    "SparsityConfig": "sparsity.config",
     "SparsityPatternLogger": "callbacks",
+    "SparsitySchedule": "schedule",
     "TernarySparseConversion": "callbacks",
     "TernaryTransformer": "models.transformer",
     "TokenDataModule": "data",
@@ -64,8 +72,13 @@ _MODULE_OF = {
     "TransformerConfig": "models.config",
     "UnshardedAccumulation": "callbacks",
     "WeightDecaySchedule": "callbacks",
+    "convert": "integrations",
     "convert_linears": "layers.conversion",
+    "load_sparse": "integrations",
+    "revert": "integrations",
     "revert_linears": "layers.conversion",
+    "save_sparse": "integrations",
+    "use_kernels": "integrations",
 }
 
 __all__ = [
@@ -73,9 +86,12 @@ __all__ = [
     "DurableCheckpoint",
     "LossProgressBar",
     "MaskRefresh",
+    "MaskedDecay",
     "MaskedWeightDecay",
     "NMPattern",
     "NonFiniteGuard",
+    "Ramp",
+    "Refresh",
     "RopeScaling",
     "SparseBitLinear",
     "SparseBitNet",
@@ -83,7 +99,9 @@ __all__ = [
     "SparseLinear",
     "SparseTernaryPrecision",
     "SparseWeightAveraging",
+    "SparsityConfig",
     "SparsityPatternLogger",
+    "SparsitySchedule",
     "TernarySparseConversion",
     "TernaryTransformer",
     "TokenDataModule",
@@ -92,8 +110,13 @@ __all__ = [
     "TransformerConfig",
     "UnshardedAccumulation",
     "WeightDecaySchedule",
+    "convert",
     "convert_linears",
+    "load_sparse",
+    "revert",
     "revert_linears",
+    "save_sparse",
+    "use_kernels",
 ]
 
 

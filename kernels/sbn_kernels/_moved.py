@@ -30,6 +30,11 @@ class _OldModule(ModuleType):
                 continue
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Call the public name that this old module hides: importing a submodule sets it on its package."""
+        package, _, name = self.__name__.rpartition(".")
+        return import_module(package).__getattr__(name)(*arguments, **options)
+
 
 class _OldNames(MetaPathFinder, Loader):
     def __init__(self, table: Mapping[str, Sequence[str]]) -> None:

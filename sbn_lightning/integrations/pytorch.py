@@ -1,0 +1,142 @@
+"""The whole method for plain PyTorch: convert a model, run its layers on the kernels, and turn the model back.
+
+Nothing here imports Lightning. :class:`~sbn_lightning.schedule.SparsitySchedule` is the part that changes masks over
+the course of training, and :mod:`sbn_lightning.integrations.folder` saves and loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import count
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from sbn_lightning.backends.reference import REFERENCE
+from sbn_lightning.backends.selection import BACKENDS, BackendName, choose, table
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.conversion import _switch_fused_inference, convert_linears, revert_linears
+from sbn_lightning.layers.packed import PackedTernaryLinear
+from sbn_lightning.layers.sparse_linear import SparseBitLinear, ternary_layers
+
+__all__ = ["convert", "convert_by_name", "revert", "use_kernels"]
+
+convert = convert_linears
+revert = revert_linears
+
+
+def convert_by_name(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Convert exactly the layers that are named, each with its own options.
+
+    Args:
+        model: The model, changed in place.
+        layers: For each name the options of ``convert`` (``pattern``, ``kind``, ``activation_bits`` and so on), and
+            ``split_sizes`` for a fused layer.
+
+    Raises:
+        ConfigError: If a layer cannot be converted.
+        AttributeError: If the model has no layer of that name.
+    """
+    for name, options in layers.items():
+        layer = model.get_submodule(name)
+        only = nn.Module()  # holds this one layer under its whole name, so that no other layer can match
+        only._modules[name] = layer
+        given = {key: value for key, value in options.items() if key != "split_sizes"}
+        convert_linears(only, include=("*",), exclude=(), **given)
+        if (split_sizes := options.get("split_sizes")) is not None and isinstance(layer, SparseBitLinear):
+            layer.split_sizes = tuple(split_sizes)
+            layer._spec = layer._spec._replace(split_sizes=layer.split_sizes)
+            layer._forget_prepared()
+    _switch_fused_inference(model, on=False)
+
+
+_seed_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
+
+
+def use_kernels(
+    model: nn.Module,
+    device: torch.device | str | None = None,
+    *,
+    backend: BackendName = "auto",
+    gradients: Literal["bf16", "int8"] = "bf16",
+    dtype: torch.dtype | None = None,
+    tokens: int = 8192,
+    seed: int = 0,
+) -> str:
+    """Choose what each ternary layer of a model computes with.
+
+    The choice changes speed alone: every backend gives the products of the reference. Layers without latent weights
+    (:class:`PackedTernaryLinear`) choose their kernel by themselves at their first forward.
+
+    Args:
+        model: The model, with ternary layers.
+        device: Where to move the model first; None leaves the model where it is.
+        backend: ``"auto"`` measures on a GPU and takes the reference elsewhere. ``"sparse"`` is for sparse tensor
+            cores (2:4 only), ``"int8"`` for dense int8 tensor cores, ``"reference"`` for plain PyTorch.
+        gradients: ``"bf16"`` for exact straight-through gradients. ``"int8"`` rounds the gradient of each output
+            stochastically to int8 and runs the backward on int8 tensor cores.
+        dtype: The dtype in which layers get their tokens. None means bfloat16 on a GPU and float32 elsewhere.
+        tokens: The number of tokens that the timing run uses.
+        seed: The seed of the stochastic rounding of ``gradients="int8"``.
+
+    Returns:
+        A table that says what each layer runs on and why.
+
+    Raises:
+        ConfigError: If the model has no ternary layer, or a backend that was asked for cannot run here.
+    """
+    if backend not in BACKENDS or gradients not in ("bf16", "int8"):
+        raise ConfigError(f"use_kernels: backend={backend!r} with gradients={gradients!r} is not known")
+    if gradients == "int8" and backend == "reference":
+        raise ConfigError('use_kernels: gradients="int8" need integer tensor cores: use backend="auto"')
+    if device is not None:
+        model.to(device)
+    packed = [module for module in model.modules() if isinstance(module, PackedTernaryLinear)]
+    layers = ternary_layers(model)
+    if not layers and not packed:
+        raise ConfigError(f"use_kernels found no ternary layer in {type(model).__name__}; call convert(model) first")
+    for module in packed:
+        module.backend = "kernels" if backend == "sparse" else backend
+    if (handle := _seed_hooks.pop(model, None)) is not None:
+        handle.remove()
+    if not layers:
+        return f"{len(packed)} packed layers: backend {packed[0].backend}"
+    where = next(iter(layers.values())).weight.device
+    if dtype is None:
+        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    choices = choose(layers, backend, where, dtype, tokens)
+    for name, layer in layers.items():
+        layer.backend = choices[name].make(gradients)
+    if gradients == "int8":
+        _seed_hooks[model] = model.register_forward_pre_hook(_SeedEachPass(seed))
+    return table(layers, choices)
+
+
+class _SeedEachPass:
+    """Gives each layer a fresh seed before each forward that needs gradients, as int8 gradients require.
+
+    Ranks of a distributed run draw different seeds. With equal seeds their rounding errors would be equal too, and
+    averaging the gradients would not reduce them.
+    """
+
+    def __init__(self, seed: int) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        ranks = torch.distributed.get_world_size() if distributed else 1
+        self._passes = count(rank, ranks)
+        self._first = seed % 2**23 << 40
+
+    def __call__(self, model: nn.Module, inputs: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        layers = [layer for layer in ternary_layers(model).values() if layer.backend is not REFERENCE]
+        if not layers:
+            return
+        start = self._first + next(self._passes) * len(layers)
+        # Two columns, so that each view starts on a 16-byte boundary, as compiled code likes its inputs.
+        seeds = torch.arange(start, start + len(layers), device=layers[0].weight.device).repeat_interleave(2)
+        for layer, drawn in zip(layers, seeds.view(-1, 2)[:, :1].unbind(), strict=True):
+            layer.backend.seed = drawn  # type: ignore[attr-defined]

@@ -1,0 +1,27 @@
+"""The examples of this room: each is under 40 lines and does what it says."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("name", ["plain_pytorch"])
+def test_examples_are_short(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 40
+
+
+def test_plain_pytorch(example, capsys):
+    loss, trained, loaded = example("plain_pytorch").main(steps=120)
+    assert loss < 0.3
+    assert torch.equal(trained, loaded)
+    assert "'mask_density': 0.5" in capsys.readouterr().out
