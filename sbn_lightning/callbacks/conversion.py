@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial, wraps
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -19,9 +19,9 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts
 from sbn_lightning.distributed.strategies import check_strategy
 from sbn_lightning.layers.conversion import ConversionReport, as_patterns, convert_linears, revert_linears
-from sbn_lightning.layers.sparse_linear import Gradient, MaskSource, masked_layers
+from sbn_lightning.layers.masked_linear import masked_layers
+from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
-from sbn_lightning.sparsity.ternary import GammaOver
 
 
 class TernarySparseConversion(Callback):
@@ -34,14 +34,11 @@ class TernarySparseConversion(Callback):
     The way back is :meth:`revert`. A model whose layers were reverted is converted again only by a new callback.
 
     Args:
-        pattern: "N:M".
+        sparsity: The options of the new layers: a :class:`SparsityConfig`, or only a pattern.
         include: Shell-style pattern or patterns of layer names to convert; one also matches everything below a module.
         exclude: Patterns of layers to leave alone; wins over ``include``. Name the head here if it is not ``lm_head``.
-        kind: ``"ternary"``, or ``"masked"`` for sparse layers without quantisation.
-        activation_bits: 8, 4 or None.
-        mask_source: ``"latent"`` or ``"ternary"``; see :class:`SparseBitLinear`.
-        gradient: ``"dense"`` or ``"masked"``; see :class:`SparseBitLinear`.
-        gamma_over: ``"dense"``, ``"kept"``, ``"masked"`` or ``"nonzero"``; see :class:`SparseBitLinear`.
+        **options: Single fields of :class:`SparsityConfig`. A recipe writes them beside ``include``, for example
+            ``pattern: "2:4"``.
 
     Raises:
         ConfigError: When training starts, if nothing was converted, if something else replaced converted layers, if
@@ -51,19 +48,13 @@ class TernarySparseConversion(Callback):
 
     def __init__(
         self,
-        pattern: NMPattern | str = "6:8",
+        sparsity: SparsityConfig | NMPattern | str | None = None,
         include: str | Sequence[str] = ("*",),
         exclude: str | Sequence[str] = ("lm_head",),
-        kind: Literal["ternary", "masked"] = "ternary",
-        activation_bits: int | None = 8,
-        mask_source: MaskSource = "latent",
-        gradient: Gradient = "dense",
-        gamma_over: GammaOver = "dense",
+        **options: Any,
     ) -> None:
-        self.pattern = NMPattern.parse(pattern)
-        self.include, self.exclude, self.kind = as_patterns(include), as_patterns(exclude), kind
-        self.activation_bits, self.mask_source = activation_bits, mask_source
-        self.gradient, self.gamma_over = gradient, gamma_over
+        self.sparsity = SparsityConfig.make(sparsity, **options)
+        self.include, self.exclude = as_patterns(include), as_patterns(exclude)
         self.report: ConversionReport | None = None
         self._module: LightningModule | None = None
         self._not_called: dict[str, RemovableHandle] = {}
@@ -136,20 +127,10 @@ class TernarySparseConversion(Callback):
         self._stop_watching()
 
     def _convert(self, module: LightningModule) -> None:
-        self.report = convert_linears(
-            module,
-            self.pattern,
-            include=self.include,
-            exclude=self.exclude,
-            kind=self.kind,
-            activation_bits=self.activation_bits,
-            mask_source=self.mask_source,
-            gradient=self.gradient,
-            gamma_over=self.gamma_over,
-        )
+        self.report = convert_linears(module, self.sparsity, include=self.include, exclude=self.exclude)
         self._module = module
         keep_masks_out_of_broadcasts(module)
-        rank_zero_info(f"TernarySparseConversion({self.pattern}): {self.report}")
+        rank_zero_info(f"TernarySparseConversion({self.sparsity.pattern}): {self.report}")
 
     def _note_call(self, name: str, layer: nn.Module, inputs: Any) -> None:
         self._not_called.pop(name).remove()

@@ -7,24 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sbn_lightning.layers.conversion import ConversionReport, convert_linears, revert_linears
-    from sbn_lightning.layers.masked_linear import Gradient, MaskedLinear, masked_layers, prepare_layers
+    from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers, prepare_layers
     from sbn_lightning.layers.packed import PackedTernaryLinear, pack_layers
-    from sbn_lightning.layers.sparse_linear import MaskSource, SparseBitLinear, SparseLinear, ternary_layers
+    from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
+    from sbn_lightning.layers.sparse_linear import SparseLinear
+    from sbn_lightning.sparsity.config import Gradient, MaskSource, SparsityConfig
 
 _MODULE_OF = {
-    "ConversionReport": "conversion",
-    "Gradient": "masked_linear",
-    "MaskSource": "sparse_linear",
-    "MaskedLinear": "masked_linear",
-    "PackedTernaryLinear": "packed",
-    "SparseBitLinear": "sparse_linear",
-    "SparseLinear": "sparse_linear",
-    "convert_linears": "conversion",
-    "masked_layers": "masked_linear",
-    "pack_layers": "packed",
-    "prepare_layers": "masked_linear",
-    "revert_linears": "conversion",
-    "ternary_layers": "sparse_linear",
+    "ConversionReport": "layers.conversion",
+    "Gradient": "sparsity.config",
+    "MaskSource": "sparsity.config",
+    "MaskedLinear": "layers.masked_linear",
+    "PackedTernaryLinear": "layers.packed",
+    "SparseBitLinear": "layers.sparse_bit_linear",
+    "SparseLinear": "layers.sparse_linear",
+    "SparsityConfig": "sparsity.config",
+    "convert_linears": "layers.conversion",
+    "masked_layers": "layers.masked_linear",
+    "pack_layers": "layers.packed",
+    "prepare_layers": "layers.masked_linear",
+    "revert_linears": "layers.conversion",
+    "ternary_layers": "layers.sparse_bit_linear",
 }
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "PackedTernaryLinear",
     "SparseBitLinear",
     "SparseLinear",
+    "SparsityConfig",
     "convert_linears",
     "masked_layers",
     "pack_layers",
@@ -47,4 +51,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return getattr(import_module(f"sbn_lightning.{_MODULE_OF[name]}"), name)

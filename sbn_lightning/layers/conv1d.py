@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sbn_lightning.layers.sparse_linear import MaskedLinear, SparseBitLinear, SparseLinear
+from sbn_lightning.layers.masked_linear import MaskedLinear
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
+from sbn_lightning.layers.sparse_linear import SparseLinear
 
 
 class _TransposedWeight(MaskedLinear):

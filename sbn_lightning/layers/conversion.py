@@ -16,29 +16,30 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.conv1d import SparseBitConv1D, SparseConv1D, is_conv1d
-from sbn_lightning.layers.sparse_linear import (
-    Gradient,
-    MaskedLinear,
-    MaskSource,
-    SparseBitLinear,
-    SparseLinear,
-    masked_layers,
-)
+from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
+from sbn_lightning.layers.sparse_linear import SparseLinear
+from sbn_lightning.sparsity.config import Kind, SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
-from sbn_lightning.sparsity.ternary import GammaOver
 
 # In evaluation these modules of PyTorch hand the weights of their linear layers to one fused kernel and never call the
 # layers: the latent, dense weights would be used. The switch that turns the fused kernel off, and its "off".
 _FUSED_INFERENCE: dict[type[nn.Module], tuple[str, int]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+
+# The class of a converted layer by its kind: in place of an ``nn.Linear``, and of a ``Conv1D``.
+_CLASSES: dict[Kind, tuple[type[MaskedLinear], type[MaskedLinear]]] = {
+    "ternary": (SparseBitLinear, SparseBitConv1D),
+    "masked": (SparseLinear, SparseConv1D),
 }
 
 
@@ -79,40 +80,31 @@ def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
 
 def convert_linears(
     model: nn.Module,
-    pattern: NMPattern | str = "6:8",
+    sparsity: SparsityConfig | NMPattern | str | None = None,
     *,
     include: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = ("lm_head",),
-    kind: Literal["ternary", "masked"] = "ternary",
-    activation_bits: int | None = 8,
-    mask_source: MaskSource = "latent",
-    gradient: Gradient = "dense",
-    gamma_over: GammaOver = "dense",
+    **options: Any,
 ) -> ConversionReport:
     """Converts every ``nn.Linear`` (and ``Conv1D``) that the name patterns select.
 
     Args:
         model: Changed in place.
-        pattern: "N:M".
+        sparsity: The options of the new layers: a :class:`SparsityConfig`, or only a pattern.
         include: Shell-style pattern or patterns of names to convert (see :func:`name_matches`).
         exclude: Patterns of names to leave alone; wins over ``include``. Name the head here if it is not ``lm_head``.
-        kind: ``"ternary"`` for :class:`SparseBitLinear`, ``"masked"`` for :class:`SparseLinear`.
-        activation_bits: As in :class:`SparseBitLinear`; ignored for ``"masked"``, like the two options below.
-        mask_source: As in :class:`SparseBitLinear`.
-        gradient: As in :class:`SparseBitLinear`; for both kinds.
-        gamma_over: As in :class:`SparseBitLinear`.
+        **options: Single fields of :class:`SparsityConfig`, for example ``kind="masked"``.
 
     Returns:
         What was converted and what was skipped, with reasons. A layer whose ``in_features`` the pattern does not
         divide, and one that shares its weight with another module (a tied head), is skipped.
 
     Raises:
-        ConfigError: If nothing was converted although no layer is masked yet, or ``kind`` is unknown.
+        ConfigError: If nothing was converted although no layer is masked yet.
     """
-    target = NMPattern.parse(pattern)
+    sparsity = SparsityConfig.make(sparsity, **options)
+    target, layer_class = sparsity.nm, _CLASSES[sparsity.kind]
     include, exclude = as_patterns(include), as_patterns(exclude)
-    if kind not in ("ternary", "masked"):
-        raise ConfigError(f"kind={kind!r} is not 'ternary' or 'masked'")
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     report = ConversionReport()
     already = False
@@ -139,14 +131,8 @@ def convert_linears(
             if transposed:
                 # nx and nf stay as they are; the class is remembered for the way back.
                 module.converted_from, module.in_features, module.out_features = type(module), in_features, module.nf  # type: ignore[assignment]
-            if kind == "ternary":
-                module.__class__ = SparseBitConv1D if transposed else SparseBitLinear
-                cast("SparseBitLinear", module)._init_ternary(
-                    target, None, activation_bits, mask_source, gradient, gamma_over, name
-                )
-            else:
-                module.__class__ = SparseConv1D if transposed else SparseLinear
-                cast("SparseLinear", module)._init_mask(target, gradient, name)
+            module.__class__ = layer_class[transposed]
+            cast("MaskedLinear", module)._init_mask(sparsity)
             report.converted.append(name)
     if not report.converted and not already:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(report.skipped.items())[:8])

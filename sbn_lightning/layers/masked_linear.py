@@ -1,4 +1,4 @@
-"""What layers with an N:M mask share: :class:`MaskedLinear`. Its two kinds are in :mod:`sbn_lightning.layers.sparse_linear`.
+"""What layers with an N:M mask share: :class:`MaskedLinear`.
 
 State lives here, time does not. A layer knows its latent weight, its mask and how many weights a group keeps at the
 moment; *when* any of that changes is the callbacks' business.
@@ -21,8 +21,9 @@ at each forward, unless an owner promises to call :func:`prepare_layers` before 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
-from typing import Any, Literal
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -33,12 +34,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.sparsity.config import Gradient, Kind, MaskSource, SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, unpack_mask
+from sbn_lightning.sparsity.ternary import GammaOver
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 _SHARDS = (0, 0)  # no weight has this number
-
-Gradient = Literal["dense", "masked"]
 
 _optimizer_steps = 0
 _layers_that_keep: WeakSet[MaskedLinear] = WeakSet()  # their masks, until their weights change
@@ -66,20 +67,46 @@ def _number(weight: Tensor) -> int:
     return number
 
 
+def _option(name: str) -> Any:
+    """An attribute of a layer that stands for a field of its config."""
+
+    def read(layer: MaskedLinear) -> Any:
+        return getattr(layer._sparsity, name)
+
+    def write(layer: MaskedLinear, value: Any) -> None:
+        layer.sparsity = replace(layer._sparsity, **{name: value})
+
+    return property(read, write, doc=f"The field ``{name}`` of :attr:`MaskedLinear.sparsity`.")
+
+
 class MaskedLinear(nn.Linear):
     """``nn.Linear`` whose weight carries an N:M mask. Use one of its two subclasses.
 
+    Args:
+        in_features: The features of a token; a multiple of the pattern's M.
+        out_features: The features of a result.
+        bias: Whether the layer adds a bias.
+        sparsity: The options of the layer: a :class:`SparsityConfig`, or only a pattern.
+        device: The device of the parameters.
+        dtype: The dtype of the parameters.
+        **options: Single fields of :class:`SparsityConfig`.
+
     Attributes:
-        pattern: The target pattern.
-        gradient: ``"dense"``: every position gets the straight-through gradient; ``"masked"``: kept positions only.
         hold_mask: If True the mask changes only in :meth:`refresh_mask`; otherwise it follows the weight.
         regrow: If False masked positions get no gradient for now, even with ``gradient="dense"``.
         mask_bits: The packed mask, uint8 ``[out_features, ceil(in_features / 8)]``; part of the state dict.
         owner_prepares: Set by an owner that calls :func:`prepare_layers` before each compiled forward.
     """
 
-    pattern: NMPattern
+    kind: ClassVar[Kind]
+    pattern: NMPattern = _option("pattern")
+    split_sizes: tuple[int, ...] | None = _option("split_sizes")
+    activation_bits: int | None = _option("activation_bits")
+    mask_source: MaskSource = _option("mask_source")
+    gradient: Gradient = _option("gradient")
+    gamma_over: GammaOver = _option("gamma_over")
     mask_bits: Tensor
+    _sparsity: SparsityConfig
 
     def __init__(
         self,
@@ -87,20 +114,34 @@ class MaskedLinear(nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        pattern: NMPattern | str = "6:8",
-        gradient: Gradient = "dense",
+        sparsity: SparsityConfig | NMPattern | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
+        label = f"{type(self).__name__}({in_features}, {out_features})"
+        try:
+            config = self.own(SparsityConfig.make(sparsity, **options))
+        except ConfigError as error:
+            raise ConfigError(f"{label}: {error}") from error
+        config.check_fits(in_features, out_features, label)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._init_mask(pattern, gradient)
+        self._init_mask(config)
 
-    def _init_mask(self, pattern: NMPattern | str, gradient: Gradient, name: str | None = None) -> None:
-        name = name or f"{type(self).__name__}({self.in_features}, {self.out_features})"
-        self.pattern = NMPattern.parse(pattern)
-        self.pattern.check_divides(self.in_features, name)
-        check_choice("gradient", gradient, ("dense", "masked"), name)
-        self.gradient = gradient
+    @classmethod
+    def own(cls, sparsity: SparsityConfig) -> SparsityConfig:
+        """The options with the kind of this class.
+
+        Raises:
+            ConfigError: If the options are explicitly those of the other kind.
+        """
+        if sparsity.kind == "masked" and cls.kind == "ternary":
+            raise ConfigError('kind="masked" is SparseLinear')
+        return replace(sparsity, kind=cls.kind)
+
+    def _init_mask(self, sparsity: SparsityConfig) -> None:
+        """Makes a plain linear layer one with a mask; the options have been checked."""
+        self._sparsity = sparsity
         self.hold_mask = False
         self.regrow = True
         self.owner_prepares = False
@@ -111,6 +152,27 @@ class MaskedLinear(nn.Linear):
         packed = torch.empty(self.out_features, -(-self.in_features // 8), dtype=torch.uint8, device=self.weight.device)
         self.register_buffer("mask_bits", packed)
         self.refresh_mask()
+
+    @property
+    def sparsity(self) -> SparsityConfig:
+        """The options of the layer. Another config takes effect at once, or is refused."""
+        return self._sparsity
+
+    @sparsity.setter
+    def sparsity(self, sparsity: SparsityConfig | NMPattern | str) -> None:
+        label = f"{type(self).__name__}({self.in_features}, {self.out_features})"
+        config = self.own(SparsityConfig.make(sparsity))
+        config.check_fits(self.in_features, self.out_features, label)
+        self._check_change(config, label)
+        other_pattern = config.pattern != self.pattern
+        self._sparsity = config
+        self._mask_of = None  # the mask was made with the old options
+        if other_pattern:
+            self._keep_n, self._sparse_share = self.pattern.n, 1.0
+        self.refresh_mask()
+
+    def _check_change(self, sparsity: SparsityConfig, label: str) -> None:
+        """Raises a :class:`ConfigError` if the layer cannot take other options as it is now."""
 
     @property
     def mask(self) -> Tensor:
@@ -325,9 +387,3 @@ def prepare_layers(model: nn.Module) -> None:
     """Calls :meth:`MaskedLinear.prepare` on every layer of ``model``."""
     for _, layer in masked_layers(model):
         layer.prepare()
-
-
-def check_choice(option: str, value: object, choices: tuple[object, ...], layer: str) -> None:
-    """Raises a :class:`ConfigError` that names the layer if ``value`` is not one of ``choices``."""
-    if value not in choices:
-        raise ConfigError(f"{layer}: {option}={value!r} is not one of {', '.join(map(repr, choices))}")

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.sparse_linear import SparseBitLinear
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
+from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, nonzeros_per_group
-from sbn_lightning.sparsity.ternary import TernaryLinearFunction, expand_scale, quantize_activations
+from sbn_lightning.sparsity.ternary import TernaryLinearFunction, expand_scale
 
 InferenceBackend = Literal["reference", "kernels", "int8", "auto"]
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,9 +29,8 @@ class PackedTernaryLinear(nn.Module):
         codes: int8 ``[out_features, in_features]`` in {-1, 0, 1}.
         gamma: Weight scale of each part, float32 ``[parts]``.
         bias: ``[out_features]`` or None.
-        pattern: The pattern the weight was trained with.
-        split_sizes: Rows of each part of a fused weight; None: one part.
-        activation_bits: 8, 4, or None to leave activations as they are.
+        sparsity: The options that the weight was trained with: a :class:`SparsityConfig`, or only a pattern.
+        **options: Single fields of :class:`SparsityConfig`.
 
     Attributes:
         backend: ``"reference"``: plain PyTorch, any device. ``"kernels"``: packed weights and the kernels of
@@ -54,24 +53,39 @@ class PackedTernaryLinear(nn.Module):
         gamma: Tensor,
         bias: Tensor | None = None,
         *,
-        pattern: NMPattern | str,
-        split_sizes: tuple[int, ...] | None = None,
-        activation_bits: int | None = 8,
+        sparsity: SparsityConfig | NMPattern | str | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = codes.shape
-        self.pattern = NMPattern.parse(pattern)
-        self.split_sizes = split_sizes
-        self.activation_bits = activation_bits
+        self.sparsity = SparsityConfig.make(sparsity, **options)
+        self.sparsity.check_fits(self.in_features, self.out_features, f"PackedTernaryLinear{tuple(codes.shape)[::-1]}")
         self.backend: InferenceBackend = "auto"
         self.register_buffer("codes", codes)
         self.register_buffer("gamma", gamma)
-        self.register_buffer("row_scale", expand_scale(gamma, split_sizes, self.out_features).clone(), persistent=False)
+        self.register_buffer(
+            "row_scale", expand_scale(gamma, self.split_sizes, self.out_features).clone(), persistent=False
+        )
         self.register_buffer("bias", bias)
-        self._packed: Tensor | None = None  # what the kernels read; None: the reference
-        self._layout = "none"
-        self._on_hopper = False
+        self._packed: Tensor | None = None  # what the kernels read; None: the codes, or the reference computes
+        self._layout = "none"  # the form of _packed
+        self._kernel: str | None = None  # the kernel for many tokens; None: the reference
         self._settled_for: tuple[object, ...] | None = None
+
+    @property
+    def pattern(self) -> NMPattern:
+        """The pattern that the weight was trained with."""
+        return self.sparsity.nm
+
+    @property
+    def split_sizes(self) -> tuple[int, ...] | None:
+        """The rows of each part of a fused weight; None means one part."""
+        return self.sparsity.split_sizes
+
+    @property
+    def activation_bits(self) -> int | None:
+        """The number of bits of a quantised token; None leaves tokens as they are."""
+        return self.sparsity.activation_bits
 
     def ternary(self) -> tuple[Tensor, Tensor]:
         """Returns int8 codes ``[out_features, in_features]`` and gamma, one a part, float32."""
@@ -94,7 +108,7 @@ class PackedTernaryLinear(nn.Module):
             self._settle()
         with torch.autocast(device, enabled=False):
             wants_gradient = torch.is_grad_enabled() and x.requires_grad  # which kernels have not
-            by_kernels = self._packed is not None and x.dtype in KERNEL_DTYPES and not wants_gradient
+            by_kernels = self._kernel is not None and x.dtype in KERNEL_DTYPES and not wants_gradient
             y = self._by_kernels(x) if by_kernels else self._by_reference(x)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -104,53 +118,32 @@ class PackedTernaryLinear(nn.Module):
         return y
 
     def _by_kernels(self, x: Tensor) -> Tensor:
-        import sbn_kernels
-        from sbn_kernels.decode.gemv import MAX_TOKENS
-
-        from sbn_lightning.backends.integer import multiply
+        from sbn_lightning.backends.integer import multiply, quantize
 
         assert self.activation_bits is not None
-        tokens = x.reshape(-1, self.in_features)
-        if torch.compiler.is_compiling():  # plain PyTorch, for the compiler to fuse
-            x8, scale = quantize_activations(tokens, self.activation_bits)
-            scale = scale.squeeze(-1)
-        else:
-            x8, scale = sbn_kernels.quantize_tokens(tokens, self.activation_bits)
-        # Elsewhere than on Hopper the packed words are for few tokens only.
-        packed = self._packed if self._on_hopper or len(tokens) <= MAX_TOKENS else None
-        y = multiply(x8, scale, self.codes, self.row_scale, packed, self._layout, x.dtype)
+        assert self._kernel is not None
+        x8, scale = quantize(x.reshape(-1, self.in_features), self.activation_bits)
+        y = multiply(x8, scale, self.codes, self.row_scale, self._packed, self._layout, self._kernel, x.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _settle(self) -> None:
-        """Decides between kernels and reference, and packs the weight for the kernels of its device."""
-        reason = None if self.backend == "reference" else self._why_no_kernels()
-        if reason and self.backend != "auto":
-            raise ConfigError(
-                f"backend={self.backend!r} cannot run a packed layer here: {reason}; use 'auto' or 'reference'"
-            )
-        self._packed, self._layout = None, "none"
-        if self.backend != "reference" and reason is None:
-            from sbn_kernels import capabilities, pack_dense, pack_sparse24
+        """Asks for a kernel, or the reference, and packs the weight for the kernels of its device."""
+        self._packed, self._layout, self._kernel = None, "none", None
+        if self.backend != "reference":
+            from sbn_lightning.backends.selection import choose_packed, pack_for
 
-            can = capabilities(self.codes.device)
-            self._on_hopper = can.can("ternary_gemm")
-            sparse = self.backend != "int8" and can.can("sparse_gemm") and self._fits_24()
-            self._layout = "sparse24" if sparse else "dense"
-            self._packed = pack_sparse24(self.codes, self.mask) if sparse else pack_dense(self.codes)
+            n, m = (2, 4) if self._fits_24() else (self.pattern.n, self.pattern.m)
+            choice = choose_packed(
+                self.in_features, self.out_features, n, m, self.activation_bits, self.backend, self.codes.device
+            )
+            self._kernel = choice.kernel
+            if choice.kernel is not None:
+                self._packed, self._layout = pack_for(choice.kernel, self.codes)
         self._settled_for = (self.backend, self.codes.device)
 
     def _fits_24(self) -> bool:
         return self.in_features % 4 == 0 and int(nonzeros_per_group(self.codes, 4).max()) <= 2
-
-    def _why_no_kernels(self) -> str | None:
-        if self.activation_bits is None:
-            return "activation_bits is null, and the kernels multiply integers"
-        from sbn_kernels.runtime.capability import capabilities, interpreting
-
-        if not (self.codes.is_cuda or interpreting() or not torch.cuda.is_available()):
-            return f"the layer is on the {self.codes.device.type}"
-        return capabilities(self.codes.device).reasons.get("decode")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedTernaryLinear:
         """Moves everything; a cast leaves gamma as it is, whose digits are few enough."""
@@ -200,7 +193,5 @@ def packed_layer(layer: SparseBitLinear) -> PackedTernaryLinear:
         codes,
         gamma,
         bias,
-        pattern=layer.pattern,
-        split_sizes=layer.split_sizes,
-        activation_bits=layer.activation_bits,
+        sparsity=layer.sparsity,
     ).train(layer.training)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sbn_lightning.layers.sparse_linear import MaskedLinear, SparseBitLinear
+from sbn_lightning.layers.masked_linear import MaskedLinear
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.sparsity.pattern import pack_mask, unpack_mask
 
 

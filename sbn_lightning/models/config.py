@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.sparse_linear import Gradient, MaskSource
 from sbn_lightning.models.loss import LossImplementation
-from sbn_lightning.sparsity.pattern import NMPattern
-from sbn_lightning.sparsity.ternary import GammaOver
+from sbn_lightning.sparsity.config import SparsityConfig, SparsityOptions, check_choice
 
 LinearKind = Literal["ternary", "masked", "dense"]
 
@@ -56,9 +55,12 @@ class RopeScaling:
             )
 
 
-@dataclass
-class TransformerConfig:
+@dataclass(frozen=True)
+class TransformerConfig(SparsityOptions):
     """Shape and arithmetic of a :class:`TernaryTransformer`.
+
+    The options of the ternary and masked layers are fields as well: those of :class:`SparsityOptions`. A config does
+    not change; ``dataclasses.replace`` makes another one.
 
     Args:
         vocab_size: Rows of the embedding; at least the size of the tokenizer's vocabulary.
@@ -76,11 +78,6 @@ class TransformerConfig:
         init_std: Standard deviation of initial weights; those that write to the residual stream get
             ``init_std / sqrt(2 n_layers)``.
         linear: Linear layers of the blocks: ``"ternary"``, ``"masked"`` (sparse, not quantised) or ``"dense"``.
-        pattern: "N:M" of ternary and masked layers. In YAML it must be quoted.
-        activation_bits: Bits of activations in ternary layers: 8, 4, or null for none.
-        mask_source: ``"latent"`` or ``"ternary"``; see :class:`SparseBitLinear`.
-        gradient: ``"dense"`` or ``"masked"``; see :class:`SparseBitLinear`.
-        gamma_over: ``"dense"``, ``"kept"``, ``"masked"`` or ``"nonzero"``; see :class:`SparseBitLinear`.
         activation_checkpointing: Recompute each block in the backward pass instead of saving its activations. What
             kernels have quantised is kept, and goes with the first backward pass through it.
         loss: Implementation of head and cross-entropy; see :mod:`sbn_lightning.models.loss`.
@@ -103,18 +100,14 @@ class TransformerConfig:
     tie_embeddings: bool = True
     init_std: float = 0.02
     linear: LinearKind = "ternary"
-    pattern: NMPattern | str = "6:8"
-    activation_bits: int | None = 8
-    mask_source: MaskSource = "latent"
-    gradient: Gradient = "dense"
-    gamma_over: GammaOver = "dense"
-    activation_checkpointing: bool = False
-    loss: LossImplementation = "auto"
+    activation_checkpointing: bool = field(default=False, kw_only=True)
+    loss: LossImplementation = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
-        self.pattern = pattern = NMPattern.parse(self.pattern)
+        super().__post_init__()
+        check_choice("linear", self.linear, get_args(LinearKind))
         if isinstance(self.rope_scaling, dict):  # read back from a checkpoint, which holds only plain values
-            self.rope_scaling = RopeScaling(**self.rope_scaling)
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ffn", "max_sequence_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
@@ -129,8 +122,8 @@ class TransformerConfig:
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.linear != "dense":
-            pattern.check_divides(self.d_model, "layers attention.qkv, attention.o and mlp.gate_up (d_model)")
-            pattern.check_divides(self.d_ffn, "layer mlp.down (d_ffn)")
+            self.nm.check_divides(self.d_model, "layers attention.qkv, attention.o and mlp.gate_up (d_model)")
+            self.nm.check_divides(self.d_ffn, "layer mlp.down (d_ffn)")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TransformerConfig:
@@ -152,10 +145,17 @@ class TransformerConfig:
         return cls(**(published | changes))
 
     @property
+    def sparsity(self) -> SparsityConfig:
+        """The options of the blocks' linear layers; only for ``linear`` other than ``"dense"``."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(SparsityOptions)}
+        return SparsityConfig(kind="masked" if self.linear == "masked" else "ternary", **options)
+
+    @property
     def head_size(self) -> int:
         """Features of one attention head."""
         return self.d_model // self.n_heads
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what goes into a checkpoint; ``TransformerConfig(**d)`` reads it back."""
-        return dataclasses.asdict(dataclasses.replace(self)) | {"pattern": str(self.pattern)}
+        values = dataclasses.asdict(self) | {"pattern": str(self.pattern)}
+        return {name: values[name] for name in inspect.signature(type(self)).parameters}

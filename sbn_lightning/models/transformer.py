@@ -13,6 +13,7 @@ in as arguments (:class:`Attend`); what a cache looks like is :mod:`sbn_lightnin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -39,19 +40,9 @@ from sbn_lightning.sparsity.ternary import apply_swiglu
 def _linear(config: TransformerConfig, in_features: int, splits: tuple[int, ...], *, bias: bool = False) -> nn.Linear:
     if config.linear == "dense":
         return nn.Linear(in_features, sum(splits), bias)
-    if config.linear == "masked":
-        return SparseLinear(in_features, sum(splits), bias, pattern=config.pattern, gradient=config.gradient)
-    return SparseBitLinear(
-        in_features,
-        sum(splits),
-        bias,
-        pattern=config.pattern,
-        split_sizes=splits if len(splits) > 1 else None,
-        activation_bits=config.activation_bits,
-        mask_source=config.mask_source,
-        gradient=config.gradient,
-        gamma_over=config.gamma_over,
-    )
+    sparsity = replace(config.sparsity, split_sizes=splits if len(splits) > 1 else None)
+    layer = SparseLinear if config.linear == "masked" else SparseBitLinear
+    return layer(in_features, sum(splits), bias, sparsity=sparsity)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -1,0 +1,163 @@
+"""``SparseBitLinear``: the linear layer with ternary, N:M-sparse weights and quantised tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sbn_lightning.backends.reference import REFERENCE, Backend
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
+from sbn_lightning.sparsity.config import SparsityConfig
+from sbn_lightning.sparsity.ternary import expand_scale, ternary_codes, weight_scale
+
+
+class SparseBitLinear(MaskedLinear):
+    """A linear layer with ternary, N:M-sparse weights and quantised tokens (:mod:`sbn_lightning.sparsity.ternary`).
+
+    Args:
+        in_features: The features of a token; a multiple of the pattern's M.
+        out_features: The features of a result.
+        bias: Whether the layer adds a bias, which stays in high precision.
+        sparsity: The options of the layer: a :class:`SparsityConfig`, or only a pattern.
+        device: The device of the parameters.
+        dtype: The dtype of the parameters. float32 keeps small updates that bfloat16 would round away.
+        **options: Single fields of :class:`SparsityConfig`, for example ``pattern="2:4"``.
+
+    Shape:
+        x ``[..., in_features]`` -> y ``[..., out_features]`` in the dtype of x, or autocast's where autocast is on.
+
+    Raises:
+        ConfigError: If an option cannot work. The message names the layer.
+    """
+
+    kind = "ternary"
+
+    def _init_mask(self, sparsity: SparsityConfig) -> None:
+        self._backend: Backend = REFERENCE
+        self._wrap_backend: Callable[[Backend], Backend] | None = None
+        self._prepared: Any = None
+        self._prepared_of: tuple[Any, ...] | None = None
+        super()._init_mask(sparsity)
+
+    @property
+    def backend(self) -> Backend:
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        self._backend = backend if self._wrap_backend is None else self._wrap_backend(backend)
+        self._forget_prepared()
+
+    def wrap_backend(self, wrap: Callable[[Backend], Backend]) -> None:
+        """Puts a wrapper around the present backend, and around each one that is assigned later.
+
+        Args:
+            wrap: Makes a backend around another, for example one for a weight that is sharded by rows. A wrapper with a
+                method ``rows`` gets what that method makes of the weight, in place of the whole latent weight.
+        """
+        self._wrap_backend = wrap
+        self.backend = self._backend
+
+    def _forget_prepared(self) -> None:
+        self._prepared = self._prepared_of = None
+
+    def _check_change(self, sparsity: SparsityConfig, label: str) -> None:
+        if self._backend is not REFERENCE:
+            raise ConfigError(
+                f"{label}: the {self._backend.name} backend was chosen for {self.sparsity}; set layer.backend to "
+                "sbn_lightning.backends.reference.REFERENCE before you change the options"
+            )
+        self._forget_prepared()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_prepared": None, "_prepared_of": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseBitLinear:
+        super()._apply(fn, recurse)
+        if self._prepared is not None and self._prepared.codes.device != self.weight.device:
+            self._forget_prepared()  # it holds memory of the device that the layer has left
+        return self
+
+    def ternary(self) -> tuple[Tensor, Tensor]:
+        """Returns int8 codes ``[out_features, in_features]`` in {-1, 0, 1} and gamma, one a split, float32."""
+        self.prepare()
+        starts = [0]
+        for rows in (self.split_sizes or (self.out_features,))[:-1]:
+            starts.append(starts[-1] + rows)
+        return self._prepared.codes, self._prepared.row_scale[starts]
+
+    def effective_weight(self) -> Tensor:
+        self.prepare()
+        return (self._prepared.codes * self._prepared.row_scale.unsqueeze(-1)).to(self.weight.dtype)
+
+    def values(self, masked: bool = True) -> Tensor:
+        self.prepare()
+        codes: Tensor = self._prepared.codes
+        if masked:
+            return codes
+        if self.sparsity.gamma_over == "nonzero":
+            return self._dense_codes()
+        return ternary_codes(self.latent(), self._prepared.row_scale)
+
+    def prepare(self) -> None:
+        stale = self._mask_is_stale()
+        if stale and self.sparsity.mask_source != "latent":
+            self.refresh_mask()
+            stale = False
+        if not stale and self._prepared_key() == self._prepared_of:
+            return
+        # A validation loop runs in inference mode; tensors made there could not be used in the next training step.
+        with torch.inference_mode(False), torch.no_grad():
+            keep = self._keep() if stale else self._most_kept
+            bits = None if stale else self.mask_bits
+            self._prepared = self._backend.prepare(self._for_backend(), bits, keep, self.sparsity)
+            if stale:
+                self.mask_bits.copy_(self._prepared.mask_bits)
+                self._note_fresh_mask()
+        self._prepared_of = self._prepared_key()
+
+    def _prepared_key(self) -> tuple[Any, ...]:
+        """What the codes depend on: the weight, where it is, and the mask (its buffer's version counts refreshes)."""
+        return (*self._weight_key(), self.weight.device, id(self.mask_bits), self.mask_bits._version)
+
+    def _multiply(self, x: Tensor, swiglu: bool) -> Tensor:
+        if torch.compiler.is_compiling() and not self.owner_prepares:
+            fused = self.sparsity.mask_source == "latent" and not self._mask_stays()
+            keep = self._keep() if fused else self._most_kept
+            bits = None if fused else self._graph_mask()
+            prepared = self._backend.prepare(self._for_backend(), bits, keep, self.sparsity)
+            mask_bits = prepared.mask_bits
+        else:
+            if not torch.compiler.is_compiling():
+                self.prepare()
+            prepared, mask_bits = self._prepared, self.mask_bits
+        gradient_mask = self._gradient_mask(mask_bits)
+        return self._backend.linear(x, self.weight, prepared, gradient_mask, self.activation_bits, swiglu)
+
+    def _mask_scores(self) -> Tensor:
+        return self._for_backend(None if self.sparsity.mask_source == "latent" else self._dense_codes())
+
+    def _for_backend(self, whole: Tensor | None = None) -> Tensor:
+        """The latent weight, or another tensor of its rows, as the backend takes it: all rows, or those of this rank."""
+        rows = getattr(self._backend, "rows", None)
+        if rows is not None:
+            return cast(Tensor, rows(self.weight if whole is None else whole))
+        return self.latent() if whole is None else whole
+
+    def _dense_codes(self) -> Tensor:
+        """Codes of all weights, masked or not, by the dense gamma; a kernel's own may differ in its last bit."""
+        weight = self.latent()
+        gamma = weight_scale(weight, self.split_sizes)
+        return ternary_codes(weight, expand_scale(gamma, self.split_sizes, self.out_features))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation_bits={self.activation_bits}, backend={self._backend.name}"
+
+
+def ternary_layers(model: torch.nn.Module) -> dict[str, SparseBitLinear]:
+    """The ternary layers of a model by name, in the model's order."""
+    return {name: layer for name, layer in masked_layers(model) if isinstance(layer, SparseBitLinear)}
