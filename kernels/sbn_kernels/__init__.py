@@ -30,47 +30,44 @@ from typing import TYPE_CHECKING, Any
 from sbn_kernels._moved import install
 
 if TYPE_CHECKING:
+    from sbn_kernels.catalog import Capabilities, capabilities
     from sbn_kernels.common.packing import pack_dense, pack_sparse24, packed_shape, unpack
-    from sbn_kernels.decode.gemv import decode_gemm
+    from sbn_kernels.decode.triton import decode_gemm
     from sbn_kernels.gemm.cusparselt import check_cusparselt, compress24, cusparselt_gemm
     from sbn_kernels.gemm.portable import int8_gemm
     from sbn_kernels.gemm.sm90.gemm import sparse_gemm, ternary_gemm
-    from sbn_kernels.gradients.gradients import (
-        QuantizedGradient,
-        gradient_draws,
-        input_gradient_gemm,
-        quantize_gradient,
-        quantize_gradient_reference,
-    )
+    from sbn_kernels.gradients.input_gradient import input_gradient_gemm
+    from sbn_kernels.gradients.reference import QuantizedGradient, gradient_draws, quantize_gradient_reference
     from sbn_kernels.gradients.transpose import dequantize_tokens, pack_transposed, transpose_tokens
+    from sbn_kernels.gradients.triton import quantize_gradient
     from sbn_kernels.gradients.weight_gradient import weight_gradient_gemm
-    from sbn_kernels.prepare.prepare import PreparedWeight, prepare_weight
+    from sbn_kernels.prepare.triton import PreparedWeight, prepare_weight
     from sbn_kernels.quantize.triton import quantize_tokens
-    from sbn_kernels.runtime.capability import Capabilities, UnsupportedError, capabilities
+    from sbn_kernels.runtime.capability import UnsupportedError
     from sbn_kernels.swiglu.triton import swiglu_backward, swiglu_quantize
 
-# Imported on first use: what needs no kernel does not wait for Triton.
+# Imported on first use, so that what needs no kernel does not wait for Triton.
 _MODULE_OF = {
-    "Capabilities": "runtime.capability",
-    "PreparedWeight": "prepare.prepare",
-    "QuantizedGradient": "gradients.gradients",
+    "Capabilities": "catalog",
+    "PreparedWeight": "prepare.triton",
+    "QuantizedGradient": "gradients.reference",
     "UnsupportedError": "runtime.capability",
-    "capabilities": "runtime.capability",
+    "capabilities": "catalog",
     "check_cusparselt": "gemm.cusparselt",
     "compress24": "gemm.cusparselt",
     "cusparselt_gemm": "gemm.cusparselt",
-    "decode_gemm": "decode.gemv",
+    "decode_gemm": "decode.triton",
     "dequantize_tokens": "gradients.transpose",
-    "gradient_draws": "gradients.gradients",
-    "input_gradient_gemm": "gradients.gradients",
+    "gradient_draws": "gradients.reference",
+    "input_gradient_gemm": "gradients.input_gradient",
     "int8_gemm": "gemm.portable",
     "pack_dense": "common.packing",
     "pack_sparse24": "common.packing",
     "pack_transposed": "gradients.transpose",
     "packed_shape": "common.packing",
-    "prepare_weight": "prepare.prepare",
-    "quantize_gradient": "gradients.gradients",
-    "quantize_gradient_reference": "gradients.gradients",
+    "prepare_weight": "prepare.triton",
+    "quantize_gradient": "gradients.triton",
+    "quantize_gradient_reference": "gradients.reference",
     "quantize_tokens": "quantize.triton",
     "sparse_gemm": "gemm.sm90.gemm",
     "swiglu_backward": "swiglu.triton",
@@ -114,20 +111,29 @@ __all__ = [
 
 install(
     {
-        "sbn_kernels.capability": ("sbn_kernels.runtime.capability",),
+        "sbn_kernels.capability": ("sbn_kernels.catalog", "sbn_kernels.runtime.capability"),
         "sbn_kernels.cusparselt": ("sbn_kernels.gemm.cusparselt",),
         "sbn_kernels.decode_kernels": ("sbn_kernels.decode.gluon",),
         "sbn_kernels.descriptors": ("sbn_kernels.runtime.descriptors",),
         "sbn_kernels.gradient_hopper": ("sbn_kernels.gradients.sm90",),
-        "sbn_kernels.gradient_kernels": ("sbn_kernels.gradients.triton",),
-        "sbn_kernels.hopper_gemm": ("sbn_kernels.gemm.sm90.gemm",),
-        "sbn_kernels.hopper_kernels": ("sbn_kernels.gemm.sm90.kernels",),
+        "sbn_kernels.gradient_kernels": ("sbn_kernels.gradients.device",),
+        "sbn_kernels.hopper_gemm": (
+            "sbn_kernels.gemm.sm90.gemm",
+            "sbn_kernels.common.checks",
+            "sbn_kernels.common.buffers",
+        ),
+        "sbn_kernels.hopper_kernels": ("sbn_kernels.gemm.sm90.kernels", "sbn_kernels.common.hopper_pipeline"),
         "sbn_kernels.launch": ("sbn_kernels.runtime.launch",),
         "sbn_kernels.maxima": ("sbn_kernels.common.maxima",),
-        "sbn_kernels.ops": ("sbn_kernels.runtime.ops",),
+        "sbn_kernels.ops": (
+            "sbn_kernels.runtime.ops",
+            "sbn_kernels.common.integers",
+            "sbn_kernels.common.checks",
+            "sbn_kernels.common.buffers",
+        ),
         "sbn_kernels.packing": ("sbn_kernels.common.packing",),
         "sbn_kernels.portable_gemm": ("sbn_kernels.gemm.portable",),
-        "sbn_kernels.prepare_kernels": ("sbn_kernels.prepare.triton",),
+        "sbn_kernels.prepare_kernels": ("sbn_kernels.prepare.device",),
         "sbn_kernels.split_k": ("sbn_kernels.gemm.sm90.split_k",),
         "sbn_kernels.split_kernels": ("sbn_kernels.gemm.sm90.split_kernels",),
         "sbn_kernels.transpose": ("sbn_kernels.gradients.transpose",),

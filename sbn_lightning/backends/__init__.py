@@ -1,4 +1,8 @@
-"""What a ternary layer computes with: the protocol, the reference, the integer kernels, and who chooses."""
+"""What a ternary layer computes with: the protocol, the reference, the integer kernels, and the function that chooses.
+
+:mod:`.reference` has the protocol and plain PyTorch. :mod:`.integer` has the kernels. :mod:`.selection` is the only
+place of the project that chooses between them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sbn_lightning.backends.reference import REFERENCE, Backend, Keep, ReferenceBackend, TernaryWeight, WeightSpec
+    from sbn_lightning.backends.selection import choose, describe
 
 _MODULE_OF = {
     "Backend": "reference",
@@ -15,9 +20,11 @@ _MODULE_OF = {
     "ReferenceBackend": "reference",
     "TernaryWeight": "reference",
     "WeightSpec": "reference",
+    "choose": "selection",
+    "describe": "selection",
 }
 
-__all__ = ["Backend", "Keep", "REFERENCE", "ReferenceBackend", "TernaryWeight", "WeightSpec"]
+__all__ = ["Backend", "Keep", "REFERENCE", "ReferenceBackend", "TernaryWeight", "WeightSpec", "choose", "describe"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,19 +11,15 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, pack_mask, top_n_mask, unpack_mask
-from sbn_lightning.sparsity.ternary import GammaOver, TernaryLinearFunction, apply_swiglu, ternary_weight
+from sbn_lightning.sparsity.ternary import TernaryLinearFunction, apply_swiglu, ternary_weight
 
 Keep = int | Tensor
 """Weights kept in each group: one number, or an integer tensor ``[out_features]`` with one for each row."""
 
 
-class WeightSpec(NamedTuple):
-    """How a latent weight becomes a ternary one; see ``SparseBitLinear``."""
-
-    pattern: NMPattern
-    split_sizes: tuple[int, ...] | None
-    gamma_over: GammaOver
+WeightSpec = SparsityConfig  # the name of version 0.1.0
 
 
 class TernaryWeight(NamedTuple):
@@ -50,14 +46,14 @@ class Backend(Protocol):
     def fresh_mask(self, scores: Tensor, pattern: NMPattern, keep: Keep) -> Tensor:
         """The packed mask that keeps the ``keep`` largest magnitudes of each group of ``scores [out, in]``."""
 
-    def prepare(self, latent: Tensor, mask_bits: Tensor | None, keep: Keep, spec: WeightSpec) -> Any:
+    def prepare(self, latent: Tensor, mask_bits: Tensor | None, keep: Keep, sparsity: SparsityConfig) -> Any:
         """Makes the ternary weight; called once after each change of the latent weight ``[out, in]``.
 
         Args:
             latent: Latent weight.
             mask_bits: The packed mask; None for a fresh one from the latent weight.
             keep: Weights that a fresh mask keeps in each group, or at most kept by the given one.
-            spec: The layer's options.
+            sparsity: The options of the layer.
 
         Returns:
             What ``linear`` takes, with at least the attributes of :class:`TernaryWeight`.
@@ -86,11 +82,11 @@ class ReferenceBackend:
     def fresh_mask(self, scores: Tensor, pattern: NMPattern, keep: Keep) -> Tensor:
         return pack_mask(top_n_mask(scores, pattern, keep))
 
-    def prepare(self, latent: Tensor, mask_bits: Tensor | None, keep: Keep, spec: WeightSpec) -> TernaryWeight:
+    def prepare(self, latent: Tensor, mask_bits: Tensor | None, keep: Keep, sparsity: SparsityConfig) -> TernaryWeight:
         if mask_bits is None:
-            mask_bits = self.fresh_mask(latent, spec.pattern, keep)
+            mask_bits = self.fresh_mask(latent, sparsity.nm, keep)
         mask = unpack_mask(mask_bits, latent.shape[1])
-        return TernaryWeight(*ternary_weight(latent, mask, spec.split_sizes, spec.gamma_over), mask_bits)
+        return TernaryWeight(*ternary_weight(latent, mask, sparsity.split_sizes, sparsity.gamma_over), mask_bits)
 
     def linear(
         self,

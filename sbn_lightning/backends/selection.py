@@ -1,9 +1,15 @@
-"""Which backend a layer gets, and why: what the hardware can do, and under ``auto`` what was measured.
+"""The one place that chooses hardware: which kernel a layer gets, and why.
 
-``auto`` times every backend that can run a layer's shape, on random weights and tokens, quantisation included, and
-drops any whose product differs from the dense one: wrong results have been reported from cuSPARSELt's algorithms. A
-backend asked for by name is compared likewise, and refused. Layers of one shape share a measurement. Whatever is chosen
-computes the same sums, so the choice changes speed alone.
+Kernels say what they need and register themselves (:mod:`sbn_kernels.gemm.registry`). :func:`choose` asks the registry
+for training, for packed layers and for decoding alike. Of the kernels of one backend ("int8" or "sparse") that can
+serve a layer, the registry's order decides. Between backends a measurement decides, if the user asked for ``"auto"``:
+the quantisation and the product are replayed as a CUDA graph, so the GPU is timed and not the host. Times that are
+level within the noise are settled by a fixed order, so two runs choose alike. Layers of one shape share a measurement.
+
+Every kernel is compared with the dense product before it is used, because wrong results have been reported from
+cuSPARSELt's algorithms. Whatever is chosen computes the same sums, so the choice changes speed alone.
+
+Layers that hold packed weights are not measured: the registry's order decides for them too.
 """
 
 from __future__ import annotations
@@ -13,47 +19,50 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from sbn_lightning.backends.reference import REFERENCE, Backend, WeightSpec
+from sbn_lightning.backends.reference import REFERENCE, Backend
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.sparsity.pattern import NMPattern
-from sbn_lightning.sparsity.ternary import GammaOver, quantize_activations
+from sbn_lightning.sparsity.config import SparsityConfig
+from sbn_lightning.sparsity.ternary import quantize_activations
 
 if TYPE_CHECKING:
-    from sbn_lightning.backends.integer import Engine, Gradients
+    from sbn_lightning.backends.integer import Gradients
 
 BackendName = Literal["auto", "reference", "int8", "sparse"]
 BACKENDS: tuple[BackendName, ...] = ("auto", "reference", "int8", "sparse")
 
 WRONG = "its product differs from the dense one"
-_ROUNDS, _REPEATS = 5, 4
+_PREFERENCE = ("sparse", "int8", "reference")  # where measured times are level
+_CALLS = 20  # in a graph: one launch of the host for so many
+_ROUNDS, _ROUND_MS = 9, 2.0
+_LEVEL = 0.03  # times closer than this share of the best are level
 _CHECKED = 256  # tokens that are compared with the dense product
 
 
-class LayerShape(Protocol):
-    """What a kernel asks of a layer before it says whether it can serve it."""
+class TernaryLayer(Protocol):
+    """What the choice asks of a layer."""
 
     @property
     def in_features(self) -> int: ...
     @property
     def out_features(self) -> int: ...
     @property
-    def pattern(self) -> NMPattern: ...
-    @property
-    def activation_bits(self) -> int | None: ...
+    def sparsity(self) -> SparsityConfig: ...
 
 
-class TernaryLayer(LayerShape, Protocol):
-    """What the measurement needs to know as well."""
+class _Shape(NamedTuple):
+    """A layer as the registry sees it; the fields are those of ``sbn_kernels.gemm.registry.LinearShape``."""
 
-    @property
-    def split_sizes(self) -> tuple[int, ...] | None: ...
-    @property
-    def gamma_over(self) -> GammaOver: ...
+    in_features: int
+    out_features: int
+    n: int
+    m: int
+    activation_bits: int | None
 
 
 @dataclass(frozen=True)
@@ -62,74 +71,163 @@ class Choice:
 
     Attributes:
         backend: ``"reference"``, ``"int8"`` or ``"sparse"``.
-        engine: Which kernels, for the last two.
-        why: One line.
+        kernel: The name of the kernel; None for the reference.
+        why: The reason, one line.
     """
 
     backend: str
-    engine: Engine | None
+    kernel: str | None
     why: str
 
     def make(self, gradients: Gradients) -> Backend:
-        """The backend itself."""
-        if self.engine is None:
+        """Makes the backend for a layer with latent weights."""
+        if self.kernel is None:
             return REFERENCE
         from sbn_lightning.backends.integer import KernelBackend
 
-        return KernelBackend(self.engine, sparse=self.backend == "sparse", gradients=gradients)
+        return KernelBackend(self.kernel, gradients=gradients)
 
 
-def engines(device: torch.device) -> tuple[dict[str, Engine], dict[str, str]]:
-    """What ``device`` can run: the engine of ``"int8"`` and of ``"sparse"``, or the reason why there is none."""
+class KernelStatus(NamedTuple):
+    """One row of :func:`describe`.
+
+    Attributes:
+        kernel: The name of the kernel.
+        serves: What the kernel does, in a few words.
+        reason: Why the kernel does not run here; None if it runs.
+    """
+
+    kernel: str
+    serves: str
+    reason: str | None
+
+
+def describe(device: torch.device | None = None) -> list[KernelStatus]:
+    """Says which kernels run on a device, and why the others do not.
+
+    Args:
+        device: The device; None: the current GPU if there is one, else the CPU.
+    """
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    nowhere = _why_none(device)
     if find_spec("triton") is None:
-        return {}, dict.fromkeys(("int8", "sparse"), "Triton is not installed")
-    import sbn_kernels as sk
+        return [KernelStatus("all kernels", "integer products", nowhere)]
+    from sbn_kernels.catalog import report
 
-    if device.type != "cuda" and torch.cuda.is_available():
-        return {}, dict.fromkeys(("int8", "sparse"), f"tensors are on the {device.type.upper()}")
-    here = sk.capabilities(device if device.type == "cuda" else None)
-    found: dict[str, Engine] = {}
+    return [KernelStatus(row.kernel, row.serves, nowhere or row.reason) for row in report(_index(device))]
+
+
+def candidates(
+    layer: TernaryLayer | _Shape, device: torch.device, packed: bool = False
+) -> tuple[dict[str, str], dict[str, str], set[str]]:
+    """Asks the registry which kernels can serve a layer.
+
+    Args:
+        layer: The layer, or its shape.
+        device: The device of the layer.
+        packed: Whether the layer holds packed weights and no latent weight.
+
+    Returns:
+        For each backend that can serve the layer the name of its first kernel; for each other backend the reason; and
+        the backends of which no kernel runs on the device, whatever the layer.
+    """
+    backends = ("int8", "sparse")
+    if nowhere := _why_none(device):
+        return {}, dict.fromkeys(backends, nowhere), set(backends)
+    import sbn_kernels.catalog  # noqa: F401 (registers the kernels)
+    from sbn_kernels.gemm.registry import LinearShape, products
+
+    found: dict[str, str] = {}
     reasons: dict[str, str] = {}
-    candidates: dict[str, list[tuple[str, Engine]]] = {
-        "int8": [("ternary_gemm", "hopper"), ("int8_gemm", "portable")],
-        "sparse": [("sparse_gemm", "hopper"), ("cusparselt", "cusparselt")],
-    }
-    for name, ways in candidates.items():
-        able = [engine for op, engine in ways if here.can(op)]
-        if device.type == "cpu" and not able:
-            reasons[name] = "tensors are on the CPU"
-        elif able:
-            found[name] = able[0]
+    absent: set[str] = set()
+    shape = LinearShape(*_shape(layer))
+    for backend in backends:
+        kernels = [kernel for kernel in products(backend) if kernel.most_tokens is None]
+        missing = [f"{kernel.name} {reason}" for kernel in kernels if (reason := kernel.needs.missing(_index(device)))]
+        here = [kernel for kernel in kernels if kernel.needs.missing(_index(device)) is None]
+        unfit = []
+        for kernel in here:
+            reason = kernel.unfit(shape)
+            if packed and reason is None and not kernel.for_packed_layers:
+                reason = f"{kernel.name} reads no packed weights"
+            if reason is None:
+                found[backend] = kernel.name
+                break
+            unfit.append(reason)
         else:
-            reasons[name] = "; ".join(f"{op} {here.reasons[op]}" for op, _ in ways)
+            on_cpu = device.type != "cuda" and not here
+            reasons[backend] = "tensors are on the CPU" if on_cpu else "; ".join(dict.fromkeys(unfit or missing))
+            if not here:
+                absent.add(backend)
+    return found, reasons, absent
+
+
+def engines(device: torch.device) -> tuple[dict[str, str], dict[str, str]]:
+    """What ``device`` can run for a layer that every kernel fits.
+
+    Returns:
+        For each backend the name of its first kernel; for each other backend the reason.
+    """
+    found, reasons, _ = candidates(_Shape(128, 128, 2, 4, 8), device)
     return found, reasons
 
 
-def unfit(layer: LayerShape, name: str, engine: Engine) -> str | None:
-    """Why ``layer`` cannot run on a backend that the hardware has; None if it can."""
-    if layer.activation_bits is None:
-        return "activation_bits=None leaves nothing to multiply as integers"
-    if name == "sparse" and (layer.pattern.m != 4 or layer.pattern.n > 2):
-        return f"sparse tensor cores take 2:4, not {layer.pattern}"
-    if engine == "cusparselt" and (layer.in_features % 32 or layer.out_features % 32):
-        return f"cuSPARSELt needs multiples of 32, not {layer.in_features} -> {layer.out_features}"
+def _why_none(device: torch.device) -> str | None:
+    """Why no kernel at all can run on ``device``."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda" and torch.cuda.is_available():
+        return f"tensors are on the {device.type.upper()}"
     return None
 
 
-def require(layers: Mapping[str, TernaryLayer], wanted: BackendName, device: torch.device) -> Engine:
-    """The engine of the backend ``wanted``, ``"int8"`` or ``"sparse"``.
+def _index(device: torch.device) -> int | None:
+    """The number of a GPU; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _shape(layer: TernaryLayer | _Shape) -> _Shape:
+    if isinstance(layer, _Shape):
+        return layer
+    sparsity = layer.sparsity
+    return _Shape(layer.in_features, layer.out_features, sparsity.nm.n, sparsity.nm.m, sparsity.activation_bits)
+
+
+def require(
+    layers: Mapping[str, TernaryLayer | _Shape], wanted: str, device: torch.device, packed: bool = False
+) -> dict[str, str]:
+    """Finds the kernel of the backend that the user asked for, for each layer.
+
+    Args:
+        layers: The layers by name.
+        wanted: ``"int8"`` or ``"sparse"``.
+        device: The device of the layers.
+        packed: Whether the layers hold packed weights and no latent weight.
+
+    Returns:
+        The name of the kernel of each layer.
 
     Raises:
-        ConfigError: If ``device`` has none or one of the layers does not fit it: what it needs and what would work.
+        ConfigError: If ``device`` has no such kernel or a layer does not fit: what is needed and what would work.
     """
-    found, reasons = engines(device)
-    if wanted not in found:
-        able = ", ".join(["auto", "reference", *found])
-        raise ConfigError(f'backend "{wanted}" cannot run on {_describe(device)}: {reasons[wanted]}; use {able}')
+    chosen = {}
     for name, layer in layers.items():
-        if reason := unfit(layer, wanted, found[wanted]):
-            raise ConfigError(_refusal(wanted, name, reason))
-    return found[wanted]
+        found, reasons, absent = candidates(layer, device, packed)
+        if wanted in absent:
+            able = ", ".join(["auto", "reference", *sorted(engines(device)[0])])
+            raise ConfigError(f'backend "{wanted}" cannot run on {_describe(device)}: {reasons[wanted]}; use {able}')
+        if wanted not in found and packed and "reads no packed weights" in reasons[wanted]:
+            raise ConfigError(
+                f'backend "{wanted}" cannot run packed weights here: {reasons[wanted]}; use auto, or give the '
+                "checkpoint that they were exported from"
+            )
+        if wanted not in found:
+            raise ConfigError(_refusal(wanted, name, reasons[wanted]))
+        chosen[name] = found[wanted]
+    return chosen
 
 
 def _refusal(wanted: str, name: str, reason: str) -> str:
@@ -139,44 +237,109 @@ def _refusal(wanted: str, name: str, reason: str) -> str:
 def choose(
     layers: Mapping[str, TernaryLayer], wanted: BackendName, device: torch.device, dtype: torch.dtype, tokens: int
 ) -> dict[str, Choice]:
-    """Chooses a backend for each layer.
+    """Chooses a kernel for each layer with latent weights.
 
     Args:
-        layers: By name.
-        wanted: ``"auto"`` measures; the others are taken at their word.
-        device: Where the layers run.
-        dtype: Of their tokens.
-        tokens: In a micro-batch, for the measurement.
+        layers: The layers by name.
+        wanted: ``"auto"`` measures; any other backend is taken if it can run.
+        device: The device of the layers.
+        dtype: The dtype of their tokens.
+        tokens: The number of tokens in a micro-batch, which the measurement uses.
+
+    Returns:
+        The choice for each layer.
 
     Raises:
-        ConfigError: If ``wanted`` cannot run here or on one of the layers: what it needs and what would work.
+        ConfigError: If ``wanted`` cannot run here or on one of the layers: what is needed and what would work.
     """
     if wanted == "reference":
         return {name: Choice("reference", None, "asked for") for name in layers}
-    if wanted != "auto":
-        engine = require(layers, wanted, device)
-        checked = set()
-        for name, layer in layers.items():
-            if device.type == "cuda" and _key(layer) not in checked:
-                checked.add(_key(layer))
-                trial = _Trial(layer, device, dtype, min(tokens, _CHECKED))
-                backend = Choice(wanted, engine, "").make("bf16")
-                if not trial.agrees(backend, trial.prepare(backend)):
-                    raise ConfigError(_refusal(wanted, name, WRONG))
-        return {name: Choice(wanted, engine, f"asked for ({engine})") for name in layers}
-    found, reasons = engines(device)
-    measured: dict[tuple[object, ...], Choice] = {}
-    choices = {}
+    made: dict[tuple[object, ...], Choice] = {}
+    if wanted == "auto":
+        for layer in layers.values():
+            if _key(layer) not in made:
+                made[_key(layer)] = _fastest(layer, device, dtype, tokens)
+        return {name: made[_key(layer)] for name, layer in layers.items()}
+    kernels = require(layers, wanted, device)
     for name, layer in layers.items():
-        if _key(layer) not in measured:
-            measured[_key(layer)] = _fastest(layer, found, reasons, device, dtype, tokens)
-        choices[name] = measured[_key(layer)]
-    return choices
+        if _key(layer) in made:
+            continue
+        made[_key(layer)] = choice = Choice(wanted, kernels[name], f"asked for ({kernels[name]})")
+        if device.type == "cuda":
+            trial = _Trial(layer, device, dtype, min(tokens, _CHECKED))
+            backend = choice.make("bf16")
+            if not trial.agrees(backend, trial.prepare(backend)):
+                raise ConfigError(_refusal(wanted, name, WRONG))
+    return {name: made[_key(layer)] for name, layer in layers.items()}
+
+
+def choose_packed(
+    in_features: int,
+    out_features: int,
+    n: int,
+    m: int,
+    activation_bits: int | None,
+    wanted: Literal["auto", "reference", "kernels", "int8"],
+    device: torch.device,
+) -> Choice:
+    """Chooses a kernel for a layer that holds packed weights. Nothing is measured: the registry's order decides.
+
+    Args:
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        n: Weights that are not zero in a group, at most.
+        m: Weights of a group.
+        activation_bits: Bits of a quantised token; None: tokens are not quantised.
+        wanted: ``"kernels"``: sparse tensor cores where device and pattern allow, else dense ones. ``"int8"``: dense
+            ones. ``"auto"``: as ``"kernels"``, or the reference where no kernel can run.
+        device: The device of the layer.
+
+    Returns:
+        The choice.
+
+    Raises:
+        ConfigError: If ``wanted`` cannot run here.
+    """
+    if wanted == "reference":
+        return Choice("reference", None, "asked for")
+    shape = _Shape(in_features, out_features, n, m, activation_bits)
+    found, reasons, _ = candidates(shape, device, packed=True)
+    for backend in ("int8",) if wanted == "int8" else ("sparse", "int8"):
+        if backend in found:
+            return Choice(backend, found[backend], f"the first kernel that fits ({found[backend]})")
+    if wanted == "auto":
+        return Choice("reference", None, reasons["int8"])
+    raise ConfigError(
+        f"backend={wanted!r} cannot run a packed layer here: {reasons['int8']}; use 'auto' or 'reference'"
+    )
+
+
+def pack_for(kernel: str, codes: Tensor) -> tuple[Tensor | None, str]:
+    """Packs the codes of a layer without latent weights for the kernels that will read them.
+
+    A kernel that reads plain codes is joined by one for few tokens that reads packed words, where there is one.
+
+    Args:
+        kernel: The name of the kernel for many tokens.
+        codes: int8 ``[out, in]``.
+
+    Returns:
+        The packed weight and its form; None and ``"codes"`` if no kernel reads anything but the codes.
+    """
+    from sbn_kernels.gemm import registry
+
+    many = registry.product(kernel)
+    form = registry.form_for_few_tokens(many, codes.device.index)
+    if form is None:
+        return None, many.form
+    packer = many if many.form == form else registry.product(registry.readers(form, codes.device.index)[0])
+    return packer.pack(codes), form
 
 
 def _key(layer: TernaryLayer) -> tuple[object, ...]:
-    """Layers that agree in this share a measurement."""
-    return layer.in_features, layer.out_features, layer.pattern, layer.activation_bits, layer.split_sizes
+    """What layers that share a measurement agree in."""
+    sparsity = layer.sparsity
+    return layer.in_features, layer.out_features, sparsity.nm, sparsity.activation_bits, sparsity.split_sizes
 
 
 def _describe(device: torch.device) -> str:
@@ -186,62 +349,90 @@ def _describe(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
-def _fastest(
-    layer: TernaryLayer,
-    found: dict[str, Engine],
-    reasons: dict[str, str],
-    device: torch.device,
-    dtype: torch.dtype,
-    tokens: int,
-) -> Choice:
+def _fastest(layer: TernaryLayer, device: torch.device, dtype: torch.dtype, tokens: int) -> Choice:
+    found, reasons, _ = candidates(layer, device)
     remarks = [f"{name}: {reason}" for name, reason in reasons.items()]
     if not found and len(set(reasons.values())) == 1:
         remarks = list(reasons.values())[:1]
-    candidates: dict[str, Backend] = {"reference": REFERENCE}
-    for name, engine in found.items():
-        if reason := unfit(layer, name, engine):
-            remarks.append(f"{name}: {reason}")
-        else:
-            candidates[name] = Choice(name, engine, "").make("bf16")
-    if len(candidates) == 1 or device.type != "cuda":
+    if not found or device.type != "cuda":
         return Choice("reference", None, "; ".join(remarks) or "kernels are timed on GPUs only")
     trial = _Trial(layer, device, dtype, tokens)
-    times: dict[str, float] = {}
-    for name, backend in candidates.items():
+    runs: dict[str, Callable[[], Tensor]] = {}
+    for name in ("reference", *found):
+        backend = REFERENCE if name == "reference" else Choice(name, found[name], "").make("bf16")
         try:
             weight = trial.prepare(backend)
             if name != "reference" and not trial.agrees(backend, weight):
                 remarks.append(f"{name}: {WRONG}")
                 continue
-            times[name] = _milliseconds(partial(trial.run, backend, weight))
-        except RuntimeError as error:  # of cuSPARSELt on a GPU that it does not know, for example
+            runs[name] = partial(trial.run, backend, weight)
+        except RuntimeError as error:  # for example from cuSPARSELt on a GPU that cuSPARSELt does not know
             if name == "reference":
                 raise
-            remarks.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            remarks.append(f"{name}: {_first_line(error)}")
+    samples, failed = _milliseconds(runs)
+    remarks += [f"{name}: {reason}" for name, reason in failed.items()]
+    best, why = decide(samples)
+    return Choice(best, found.get(best), "; ".join([why, *remarks]))
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def decide(samples: Mapping[str, list[float]]) -> tuple[str, str]:
+    """Takes the fastest backend, or the first in a fixed order of those that are level with it.
+
+    Two backends are level if their median times differ by less than 3 %, or by less than the rounds of either scatter
+    (the distance between the quartiles).
+
+    Args:
+        samples: The times of each backend in milliseconds, one a round.
+
+    Returns:
+        The name of the backend, and the times in one line.
+    """
+    times = {name: median(rounds) for name, rounds in samples.items()}
     best = min(times, key=times.__getitem__)
+
+    def scatter(name: str) -> float:
+        if len(samples[name]) < 2:
+            return 0.0
+        low, _, high = quantiles(samples[name], n=4)
+        return high - low
+
+    def is_level(name: str) -> bool:
+        allowed = max(_LEVEL * times[best], scatter(best), scatter(name))
+        return times[name] - times[best] <= allowed
+
+    level = sorted((name for name in times if is_level(name)), key=_PREFERENCE.index)
     timed = ", ".join(f"{name} {time:.3f} ms" for name, time in times.items())
-    return Choice(best, found.get(best), "; ".join([timed, *remarks]))
+    if len(level) > 1:
+        timed += f" ({' and '.join(level)} are level within the noise: {level[0]} comes first)"
+    return level[0], timed
 
 
 class _Trial:
     """Random weights and tokens in the shape of a layer."""
 
     def __init__(self, layer: TernaryLayer, device: torch.device, dtype: torch.dtype, tokens: int) -> None:
-        assert layer.activation_bits is not None
+        bits = layer.sparsity.activation_bits
+        assert bits is not None
         generator = torch.Generator(device).manual_seed(0)
         shape = layer.out_features, layer.in_features
         self.latent = torch.randn(shape, generator=generator, device=device)
-        # Integers up to 127 times a power of two, another one for each token's neighbour: 8 bits hold them as they are,
-        # so no rounding hides or feigns a difference, and a scale that is dropped or another token's shows.
+        # Integers up to 127 times a power of two, and another power for the next token. 8 bits hold such tokens as they
+        # are, so no rounding hides a difference or feigns one, and a scale that is dropped or that belongs to another
+        # token shows.
         x = torch.randint(-127, 128, (tokens, layer.in_features), generator=generator, device=device)
         x[:, 0] = 127
         self.x = (x * 2.0 ** (torch.arange(tokens, device=device) % 7 - 3).unsqueeze(1)).to(dtype)
-        self.spec = WeightSpec(layer.pattern, layer.split_sizes, layer.gamma_over)
-        self.bits = layer.activation_bits
+        self.sparsity = layer.sparsity
+        self.bits = bits
 
     def prepare(self, backend: Backend) -> Any:
         with torch.no_grad():
-            return backend.prepare(self.latent, None, self.spec.pattern.n, self.spec)
+            return backend.prepare(self.latent, None, self.sparsity.nm.n, self.sparsity)
 
     def run(self, backend: Backend, weight: Any, tokens: int | None = None) -> Tensor:
         with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
@@ -254,35 +445,76 @@ class _Trial:
         exact = (x8.double() @ weight.codes.double().t()) * scale.double() * row_scale
         y = self.run(backend, weight, _CHECKED).double()
         tolerance = torch.finfo(self.x.dtype).eps * exact.abs() + 1e-5 * scale.double() * row_scale
-        if self.bits == 4:  # a mean's last bits depend on the order of its sum, and with them now and then an integer
+        if (
+            self.bits == 4
+        ):  # the last bits of a mean depend on the order of its sum, and now and then so does an integer
             tolerance += 2 * scale.double() * row_scale.max()
         return bool(((y - exact).abs() <= tolerance).all())
 
 
-def _milliseconds(run: Callable[[], Tensor]) -> float:
-    """Median time of a call on the GPU, back to back."""
-    for _ in range(2):
-        run()
-    samples = []
+def _milliseconds(runs: Mapping[str, Callable[[], Tensor]]) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Times calls on the GPU: each is captured in a CUDA graph several times over, and the graphs are replayed in turn.
+
+    In turn, so that a change of the clock meets all of them alike.
+
+    Args:
+        runs: The calls by name.
+
+    Returns:
+        For each name the milliseconds of a call, one value a round; and the reason for each that cannot be captured.
+    """
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+    failed: dict[str, str] = {}
+    for name, run in runs.items():
+        try:
+            graph = _capture(run)
+            graphs[name] = graph, max(1, round(_ROUND_MS / max(_replay(graph, 1), 1e-3)))
+        except RuntimeError as error:
+            if name == "reference":
+                raise
+            failed[name] = _first_line(error)
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(_ROUNDS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(_REPEATS):
+        for name, (graph, replays) in graphs.items():
+            samples[name].append(_replay(graph, replays) / (replays * _CALLS))
+    return samples, failed
+
+
+def _capture(run: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
+    """A graph of ``_CALLS`` calls; what tunes or loads itself has done so before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
             run()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) / _REPEATS)
-    return sorted(samples)[_ROUNDS // 2]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CALLS):
+            run()
+    graph.replay()
+    return graph
+
+
+def _replay(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    """Milliseconds of so many replays."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def table(layers: Mapping[str, TernaryLayer], choices: Mapping[str, Choice]) -> str:
-    """The choices as text: layers that differ in a number only share a row."""
+    """The choices as text; layers whose names differ in a number only share a row."""
     rows: dict[tuple[str, ...], int] = {}
     for name, layer in layers.items():
         choice = choices[name]
-        chosen = choice.backend if choice.engine is None else f"{choice.backend} ({choice.engine})"
+        chosen = choice.backend if choice.kernel is None else f"{choice.backend} ({choice.kernel})"
         shape = f"{layer.in_features} -> {layer.out_features}"
-        key = (re.sub(r"\b\d+\b", "*", name), shape, str(layer.pattern), chosen, choice.why)
+        key = (re.sub(r"\b\d+\b", "*", name), shape, str(layer.sparsity.pattern), chosen, choice.why)
         rows[key] = rows.get(key, 0) + 1
     cells: list[tuple[str, ...]] = [("layer", "shape", "pattern", "backend", "why")]
     cells += [(f"{key[0]} ({count})" if count > 1 else key[0], *key[1:]) for key, count in rows.items()]

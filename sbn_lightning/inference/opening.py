@@ -97,11 +97,7 @@ def use_backend(model: nn.Module, backend: BackendName, dtype: torch.dtype, toke
     packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedTernaryLinear)}
     if packed and backend in ("int8", "sparse"):
         device = next(iter(packed.values())).codes.device
-        if require(packed, backend, device) == "cusparselt":
-            raise ConfigError(
-                f'backend "{backend}" cannot run packed weights here: it would be cuSPARSELt, which has no kernel for '
-                "them; use auto, or give the checkpoint that they were exported from"
-            )
+        require(packed, backend, device, packed=True)
     for module in packed.values():
         module.backend = "kernels" if backend == "sparse" else backend
     layers = ternary_layers(model)

@@ -124,7 +124,7 @@ class SparseTernaryPrecision(Precision):
         device = next(iter(layers.values())).weight.device
         self._device_type = device.type
         choices = self._agreed_choices(layers, device)
-        exact = sum(choice.engine is None for choice in choices.values())
+        exact = sum(choice.kernel is None for choice in choices.values())
         for name, layer in layers.items():
             layer.backend = choices[name].make(self.gradients)
         model.layers, model.device = [weakref.ref(layer) for layer in layers.values()], device

@@ -204,16 +204,19 @@ def test_a_packed_folder_is_refused_a_backend_in_the_words_of_its_checkpoint(che
     [
         (
             "6:8",
-            "hopper",
+            "sparse_gemm",
             r'backend "sparse" cannot run layer blocks\.0\.attention\.qkv: .* take 2:4, not 6:8; use auto',
         ),
-        ("2:4", "cusparselt", "cannot run packed weights here: it would be cuSPARSELt"),
-        ("2:4", "hopper", None),
+        ("2:4", "cusparselt", "cannot run packed weights here: cusparselt reads no packed weights"),
+        ("2:4", "sparse_gemm", None),
     ],
 )
 def test_packed_weights_and_sparse_tensor_cores(monkeypatch, pattern, engine, message):
     """As on a machine that has them."""
-    monkeypatch.setattr("sbn_lightning.backends.selection.engines", lambda device: ({"sparse": engine}, {}))
+    from sbn_kernels.runtime.capability import Needs
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Needs, "missing", lambda self, index: None if self.op == engine else "is not here")
     latent = TernaryTransformer(small_config(pattern=pattern))
     packed = pack_layers(copy.deepcopy(latent))
     if message is None:
@@ -223,7 +226,7 @@ def test_packed_weights_and_sparse_tensor_cores(monkeypatch, pattern, engine, me
         return
     with pytest.raises(ConfigError, match=message) as refused:
         use_backend(packed, "sparse", torch.float32)
-    if engine == "hopper":
+    if engine == "sparse_gemm":
         with pytest.raises(ConfigError) as expected:
             use_backend(latent, "sparse", torch.float32)
         assert str(refused.value) == str(expected.value)

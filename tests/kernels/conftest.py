@@ -14,3 +14,5 @@ for path in (ROOT / "kernels", ROOT):
         sys.path.insert(0, str(path))
 
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted/*"]
+
+from tests.kernels.toy import toy  # noqa: F401 (a fixture, for every test below)

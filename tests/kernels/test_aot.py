@@ -11,11 +11,11 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from sbn_kernels.decode import gemv as decode
+from sbn_kernels.decode import triton as decode
 from sbn_kernels.gemm import cusparselt
 from sbn_kernels.gemm import portable as portable_gemm
 from sbn_kernels.gemm.sm90 import split_k
-from sbn_kernels.prepare import triton as prepare_kernels
+from sbn_kernels.prepare import device as prepare_kernels
 from sbn_kernels.quantize import triton as quantize
 from sbn_kernels.runtime.capability import gluon_missing
 from sbn_kernels.swiglu import triton as swiglu
@@ -196,8 +196,8 @@ def test_hopper_gemm_in_parts_of_k(sparse: bool, tile: int, tmp_path: Path) -> N
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("sparse", "token_groups"), [(True, 1), (False, 2), (True, 8)])
 def test_decode(sparse: bool, token_groups: int, capability: int, tmp_path: Path) -> None:
-    from sbn_kernels.decode.gemv import launch_shape
     from sbn_kernels.decode.gluon import decode_kernel
+    from sbn_kernels.decode.triton import launch_shape
     from triton.experimental.gluon._runtime import GluonASTSource
 
     groups, prefetch = launch_shape(32, 896, token_groups)

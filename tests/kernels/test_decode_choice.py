@@ -1,7 +1,7 @@
 """Which kernel serves few tokens, against what an H200 was measured to take; where the sum over K is split."""
 
 import pytest
-from sbn_kernels.decode.gemv import prefers_decode
+from sbn_kernels.decode.triton import prefers_decode
 from sbn_kernels.gemm.sm90.split_k import choose_splits, split_tile, whole_parts
 
 # in, out, tokens, microseconds of the decode kernel and of the prefill kernel, K in one piece, 2:4 (docs/LOG.md)

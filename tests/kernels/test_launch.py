@@ -88,12 +88,12 @@ CASES = [
 
 
 def test_the_short_way_launches_the_same(gpu: Driver) -> None:
-    launcher = Launcher(copy_kernel)
+    launcher = Launcher(copy_kernel, enable_fp_fusion=True)
     for _ in range(3):
         for tensors, numbers, constants, warps in CASES:
             for device in (0, 1):
                 gpu.device = device
-                copy_kernel[(5, 2, 1)](*tensors, *numbers, *constants, num_warps=warps)
+                copy_kernel[(5, 2, 1)](*tensors, *numbers, *constants, num_warps=warps, enable_fp_fusion=True)
                 launcher((5, 2, 1), tensors, numbers, constants, warps)
                 own, other = LAUNCHES[-2:]
                 assert own == other
@@ -102,7 +102,7 @@ def test_the_short_way_launches_the_same(gpu: Driver) -> None:
 
 
 def test_the_second_launch_is_the_short_one(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = Launcher(copy_kernel)
+    launcher = Launcher(copy_kernel, enable_fp_fusion=True)
     own = []
     run = copy_kernel.run
     monkeypatch.setattr(copy_kernel, "run", lambda *args, **kwargs: own.append(1) or run(*args, **kwargs))
@@ -118,7 +118,7 @@ def test_the_second_launch_is_the_short_one(gpu: Driver, monkeypatch: pytest.Mon
 
 def test_sizes_without_end_do_not_collect(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sbn_kernels.runtime.launch._MOST_COMPILED", 4)
-    launcher = Launcher(copy_kernel)
+    launcher = Launcher(copy_kernel, enable_fp_fusion=True)
     for rows in range(2, 40):
         launcher((1, 1, 1), (X, Y), (rows, 16), (32, False))
         assert 1 <= len(launcher.compiled) <= 4

@@ -8,12 +8,13 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
+from sbn_kernels.runtime.capability import Needs
 from torch import nn
 
 from sbn_lightning import SparseTernaryPrecision, TernarySparseConversion, convert_linears, revert_linears
 from sbn_lightning.backends import selection
 from sbn_lightning.backends.reference import REFERENCE, ReferenceBackend
-from sbn_lightning.backends.selection import _Trial, choose, engines, table
+from sbn_lightning.backends.selection import _Trial, choose, decide, table
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.sparse_linear import SparseBitLinear
 from sbn_lightning.sparsity.ternary import quantize_activations
@@ -154,6 +155,12 @@ def test_unknown_options_are_named(option):
         SparseTernaryPrecision(**option)
 
 
+def only_this_runs(monkeypatch, op):
+    """As on a machine that has what one kernel needs, and nothing that another one does."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Needs, "missing", lambda self, index: None if self.op == op else "is not here")
+
+
 def test_a_layer_that_a_backend_cannot_run_is_named(monkeypatch):
     layers = {
         "a": SparseBitLinear(32, 32, pattern="2:4"),
@@ -163,16 +170,16 @@ def test_a_layer_that_a_backend_cannot_run_is_named(monkeypatch):
     }
     device = torch.device("cpu")
     cases = {
-        ("hopper", "b"): "2:4, not 6:8",
-        ("hopper", "c"): "activation_bits=None",
+        ("sparse_gemm", "b"): "2:4, not 6:8",
+        ("sparse_gemm", "c"): "activation_bits=None",
         ("cusparselt", "d"): "multiples of 32, not 32 -> 33",
     }
-    for (engine, name), reason in cases.items():
-        monkeypatch.setattr(f"{engines.__module__}.engines", lambda device, e=engine: ({"sparse": e}, {}))
+    for (op, name), reason in cases.items():
+        only_this_runs(monkeypatch, op)
         with pytest.raises(ConfigError, match=f"layer {name}: .*{reason}"):
             choose({name: layers[name]}, "sparse", device, torch.float32, 64)
     chosen = choose({"a": layers["a"]}, "sparse", device, torch.float32, 64)
-    assert "sparse (cusparselt)" in table(layers, chosen | dict.fromkeys("bcd", chosen["a"]))
+    assert "sparse (cusparselt)" in table({"a": layers["a"]}, chosen)
 
 
 def test_layers_are_left_on_the_reference_when_a_run_is_over():
@@ -258,9 +265,10 @@ def test_a_backend_that_fails_at_the_trial_is_left_out(monkeypatch):
             raise RuntimeError("architecture mismatch\nand more")
 
     trial = selection._Trial
-    monkeypatch.setattr(selection, "engines", lambda device: ({"sparse": "cusparselt"}, {}))
+    only_this_runs(monkeypatch, "cusparselt")
+    monkeypatch.setattr(selection, "_index", lambda device: 0)
     monkeypatch.setattr(selection.Choice, "make", lambda self, gradients: Failing())
-    monkeypatch.setattr(selection, "_milliseconds", lambda call: 1.0)
+    monkeypatch.setattr(selection, "_milliseconds", lambda runs: ({name: [1.0] for name in runs}, {}))
     monkeypatch.setattr(selection, "_Trial", lambda layer, device, *rest: trial(layer, torch.device("cpu"), *rest))
     chosen = choose({"a": SparseBitLinear(32, 32, pattern="2:4")}, "auto", torch.device("cuda"), torch.float32, 64)
     assert chosen["a"].backend == "reference"
@@ -290,3 +298,20 @@ def test_a_backend_with_a_wrong_product_is_told_from_a_right_one(bits):
     assert trial.agrees(REFERENCE, trial.prepare(REFERENCE))
     for wrong in (Lossy(), Scaleless(), Shifted()):
         assert not trial.agrees(wrong, trial.prepare(wrong)), wrong
+
+
+@pytest.mark.parametrize(
+    ("samples", "best", "level"),
+    [
+        ({"reference": [3.0] * 5, "int8": [2.0] * 5, "sparse": [1.0] * 5}, "sparse", False),
+        ({"reference": [1.0] * 5, "int8": [2.0] * 5}, "reference", False),
+        ({"reference": [1.0] * 5, "int8": [1.02] * 5, "sparse": [1.01] * 5}, "sparse", True),  # within 3 %
+        ({"int8": [1.0, 1.3, 1.1, 0.9, 1.2], "sparse": [1.2, 1.1, 1.3, 1.0, 1.25]}, "sparse", True),  # within the noise
+        ({"int8": [1.0] * 5, "sparse": [1.1] * 5}, "int8", False),
+    ],
+)
+def test_level_times_are_settled_by_a_fixed_order(samples, best, level):
+    for order in (samples, dict(reversed(samples.items()))):
+        name, why = decide(order)
+        assert name == best
+        assert ("level within the noise" in why) == level

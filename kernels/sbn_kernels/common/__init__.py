@@ -1,1 +1,1 @@
-"""What several kernels share: packed layouts and pieces of device code."""
+"""What several kernels share, each thing once: packed layouts, argument checks, buffers, pieces of device code."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sbn_kernels.runtime.ops import ceil_div
+from sbn_kernels.common.integers import ceil_div
 
 PANEL = 128
 K_STEP = 128
@@ -110,6 +110,11 @@ def pack_sparse24(codes: Tensor, mask: Tensor) -> Tensor:
     words = torch.stack([code_words, metadata], -1)
     words = words.reshape(words.shape[0], -1, 2, 128, 2).transpose(2, 3)
     return _arrange(words.reshape(words.shape[0], words.shape[1], 128, 4), *codes.shape)
+
+
+def pack_nonzeros24(codes: Tensor) -> Tensor:
+    """int8 codes ``[out, in]`` with at most 2 non-zeros in each 4 -> int32 words, layout ``sparse24``."""
+    return pack_sparse24(codes, codes != 0)
 
 
 def _fragment_codes(words: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import Any
 
 _MODULE_OF = {
-    "MAX_TOKENS": "gemv",
-    "decode_gemm": "gemv",
+    "MAX_TOKENS": "triton",
+    "decode_gemm": "triton",
 }
 
 __all__ = ["MAX_TOKENS", "decode_gemm"]

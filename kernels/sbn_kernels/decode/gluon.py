@@ -12,17 +12,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-
-@gluon.constexpr_function
-def _decode_word(name: str, word: str) -> list[str]:
-    """PTX: 16 codes of ``word`` -> registers ``name0`` to ``name3`` of 4 int8 each."""
-    lines = [f".reg .b32 {name}l, {name}h, {name}ls, {name}hs, {name}0, {name}1, {name}2, {name}3;"]
-    lines += [f"and.b32 {name}l, {word}, 0x33333333;", f"shr.u32 {name}h, {word}, 2;"]
-    lines += [f"and.b32 {name}h, {name}h, 0x33333333;", f"shr.u32 {name}ls, {name}l, 16;"]
-    lines += [f"shr.u32 {name}hs, {name}h, 16;"]
-    for register, selector in enumerate(("l", "ls", "h", "hs")):
-        lines.append(f"prmt.b32 {name}{register}, 0x00ff0100, 0, {name}{selector};")
-    return lines
+from sbn_kernels.common.decode_ptx import unpack_word
+from sbn_kernels.common.hopper_pipeline import tied
 
 
 @gluon.constexpr_function
@@ -32,7 +23,7 @@ def _dense_step(outs, ins):
     _, words, x = ins
     lines = ["{"]
     for j in range(4):
-        lines += _decode_word(f"a{j}", words[j])
+        lines += unpack_word(f"a{j}", words[j])
         for n in range(len(acc) // 4):
             c = "{" + ",".join(acc[4 * n : 4 * n + 4]) + "}"
             b = "{" + ",".join(x[8 * n + 2 * j : 8 * n + 2 * j + 2]) + "}"
@@ -48,7 +39,7 @@ def _sparse_step(outs, ins):
     _, words, x = ins
     lines = ["{"]
     for j in range(2):
-        lines += _decode_word(f"a{j}", words[2 * j])
+        lines += unpack_word(f"a{j}", words[2 * j])
         for n in range(len(acc) // 4):
             c = "{" + ",".join(acc[4 * n : 4 * n + 4]) + "}"
             b = "{" + ",".join(x[8 * n + 4 * j : 8 * n + 4 * j + 4]) + "}"
@@ -58,11 +49,6 @@ def _sparse_step(outs, ins):
                 f"{c}, {a}, {b}, {c}, {words[2 * j + 1]}, 0x0;"
             )
     return "\n".join([*lines, "}"])
-
-
-@gluon.constexpr_function
-def _accumulate_constraints(accumulators, inputs):
-    return ",".join(["=r"] * accumulators + [str(i) for i in range(accumulators)] + ["r"] * inputs)
 
 
 @gluon.jit(do_not_specialize=("tokens", "features", "k_steps", "x_stride"))
@@ -75,7 +61,7 @@ def decode_kernel(
     WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [GROUPS, 1, 1], [2, 1, 0])
     TOKENS: gl.constexpr = gl.BlockedLayout([1, 1, 8 * NT], [1, 32, 1], [GROUPS, 1, 1], [2, 1, 0])
     ACC: gl.constexpr = gl.BlockedLayout([1, 1, 4 * NT], [1, 32, 1], [GROUPS, 1, 1], [2, 1, 0])
-    TIES: gl.constexpr = _accumulate_constraints(4 * NT, 4 + 8 * NT)
+    TIES: gl.constexpr = tied(4 * NT, 4 + 8 * NT)
     tile = gl.program_id(0)
     base = packed_pointer + (tile // 8).to(gl.int64) * k_steps * 1024 + (tile % 8) * 128
     # [warp, lane, word]

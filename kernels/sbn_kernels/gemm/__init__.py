@@ -1,1 +1,1 @@
-"""Products of many tokens, one file or folder a kind of hardware."""
+"""Products of int8 tokens and a ternary weight: one file or folder a kind of hardware, and the registry of them."""

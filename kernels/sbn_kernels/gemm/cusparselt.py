@@ -16,9 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.gemm.sm90.gemm import check_gemm_arguments
-from sbn_kernels.runtime.capability import capabilities
-from sbn_kernels.runtime.ops import ceil_div, contiguous, kernel_fake, kernel_op
+from sbn_kernels.common.buffers import contiguous
+from sbn_kernels.common.checks import check_gemm_arguments
+from sbn_kernels.common.integers import ceil_div
+from sbn_kernels.gemm.registry import Product, register
+from sbn_kernels.runtime.capability import Needs, require
+from sbn_kernels.runtime.ops import kernel_fake, kernel_op
+
+NEEDS = Needs("cusparselt", cusparselt=True)
 
 
 @triton.jit
@@ -60,7 +65,7 @@ def compress24(codes: Tensor) -> Tensor:
         ValueError: If ``out`` or ``in`` is no multiple of 32.
         UnsupportedError: If torch has no cuSPARSELt or the GPU no sparse tensor core.
     """
-    capabilities(codes.device if codes.is_cuda else None).require("cusparselt")
+    require(NEEDS, codes)
     if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[0] % 32 or codes.shape[1] % 32:
         raise ValueError(f"cuSPARSELt needs int8 [32 a, 32 b] codes, not {codes.dtype} {list(codes.shape)}")
     compressed: Tensor = torch._cslt_compress(codes.contiguous())
@@ -78,7 +83,7 @@ def _cusparselt_gemm(
     out_dtype: torch.dtype,
     alg_id: int,
 ) -> Tensor:
-    capabilities(x8.device).require("cusparselt")
+    require(NEEDS, x8)
     tokens, columns = x8.shape
     if tokens == 0:
         return torch.empty((0, out_features), dtype=out_dtype, device=x8.device)
@@ -159,3 +164,31 @@ def check_cusparselt(codes: Tensor, tokens: int = 256, alg_id: int = 0, seed: in
     scale, row_scale = one.expand(tokens).contiguous(), one.expand(codes.shape[0]).contiguous()
     y = cusparselt_gemm(x8, scale, compress24(codes), row_scale, out_dtype=torch.float32, alg_id=alg_id)
     return torch.equal(y.double(), x8.double() @ codes.double().t())
+
+
+def _multiply(
+    x8: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    return cusparselt_gemm(x8, scale, weight, row_scale, bias, out_dtype)
+
+
+register(
+    Product(
+        name="cusparselt",
+        backend="sparse",
+        needs=NEEDS,
+        form="cusparselt",
+        multiply=_multiply,
+        pack=compress24,
+        pattern=(2, 4),
+        multiple_of=32,
+        for_packed_layers=False,  # its compressed form holds 5 bits a weight, and no kernel for few tokens reads it
+        denser="portable",
+    )
+)

@@ -13,9 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.gemm.sm90.gemm import check_gemm_arguments
-from sbn_kernels.runtime.capability import capabilities, interpreting
-from sbn_kernels.runtime.ops import ceil_div, contiguous, kernel_fake, kernel_op, next_power_of_2
+from sbn_kernels.common.buffers import contiguous
+from sbn_kernels.common.checks import check_gemm_arguments
+from sbn_kernels.common.integers import ceil_div, next_power_of_2
+from sbn_kernels.gemm.registry import Product, register
+from sbn_kernels.runtime.capability import Needs, interpreting, require
+from sbn_kernels.runtime.ops import kernel_fake, kernel_op
+
+NEEDS = Needs("int8_gemm", interpreter=True)
 
 
 def _config(tokens: int, features: int, inner: int, warps: int, stages: int) -> triton.Config:
@@ -73,7 +78,7 @@ _tuned = triton.autotune(_CONFIGS, key=["bucket", "features", "inner", "BIAS"])(
 def _int8_gemm(
     x8: Tensor, scale: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    capabilities(x8.device if x8.is_cuda else None).require("int8_gemm")
+    require(NEEDS, x8)
     if x8.stride(1) != 1:
         x8 = x8.contiguous()
     tokens, inner = x8.shape
@@ -133,3 +138,22 @@ def int8_gemm(
     check_gemm_arguments(x8, scale, row_scale, bias, codes.shape[0], out_dtype)
     result: Tensor = torch.ops.sbn_kernels.int8_gemm(x8, scale, codes, row_scale, bias, out_dtype)
     return result
+
+
+def _multiply(
+    x8: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    return int8_gemm(x8, scale, weight, row_scale, bias, out_dtype)
+
+
+register(
+    Product(
+        name="portable", backend="int8", needs=NEEDS, form="codes", multiply=_multiply, pack=torch.Tensor.contiguous
+    )
+)

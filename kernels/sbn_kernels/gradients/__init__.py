@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import Any
 
 _MODULE_OF = {
-    "QuantizedGradient": "gradients",
+    "QuantizedGradient": "reference",
     "dequantize_tokens": "transpose",
-    "gradient_draws": "gradients",
-    "input_gradient_gemm": "gradients",
+    "gradient_draws": "reference",
+    "input_gradient_gemm": "input_gradient",
     "pack_transposed": "transpose",
-    "quantize_gradient": "gradients",
+    "quantize_gradient": "triton",
     "transpose_tokens": "transpose",
     "weight_gradient_gemm": "weight_gradient",
 }

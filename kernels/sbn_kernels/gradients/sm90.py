@@ -15,23 +15,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from sbn_kernels.gemm.sm90.kernels import _await, _release, _ring, _split_columns, _wait
-
-
-@gluon.constexpr_function
-def _descriptor(name: str, address: str) -> list[str]:
-    """PTX: ``name``, the shared-memory matrix descriptor of a tile of 128-byte rows, in 16-byte units.
-
-    128-byte swizzle (bit 62), 1024 bytes from one group of 8 rows to the next (bits 32 to 45).
-    """
-    return [
-        f".reg .b32 {name}_address;",
-        f".reg .b64 {name};",
-        f"and.b32 {name}_address, {address}, 0x3ffff;",
-        f"shr.u32 {name}_address, {name}_address, 4;",
-        f"cvt.u64.u32 {name}, {name}_address;",
-        f"or.b64 {name}, {name}, 0x4000004000010000;",
-    ]
+from sbn_kernels.common.hopper_pipeline import (
+    await_multiplications,
+    await_phase,
+    matrix_descriptor,
+    release,
+    ring,
+    split_columns,
+    tied,
+)
 
 
 @gluon.constexpr_function
@@ -41,19 +33,13 @@ def _multiply_tile(outs, ins):
     _, a, b, accumulate = ins
     registers = "{" + ",".join(acc) + "}"
     lines = ["{", ".reg .pred p;", f"setp.ne.b32 p, {accumulate[0]}, 0;"]
-    lines += [*_descriptor("a", a[0]), *_descriptor("b", b[0]), "wgmma.fence.sync.aligned;"]
+    lines += [*matrix_descriptor("a", a[0]), *matrix_descriptor("b", b[0]), "wgmma.fence.sync.aligned;"]
     for step in range(4):
         if step:
             lines += ["add.s64 a, a, 2;", "add.s64 b, b, 2;"]
         name = f"wgmma.mma_async.sync.aligned.m64n{2 * len(acc)}k32.s32.s8.s8"
         lines.append(f"{name} {registers}, a, b, {'1' if step else 'p'};")
     return "\n".join([*lines, "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 1;", "}"])
-
-
-@gluon.constexpr_function
-def _tied(accumulators, inputs):
-    """Accumulators tied to themselves, and ``inputs`` free registers."""
-    return ",".join(["=r"] * accumulators + [str(i) for i in range(accumulators)] + ["r"] * inputs)
 
 
 @gluon.jit
@@ -98,7 +84,7 @@ def _producer(
 @gluon.jit
 def _store_scaled(acc, scale, y, ys, row0, column0, CHUNK: gl.constexpr, HALF: gl.constexpr):
     """Scales, rounds and stores 64 rows of a tile, CHUNK columns at a time through two shared buffers."""
-    pieces = _split_columns(acc, acc.shape[1] // CHUNK)
+    pieces = split_columns(acc, acc.shape[1] // CHUNK)
     for c in gl.static_range(acc.shape[1] // CHUNK):
         rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, pieces[c].type.layout))
         out = pieces[c].to(gl.float32) * gl.load(scale + rows)[:, None]
@@ -112,7 +98,7 @@ def _store_scaled(acc, scale, y, ys, row0, column0, CHUNK: gl.constexpr, HALF: g
 @gluon.jit
 def _store_part(acc, parts, ys, row0, HALF: gl.constexpr):
     """Stores 64 rows of a part as they are, through the same buffers."""
-    pieces = _split_columns(acc, acc.shape[1] // 32)
+    pieces = split_columns(acc, acc.shape[1] // 32)
     for c in gl.static_range(acc.shape[1] // 32):
         buffer = ys.index(2 * HALF + c % 2).reinterpret(gl.int32, [64, 32], parts.layout)
         tma.store_wait(1)
@@ -127,26 +113,26 @@ def _consumer(
     BN: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 32])
-    TIED: gl.constexpr = _tied(BN // 2, 3)
+    TIED: gl.constexpr = tied(BN // 2, 3)
     stage = 0
     phase = 0
     for i in range(gl.program_id(0), units, gl.num_programs(0)):
         row_tile, column_tile, first, end = _unit(i, k_steps, per_split, row_tiles, column_tiles, whole, group)
         acc = gl.zeros([64, BN], gl.int32, ACC)
         for k in range(first, end):
-            gl.inline_asm(_await, "r,r", [full.index(stage), phase], (), is_pure=False)
+            gl.inline_asm(await_phase, "r,r", [full.index(stage), phase], (), is_pure=False)
             going = (k > first).to(gl.int32)
             factors = [acc, as_.index(2 * stage + HALF), bs.index(stage), going]
             acc = gl.inline_asm(_multiply_tile, TIED, factors, acc.type, is_pure=False)
             previous = gl.where(stage == 0, STAGES - 1, stage - 1)
-            gl.inline_asm(_release, "r,r", [empty.index(previous), going], (), is_pure=False)
+            gl.inline_asm(release, "r,r", [empty.index(previous), going], (), is_pure=False)
             stage += 1
             if stage == STAGES:
                 stage = 0
                 phase = phase ^ 1
-        acc = gl.inline_asm(_wait, _tied(BN // 2, 0), [acc], acc.type, is_pure=False)
+        acc = gl.inline_asm(await_multiplications, tied(BN // 2, 0), [acc], acc.type, is_pure=False)
         last = gl.where(stage == 0, STAGES - 1, stage - 1)
-        gl.inline_asm(_release, "r,r", [empty.index(last), 1], (), is_pure=False)
+        gl.inline_asm(release, "r,r", [empty.index(last), 1], (), is_pure=False)
         if i < whole:
             _store_scaled(acc, scale, y, ys, row_tile * 128 + 64 * HALF, column_tile * BN, CHUNK, HALF)
         else:
@@ -171,7 +157,7 @@ def int8_outer_kernel(
     as_ = gl.allocate_shared_memory(gl.int8, [2 * STAGES, 64, 128], a.layout)
     bs = gl.allocate_shared_memory(gl.int8, [STAGES, BN, 128], b.layout)
     ys = gl.allocate_shared_memory(y.dtype, [4, 64, CHUNK], y.layout)
-    full, empty = _ring(STAGES)
+    full, empty = ring(STAGES)
     gl.warp_specialize(
         [
             (_consumer, (

@@ -12,12 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sbn_kernels.common.buffers import empty_tokens
+from sbn_kernels.common.checks import FLOAT_DTYPES, check_scale, refuse_gradients
+from sbn_kernels.common.integers import ceil_div
 from sbn_kernels.common.packing import packed_shape
-from sbn_kernels.prepare.triton import pack_transposed_kernel
-from sbn_kernels.quantize.triton import empty_tokens
-from sbn_kernels.runtime.capability import require
+from sbn_kernels.prepare.device import pack_transposed_kernel
+from sbn_kernels.runtime.capability import Needs, require
 from sbn_kernels.runtime.launch import Launcher
-from sbn_kernels.runtime.ops import ceil_div, kernel_fake, kernel_op, refuse_gradients
+from sbn_kernels.runtime.ops import kernel_fake, kernel_op
+
+NEEDS = Needs("transpose", least=(0, 0), interpreter=True)
 
 
 @triton.jit
@@ -54,14 +58,14 @@ def dequantize_kernel(
     tl.store(y_pointer + row.to(tl.int64)[:, None] * columns + column[None, :], y, mask=inside)
 
 
-_transpose = Launcher(transpose_kernel)
-_dequantize = Launcher(dequantize_kernel)
-_pack = Launcher(pack_transposed_kernel)
+_transpose = Launcher(transpose_kernel, enable_fp_fusion=True)
+_dequantize = Launcher(dequantize_kernel, enable_fp_fusion=True)
+_pack = Launcher(pack_transposed_kernel, enable_fp_fusion=True)
 
 
 @kernel_op("transpose_tokens")
 def _transpose_tokens(x8: Tensor) -> Tensor:
-    require("quantize", x8)
+    require(NEEDS, x8)
     if x8.stride(1) != 1:
         x8 = x8.contiguous()
     rows, columns = x8.shape
@@ -93,7 +97,7 @@ def transpose_tokens(x8: Tensor) -> Tensor:
 
 @kernel_op("pack_transposed")
 def _pack_transposed(codes: Tensor) -> Tensor:
-    require("prepare", codes)
+    require(NEEDS, codes)
     if codes.stride(1) != 1:
         codes = codes.contiguous()
     rows, columns = codes.shape
@@ -109,7 +113,7 @@ def _(codes: Tensor) -> Tensor:
 
 
 def pack_transposed(codes: Tensor) -> Tensor:
-    """Packs the transposed weight for :func:`~sbn_kernels.gradients.gradients.input_gradient_gemm`, once an optimiser step.
+    """Packs the transposed weight for ``input_gradient_gemm``, once an optimiser step.
 
     Args:
         codes: int8 {-1, 0, 1} ``[out_features, in_features]``, as ``prepare_weight`` returns them.
@@ -129,7 +133,7 @@ def pack_transposed(codes: Tensor) -> Tensor:
 
 @kernel_op("dequantize_tokens")
 def _dequantize_tokens(x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    require("quantize", x8)
+    require(NEEDS, x8)
     if x8.stride(1) != 1:
         x8 = x8.contiguous()
     rows, columns = x8.shape
@@ -164,9 +168,8 @@ def dequantize_tokens(x8: Tensor, scale: Tensor, dtype: torch.dtype = torch.bflo
     if x8.dim() != 2 or x8.dtype != torch.int8:
         raise ValueError(f"dequantize_tokens needs int8 [tokens, features], not {x8.dtype} {list(x8.shape)}")
     refuse_gradients(scale)
-    if scale.shape != (x8.shape[0],) or scale.dtype != torch.float32 or not scale.is_contiguous():
-        raise ValueError(f"scale must be contiguous float32 [{x8.shape[0]}], not {scale.dtype} {list(scale.shape)}")
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    check_scale("scale", scale, x8.shape[0])
+    if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype must be bfloat16, float16 or float32, not {dtype}")
     result: Tensor = torch.ops.sbn_kernels.dequantize_tokens(x8, scale, dtype)
     return result

@@ -15,12 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.gemm.portable import int8_gemm
-from sbn_kernels.gemm.sm90.gemm import aligned_tokens, padded_to
-from sbn_kernels.runtime.capability import multiprocessors, require, runs
+from sbn_kernels.common.buffers import aligned_tokens, padded_to
+from sbn_kernels.common.checks import check_scale
+from sbn_kernels.common.integers import ceil_div
+from sbn_kernels.gemm import portable as portable_gemm
+from sbn_kernels.gemm.registry import Gradients, gradients_on, register
+from sbn_kernels.gradients.input_gradient import input_gradient_gemm
+from sbn_kernels.gradients.transpose import pack_transposed, transpose_tokens
+from sbn_kernels.runtime.capability import Needs, multiprocessors, place, require
 from sbn_kernels.runtime.descriptors import descriptor
 from sbn_kernels.runtime.launch import Launcher
-from sbn_kernels.runtime.ops import ceil_div, kernel_fake, kernel_op
+from sbn_kernels.runtime.ops import kernel_fake, kernel_op
+
+NEEDS = Needs("weight_gradient", only=(9, 0), gluon=True)
 
 _MOST_TOKENS = 131072  # 127 * 128 * tokens < 2^31
 _ROWS = 128
@@ -97,7 +104,7 @@ def add_parts_kernel(
     tl.store(y_pointer + row.to(tl.int64)[:, None] * columns + column[None, :], y, mask=inside)
 
 
-_add_parts = Launcher(add_parts_kernel)
+_add_parts = Launcher(add_parts_kernel, enable_fp_fusion=True)
 
 
 def add_parts(parts: Tensor, scale: Tensor, y: Tensor, whole: int, group: int) -> None:
@@ -112,7 +119,7 @@ def add_parts(parts: Tensor, scale: Tensor, y: Tensor, whole: int, group: int) -
 
 
 def _hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, launch: list[int]) -> Tensor:
-    require("ternary_gemm", b8t)
+    require(NEEDS, b8t)
     (rows, tokens), columns = b8t.shape, x8t.shape[0]
     y = torch.empty((rows, columns), dtype=out_dtype, device=b8t.device)
     b8t, x8t = aligned_tokens(b8t), aligned_tokens(x8t)
@@ -163,7 +170,9 @@ def _weight_gradient(
             total += _weight_gradient(b, scale, x, torch.float32, portable, launch)
         return total.to(out_dtype)
     if portable:
-        return int8_gemm(b8t, scale, x8t, torch.ones(x8t.shape[0], device=x8t.device), out_dtype=out_dtype)
+        return portable_gemm.int8_gemm(
+            b8t, scale, x8t, torch.ones(x8t.shape[0], device=x8t.device), out_dtype=out_dtype
+        )
     return _hopper(b8t, scale, x8t, out_dtype, launch)
 
 
@@ -186,7 +195,7 @@ def weight_gradient_gemm(
     Args:
         b8t: int8 ``[out_features, tokens]``, values in [-127, 127]: ``QuantizedGradient.channels``. 0 tokens allowed.
         scale: float32 ``[out_features]``.
-        x8t: int8 ``[in_features, tokens]``: :func:`~sbn_kernels.gradients.transpose.transpose_tokens` of the activations.
+        x8t: int8 ``[in_features, tokens]``: the activations, transposed by ``transpose_tokens``.
         out_dtype: float32, bfloat16 or float16.
         portable: Plain Triton (sm_80 and later) instead of the Hopper kernel; None: where that does not run.
         launch: Of the Hopper kernel: columns a tile (256 or 128), tiles of 128 rows done whole, parts of the sum over
@@ -204,12 +213,40 @@ def weight_gradient_gemm(
         raise ValueError(f"x8t must be int8 [in_features, {b8t.shape[-1]}], not {x8t.dtype} {list(x8t.shape)}")
     if b8t.dim() != 2 or b8t.dtype != torch.int8 or b8t.shape[0] == 0:
         raise ValueError(f"b8t must be int8 [out_features, tokens], not {b8t.dtype} {list(b8t.shape)}")
-    if scale.shape != (b8t.shape[0],) or scale.dtype != torch.float32 or not scale.is_contiguous():
-        raise ValueError(f"scale must be contiguous float32 [{b8t.shape[0]}], not {scale.dtype} {list(scale.shape)}")
+    check_scale("scale", scale, b8t.shape[0])
     if launch is not None and (launch[0] not in _COLUMN_TILES or launch[1] < 0 or launch[2] < 1):
         raise ValueError(f"launch must be (256 or 128, tiles >= 0, parts >= 1), not {launch}")
     if portable is None:
-        portable = not runs("ternary_gemm", b8t.device.index)
+        portable = gradients_on(place(b8t)) != "hopper"
     args = (b8t, scale, x8t, out_dtype, portable, list(launch or ()))
     result: Tensor = torch.ops.sbn_kernels.weight_gradient(*args)
     return result
+
+
+def _on_hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return weight_gradient_gemm(b8t, scale, x8t, out_dtype, portable=False)
+
+
+def _portable(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return weight_gradient_gemm(b8t, scale, x8t, out_dtype, portable=True)
+
+
+register(
+    Gradients(
+        name="hopper",
+        needs=NEEDS,
+        transpose=pack_transposed,
+        input_gradient=input_gradient_gemm,
+        weight_gradient=_on_hopper,
+        rank=10,
+    )
+)
+register(
+    Gradients(
+        name="portable",
+        needs=portable_gemm.NEEDS,
+        transpose=transpose_tokens,
+        input_gradient=input_gradient_gemm,
+        weight_gradient=_portable,
+    )
+)

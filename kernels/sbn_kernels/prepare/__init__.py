@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import Any
 
 _MODULE_OF = {
-    "PreparedWeight": "prepare",
-    "prepare_weight": "prepare",
+    "PreparedWeight": "triton",
+    "prepare_weight": "triton",
 }
 
 __all__ = ["PreparedWeight", "prepare_weight"]

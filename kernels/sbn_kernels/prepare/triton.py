@@ -1,373 +1,280 @@
-"""Device code of weight preparation. See ``prepare`` for what it computes and in how many passes."""
+"""Weight preparation, once an optimiser step: latent weight -> gamma, mask, ternary codes, packed words, statistics.
+
+Formulas (Sparse-BitNet, arXiv 2603.05168; twins in ``ternary`` and ``pattern``), per split of a fused weight::
+
+    mask  = the N largest |W| of each M consecutive weights, the lower index first on a tie
+    gamma = max(mean|W|, 1e-5), over all weights of the split (or the mask's, see ``gamma_over``)
+    T     = clamp(round(W / gamma), -1, 1) * mask
+    gamma = max(mean|W| where T != 0, 1e-5) after that, if ``gamma_over`` is ``"nonzero"``
+
+Two passes over the weight: one sums, one does all the rest; gamma itself is a small launch a split between them. Sums
+are taken in a fixed order (float32 within a row, float64 across rows), so the result does not change from run to run.
+A group size that is no power of two, and gamma over kept weights of a fresh mask, cost one more pass that computes
+the mask bits first; gamma over non-zero codes costs one more pass at the end.
+"""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
-from sbn_kernels.common.maxima import larger
+import torch
+from torch import Tensor
 
-TILE_ROWS = 64
-TILE_COLUMNS = 128
-_LARGEST = tl.constexpr(0x7FFFFFFF)
+from sbn_kernels.common.buffers import empty_vector
+from sbn_kernels.common.checks import FLOAT_DTYPES, refuse_gradients
+from sbn_kernels.common.integers import ceil_div, next_power_of_2
+from sbn_kernels.common.packing import LAYOUTS, packed_shape
+from sbn_kernels.prepare.device import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    gamma_kernel,
+    mask_kernel,
+    prepare_kernel,
+    row_sums_kernel,
+)
+from sbn_kernels.runtime.capability import Needs, require
+from sbn_kernels.runtime.launch import Launcher
+from sbn_kernels.runtime.ops import kernel_fake, kernel_op
+
+GammaOver = Literal["dense", "kept", "masked", "nonzero"]
+_FAST_GROUPS = (1, 2, 4, 8, 16, 32)
+NEEDS = Needs("prepare", least=(0, 0), interpreter=True)
 
 
-@triton.jit
-def row_sums_kernel(w_pointer, mask_pointer, row_scale_pointer, sum_pointer, count_pointer, columns, stride,
-                    mask_stride, MASKED: tl.constexpr, NONZERO: tl.constexpr, COUNT: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
-    """Sum of |W| over a row, one row a program.
+_row_sums = Launcher(row_sums_kernel, enable_fp_fusion=True)
+_gamma = Launcher(gamma_kernel, enable_fp_fusion=True)
+_mask_bits = Launcher(mask_kernel, enable_fp_fusion=True)
+_prepare = Launcher(prepare_kernel, enable_fp_fusion=True)
 
-    MASKED: over kept weights only. NONZERO: over those only that do not round to zero. COUNT: and their number.
+
+class PreparedWeight(NamedTuple):
+    """What a layer needs of its weight until the next optimiser step. Tensors not asked for are empty.
+
+    Attributes:
+        gamma: float32 ``[splits]``.
+        row_scale: float32 ``[out]``: gamma of each row.
+        mask_bits: uint8 ``[out, ceil(in / 8)]``, lowest bit first.
+        codes: int8 ``[out, in]`` in {-1, 0, 1}.
+        packed: int32, see :mod:`sbn_kernels.common.packing`.
+        stats: int64 ``[4]``: mask bits that differ from the old mask, weights that round to zero by themselves,
+            other weights that the mask zeroes, weights kept.
     """
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    kept = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, columns, BLOCK):
-        column = start + block
-        w = tl.abs(tl.load(w_pointer + row * stride + column, mask=column < columns, other=0.0).to(tl.float32))
-        counts = column < columns
-        if MASKED:
-            byte = tl.load(mask_pointer + row * mask_stride + column // 8, mask=column < columns, other=0).to(tl.int32)
-            counts = counts & ((byte >> (column % 8)) & 1 != 0)
-        if NONZERO:
-            counts = counts & ((w > 0.5 * tl.load(row_scale_pointer + row)) | (w != w))
-        total += tl.where(counts, w, 0.0)
-        kept += counts.to(tl.int32)
-    tl.store(sum_pointer + row, tl.sum(total, axis=0))
-    if COUNT:
-        tl.store(count_pointer + row, tl.sum(kept, axis=0))
+
+    gamma: Tensor
+    row_scale: Tensor
+    mask_bits: Tensor
+    codes: Tensor
+    packed: Tensor
+    stats: Tensor
 
 
-@triton.jit
-def gamma_kernel(sum_pointer, count_pointer, gamma_pointer, row_scale_pointer, part, first, rows, columns,
-                 KEPT: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """gamma of one split from its row sums, in float64, and a copy for each of its rows. One program.
+def _outputs(
+    weight: Tensor, parts: int, layout: str, want_mask: bool, want_codes: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out, columns = weight.shape
+    device = weight.device
+    return (
+        torch.empty(parts, dtype=torch.float32, device=device),
+        empty_vector(out, device),
+        torch.empty((out, ceil_div(columns, 8)) if want_mask else (0, 0), dtype=torch.uint8, device=device),
+        torch.empty((out, columns) if want_codes else (0, 0), dtype=torch.int8, device=device),
+        torch.empty(packed_shape(out, columns) if layout != "none" else (0, 0, 0), dtype=torch.int32, device=device),
+        torch.zeros(4, dtype=torch.int64, device=device),
+    )
 
-    KEPT divides by the number of kept weights, else by rows * columns. GIVEN: gamma is there already.
-    """
-    block = tl.arange(0, BLOCK)
-    if GIVEN:
-        gamma = tl.load(gamma_pointer + part)
+
+def _fresh_bits(weight: Tensor, n: int, m: int, keep: Tensor | None) -> Tensor:
+    """Mask bits of any group size, rows padded to whole int32 words."""
+    out, columns = weight.shape
+    padded = next_power_of_2(m)
+    groups = columns // m
+    block = max(8, 512 // padded)
+    bits = torch.zeros((out, ceil_div(columns, 32) * 4), dtype=torch.uint8, device=weight.device)
+    _mask_bits(
+        (out, ceil_div(groups, block), 1),
+        (weight, weight if keep is None else keep, bits.view(torch.int32)),
+        (out, columns, groups, weight.stride(0), bits.shape[1]),
+        (n, m, padded, keep is not None, block),
+    )
+    return bits
+
+
+def _sums(
+    weight: Tensor, mask: Tensor | None, row_scale: Tensor | None = None, count: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of |W| of each row over what a mask keeps and ``row_scale`` does not round to zero; their number too."""
+    out, columns = weight.shape
+    sums = torch.empty(out, dtype=torch.float32, device=weight.device)
+    counts = torch.empty(out, dtype=torch.int32, device=weight.device) if count else None
+    inputs = [weight if tensor is None else tensor for tensor in (mask, row_scale)]
+    _row_sums(
+        (out, 1, 1),
+        (weight, *inputs, sums, sums if counts is None else counts),
+        (columns, weight.stride(0), 0 if mask is None else mask.stride(0)),
+        (mask is not None, row_scale is not None, count, min(4096, next_power_of_2(columns))),
+    )
+    return sums, counts
+
+
+def _write_gamma(
+    sums: Tensor | None, counts: Tensor | None, split_sizes: Sequence[int], columns: int, gammas: Tensor, scale: Tensor
+) -> None:
+    """gamma of each split from sums over its rows, divided by counts or by all; without sums it is there already. And
+    gamma of each row, ``scale``."""
+    tensors = [gammas if tensor is None else tensor for tensor in (sums, counts)]
+    first = 0
+    for part, size in enumerate(split_sizes):
+        constants = (counts is not None, sums is None, 1024)
+        _gamma((1, 1, 1), (*tensors, gammas, scale), (part, first, size, columns), constants, 8)
+        first += size
+
+
+@kernel_op("prepare_weight")
+def _prepare_weight(
+    weight: Tensor,
+    n: int,
+    m: int,
+    split_sizes: list[int],
+    mask_bits: Tensor | None,
+    old_mask_bits: Tensor | None,
+    keep: Tensor | None,
+    gamma: Tensor | None,
+    gamma_over: str,
+    layout: str,
+    want_mask: bool,
+    want_codes: bool,
+    want_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    require(NEEDS, weight)
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    out, columns = weight.shape
+    outputs = _outputs(weight, len(split_sizes), layout, want_mask, want_codes)
+    gammas, row_scale, bits, codes, packed, stats = outputs
+    given = mask_bits
+    dense = n == m and keep is None
+    if given is None and not dense and (m not in _FAST_GROUPS or gamma_over in ("kept", "masked")):
+        given = _fresh_bits(weight, n, m, keep)
+    sums, counts = None, None
+    if gamma is not None:
+        gammas.copy_(gamma)
     else:
-        total = tl.zeros([BLOCK], tl.float64)
-        kept = tl.zeros([BLOCK], tl.float64)
-        for start in range(0, rows, BLOCK):
-            row = start + block
-            total += tl.load(sum_pointer + first + row, mask=row < rows, other=0.0).to(tl.float64)
-            if KEPT:
-                kept += tl.load(count_pointer + first + row, mask=row < rows, other=0).to(tl.float64)
-        count = (tl.zeros([], tl.float64) + rows) * columns
-        if KEPT:
-            count = tl.maximum(tl.sum(kept, axis=0), 1.0)
-        gamma = larger((tl.sum(total, axis=0) / count).to(tl.float32), 1e-5)
-        tl.store(gamma_pointer + part, gamma)
-    for start in range(0, rows, BLOCK):
-        row = start + block
-        tl.store(row_scale_pointer + first + row, tl.zeros([BLOCK], tl.float32) + gamma, mask=row < rows)
+        mask = given if gamma_over in ("kept", "masked") else None
+        sums, counts = _sums(weight, mask, count=gamma_over == "kept" and mask is not None)
+    _write_gamma(sums, counts, split_sizes, columns, gammas, row_scale)
+    nonzero = gamma_over == "nonzero" and gamma is None
+    if nonzero and given is None and not dense and not want_mask:
+        bits = torch.empty((out, ceil_div(columns, 8)), dtype=torch.uint8, device=weight.device)
+    group = m if given is None and not dense else 4
+    rows_padded = packed_shape(out, columns)[0] * 128 if layout != "none" else out
+    inputs = [weight if tensor is None else tensor for tensor in (given, old_mask_bits, keep)]
+    strides = [0 if tensor is None else tensor.stride(0) for tensor in (given, old_mask_bits)]
+    pattern = (group if dense else min(n, group), group)
+    masks = (given is not None, keep is not None and given is None, old_mask_bits is not None)
+    wanted = (bits.numel() > 0, want_codes, LAYOUTS.index(layout), want_stats)
+    _prepare(
+        (ceil_div(rows_padded, TILE_ROWS), ceil_div(columns, TILE_COLUMNS), 1),
+        (weight, row_scale, *inputs, bits, codes, packed, stats),
+        (out, columns, packed.shape[1], weight.stride(0), *strides, bits.shape[1]),
+        (*pattern, *masks, *wanted, TILE_ROWS, TILE_COLUMNS),
+        8,
+    )
+    if nonzero:
+        mask = given if given is not None else None if dense else bits
+        sums, counts = _sums(weight, mask, row_scale, count=True)
+        _write_gamma(sums, counts, split_sizes, columns, gammas, row_scale)
+    return outputs
 
 
-@triton.jit
-def _top_n(magnitude, N: tl.constexpr, M: tl.constexpr):
-    """bool mask of the N largest of the last dimension (length M), the lower index first on a tie.
+@kernel_fake("prepare_weight")
+def _(
+    weight: Tensor,
+    n: int,
+    m: int,
+    split_sizes: list[int],
+    mask_bits: Tensor | None,
+    old_mask_bits: Tensor | None,
+    keep: Tensor | None,
+    gamma: Tensor | None,
+    gamma_over: str,
+    layout: str,
+    want_mask: bool,
+    want_codes: bool,
+    want_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(weight, len(split_sizes), layout, want_mask, want_codes)
 
-    ``magnitude``: bits of |W| as int32, which order as the values do. Takes the N largest one after the other, or
-    drops the M - N smallest, whichever is fewer.
+
+def prepare_weight(
+    weight: Tensor,
+    n: int,
+    m: int,
+    split_sizes: Sequence[int] | None = None,
+    *,
+    mask_bits: Tensor | None = None,
+    old_mask_bits: Tensor | None = None,
+    keep: Tensor | None = None,
+    gamma: Tensor | None = None,
+    gamma_over: GammaOver = "dense",
+    layout: str = "none",
+    want_mask: bool = True,
+    want_codes: bool = True,
+    want_stats: bool = False,
+) -> PreparedWeight:
+    """Prepares a latent weight for the GEMMs.
+
+    Args:
+        weight: Latent weight ``[out, in]``, float32, bfloat16 or float16.
+        n: Weights kept in a group; ``n == m`` is dense.
+        m: Group size along ``in``, 1 to 32; ``in % m == 0``.
+        split_sizes: Rows of each part of a fused weight, one gamma each; None: one part.
+        mask_bits: uint8 ``[out, ceil(in / 8)]``: use this mask instead of a fresh one.
+        old_mask_bits: The mask to count changes against (statistics).
+        keep: int32 ``[out]``: weights kept a group in each row, instead of ``n``.
+        gamma: float32 ``[splits]``: use these scales (a sharded weight's, for example) whatever ``gamma_over`` says.
+        gamma_over: Mean over all weights, over kept weights only, or over all with masked ones counted as zero.
+            ``"nonzero"``: codes by the mean over all weights, then scaled by the mean over those that are not zero.
+        layout: ``"none"``, ``"dense"`` or ``"sparse24"`` (the mask must keep at most 2 of every 4).
+        want_mask: Whether to return mask bits.
+        want_codes: Whether to return int8 codes.
+        want_stats: Whether to count; costs a little time.
+
+    Returns:
+        See :class:`PreparedWeight`.
+
+    Raises:
+        ValueError: If an argument does not fit; the contents of a given mask are not checked (that would stall the
+            GPU): a group that keeps more than 2 of 4 loses weights in layout ``sparse24``.
+        UnsupportedError: If there is no GPU.
     """
-    index = tl.arange(0, M)[None, None, :]
-    if 2 * N <= M:
-        for _ in tl.static_range(N):
-            best = tl.max(magnitude, axis=2, keep_dims=True)
-            chosen = tl.min(tl.where(magnitude == best, index, M), axis=2, keep_dims=True)
-            magnitude = tl.where(index == chosen, -1, magnitude)
-        return magnitude < 0
-    else:
-        for _ in tl.static_range(M - N):
-            least = tl.min(magnitude, axis=2, keep_dims=True)
-            dropped = tl.max(tl.where(magnitude == least, index, -1), axis=2, keep_dims=True)
-            magnitude = tl.where(index == dropped, _LARGEST, magnitude)
-        return magnitude != _LARGEST
-
-
-@triton.jit
-def _ranked(magnitude, keep, M: tl.constexpr):
-    """bool mask of the ``keep`` largest of the last dimension, ``keep`` differing by row ([rows, 1, 1])."""
-    index = tl.arange(0, M)[None, None, :]
-    rank = tl.zeros_like(magnitude)
-    for j in tl.static_range(M):
-        other = tl.sum(tl.where(index == j, magnitude, 0), axis=2, keep_dims=True)
-        ahead = (other > magnitude) | ((other == magnitude) & (j < index))
-        rank += ahead.to(tl.int32)
-    return rank < keep
-
-
-@triton.jit
-def mask_kernel(w_pointer, keep_pointer, bits_pointer, rows, columns, groups, stride, bits_stride,
-                N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr, KEEP: tl.constexpr,
-                GROUPS: tl.constexpr):  # fmt: skip
-    """Fresh mask bits for any M <= 32: 8 groups (whole bytes) at a time, GROUPS a multiple of 8.
-
-    A group of PADDED >= M lanes holds M weights; lanes beyond M rank last. Bits meet their bytes by a sum over lanes.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :, None]
-    lane = tl.arange(0, PADDED)[None, None, :]
-    column = group * M + lane
-    inside = (lane < M) & (group < groups)
-    w = tl.load(w_pointer + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    magnitude = tl.where(inside, w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
-    keep = tl.full([1, 1, 1], N, tl.int32)
-    if KEEP:
-        keep = tl.load(keep_pointer + row + tl.zeros([1, 1, 1], tl.int32))
-    kept = (_ranked(magnitude, keep, PADDED) & inside).to(tl.int32)
-    # a group spans at most 5 bytes: byte j of the group is the sum of its lanes' bits there, added into memory
-    first = tl.reshape(group * M // 8, [GROUPS])
-    for j in tl.static_range(5):
-        here = column // 8 == group * M // 8 + j
-        byte = tl.reshape(tl.sum(tl.where(here, kept << (column % 8), 0), axis=2), [GROUPS])
-        there = (byte != 0) & (first + j < bits_stride)
-        word = (first + j) // 4
-        shift = ((first + j) % 4) * 8
-        tl.atomic_or(bits_pointer + row * (bits_stride // 4) + word, byte << shift, mask=there)
-
-
-@triton.jit
-def _quads(x, R: tl.constexpr, C: tl.constexpr):
-    """[R, C] -> four [R, C / 4]: columns 0, 1, 2, 3 of every four. Register renaming where a thread holds all four."""
-    even, odd = tl.split(tl.reshape(x, [R, C // 4, 2, 2]))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
-
-
-@triton.jit
-def _unquad(x0, x1, x2, x3, R: tl.constexpr, C: tl.constexpr):
-    """Inverse of _quads."""
-    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [R, C])
-
-
-@triton.jit
-def _ahead(a, b):
-    """1 where ``a``, the lower index, ranks before ``b``."""
-    return (a >= b).to(tl.int32)
-
-
-@triton.jit
-def _ranks4(a0, a1, a2, a3):
-    """Rank (0 = largest) of each of four magnitudes among them."""
-    g01, g02, g03 = _ahead(a0, a1), _ahead(a0, a2), _ahead(a0, a3)
-    g12, g13, g23 = _ahead(a1, a2), _ahead(a1, a3), _ahead(a2, a3)
-    return 3 - g01 - g02 - g03, 2 + g01 - g12 - g13, 1 + g02 + g12 - g23, g03 + g13 + g23
-
-
-@triton.jit
-def _first_four_of_eight(a, b0, b1, b2, b3):
-    """How many of the later four magnitudes rank before ``a``."""
-    return 4 - _ahead(a, b0) - _ahead(a, b1) - _ahead(a, b2) - _ahead(a, b3)
-
-
-@triton.jit
-def _merge(low, high, R: tl.constexpr, G: tl.constexpr):
-    return tl.reshape(tl.join(low, high), [R, G])
-
-
-@triton.jit
-def _keep_quads(m0, m1, m2, m3, N: tl.constexpr, M: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
-    """Fresh top-N mask (0/1) of quads [R, G] for M = 2, 4 or 8, by comparisons within a thread or its neighbour."""
-    if M == 2:
-        g01, g23 = _ahead(m0, m1), _ahead(m2, m3)
-        k0, k1, k2, k3 = g01, 1 - g01, g23, 1 - g23
-    elif M == 4:
-        r0, r1, r2, r3 = _ranks4(m0, m1, m2, m3)
-        k0, k1, k2, k3 = (r0 < N).to(tl.int32), (r1 < N).to(tl.int32), (r2 < N).to(tl.int32), (r3 < N).to(tl.int32)
-    else:
-        a0, b0 = tl.split(tl.reshape(m0, [R, G // 2, 2]))
-        a1, b1 = tl.split(tl.reshape(m1, [R, G // 2, 2]))
-        a2, b2 = tl.split(tl.reshape(m2, [R, G // 2, 2]))
-        a3, b3 = tl.split(tl.reshape(m3, [R, G // 2, 2]))
-        r0, r1, r2, r3 = _ranks4(a0, a1, a2, a3)
-        s0, s1, s2, s3 = _ranks4(b0, b1, b2, b3)
-        r0 += _first_four_of_eight(a0, b0, b1, b2, b3)
-        r1 += _first_four_of_eight(a1, b0, b1, b2, b3)
-        r2 += _first_four_of_eight(a2, b0, b1, b2, b3)
-        r3 += _first_four_of_eight(a3, b0, b1, b2, b3)
-        s0 += _ahead(a0, b0) + _ahead(a1, b0) + _ahead(a2, b0) + _ahead(a3, b0)
-        s1 += _ahead(a0, b1) + _ahead(a1, b1) + _ahead(a2, b1) + _ahead(a3, b1)
-        s2 += _ahead(a0, b2) + _ahead(a1, b2) + _ahead(a2, b2) + _ahead(a3, b2)
-        s3 += _ahead(a0, b3) + _ahead(a1, b3) + _ahead(a2, b3) + _ahead(a3, b3)
-        k0 = _merge((r0 < N).to(tl.int32), (s0 < N).to(tl.int32), R, G)
-        k1 = _merge((r1 < N).to(tl.int32), (s1 < N).to(tl.int32), R, G)
-        k2 = _merge((r2 < N).to(tl.int32), (s2 < N).to(tl.int32), R, G)
-        k3 = _merge((r3 < N).to(tl.int32), (s3 < N).to(tl.int32), R, G)
-    return k0, k1, k2, k3
-
-
-@triton.jit
-def _load_nibbles(pointer, row, group, rows, columns, stride):
-    """Mask bits of the quads [R, G] from packed bytes: 4 bits each, bits beyond the end zero."""
-    there = (row < rows)[:, None] & (group * 4 < columns)[None, :]
-    where = pointer + row.to(tl.int64)[:, None] * stride + (group // 2)[None, :]
-    return (tl.load(where, mask=there, other=0).to(tl.int32) >> (4 * (group % 2))[None, :]) & 15
-
-
-@triton.jit
-def _magnitude(w):
-    """Bits of |W|, which order as the values do."""
-    return w.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _natural(w, half):
-    """Code of W before the mask, 0, 1, 2 for 0, +1, -1.
-
-    round(W / gamma), halves to even, is non-zero exactly when |W| > gamma / 2: the quotient of the next float above
-    gamma / 2 already rounds to more than 1/2.
-    """
-    return tl.where(tl.abs(w) > half, tl.where(w < 0, 2, 1), 0)
-
-
-@triton.jit
-def _signed(code):
-    return tl.where(code == 2, -1, code).to(tl.int8)
-
-
-@triton.jit
-def _popcount4(nibble):
-    pairs = nibble - ((nibble >> 1) & 5)
-    return (pairs & 3) + (pairs >> 2)
-
-
-@triton.jit
-def _half_block(half, k_step, k_steps):
-    """First word of 64 rows of a k step. Words: (32 w + 4 g + t) * 4 + word, rows: 16 w + 8 r0 + g; see packing."""
-    return (half // 2).to(tl.int64) * k_steps * 1024 + k_step * 1024 + (half % 2) * 512
-
-
-@triton.jit
-def _store_dense(packed_pointer, half, k_step, k_steps, quads, R: tl.constexpr):
-    """Words of layout ``dense`` from quads [R, 32] of one half and k step: codes 0, 1, 2 of 4 columns, 4 bits each."""
-    w_ = tl.arange(0, 4)[:, None, None, None]
-    g_ = tl.arange(0, 8)[None, :, None, None]
-    j_ = tl.arange(0, 4)[None, None, :, None]
-    t_ = tl.arange(0, 4)[None, None, None, :]
-    # quads are [j, r1, t]; bits of the two r1, then of the two r0, come together
-    words = tl.reshape(quads, [R * 4, 2, 4])
-    words = tl.sum(words << (2 * tl.arange(0, 2)[None, :, None]), axis=1)
-    words = tl.reshape(words, [4, 2, 8 * 4 * 4])
-    words = tl.sum(words << (16 * tl.arange(0, 2)[None, :, None]), axis=1)
-    words = tl.reshape(words, [4, 8, 4, 4])
-    tl.store(packed_pointer + _half_block(half, k_step, k_steps) + (32 * w_ + 4 * g_ + t_) * 4 + j_, words)
-
-
-@triton.jit
-def prepare_kernel(
-    w_pointer, row_scale_pointer, mask_pointer, old_pointer, keep_pointer, bits_pointer, codes_pointer,
-    packed_pointer, stats_pointer, rows, columns, k_steps, stride, mask_stride, old_stride, bits_stride,
-    N: tl.constexpr, M: tl.constexpr, GIVEN: tl.constexpr, KEEP: tl.constexpr, OLD: tl.constexpr,
-    BITS: tl.constexpr, CODES: tl.constexpr, LAYOUT: tl.constexpr, STATS: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """One tile of 64 rows and 128 columns: mask, ternary codes, packed words, statistics.
-
-    Everything after the load works on quads: four tensors [R, C / 4], one for each column of every four.
-    """
-    G: tl.constexpr = C // 4
-    half = tl.program_id(0)
-    k_step = tl.program_id(1)
-    row = half * R + tl.arange(0, R)
-    column = k_step * C + tl.arange(0, C)
-    group = k_step * G + tl.arange(0, G)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    w = tl.load(w_pointer + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    half_gamma = 0.5 * tl.load(row_scale_pointer + row, mask=row < rows, other=1.0)[:, None]
-    w0, w1, w2, w3 = _quads(w, R, C)
-    # columns of a quad beyond in_features (or rows beyond out_features): their kept bits are cleared
-    tail = tl.minimum(tl.maximum(columns - group * 4, 0), 4)
-    valid = tl.where((row < rows)[:, None], ((1 << tail) - 1)[None, :], 0)
-    if GIVEN:
-        kept = _load_nibbles(mask_pointer, row, group, rows, columns, mask_stride)
-    elif N == M and not KEEP:
-        kept = tl.full([R, G], 15, tl.int32)
-    elif M <= 8 and not KEEP:
-        k0, k1, k2, k3 = _keep_quads(_magnitude(w0), _magnitude(w1), _magnitude(w2), _magnitude(w3), N, M, R, G)
-        kept = k0 | (k1 << 1) | (k2 << 2) | (k3 << 3)
-    else:
-        magnitude = tl.reshape(_magnitude(w), [R, C // M, M])
-        if KEEP:
-            keep = tl.load(keep_pointer + row, mask=row < rows, other=M)[:, None, None]
-            chosen = _ranked(magnitude, keep, M)
-        else:
-            chosen = _top_n(magnitude, N, M)
-        k0, k1, k2, k3 = _quads(tl.reshape(chosen.to(tl.int32), [R, C]), R, C)
-        kept = k0 | (k1 << 1) | (k2 << 2) | (k3 << 3)
-    kept = kept & valid
-    n0, n1 = _natural(w0, half_gamma), _natural(w1, half_gamma)
-    n2, n3 = _natural(w2, half_gamma), _natural(w3, half_gamma)
-    c0 = n0 * (kept & 1)
-    c1 = n1 * (kept >> 1 & 1)
-    c2 = n2 * (kept >> 2 & 1)
-    c3 = n3 * (kept >> 3 & 1)
-    if BITS:
-        low, high = tl.split(tl.reshape(kept, [R, G // 2, 2]))
-        byte = k_step * (C // 8) + tl.arange(0, C // 8)
-        there = (row < rows)[:, None] & (byte * 8 < columns)[None, :]
-        where = row.to(tl.int64)[:, None] * bits_stride + byte[None, :]
-        tl.store(bits_pointer + where, (low | (high << 4)).to(tl.uint8), mask=there)
-    if CODES:
-        where = row.to(tl.int64)[:, None] * columns + column[None, :]
-        codes = _unquad(_signed(c0), _signed(c1), _signed(c2), _signed(c3), R, C)
-        tl.store(codes_pointer + where, codes, mask=inside)
-    if STATS:
-        nonzero = (n0 != 0).to(tl.int32) | (n1 != 0).to(tl.int32) << 1 | (n2 != 0).to(tl.int32) << 2
-        nonzero = (nonzero | (n3 != 0).to(tl.int32) << 3) & valid
-        if OLD:
-            old = _load_nibbles(old_pointer, row, group, rows, columns, old_stride) & valid
-            tl.atomic_add(stats_pointer, tl.sum(_popcount4(old ^ kept)).to(tl.int64))
-        tl.atomic_add(stats_pointer + 1, tl.sum(_popcount4(valid & ~nonzero)).to(tl.int64))
-        tl.atomic_add(stats_pointer + 2, tl.sum(_popcount4(nonzero & ~kept)).to(tl.int64))
-        tl.atomic_add(stats_pointer + 3, tl.sum(_popcount4(kept)).to(tl.int64))
-    if LAYOUT == 1:
-        _store_dense(packed_pointer, half, k_step, k_steps, c0 | (c1 << 4) | (c2 << 8) | (c3 << 12), R)
-    elif LAYOUT == 2:
-        second = tl.where(kept & 8 != 0, 3, tl.where(kept & 4 != 0, 2, 1))
-        first = tl.where(kept & 1 != 0, 0, tl.where(kept & 2 != 0, 1, 2))
-        first = tl.minimum(first, second - 1)
-        low = tl.where(first == 0, c0, tl.where(first == 1, c1, c2))
-        high = tl.where(second == 1, c1, tl.where(second == 2, c2, c3))
-        # quads are [jj, r1, t, b1]
-        even, odd = tl.split(tl.reshape(low | (high << 4), [R, G // 2, 2]))
-        pair = tl.reshape(even | (odd << 8), [R * 2, 2, 4])
-        pair = tl.sum(pair << (2 * tl.arange(0, 2)[None, :, None]), axis=1)
-        pair = tl.reshape(pair, [4, 2, 8 * 2 * 4])
-        words = tl.sum(pair << (16 * tl.arange(0, 2)[None, :, None]), axis=1)
-        words = tl.reshape(words, [4, 8, 2, 4])
-        w_ = tl.arange(0, 4)[:, None, None, None]
-        g_ = tl.arange(0, 8)[None, :, None, None]
-        t_ = tl.arange(0, 4)[None, None, None, :]
-        jj_ = tl.arange(0, 2)[None, None, :, None]
-        base = packed_pointer + _half_block(half, k_step, k_steps)
-        tl.store(base + (32 * w_ + 4 * g_ + t_) * 4 + 2 * jj_, words)
-        # positions: [row, jj * 2 + half, 8 quads]
-        nibble = tl.reshape(first | (second << 2), [R, 4, 8])
-        metadata = tl.sum(nibble << (4 * tl.arange(0, 8)[None, None, :]), axis=2)
-        r_ = tl.arange(0, R)[:, None]
-        q_ = tl.arange(0, 4)[None, :]
-        thread = 32 * (r_ // 16) + 4 * (r_ % 8) + 2 * (q_ % 2) + r_ // 8 % 2
-        tl.store(base + thread * 4 + 2 * (q_ // 2) + 1, metadata)
-
-
-@triton.jit
-def pack_transposed_kernel(codes_pointer, packed_pointer, rows, columns, k_steps, stride):
-    """One half and k step of layout ``dense`` of the codes transposed: 64 columns and 128 rows of ``codes``."""
-    half = tl.program_id(0)
-    k_step = tl.program_id(1)
-    column = half * 64 + tl.arange(0, 64)
-    quads = tl.zeros([32, 64], tl.int32)
-    for j in tl.static_range(4):
-        row = k_step * 128 + 4 * tl.arange(0, 32) + j
-        inside = (row < rows)[:, None] & (column < columns)[None, :]
-        where = codes_pointer + row.to(tl.int64)[:, None] * stride + column[None, :]
-        code = tl.load(where, mask=inside, other=0).to(tl.int32)
-        quads |= tl.where(code < 0, 2, code) << (4 * j)
-    _store_dense(packed_pointer, half, k_step, k_steps, tl.trans(quads), 64)
+    refuse_gradients(weight, gamma)
+    if weight.dim() != 2 or weight.dtype not in FLOAT_DTYPES or weight.numel() == 0:
+        shape = list(weight.shape)
+        raise ValueError(f"weight must be float32, bfloat16 or float16 [out, in], not {weight.dtype} {shape}")
+    out, columns = weight.shape
+    if not 1 <= n <= m <= 32:
+        raise ValueError(f"pattern {n}:{m}: N:M needs 1 <= N <= M <= 32")
+    if columns % m:
+        raise ValueError(f"in_features={columns} is not a multiple of M={m}")
+    sizes = [out] if split_sizes is None else list(split_sizes)
+    if sum(sizes) != out or min(sizes) < 1:
+        raise ValueError(f"split_sizes {sizes} do not add up to {out} rows")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    if layout == "sparse24" and mask_bits is None and (m != 4 or n > 2 or keep is not None):
+        raise ValueError(f"layout sparse24 holds 2:4 weights; {n}:{m} needs layout dense (or a 2:4 mask given)")
+    if gamma_over not in get_args(GammaOver):
+        raise ValueError(f"gamma_over {gamma_over!r} is not one of {', '.join(get_args(GammaOver))}")
+    for name, bits in (("mask_bits", mask_bits), ("old_mask_bits", old_mask_bits)):
+        want = (out, ceil_div(columns, 8))
+        if bits is not None and (bits.shape != want or bits.dtype != torch.uint8 or bits.stride(1) != 1):
+            raise ValueError(f"{name} must be uint8 {list(want)}, not {bits.dtype} {list(bits.shape)}")
+    if keep is not None and (keep.shape != (out,) or keep.dtype != torch.int32):
+        raise ValueError(f"keep must be int32 [{out}], not {keep.dtype} {list(keep.shape)}")
+    if gamma is not None and (gamma.shape != (len(sizes),) or gamma.dtype != torch.float32):
+        raise ValueError(f"gamma must be float32 [{len(sizes)}], not {gamma.dtype} {list(gamma.shape)}")
+    keep, gamma = (None if vector is None else vector.contiguous() for vector in (keep, gamma))
+    given = (mask_bits, old_mask_bits, keep, gamma, gamma_over)
+    wanted = (layout, want_mask, want_codes, want_stats)
+    return PreparedWeight(*torch.ops.sbn_kernels.prepare_weight(weight, n, m, sizes, *given, *wanted))

@@ -3,11 +3,9 @@
 from importlib import import_module
 from typing import Any
 
-_MODULE_OF = {
-    "quantize_tokens": "triton",
-}
+_MODULE_OF = {"quantize_tokens": "triton", "quantize_tokens_reference": "reference"}
 
-__all__ = ["quantize_tokens"]
+__all__ = ["quantize_tokens", "quantize_tokens_reference"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,42 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.common.maxima import larger, magnitude
-from sbn_kernels.runtime.capability import interpreting, multiprocessors, require
+from sbn_kernels.common.buffers import empty_tokens, empty_vector
+from sbn_kernels.common.checks import FLOAT_DTYPES, refuse_gradients
+from sbn_kernels.common.integers import ceil_div, next_power_of_2
+from sbn_kernels.common.maxima import larger
+from sbn_kernels.common.token_codes import largest, token_codes, token_scale
+from sbn_kernels.runtime.capability import Needs, interpreting, multiprocessors, require
 from sbn_kernels.runtime.launch import Launcher
-from sbn_kernels.runtime.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2, refuse_gradients
+from sbn_kernels.runtime.ops import kernel_fake, kernel_op
 
 _LOOP_BLOCK = 8192
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to an integer, half to even
-
-
-@triton.jit
-def _codes(x, scale, inverse, BITS: tl.constexpr, FUSED: tl.constexpr):
-    """clamp(round(x / scale)) as int8; clamping first gives the same and keeps the rounding trick in range."""
-    high: tl.constexpr = 127.0 if BITS == 8 else 7.0
-    if FUSED:
-        q = x * inverse
-        q = tl.fma(tl.fma(-q, scale, x), inverse, q)
-    else:
-        q = tl.div_rn(x, scale)
-    q = tl.minimum(tl.maximum(q, -high - 1.0), high)
-    return ((q + _ROUND) - _ROUND).to(tl.int8)
-
-
-@triton.jit
-def _scale(reduced, columns, BITS: tl.constexpr):
-    """s from max|x| (8 bits) or sum|x| (4 bits)."""
-    if BITS == 8:
-        return tl.div_rn(larger(reduced, 1e-5), tl.full(reduced.shape, 127.0, tl.float32))
-    mean = tl.div_rn(reduced, tl.zeros_like(reduced) + columns)
-    return tl.div_rn(larger(mean, 1e-5), tl.full(reduced.shape, 2.6457513110645907, tl.float32))
-
-
-@triton.jit
-def _largest(x, axis: tl.constexpr, keep_dims: tl.constexpr):
-    """max|x|, or NaN."""
-    bits = tl.max(magnitude(x), axis=axis, keep_dims=keep_dims)
-    return bits.to(tl.float32, bitcast=True)
+NEEDS = Needs("quantize", least=(0, 0), interpreter=True)
 
 
 @triton.jit
@@ -79,11 +54,11 @@ def quantize_rows_kernel(
         x = coming.to(tl.float32)
         coming = _load_rows(x_pointer, row + tl.num_programs(0) * ROWS, column, rows, columns, x_stride)
         if BITS == 8:
-            scale = _scale(_largest(x, 1, False), columns, BITS)
+            scale = token_scale(largest(x, 1, False), columns, BITS)
         else:
-            scale = _scale(tl.sum(tl.abs(x), axis=1), columns, BITS)
+            scale = token_scale(tl.sum(tl.abs(x), axis=1), columns, BITS)
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-        q = _codes(x, scale[:, None], inverse[:, None], BITS, FUSED)
+        q = token_codes(x, scale[:, None], inverse[:, None], BITS, FUSED)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         tl.store(q_pointer + row.to(tl.int64)[:, None] * q_stride + column[None, :], q, mask=inside)
         tl.store(scale_pointer + row, scale, mask=row < rows)
@@ -103,39 +78,25 @@ def quantize_long_rows_kernel(
         x = tl.abs(tl.load(x_pointer + row * x_stride + column, mask=column < columns, other=0.0).to(tl.float32))
         reduced = larger(reduced, x) if BITS == 8 else reduced + x
     if BITS == 8:
-        scale = _scale(_largest(reduced, 0, True), columns, BITS)
+        scale = token_scale(largest(reduced, 0, True), columns, BITS)
     else:
-        scale = _scale(tl.sum(reduced, axis=0, keep_dims=True), columns, BITS)
+        scale = token_scale(tl.sum(reduced, axis=0, keep_dims=True), columns, BITS)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     for start in range(0, columns, BLOCK):
         column = start + block
         x = tl.load(x_pointer + row * x_stride + column, mask=column < columns, other=0.0).to(tl.float32)
-        q = _codes(x, scale, inverse, BITS, FUSED)
+        q = token_codes(x, scale, inverse, BITS, FUSED)
         tl.store(q_pointer + row * q_stride + column, q, mask=column < columns)
     tl.store(scale_pointer + row + tl.arange(0, 1), scale)
 
 
-_quantize_rows = Launcher(quantize_rows_kernel)
-_quantize_long_rows = Launcher(quantize_long_rows_kernel)
-
-
-def empty_tokens(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Uninitialised int8 ``[rows, columns]`` with room for rows of ``columns`` rounded up to 16, their stride."""
-    stride = ceil_div(columns, 16) * 16
-    whole = torch.empty((rows, stride), dtype=torch.int8, device=device)
-    return whole if stride == columns else whole[:, :columns]
-
-
-def empty_vector(length: int, device: torch.device) -> Tensor:
-    """Uninitialised float32 ``[length]`` whose memory goes on to a multiple of 256 elements (the largest tile)."""
-    room = ceil_div(length, 256) * 256
-    whole = torch.empty(room, dtype=torch.float32, device=device)
-    return whole if room == length else whole[:length]
+_quantize_rows = Launcher(quantize_rows_kernel, enable_fp_fusion=True)
+_quantize_long_rows = Launcher(quantize_long_rows_kernel, enable_fp_fusion=True)
 
 
 @kernel_op("quantize_tokens")
 def _quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    require("quantize", x)
+    require(NEEDS, x)
     if x.stride(1) != 1:
         x = x.contiguous()
     rows, columns = x.shape
@@ -181,7 +142,7 @@ def quantize_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"quantize_tokens needs [tokens, features] with features > 0, not {list(x.shape)}")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"quantize_tokens needs float32, bfloat16 or float16, not {x.dtype}")
     if bits not in (8, 4):
         raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")

@@ -1,19 +1,18 @@
-"""What this GPU and this Triton can run, and for what they cannot, the reason in one line.
+"""What a kernel needs of the machine, and whether this machine has it.
 
-Kernels never choose silently: an op called where it cannot run raises ``UnsupportedError`` with the text that
-``capabilities`` reports; the choice between ops belongs to the caller.
+A kernel declares a :class:`Needs` beside its code. Nothing falls back in silence: an op that is called where it cannot
+run raises :class:`UnsupportedError` with the reason in one line. The choice between kernels belongs to the caller, who
+asks :mod:`sbn_kernels.gemm.registry`.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
-
-OPS = ("quantize", "prepare", "int8_gemm", "cusparselt", "sparse_gemm", "ternary_gemm", "decode")
 
 
 class UnsupportedError(RuntimeError):
@@ -21,46 +20,77 @@ class UnsupportedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Capabilities:
-    """Result of :func:`capabilities`.
+class Needs:
+    """What a kernel needs of the machine.
 
     Attributes:
-        device: Name of the GPU, or "none".
-        compute_capability: For example (9, 0); (0, 0) without a GPU.
-        torch: Version of torch.
-        triton: Version of Triton.
-        reasons: For each op that cannot run, why not.
+        op: The name of the kernel in error messages.
+        least: The lowest compute capability the kernel runs on.
+        only: The one compute capability the kernel is written for; None: every one from ``least`` on.
+        gluon: Whether the kernel is written in Gluon with inline PTX, which needs Triton 3.9.
+        cusparselt: Whether the kernel calls cuSPARSELt through torch.
+        interpreter: Whether the kernel also runs in Triton's interpreter, on a machine without a GPU.
     """
 
-    device: str
-    compute_capability: tuple[int, int]
-    torch: str
-    triton: str
-    reasons: dict[str, str] = field(default_factory=dict)
+    op: str
+    least: tuple[int, int] = (8, 0)
+    only: tuple[int, int] | None = None
+    gluon: bool = False
+    cusparselt: bool = False
+    interpreter: bool = False
 
-    def can(self, op: str) -> bool:
-        """Whether ``op`` (one of ``OPS``) runs here."""
-        if op not in OPS:
-            raise ValueError(f"unknown op {op!r}; ops are {', '.join(OPS)}")
-        return op not in self.reasons
+    def missing(self, index: int | None) -> str | None:
+        """Says why the kernel cannot run.
 
-    def require(self, op: str) -> None:
-        """Raises:
-        UnsupportedError: With the reason, if ``op`` cannot run here.
+        Args:
+            index: The number of the GPU; None: no GPU, which leaves Triton's interpreter.
+
+        Returns:
+            The reason in one line, or None if the kernel runs.
         """
-        if not self.can(op):
-            raise UnsupportedError(f"{op}: {self.reasons[op]}")
+        return _missing(self, index)
 
-    def __str__(self) -> str:
-        sm = "".join(map(str, self.compute_capability))
-        lines = [f"{self.device} (sm_{sm}), torch {self.torch}, triton {self.triton}"]
-        lines += [f"  {op:13s} {self.reasons.get(op, 'yes')}" for op in OPS]
-        return "\n".join(lines)
+
+@functools.cache
+def _missing(needs: Needs, index: int | None) -> str | None:
+    if index is None:
+        return None if interpreting() and needs.interpreter else "no CUDA GPU is visible to torch"
+    if torch.version.hip is not None:
+        return "written for NVIDIA GPUs; this torch is built for ROCm"
+    here = torch.cuda.get_device_capability(index)
+    if needs.only is not None and here != needs.only:
+        family = "a Hopper GPU (compute capability 9.0)" if needs.only == (9, 0) else f"compute capability {needs.only}"
+        return f"needs {family}, not {here[0]}.{here[1]}"
+    if here < needs.least:
+        return f"needs compute capability >= {needs.least[0]}.{needs.least[1]}, not {here[0]}.{here[1]}"
+    if needs.cusparselt and not torch.backends.cusparselt.is_available():
+        return "this torch is built without cuSPARSELt"
+    if needs.gluon:
+        return "Triton's interpreter runs no inline PTX" if interpreting() else gluon_missing()
+    return None
+
+
+def place(tensor: Tensor) -> int | None:
+    """The number of the GPU that holds ``tensor``; None for a tensor that is on no GPU."""
+    return tensor.device.index if tensor.is_cuda else None
+
+
+def require(needs: Needs, tensor: Tensor) -> None:
+    """Checks that a kernel runs where ``tensor`` is.
+
+    Raises:
+        UnsupportedError: With the name of the kernel and the reason, if the kernel does not run there.
+    """
+    index = place(tensor)
+    if index is None and torch.cuda.is_available() and not interpreting():
+        raise UnsupportedError(f"{needs.op}: tensors are on the {tensor.device.type.upper()}")
+    if reason := needs.missing(index):
+        raise UnsupportedError(f"{needs.op}: {reason}")
 
 
 @torch.compiler.assume_constant_result
 def gluon_missing() -> str | None:
-    """What Gluon lacks for the inline-PTX kernels; None if nothing."""
+    """What Gluon lacks for kernels with inline PTX; None if nothing. A constant to ``torch.compile``."""
     return _gluon_missing()
 
 
@@ -69,78 +99,24 @@ def _gluon_missing() -> str | None:
     try:
         from triton.experimental.gluon import language as gl
     except ImportError:
-        return f"needs Triton >= 3.9 (Gluon with inline_asm on shared memory); this is Triton {triton.__version__}"
-    if not hasattr(gl, "inline_asm"):
-        return f"needs Triton >= 3.9 (Gluon with inline_asm on shared memory); this is Triton {triton.__version__}"
-    return None
+        gl = None
+    if hasattr(gl, "inline_asm"):
+        return None
+    return f"needs Triton >= 3.9 (Gluon with inline_asm on shared memory); this is Triton {triton.__version__}"
 
 
 @torch.compiler.assume_constant_result
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported)."""
+    """Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1 when Triton was imported."""
     return _interpreting()
 
 
-@functools.cache  # Triton looks into the environment each time
+@functools.cache  # Triton reads the environment each time it is asked
 def _interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@torch.compiler.assume_constant_result
-def runs(op: str, index: int | None) -> bool:
-    """Whether ``op`` runs on GPU ``index`` (None: on no GPU); a constant to ``torch.compile``."""
-    if index is None and torch.cuda.is_available():
-        return False
-    return _runs(op, index)
-
-
-@functools.cache
-def _runs(op: str, index: int | None) -> bool:
-    return capabilities(index).can(op)
-
-
-def require(op: str, tensor: Tensor) -> None:
-    """Raises:
-    UnsupportedError: If ``op`` cannot run where ``tensor`` is, with the reason.
-    """
-    _require(op, tensor.get_device())
-
-
-@functools.cache  # of successes
-def _require(op: str, index: int) -> None:
-    capabilities(index if index >= 0 else None).require(op)
-
-
-def capabilities(device: torch.device | int | None = None) -> Capabilities:
-    """Says what can run on ``device`` (default: the current GPU) with this torch and Triton."""
-    if not torch.cuda.is_available():
-        free = ("quantize", "prepare", "int8_gemm", "decode") if interpreting() else ()
-        reasons = {op: "no CUDA GPU is visible to torch" for op in OPS if op not in free}
-        return Capabilities("none", (0, 0), torch.__version__, triton.__version__, reasons)
-    index = device.index if isinstance(device, torch.device) else device
-    return _of(torch.cuda.current_device() if index is None else index)
-
-
 @functools.cache
 def multiprocessors(index: int) -> int:
-    """Streaming multiprocessors of GPU ``index``."""
+    """The number of streaming multiprocessors of GPU ``index``."""
     return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-@functools.cache
-def _of(index: int) -> Capabilities:
-    capability = torch.cuda.get_device_capability(index)
-    reasons = {}
-    if torch.version.hip is not None:
-        reasons = dict.fromkeys(OPS, "written for NVIDIA GPUs; this torch is built for ROCm")
-    if capability < (8, 0) and not reasons:
-        why = f"needs compute capability >= 8.0, not {capability[0]}.{capability[1]}"
-        reasons = dict.fromkeys(("int8_gemm", "cusparselt", "decode"), why)
-    for op in ("sparse_gemm", "ternary_gemm"):
-        if op not in reasons and capability != (9, 0):
-            reasons[op] = f"needs a Hopper GPU (compute capability 9.0), not {capability[0]}.{capability[1]}"
-        if op not in reasons and (missing := gluon_missing()):
-            reasons[op] = missing
-    if "cusparselt" not in reasons and not torch.backends.cusparselt.is_available():
-        reasons["cusparselt"] = "this torch is built without cuSPARSELt"
-    return Capabilities(torch.cuda.get_device_name(index), capability, torch.__version__, triton.__version__, reasons)

@@ -1,14 +1,17 @@
-"""Launching a kernel again, without Triton's binding of its arguments, which takes most of the host's time of a launch.
+"""Launches a kernel again without Triton's binding of its arguments, which takes most of the host's time of a launch.
 
 ``kernel[grid](...)`` names, types and specialises every argument, formats the options and compares globals, each time:
 14 to 20 microseconds where the launch itself takes 3 to 6. A :class:`Launcher` keeps the compiled kernel that Triton
-chose, under all that its choice depends on: device, dtypes, number of warps, and the exact values of all numbers and
-constants, so that no rule of specialisation is repeated here. Of a pointer Triton asks, on CUDA, whether 16 divides it;
-only where that is true of all pointers of a launch is it made the short way.
+chose, under everything the choice depends on: device, dtypes, number of warps, and the exact values of all numbers and
+constants. So no rule of Triton's specialisation is repeated here. For pointers on CUDA, Triton specialises on whether
+16 divides the address; the short way is taken only where 16 divides every pointer of the launch.
 
-The short way is public, ``compiled[grid](*arguments)``, the same from Triton 3.6 to 3.9. Hooks around launches (of
-profilers) are called. What it passes over is a change, after a kernel's first launch, of Triton's debugging and
-compiling options, and what Triton does before each launch: pre-run hooks and the comparison of global variables.
+The short way is public: ``compiled[grid](*arguments)``, the same from Triton 3.6 to 3.9. Hooks that profilers put
+around launches are called. The short way does not notice a change of Triton's debugging and compiling options after a
+kernel's first launch, and leaves out pre-run hooks and the comparison of global variables.
+
+Every launcher says whether the compiler may fuse a multiplication and an addition into one rounding
+(``enable_fp_fusion``). Triton's default changes from yes to no in version 3.10, and results must not change with it.
 """
 
 from __future__ import annotations
@@ -20,21 +23,22 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-_MOST_COMPILED = 4096  # sizes that vary without end, as tokens in an evaluation, must not collect
+_MOST_COMPILED = 4096  # sizes that vary without end, as the tokens of an evaluation do, must not fill the memory
 
 
 class Launcher:
-    """Launches ``kernel``, whose parameters are descriptors, pointers, integers and constants, in this order.
+    """Launches a kernel whose parameters are descriptors, pointers, integers and constants, in this order.
 
     Args:
-        kernel: From ``triton.jit`` or ``gluon.jit``.
-        options: Of the launch, always the same, as ``enable_fp_fusion``.
+        kernel: The function that ``triton.jit`` or ``gluon.jit`` returned.
+        enable_fp_fusion: Whether the compiler may fuse a multiplication and an addition into one rounding.
+        options: Other options that are the same at each launch, for example ``maxnreg``.
     """
 
-    def __init__(self, kernel: Any, **options: Any) -> None:
+    def __init__(self, kernel: Any, *, enable_fp_fusion: bool, **options: Any) -> None:
         self.kernel = kernel
-        self.options = options
-        self.compiles = isinstance(kernel, triton.JITFunction)  # in the interpreter it is something else
+        self.options = {"enable_fp_fusion": enable_fp_fusion, **options}
+        self.compiles = isinstance(kernel, triton.JITFunction)  # in the interpreter the kernel is of another class
         self.compiled: dict[tuple[Any, ...], CompiledKernel] = {}
 
     def __call__(
@@ -46,7 +50,16 @@ class Launcher:
         num_warps: int = 4,
         descriptors: tuple[Any, ...] = (),
     ) -> None:
-        """Blocks and layouts of ``descriptors`` must follow from their dtypes and from ``constants``."""
+        """Launches the kernel on the current device.
+
+        Args:
+            grid: The number of programs along each axis.
+            tensors: The arguments that become pointers.
+            numbers: The integer arguments.
+            constants: The values of the compile-time parameters.
+            num_warps: Warps of a program.
+            descriptors: TMA descriptors; their blocks and layouts must follow from their dtypes and ``constants``.
+        """
         arguments = (*descriptors, *tensors, *numbers, *constants)
         if not self.compiles:
             self.kernel[grid](*arguments, num_warps=num_warps, **self.options)

@@ -1,11 +1,11 @@
-"""How kernels become torch ops: ``torch.ops.sbn_kernels.NAME``, opaque to ``torch.compile``, with a shape function.
+"""How a kernel becomes a torch op: ``torch.ops.sbn_kernels.NAME``, opaque to ``torch.compile``, with a shape function.
 
-As ``torch.library.custom_op``, less what that does at each call: with torch 2.11 its checks for outputs that alias
-inputs took 0.3 to 0.4 ms of the host's time, more than most kernels run, so that a training step waited for the host.
-No op here returns or changes an argument. None has a gradient, so their functions refuse tensors that want one:
-autograd is written where the ops are put together. A module that registers ops cannot be reloaded.
+This does what ``torch.library.custom_op`` does, without its checks at each call. With torch 2.11 the checks for outputs
+that alias inputs took 0.3 to 0.4 ms of the host's time, more than most kernels run, so a training step waited for the
+host. No op here returns or changes an argument, so the checks have nothing to find. No op has a gradient; their public
+functions refuse tensors that want one, and autograd is written where the ops are put together.
 
-Integers on the host, too, are divided here: ``triton.cdiv`` is a compile-time function, and 5 microseconds a call.
+A module that registers ops cannot be reloaded.
 """
 
 from __future__ import annotations
@@ -22,31 +22,8 @@ _LIBRARY = torch.library.Library("sbn_kernels", "FRAGMENT")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def ceil_div(a: int, b: int) -> int:
-    """``a / b``, rounded up."""
-    return -(-a // b)
-
-
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least ``n``, a positive number."""
-    return 1 << (n - 1).bit_length()
-
-
-def refuse_gradients(*tensors: Tensor | None) -> None:
-    """Raises:
-    ValueError: If a gradient would be lost without a word.
-    """
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise ValueError("kernels have no gradient: detach their arguments, or call them in an autograd.Function")
-
-
-def contiguous(*vectors: Tensor) -> list[Tensor]:
-    """Vectors as kernels read them: an expanded or strided one is copied."""
-    return [vector.contiguous() for vector in vectors]
-
-
 def kernel_op(name: str) -> Callable[[F], F]:
-    """Registers what the op ``name`` does, on every device; its schema follows from the type hints."""
+    """Registers the implementation of the op ``name`` for every device; the type hints give the schema."""
 
     def register(function: F) -> F:
         schema = torch.library.infer_schema(function, mutates_args=())
@@ -57,7 +34,7 @@ def kernel_op(name: str) -> Callable[[F], F]:
             index = first.get_device()
             if index < 0 or index == torch.cuda.current_device():
                 return function(first, *rest)
-            with torch.cuda.device(index):  # Triton launches on the current device, not on the tensors'
+            with torch.cuda.device(index):  # Triton launches on the current device, not on the device of the tensors
                 return function(first, *rest)
 
         _LIBRARY.impl(name, on_its_device, "CompositeExplicitAutograd")
@@ -67,7 +44,7 @@ def kernel_op(name: str) -> Callable[[F], F]:
 
 
 def kernel_fake(name: str) -> Callable[[F], F]:
-    """Registers the shapes, dtypes and strides of what the op ``name`` returns."""
+    """Registers the function that gives the shapes, dtypes and strides of what the op ``name`` returns."""
 
     def register(function: F) -> F:
         torch.library.register_fake(f"sbn_kernels::{name}", function, lib=_LIBRARY)

@@ -14,13 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sbn_kernels.common.buffers import empty_tokens, empty_vector
+from sbn_kernels.common.checks import FLOAT_DTYPES, refuse_gradients
+from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.common.maxima import larger
-from sbn_kernels.quantize.triton import _codes, _largest, _scale, empty_tokens, empty_vector
-from sbn_kernels.runtime.capability import interpreting, require
+from sbn_kernels.common.token_codes import largest, token_codes, token_scale
+from sbn_kernels.runtime.capability import Needs, interpreting, require
 from sbn_kernels.runtime.launch import Launcher
-from sbn_kernels.runtime.ops import ceil_div, kernel_fake, kernel_op, next_power_of_2, refuse_gradients
+from sbn_kernels.runtime.ops import kernel_fake, kernel_op
 
 MAX_FEATURES = 32768
+NEEDS = Needs("swiglu", least=(0, 0), interpreter=True)
 
 
 @triton.jit
@@ -35,7 +39,7 @@ def _product(row_pointer, features, START: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _reduce(x, BITS: tl.constexpr):
     """What the scale is made of: max|x| for 8 bits, sum|x| for 4."""
-    return _largest(x, 0, True) if BITS == 8 else tl.sum(tl.abs(x), axis=0, keep_dims=True)
+    return largest(x, 0, True) if BITS == 8 else tl.sum(tl.abs(x), axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -52,13 +56,13 @@ def swiglu_quantize_kernel(
         tail = _product(x_row, features, MAIN, TAIL)
         other = _reduce(tail, BITS)
         reduced = larger(reduced, other) if BITS == 8 else reduced + other
-    scale = _scale(reduced, features, BITS)
+    scale = token_scale(reduced, features, BITS)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     column = tl.arange(0, MAIN)
-    tl.store(q_row + column, _codes(main, scale, inverse, BITS, FUSED), mask=column < features)
+    tl.store(q_row + column, token_codes(main, scale, inverse, BITS, FUSED), mask=column < features)
     if TAIL > 0:
         column = MAIN + tl.arange(0, TAIL)
-        tl.store(q_row + column, _codes(tail, scale, inverse, BITS, FUSED), mask=column < features)
+        tl.store(q_row + column, token_codes(tail, scale, inverse, BITS, FUSED), mask=column < features)
     tl.store(scale_pointer + row + tl.arange(0, 1), scale)
 
 
@@ -80,8 +84,8 @@ def swiglu_backward_kernel(
     tl.store(target + features, (d * gate * sigma).to(element), mask=inside)
 
 
-_quantize = Launcher(swiglu_quantize_kernel)
-_backward = Launcher(swiglu_backward_kernel)
+_quantize = Launcher(swiglu_quantize_kernel, enable_fp_fusion=True)
+_backward = Launcher(swiglu_backward_kernel, enable_fp_fusion=True)
 
 
 def blocks(features: int) -> tuple[int, int]:
@@ -93,7 +97,7 @@ def blocks(features: int) -> tuple[int, int]:
 
 @kernel_op("swiglu_quantize")
 def _swiglu_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    require("quantize", x)
+    require(NEEDS, x)
     if x.stride(1) != 1:
         x = x.contiguous()
     rows, features = x.shape[0], x.shape[1] // 2
@@ -114,7 +118,7 @@ def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 @kernel_op("swiglu_backward")
 def _swiglu_backward(d: Tensor, x: Tensor) -> Tensor:
-    require("quantize", x)
+    require(NEEDS, x)
     d = d if d.stride(1) == 1 else d.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -135,7 +139,7 @@ def _check(x: Tensor) -> None:
     refuse_gradients(x)
     if x.dim() != 2 or x.shape[1] % 2 or not 0 < x.shape[1] <= 2 * MAX_FEATURES:
         raise ValueError(f"gates and ups must be [tokens, 2 features], features 1 to {MAX_FEATURES}: {list(x.shape)}")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"gates and ups must be float32, bfloat16 or float16, not {x.dtype}")
 
 
@@ -147,7 +151,7 @@ def swiglu_quantize(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
         bits: 8 or 4.
 
     Returns:
-        int8 ``[tokens, features]`` and scales, float32 ``[tokens]``, as :func:`~sbn_kernels.quantize.triton.quantize_tokens`.
+        int8 ``[tokens, features]`` and scales, float32 ``[tokens]``, as ``quantize_tokens`` returns them.
 
     Raises:
         ValueError: For another shape, dtype or number of bits.

@@ -16,6 +16,7 @@ from sbn_lightning import DenseToSparseRamp, MaskRefresh, SparseEMAWeightAveragi
 from sbn_lightning.backends.integer import Gradients, KernelBackend
 from sbn_lightning.layers.sparse_linear import SparseBitLinear, ternary_layers
 from tests.helpers import Losses, quiet_trainer, small_module, token_loader
+from tests.kernels.toy import TOY
 
 TINY = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 16}  # the interpreter takes its time
 
@@ -48,12 +49,12 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("sparse", [False, True])
-def test_a_layer_computes_what_the_reference_computes(options: dict[str, object], sparse: bool) -> None:
+@pytest.mark.parametrize("kernel", ["portable", TOY.name])
+def test_a_layer_computes_what_the_reference_computes(options: dict[str, object], kernel: str, toy: None) -> None:
     torch.manual_seed(0)
     layer = SparseBitLinear(40, 30, **options)  # type: ignore[arg-type]
     other = copy.deepcopy(layer)
-    other.backend = KernelBackend("portable", sparse=sparse)
+    other.backend = KernelBackend(kernel)
     x, dy = torch.randn(3, 7, 40), torch.randn(3, 7, 30)
     expected = gradients(layer, x, dy)
     for ours, reference in zip(gradients(other, x, dy), expected, strict=True):
@@ -85,10 +86,10 @@ def test_a_swiglu_before_a_layer_is_the_references(
         assert relative_rms(ours, reference) < (1e-2 if gradients_kind == "int8" else 1e-3)
 
 
-def test_masks_follow_the_weight_a_ramp_and_a_hold() -> None:
+def test_masks_follow_the_weight_a_ramp_and_a_hold(toy: None) -> None:
     torch.manual_seed(0)
     layer = SparseBitLinear(32, 24, pattern="2:4")
-    layer.backend = KernelBackend("portable", sparse=True)
+    layer.backend = KernelBackend(TOY.name)
     twin = SparseBitLinear(32, 24, pattern="2:4")
     twin.load_state_dict(layer.state_dict())
     for step in range(5):
@@ -103,12 +104,12 @@ def test_masks_follow_the_weight_a_ramp_and_a_hold() -> None:
         assert relative_rms(layer(x), twin(x)) < 1e-5
 
 
-def test_a_checkpoint_with_a_denser_mask_keeps_it() -> None:
+def test_a_checkpoint_with_a_denser_mask_keeps_it(toy: None) -> None:
     torch.manual_seed(0)
     ramping = SparseBitLinear(32, 24, pattern="2:4")
     ramping.set_density(4)
     layer = SparseBitLinear(32, 24, pattern="2:4")
-    layer.backend = KernelBackend("portable", sparse=True)
+    layer.backend = KernelBackend(TOY.name)
     layer.load_state_dict(ramping.state_dict())
     x = torch.randn(5, 32)
     assert relative_rms(layer(x), ramping(x)) < 1e-5

@@ -40,7 +40,7 @@ class FakeKernel:
         assert list(w.shape) == [panels * k_steps * 32, 32]
         assert tokens <= tile
         assert (grid[2], zero, num_warps) == (1, 0, 4)
-        codes = sk.packing.unpack(w.base.view(panels, k_steps, 1024), panels * 128, k_steps * 128, "dense")
+        codes = sk.unpack(w.base.view(panels, k_steps, 1024), panels * 128, k_steps * 128, "dense")
         assert (k_steps - 1) * 128 < columns <= k_steps * 128
         x8 = torch.zeros(tile, k_steps * 128, dtype=torch.int32)
         x8[:tokens, :columns] = x.base[:, :columns]

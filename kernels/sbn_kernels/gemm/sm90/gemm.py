@@ -16,19 +16,24 @@ import functools
 import torch
 from torch import Tensor
 
-from sbn_kernels.common.packing import BLOCK_WORDS, K_STEP, PANEL, packed_shape
+from sbn_kernels.common.buffers import aligned_tokens, padded_to
+from sbn_kernels.common.checks import check_gemm_arguments, check_packed
+from sbn_kernels.common.integers import ceil_div
+from sbn_kernels.common.packing import BLOCK_WORDS, K_STEP, PANEL, pack_dense, pack_nonzeros24
+from sbn_kernels.gemm.registry import Product, register
 from sbn_kernels.gemm.sm90.split_k import MOST_SPLITS, MOST_TOKENS, add_splits, choose_splits, split_tile, whole_parts
-from sbn_kernels.quantize.triton import empty_tokens
-from sbn_kernels.runtime.capability import multiprocessors, require
+from sbn_kernels.runtime.capability import Needs, multiprocessors, require
 from sbn_kernels.runtime.descriptors import descriptor
 from sbn_kernels.runtime.launch import Launcher
-from sbn_kernels.runtime.ops import ceil_div, kernel_fake, kernel_op, refuse_gradients
+from sbn_kernels.runtime.ops import kernel_fake, kernel_op
+
+SPARSE_NEEDS = Needs("sparse_gemm", only=(9, 0), gluon=True)
+DENSE_NEEDS = Needs("ternary_gemm", only=(9, 0), gluon=True)
 
 _SHARED_BYTES = 232448 - 2048
 _TOKEN_TILES = (256, 128, 64, 32, 16)
 SPLIT_STAGES = 8  # of parts of K: 96 KB at 64 tokens, so that two programs fit a multiprocessor
 _BAND = 8  # token tiles that share a sweep over the weight; 16, or an L2 evict-first hint on stores, measured slower
-_OUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 @functools.cache
@@ -66,30 +71,6 @@ def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int]:
     return chunk, min(8, (_SHARED_BYTES - epilogue) // (tile * K_STEP + 4 * BLOCK_WORDS))
 
 
-def aligned_tokens(x8: Tensor) -> Tensor:
-    """``x8`` itself if it can be read in whole 16-byte pieces of a row, else a copy that can."""
-    rows, columns = x8.shape
-    whole = x8.storage_offset() + rows * x8.stride(0) <= x8.untyped_storage().nbytes()
-    if whole and x8.stride(1) == 1 and x8.stride(0) % 16 == 0 and x8.data_ptr() % 16 == 0 and x8.stride(0) >= columns:
-        return x8
-    return empty_tokens(rows, columns, x8.device).copy_(x8)
-
-
-def padded_to(vector: Tensor, multiple: int) -> Tensor:
-    """``vector`` itself if memory it owns goes on to a multiple of ``multiple`` elements, else a copy where it does.
-
-    The kernel reads whole tiles; what it reads beyond the end is never stored. Vectors that this package makes have
-    the room (see ``empty_vector``), so only foreign ones are copied, and only at ragged sizes.
-    """
-    length = ceil_div(vector.shape[0], multiple) * multiple
-    end = (vector.storage_offset() + length) * vector.element_size()
-    if vector.stride(0) == 1 and end <= vector.untyped_storage().nbytes():
-        return vector
-    copy = vector.new_empty(length)
-    copy[: vector.shape[0]] = vector
-    return copy
-
-
 def _parts(x8: Tensor, packed: Tensor, sparse: bool, splits: int) -> Tensor:
     """int32 ``[splits, whole panels of rows, tile]``: the unscaled product of aligned tokens, in parts of K."""
     tokens, columns = x8.shape
@@ -123,7 +104,7 @@ def _hopper_gemm(
     token_tile: int,
     splits: int,
 ) -> Tensor:
-    require("sparse_gemm" if sparse else "ternary_gemm", x8)
+    require(SPARSE_NEEDS if sparse else DENSE_NEEDS, x8)
     tokens, columns = x8.shape
     y = torch.empty((tokens, out_features), dtype=out_dtype, device=x8.device)
     if tokens == 0:
@@ -174,46 +155,6 @@ def _(
     splits: int,
 ) -> Tensor:
     return torch.empty((x8.shape[0], out_features), dtype=out_dtype, device=x8.device)
-
-
-def check_gemm_arguments(
-    x8: Tensor,
-    scale: Tensor,
-    row_scale: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    out_dtype: torch.dtype,
-    may_be_ones: bool = False,
-) -> None:
-    """Raises:
-    ValueError: Naming the argument whose shape or dtype does not fit; ``row_scale`` may be None with ``may_be_ones``.
-    """
-    if x8.dim() != 2 or x8.dtype != torch.int8 or x8.shape[1] == 0:
-        raise ValueError(f"tokens must be int8 [tokens, in_features], not {x8.dtype} {list(x8.shape)}")
-    if scale.shape != (x8.shape[0],) or scale.dtype != torch.float32:
-        raise ValueError(f"token scale must be float32 [{x8.shape[0]}], not {scale.dtype} {list(scale.shape)}")
-    if row_scale is None:
-        if not may_be_ones:
-            raise ValueError(f"row_scale must be float32 [{out_features}], not None")
-    elif row_scale.shape != (out_features,) or row_scale.dtype != torch.float32:
-        raise ValueError(f"row_scale must be float32 [{out_features}], not {row_scale.dtype} {list(row_scale.shape)}")
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must be [{out_features}], not {list(bias.shape)}")
-    refuse_gradients(scale, row_scale, bias)
-    if out_dtype not in _OUT_DTYPES:
-        raise ValueError(f"out_dtype must be one of {_OUT_DTYPES}, not {out_dtype}")
-
-
-def check_packed(packed: Tensor, out_features: int, in_features: int) -> None:
-    """Raises:
-    ValueError: If ``packed`` is not of this weight's shape.
-    """
-    shape = packed_shape(out_features, in_features)
-    if packed.shape != shape or packed.dtype != torch.int32 or not packed.is_contiguous():
-        raise ValueError(
-            f"packed weight of [{out_features}, {in_features}] must be contiguous int32 {list(shape)}, "
-            f"not {packed.dtype} {list(packed.shape)}"
-        )
 
 
 def check_splits(splits: int, tokens: int, token_tile: int) -> None:
@@ -284,3 +225,29 @@ def ternary_gemm(
     args = (x8, scale, packed, row_scale, bias, out_features, False, out_dtype, token_tile, splits)
     result: Tensor = torch.ops.sbn_kernels.hopper_gemm(*args)
     return result
+
+
+register(
+    Product(
+        name="hopper-sparse",
+        backend="sparse",
+        needs=SPARSE_NEEDS,
+        form="sparse24",
+        multiply=sparse_gemm,
+        pack=pack_nonzeros24,
+        pattern=(2, 4),
+        denser="hopper",
+        rank=10,
+    )
+)
+register(
+    Product(
+        name="hopper",
+        backend="int8",
+        needs=DENSE_NEEDS,
+        form="dense",
+        multiply=ternary_gemm,
+        pack=pack_dense,
+        rank=10,
+    )
+)

@@ -33,17 +33,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-
-@gluon.constexpr_function
-def _decode(step: int, word: str) -> list[str]:
-    """PTX that unpacks 16 codes (0, 1, 2 -> 0, +1, -1) of ``word`` into the four A registers of ``step``."""
-    lines = [f".reg .b32 lo{step}, hi{step}, ls{step}, hs{step}, a{step}0, a{step}1, a{step}2, a{step}3;"]
-    lines += [f"and.b32 lo{step}, {word}, 0x33333333;", f"shr.u32 hi{step}, {word}, 2;"]
-    lines += [f"and.b32 hi{step}, hi{step}, 0x33333333;", f"shr.u32 ls{step}, lo{step}, 16;"]
-    lines += [f"shr.u32 hs{step}, hi{step}, 16;"]
-    for register, selector in enumerate(("lo", "ls", "hi", "hs")):
-        lines.append(f"prmt.b32 a{step}{register}, 0x00ff0100, 0, {selector}{step};")
-    return lines
+from sbn_kernels.common.decode_ptx import unpack_word
+from sbn_kernels.common.hopper_pipeline import (
+    await_multiplications,
+    await_phase,
+    matrix_descriptor,
+    release,
+    release_text,
+    ring,
+    split_columns,
+    tied,
+)
 
 
 @gluon.constexpr_function
@@ -67,23 +67,6 @@ def _multiply(step: int, acc: tuple[str, ...], metadata: str | None, accumulate:
 
 
 @gluon.constexpr_function
-def _head(address: str) -> list[str]:
-    """PTX: ``base``, the shared-memory matrix descriptor of the token tile, in 16-byte units.
-
-    128-byte swizzle (bit 62), 1024 bytes from one group of 8 rows to the next (bits 32 to 45).
-    """
-    return [
-        "{",
-        ".reg .b32 address;",
-        ".reg .b64 base;",
-        f"and.b32 address, {address}, 0x3ffff;",
-        "shr.u32 address, address, 4;",
-        "cvt.u64.u32 base, address;",
-        "or.b64 base, base, 0x4000004000010000;",
-    ]
-
-
-@gluon.constexpr_function
 def _hold(register: str, word: str, zero: str) -> str:
     """New metadata ``word ^ (register & zero)``: keeps the old value of ``register`` alive until here."""
     return f"lop3.b32 {register}, {word}, {register}, {zero}, 0x78;"
@@ -93,8 +76,8 @@ def _hold(register: str, word: str, zero: str) -> str:
 def _first_sparse(outs, ins):
     acc, held = outs
     _, words, _, address, accumulate, zero = ins
-    lines = [*_head(address[0]), ".reg .pred p;", f"setp.ne.b32 p, {accumulate[0]}, 0;"]
-    lines += [*_decode(0, words[0]), _hold(held[0], words[1], zero[0]), *_multiply(0, acc, held[0], "p"), "}"]
+    lines = ["{", *matrix_descriptor("base", address[0]), ".reg .pred p;", f"setp.ne.b32 p, {accumulate[0]}, 0;"]
+    lines += [*unpack_word("a0", words[0]), _hold(held[0], words[1], zero[0]), *_multiply(0, acc, held[0], "p"), "}"]
     return "\n".join(lines)
 
 
@@ -102,7 +85,12 @@ def _first_sparse(outs, ins):
 def _rest_sparse(outs, ins):
     acc, held = outs
     _, words, _, address, _, zero = ins
-    lines = [*_head(address[0]), *_decode(1, words[2]), _hold(held[1], words[3], zero[0])]
+    lines = [
+        "{",
+        *matrix_descriptor("base", address[0]),
+        *unpack_word("a1", words[2]),
+        _hold(held[1], words[3], zero[0]),
+    ]
     lines += [*_multiply(1, acc, held[1], "1"), "wgmma.wait_group.sync.aligned 1;", "}"]
     return "\n".join(lines)
 
@@ -111,63 +99,17 @@ def _rest_sparse(outs, ins):
 def _all_dense(outs, ins):
     acc, _ = outs
     _, words, _, address, accumulate, _ = ins
-    lines = [*_head(address[0]), ".reg .pred p;", f"setp.ne.b32 p, {accumulate[0]}, 0;"]
+    lines = ["{", *matrix_descriptor("base", address[0]), ".reg .pred p;", f"setp.ne.b32 p, {accumulate[0]}, 0;"]
     for step in (0, 1, 2, 3):
-        lines += [*_decode(step, words[step]), *_multiply(step, acc, None, "1" if step else "p")]
+        lines += [*unpack_word(f"a{step}", words[step]), *_multiply(step, acc, None, "1" if step else "p")]
         lines.append("wgmma.wait_group.sync.aligned 1;")
     return "\n".join([*lines, "}"])
 
 
 @gluon.constexpr_function
-def _await(outs, ins):
-    """PTX: waits until the phase of a barrier with the given parity is complete."""
-    barrier, parity = ins
-    return "\n".join(
-        [
-            "{",
-            ".reg .pred done;",
-            "again:",
-            f"mbarrier.try_wait.parity.shared::cta.b64 done, [{barrier[0]}], {parity[0]};",
-            "@!done bra.uni again;",
-            "}",
-        ]
-    )
-
-
-@gluon.constexpr_function
-def _wait(outs, ins):
-    return "wgmma.wait_group.sync.aligned 0;"
-
-
-@gluon.constexpr_function
 def _retire_one_and_release(outs, ins):
     barrier, wanted = ins
-    return _release_text(barrier[0], wanted[0], "wgmma.wait_group.sync.aligned 1;")
-
-
-@gluon.constexpr_function
-def _release(outs, ins):
-    barrier, wanted = ins
-    return _release_text(barrier[0], wanted[0], "")
-
-
-@gluon.constexpr_function
-def _release_text(barrier: str, wanted: str, before: str) -> str:
-    """PTX: one arrival a warp at ``barrier`` if ``wanted``."""
-    return "\n".join(
-        [
-            "{",
-            ".reg .pred p, q;",
-            ".reg .b32 lane;",
-            before,
-            "mov.u32 lane, %laneid;",
-            "setp.eq.u32 p, lane, 0;",
-            f"setp.ne.u32 q, {wanted}, 0;",
-            "and.pred p, p, q;",
-            f"@p mbarrier.arrive.shared::cta.b64 _, [{barrier}];",
-            "}",
-        ]
-    )
+    return release_text(barrier[0], wanted[0], "wgmma.wait_group.sync.aligned 1;")
 
 
 @gluon.constexpr_function
@@ -176,11 +118,6 @@ def _constraints(accumulators, inputs):
     outputs = ["=r"] * (accumulators + 2)
     tied = [str(i) for i in range(accumulators)]
     return ",".join([*outputs, *tied, *["r"] * 4, str(accumulators), str(accumulators + 1), *["r"] * inputs])
-
-
-@gluon.constexpr_function
-def _tied(accumulators):
-    return ",".join(["=r"] * accumulators + [str(i) for i in range(accumulators)])
 
 
 @gluon.jit
@@ -195,20 +132,7 @@ def _tile(i, token_tiles, panels, group):
 
 
 @gluon.jit
-def _split_columns(x, PARTS: gl.constexpr):
-    """[R, C] -> PARTS tensors [R, C / PARTS], in registers."""
-    parts = (x,)
-    for _ in gl.static_range(PARTS.bit_length() - 1):
-        halves = ()
-        for j in gl.static_range(len(parts)):
-            part = parts[j]
-            halves += part.reshape(part.shape[0], 2, part.shape[1] // 2).permute(0, 2, 1).split()
-        parts = halves
-    return parts
-
-
-@gluon.jit
-def _load_steps(
+def load_steps(
     x, w, xs, ws, full, empty, token0, panel, k_steps, first, end, stage, phase, STAGES: gl.constexpr
 ):  # fmt: skip
     """Fills the ring with k steps ``first`` to ``end`` of a tile; returns where in the ring it stopped."""
@@ -230,13 +154,13 @@ def _producer(x, w, xs, ws, full, empty, k_steps, token_tiles, panels, group, BT
     phase = 1
     for i in range(gl.program_id(0), token_tiles * panels, gl.num_programs(0)):
         panel, token_tile = _tile(i, token_tiles, panels, group)
-        stage, phase = _load_steps(
+        stage, phase = load_steps(
             x, w, xs, ws, full, empty, token_tile * BT, panel, k_steps, 0, k_steps, stage, phase, STAGES
         )
 
 
 @gluon.jit
-def _sum_steps(
+def sum_steps(
     xs, ws, full, empty, first, end, stage, phase, held, zero,
     BT: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
@@ -248,9 +172,9 @@ def _sum_steps(
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BT, 32])
     CODES: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     TIES: gl.constexpr = _constraints(BT // 2, 3)
-    TIED: gl.constexpr = _tied(BT // 2)
+    TIED: gl.constexpr = tied(BT // 2, 0)
     acc = gl.zeros([64, BT], gl.int32, ACC)
-    gl.inline_asm(_await, "r,r", [full.index(stage), phase], (), is_pure=False)
+    gl.inline_asm(await_phase, "r,r", [full.index(stage), phase], (), is_pure=False)
     words = ws.index(stage).slice(16 * HALF, 16, dim=0).load(CODES)
     for k in range(first, end):
         going = (k > first).to(gl.int32)
@@ -270,7 +194,7 @@ def _sum_steps(
             acc, held = gl.inline_asm(
                 _first_sparse, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
             )
-            gl.inline_asm(_await, "r,r", [full.index(ready), parity], (), is_pure=False)
+            gl.inline_asm(await_phase, "r,r", [full.index(ready), parity], (), is_pure=False)
             coming = ws.index(ready).slice(16 * HALF, 16, dim=0).load(CODES)
             gl.inline_asm(_retire_one_and_release, "r,r", [empty.index(previous), going], (), is_pure=False)
             acc, held = gl.inline_asm(
@@ -280,31 +204,20 @@ def _sum_steps(
             acc, held = gl.inline_asm(
                 _all_dense, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
             )
-            gl.inline_asm(_release, "r,r", [empty.index(previous), going], (), is_pure=False)
-            gl.inline_asm(_await, "r,r", [full.index(ready), parity], (), is_pure=False)
+            gl.inline_asm(release, "r,r", [empty.index(previous), going], (), is_pure=False)
+            gl.inline_asm(await_phase, "r,r", [full.index(ready), parity], (), is_pure=False)
             coming = ws.index(ready).slice(16 * HALF, 16, dim=0).load(CODES)
         words = coming
         stage = next_stage
         phase = next_phase
-    acc = gl.inline_asm(_wait, TIED, [acc], acc.type, is_pure=False)
+    acc = gl.inline_asm(await_multiplications, TIED, [acc], acc.type, is_pure=False)
     last = gl.where(stage == 0, STAGES - 1, stage - 1)
-    gl.inline_asm(_release, "r,r", [empty.index(last), 1], (), is_pure=False)
+    gl.inline_asm(release, "r,r", [empty.index(last), 1], (), is_pure=False)
     return acc, held, stage, phase
 
 
 @gluon.jit
-def _ring(STAGES: gl.constexpr):
-    """Barriers of a ring between one producer and two consumers of four warps: a stage is full, a stage is empty."""
-    full = mbarrier.allocate_mbarrier(batch=STAGES)
-    empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=8)
-    return full, empty
-
-
-@gluon.jit
-def _no_metadata():
+def no_metadata():
     """What the metadata registers hold before the first step."""
     HELD: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0])
     return gl.zeros([16, 16], gl.int32, HELD)
@@ -318,16 +231,16 @@ def _consumer(
 ):  # fmt: skip
     stage = 0
     phase = 0
-    held = _no_metadata()
+    held = no_metadata()
     for i in range(gl.program_id(0), token_tiles * panels, gl.num_programs(0)):
         panel, token_tile = _tile(i, token_tiles, panels, group)
-        acc, held, stage, phase = _sum_steps(
+        acc, held, stage, phase = sum_steps(
             xs, ws, full, empty, 0, k_steps, stage, phase, held, zero, BT, STAGES, SPARSE, HALF
         )
         # epilogue, CHUNK tokens at a time through two shared buffers: scale, round, transpose, store.
         # The vectors of scales are as long as whole tiles: masks here cost the registers that the pipeline needs.
         row0 = panel * 128 + 64 * HALF
-        parts = _split_columns(acc, BT // CHUNK)
+        parts = split_columns(acc, BT // CHUNK)
         for c in gl.static_range(BT // CHUNK):
             part = parts[c]
             rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, part.type.layout))
@@ -365,7 +278,7 @@ def ternary_gemm_kernel(
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BT, 128], x.layout)
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, 32, 32], w.layout)
     ys = gl.allocate_shared_memory(y.dtype, [4, CHUNK, 64], y.layout)
-    full, empty = _ring(STAGES)
+    full, empty = ring(STAGES)
     gl.warp_specialize(
         [
             (_consumer, (

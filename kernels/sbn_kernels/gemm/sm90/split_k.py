@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.common.packing import K_STEP, PANEL
 from sbn_kernels.runtime.launch import Launcher
-from sbn_kernels.runtime.ops import ceil_div, next_power_of_2
 
 MOST_TOKENS = 64
 MOST_SPLITS = 16

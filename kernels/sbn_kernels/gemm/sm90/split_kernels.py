@@ -10,7 +10,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sbn_kernels.gemm.sm90.kernels import _load_steps, _no_metadata, _ring, _sum_steps
+from sbn_kernels.common.hopper_pipeline import ring
+from sbn_kernels.gemm.sm90.kernels import load_steps, no_metadata, sum_steps
 
 
 @gluon.jit
@@ -19,7 +20,7 @@ def _producer(x, w, xs, ws, full, empty, k_steps, per_split, STAGES: gl.constexp
     end = gl.minimum(first + per_split, k_steps)
     stage = 0  # variables: as arguments, literals would be constants in the function
     phase = 1
-    _load_steps(x, w, xs, ws, full, empty, 0, gl.program_id(0), k_steps, first, end, stage, phase, STAGES)
+    load_steps(x, w, xs, ws, full, empty, 0, gl.program_id(0), k_steps, first, end, stage, phase, STAGES)
 
 
 @gluon.jit
@@ -31,8 +32,8 @@ def _consumer(
     end = gl.minimum(first + per_split, k_steps)
     stage = 0
     phase = 0
-    held = _no_metadata()
-    acc, held, stage, phase = _sum_steps(
+    held = no_metadata()
+    acc, held, stage, phase = sum_steps(
         xs, ws, full, empty, first, end, stage, phase, held, zero, BT, STAGES, SPARSE, HALF
     )
     part = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
@@ -53,7 +54,7 @@ def ternary_gemm_split_kernel(
     """
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BT, 128], x.layout)
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, 32, 32], w.layout)
-    full, empty = _ring(STAGES)
+    full, empty = ring(STAGES)
     gl.warp_specialize(
         [
             (_consumer, (part_pointer, xs, ws, full, empty, k_steps, per_split, zero, BT, STAGES, SPARSE, 0)),

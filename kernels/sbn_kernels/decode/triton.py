@@ -1,9 +1,10 @@
-"""GEMM of 1 to 64 tokens with packed ternary weights: bound by reading the weights, 2 bits each.
+"""Products of 1 to 64 tokens with packed ternary weights: bound by reading the weights, 2 bits each.
 
-The weights are the same packed words that the Hopper GEMMs read: a model keeps one copy for prefill and decode.
-With Triton >= 3.9 a Gluon kernel feeds them to ``mma.sync`` from registers (``decode_kernels``), both layouts, sm_80
-and later; on Hopper, more than a few tokens go to the prefill kernel. Otherwise, and in the interpreter, a plain
-Triton kernel unpacks layout ``dense`` with shifts and uses ``tl.dot``.
+The weights are the packed words that the Hopper GEMMs read, so a model keeps one copy for prefill and decode. With
+Triton >= 3.9 a Gluon kernel (``gluon.py``) feeds the words to ``mma.sync`` from registers, in both layouts, on sm_80
+and later. A plain Triton kernel unpacks layout ``dense`` with shifts and uses ``tl.dot``; it serves older versions of
+Triton and the interpreter. :func:`decode_gemm` asks the registry which kernel takes a number of tokens: on Hopper,
+more than a few tokens go to the prefill kernel.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.gemm.sm90.gemm import aligned_tokens, check_gemm_arguments, check_packed, sparse_gemm, ternary_gemm
+import sbn_kernels.gemm.sm90.gemm  # noqa: F401 (registers the kernels that read the same words for more tokens)
+from sbn_kernels.common.buffers import aligned_tokens, contiguous
+from sbn_kernels.common.checks import check_gemm_arguments, check_packed
+from sbn_kernels.common.integers import ceil_div, next_power_of_2
+from sbn_kernels.common.packing import pack_dense, pack_nonzeros24
+from sbn_kernels.gemm.registry import Product, register, serving
 from sbn_kernels.gemm.sm90.split_k import choose_splits
-from sbn_kernels.runtime.capability import UnsupportedError, gluon_missing, interpreting, multiprocessors, require, runs
+from sbn_kernels.runtime.capability import Needs, UnsupportedError, place, require
 from sbn_kernels.runtime.launch import Launcher
-from sbn_kernels.runtime.ops import ceil_div, contiguous, kernel_fake, kernel_op, next_power_of_2
+from sbn_kernels.runtime.ops import kernel_fake, kernel_op
 
 MAX_TOKENS = 64
+GLUON_NEEDS = Needs("decode", gluon=True)
+PORTABLE_NEEDS = Needs("decode", interpreter=True)
 _WARPS = 4096
 _READS = 72_000  # rows times tokens, for each wave of the prefill kernel, up to which the decode kernel beats it
 
@@ -61,7 +69,7 @@ def decode_portable_kernel(
     tl.store(target, y.to(y_pointer.dtype.element_ty), mask=(row < features)[:, None] & (token < tokens)[None, :])
 
 
-_portable = Launcher(decode_portable_kernel)
+_portable = Launcher(decode_portable_kernel, enable_fp_fusion=True)
 
 
 @functools.cache
@@ -106,7 +114,7 @@ def _decode_gemm(
     out_dtype: torch.dtype,
     portable: bool,
 ) -> Tensor:
-    require("decode", x8)
+    require(PORTABLE_NEEDS if portable else GLUON_NEEDS, x8)
     tokens, columns = x8.shape
     y = torch.empty((tokens, out_features), dtype=out_dtype, device=x8.device)
     if tokens == 0:
@@ -190,18 +198,104 @@ def decode_gemm(
         raise ValueError(f"decode_gemm takes at most {MAX_TOKENS} tokens, not {x8.shape[0]}")
     if layout not in ("dense", "sparse24"):
         raise ValueError(f"layout {layout!r} is not one of dense, sparse24")
-    missing = "Triton's interpreter runs no inline PTX" if interpreting() else gluon_missing()
-    if portable is None:
-        portable = missing is not None
-    if portable and layout == "sparse24":
-        raise UnsupportedError(f"decode of layout sparse24: {missing or 'the portable kernel reads layout dense only'}")
-    if not portable and missing is not None:
-        raise UnsupportedError(f"decode: {missing}")
-    sparse = layout == "sparse24"
-    on_hopper = not portable and runs("ternary_gemm", x8.device.index)
-    if on_hopper and not prefers_decode(x8.shape[0], out_features, x8.shape[1], multiprocessors(x8.device.index)):
-        gemm = sparse_gemm if sparse else ternary_gemm
-        return gemm(x8, scale, packed, row_scale, out_features, bias, out_dtype)
+    if portable is not None:
+        if portable and layout == "sparse24":
+            raise UnsupportedError("decode of layout sparse24: the portable kernel reads layout dense only")
+        return _decode(x8, scale, packed, row_scale, out_features, bias, out_dtype, layout == "sparse24", portable)
+    kernel = serving(layout, x8.shape[0], out_features, x8.shape[1], place(x8))
+    if kernel is None:
+        raise UnsupportedError(f"decode of layout {layout}: {GLUON_NEEDS.missing(place(x8))}")
+    return kernel.multiply(x8, scale, packed, row_scale, out_features, bias, out_dtype)
+
+
+def _decode(
+    x8: Tensor,
+    scale: Tensor,
+    packed: Tensor,
+    row_scale: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    sparse: bool,
+    portable: bool,
+) -> Tensor:
     args = (x8, scale, packed, row_scale, bias, out_features, sparse, out_dtype, portable)
     result: Tensor = torch.ops.sbn_kernels.decode_gemm(*args)
     return result
+
+
+def _dense(
+    x8: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    return _decode(x8, scale, weight, row_scale, out_features, bias, out_dtype, False, False)
+
+
+def _sparse24(
+    x8: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    return _decode(x8, scale, weight, row_scale, out_features, bias, out_dtype, True, False)
+
+
+def _dense_portable(
+    x8: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    return _decode(x8, scale, weight, row_scale, out_features, bias, out_dtype, False, True)
+
+
+register(
+    Product(
+        name="decode",
+        backend="int8",
+        needs=GLUON_NEEDS,
+        form="dense",
+        multiply=_dense,
+        pack=pack_dense,
+        most_tokens=MAX_TOKENS,
+        prefers=prefers_decode,
+        rank=5,
+    )
+)
+register(
+    Product(
+        name="decode-sparse",
+        backend="sparse",
+        needs=GLUON_NEEDS,
+        form="sparse24",
+        multiply=_sparse24,
+        pack=pack_nonzeros24,
+        pattern=(2, 4),
+        most_tokens=MAX_TOKENS,
+        prefers=prefers_decode,
+        rank=5,
+    )
+)
+register(
+    Product(
+        name="decode-portable",
+        backend="int8",
+        needs=PORTABLE_NEEDS,
+        form="dense",
+        multiply=_dense_portable,
+        pack=pack_dense,
+        most_tokens=MAX_TOKENS,
+        prefers=prefers_decode,
+    )
+)

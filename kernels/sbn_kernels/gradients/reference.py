@@ -1,0 +1,151 @@
+"""The backward of a ternary layer on int8, in plain PyTorch: formulas, and what every kernel here is tested against.
+
+Needs no Triton. Forward: ``y[m, n] = s[m] g[n] sum_k x8[m, k] T[n, k]``, where ``x8`` and ``T`` are exact integers,
+``s`` is one scale a token and ``g`` is gamma of each row. Its straight-through gradients are ``dX = (dy g) T`` and
+``dW = (dy s)^T x8``. An int8 product needs one scale a row of either factor, so ``dy g`` is quantised a token and
+``dy s`` a channel; ``dy`` is the only tensor that is rounded::
+
+    dX[m, k] = sa[m] sum_n a8[m, n] T[n, k]        E[sa a8] = dy g
+    dW[n, k] = sb[n] sum_m b8[m, n] x8[m, k]       E[sb b8] = dy s
+
+Both products are exact, so both are unbiased estimates of the straight-through gradients.
+
+Stochastic rounding (Gupta et al., arXiv 1502.02551) works in fixed point with 2^15 parts of a step:
+``q = floor((round(2^15 v / s) + draw) / 2^15)``, where ``draw`` is uniform in 0 .. 2^15 - 1. The mean of ``q`` is
+exactly the value rounded to 2^-15 of a step, the precision that float32 has at the row's maximum. The scale is the
+maximum over ``127 - 2^-14``, so no draw leaves [-127, 127] and nothing needs clamping.
+
+Draws come from Philox-4x32 with 7 rounds (Salmon et al., SC 2011; passes BigCrush), keyed by the seed and counted by
+(channel, token // 8, stream): the same bits whatever the launch. The low and the high 15 bits of a word serve two
+tokens. ``a8`` and ``b8`` share the draw of an element: each is unbiased, and no gradient multiplies one by the other.
+
+A NaN or an infinity in ``dy`` makes the scale of its token and of its channel NaN or infinite, so the gradients show
+it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sbn_kernels.common.checks import FLOAT_DTYPES, check_scale, refuse_gradients
+from sbn_kernels.common.integers import ceil_div
+
+LEVELS = 127 * 2**15 - 2
+SMALLEST = 1e-30
+ROUNDS = 7
+_WORD = 0xFFFFFFFF
+
+
+class QuantizedGradient(NamedTuple):
+    """Result of :func:`quantize_gradient`. Tensors not asked for are empty.
+
+    Attributes:
+        tokens: int8 ``[tokens, channels]``, ``a8``: ``dy * row_scale``; row stride a multiple of 16.
+        token_scale: float32 ``[tokens]``, ``sa``.
+        channels: int8 ``[channels, tokens]``, ``b8`` transposed: ``dy * token_scale``; row stride a multiple of 16.
+        channel_scale: float32 ``[channels]``, ``sb``.
+    """
+
+    tokens: Tensor
+    token_scale: Tensor
+    channels: Tensor
+    channel_scale: Tensor
+
+
+def check_gradient(dy: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, stream: int) -> None:
+    """Checks the arguments of :func:`quantize_gradient_reference` and of its kernel.
+
+    Raises:
+        ValueError: If an argument does not fit.
+    """
+    refuse_gradients(dy, row_scale, token_scale)
+    if dy.dim() != 2 or dy.shape[1] == 0 or dy.dtype not in FLOAT_DTYPES:
+        shape = list(dy.shape)
+        raise ValueError(f"dy must be float32, bfloat16 or float16 [tokens, channels > 0], not {dy.dtype} {shape}")
+    check_scale("row_scale", row_scale, dy.shape[1])
+    check_scale("token_scale", token_scale, dy.shape[0])
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != dy.device:
+        raise ValueError(f"seed must be one int64 on {dy.device}, not {seed.dtype} {list(seed.shape)} on {seed.device}")
+    if not 0 <= stream < 2**31:
+        raise ValueError(f"stream must be in 0 .. 2^31 - 1, not {stream}")
+
+
+def _high_and_low(multiplier: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper and lower 32 bits of the product of two unsigned 32-bit integers, held in int64."""
+    upper = multiplier * (value >> 16) + (multiplier * (value & 0xFFFF) >> 16)
+    return upper >> 16, multiplier * value & _WORD
+
+
+def gradient_draws(tokens: int, channels: int, seed: Tensor, stream: int = 0) -> Tensor:
+    """The draws, int64 in 0 .. 2^15 - 1, ``[tokens, channels]``, in plain PyTorch."""
+    channel = torch.arange(channels, device=seed.device)[None, :]
+    octet = torch.arange(ceil_div(tokens, 8), device=seed.device)[:, None]
+    whole = torch.zeros(octet.shape[0], channels, dtype=torch.int64, device=seed.device)
+    c0, c1, c2, c3 = channel + whole, octet + whole, whole + stream, whole
+    k0, k1 = seed.reshape(()) & _WORD, (seed.reshape(()) >> 32) & _WORD
+    for _ in range(ROUNDS):
+        (high_a, low_a), (high_b, low_b) = _high_and_low(0xD2511F53, c0), _high_and_low(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    words = torch.stack([c0, c1, c2, c3], 1)
+    return torch.stack([words & 0x7FFF, words >> 17], 2).flatten(0, 2)[:tokens]
+
+
+def quantize_gradient_reference(
+    dy: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, stream: int = 0
+) -> QuantizedGradient:
+    """Twin of :func:`quantize_gradient` in plain PyTorch, on any device, the same bits.
+
+    Codes of a token or channel whose scale is not finite mean nothing.
+    """
+    check_gradient(dy, row_scale, token_scale, seed, stream)
+
+    def rounded(value: Tensor, draw: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        empty = value.new_zeros(value.shape[1 - dim])
+        largest = (value.abs().amax(dim) if value.shape[dim] else empty).clamp(min=SMALLEST)
+        fixed = (value * (value.new_tensor(float(LEVELS)) / largest).unsqueeze(dim)).round()
+        fixed = fixed.nan_to_num(0.0, 0.0, 0.0).long()
+        return (fixed + draw >> 15).to(torch.int8), largest / value.new_tensor(LEVELS / 2**15)
+
+    draw = gradient_draws(dy.shape[0], dy.shape[1], seed, stream)
+    a, sa = rounded(dy.float() * row_scale, draw, 1)
+    b, sb = rounded(dy.float() * token_scale[:, None], draw, 0)
+    return QuantizedGradient(a, sa, b.t().contiguous(), sb)
+
+
+def input_gradient_reference(a8: Tensor, scale: Tensor, codes: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """``dX = scale * (a8 @ T)`` with an exact sum.
+
+    Args:
+        a8: int8 ``[tokens, out_features]``.
+        scale: float32 ``[tokens]``.
+        codes: int8 ``[out_features, in_features]``.
+        out_dtype: The dtype of the result.
+
+    Returns:
+        ``[tokens, in_features]``.
+    """
+    return ((a8.double() @ codes.double()).float() * scale[:, None]).to(out_dtype)
+
+
+def weight_gradient_reference(b8t: Tensor, scale: Tensor, x8: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """``dW = scale * (b8t @ x8)`` with an exact sum.
+
+    Args:
+        b8t: int8 ``[out_features, tokens]``.
+        scale: float32 ``[out_features]``.
+        x8: int8 ``[tokens, in_features]``.
+        out_dtype: The dtype of the result.
+
+    Returns:
+        ``[out_features, in_features]``.
+    """
+    return ((b8t.double() @ x8.double()).float() * scale[:, None]).to(out_dtype)
+
+
+def dequantize_reference(x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x8 [tokens, features] * scale [tokens]`` in float32, rounded once to ``dtype``."""
+    return (x8.float() * scale[:, None]).to(dtype)
