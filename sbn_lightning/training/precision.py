@@ -1,12 +1,16 @@
 """``SparseTernaryPrecision``: the precision plugin that gives ternary layers their kernels.
 
-It owns three choices: the dtype that everything else computes in, the backend of each ternary layer, and what the
-gradients are rounded to. Layers are changed in place and keep their parameters and state-dict keys, so a checkpoint
+The plugin makes three choices: the dtype that everything else computes in, the backend of each ternary layer, and how
+gradients are rounded. Layers are changed in place and keep their parameters and their state-dict keys. So a checkpoint
 moves freely between backends, and between CPU and GPU.
 
-One class serves ``Trainer(plugins=...)`` and ``Fabric(plugins=...)``. Both call a precision plugin's hooks, with other
-arguments: where a Trainer hands over its LightningModule to run the module's hooks around the backward pass, Fabric
-has none. What arrives tells the two apart.
+One class serves ``Trainer(plugins=...)`` and ``Fabric(plugins=...)``. Both call the hooks of a precision plugin, with
+different arguments: a Trainer passes its LightningModule, so that the module's own hooks run around the backward pass;
+Fabric has none to pass. The arguments show which of the two is calling.
+
+Dtypes are those of Lightning's own ``"bf16-mixed"``: autocast inside the forward, and under Fabric floating-point
+outputs of the forward in float32, so that a loss outside of the model is computed in float32. Inputs are left as they
+are: autocast rounds them where a layer multiplies in bfloat16.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from lightning.fabric.plugins.precision.precision import Precision as FabricPrec
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -36,35 +41,35 @@ ComputeDtype = Literal["bf16", "fp32"]
 
 @dataclass
 class _Model:
-    """A converted module. References are weak: under Fabric, which tears nothing down, a plugin outlives its models."""
+    """A converted module. References are weak, because Fabric tears nothing down: a plugin may outlive its models."""
 
     module: weakref.ref[nn.Module]
-    device: torch.device | None = None  # that its layers have their backends for
+    device: torch.device | None = None  # the device that the backends of the layers were chosen for
     layers: list[weakref.ref[SparseBitLinear]] = field(default_factory=list)
 
     def ternary_layers(self) -> list[SparseBitLinear]:
-        """Those that have a backend; a layer that was reverted is none any more."""
+        """The layers that have a backend. A layer that was reverted to ``nn.Linear`` is left out."""
         return [layer for ref in self.layers if isinstance(layer := ref(), SparseBitLinear)]
 
 
 class SparseTernaryPrecision(Precision):
     """Runs ternary layers on integer tensor cores, and everything else in ``dtype``.
 
-    The forward equals the reference's to rounding, whatever the backend: weights and tokens are integers, and their
-    product is exact. Parameters stay as they are (float32, for small updates to count).
+    The forward equals the reference up to rounding, whatever the backend: weights and tokens are integers, and their
+    product is exact. Parameters keep their dtype. With float32, small updates are not rounded away.
 
     Args:
-        backend: ``"auto"``: for each layer the fastest that gives the dense result, measured at the start (on a CPU
-            the reference); ``"sparse"``: sparse tensor cores, 2:4 only; ``"int8"``: dense int8 tensor cores, any
-            pattern; ``"reference"``: plain PyTorch.
-        gradients: ``"bf16"``: exact straight-through, in ``dtype``; ``"int8"``: the gradient of a layer's output is
-            rounded stochastically to int8 and both products of the backward run on int8 tensor cores.
-        dtype: ``"bf16"``: autocast to bfloat16; ``"fp32"``: no autocast.
-        tokens: Tokens in a micro-batch, for the measurement.
-        seed: Of the stochastic rounding.
+        backend: ``"auto"``: for each layer the fastest backend that gives the dense result, measured at the start; on
+            a CPU the reference. ``"sparse"``: sparse tensor cores, for 2:4 only. ``"int8"``: dense int8 tensor cores,
+            for any pattern. ``"reference"``: plain PyTorch.
+        gradients: ``"bf16"``: exact straight-through, in ``dtype``. ``"int8"``: the gradient of a layer's output is
+            rounded stochastically to int8, and both products of the backward run on int8 tensor cores.
+        dtype: ``"bf16"``: autocast to bfloat16. ``"fp32"``: no autocast.
+        tokens: The number of tokens in a micro-batch, which the measurement uses.
+        seed: The seed of the stochastic rounding.
 
     Raises:
-        ConfigError: On an option that is not one of these.
+        ConfigError: If an option has a value that is not listed here.
     """
 
     precision: Any = "bf16-mixed"
@@ -104,7 +109,7 @@ class SparseTernaryPrecision(Precision):
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Takes note of ``module``; its layers get their backends before the first forward, where their device is.
+        """Notes ``module``. Its layers get their backends before the first forward, when their device is known.
 
         Raises:
             ConfigError: If ``module`` has no ternary layer.
@@ -133,7 +138,7 @@ class SparseTernaryPrecision(Precision):
             rank_zero_info(f"gradients stay exact in the {exact} layers on the reference backend")
 
     def _agreed_choices(self, layers: dict[str, SparseBitLinear], device: torch.device) -> dict[str, Choice]:
-        """The same choices on every rank: timings differ."""
+        """Makes the choices once for all ranks, because timings differ between ranks."""
         rank, processes = _place()
         agreed: list[dict[str, Choice] | None] = [None]
         if self.backend != "auto" or rank == 0:
@@ -150,7 +155,7 @@ class SparseTernaryPrecision(Precision):
 
     @override
     def teardown(self) -> None:
-        """Leaves the layers on the reference backend: Lightning moves the module to the CPU when it is done."""
+        """Puts the layers back on the reference backend, because Lightning moves the module to the CPU at the end."""
         for model in self._models:
             for layer in model.ternary_layers():
                 layer.backend = REFERENCE
@@ -161,7 +166,7 @@ class SparseTernaryPrecision(Precision):
     @override
     @contextmanager
     def forward_context(self) -> Generator[None, None, None]:
-        """Gives layers that are new, or on another device now, their backends; draws seeds; sets autocast."""
+        """Sets autocast, draws seeds, and gives a backend to layers that are new or have moved to another device."""
         layers = []
         for model in self._models:
             module, known = model.module(), model.ternary_layers()
@@ -174,16 +179,24 @@ class SparseTernaryPrecision(Precision):
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self.dtype == "bf16"):
             yield
 
-    def _draw_seeds(self, layers: list[SparseBitLinear]) -> None:
-        """A seed for each layer, pass and process. New tensors: a backward still to come may hold the old ones.
+    @override
+    def convert_output(self, data: Any) -> Any:
+        """Gives floating-point outputs of a forward the default dtype. Fabric calls this hook; a Trainer does not."""
+        if self.dtype != "bf16":
+            return data
+        return apply_to_collection(data, Tensor, _in_default_dtype)
 
-        Processes must not share seeds: roundings by one draw err alike, and their mean would err as much as one.
+    def _draw_seeds(self, layers: list[SparseBitLinear]) -> None:
+        """Gives each layer a seed of its own for this pass and this process.
+
+        The seeds are new tensors, because a backward that is still to come may hold the old ones. Processes must not
+        share seeds: gradients that are rounded by the same draw err alike, and their mean would err as much as one.
         """
         rank, processes = _place()
         count = len(layers)
         first = (self.seed % 2**23 << 40) + (self._passes * processes + rank) * count
         self._passes += 1
-        # Two columns: views start on 16-byte boundaries, as compiled code likes its inputs.
+        # Two columns, so that each view starts on a 16-byte boundary; compiled code expects aligned inputs.
         seeds = torch.arange(first, first + count, device=layers[0].weight.device).repeat_interleave(2)
         for layer, seed in zip(layers, seeds.view(count, 2)[:, :1].unbind(), strict=True):
             if layer.backend is not REFERENCE:
@@ -217,14 +230,18 @@ class SparseTernaryPrecision(Precision):
         return _hooks(model).optimizer_step(self, optimizer, **given, **kwargs)
 
 
+def _in_default_dtype(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+
+
 def _hooks(module: nn.Module | None) -> type[FabricPrecision]:
-    """The class whose hooks suit whoever drives the training."""
+    """The class whose hooks suit the caller: a Trainer or Fabric."""
     trained = isinstance(module, LightningModule) and isinstance(module._trainer, Trainer)
     return Precision if trained else FabricPrecision
 
 
 def _place() -> tuple[int, int]:
-    """Rank of this process, and how many there are."""
+    """The rank of this process, and the number of processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1

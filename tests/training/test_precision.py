@@ -110,6 +110,35 @@ def test_fabric_gives_the_losses_of_a_loop_without_the_plugin():
     assert run([SparseTernaryPrecision()]) == pytest.approx(plain, rel=0.05)
 
 
+def test_outputs_of_a_forward_in_fabric_have_the_dtype_of_fabrics_own_bf16_mixed():
+    """A loss outside of the model is computed in float32 then."""
+    tokens = next(iter(token_loader()))
+
+    def run(**options):
+        fabric = Fabric(accelerator="cpu", **options)
+        model = fabric.setup(small_module().model)
+        logits = model(tokens[:, :-1])
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    logits, loss = run(plugins=SparseTernaryPrecision())
+    expected, expected_loss = run(precision="bf16-mixed")
+    assert logits.dtype == expected.dtype == torch.float32
+    assert torch.equal(loss, expected_loss)
+    assert torch.equal(logits, logits.bfloat16().float())  # computed in bfloat16
+    assert run(plugins=SparseTernaryPrecision(dtype="fp32"))[0].dtype == torch.float32
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = SparseBitLinear(8, 8, pattern="2:4")
+
+        def forward(self, x):
+            return {"y": self.layer(x), "indices": torch.arange(2), "name": "a"}
+
+    given = Fabric(accelerator="cpu", plugins=SparseTernaryPrecision()).setup(Pair())(torch.randn(2, 8))
+    assert (given["y"].dtype, given["indices"].dtype, given["name"]) == (torch.float32, torch.int64, "a")
+
+
 def test_a_lightning_module_trains_in_fabric_too():
     module = ForeignModule()
     convert_linears(module, "2:4")
