@@ -1,52 +1,72 @@
-"""``--ckpt_path``: whether it is there; ``last`` is the newest run of the same name, and of it what can be read."""
+"""``--ckpt_path``: which checkpoint training continues from, and what is wrong with one that cannot be read.
+
+``last`` means the newest state of the run that the command names; :mod:`sbn_lightning.checkpoints.search` finds it.
+This module decides what follows from the search: to continue, to start anew and say so, or to refuse.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-import torch
-from jsonargparse import Namespace
-
-from sbn_lightning.checkpoints import lightning_file, sharded
-from sbn_lightning.checkpoints.io import say
+from sbn_lightning.checkpoints import lightning_file
+from sbn_lightning.checkpoints.lock import RunLock
+from sbn_lightning.checkpoints.search import Place, newest_first, newest_run, why_unreadable
 from sbn_lightning.core.errors import ConfigError, DataError
 
+__all__ = ["Newest", "check_can_be_read", "newest_state", "why_unreadable"]
 
-def resume_last_run(config: Namespace, training: bool = True) -> None:
-    """Makes ``--ckpt_path last`` continue the newest run of the same name, in its own folder.
 
-    By itself Lightning would open a new version folder, find no checkpoint there, and start anew with a warning.
+@dataclass(frozen=True)
+class Newest:
+    """The newest state of a run.
+
+    Attributes:
+        folder: The folder that the run saves to.
+        path: The checkpoint: a file, or the folder of a sharded one.
+    """
+
+    folder: Path
+    path: Path
+
+
+def newest_state(
+    place: Place, tell: Callable[[str], None], *, training: bool = True, lock: RunLock | None = None
+) -> Newest | None:
+    """The newest state of a command's run that can be read.
+
     Without any checkpoint, training starts anew and says so: a job that is stopped before its first checkpoint is
-    started again by the same command. A ``last.ckpt`` that cannot be read is put aside, and the newest checkpoint of
-    the run that can be read takes its place.
+    started again by the same command. A checkpoint that cannot be read is put aside, and the next older one takes its
+    place.
+
+    Args:
+        place: Where the command's runs keep their checkpoints.
+        tell: Takes the lines to print.
+        training: Whether training is to continue. Otherwise nothing is put aside.
+        lock: What takes the run for this process, before anything in its folder is looked at. None takes nothing.
+
+    Returns:
+        The newest state; None if there is none and training starts anew.
 
     Raises:
-        ConfigError: If the place of the checkpoints is not known, or there is none and the command does not train.
+        ConfigError: If there is no checkpoint and the command does not train, or if another process writes the run.
         DataError: If there are checkpoints and none of them can be read.
     """
-    logger = config.trainer.get("logger")
-    if not isinstance(logger, Namespace) or "save_dir" not in logger.get("init_args", {}):
-        raise ConfigError("--ckpt_path last needs a trainer.logger with a save_dir; give the checkpoint's path instead")
-    folder = Path(logger.init_args.save_dir) / (logger.init_args.get("name") or "")
-    # `validate` and the like have no checkpoint group.
-    fixed = config.get("checkpoint.dirpath")
-    pattern = f"{fixed}/*.ckpt" if fixed else f"{folder}/version_*/checkpoints/*.ckpt"
-    found = sorted(Path(fixed).glob("*.ckpt") if fixed else folder.glob("version_*/checkpoints/*.ckpt"), key=_age)
-    if not found:
+    runs = place.runs()
+    if not runs:
+        passed = "".join(f"; passed over {one}" for one in place.passed_over())
         if not training:
-            raise ConfigError(f"--ckpt_path last: no checkpoint in {pattern}")
-        config.ckpt_path = None
-        say(f"--ckpt_path last: no checkpoint in {pattern} yet, training starts anew")
-        return
-    run = found[-1].parent
-    # What was meant to be last comes first; then the newest.
-    candidates = sorted(
-        (path for path in found if path.parent == run), key=lambda p: (lightning_file.is_last(p), _age(p))
-    )[::-1]
+            raise ConfigError(f"--ckpt_path last: no checkpoint in {place}{passed}")
+        tell(f"--ckpt_path last: no checkpoint in {place} yet, training starts anew{passed}")
+        return None
+    folder = newest_run(runs)
+    if lock is not None:
+        lock.acquire(folder)
     damage: dict[Path, str] = {}
-    for path in candidates:
+    for path in newest_first(place.runs().get(folder, [])):
         if reason := why_unreadable(path):
             damage[path] = reason
             continue
@@ -55,33 +75,33 @@ def resume_last_run(config: Namespace, training: bool = True) -> None:
         reasons = "; ".join(f"{path} {reason}" for path, reason in damage.items())
         raise DataError(f"--ckpt_path last: no checkpoint of the run can be read: {reasons}; delete them to start anew")
     for bad, reason in damage.items():
-        kept = bad
-        if training:
-            # Out of the way of the next save, which would avoid its name.
-            kept = bad.with_name(f"{bad.name}.damaged")
-            if kept.is_dir():  # of before; a folder cannot take its place
-                kept = next(free for i in count(2) if not (free := Path(f"{kept}-{i}")).exists())
-            with suppress(FileNotFoundError):  # another process of the run may be faster
-                bad.replace(kept)
-        say(f"--ckpt_path last: {bad} {reason} (kept as {kept.name}); continuing from {path}")
-    config.ckpt_path = str(path)
-    if not fixed:
-        logger.init_args.version = run.parent.name
+        name = _put_aside(bad).name if training else bad.name
+        tell(f"--ckpt_path last: {bad} {reason} (kept as {name}); continuing from {path}")
+    return Newest(folder, path)
+
+
+def _put_aside(damaged: Path) -> Path:
+    """Gives a damaged checkpoint another name, so that the next save does not have to avoid the name it had."""
+    aside = damaged.with_name(f"{damaged.name}.damaged")
+    if aside.is_dir():  # from before; a folder cannot take its place
+        aside = next(free for i in count(2) if not (free := Path(f"{aside}-{i}")).exists())
+    with suppress(FileNotFoundError):  # another process of the same run may be faster
+        damaged.replace(aside)
+    return aside
 
 
 def check_can_be_read(path: str, *, training: bool, weights_only: bool | None = None) -> None:
     """Finds out before anything is made whether there is a checkpoint to read.
 
     Args:
-        path: As given for ``--ckpt_path``. What Lightning looks up elsewhere passes: a URL, ``registry:...``, ``hpc``.
-        training: Whether training is to continue from it.
-        weights_only: As given for ``--weights_only``; a file that may hold any objects (False) is not opened.
+        path: The value of ``--ckpt_path``. What Lightning looks up elsewhere passes: a URL, ``registry:...``.
+        training: Whether training is to continue from the checkpoint.
+        weights_only: The value of ``--weights_only``. A file that may hold any objects (False) is not opened.
 
     Raises:
         DataError: If there is no such file or folder, or it is no checkpoint, or damaged.
     """
-    elsewhere = "://" in path or path.startswith("registry") or path == "hpc"
-    if elsewhere:
+    if "://" in path or path.startswith("registry"):
         return
     given = Path(path)
     if not given.exists():
@@ -94,40 +114,3 @@ def check_can_be_read(path: str, *, training: bool, weights_only: bool | None = 
         raise DataError(
             f"--ckpt_path {path} {reason}; give the path of a checkpoint, or last for that of the newest run"
         )
-
-
-def _age(path: Path) -> float:
-    rest = path / sharded.REST  # a folder's own time does not tell when its files were written
-    try:
-        return (rest if rest.is_file() else path).stat().st_mtime
-    except FileNotFoundError:  # put aside by another process of the same run
-        return 0.0
-
-
-def why_unreadable(path: Path, training: bool = False) -> str:
-    """What is wrong with a checkpoint, also for going on with ``training``; empty if nothing is.
-
-    Checksums are compared up to ``CHECKSUM_LIMIT`` bytes; above, what a file cut short shows.
-    """
-    try:
-        if path.is_dir():
-            if (path / "config.json").is_file():
-                return "is a model to run and no training to continue (model.init_from starts from a .ckpt)"
-            if found := [file for file in path.glob("**/last*.ckpt") if lightning_file.is_last(file)]:
-                return f"is a folder of checkpoints, such as {found[0]}"
-            if missing := sharded.what_is_missing(path):
-                return f"is not complete (it has no {missing})"
-            torch.load(path / sharded.REST, map_location="cpu", weights_only=True)  # written last
-            return ""
-        if not path.stat().st_size:
-            return "is empty"
-        if record := lightning_file.damaged_record(path):
-            return f"is damaged (in {record})"
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file can make torch raise anything
-        return f"is damaged ({(str(error) or type(error).__name__).splitlines()[0].rstrip('.')})"
-    if not isinstance(saved, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(saved):
-        return "is no checkpoint of Lightning"
-    if training and "optimizer_states" not in saved:
-        return "holds weights and no training to continue (model.init_from starts from weights)"
-    return ""

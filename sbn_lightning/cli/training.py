@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jsonargparse import Namespace
+from jsonargparse import ActionConfigFile, Namespace
 from jsonargparse.typing import register_type
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -40,8 +41,15 @@ from sbn_lightning.callbacks import (
     WeightDecaySchedule,
 )
 from sbn_lightning.callbacks.durable_checkpoint import SIGTERM_STATUS
+from sbn_lightning.callbacks.lightning_internals import (
+    checkpoint_io_of,
+    keep_slurm_checkpoints_with_their_run,
+    take_next_version,
+)
 from sbn_lightning.checkpoints.io import say
-from sbn_lightning.checkpoints.resume import check_can_be_read, resume_last_run
+from sbn_lightning.checkpoints.lock import RunIsBusy, RunLock
+from sbn_lightning.checkpoints.resume import check_can_be_read
+from sbn_lightning.cli import recipes, run_place
 from sbn_lightning.cli.parsing import OneLineErrors, what_is_wrong
 from sbn_lightning.cli.redaction import without_secrets
 from sbn_lightning.core.errors import ConfigError, DataError, SBNError
@@ -71,29 +79,46 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser with errors in one line."""
 
 
+class RecipeFile(ActionConfigFile):
+    """``--config``: a YAML file, or the name of a recipe that comes with the package."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, recipes.find(values), option_string)
+
+
 class SBNCLI(LightningCLI):
     """The commands ``fit``, ``validate``, ``test`` and ``predict``."""
 
     def __init__(
         self, args: list[str] | dict[str, Any] | None, trainer_class: type[Trainer] = Trainer, run: bool = True
     ) -> None:
-        super().__init__(
-            SparseBitNet,
-            TokenDataModule,
-            args=args,
-            trainer_class=trainer_class,
-            save_config_callback=SaveConfigWithoutSecrets,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [TrainingReport()]},
-            seed_everything_default=1,
-            auto_configure_optimizers=False,
-            run=run,
-        )
+        self.lock = RunLock()
+        self.arguments = sys.argv[1:] if args is None else args
+        try:
+            super().__init__(
+                SparseBitNet,
+                TokenDataModule,
+                args=args,
+                trainer_class=trainer_class,
+                save_config_callback=SaveConfigWithoutSecrets,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={"callbacks": [TrainingReport()]},
+                seed_everything_default=1,
+                auto_configure_optimizers=False,
+                run=run,
+            )
+        finally:  # LightningCLI runs the command in its constructor
+            self.lock.release()
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", [])
         parser = TrainingParser(**kwargs)
-        parser.add_argument("-c", "--config", action="config", help="a recipe: a YAML file; more of them are merged")
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=RecipeFile,
+            help="a recipe: a YAML file, or the name of a recipe that `sbn recipes` lists; several are merged",
+        )
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -105,11 +130,33 @@ class SBNCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        training = self.subcommand in ("fit", "fabric")
-        if config.get("ckpt_path") == "last":
-            resume_last_run(config, training)
+        training = self._trains()
+        lock = self.lock if training and rank_zero_only.rank == 0 else None  # one process of a run takes it
+        run_place.expand_paths(config)
+        if config.get("ckpt_path") in ("last", "hpc"):  # hpc is Lightning's word for what its Slurm handler saved
+            run_place.continue_last(config, training=training, lock=lock)
         elif path := config.get("ckpt_path"):
             check_can_be_read(path, training=training, weights_only=config.get("weights_only"))
+        elif training:
+            run_place.continue_after_requeue(config, lock)
+
+    def _trains(self) -> bool:
+        return self.subcommand in ("fit", "fabric")
+
+    def _take_run(self, config: dict[str, Any]) -> Path | None:
+        """Makes sure that no other process writes to the folder of checkpoints; returns the folder if it is known."""
+        dirpath = self.config[self.subcommand].get("checkpoint.dirpath")
+        while True:
+            folder = run_place.folder_of_checkpoints(config, dirpath)
+            if folder is None or not self._trains() or rank_zero_only.rank != 0:
+                return folder
+            try:
+                self.lock.acquire(folder)
+                return folder
+            except RunIsBusy:
+                if dirpath is not None or not run_place.numbers_its_versions(self.config[self.subcommand]):
+                    raise
+                take_next_version(run_place.first_logger(config))
 
     def instantiate_classes(self) -> None:
         try:
@@ -145,21 +192,21 @@ class SBNCLI(LightningCLI):
                 f"trainer.precision={config['precision']} and the plugin {type(precision).__name__} both set a "
                 "precision: leave one out (on the command line: --trainer.precision null)"
             )
-        if not any(isinstance(plugin, CheckpointIO) for plugin in (*plugins, _own_checkpoint_io(config["strategy"]))):
+        if not any(isinstance(plugin, CheckpointIO) for plugin in (*plugins, checkpoint_io_of(config["strategy"]))):
             config["plugins"] = [*plugins, DurableCheckpointIO()]
         if config["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in own):
             # One line, whether or not rich happens to be installed.
             callbacks = [*callbacks, LossProgressBar()]
+        folder = self._take_run(config)
         try:
-            return super()._instantiate_trainer(config, callbacks)
+            trainer = super()._instantiate_trainer(config, callbacks)
+            if isinstance(trainer, Trainer):
+                keep_slurm_checkpoints_with_their_run(trainer, folder)
+            return trainer
         except SBNError:
             raise
         except (ImportError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(f"the trainer's options do not work here: {why_refused(error, config)}") from error
-
-
-def _own_checkpoint_io(strategy: Any) -> Any:
-    return getattr(strategy, "_checkpoint_io", None)
 
 
 def why_refused(error: Exception, config: dict[str, Any]) -> str:

@@ -116,7 +116,7 @@ def test_last_continues_the_newest_run_in_its_folder(tokens, capsys):
 def test_last_without_a_run_starts_anew_and_says_so(tokens, capsys):
     assert fit(tokens, "--ckpt_path=last") == 0
     printed = capsys.readouterr().out
-    assert "no checkpoint in logs/sparse_pretrain/version_*/checkpoints/*.ckpt yet, training starts anew" in printed
+    assert "no checkpoint in logs/sparse_pretrain/*/checkpoints yet, training starts anew" in printed
     saved = torch.load("logs/sparse_pretrain/version_0/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 2
 
@@ -237,7 +237,7 @@ class Breaks(RunCallback):
 
 @pytest.mark.parametrize("command", ["fit", "fabric"])
 def test_an_error_inside_training_keeps_its_traceback(tokens, command):
-    words = [command, "--config", str(RECIPE), *small(tokens, "--trainer.callbacks+=tests.test_cli.Breaks")]
+    words = [command, "--config", str(RECIPE), *small(tokens, "--trainer.callbacks+=tests.cli.test_cli.Breaks")]
     with pytest.raises(RuntimeError, match="from inside"):
         main(words)
 

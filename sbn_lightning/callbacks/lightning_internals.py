@@ -1,0 +1,111 @@
+"""Everything of Lightning's private state that this project reads or changes. No other file does.
+
+Each function here exists because Lightning has no public name for what it gives. When a new version of Lightning
+breaks one of them, this file is the place to look, and each docstring says what the function must keep true.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.fabric import Fabric
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from torch import nn
+
+
+def is_optimizer_step(trainer: Trainer) -> bool:
+    """Whether the optimiser steps with the micro-batch under way: at the end of a window, and of an epoch."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def is_compiled_module(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` was used on this very module, by itself or by Lightning."""
+    return (
+        module._compiled_call_impl is not None
+        or hasattr(module, "_orig_mod")
+        or (isinstance(module, LightningModule) and module._compiler_ctx is not None)
+    )
+
+
+def fit_loop_before_validation(trainer: Trainer) -> dict[str, Any]:
+    """The state of the fit loop as it was in ``on_train_batch_end``, before the validation that starts.
+
+    A run that continues from this state goes on with the next batch, without the validation. From a state inside the
+    validation, Lightning would go on with the rest of the validation, at the first batches, and log the mean of those.
+    """
+    state = deepcopy(trainer.fit_loop.state_dict())
+    progress = state["epoch_loop.batch_progress"]
+    for count in ("total", "current"):
+        progress[count]["completed"] -= 1
+    # Lightning counts what is left out from zero.
+    return {key: value for key, value in state.items() if "val_loop" not in key}
+
+
+def writes_shards(strategy: Any) -> bool:
+    """Whether a strategy saves a checkpoint as a folder of shards."""
+    return bool(getattr(strategy, "_save_distributed_checkpoint", False))
+
+
+def checkpoint_io_of(strategy: Any) -> Any:
+    """The plugin that a user gave a strategy for reading and writing checkpoints; None if there is none."""
+    return getattr(strategy, "_checkpoint_io", None)
+
+
+def last_saved(checkpoint_callback: Any) -> str:
+    """The path of the checkpoint that a ``ModelCheckpoint`` saved last; empty if it has saved none."""
+    return getattr(checkpoint_callback, "_last_checkpoint_saved", "")
+
+
+def fabric_callbacks(fabric: Fabric) -> list[Any]:
+    """The callbacks of a Fabric, as the list that Fabric itself calls."""
+    return fabric._callbacks
+
+
+def precision_of(run: Any) -> Any:
+    """The precision plugin of a ``Trainer``, or of a run that has a Fabric."""
+    return run.precision_plugin if isinstance(run, Trainer) else run.fabric._precision
+
+
+def options_of_ddp(strategy: Any) -> dict[str, Any]:
+    """What a Trainer's ``DDPStrategy`` was made with, as arguments of Fabric's."""
+    return {
+        "process_group_backend": strategy.process_group_backend,
+        "timeout": strategy._timeout,
+        "start_method": strategy._start_method,
+        **strategy._ddp_kwargs,
+    }
+
+
+def take_next_version(logger: Any) -> None:
+    """Makes a logger with numbered versions choose again, because another process has the one it chose."""
+    logger._version = None
+
+
+def keep_slurm_checkpoints_with_their_run(trainer: Trainer, folder: str | Path | None) -> None:
+    """Stops Lightning's Slurm handler from mixing runs that share a current folder.
+
+    Lightning saves ``hpc_ckpt_N.ckpt`` to ``default_root_dir`` when Slurm is about to stop the job, and any run that
+    starts there later, without ``ckpt_path``, continues from the file with the highest number. Here the file goes to
+    the run's own folder of checkpoints, and a run without ``ckpt_path`` starts from nothing.
+
+    Args:
+        trainer: The trainer, before ``fit``.
+        folder: The run's folder of checkpoints; None leaves the place as it is.
+    """
+    connector = trainer._checkpoint_connector
+    connector.__class__ = _OwnCheckpoints
+    cast(_OwnCheckpoints, connector).folder = folder
+
+
+class _OwnCheckpoints(_CheckpointConnector):
+    folder: str | Path | None = None
+
+    @property
+    def _hpc_resume_path(self) -> None:  # type: ignore[override]
+        return None
+
+    def hpc_save_path(self, folderpath: Any) -> str:  # type: ignore[override]
+        return super().hpc_save_path(folderpath if self.folder is None else str(self.folder))
