@@ -1,7 +1,8 @@
 """Kernels for ternary, N:M-sparse linear layers. Needs torch and Triton only.
 
-Functions on tensors, each a torch custom op with a fake (meta) kernel: safe under ``torch.compile`` and in CUDA graphs.
-A layer's forward is ``quantize_tokens`` and one GEMM on what ``prepare_weight`` made once for the optimiser step:
+Each function works on tensors and is a torch op with a fake (meta) kernel, so it is safe under ``torch.compile`` and in
+CUDA graphs. The forward of a layer is ``quantize_tokens`` and one product with the weight that ``prepare_weight`` made
+once for the optimiser step:
 
 ========================  ==========================================================  ==============================
 function                  weight                                                      runs on
@@ -13,13 +14,13 @@ function                  weight                                                
 ``cusparselt_gemm``       2:4, cuSPARSELt's compressed form                           where torch has cuSPARSELt
 ========================  ==========================================================  ==============================
 
-Its backward with int8 gradients (``gradients``): ``quantize_gradient``, then ``input_gradient_gemm`` on what
-``pack_transposed`` made once for the optimiser step, and ``weight_gradient_gemm`` on what ``transpose_tokens`` makes of
-the saved activations. With exact gradients: ``dequantize_tokens`` and bfloat16 products.
+The backward with int8 gradients (``gradients``) is ``quantize_gradient``, then ``input_gradient_gemm`` with the weight
+that ``pack_transposed`` made once for the optimiser step, and ``weight_gradient_gemm`` with the saved activations,
+which ``transpose_tokens`` turns round. The backward with exact gradients is ``dequantize_tokens`` and bfloat16
+products. ``swiglu_quantize`` takes the place of ``quantize_tokens`` after a SwiGLU.
 
-``swiglu_quantize`` takes the place of ``quantize_tokens`` after a SwiGLU.
-
-``capabilities()`` says which of them run here, and why the others do not.
+Every folder holds ``reference.py``, the same computation in plain PyTorch, which needs no Triton. ``capabilities()``
+says which functions run here and why the others do not; :mod:`sbn_kernels.gemm.registry` has what each kernel needs.
 """
 
 from __future__ import annotations

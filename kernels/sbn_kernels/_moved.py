@@ -1,6 +1,6 @@
-"""Modules under their old names: an import works, gives what the new place holds, and warns.
+"""Makes modules importable under their old names: the import works, gives what the new place holds, and warns.
 
-A package that moved modules calls :func:`install` with a table. Nothing is imported until an old name is used.
+A package that moved modules calls :func:`install` with a table. Nothing is imported until somebody uses an old name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 class _OldModule(ModuleType):
-    """Looks every name up in the modules that hold them now."""
+    """A module whose names are looked up in the modules that hold them now."""
 
     _places: tuple[str, ...] = ()
 

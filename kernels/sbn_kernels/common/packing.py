@@ -1,19 +1,19 @@
-"""The two packed forms of ternary weights, in plain PyTorch: the definition that the kernels are tested against.
+"""The two packed forms of ternary weights in plain PyTorch: the definition that kernels are tested against.
 
-Both hold 2 bits a weight in int32 words laid out in the order in which threads of a tensor-core instruction need them,
-so a kernel reads 16 bytes a thread and no word twice. Shape ``[panels, k_steps, 1024]``: a panel is 128 rows
-(``out_features`` padded with zero rows), a k step 128 columns (``in_features`` padded with zero columns), a block of
-1024 words two halves of 64 rows, each 128 threads times 4 words. Thread ``lt`` of a half: ``w = lt // 32``,
-``g = lt % 32 // 4``, ``t = lt % 4``. A code is 0, 1, 2 for 0, +1, -1.
+Both hold 2 bits a weight in int32 words, in the order in which the threads of a tensor-core instruction need them. So a
+kernel reads 16 bytes a thread, and no word twice. The shape is ``[panels, k_steps, 1024]``: a panel is 128 rows
+(``out_features`` padded with rows of zeros), a k step is 128 columns (``in_features`` padded with columns of zeros),
+and a block of 1024 words is two halves of 64 rows, each of 128 threads times 4 words. Thread ``lt`` of a half has
+``w = lt // 32``, ``g = lt % 32 // 4``, ``t = lt % 4``. A code is 0, 1, 2 for 0, +1, -1.
 
-``dense``: word ``j`` covers columns ``32 j ..`` of the k step; bits ``4 b + 16 r0 + 2 r1`` hold the code of row
-``16 w + g + 8 r0``, column ``32 j + 16 r1 + 4 t + b``: the A fragment of ``mma.m16n8k32`` and of ``wgmma`` k32.
+``dense``: word ``j`` covers the columns from ``32 j`` on of the k step. Bits ``4 b + 16 r0 + 2 r1`` hold the code of
+row ``16 w + g + 8 r0``, column ``32 j + 16 r1 + 4 t + b``: the A fragment of ``mma.m16n8k32`` and of ``wgmma`` k32.
 
-``sparse24``: at most 2 kept weights in each 4 columns. Words 0 and 2: the codes of the kept weights of columns
-``64 j ..``, as in ``dense`` with the 32 kept columns in place of 32 dense ones. Words 1 and 3: their positions; row
-``16 w + 8 (lt % 2) + g``, columns ``64 j + 32 (lt // 2 % 2) ..``: 8 groups, 4 bits each, first kept position in the
-low 2 bits, second in the high 2, first < second always. Positions come from the mask, not from non-zeros: a kept
-weight may be 0. A group with fewer than 2 kept gets a filler position whose code is 0.
+``sparse24``: at most 2 weights are kept in each 4 columns. Words 0 and 2 hold the codes of the kept weights of the
+columns from ``64 j`` on, as in ``dense`` with the 32 kept columns in place of 32 dense ones. Words 1 and 3 hold their
+positions: row ``16 w + 8 (lt % 2) + g``, columns from ``64 j + 32 (lt // 2 % 2)`` on, 8 groups of 4 bits each, the
+first kept position in the low 2 bits, the second in the high 2, first < second always. Positions come from the mask and
+not from non-zeros, so a kept weight may be 0. A group that keeps fewer than 2 gets a filler position whose code is 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAYOUTS = ("none", "dense", "sparse24")
 
 
 def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
-    """Shape of the packed int32 tensor, either layout."""
+    """The shape of the packed int32 tensor, the same for both layouts."""
     return ceil_div(out_features, PANEL), ceil_div(in_features, K_STEP), BLOCK_WORDS
 
 
@@ -82,7 +82,7 @@ def pack_dense(codes: Tensor) -> Tensor:
 
 
 def positions24(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second kept position (int64 ``[..., in / 4]``, first < second) of each group of 4.
+    """The first and the second kept position of each group of 4: int64 ``[..., in / 4]``, first < second.
 
     Raises:
         ValueError: If a group keeps more than 2.

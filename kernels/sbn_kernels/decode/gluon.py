@@ -1,10 +1,11 @@
-"""Device code of the decode GEMM for Triton >= 3.9 in Gluon: packed weights straight from memory into ``mma.sync``.
+"""Device code of the decode product in Gluon: packed weights straight from memory into ``mma.sync``.
 
-A warp owns 16 rows and every ``GROUPS``-th k128 step. The packed layouts hold operand A's fragments in thread order,
-so a step is one 16-byte load a thread, a few ``prmt``, and 4 ``mma.m16n8k32`` (or 2 ``mma.sp.m16n8k64``) for each 8
-tokens; weights never touch shared memory. The tokens' fragments come through L1. Warps of a program split K and meet
-in one reduction at the end: integers, so the order does not matter and the result is exact. The weights of
-PREFETCH steps are all on their way before the first is used, which is what fills the memory pipeline.
+Needs Triton >= 3.9; imported only there. A warp owns 16 rows and every ``GROUPS``-th k128 step. The packed layouts hold
+the fragments of operand A in the order of threads, so a step is one 16-byte load a thread, a few ``prmt``, and for each
+8 tokens 4 ``mma.m16n8k32`` (or 2 ``mma.sp.m16n8k64``). Weights never touch shared memory, and the fragments of the
+tokens come through L1. The warps of a program split K and add their sums at the end; the sums are integers, so the
+order does not matter and the result is exact. The weights of PREFETCH steps are requested before the first of them is
+used, which keeps the memory pipeline full.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sbn_kernels.common.hopper_pipeline import tied
 
 @gluon.constexpr_function
 def _dense_step(outs, ins):
-    """Four m16n8k32 for each 8 tokens. x holds, for each 8 tokens, the 8 words 4 j .. of a thread's K positions."""
+    """PTX: four m16n8k32 for each 8 tokens; for each 8 tokens, x holds the 8 words of the K positions of a thread."""
     (acc,) = outs
     _, words, x = ins
     lines = ["{"]
@@ -34,7 +35,7 @@ def _dense_step(outs, ins):
 
 @gluon.constexpr_function
 def _sparse_step(outs, ins):
-    """Two mma.sp m16n8k64 for each 8 tokens; words are (codes, positions) twice."""
+    """PTX: two mma.sp m16n8k64 for each 8 tokens; words are (codes, positions) twice."""
     (acc,) = outs
     _, words, x = ins
     lines = ["{"]
@@ -57,7 +58,7 @@ def decode_kernel(
     tokens, features, k_steps, x_stride,
     NT: gl.constexpr, GROUPS: gl.constexpr, PREFETCH: gl.constexpr, SPARSE: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
-    """16 rows a program, all tokens (at most 8 NT). ``x_pointer`` is int32, ``x_stride`` in words of 4 values."""
+    """16 rows a program and all tokens, at most 8 NT; ``x_pointer`` is int32, ``x_stride`` counts words of 4 values."""
     WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [GROUPS, 1, 1], [2, 1, 0])
     TOKENS: gl.constexpr = gl.BlockedLayout([1, 1, 8 * NT], [1, 32, 1], [GROUPS, 1, 1], [2, 1, 0])
     ACC: gl.constexpr = gl.BlockedLayout([1, 1, 4 * NT], [1, 32, 1], [GROUPS, 1, 1], [2, 1, 0])
@@ -78,7 +79,7 @@ def decode_kernel(
     for start in range(0, k_steps, GROUPS * PREFETCH):
         words = ()
         for p in gl.static_range(PREFETCH):
-            # beyond the end: the last step's words (their positions are valid) times zero tokens
+            # beyond the end: the words of the last step, whose positions are valid, times tokens of zero
             step = gl.minimum(start + p * GROUPS + warp_w, k_steps - 1)
             words += (gl.load(base + step * 1024 + lane_w * 4 + word_w),)
         for p in gl.static_range(PREFETCH):

@@ -31,7 +31,7 @@ MAX_TOKENS = 64
 GLUON_NEEDS = Needs("decode", gluon=True)
 PORTABLE_NEEDS = Needs("decode", interpreter=True)
 _WARPS = 4096
-_READS = 72_000  # rows times tokens, for each wave of the prefill kernel, up to which the decode kernel beats it
+_READS = 72_000  # the decode kernel is the faster one up to so many rows times tokens, a wave of the prefill kernel
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def decode_portable_kernel(
     tokens, features, inner, k_steps, x_stride,
     BIAS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """64 rows a program: y [tokens, features] for at most BT tokens, layout ``dense``."""
+    """y [tokens, features] for at most BT tokens, 64 rows a program, layout ``dense``."""
     half = tl.program_id(0)
     base = packed_pointer + (half // 2).to(tl.int64) * k_steps * 1024 + (half % 2) * 512
     local = tl.arange(0, 64)[:, None]
@@ -74,14 +74,14 @@ _portable = Launcher(decode_portable_kernel, enable_fp_fusion=True)
 
 @functools.cache
 def _kernel() -> Launcher:
-    """The Gluon kernel; importing it needs Triton >= 3.9."""
+    """The launcher of the Gluon kernel; importing the kernel needs Triton >= 3.9."""
     from sbn_kernels.decode.gluon import decode_kernel
 
     return Launcher(decode_kernel, enable_fp_fusion=False)
 
 
 def launch_shape(k_steps: int, row_tiles: int, token_groups: int) -> tuple[int, int]:
-    """(warps that split K, steps in flight a warp): rows times warps of at most ``_WARPS``, one wave on a large GPU."""
+    """(Warps that split K, steps in flight of a warp): at most ``_WARPS`` warps in all, one wave on a large GPU."""
     groups = 16
     while groups > 4 and (groups * row_tiles > _WARPS or groups > k_steps):
         groups //= 2
@@ -89,12 +89,13 @@ def launch_shape(k_steps: int, row_tiles: int, token_groups: int) -> tuple[int, 
 
 
 def prefers_decode(tokens: int, out_features: int, in_features: int, processors: int) -> bool:
-    """Whether the decode kernel is the faster one on Hopper, as measured for 2:4 on an H200 (within a tenth).
+    """Whether the decode kernel is faster than the prefill kernel on Hopper, as measured for 2:4 on an H200.
 
-    Its time grows with rows times tokens, each 16 rows reading all tokens anew; the prefill kernel's with the waves
-    that panels of 128 rows take on so many ``processors``. Both grow with in_features. Where the prefill kernel splits
-    K (``split_k``) it takes over from 8 tokens on: measured for five shapes, 0.75 to 1.07 of the decode kernel's time
-    at 8 tokens and less above; at fewer the two were not compared.
+    The choice is right within a tenth of the time. The time of the decode kernel grows with rows times tokens, because
+    each 16 rows read all tokens anew. The time of the prefill kernel grows with the number of waves that panels of 128
+    rows take on so many ``processors``. Both grow with in_features. Where the prefill kernel splits K (``split_k.py``),
+    it takes over from 8 tokens on: for five shapes it took 0.75 to 1.07 of the decode kernel's time at 8 tokens, and
+    less above. Fewer tokens were not compared.
     """
     if tokens >= 8 and choose_splits(tokens, out_features, in_features, processors) > 1:
         return False
@@ -172,18 +173,19 @@ def decode_gemm(
     layout: str = "dense",
     portable: bool | None = None,
 ) -> Tensor:
-    """``y = (x8 @ T^T) * scale * row_scale (+ bias)`` for few tokens.
+    """Computes ``y = (x8 @ T^T) * scale * row_scale (+ bias)`` for few tokens.
 
     Args:
         x8: int8 ``[tokens, in_features]``, at most 64 tokens.
         scale: float32 ``[tokens]``.
         packed: int32 words, see :mod:`sbn_kernels.common.packing`.
         row_scale: float32 ``[out_features]``.
-        out_features: Rows of the weight.
+        out_features: The number of rows of the weight.
         bias: ``[out_features]``, any float dtype, or None.
         out_dtype: bfloat16, float16 or float32.
-        layout: Of ``packed``: ``"dense"`` or ``"sparse24"``.
-        portable: Use the plain Triton kernel (layout ``dense`` only); None: only where the other cannot run.
+        layout: The layout of ``packed``: ``"dense"`` or ``"sparse24"``.
+        portable: True: the plain Triton kernel, for layout ``dense`` only. False: the Gluon kernel. None: the kernel
+            that the registry puts first for this number of tokens.
 
     Returns:
         ``[tokens, out_features]``.

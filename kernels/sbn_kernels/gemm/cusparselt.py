@@ -1,12 +1,13 @@
-"""2:4 int8 GEMM through cuSPARSELt, by torch's own ops: for sparse GPUs where ``sparse_gemm`` does not run.
+"""2:4 int8 product through cuSPARSELt, called by torch's own ops: for sparse GPUs where ``sparse_gemm`` does not run.
 
-cuSPARSELt multiplies, and a Triton kernel applies the scales: cuSPARSELt knows no per-token scale. The product is taken
-as int32, because bfloat16 would round sums above 256 before they are scaled; the extra pass over it is the price.
+cuSPARSELt multiplies, and a Triton kernel applies the scales, because cuSPARSELt knows no scale a token. The product is
+taken as int32: bfloat16 would round sums above 256 before they are scaled. The price is another pass over the product.
 
-What torch's binding demands is met here: contiguous operands, in_features and out_features multiples of 32, tokens
-padded to a multiple of 16 (it refuses one token). It rebuilds its plan at every call, about 0.3 ms of host time, which
-hides behind the GPU only for large shapes or in a CUDA graph. An algorithm found by its search can be wrong (reported
-on A100), so ``check_cusparselt`` compares with the dense product before a layer is switched to it.
+The demands of torch's binding are met here: contiguous operands, in_features and out_features that are multiples of 32,
+and tokens padded to a multiple of 16 (the binding refuses one token). The binding rebuilds its plan at every call,
+about 0.3 ms of host time, which hides behind the GPU only for large shapes or in a CUDA graph. An algorithm that
+cuSPARSELt's search returns can be wrong (reported on A100), so ``check_cusparselt`` compares with the dense product
+before a layer is switched to cuSPARSELt.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ def scale_accumulator(
 
 
 def compress24(codes: Tensor) -> Tensor:
-    """int8 codes ``[out, in]`` with at most 2 non-zeros in every 4 -> cuSPARSELt's opaque compressed form.
+    """Compresses int8 codes ``[out, in]`` with at most 2 non-zeros in every 4 to cuSPARSELt's opaque form.
 
     Raises:
-        ValueError: If ``out`` or ``in`` is no multiple of 32.
+        ValueError: If ``out`` or ``in`` is not a multiple of 32.
         UnsupportedError: If torch has no cuSPARSELt or the GPU no sparse tensor core.
     """
     require(NEEDS, codes)
@@ -119,16 +120,16 @@ def cusparselt_gemm(
     out_dtype: torch.dtype = torch.bfloat16,
     alg_id: int = 0,
 ) -> Tensor:
-    """``y = (x8 @ T^T) * scale * row_scale (+ bias)`` for a weight compressed by :func:`compress24`.
+    """Computes ``y = (x8 @ T^T) * scale * row_scale (+ bias)`` for a weight that :func:`compress24` compressed.
 
     Args:
         x8: int8 ``[tokens, in_features]``, ``in_features`` a multiple of 32.
         scale: float32 ``[tokens]``.
-        compressed: From :func:`compress24`.
+        compressed: The result of :func:`compress24`.
         row_scale: float32 ``[out_features]``.
         bias: ``[out_features]``, any float dtype, or None.
         out_dtype: bfloat16, float16 or float32.
-        alg_id: cuSPARSELt algorithm; 0 is its default.
+        alg_id: The number of the cuSPARSELt algorithm; 0 is cuSPARSELt's default.
 
     Returns:
         ``[tokens, out_features]``.
@@ -147,15 +148,18 @@ def cusparselt_gemm(
 
 
 def check_cusparselt(codes: Tensor, tokens: int = 256, alg_id: int = 0, seed: int = 0) -> bool:
-    """Whether cuSPARSELt's product with these codes equals the dense one, on random tokens of the full int8 range.
+    """Compares cuSPARSELt's product with the dense one, on random tokens of the full int8 range.
 
-    Waits for the GPU; meant for once at the start of a run.
+    The function waits for the GPU, and is meant for the start of a run.
 
     Args:
         codes: int8 ``[out, in]`` with at most 2 non-zeros in every 4.
-        tokens: Tokens to test with.
-        alg_id: Algorithm to test.
-        seed: Of the random tokens.
+        tokens: The number of tokens to test with.
+        alg_id: The number of the algorithm to test.
+        seed: The seed of the random tokens.
+
+    Returns:
+        Whether the two products are equal.
     """
     generator = torch.Generator(device=codes.device).manual_seed(seed)
     shape, device = (tokens, codes.shape[1]), codes.device

@@ -1,9 +1,10 @@
-"""Portable int8 x int8 GEMM with the scales fused, in plain Triton: for GPUs or Triton versions without Gluon's needs.
+"""Portable int8 x int8 product with the scales fused, in plain Triton.
 
-Works from sm_80 on and in Triton's interpreter, on int8 ternary codes ``[out, in]``, so it reads 8 bits a weight where
-the packed kernels read 2. The int32 sum leaves registers once: scaled in fp32 in the order of the plain-PyTorch twin,
-rounded, stored. The tile configuration is tuned once for each (tokens rounded up to a power of two, out, in, dtype);
-tuning cannot run inside a CUDA-graph capture, so call once before capturing.
+For GPUs and versions of Triton that the Gluon kernels cannot use. The kernel runs from sm_80 on and in Triton's
+interpreter. It reads int8 ternary codes ``[out, in]``, 8 bits a weight where the packed kernels read 2. The int32 sum
+leaves registers once: scaled in float32 in the order of the plain-PyTorch reference, rounded and stored. The tiles are
+tuned once for each (tokens rounded up to a power of two, out, in, bias). Tuning cannot run while a CUDA graph is
+captured, so call the function once before the capture.
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ def int8_gemm_kernel(
     """y [tokens, features] = (x [tokens, inner] @ w [features, inner]^T) * scale[token] * row_scale[feature] + bias."""
     program = tl.program_id(0)
     row_tiles = tl.cdiv(tokens, BM)
-    band = 8 * tl.cdiv(features, BN)  # 8 token tiles share a sweep over the weight, so that both stay in L2
+    band = 8 * tl.cdiv(
+        features, BN
+    )  # 8 token tiles share a sweep over the weight, so that tokens and weight stay in L2
     first = program // band * 8
     height = tl.minimum(row_tiles - first, 8)
     token = (first + program % band % height) * BM + tl.arange(0, BM)
     feature = program % band // height * BN + tl.arange(0, BN)
-    # rows beyond the end are read as the last one, and not stored: the loop needs no row mask
+    # rows beyond the end read the last row and are not stored, so the loop needs no mask of rows
     x_row = tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * x_stride
     w_row = tl.minimum(feature, features - 1).to(tl.int64)[None, :] * w_stride
     acc = tl.zeros([BM, BN], tl.int32)
@@ -116,7 +119,7 @@ def int8_gemm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """``y = (x8 @ codes^T) * scale * row_scale (+ bias)`` on dense int8 tensor cores (sm_80 and later).
+    """Computes ``y = (x8 @ codes^T) * scale * row_scale (+ bias)`` on dense int8 tensor cores (sm_80 and later).
 
     Args:
         x8: int8 ``[tokens, in_features]``.
@@ -131,7 +134,7 @@ def int8_gemm(
 
     Raises:
         ValueError: If an argument does not fit.
-        UnsupportedError: Without a GPU of compute capability 8.0 or later.
+        UnsupportedError: If there is no GPU of compute capability 8.0 or later.
     """
     if codes.dim() != 2 or codes.dtype != torch.int8 or codes.shape[1] != x8.shape[-1] or codes.stride(1) != 1:
         raise ValueError(f"codes must be int8 [out_features, {x8.shape[-1]}], not {codes.dtype} {list(codes.shape)}")

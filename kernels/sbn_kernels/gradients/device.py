@@ -1,4 +1,7 @@
-"""Device code of the backward's quantisation: maxima, scales, stochastic rounding in both orders. See ``gradients``."""
+"""Device code of the backward's quantisation: maxima, scales, stochastic rounding in both orders.
+
+``reference.py`` has the formulas, ``triton.py`` the launches.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import triton.language as tl
 from sbn_kernels.common.maxima import larger, magnitude
 from sbn_kernels.gradients.reference import LEVELS, ROUNDS, SMALLEST
 
-_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to |v| < 2^22, the sum's low bits are round(v)
-# PTX: bits 16 to 23 of four words as the bytes of one, bit 7 of each flipped
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to |v| < 2^22, it leaves round(v) in the low bits of the sum
+# PTX: bits 16 to 23 of four words become the bytes of one word, bit 7 of each byte flipped
 _PACK = tl.constexpr(
     "{ .reg .b32 t, u; prmt.b32 t, $1, $2, 0x0062; prmt.b32 u, $3, $4, 0x0062; prmt.b32 t, t, u, 0x5410; "
     "xor.b32 $0, t, 0x80808080; }"
@@ -20,16 +23,16 @@ _SMALLEST = tl.constexpr(SMALLEST)
 _ROUNDS = tl.constexpr(ROUNDS)
 
 
-# numbers that vary from call to call and that no vector of loads depends on are not specialised on
+# Not specialised: numbers that vary from call to call and that no vector of loads depends on.
 @triton.jit(do_not_specialize=["rows", "span"])
 def gradient_maxima_kernel(
     dy_pointer, row_scale_pointer, token_scale_pointer, max_pointer, rows, columns, dy_stride, first_channel, span,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Largest |dy * row_scale| of each token, |dy * token_scale| of each channel: C columns of ``span`` rows a program.
+    """The largest |dy * row_scale| of each token and |dy * token_scale| of each channel.
 
-    ``max`` starts as zeros: tokens, then from ``first_channel`` on channels. A maximum does not depend on the order of
-    its operands.
+    A program takes C columns of ``span`` rows. ``max`` starts as zeros; it holds the tokens, and from ``first_channel``
+    on the channels. A maximum does not depend on the order of its operands, so atomics keep the result fixed.
     """
     column = tl.program_id(0) * C + tl.arange(0, C)
     first = tl.program_id(1) * span
@@ -45,7 +48,7 @@ def gradient_maxima_kernel(
             token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)
             largest = larger(largest, tl.abs(dy * token_scale[:, None]))
         if TOKENS:
-            # in floats as far as one thread holds them: |.| is part of that instruction
+            # reduced as floats within a thread, where |.| is part of the instruction and costs nothing
             eights = tl.reshape(tl.abs(dy * row_scale[None, :]), [R, C // 8, 8])
             of_token = tl.max(magnitude(tl.reduce(eights, 2, larger)), axis=1)
             tl.atomic_max(max_pointer + row, of_token, mask=row < rows, sem="relaxed")
@@ -59,7 +62,7 @@ def gradient_maxima_kernel(
 def gradient_scales_kernel(
     max_pointer, token_scale_pointer, channel_scale_pointer, tokens, channels, first_channel, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Scales from the bits of maxima; the bits of 2^15 / scale take the maxima's place."""
+    """Scales from the bits of maxima; the bits of 2^15 / scale replace the maxima."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     bits = tl.load(max_pointer + i, mask=i < first_channel + channels, other=0)
     largest = tl.maximum(bits, tl.full(bits.shape, _SMALLEST, tl.float32).to(tl.int32, bitcast=True))
@@ -74,7 +77,7 @@ def gradient_scales_kernel(
 
 @triton.jit
 def _multiply_wide(value, FACTOR: tl.constexpr, PTX: tl.constexpr):
-    """Upper and lower 32 bits of a product of uint32. PTX: by one instruction, where the compiler makes two."""
+    """The upper and the lower 32 bits of a product of uint32. PTX: one instruction, where the compiler makes two."""
     factor = tl.full([1, 1], FACTOR, tl.uint32)
     if PTX:
         return tl.inline_asm_elementwise(
@@ -103,17 +106,17 @@ def _philox(seed, c0, c1, c2, ROUNDS: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def _rounded(value, draw):
-    """Value in 2^-15 of a step, rounded half to even, plus half of draw, doubled: uint32.
+    """2 * (round(value) + draw / 2), uint32; ``value`` is in 2^-15 of a step and is rounded half to even.
 
-    Bits 16 to 23 are the code, bit 7 of it flipped: bit 22 is the magic number's lowest, before it is doubled. The
-    lowest bit of draw may be anything: below it there is nothing to carry.
+    Bits 16 to 23 of the result are the code, with bit 7 of the code flipped, because the lowest bit of the magic number
+    is bit 22 before the doubling. The lowest bit of ``draw`` may be anything: nothing below it can carry.
     """
     return (value + _MAGIC).to(tl.uint32, bitcast=True) * 2 + draw
 
 
 @triton.jit
 def _codes(rounded, PTX: tl.constexpr):
-    """The codes as int8; PTX: four by three byte permutations, where the compiler shifts each by itself."""
+    """The codes as int8. PTX: three byte permutations for four codes, where the compiler shifts each by itself."""
     if PTX:
         return tl.inline_asm_elementwise(
             _PACK, "=r,r,r,r,r", [rounded], dtype=tl.int8, is_pure=True, pack=4,
@@ -124,7 +127,7 @@ def _codes(rounded, PTX: tl.constexpr):
 
 @triton.jit
 def _word(r0, r1, r2, r3, PTX: tl.constexpr):
-    """The codes of four tokens, the first lowest."""
+    """The codes of four tokens in one word, the first token in the lowest byte."""
     if PTX:
         return tl.inline_asm_elementwise(
             _PACK, "=r,r,r,r,r", [r0, r1, r2, r3], dtype=tl.uint32, is_pure=True, pack=1,
@@ -140,11 +143,12 @@ def quantize_gradient_kernel(
     rows, columns, dy_stride, a_stride, b_stride, first_channel, stream,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """One tile of 8 R tokens and C channels, rounded twice: ``a`` [tokens, channels] int8, ``b`` transposed.
+    """Rounds one tile of 8 R tokens and C channels twice: ``a`` [tokens, channels] int8, and ``b`` transposed.
 
-    Eight tensors [R, C], one for each token of every eight: a call of the generator serves eight tokens of a channel,
-    and eight codes of ``b`` become one word of 64 bits before they are transposed. All is read before anything is
-    written: the compiler moves no load above a store, and one load at a time waits for memory eight times.
+    The tile is eight tensors [R, C], one for each token of every eight. One call of the generator serves eight tokens
+    of a channel, and eight codes of ``b`` become one word of 64 bits before they are transposed. Everything is read
+    before anything is written: the compiler moves no load above a store, so reading and writing in turn would wait for
+    memory eight times.
     """
     tiles = tl.cdiv(columns, C)
     octet = tl.program_id(0) // tiles * R + tl.arange(0, R)

@@ -18,7 +18,7 @@ def input_gradient_gemm(
     *,
     unit_scale: Tensor | None = None,
 ) -> Tensor:
-    """``dX = scale * (a8 @ T)``.
+    """Computes ``dX = scale * (a8 @ T)``.
 
     Args:
         a8: int8 ``[tokens, out_features]``: ``QuantizedGradient.tokens``.

@@ -40,7 +40,7 @@ _WORD = 0xFFFFFFFF
 
 
 class QuantizedGradient(NamedTuple):
-    """Result of :func:`quantize_gradient`. Tensors not asked for are empty.
+    """Result of ``quantize_gradient``. Tensors that were not asked for are empty.
 
     Attributes:
         tokens: int8 ``[tokens, channels]``, ``a8``: ``dy * row_scale``; row stride a multiple of 16.
@@ -74,13 +74,13 @@ def check_gradient(dy: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Ten
 
 
 def _high_and_low(multiplier: int, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Upper and lower 32 bits of the product of two unsigned 32-bit integers, held in int64."""
+    """Returns the upper and the lower 32 bits of the product of two unsigned 32-bit integers, held in int64."""
     upper = multiplier * (value >> 16) + (multiplier * (value & 0xFFFF) >> 16)
     return upper >> 16, multiplier * value & _WORD
 
 
 def gradient_draws(tokens: int, channels: int, seed: Tensor, stream: int = 0) -> Tensor:
-    """The draws, int64 in 0 .. 2^15 - 1, ``[tokens, channels]``, in plain PyTorch."""
+    """Makes the draws of the stochastic rounding: int64 in 0 .. 2^15 - 1, ``[tokens, channels]``."""
     channel = torch.arange(channels, device=seed.device)[None, :]
     octet = torch.arange(ceil_div(tokens, 8), device=seed.device)[:, None]
     whole = torch.zeros(octet.shape[0], channels, dtype=torch.int64, device=seed.device)
@@ -97,9 +97,9 @@ def gradient_draws(tokens: int, channels: int, seed: Tensor, stream: int = 0) ->
 def quantize_gradient_reference(
     dy: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Tensor, stream: int = 0
 ) -> QuantizedGradient:
-    """Twin of :func:`quantize_gradient` in plain PyTorch, on any device, the same bits.
+    """Computes what ``quantize_gradient`` computes, bit for bit, on any device.
 
-    Codes of a token or channel whose scale is not finite mean nothing.
+    Where the scale of a token or of a channel is not finite, its codes mean nothing.
     """
     check_gradient(dy, row_scale, token_scale, seed, stream)
 

@@ -1,12 +1,10 @@
 """Device code of the Hopper product of two int8 matrices, in Gluon. Needs Triton >= 3.9; imported only there.
 
-``y = (a @ b^T) * scale[row]`` with both factors in shared memory (``hopper_kernels`` has one, of two bits, in
-registers): the weight's gradient, whose sum runs over tokens. Persistent and warp-specialised as there: a producer
-fills a ring by TMA, two consumers of 64 rows each multiply ``m64n256k32`` and run apart from each other. Where tiles
-do not fill a wave of multiprocessors, the last of them are split along the sum into int32 parts; another pass adds
-those, exactly.
-
-The waits are those of ``hopper_kernels`` for the reasons given there.
+``y = (a @ b^T) * scale[row]`` with both factors in shared memory: the gradient of the weight, whose sum runs over
+tokens. (``gemm/sm90/kernels.py`` holds one factor, of two bits, in registers.) The kernel is persistent and
+warp-specialised like the other: a producer fills a ring by TMA, and two consumers of 64 rows each multiply
+``m64n256k32`` and run apart from each other. Where tiles do not fill a wave of multiprocessors, the last tiles are
+split along the sum into int32 parts, which another kernel adds exactly.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from sbn_kernels.common.hopper_pipeline import (
 
 @gluon.constexpr_function
 def _multiply_tile(outs, ins):
-    """PTX: a k128 step as one commit group, then a wait for the group before it."""
+    """PTX: multiplies a k128 step as one commit group, then waits for the group before it."""
     (acc,) = outs
     _, a, b, accumulate = ins
     registers = "{" + ",".join(acc) + "}"
@@ -44,9 +42,9 @@ def _multiply_tile(outs, ins):
 
 @gluon.jit
 def _unit(i, k_steps, per_split, row_tiles, column_tiles, whole, group):
-    """Unit of work -> (row tile, column tile, first k step, end): ``group`` row tiles share a sweep over columns.
+    """Unit of work -> (row tile, column tile, first k step, end); ``group`` row tiles share a sweep over columns.
 
-    Units below ``whole`` are tiles; then come the other tiles' first parts, their second parts and so on.
+    Units below ``whole`` are whole tiles. Then come the first parts of the other tiles, their second parts, and so on.
     """
     others = gl.maximum(row_tiles * column_tiles - whole, 1)
     part = gl.maximum(i - whole, 0) // others
@@ -83,7 +81,7 @@ def _producer(
 
 @gluon.jit
 def _store_scaled(acc, scale, y, ys, row0, column0, CHUNK: gl.constexpr, HALF: gl.constexpr):
-    """Scales, rounds and stores 64 rows of a tile, CHUNK columns at a time through two shared buffers."""
+    """Scales, rounds and stores 64 rows of a tile, CHUNK columns at a time, through two shared buffers."""
     pieces = split_columns(acc, acc.shape[1] // CHUNK)
     for c in gl.static_range(acc.shape[1] // CHUNK):
         rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, pieces[c].type.layout))
@@ -97,7 +95,7 @@ def _store_scaled(acc, scale, y, ys, row0, column0, CHUNK: gl.constexpr, HALF: g
 
 @gluon.jit
 def _store_part(acc, parts, ys, row0, HALF: gl.constexpr):
-    """Stores 64 rows of a part as they are, through the same buffers."""
+    """Stores 64 rows of a part without scaling, through the same buffers."""
     pieces = split_columns(acc, acc.shape[1] // 32)
     for c in gl.static_range(acc.shape[1] // 32):
         buffer = ys.index(2 * HALF + c % 2).reinterpret(gl.int32, [64, 32], parts.layout)
@@ -140,7 +138,7 @@ def _consumer(
     tma.store_wait(0)
 
 
-# sizes vary from call to call; specialising on them would compile again for each divisibility pattern
+# Sizes vary from call to call; specialising on them would compile anew for each pattern of divisibility.
 _SIZES = ("k_steps", "per_split", "row_tiles", "column_tiles", "whole", "units", "group")
 
 
@@ -149,10 +147,10 @@ def int8_outer_kernel(
     a, b, y, parts, scale, k_steps, per_split, row_tiles, column_tiles, whole, units, group,
     BN: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """y [rows, columns] = (a [rows, K] @ b [columns, K]^T) * scale[row]. From ``whole`` on: unscaled, to ``parts``.
+    """y [rows, columns] = (a [rows, K] @ b [columns, K]^T) * scale[row]; from ``whole`` on: unscaled, to ``parts``.
 
     ``a``, ``b``, ``y``, ``parts`` are tensor descriptors (blocks [64, 128], [BN, 128] int8, [64, CHUNK], [64, 32]
-    int32); ``scale`` is readable up to whole tiles. Launch with 4 warps, the first consumer's.
+    int32); ``scale`` is readable up to whole tiles. Launch with 4 warps: those of the first consumer.
     """
     as_ = gl.allocate_shared_memory(gl.int8, [2 * STAGES, 64, 128], a.layout)
     bs = gl.allocate_shared_memory(gl.int8, [STAGES, BN, 128], b.layout)

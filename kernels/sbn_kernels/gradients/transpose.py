@@ -1,8 +1,8 @@
-"""Operands of the backward, made from the forward's: transposed tokens, packed transposed weight, bfloat16 tokens.
+"""Operands of the backward, made from operands of the forward: transposed or dequantised tokens, transposed weights.
 
-int8 tensor cores read both factors along the sum. For ``dW`` the sum is over tokens, so it needs ``x8`` as
-``[in_features, tokens]``; for ``dX`` it is over the layer's outputs, so it needs the packed form of T transposed. Bytes
-are transposed as 32-bit words of four tokens: that leaves shared memory a quarter of the accesses.
+int8 tensor cores read both factors along the sum. The sum of ``dW`` runs over tokens, so ``dW`` needs ``x8`` as
+``[in_features, tokens]``. The sum of ``dX`` runs over the layer's outputs, so ``dX`` needs the packed form of T
+transposed. Bytes are transposed as 32-bit words of four tokens, which takes a quarter of the accesses to shared memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NEEDS = Needs("transpose", least=(0, 0), interpreter=True)
 def transpose_kernel(
     x_pointer, q_pointer, rows, columns, x_stride, q_stride, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """One tile of 4 R rows and C columns of bytes; ``q`` has room for whole words at the end of a row."""
+    """Transposes one tile of 4 R rows and C columns of bytes; rows of ``q`` have room for whole words at their end."""
     tiles = tl.cdiv(columns, C)
     quad = tl.program_id(0) // tiles * R + tl.arange(0, R)
     column = tl.program_id(0) % tiles * C + tl.arange(0, C)
@@ -47,7 +47,7 @@ def transpose_kernel(
 def dequantize_kernel(
     x_pointer, scale_pointer, y_pointer, rows, columns, x_stride, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """y = x * scale of the row, y contiguous."""
+    """y = x * scale of the row; y is contiguous."""
     tiles = tl.cdiv(columns, C)
     row = tl.program_id(0) // tiles * R + tl.arange(0, R)
     column = tl.program_id(0) % tiles * C + tl.arange(0, C)
@@ -83,10 +83,10 @@ def _(x8: Tensor) -> Tensor:
 
 
 def transpose_tokens(x8: Tensor) -> Tensor:
-    """int8 ``[tokens, features]`` -> a copy ``[features, tokens]``, row stride ``tokens`` rounded up to 16.
+    """Transposes int8 tokens: ``[tokens, features]`` -> ``[features, tokens]``, row stride ``tokens`` rounded up to 16.
 
     Raises:
-        ValueError: For another dtype or number of dimensions.
+        ValueError: If the dtype or the number of dimensions does not fit.
         UnsupportedError: If there is no GPU.
     """
     if x8.dim() != 2 or x8.dtype != torch.int8:
@@ -122,7 +122,7 @@ def pack_transposed(codes: Tensor) -> Tensor:
         int32 words of ``codes`` transposed, layout ``dense``: equal to ``pack_dense(codes.t())``.
 
     Raises:
-        ValueError: For another dtype or number of dimensions, or no weight at all.
+        ValueError: If the dtype or the number of dimensions does not fit, or there is no weight at all.
         UnsupportedError: If there is no GPU.
     """
     if codes.dim() != 2 or codes.dtype != torch.int8 or codes.numel() == 0:
@@ -151,7 +151,7 @@ def _(x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize_tokens(x8: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """``x8 * scale`` rounded once to ``dtype``, in one pass: the activations that exact gradients multiply.
+    """Computes ``x8 * scale`` in one pass, rounded once to ``dtype``: the activations that exact gradients multiply.
 
     Args:
         x8: int8 ``[tokens, features]``.

@@ -24,7 +24,7 @@ from sbn_kernels.runtime.ops import kernel_fake, kernel_op
 NEEDS = Needs("gradients", least=(0, 0), interpreter=True)
 _maxima = Launcher(gradient_maxima_kernel, enable_fp_fusion=False)
 _scales = Launcher(gradient_scales_kernel, enable_fp_fusion=True)
-# four programs a multiprocessor; three fit at the 160 registers that the compiler would take
+# 128 registers: four programs fit a multiprocessor; with the 160 that the compiler would take, three
 _round = Launcher(quantize_gradient_kernel, enable_fp_fusion=False, maxnreg=128)
 
 
@@ -55,7 +55,7 @@ def _quantize_gradient(
         dy = dy.contiguous()
     rows, columns = dy.shape
     a, sa, b, sb = outputs = _outputs(dy, want_tokens, want_channels)
-    # maxima of tokens, then of channels; those start at a multiple of 16, as pointers of tensors of their own would
+    # maxima of tokens, then of channels. Channels start at a multiple of 16, as the memory of a tensor would.
     first_channel = ceil_div(rows, 16) * 16 if want_tokens else 0
     length = first_channel + (columns if want_channels else 0)
     maxima = torch.zeros(length, dtype=torch.int32, device=dy.device)
@@ -63,7 +63,7 @@ def _quantize_gradient(
     if rows > 0:
         strips = ceil_div(columns, block_columns)
         spans = ceil_div(rows, block_rows)
-        if dy.is_cuda:  # about sixteen programs a multiprocessor: few atomic operations, and none idle
+        if dy.is_cuda:  # about sixteen programs a multiprocessor: few atomic operations, and no multiprocessor is idle
             spans = min(spans, max(1, 16 * multiprocessors(dy.device.index) // strips))
         span = ceil_div(ceil_div(rows, spans), block_rows) * block_rows
         _maxima(
@@ -113,15 +113,14 @@ def quantize_gradient(
 
     Args:
         dy: Gradient of the layer's output ``[tokens, channels]``, bfloat16, float16 or float32; 0 tokens allowed.
-        row_scale: float32 ``[channels]``: gamma of each row of the weight.
-        token_scale: float32 ``[tokens]``: scale of the quantised activations.
-        seed: One int64 on the device, any value: a graph replayed or compiled once sees a new one by writing it.
-        stream: Number that sets layers apart which share a seed, 0 to 2^31 - 1.
-        want_tokens: Whether to make ``tokens`` (for dX).
-        want_channels: Whether to make ``channels`` (for dW).
+        row_scale: gamma of each row of the weight, float32 ``[channels]``.
+        token_scale: The scales of the quantised activations, float32 ``[tokens]``.
+        seed: One int64 on the device, of any value. A captured or compiled graph gets a new seed when it is
+        overwritten. stream: A number that sets apart layers which share a seed, 0 to 2^31 - 1. want_tokens: Whether to
+        make ``tokens`` (for dX). want_channels: Whether to make ``channels`` (for dW).
 
     Returns:
-        See :class:`QuantizedGradient`. Equal bit for bit to :func:`quantize_gradient_reference`.
+        See :class:`QuantizedGradient`; equal bit for bit to ``quantize_gradient_reference``.
 
     Raises:
         ValueError: If an argument does not fit.

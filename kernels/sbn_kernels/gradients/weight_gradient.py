@@ -1,9 +1,10 @@
-"""The weight's gradient of a layer from int8 factors: ``weight_gradient_gemm``, on Hopper or in plain Triton.
+"""The gradient of a layer's weight from int8 factors: ``weight_gradient_gemm``, on Hopper or in plain Triton.
 
-Launch, tile choice and argument checks of the Gluon kernel in ``gradient_hopper``; elsewhere it is ``int8_gemm`` with
-the weight's rows for tokens. Both sum exactly in int32, scale in float32 and round to the output's dtype: the same
-bits. Where tiles do not fill a wave of multiprocessors (few rows and columns, or a last wave of few), they are split
-along the sum over tokens if that ends sooner; a second kernel adds the int32 parts.
+This file launches the Gluon kernel of ``sm90.py``, chooses its tiles and checks arguments. Elsewhere the product is
+``int8_gemm``, with the rows of the weight in the place of tokens. Both sum exactly in int32, scale in float32 and round
+to the dtype of the result, so both give the same bits. Where tiles do not fill a wave of multiprocessors (few rows and
+columns, or few tiles in the last wave), tiles are split along the sum over tokens if that ends sooner; a second kernel
+adds the int32 parts.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _COLUMN_TILES = (256, 128)
 _SHARED_BYTES = 232448 - 2048
 _EPILOGUE_BYTES = 4 * 64 * 128
 _BAND = 16  # row tiles that share a sweep over columns
-# Cost model, in k128 steps of a tile of 256 columns (about 0.7 microseconds): a step, an output tile, a second launch
+# Cost model. The unit is a k128 step of a tile of 256 columns, about 0.7 microseconds: a step, an output tile, a second
+# launch.
 _STEP = {256: 1.0, 128: 0.55}
 _TILE = {256: 3.0, 128: 1.5}
 _LAUNCH = 5.0
@@ -44,7 +46,7 @@ _STEPS_A_BYTE = 1 / (0.7e-6 * 4e12)
 
 @functools.cache
 def _kernel() -> Launcher:
-    """The Gluon kernel; importing it needs Triton >= 3.9."""
+    """The launcher of the Gluon kernel; importing the kernel needs Triton >= 3.9."""
     from sbn_kernels.gradients.sm90 import int8_outer_kernel
 
     return Launcher(int8_outer_kernel, enable_fp_fusion=False)
@@ -52,7 +54,7 @@ def _kernel() -> Launcher:
 
 @functools.lru_cache(maxsize=4096)
 def choose_launch(rows: int, columns: int, tokens: int, processors: int) -> tuple[int, int, int]:
-    """(columns a tile, tiles done whole, parts of each other tile) that the cost model puts first."""
+    """Chooses the launch of least cost: (columns of a tile, tiles done whole, parts of each other tile)."""
     steps = ceil_div(tokens, 128)
 
     def cost(tile: int, whole: int, splits: int) -> float:
@@ -73,7 +75,7 @@ def choose_launch(rows: int, columns: int, tokens: int, processors: int) -> tupl
 
 
 def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int]:
-    """(columns an epilogue chunk, ring stages) that fit shared memory."""
+    """(Columns of an epilogue chunk, stages of the ring) that fit shared memory."""
     return 128 // out_itemsize, (_SHARED_BYTES - _EPILOGUE_BYTES) // (128 * (_ROWS + tile))
 
 
@@ -82,9 +84,9 @@ def add_parts_kernel(
     part_pointer, scale_pointer, y_pointer, rows, columns, row_tiles, column_tiles, whole, splits, group,
     TILE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """y = (sum of int32 parts) * scale[row], for R rows of a tile from ``whole`` on; tiles in the product's order.
+    """y = (sum of int32 parts) * scale[row], for R rows of a tile; tiles from ``whole`` on, in the product's order.
 
-    ``part`` holds tiles of 128 rows and TILE columns, all first parts, then all second parts and so on.
+    ``part`` holds tiles of 128 rows and TILE columns: all first parts, then all second parts, and so on.
     """
     other = tl.program_id(0)
     tile = whole + other
@@ -108,9 +110,10 @@ _add_parts = Launcher(add_parts_kernel, enable_fp_fusion=True)
 
 
 def add_parts(parts: Tensor, scale: Tensor, y: Tensor, whole: int, group: int) -> None:
-    """Writes to ``y`` the tiles from ``whole`` on: int32 ``parts`` [splits, tiles, 128, columns a tile], added, scaled.
+    """Adds and scales int32 ``parts`` [splits, tiles, 128, columns of a tile], and writes the tiles to ``y``.
 
-    ``group`` row tiles share a sweep over columns in the order of tiles.
+    The parts belong to the tiles from ``whole`` on. In the order of tiles, ``group`` row tiles share a sweep over
+    columns.
     """
     splits, others, height, width = parts.shape
     shape = (ceil_div(y.shape[0], height), ceil_div(y.shape[1], width))
@@ -129,10 +132,10 @@ def _hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, lau
     whole = min(whole, row_tiles * column_tiles)
     others = row_tiles * column_tiles - whole
     per_split = ceil_div(steps, splits)
-    splits = ceil_div(steps, per_split)  # none without a step
+    splits = ceil_div(steps, per_split)  # no part is without a step
     units = whole + others * splits
     parts = torch.empty((splits, max(others, 1), _ROWS, tile), dtype=torch.int32, device=y.device)
-    # TMA stores rows that start on 16-byte boundaries; an odd number of columns takes a detour through a wider output
+    # TMA stores rows that start on 16-byte boundaries, so an odd number of columns is stored to a wider output first
     align = 16 // y.element_size()
     width = ceil_div(columns, align) * align
     target = y if width == columns else y.new_empty((rows, width))
@@ -190,24 +193,24 @@ def weight_gradient_gemm(
     portable: bool | None = None,
     launch: tuple[int, int, int] | None = None,
 ) -> Tensor:
-    """``dW = scale * (b8t @ x8t^T)``, the sum exact.
+    """Computes ``dW = scale * (b8t @ x8t^T)`` with an exact sum.
 
     Args:
-        b8t: int8 ``[out_features, tokens]``, values in [-127, 127]: ``QuantizedGradient.channels``. 0 tokens allowed.
-        scale: float32 ``[out_features]``.
-        x8t: int8 ``[in_features, tokens]``: the activations, transposed by ``transpose_tokens``.
-        out_dtype: float32, bfloat16 or float16.
-        portable: Plain Triton (sm_80 and later) instead of the Hopper kernel; None: where that does not run.
-        launch: Of the Hopper kernel: columns a tile (256 or 128), tiles of 128 rows done whole, parts of the sum over
-            tokens for each other tile. None: :func:`choose_launch`.
+        b8t: int8 ``[out_features, tokens]``, values in [-127, 127]: ``QuantizedGradient.channels``; 0 tokens are
+        allowed. scale: float32 ``[out_features]``. x8t: int8 ``[in_features, tokens]``: the activations, transposed by
+        ``transpose_tokens``. out_dtype: float32, bfloat16 or float16. portable: Whether to use plain Triton (sm_80 and
+        later) instead of the Hopper kernel; None: where the Hopper
+            kernel does not run.
+        launch: The launch of the Hopper kernel: columns of a tile (256 or 128), tiles of 128 rows done whole, parts of
+            the sum over tokens for each other tile. None: :func:`choose_launch`.
 
     Returns:
-        ``[out_features, in_features]``. Above 131,072 tokens, where int32 could overflow, the float32 sum of exact
-        parts.
+        ``[out_features, in_features]``. Above 131,072 tokens int32 could overflow, so the result is the float32 sum of
+        exact parts.
 
     Raises:
         ValueError: If an argument does not fit.
-        UnsupportedError: Without a GPU of compute capability 8.0 or later, or one asked for that cannot run here.
+        UnsupportedError: If there is no GPU of compute capability 8.0 or later, or the kernel asked for cannot run.
     """
     if x8t.dim() != 2 or x8t.dtype != torch.int8 or x8t.shape[1] != b8t.shape[-1] or x8t.shape[0] == 0:
         raise ValueError(f"x8t must be int8 [in_features, {b8t.shape[-1]}], not {x8t.dtype} {list(x8t.shape)}")

@@ -1,4 +1,4 @@
-"""Device code of weight preparation. See ``prepare`` for what it computes and in how many passes."""
+"""Device code of weight preparation; ``triton.py`` says what it computes and in how many passes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def row_sums_kernel(w_pointer, mask_pointer, row_scale_pointer, sum_pointer, cou
                     BLOCK: tl.constexpr):  # fmt: skip
     """Sum of |W| over a row, one row a program.
 
-    MASKED: over kept weights only. NONZERO: over those only that do not round to zero. COUNT: and their number.
+    MASKED: only weights that the mask keeps. NONZERO: only weights that do not round to zero. COUNT: also counts them.
     """
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK)
@@ -43,9 +43,9 @@ def row_sums_kernel(w_pointer, mask_pointer, row_scale_pointer, sum_pointer, cou
 @triton.jit
 def gamma_kernel(sum_pointer, count_pointer, gamma_pointer, row_scale_pointer, part, first, rows, columns,
                  KEPT: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """gamma of one split from its row sums, in float64, and a copy for each of its rows. One program.
+    """gamma of one part from its row sums, in float64, and a copy for each of its rows. One program.
 
-    KEPT divides by the number of kept weights, else by rows * columns. GIVEN: gamma is there already.
+    KEPT: divides by the number of weights that count, else by rows * columns. GIVEN: gamma is there already.
     """
     block = tl.arange(0, BLOCK)
     if GIVEN:
@@ -70,10 +70,10 @@ def gamma_kernel(sum_pointer, count_pointer, gamma_pointer, row_scale_pointer, p
 
 @triton.jit
 def _top_n(magnitude, N: tl.constexpr, M: tl.constexpr):
-    """bool mask of the N largest of the last dimension (length M), the lower index first on a tie.
+    """Bool mask of the N largest of the last dimension (length M), the lower index first on a tie.
 
-    ``magnitude``: bits of |W| as int32, which order as the values do. Takes the N largest one after the other, or
-    drops the M - N smallest, whichever is fewer.
+    ``magnitude`` holds the bits of |W| as int32, which order as the values do. The function takes the N largest one
+    after the other, or drops the M - N smallest, whichever are fewer.
     """
     index = tl.arange(0, M)[None, None, :]
     if 2 * N <= M:
@@ -92,7 +92,7 @@ def _top_n(magnitude, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _ranked(magnitude, keep, M: tl.constexpr):
-    """bool mask of the ``keep`` largest of the last dimension, ``keep`` differing by row ([rows, 1, 1])."""
+    """Bool mask of the ``keep`` largest of the last dimension; ``keep`` may differ by row ([rows, 1, 1])."""
     index = tl.arange(0, M)[None, None, :]
     rank = tl.zeros_like(magnitude)
     for j in tl.static_range(M):
@@ -106,9 +106,9 @@ def _ranked(magnitude, keep, M: tl.constexpr):
 def mask_kernel(w_pointer, keep_pointer, bits_pointer, rows, columns, groups, stride, bits_stride,
                 N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr, KEEP: tl.constexpr,
                 GROUPS: tl.constexpr):  # fmt: skip
-    """Fresh mask bits for any M <= 32: 8 groups (whole bytes) at a time, GROUPS a multiple of 8.
+    """Fresh mask bits for any M <= 32, 8 groups (whole bytes) at a time; GROUPS is a multiple of 8.
 
-    A group of PADDED >= M lanes holds M weights; lanes beyond M rank last. Bits meet their bytes by a sum over lanes.
+    A group of PADDED >= M lanes holds M weights, and lanes beyond M rank last. A sum over lanes puts bits into bytes.
     """
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :, None]
@@ -134,7 +134,7 @@ def mask_kernel(w_pointer, keep_pointer, bits_pointer, rows, columns, groups, st
 
 @triton.jit
 def _quads(x, R: tl.constexpr, C: tl.constexpr):
-    """[R, C] -> four [R, C / 4]: columns 0, 1, 2, 3 of every four. Register renaming where a thread holds all four."""
+    """[R, C] -> four [R, C / 4]: columns 0, 1, 2, 3 of every four. Free where one thread holds all four."""
     even, odd = tl.split(tl.reshape(x, [R, C // 4, 2, 2]))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -149,7 +149,7 @@ def _unquad(x0, x1, x2, x3, R: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _ahead(a, b):
-    """1 where ``a``, the lower index, ranks before ``b``."""
+    """1 where ``a``, which has the lower index, ranks before ``b``."""
     return (a >= b).to(tl.int32)
 
 
@@ -163,7 +163,7 @@ def _ranks4(a0, a1, a2, a3):
 
 @triton.jit
 def _first_four_of_eight(a, b0, b1, b2, b3):
-    """How many of the later four magnitudes rank before ``a``."""
+    """The number of the later four magnitudes that rank before ``a``."""
     return 4 - _ahead(a, b0) - _ahead(a, b1) - _ahead(a, b2) - _ahead(a, b3)
 
 
@@ -174,7 +174,7 @@ def _merge(low, high, R: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def _keep_quads(m0, m1, m2, m3, N: tl.constexpr, M: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
-    """Fresh top-N mask (0/1) of quads [R, G] for M = 2, 4 or 8, by comparisons within a thread or its neighbour."""
+    """Fresh top-N mask (0 or 1) of quads [R, G] for M = 2, 4 or 8, by comparisons within a thread and its neighbour."""
     if M == 2:
         g01, g23 = _ahead(m0, m1), _ahead(m2, m3)
         k0, k1, k2, k3 = g01, 1 - g01, g23, 1 - g23
@@ -205,7 +205,7 @@ def _keep_quads(m0, m1, m2, m3, N: tl.constexpr, M: tl.constexpr, R: tl.constexp
 
 @triton.jit
 def _load_nibbles(pointer, row, group, rows, columns, stride):
-    """Mask bits of the quads [R, G] from packed bytes: 4 bits each, bits beyond the end zero."""
+    """Mask bits of the quads [R, G] from packed bytes, 4 bits each; bits beyond the end are zero."""
     there = (row < rows)[:, None] & (group * 4 < columns)[None, :]
     where = pointer + row.to(tl.int64)[:, None] * stride + (group // 2)[None, :]
     return (tl.load(where, mask=there, other=0).to(tl.int32) >> (4 * (group % 2))[None, :]) & 15
@@ -213,13 +213,13 @@ def _load_nibbles(pointer, row, group, rows, columns, stride):
 
 @triton.jit
 def _magnitude(w):
-    """Bits of |W|, which order as the values do."""
+    """The bits of |W|, which order as the values do."""
     return w.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _natural(w, half):
-    """Code of W before the mask, 0, 1, 2 for 0, +1, -1.
+    """The code of W before the mask: 0, 1, 2 for 0, +1, -1.
 
     round(W / gamma), halves to even, is non-zero exactly when |W| > gamma / 2: the quotient of the next float above
     gamma / 2 already rounds to more than 1/2.
@@ -240,13 +240,16 @@ def _popcount4(nibble):
 
 @triton.jit
 def _half_block(half, k_step, k_steps):
-    """First word of 64 rows of a k step. Words: (32 w + 4 g + t) * 4 + word, rows: 16 w + 8 r0 + g; see packing."""
+    """The first word of 64 rows of a k step. Words: (32 w + 4 g + t) * 4 + word, rows: 16 w + 8 r0 + g; see packing."""
     return (half // 2).to(tl.int64) * k_steps * 1024 + k_step * 1024 + (half % 2) * 512
 
 
 @triton.jit
 def _store_dense(packed_pointer, half, k_step, k_steps, quads, R: tl.constexpr):
-    """Words of layout ``dense`` from quads [R, 32] of one half and k step: codes 0, 1, 2 of 4 columns, 4 bits each."""
+    """Stores words of layout ``dense`` from the quads [R, 32] of one half and k step.
+
+    A quad holds the codes 0, 1, 2 of 4 columns, 4 bits each.
+    """
     w_ = tl.arange(0, 4)[:, None, None, None]
     g_ = tl.arange(0, 8)[None, :, None, None]
     j_ = tl.arange(0, 4)[None, None, :, None]
@@ -270,7 +273,7 @@ def prepare_kernel(
 ):  # fmt: skip
     """One tile of 64 rows and 128 columns: mask, ternary codes, packed words, statistics.
 
-    Everything after the load works on quads: four tensors [R, C / 4], one for each column of every four.
+    After the load, everything works on quads: four tensors [R, C / 4], one for each column of every four.
     """
     G: tl.constexpr = C // 4
     half = tl.program_id(0)
@@ -282,7 +285,7 @@ def prepare_kernel(
     w = tl.load(w_pointer + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     half_gamma = 0.5 * tl.load(row_scale_pointer + row, mask=row < rows, other=1.0)[:, None]
     w0, w1, w2, w3 = _quads(w, R, C)
-    # columns of a quad beyond in_features (or rows beyond out_features): their kept bits are cleared
+    # kept bits are cleared for columns beyond in_features and rows beyond out_features
     tail = tl.minimum(tl.maximum(columns - group * 4, 0), 4)
     valid = tl.where((row < rows)[:, None], ((1 << tail) - 1)[None, :], 0)
     if GIVEN:

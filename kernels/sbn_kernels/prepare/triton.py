@@ -1,16 +1,16 @@
-"""Weight preparation, once an optimiser step: latent weight -> gamma, mask, ternary codes, packed words, statistics.
+"""Prepares a weight once an optimiser step: latent weight -> gamma, mask, ternary codes, packed words, statistics.
 
-Formulas (Sparse-BitNet, arXiv 2603.05168; twins in ``ternary`` and ``pattern``), per split of a fused weight::
+Formulas (Sparse-BitNet, arXiv 2603.05168), for each part of a fused weight::
 
     mask  = the N largest |W| of each M consecutive weights, the lower index first on a tie
-    gamma = max(mean|W|, 1e-5), over all weights of the split (or the mask's, see ``gamma_over``)
+    gamma = max(mean|W|, 1e-5), over all weights of the part (other means: see ``gamma_over``)
     T     = clamp(round(W / gamma), -1, 1) * mask
     gamma = max(mean|W| where T != 0, 1e-5) after that, if ``gamma_over`` is ``"nonzero"``
 
-Two passes over the weight: one sums, one does all the rest; gamma itself is a small launch a split between them. Sums
-are taken in a fixed order (float32 within a row, float64 across rows), so the result does not change from run to run.
-A group size that is no power of two, and gamma over kept weights of a fresh mask, cost one more pass that computes
-the mask bits first; gamma over non-zero codes costs one more pass at the end.
+Two passes read the weight: one sums, the other does everything else. Between them, one small launch a part computes
+gamma. Sums are taken in a fixed order (float32 within a row, float64 across rows), so the result is the same in every
+run. A group size that is no power of two, and gamma over the kept weights of a fresh mask, cost one more pass, which
+computes the mask bits first. gamma over non-zero codes costs one more pass at the end.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _prepare = Launcher(prepare_kernel, enable_fp_fusion=True)
 
 
 class PreparedWeight(NamedTuple):
-    """What a layer needs of its weight until the next optimiser step. Tensors not asked for are empty.
+    """What a layer needs of its weight until the next optimiser step. Tensors that were not asked for are empty.
 
     Attributes:
         gamma: float32 ``[splits]``.
@@ -57,8 +57,8 @@ class PreparedWeight(NamedTuple):
         mask_bits: uint8 ``[out, ceil(in / 8)]``, lowest bit first.
         codes: int8 ``[out, in]`` in {-1, 0, 1}.
         packed: int32, see :mod:`sbn_kernels.common.packing`.
-        stats: int64 ``[4]``: mask bits that differ from the old mask, weights that round to zero by themselves,
-            other weights that the mask zeroes, weights kept.
+        stats: int64 ``[4]``: mask bits that differ from the old mask; weights that round to zero by themselves; other
+            weights that the mask sets to zero; weights that the mask keeps.
     """
 
     gamma: Tensor
@@ -85,7 +85,7 @@ def _outputs(
 
 
 def _fresh_bits(weight: Tensor, n: int, m: int, keep: Tensor | None) -> Tensor:
-    """Mask bits of any group size, rows padded to whole int32 words."""
+    """Computes mask bits for any group size, with rows padded to whole int32 words."""
     out, columns = weight.shape
     padded = next_power_of_2(m)
     groups = columns // m
@@ -103,7 +103,10 @@ def _fresh_bits(weight: Tensor, n: int, m: int, keep: Tensor | None) -> Tensor:
 def _sums(
     weight: Tensor, mask: Tensor | None, row_scale: Tensor | None = None, count: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of |W| of each row over what a mask keeps and ``row_scale`` does not round to zero; their number too."""
+    """Sums |W| of each row over the weights that count, and counts them if ``count``.
+
+    A weight counts if the mask (if given) keeps it and ``row_scale`` (if given) does not round it to zero.
+    """
     out, columns = weight.shape
     sums = torch.empty(out, dtype=torch.float32, device=weight.device)
     counts = torch.empty(out, dtype=torch.int32, device=weight.device) if count else None
@@ -120,8 +123,11 @@ def _sums(
 def _write_gamma(
     sums: Tensor | None, counts: Tensor | None, split_sizes: Sequence[int], columns: int, gammas: Tensor, scale: Tensor
 ) -> None:
-    """gamma of each split from sums over its rows, divided by counts or by all; without sums it is there already. And
-    gamma of each row, ``scale``."""
+    """Writes gamma of each part to ``gammas``, and gamma of each row to ``scale``.
+
+    gamma is the sum over the rows of a part, divided by the counts, or by the number of weights without counts. Without
+    sums, ``gammas`` holds gamma already.
+    """
     tensors = [gammas if tensor is None else tensor for tensor in (sums, counts)]
     first = 0
     for part, size in enumerate(split_sizes):
@@ -222,30 +228,31 @@ def prepare_weight(
     want_codes: bool = True,
     want_stats: bool = False,
 ) -> PreparedWeight:
-    """Prepares a latent weight for the GEMMs.
+    """Prepares a latent weight for the products.
 
     Args:
         weight: Latent weight ``[out, in]``, float32, bfloat16 or float16.
-        n: Weights kept in a group; ``n == m`` is dense.
-        m: Group size along ``in``, 1 to 32; ``in % m == 0``.
-        split_sizes: Rows of each part of a fused weight, one gamma each; None: one part.
-        mask_bits: uint8 ``[out, ceil(in / 8)]``: use this mask instead of a fresh one.
-        old_mask_bits: The mask to count changes against (statistics).
-        keep: int32 ``[out]``: weights kept a group in each row, instead of ``n``.
-        gamma: float32 ``[splits]``: use these scales (a sharded weight's, for example) whatever ``gamma_over`` says.
-        gamma_over: Mean over all weights, over kept weights only, or over all with masked ones counted as zero.
-            ``"nonzero"``: codes by the mean over all weights, then scaled by the mean over those that are not zero.
+        n: The number of weights left in a group; ``n == m`` is dense.
+        m: The number of weights of a group along ``in``, 1 to 32; ``in % m == 0``.
+        split_sizes: The rows of each part of a fused weight, one gamma each; None: one part.
+        mask_bits: The mask to use instead of a fresh one, uint8 ``[out, ceil(in / 8)]``.
+        old_mask_bits: The mask that the statistics count changes against.
+        keep: The number of weights left in each group of a row, int32 ``[out]``, instead of ``n``.
+        gamma: The scales to use, float32 ``[splits]``, whatever ``gamma_over`` says; for a sharded weight, for example.
+        gamma_over: The weights whose mean magnitude is gamma. ``"dense"``: all. ``"kept"``: those that the mask keeps.
+            ``"masked"``: all, where masked weights count as zero. ``"nonzero"``: the codes use the mean over all
+            weights, and gamma is the mean over the weights whose code is not zero.
         layout: ``"none"``, ``"dense"`` or ``"sparse24"`` (the mask must keep at most 2 of every 4).
         want_mask: Whether to return mask bits.
         want_codes: Whether to return int8 codes.
-        want_stats: Whether to count; costs a little time.
+        want_stats: Whether to count the statistics, which costs a little time.
 
     Returns:
         See :class:`PreparedWeight`.
 
     Raises:
-        ValueError: If an argument does not fit; the contents of a given mask are not checked (that would stall the
-            GPU): a group that keeps more than 2 of 4 loses weights in layout ``sparse24``.
+        ValueError: If an argument does not fit. The contents of a given mask are not checked, because that would stall
+            the GPU: a group that keeps more than 2 of 4 loses weights in layout ``sparse24``.
         UnsupportedError: If there is no GPU.
     """
     refuse_gradients(weight, gamma)

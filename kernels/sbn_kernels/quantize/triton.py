@@ -1,17 +1,14 @@
-"""Per-token quantisation of activations to int8 codes, one pass over memory.
+"""Quantises each token to int8 codes in one pass over memory; :mod:`.reference` has the formulas.
 
-A token's row is read once into registers, reduced, quantised and written; rows above 16,384 values are read twice, the
-second time mostly from L2. Formulas (BitNet b1.58, arXiv 2402.17764; the twin is ``ternary.quantize_activations``)::
+The row of a token is read once into registers, reduced, quantised and written. Rows of more than 16,384 values are read
+twice, the second time mostly from L2.
 
-    8 bits: s = max(max|x|, 1e-5) / 127            x8 = clamp(round(x / s), -128, 127)
-    4 bits: s = max(mean|x|, 1e-5) / sqrt(7)       x8 = clamp(round(x / s), -8, 7)
+The quotient is rounded like an IEEE division, halves to even, so 8-bit codes and scales equal the reference bit for
+bit. 4-bit scales equal it up to the last bits of the mean, whose summation order differs. A division takes more
+arithmetic than the memory traffic leaves room for, so the kernel computes one reciprocal a row and one exact residual a
+value (Markstein): three multiply-adds. The interpreter has no fused multiply-add and divides.
 
-The quotient is rounded like IEEE division, halves to even, so 8-bit codes and scales equal the twin's bit for bit
-(4-bit scales to the last bits of the mean, whose summation order differs). Dividing costs more arithmetic than the
-memory traffic leaves room for, so it is a reciprocal a row and one exact residual a value (Markstein): three
-multiply-adds. The interpreter has no fused multiply-add and divides.
-
-Rows of the result start on 16-byte boundaries, as TMA needs: the row stride is K rounded up to 16.
+Rows of the result start on 16-byte boundaries, as TMA needs: the row stride is the number of values rounded up to 16.
 """
 
 from __future__ import annotations
@@ -45,7 +42,7 @@ def quantize_rows_kernel(
     x_pointer, q_pointer, scale_pointer, rows, columns, x_stride, q_stride,
     BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """ROWS whole rows at a time, in registers; the next ones are already on their way while these are quantised."""
+    """Quantises ROWS whole rows at a time in registers, while the next rows are being loaded."""
     local = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     coming = _load_rows(x_pointer, tl.program_id(0) * ROWS + local, column, rows, columns, x_stride)
@@ -69,7 +66,7 @@ def quantize_long_rows_kernel(
     x_pointer, q_pointer, scale_pointer, columns, x_stride, q_stride,
     BITS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in blocks: once to reduce, once to quantise."""
+    """Quantises one row a program, in blocks: one pass to reduce, one to quantise."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK)
     reduced = tl.zeros([BLOCK], tl.float32)
@@ -111,7 +108,7 @@ def _quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         per = max(1, 2048 // block)
         warps = min(16, max(4, per * block // 512))
         programs = ceil_div(rows, per)
-        if x.is_cuda:  # as many as fit at once, for the loop over rows to have a next one
+        if x.is_cuda:  # as many programs as fit at once, so that the loop over rows has next rows to load
             programs = min(programs, multiprocessors(x.device.index) * max(1, 32 // warps))
         _quantize_rows((programs, 1, 1), (x, q, scale), (rows, columns, *strides), (bits, per, block, fused), warps)
     else:
@@ -129,15 +126,15 @@ def quantize_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Quantises each row of ``x`` to signed integers.
 
     Args:
-        x: ``[tokens, features]``, float32, bfloat16 or float16; any number of rows, also 0.
-        bits: 8, or 4 for the range [-8, 7] (still stored as int8).
+        x: ``[tokens, features]``, float32, bfloat16 or float16; any number of rows, 0 included.
+        bits: 8, or 4 for the range [-8, 7], which is stored as int8 too.
 
     Returns:
-        int8 ``[tokens, features]`` whose rows start on 16-byte boundaries (stride: ``features`` rounded up to 16), and
-        the scale ``[tokens]``, float32: integers times scale approximate ``x``.
+        int8 ``[tokens, features]`` whose row stride is ``features`` rounded up to 16, and the scale, float32
+        ``[tokens]``: integers times scale approximate ``x``.
 
     Raises:
-        ValueError: For another shape, dtype or number of bits.
+        ValueError: If the shape, the dtype or the number of bits does not fit.
         UnsupportedError: If there is no GPU.
     """
     if x.dim() != 2 or x.shape[1] == 0:

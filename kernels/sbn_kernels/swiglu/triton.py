@@ -1,10 +1,9 @@
 """SwiGLU fused with what comes next: the quantisation of its result, and its own backward.
 
-``act = silu(gate) * up`` of a row is computed in float32 registers and quantised there, so of a gigabyte of gates and
-ups only int8 tokens are written, once read. Written in plain PyTorch and compiled, the same takes two kernels and reads
-the gates twice. The backward is one pass, too: ``d_gate = d up sigma (1 + gate (1 - sigma))``, ``d_up = d gate sigma``.
-
-Twins: ``quantize_activations(silu(gate) * up)`` and autograd, in float32.
+``silu(gate) * up`` of a row is computed in float32 registers and quantised there. So a gigabyte of gates and ups is
+read once, and only int8 tokens are written. Written in plain PyTorch and compiled, the same takes two kernels, which
+read the gates twice. The backward is one pass too: ``d_gate = d up sigma (1 + gate (1 - sigma))``, ``d_up = d gate
+sigma``.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ NEEDS = Needs("swiglu", least=(0, 0), interpreter=True)
 
 @triton.jit
 def _product(row_pointer, features, START: tl.constexpr, BLOCK: tl.constexpr):
-    """silu(gate) * up of BLOCK columns from START on, zeros beyond the row."""
+    """silu(gate) * up of BLOCK columns from START on; zeros beyond the end of the row."""
     column = START + tl.arange(0, BLOCK)
     gate = tl.load(row_pointer + column, mask=column < features, other=0.0).to(tl.float32)
     up = tl.load(row_pointer + features + column, mask=column < features, other=0.0).to(tl.float32)
@@ -38,7 +37,7 @@ def _product(row_pointer, features, START: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _reduce(x, BITS: tl.constexpr):
-    """What the scale is made of: max|x| for 8 bits, sum|x| for 4."""
+    """The number that the scale is computed from: max|x| for 8 bits, sum|x| for 4."""
     return largest(x, 0, True) if BITS == 8 else tl.sum(tl.abs(x), axis=0, keep_dims=True)
 
 
@@ -47,7 +46,10 @@ def swiglu_quantize_kernel(
     x_pointer, q_pointer, scale_pointer, features, x_stride, q_stride,
     BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """One row, gates in the first half, ups in the second, in two blocks: 8960 = 8192 + 768 wastes few lanes."""
+    """One row a program: gates in the first half, ups in the second.
+
+    Two blocks cover the row, because 8960 = 8192 + 768 leaves few lanes idle.
+    """
     row = tl.program_id(0).to(tl.int64)
     x_row, q_row = x_pointer + row * x_stride, q_pointer + row * q_stride
     main = _product(x_row, features, 0, MAIN)
@@ -70,7 +72,7 @@ def swiglu_quantize_kernel(
 def swiglu_backward_kernel(
     d_pointer, x_pointer, dx_pointer, features, d_stride, x_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A block of columns of one row."""
+    """One block of columns of one row a program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < features
@@ -89,7 +91,7 @@ _backward = Launcher(swiglu_backward_kernel, enable_fp_fusion=True)
 
 
 def blocks(features: int) -> tuple[int, int]:
-    """Powers of two that cover a row: one, or two where they sum to less."""
+    """The block sizes that cover a row: one power of two, or two of them where their sum is smaller."""
     whole = next_power_of_2(features)
     tail = next_power_of_2(features - whole // 2)
     return (whole, 0) if features == whole or tail == whole // 2 else (whole // 2, tail)
@@ -144,7 +146,7 @@ def _check(x: Tensor) -> None:
 
 
 def swiglu_quantize(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """``quantize_tokens(silu(gate) * up)`` without writing the product.
+    """Computes ``quantize_tokens(silu(gate) * up)`` without writing the product.
 
     Args:
         x: ``[tokens, 2 features]``, gates then ups; float32, bfloat16 or float16; at most 32,768 features.
@@ -154,7 +156,7 @@ def swiglu_quantize(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
         int8 ``[tokens, features]`` and scales, float32 ``[tokens]``, as ``quantize_tokens`` returns them.
 
     Raises:
-        ValueError: For another shape, dtype or number of bits.
+        ValueError: If the shape, the dtype or the number of bits does not fit.
         UnsupportedError: If there is no GPU.
     """
     _check(x)
@@ -165,10 +167,10 @@ def swiglu_quantize(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def swiglu_backward(d: Tensor, x: Tensor) -> Tensor:
-    """Gradient of ``silu(gate) * up``.
+    """Computes the gradient of ``silu(gate) * up``.
 
     Args:
-        d: Gradient of the product ``[tokens, features]``.
+        d: The gradient of the product ``[tokens, features]``.
         x: Gates then ups, ``[tokens, 2 features]``.
 
     Returns:

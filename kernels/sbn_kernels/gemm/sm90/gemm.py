@@ -1,12 +1,12 @@
-"""Hopper GEMMs on 2-bit ternary weights: ``sparse_gemm`` (2:4, sparse tensor core) and ``ternary_gemm`` (any pattern).
+"""Hopper products on 2-bit ternary weights: ``sparse_gemm`` (2:4, sparse tensor core), ``ternary_gemm`` (any pattern).
 
-Launch, tile choice and argument checks of the Gluon kernel in ``hopper_kernels``, which says how it works. Both are
-exact: the inner product is an int32 (``in_features`` up to 2^24 cannot overflow it), the scales are multiplied in fp32
-in the order of the plain-PyTorch twin, and one rounding to the output dtype follows.
+This file launches the Gluon kernel of ``kernels.py`` and chooses its tiles. Both products are exact: the sum is an
+int32 (``in_features`` up to 2^24 cannot overflow it), the scales are multiplied in float32 in the order of the
+plain-PyTorch reference, and one rounding to the dtype of the result follows.
 
-The tile is 128 features by ``BT`` tokens; ``BT`` is chosen by the number of waves of tiles over the multiprocessors.
-Up to 64 tokens the sum over K may be split over programs (``split_k`` says where, and why the result is the same).
-On Hopper only 2:4 gains from sparsity: any other pattern runs as dense ternary at the int8 rate.
+A tile is 128 features by ``BT`` tokens. The number of waves of tiles over the multiprocessors decides about ``BT``. Up
+to 64 tokens the sum over K may be split over programs; ``split_k.py`` says where, and why the result is the same. On
+Hopper only 2:4 gains from sparsity: any other pattern runs as dense ternary at the int8 rate.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ DENSE_NEEDS = Needs("ternary_gemm", only=(9, 0), gluon=True)
 
 _SHARED_BYTES = 232448 - 2048
 _TOKEN_TILES = (256, 128, 64, 32, 16)
-SPLIT_STAGES = 8  # of parts of K: 96 KB at 64 tokens, so that two programs fit a multiprocessor
-_BAND = 8  # token tiles that share a sweep over the weight; 16, or an L2 evict-first hint on stores, measured slower
+SPLIT_STAGES = 8  # stages of the ring for parts of K: 96 KB at 64 tokens, so that two programs fit a multiprocessor
+_BAND = 8  # token tiles that share a sweep over the weight; 16, or an L2 evict-first hint on stores, was slower
 
 
 @functools.cache
 def _kernel() -> Launcher:
-    """The Gluon kernel; importing it needs Triton >= 3.9."""
+    """The launcher of the Gluon kernel; importing the kernel needs Triton >= 3.9."""
     from sbn_kernels.gemm.sm90.kernels import ternary_gemm_kernel
 
     return Launcher(ternary_gemm_kernel, enable_fp_fusion=False)
@@ -46,7 +46,7 @@ def _kernel() -> Launcher:
 
 @functools.cache
 def _split_kernel() -> Launcher:
-    """The Gluon kernel for parts of K; importing it needs Triton >= 3.9."""
+    """The launcher of the Gluon kernel for parts of K; importing the kernel needs Triton >= 3.9."""
     from sbn_kernels.gemm.sm90.split_kernels import ternary_gemm_split_kernel
 
     return Launcher(ternary_gemm_split_kernel, enable_fp_fusion=False)
@@ -54,7 +54,7 @@ def _split_kernel() -> Launcher:
 
 @functools.lru_cache(maxsize=4096)
 def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
-    """Tokens a tile: least waves of tiles times (tile + a fixed cost that stands for the epilogue and the codes)."""
+    """Chooses the tokens of a tile: the least waves times (tile + a fixed cost for the epilogue and the codes)."""
 
     def cost(tile: int) -> tuple[int, int]:
         waves = ceil_div(ceil_div(tokens, tile) * panels, processors)
@@ -65,14 +65,14 @@ def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
 
 @functools.cache
 def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int]:
-    """(tokens an epilogue chunk, ring stages) that fit shared memory for a token tile."""
+    """(Tokens of an epilogue chunk, stages of the ring) that fit shared memory for a token tile."""
     chunk = min(tile, 32)
     epilogue = 2 * chunk * PANEL * out_itemsize
     return chunk, min(8, (_SHARED_BYTES - epilogue) // (tile * K_STEP + 4 * BLOCK_WORDS))
 
 
 def _parts(x8: Tensor, packed: Tensor, sparse: bool, splits: int) -> Tensor:
-    """int32 ``[splits, whole panels of rows, tile]``: the unscaled product of aligned tokens, in parts of K."""
+    """The unscaled product of aligned tokens in parts of K: int32 ``[splits, whole panels of rows, tile]``."""
     tokens, columns = x8.shape
     panels, k_steps, _ = packed.shape
     splits, per_split = whole_parts(k_steps, splits)
@@ -119,7 +119,7 @@ def _hopper_gemm(
     tile = token_tile or choose_token_tile(tokens, panels, processors)
     token_tiles = ceil_div(tokens, tile)
     chunk, stages = launch_shape(tile, y.element_size())
-    # TMA stores rows that start on 16-byte boundaries; an odd out_features takes a detour through a wider output
+    # TMA stores rows that start on 16-byte boundaries, so an odd out_features is stored to a wider output first
     align = 16 // y.element_size()
     width = ceil_div(out_features, align) * align
     target = y if width == out_features else y.new_empty((tokens, width))
@@ -158,8 +158,10 @@ def _(
 
 
 def check_splits(splits: int, tokens: int, token_tile: int) -> None:
-    """Raises:
-    ValueError: If the sum over K cannot be split that way.
+    """Checks a number of parts of the sum over K.
+
+    Raises:
+        ValueError: If the sum cannot be split that way.
     """
     if not 0 <= splits <= MOST_SPLITS:
         raise ValueError(f"splits={splits} is not 0 (choose) to {MOST_SPLITS}")
@@ -178,26 +180,26 @@ def sparse_gemm(
     token_tile: int = 0,
     splits: int = 0,
 ) -> Tensor:
-    """``y = (x8 @ T^T) * scale * row_scale (+ bias)`` on the sparse tensor core, for 2:4 weights.
+    """Computes ``y = (x8 @ T^T) * scale * row_scale (+ bias)`` on the sparse tensor core, for 2:4 weights.
 
     Args:
-        x8: int8 ``[tokens, in_features]``, all values allowed; rows on 16-byte boundaries avoid a copy.
+        x8: int8 ``[tokens, in_features]``, any value; rows that start on 16-byte boundaries avoid a copy.
         scale: float32 ``[tokens]``.
         packed: int32 words, layout ``sparse24`` of :mod:`sbn_kernels.common.packing`.
-        row_scale: float32 ``[out_features]``: gamma of each row.
-        out_features: Rows of the weight.
+        row_scale: gamma of each row, float32 ``[out_features]``.
+        out_features: The number of rows of the weight.
         bias: ``[out_features]``, any float dtype, or None.
         out_dtype: bfloat16, float16 or float32.
-        token_tile: Tokens a tile (256, 128, 64, 32, 16); 0 chooses.
-        splits: Parts of the sum over in_features, at most (up to 16); several only up to 64 tokens and without
-            ``token_tile``. 0 chooses. The result is the same.
+        token_tile: The tokens of a tile (256, 128, 64, 32 or 16); 0 chooses.
+        splits: The largest number of parts of the sum over in_features, up to 16; 0 chooses. More than one part needs
+            at most 64 tokens and no ``token_tile``. The result is the same for any number.
 
     Returns:
         ``[tokens, out_features]``.
 
     Raises:
         ValueError: If an argument does not fit.
-        UnsupportedError: On other GPUs than Hopper or with Triton < 3.9.
+        UnsupportedError: If the GPU is not a Hopper GPU, or Triton is older than 3.9.
     """
     check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype)
     check_packed(packed, out_features, x8.shape[1])
@@ -218,7 +220,10 @@ def ternary_gemm(
     token_tile: int = 0,
     splits: int = 0,
 ) -> Tensor:
-    """As :func:`sparse_gemm` for any ternary weight: ``packed`` has layout ``dense``, ``row_scale`` None is ones."""
+    """Computes what :func:`sparse_gemm` does for any ternary weight.
+
+    ``packed`` has layout ``dense``, and a ``row_scale`` of None stands for ones.
+    """
     check_gemm_arguments(x8, scale, row_scale, bias, out_features, out_dtype, may_be_ones=True)
     check_packed(packed, out_features, x8.shape[1])
     check_splits(splits, x8.shape[0], token_tile)

@@ -1,30 +1,31 @@
-"""Device code of the Hopper GEMMs on 2-bit ternary weights, in Gluon. Needs Triton >= 3.9; imported only there.
+"""Device code of the Hopper products on 2-bit ternary weights, in Gluon. Needs Triton >= 3.9; imported only there.
 
-One warp-specialised, persistent kernel computes ``y = (x8 @ T^T) * s * gamma (+ bias)`` for both weight forms:
+One warp-specialised, persistent kernel computes ``y = (x8 @ T^T) * s * gamma (+ bias)`` for both forms of weight:
 
 * ``SPARSE``: 2:4 weights on the sparse tensor core, ``wgmma.mma_async.sp`` (k64: 64 dense columns an instruction).
-* otherwise: dense ternary weights (any pattern), ``wgmma.mma_async`` (k32).
+* otherwise: dense ternary weights of any pattern, ``wgmma.mma_async`` (k32).
 
-Triton has no sparse dot, so the instruction is issued by inline PTX. The weights are operand A and live in registers:
-each thread reads 16 bytes of packed codes a k128 step and unpacks them with ``prmt``. With A in shared memory instead,
-A and the token stream B together exceed what shared memory delivers. So an output tile is [128 features, BT tokens],
+Triton has no sparse dot, so inline PTX issues the instruction. The weights are operand A and live in registers: each
+thread reads 16 bytes of packed codes a k128 step and unpacks them with ``prmt``. With A in shared memory, A and the
+stream of tokens B together would exceed what shared memory delivers. So an output tile is [128 features, BT tokens],
 computed transposed, and turned round on its way through shared memory in the epilogue.
 
-Roles: two consumer warpgroups of 64 features each, and a producer. The producer fills a ring of ``STAGES`` buffers by
-TMA: tokens [BT, 128] and 4 KB of codes. Consumers fetch the next step's codes while the current step multiplies, and
-run apart from each other, so that one keeps the tensor core busy while the other is in its epilogue.
+Roles: a producer, and two consumer warpgroups of 64 features each. The producer fills a ring of ``STAGES`` buffers by
+TMA: tokens [BT, 128] and 4 KB of codes. Consumers fetch the codes of the next step while the current step multiplies,
+and run apart from each other, so that one keeps the tensor core busy while the other is in its epilogue.
 
-Three things that no tool but the compiler's report and a bit-exact test will tell:
+Two facts that only the compiler's report and a bit-exact test show:
 
 * Registers of a multiplication in flight must not be rewritten. ptxas tracks the accumulators and A, but not the
-  metadata register of the sparse form. So every k64 step is a commit group of its own; the register is rewritten only
-  after the wait that retires its group; and it is kept alive until then by a real use: new metadata is computed as
-  ``word ^ (old & zero)`` with ``zero`` a kernel argument the compiler knows nothing of.
-* ptxas serialises all multiplications (C7512, C7513 in its report; DEPBAR 0 after every IGMMA) where it finds registers
-  short or the four dense steps spread over two asm blocks. So there is no reallocation of registers between the
-  roles (with it, ptxas takes the smallest share for all), 168 each must do, and masks in the epilogue are too much.
-* ``mbarrier.wait`` in a loop that also reads shared memory gets a ``bar.sync`` of all consumers from Triton's
-  analysis. ``_await`` is the same wait without it.
+  metadata register of the sparse form. So every k64 step is a commit group of its own, and the register is rewritten
+  only after the wait that retires its group. Until then a real use keeps the register alive: new metadata is computed
+  as ``word ^ (old & zero)``, where ``zero`` is a kernel argument that the compiler knows nothing of.
+* ptxas serialises all multiplications (C7512 and C7513 in its report; DEPBAR 0 after every IGMMA) if registers are
+  short,
+  or if the four dense steps are spread over two asm blocks. So registers are not reallocated between the roles (ptxas
+  would give all roles the smallest share), 168 registers must do for each, and masks in the epilogue are too much.
+
+``common/hopper_pipeline.py`` has the ring and its waits.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from sbn_kernels.common.hopper_pipeline import (
 
 @gluon.constexpr_function
 def _multiply(step: int, acc: tuple[str, ...], metadata: str | None, accumulate: str) -> list[str]:
-    """PTX that issues one wgmma of ``step`` as a commit group of its own."""
+    """PTX: issues one wgmma of ``step`` as a commit group of its own."""
     tokens = 2 * len(acc)
     registers = "{" + ",".join(acc) + "}"
     operand = f"{{a{step}0,a{step}1,a{step}2,a{step}3}}"
@@ -68,7 +69,7 @@ def _multiply(step: int, acc: tuple[str, ...], metadata: str | None, accumulate:
 
 @gluon.constexpr_function
 def _hold(register: str, word: str, zero: str) -> str:
-    """New metadata ``word ^ (register & zero)``: keeps the old value of ``register`` alive until here."""
+    """PTX: new metadata ``word ^ (register & zero)``, which keeps the old value of ``register`` alive until here."""
     return f"lop3.b32 {register}, {word}, {register}, {zero}, 0x78;"
 
 
@@ -114,7 +115,7 @@ def _retire_one_and_release(outs, ins):
 
 @gluon.constexpr_function
 def _constraints(accumulators, inputs):
-    """Accumulators and two held registers tied to themselves, then ``inputs`` free ones around the held pair."""
+    """Constraints: accumulators and two held registers tied to themselves, and free registers around the held pair."""
     outputs = ["=r"] * (accumulators + 2)
     tied = [str(i) for i in range(accumulators)]
     return ",".join([*outputs, *tied, *["r"] * 4, str(accumulators), str(accumulators + 1), *["r"] * inputs])
@@ -122,7 +123,7 @@ def _constraints(accumulators, inputs):
 
 @gluon.jit
 def _tile(i, token_tiles, panels, group):
-    """Tile number -> (panel, token tile): ``group`` token tiles share a sweep over panels, so both stay in L2."""
+    """Number of a tile -> (panel, token tile); ``group`` token tiles share a sweep over panels, so both stay in L2."""
     per = group * panels
     band = i // per
     rest = i - band * per
@@ -135,7 +136,7 @@ def _tile(i, token_tiles, panels, group):
 def load_steps(
     x, w, xs, ws, full, empty, token0, panel, k_steps, first, end, stage, phase, STAGES: gl.constexpr
 ):  # fmt: skip
-    """Fills the ring with k steps ``first`` to ``end`` of a tile; returns where in the ring it stopped."""
+    """Fills the ring with the k steps ``first`` to ``end`` of a tile; returns the place in the ring after the last."""
     for k in range(first, end):
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(full.index(stage), x.block_type.nbytes + w.block_type.nbytes)
@@ -164,10 +165,10 @@ def sum_steps(
     xs, ws, full, empty, first, end, stage, phase, held, zero,
     BT: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    """Sums k steps ``first`` to ``end``, at least one, as the producer fills the ring: int32 [64, BT].
+    """Sums the k steps ``first`` to ``end``, at least one, as the producer fills the ring: int32 [64, BT].
 
-    ``stage`` and ``phase`` say where in the ring the first step is, ``held`` are the metadata registers. All three
-    come back for the next tile.
+    ``stage`` and ``phase`` are the place of the first step in the ring, ``held`` are the metadata registers. All three
+    are returned for the next tile.
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BT, 32])
     CODES: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
@@ -180,14 +181,14 @@ def sum_steps(
         going = (k > first).to(gl.int32)
         more = k + 1 < end
         tile = xs.index(stage)
-        # computed, not carried: a loop variable that starts as another variable's value is not seen as changing
+        # Computed anew: Triton does not see that a loop variable changes if it starts as the value of another variable.
         previous = gl.where(stage == 0, STAGES - 1, stage - 1)
         next_stage = stage + 1
         next_phase = phase
         if next_stage == STAGES:
             next_stage = 0
             next_phase = phase ^ 1
-        # the step whose codes are fetched early: the next one, or after the last step this one again
+        # the step whose codes are fetched early: the next one; in the last step, this one again
         ready = gl.where(more, next_stage, stage)
         parity = gl.where(more, next_phase, phase)
         if SPARSE:
@@ -218,7 +219,7 @@ def sum_steps(
 
 @gluon.jit
 def no_metadata():
-    """What the metadata registers hold before the first step."""
+    """The value of the metadata registers before the first step."""
     HELD: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0])
     return gl.zeros([16, 16], gl.int32, HELD)
 
@@ -237,8 +238,8 @@ def _consumer(
         acc, held, stage, phase = sum_steps(
             xs, ws, full, empty, 0, k_steps, stage, phase, held, zero, BT, STAGES, SPARSE, HALF
         )
-        # epilogue, CHUNK tokens at a time through two shared buffers: scale, round, transpose, store.
-        # The vectors of scales are as long as whole tiles: masks here cost the registers that the pipeline needs.
+        # Epilogue: scale, round, transpose and store CHUNK tokens at a time through two shared buffers. The vectors of
+        # scales are as long as whole tiles, because masks here would take the registers that the pipeline needs.
         row0 = panel * 128 + 64 * HALF
         parts = split_columns(acc, BT // CHUNK)
         for c in gl.static_range(BT // CHUNK):
@@ -260,7 +261,7 @@ def _consumer(
     tma.store_wait(0)
 
 
-# sizes vary from call to call; specialising on them would compile again for each divisibility pattern
+# Sizes vary from call to call; specialising on them would compile anew for each pattern of divisibility.
 _SIZES = ("k_steps", "token_tiles", "panels", "group", "zero")
 
 
@@ -273,7 +274,8 @@ def ternary_gemm_kernel(
     """y [tokens, features] = (x [tokens, K] int8 @ T^T) * scale[token] (* row_scale[feature]) (+ bias[feature]).
 
     ``x``, ``w``, ``y`` are tensor descriptors (blocks [BT, 128] int8, [32, 32] int32, [CHUNK, 64]); ``zero`` is 0.
-    ``scale``, ``row_scale`` and ``bias`` are readable up to whole tiles. Launch with 4 warps, the first consumer's.
+    ``scale``, ``row_scale`` and ``bias`` are readable up to whole tiles. Launch with 4 warps: those of the first
+    consumer.
     """
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BT, 128], x.layout)
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, 32, 32], w.layout)

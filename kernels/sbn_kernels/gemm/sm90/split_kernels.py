@@ -1,8 +1,8 @@
-"""Device code of the Hopper GEMMs for few tokens with the sum over K split, in Gluon. Needs Triton >= 3.9.
+"""Device code of the Hopper products for few tokens with the sum over K split, in Gluon. Needs Triton >= 3.9.
 
-The loops are those of ``hopper_kernels``, which says how they work; here a program walks one part of K for one panel
-of 128 rows and all tokens, and leaves its int32 sums as they are. Threads store them from registers, in 32-byte pieces,
-so there is no shared memory for an epilogue, and with at most 64 tokens two programs fit a multiprocessor.
+The loops are those of ``kernels.py``. Here a program walks one part of K for one panel of 128 rows and all tokens, and
+stores its int32 sums unscaled. Threads store the sums from registers in 32-byte pieces, so the epilogue takes no shared
+memory, and with at most 64 tokens two programs fit a multiprocessor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sbn_kernels.gemm.sm90.kernels import load_steps, no_metadata, sum_steps
 def _producer(x, w, xs, ws, full, empty, k_steps, per_split, STAGES: gl.constexpr):
     first = gl.program_id(1) * per_split
     end = gl.minimum(first + per_split, k_steps)
-    stage = 0  # variables: as arguments, literals would be constants in the function
+    stage = 0  # a variable: as an argument, a literal would be a constant in the function
     phase = 1
     load_steps(x, w, xs, ws, full, empty, 0, gl.program_id(0), k_steps, first, end, stage, phase, STAGES)
 
@@ -47,10 +47,10 @@ def ternary_gemm_split_kernel(
     x, w, part_pointer, k_steps, per_split, zero,
     BT: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr,
 ):  # fmt: skip
-    """part [splits, panels, 128, BT] int32 = T @ x^T over ``per_split`` k steps each, the last fewer but not none.
+    """part [splits, panels, 128, BT] int32 = T @ x^T over ``per_split`` k steps each; the last part may have fewer.
 
     ``x`` and ``w`` are tensor descriptors (blocks [BT, 128] int8, [32, 32] int32); ``zero`` is 0. The grid is
-    (panels, splits). Launch with 4 warps, the first consumer's.
+    (panels, splits). Launch with 4 warps: those of the first consumer.
     """
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BT, 128], x.layout)
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, 32, 32], w.layout)
