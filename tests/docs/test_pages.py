@@ -1,0 +1,81 @@
+"""What README and documentation say exists: names, recipes, environment variables, commands."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import sbn_lightning
+from sbn_lightning.cli.app import TOOLS, TRAINING
+
+ROOT = Path(__file__).parents[2]
+# The log keeps what was true when an entry was written.
+PAGES = [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name != "LOG.md")]
+SOURCES = [path for folder in ("sbn_lightning", "kernels/sbn_kernels") for path in (ROOT / folder).rglob("*.py")]
+
+
+def blocks(page, *languages):
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
+    return [text for language, text in found if language in languages]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_on_a_page_imports_names_that_exist(page):
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("sbn_lightning", "sbn_kernels"):
+                module = import_module(node.module)
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not missing, f"{node.module} has no {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_command_on_a_page_exists(page):
+    for block in blocks(page, "", "bash", "sh"):
+        for command in re.findall(r"(?:^|\s)(?:sbn|cli\.py) ([a-z][\w-]*)", block):
+            assert command in TOOLS or command in TRAINING, command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_recipe_on_a_page_exists(page):
+    for block in blocks(page, "", "bash", "sh"):
+        for config in re.findall(r"--config (?:recipes/)?([\w.]+_\w+?)(?:\.yaml)?(?=\s|$)", block):
+            assert (ROOT / "recipes" / f"{config}.yaml").is_file(), config
+
+
+def test_every_recipe_is_described():
+    page = (ROOT / "docs" / "guides" / "recipes.md").read_text()
+    assert all(f"`{path.stem}`" in page for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+def test_every_callback_is_described():
+    guide, api = ((ROOT / "docs" / name).read_text() for name in ("guides/own_project.md", "api/callbacks.md"))
+    callbacks = import_module("sbn_lightning.callbacks")
+    for name in set(callbacks.__all__) & set(sbn_lightning.__all__):
+        assert f"::: sbn_lightning.callbacks.{name}\n" in api
+        assert name in guide or name == "SparseWeightAveraging"  # the guide has the one of its two classes
+
+
+def test_every_environment_variable_is_described():
+    page = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text()
+    read = {
+        name
+        for path in SOURCES
+        for name in re.findall(r"(?:environ(?:\.\w+)?|getenv)[(\[]\s*\"([A-Z_]+)\"", path.read_text())
+    }
+    assert "SBN_DEBUG" in read
+    assert not [name for name in sorted(read) if f"`{name}" not in page]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 175
+
+
+def test_benchmark_pages_are_those_of_the_csvs():
+    command = [sys.executable, ROOT / "benchmarks" / "pages.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
