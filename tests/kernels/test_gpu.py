@@ -1,10 +1,14 @@
-"""Every kernel on a GPU against a float64 reference: odd shapes, poisoned outputs, the whole int8 range, exactly."""
+"""Every kernel on a GPU against its twin in ``reference.py``: odd shapes, poisoned outputs, the whole int8 range."""
 
 import os
 
 import pytest
 import sbn_kernels as sk
 import torch
+from sbn_kernels.gemm.reference import gemm_reference as reference
+from sbn_kernels.prepare.reference import codes_reference, gamma_reference, mask_reference
+from sbn_kernels.quantize.reference import quantize_tokens_reference
+from sbn_kernels.swiglu.reference import swiglu_backward_reference, swiglu_reference
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a CUDA GPU"
@@ -34,18 +38,6 @@ def case(tokens: int, columns: int, out: int, sparse: bool) -> tuple[torch.Tenso
     scale, row_scale = torch.rand(tokens, device="cuda") + 0.1, torch.rand(out, device="cuda") + 0.1
     bias = torch.randn(out, device="cuda", dtype=torch.bfloat16)
     return x8, scale, codes * mask, mask, row_scale, bias
-
-
-def reference(
-    x8: torch.Tensor,
-    scale: torch.Tensor,
-    codes: torch.Tensor,
-    row_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    y = (x8.double() @ codes.double().t()).float() * (scale[:, None] * row_scale)
-    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def poison(tokens: int, out: int, dtype: torch.dtype) -> None:
@@ -177,15 +169,11 @@ def test_cusparselt(tokens: int) -> None:
 def test_quantize(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = (torch.randn(shape, device="cuda") * 10 ** torch.empty(shape[0], 1, device="cuda").uniform_(-6, 3)).to(dtype)
-    q, scale = sk.quantize_tokens(x)
-    wide = x.float()
-    if shape[0]:
-        expected = wide.abs().amax(1).clamp(min=1e-5) / torch.tensor(127.0, device="cuda")
-        assert torch.equal(scale, expected)
-    assert torch.equal(q, (wide / scale[:, None]).round().clamp(-128, 127).to(torch.int8))
+    ours, expected = sk.quantize_tokens(x), quantize_tokens_reference(x)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     q, scale = sk.quantize_tokens(x, 4)
-    torch.testing.assert_close(scale, wide.abs().mean(1).clamp(min=1e-5) / 7**0.5, rtol=1e-5, atol=0)
-    assert torch.equal(q, (wide / scale[:, None]).round().clamp(-8, 7).to(torch.int8))
+    torch.testing.assert_close(scale, quantize_tokens_reference(x, 4)[1], rtol=1e-5, atol=0)
+    assert torch.equal(q, (x.float() / scale[:, None]).round().clamp(-8, 7).to(torch.int8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -193,17 +181,14 @@ def test_quantize(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tokens, features = shape
-    x = torch.randn(tokens, 2 * features, device="cuda").to(dtype).requires_grad_()
+    x = torch.randn(tokens, 2 * features, device="cuda").to(dtype)
     d = torch.randn(tokens, features, device="cuda").to(dtype)
-    gate, up = x.float().chunk(2, -1)
-    product = torch.nn.functional.silu(gate) * up
-    q, scale = sk.swiglu_quantize(x.detach())
-    if tokens:
-        torch.testing.assert_close(scale, product.detach().abs().amax(1).clamp(min=1e-5) / 127, rtol=1e-5, atol=0)
-        error = (q * scale[:, None] - product.detach()).abs()
-        assert (error <= 0.501 * scale[:, None] + 1e-4 * product.detach().abs()).all()
-    (expected,) = torch.autograd.grad(product, x, d.float())
-    torch.testing.assert_close(sk.swiglu_backward(d, x.detach()), expected, rtol=2e-2, atol=1e-4)
+    product = swiglu_reference(x)
+    q, scale = sk.swiglu_quantize(x)
+    torch.testing.assert_close(scale, quantize_tokens_reference(product)[1], rtol=1e-5, atol=0)
+    error = (q * scale[:, None] - product).abs()
+    assert (error <= 0.501 * scale[:, None] + 1e-4 * product.abs()).all()
+    torch.testing.assert_close(sk.swiglu_backward(d, x), swiglu_backward_reference(d, x), rtol=2e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -222,12 +207,10 @@ def test_prepare(dtype: torch.dtype, out: int, columns: int, n: int, m: int, lay
     w = torch.randn(out, columns, device="cuda")
     w = torch.where(torch.rand_like(w) < 0.3, (2 * w).round() / 2, w).to(dtype)
     splits = (out - 9, 9)
-    ranks = w.abs().unflatten(1, (-1, m)).argsort(dim=-1, descending=True, stable=True).argsort(-1).flatten(1)
-    mask = ranks < n
+    mask = mask_reference(w, n, m)
     first = sk.prepare_weight(w, n, m, splits, layout=layout, want_stats=True)
-    means = torch.stack([part.float().abs().mean() for part in w.split(splits)])
-    torch.testing.assert_close(first.gamma, means, rtol=1e-5, atol=0)
-    codes = ((w.float() / first.row_scale[:, None]).round().clamp(-1, 1) * mask).to(torch.int8)
+    torch.testing.assert_close(first.gamma, gamma_reference(w, mask, splits), rtol=1e-5, atol=0)
+    codes = codes_reference(w, first.row_scale, mask)
     assert torch.equal(first.codes, codes)
     assert torch.equal(first.packed, sk.pack_sparse24(codes, mask) if layout == "sparse24" else sk.pack_dense(codes))
     assert first.stats[3] == mask.sum()
@@ -238,9 +221,7 @@ def test_prepare(dtype: torch.dtype, out: int, columns: int, n: int, m: int, lay
     nonzero = sk.prepare_weight(w, n, m, splits, gamma_over="nonzero", layout=layout, want_mask=False)
     assert torch.equal(nonzero.codes, codes)
     assert torch.equal(nonzero.packed, first.packed)
-    parts = zip(w.float().abs().split(splits), codes.split(splits), strict=True)
-    means = torch.stack([part[code != 0].mean() for part, code in parts])
-    torch.testing.assert_close(nonzero.gamma, means, rtol=1e-5, atol=0)
+    torch.testing.assert_close(nonzero.gamma, gamma_reference(w, mask, splits, "nonzero"), rtol=1e-5, atol=0)
     assert torch.equal(nonzero.row_scale, nonzero.gamma.repeat_interleave(torch.tensor(splits, device="cuda")))
 
 

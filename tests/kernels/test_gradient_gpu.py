@@ -5,6 +5,7 @@ import os
 import pytest
 import sbn_kernels as sk
 import torch
+from sbn_kernels.gradients.reference import dequantize_reference, input_gradient_reference, weight_gradient_reference
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
@@ -95,14 +96,14 @@ def test_input_gradient(shape: tuple[int, int, int]) -> None:
     codes = torch.randint(-1, 2, (out, columns), device="cuda", dtype=torch.int8)
     packed = sk.pack_transposed(codes)
     assert torch.equal(packed, sk.pack_dense(codes.t()))
-    exact = (a8.double() @ codes.double()).float() * scale[:, None]
     for dtype in DTYPES:
+        exact = input_gradient_reference(a8, scale, codes, dtype)
         weights = [packed] if sk.capabilities().can("ternary_gemm") else []
         if dtype == torch.float32 and shape in TUNED:
             weights.append(codes.t().contiguous())
         for weight in weights:
             poison(tokens, columns, dtype)
-            assert torch.equal(sk.input_gradient_gemm(a8, scale, weight, columns, dtype), exact.to(dtype))
+            assert torch.equal(sk.input_gradient_gemm(a8, scale, weight, columns, dtype), exact)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 8, 16), (5000, 520, 300), (1030, 2056, 4104)], ids=str)
@@ -114,7 +115,7 @@ def test_weight_gradient(shape: tuple[int, int, int], dtype: torch.dtype) -> Non
     b8t, x8t = sk.transpose_tokens(b8), sk.transpose_tokens(x8)
     assert torch.equal(b8t, b8.t())
     assert torch.equal(x8t, x8.t())
-    exact = ((b8.t().double() @ x8.double()).float() * scale[:, None]).to(dtype)
+    exact = weight_gradient_reference(b8.t(), scale, x8, dtype)
     if dtype == torch.float32 and shape in TUNED:
         assert torch.equal(sk.weight_gradient_gemm(b8t, scale, x8t, dtype, portable=True), exact)
     if not sk.capabilities().can("ternary_gemm"):
@@ -131,7 +132,7 @@ def test_weight_gradient_again_and_again() -> None:
     torch.manual_seed(0)
     b8t, x8t = int8(4096, 1500).clamp(min=-127), int8(3000, 1500)
     scale = torch.rand(4096, device="cuda")
-    exact = (b8t.double() @ x8t.double().t()).float() * scale[:, None]
+    exact = weight_gradient_reference(b8t, scale, x8t.t(), torch.float32)
     for launch in (None, (256, 9999, 1), (128, 9999, 1), (256, 0, 3), (256, 264, 2)):
         for _ in range(20):
             torch.full((4096, 3000), float("nan"), device="cuda")
@@ -157,7 +158,7 @@ def test_transpose_and_dequantize(shape: tuple[int, int]) -> None:
     assert torch.equal(out, x8.t())
     assert shape[0] == 0 or out.stride(0) % 16 == 0
     for dtype in DTYPES:
-        assert torch.equal(sk.dequantize_tokens(x8, scale, dtype), (x8.float() * scale[:, None]).to(dtype))
+        assert torch.equal(sk.dequantize_tokens(x8, scale, dtype), dequantize_reference(x8, scale, dtype))
 
 
 def backward(dy: Tensor, gamma: Tensor, scale: Tensor, seed: Tensor, packed: Tensor, x8: Tensor) -> list[Tensor]:

@@ -4,9 +4,10 @@ import pytest
 import sbn_kernels as sk
 import torch
 from sbn_kernels.gemm.cusparselt import scale_accumulator
-
-from sbn_lightning.sparsity.pattern import NMPattern, pack_mask, top_n_mask
-from sbn_lightning.sparsity.ternary import expand_scale, quantize_activations, ternary_codes, ternary_weight
+from sbn_kernels.gemm.reference import gemm_reference
+from sbn_kernels.prepare.reference import codes_reference, gamma_reference, mask_bits_reference, mask_reference
+from sbn_kernels.quantize.reference import quantize_tokens_reference
+from sbn_kernels.swiglu.reference import swiglu_backward_reference, swiglu_quantize_reference
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +51,13 @@ def test_quantize(dtype: torch.dtype, tokens: int, features: int, bits: int) -> 
     if tokens > 1:
         x[1] = 0
     q, scale = sk.quantize_tokens(x, bits)
-    twin_q, twin_scale = quantize_activations(x, bits)
+    twin_q, twin_scale = quantize_tokens_reference(x, bits)
     assert q.stride(0) % 16 == 0
     if bits == 8:
-        assert torch.equal(scale, twin_scale[:, 0])
+        assert torch.equal(scale, twin_scale)
         assert torch.equal(q, twin_q)
     else:  # a mean: the order of its sum differs in the last bits
-        torch.testing.assert_close(scale, twin_scale[:, 0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(scale, twin_scale, rtol=1e-6, atol=0)
         assert torch.equal(q, (x.float() / scale[:, None]).round().clamp(-8, 7).to(torch.int8))
 
 
@@ -77,30 +78,36 @@ def test_prepare(
     dtype: torch.dtype, out: int, columns: int, n: int, m: int, splits: tuple[int, ...] | None, layout: str
 ) -> None:
     weight = with_ties(out, columns, dtype)
-    fresh = top_n_mask(weight, NMPattern(n, m))
+    fresh = mask_reference(weight, n, m)
     old = torch.rand(out, columns) < 0.5
     cases = ("dense", False), ("dense", True), ("kept", False), ("masked", True), ("nonzero", False), ("nonzero", True)
     for over, given in cases:
         mask = fresh & (torch.rand(out, columns) < 0.8) if given else fresh
         prepared = sk.prepare_weight(
-            weight, n, m, splits, mask_bits=pack_mask(mask) if given else None, old_mask_bits=pack_mask(old),
+            weight, n, m, splits,
+            mask_bits=mask_bits_reference(mask) if given else None, old_mask_bits=mask_bits_reference(old),
             layout=layout, gamma_over=over, want_stats=True,
         )  # fmt: skip
-        codes, row_scale = ternary_weight(weight, mask, splits, over)
-        torch.testing.assert_close(prepared.row_scale, row_scale, rtol=1e-6, atol=0)
-        assert torch.equal(prepared.row_scale, expand_scale(prepared.gamma, splits, out))
-        assert torch.equal(prepared.mask_bits, pack_mask(mask))
+        torch.testing.assert_close(prepared.gamma, gamma_reference(weight, mask, splits, over), rtol=1e-6, atol=0)
+        assert torch.equal(prepared.row_scale, prepared.gamma.repeat_interleave(torch.tensor(splits or [out])))
+        assert torch.equal(prepared.mask_bits, mask_bits_reference(mask))
         threshold = prepared.row_scale
         if over == "nonzero":  # codes are by the dense gamma, of which the kernel's own sums decide the last bit
             threshold = sk.prepare_weight(weight, n, m, splits).row_scale
-        codes = ternary_codes(weight, threshold, mask)
+        codes = codes_reference(weight, threshold, mask)
         assert torch.equal(prepared.codes, codes)
         without = sk.prepare_weight(
-            weight, n, m, splits, mask_bits=pack_mask(mask) if given else None, gamma_over=over, want_mask=False
+            weight,
+            n,
+            m,
+            splits,
+            mask_bits=mask_bits_reference(mask) if given else None,
+            gamma_over=over,
+            want_mask=False,
         )
         assert torch.equal(without.codes, codes)
         assert torch.equal(without.gamma, prepared.gamma)
-        natural = ternary_codes(weight, threshold)
+        natural = codes_reference(weight, threshold)
         counts = [(old ^ mask).sum(), (natural == 0).sum(), ((natural != 0) & ~mask).sum(), mask.sum()]
         assert prepared.stats.tolist() == [int(count) for count in counts]
         if layout == "dense":
@@ -114,9 +121,9 @@ def test_prepare_with_a_number_kept_for_each_row(n: int, m: int) -> None:
     weight = with_ties(37, 48, torch.float32)
     keep = torch.randint(0, m + 1, (37,), dtype=torch.int32)
     prepared = sk.prepare_weight(weight, n, m, keep=keep, layout="dense")
-    mask = top_n_mask(weight, NMPattern(n, m), keep)
-    codes = ternary_codes(weight, prepared.row_scale, mask)
-    assert torch.equal(prepared.mask_bits, pack_mask(mask))
+    mask = mask_reference(weight, n, m, keep)
+    codes = codes_reference(weight, prepared.row_scale, mask)
+    assert torch.equal(prepared.mask_bits, mask_bits_reference(mask))
     assert torch.equal(prepared.codes, codes)
     assert torch.equal(prepared.packed, sk.pack_dense(codes))
 
@@ -128,7 +135,7 @@ def test_prepare_at_the_rounding_edge() -> None:
     above = torch.nextafter(half, torch.tensor(torch.inf))
     weight = torch.stack([half, above, -half, -above], 1).reshape(12, 4)
     prepared = sk.prepare_weight(weight, 4, 4, (4, 4, 4), gamma=gamma)
-    assert torch.equal(prepared.codes, ternary_codes(weight, prepared.row_scale))
+    assert torch.equal(prepared.codes, codes_reference(weight, prepared.row_scale))
     assert prepared.codes.unique().tolist() == [-1, 0, 1]
 
 
@@ -144,8 +151,7 @@ def gemm_case(tokens: int, columns: int, out: int) -> tuple[torch.Tensor, ...]:
     x8[:, ::5] = -128
     codes = torch.randint(-1, 2, (out, columns), dtype=torch.int8)
     scale, row_scale, bias = torch.rand(tokens) + 0.1, torch.rand(out) + 0.1, torch.randn(out)
-    exact = (x8.double() @ codes.double().t()).float() * (scale[:, None] * row_scale)
-    return x8, scale, codes, row_scale, bias, exact
+    return x8, scale, codes, row_scale, bias, gemm_reference(x8, scale, codes, row_scale)
 
 
 @pytest.mark.parametrize(("tokens", "columns", "out"), [(1, 64, 70), (33, 130, 129), (0, 32, 16), (70, 96, 40)])
@@ -174,7 +180,7 @@ def test_vectors_may_have_any_strides() -> None:
     x8, scale, codes, _, bias, _ = gemm_case(5, 64, 70)
     gamma = torch.rand(1)
     row_scale, tokens, twice = gamma.expand(70), torch.stack([scale, -scale], 1)[:, 0], torch.stack([bias, -bias], 1)
-    exact = (x8.double() @ codes.double().t()).float() * (scale[:, None] * gamma) + bias
+    exact = gemm_reference(x8, scale, codes, row_scale, bias)
     assert torch.equal(sk.int8_gemm(x8, tokens, codes, row_scale, twice[:, 0], torch.float32), exact)
     packed = sk.pack_dense(codes)
     assert torch.equal(sk.decode_gemm(x8, tokens, packed, row_scale, 70, twice[:, 0], torch.float32), exact)
@@ -205,7 +211,7 @@ def test_nan_in_a_weight_comes_through(over: str) -> None:
     weight[2, 5] = torch.nan
     mask = torch.ones(6, 16, dtype=torch.bool)
     mask[:, ::4] = False
-    prepared = sk.prepare_weight(weight, 2, 4, (2, 4), mask_bits=pack_mask(mask), gamma_over=over)  # type: ignore[arg-type]
+    prepared = sk.prepare_weight(weight, 2, 4, (2, 4), mask_bits=mask_bits_reference(mask), gamma_over=over)  # type: ignore[arg-type]
     assert prepared.gamma.isnan().tolist() == [False, True]
 
 
@@ -219,18 +225,16 @@ def test_layout_sparse24_has_no_portable_decode() -> None:
 @pytest.mark.parametrize(("tokens", "features"), [(1, 1), (5, 176), (3, 2500), (0, 8)])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_swiglu(dtype: torch.dtype, tokens: int, features: int, bits: int) -> None:
-    x = (3 * torch.randn(tokens, 2 * features)).to(dtype).requires_grad_()
+    x = (3 * torch.randn(tokens, 2 * features)).to(dtype)
     d = torch.randn(tokens, features).to(dtype)
-    gate, up = x.float().chunk(2, -1)
-    product = torch.nn.functional.silu(gate) * up
-    q, scale = sk.swiglu_quantize(x.detach(), bits)
-    twin_q, twin_scale = quantize_activations(product, bits)
-    torch.testing.assert_close(scale, twin_scale[:, 0], rtol=1e-5, atol=0)
+    q, scale = sk.swiglu_quantize(x, bits)
+    twin_q, twin_scale = swiglu_quantize_reference(x, bits)
+    torch.testing.assert_close(scale, twin_scale, rtol=1e-5, atol=0)
     assert (q.int() - twin_q.int()).abs().amax() <= 1 if tokens else q.shape == (0, features)
     assert (q != twin_q).float().sum() <= 0.002 * q.numel() + 1  # exp differs in the last bit
     assert q.stride(0) % 16 == 0
-    (expected,) = torch.autograd.grad(product, x, d.float())
-    dx = sk.swiglu_backward(d, x.detach())
+    expected = swiglu_backward_reference(d, x)
+    dx = sk.swiglu_backward(d, x)
     assert dx.dtype == dtype
     torch.testing.assert_close(dx, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
 

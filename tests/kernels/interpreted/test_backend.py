@@ -242,3 +242,23 @@ def test_tokens_are_saved_for_the_backward_as_int8() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
         layer(torch.randn(40, 64, requires_grad=True))
     assert [tensor.dtype for tensor in saved if tensor.shape == (40, 64)] == [torch.int8]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_what_comes_after_a_layer_may_work_in_place(kind: Gradients) -> None:
+    torch.manual_seed(0)
+    layer = SparseBitLinear(16, 16, pattern="2:4", bias=False)
+    found = []
+    for inplace in (False, True):
+        layer.backend = backend = KernelBackend("portable", gradients=kind)
+        backend.seed = torch.tensor([1])
+        x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = torch.nn.functional.relu(layer(x), inplace=inplace)
+        if inplace:
+            y += x
+        else:
+            y = y + x
+        y.square().sum().backward()
+        found.append((x.grad, layer.weight.grad))
+        layer.weight.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
