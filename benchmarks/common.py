@@ -21,13 +21,13 @@ import triton
 from sbn_lightning.core.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
-MEASURED = time.strftime("%Y-%m-%d %H:%M", time.gmtime())  # one for all rows of a run: ratios count within one only
-ADDED = ("gpu", "torch", "triton", "driver", "measured")  # to the columns of every row
+MEASURED = time.strftime("%Y-%m-%d %H:%M", time.gmtime())  # the same for all rows of a run: ratios need one run
+ADDED = ("gpu", "torch", "triton", "driver", "measured")  # columns that every row gets
 L2_BYTES_TO_EXCEED = 200e6
 
 
 def environment() -> dict[str, str]:
-    """GPU, versions of torch, Triton and the driver, and the clocks if they can be read."""
+    """Returns the GPU, the versions of torch, Triton and the driver, and the clocks if they can be read."""
     query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
     try:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
@@ -45,14 +45,14 @@ def environment() -> dict[str, str]:
 
 
 def header() -> str:
-    """One line for the top of a table."""
+    """Returns one line for the top of a table."""
     e = environment()
     versions = f"{e['gpu']}, torch {e['torch']}, triton {e['triton']}, driver {e['driver']}"
     return f"{versions}; clocks now, highest, memory, power limit: {e['clocks']}"
 
 
 def copies(bytes_each: float, most: int = 24) -> int:
-    """Buffer sets to rotate so that together they exceed the L2 cache."""
+    """Returns the number of buffer sets that together exceed the L2 cache."""
     return max(2, min(most, int(L2_BYTES_TO_EXCEED // max(bytes_each, 1)) + 1))
 
 
@@ -95,7 +95,7 @@ def verify(name: str, ours: torch.Tensor, reference: torch.Tensor) -> None:
 
 
 def reference_gemm(x8: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
-    """The plain-PyTorch twin in float64 (exact), scaled and rounded to bfloat16; 2048 tokens at a time."""
+    """Computes the exact product in float64, scaled and rounded to bfloat16, 2048 tokens at a time."""
     weight = codes.double().t()
     parts = []
     for x, s in zip(x8.split(2048), scale.split(2048), strict=True):
@@ -159,6 +159,6 @@ def _kept_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
 
 
 def need_gpu() -> None:
-    """Leaves with a message if there is no GPU."""
+    """Ends the process with a message if there is no GPU."""
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU")

@@ -1,9 +1,9 @@
-"""Tokens a second that the data module delivers, to compare with what a training step eats.
+"""Tokens a second that the data module delivers, to compare with the tokens that a training step takes.
 
     python benchmarks/data_loading.py [--path data/stdlib] [--workers 0 2 4]
 
-Batches are read as a Trainer gets them (16 sequences of 2,048 tokens, shuffled), and dropped. Needs no GPU. The corpus
-is prepared on first use.
+Batches are read as a Trainer reads them (16 sequences of 2,048 tokens, shuffled), and dropped. No GPU is needed. The
+corpus is prepared on first use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sbn_lightning.data import TokenDataModule
 
 
 def measure(path: str, workers: int, sequences: int, length: int, seconds: float) -> tuple[int, float]:
-    """Tokens read and the seconds that took, the first batches (start of the workers) left out."""
+    """Returns the number of tokens read and the seconds; the first batches, in which workers start, are left out."""
     data = TokenDataModule(path=path, batch_size=sequences, sequence_length=length, num_workers=workers)
     data.prepare_data()
     data.setup("fit")

@@ -2,10 +2,14 @@
 
     python benchmarks/decode.py [--shapes 8960,1536 ...] [--tokens 16 32 64] [--splits 2 4 8]
 
-``gbs`` counts the packed weights only (2 bits each), the smallest traffic possible; weights rotate so that they come
-from memory, not from cache. Variants: ``decode`` is ``decode_gemm`` with its own choice, ``decode kernel`` that kernel
-whatever the choice, ``prefill kernel`` the Hopper GEMM with K in one piece, ``prefill kernel, parts of K`` the same
-with the number of parts that it chooses, where that is not one, or with each number given as ``--splits``.
+``gbs`` counts the packed weights only (2 bits each), the smallest possible traffic. Weights rotate, so that they come
+from memory and not from a cache. Variants:
+
+- ``decode``: ``decode_gemm`` with its own choice of kernel;
+- ``decode kernel``: the decode kernel, whatever the choice would be;
+- ``prefill kernel``: the Hopper product with K in one piece;
+- ``prefill kernel, parts of K``: the same with the number of parts that the kernel chooses, where that is not one, or
+  with each number that ``--splits`` names.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from sbn_kernels.gemm.sm90.split_k import choose_splits
 from sbn_kernels.runtime.capability import multiprocessors
 from torch.nn import functional as F
 
-# the last five are the products of Qwen2.5 1.5B and 3B that the choice between kernels was made with
+# The last five are products of Qwen2.5 1.5B and 3B. The choice between kernels was made with them.
 SHAPES = [
     *((4096, 14336), (14336, 4096), (2048, 11008), (8192, 8192), (896, 4864), (4864, 896)),
     *((1536, 2048), (1536, 17920), (8960, 1536), (2048, 22016), (11008, 2048)),
@@ -35,7 +39,7 @@ Variant = tuple[str, Callable[[sk.PreparedWeight], torch.Tensor]]
 
 
 def variants(q: torch.Tensor, s: torch.Tensor, out: int, splits: Sequence[int]) -> dict[str, Variant]:
-    """Name -> (layout, call). From 4 tokens on also each kernel by itself: the crossing points."""
+    """Returns name -> (layout, call). From 4 tokens on also each kernel by itself, to find where they cross."""
     tokens, inner = q.shape
     found: dict[str, Variant] = {}
 

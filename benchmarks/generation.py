@@ -2,22 +2,23 @@
 
     python benchmarks/generation.py [--models qwen2.5-1.5b] [--batches 1 16] [--variants "bf16 dense" "2:4"]
 
-The weights are random, the shapes those of Qwen2.5. Every variant runs the loop of ``sbn generate``: blocks compiled by
-``torch.compile``, for each batch anew; a static cache; a decode step that is one CUDA graph; tokens chosen on the
-device. ``transformers generate`` is Hugging Face's with its default attention and cache, bfloat16, not compiled: what
-users run otherwise; its prefill is the model's forward as ``generate`` calls it. Prefill reads 2,048 tokens a sequence;
-decoding starts after ``--context`` tokens and reads a cache of that and the new tokens. Logits are of the last token.
+The weights are random, the shapes are those of Qwen2.5. Every variant runs the loop of ``sbn generate``: blocks
+compiled by ``torch.compile``, anew for each batch; a static cache; a decode step that is one CUDA graph; tokens chosen
+on the device. ``transformers generate`` is Hugging Face's, in bfloat16 with its default attention and cache, not
+compiled: what users run otherwise. Its prefill is the forward of the model as ``generate`` calls it. Prefill reads
+2,048 tokens a sequence. Decoding starts after ``--context`` tokens, and its cache has room for these and the new
+tokens. Logits are those of the last token.
 
-Before timing, each variant decodes some tokens, and the logits of every step are compared with one forward over the
-whole sequence without a cache, graph or compiler and on the reference backend: ``error`` is their relative RMS
-difference (bfloat16 rounds, and a rounded activation may fall on another integer), ``same`` the share of steps whose
-most likely token is the same one. At each batch, the logits after the prefill of four prompts are compared with those
-of a plain forward. Dense in float32, and with it the cache, the graph and the padding, has to give the same tokens
-exactly.
+Before timing, each variant decodes some tokens. The logits of every step are compared with one forward over the whole
+sequence, without cache, graph or compiler and on the reference backend. ``error`` is the relative RMS difference of the
+logits (bfloat16 rounds, and a rounded activation may become another integer), and ``same`` is the share of steps with
+the same most likely token. At each batch, the logits after the prefill of four prompts are compared with those of a
+plain forward. The dense model in float32 has to give exactly the same tokens, which checks the cache, the graph and the
+padding.
 
-``bf16_ms`` is the time of "bf16 dense" in the same run, ``vs_bf16`` that over ``ms``; empty where it was not run. With
-``--append`` a new row replaces the row of the same model, variant, phase and batch. A cell that fails is named at the
-end and does not stop the others.
+``bf16_ms`` is the time of "bf16 dense" in the same run, and ``vs_bf16`` is that time over ``ms``. Both are empty where
+"bf16 dense" was not run. With ``--append`` a new row replaces the row of the same model, variant, phase and batch. A
+cell that fails is named at the end and does not stop the others.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from sbn_lightning.layers.sparse_linear import prepare_layers
 from sbn_lightning.models.config import QWEN2_5_SHAPES, TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
 
-# Variant -> (what its linear layers are, pattern, backend).
+# Variant -> (kind of its linear layers, pattern, backend).
 VARIANTS = {
     "bf16 dense": ("dense", "6:8", "reference"),
     "2:4": ("ternary", "2:4", "sparse"),
@@ -59,12 +60,12 @@ KEY = ("model", "what", "batch", "variant")
 DEVICE = torch.device("cuda")
 PREFILL_LENGTH, CHECKED_PROMPTS = 2048, 4
 CHECKED, CHECKED_CONTEXT = (4, 72), 64
-ERROR = 0.2  # random weights: a rounding in an early block moves many after it; up to 0.10 was seen, at 6:8
+ERROR = 0.2  # random weights: one rounding in an early block moves many in later ones; up to 0.10 was seen, at 6:8
 GREEDY = Sampling()
 
 
 def build(name: str, variant: str, length: int) -> TernaryTransformer:
-    """A random model on the GPU, on the reference backend."""
+    """Makes a random model on the GPU, on the reference backend."""
     linear, pattern, _ = VARIANTS[variant]
     config = TransformerConfig.preset(name, linear=linear, pattern=pattern, max_sequence_length=length)
     torch.manual_seed(0)
@@ -75,7 +76,7 @@ def build(name: str, variant: str, length: int) -> TernaryTransformer:
 
 
 def random_tokens(batch: int, length: int) -> Tensor:
-    """Token ids ``[batch, length]``."""
+    """Draws token ids ``[batch, length]``."""
     return torch.randint(151936, (batch, length), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
 
 
@@ -104,12 +105,12 @@ def exact_gate() -> None:
 
 @torch.no_grad()
 def plain_logits(model: TernaryTransformer) -> Tensor:
-    """What :func:`compare` expects: logits of one forward."""
+    """Returns the logits of one forward, which :func:`compare` expects."""
     return model.lm_head(model.hidden(random_tokens(*CHECKED))[:, CHECKED_CONTEXT - 1 :])
 
 
 def compare(model: TernaryTransformer, expected: Tensor) -> tuple[float, float]:
-    """``error`` and ``same`` of the graph's steps."""
+    """Returns ``error`` and ``same`` of the steps of the graph."""
     (batch, length), tokens = CHECKED, random_tokens(*CHECKED)
     decoder = Decoder(model, batch, length)
     with torch.compiler.set_stance("force_eager"):
@@ -133,7 +134,7 @@ def difference(logits: Tensor, expected: Tensor) -> float:
 
 
 def call_times(call: Callable[[], object], count: int) -> list[float]:
-    """Milliseconds between the ends of ``count`` calls in a row."""
+    """Returns the milliseconds between the ends of ``count`` calls in a row."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()
     for event in events[1:]:
@@ -144,36 +145,37 @@ def call_times(call: Callable[[], object], count: int) -> list[float]:
 
 
 def few_calls_ms(call: Callable[[], object]) -> float:
-    """Median time of a call over about half a second, 3 to 10 calls, after one that says how long they take."""
+    """Returns the median time of 3 to 10 calls, about half a second; a first call says how many fit."""
     (first,) = call_times(call, 1)
     return statistics.median(call_times(call, max(3, min(10, int(500 / first)))))
 
 
 def rows_read(batch: int) -> int:
-    """Prompts to read, in whole batches, for at least :data:`CHECKED_PROMPTS`."""
+    """Returns the number of prompts in whole batches that is at least :data:`CHECKED_PROMPTS`."""
     return -(-CHECKED_PROMPTS // batch) * batch
 
 
 @torch.no_grad()
 def plain_prefill(model: TernaryTransformer, tokens: Tensor) -> Tensor:
-    """Logits after the first :data:`CHECKED_PROMPTS` prompts, neither compiled nor cached, on the model's backend."""
+    """Returns the logits after the first :data:`CHECKED_PROMPTS` prompts, without compiler and cache."""
     with torch.compiler.set_stance("force_eager"):
         return model.lm_head(model.hidden(tokens[:CHECKED_PROMPTS])[:, -1])
 
 
 def prefill_ms(model: TernaryTransformer, batch: int, tokens: Tensor, expected: Tensor) -> float:
-    """Median time to read ``batch`` prompts, checked first."""
+    """Returns the median time to read ``batch`` prompts; the logits are checked first."""
     decoder = Decoder(model, batch, PREFILL_LENGTH)
     lengths = torch.full((batch,), PREFILL_LENGTH, device=DEVICE)
-    parts = tokens[: rows_read(batch)].split(batch)  # as many prompts at any batch: one alone may be further off
+    # The same number of prompts at any batch, because a single prompt may be further off.
+    parts = tokens[: rows_read(batch)].split(batch)
     difference(torch.cat([decoder.prefill_padded(part, lengths) for part in parts])[:CHECKED_PROMPTS], expected)
     return few_calls_ms(lambda: decoder.prefill_padded(parts[0], lengths))
 
 
 def decode_ms(model: TernaryTransformer, batch: int, context: int, steps: int) -> float:
-    """Median time of a step, over windows of 8 steps."""
+    """Returns the median time of a step, over windows of 8 steps."""
     decoder = Decoder(model, batch, context + steps + 24)
-    with torch.compiler.set_stance("force_eager"):  # not what is timed: not worth compiling for each batch
+    with torch.compiler.set_stance("force_eager"):  # this is not timed, so it need not be compiled for each batch
         logits = decoder.prefill_padded(random_tokens(batch, context), torch.full((batch,), context, device=DEVICE))
     token = GREEDY(logits)
 
@@ -212,20 +214,20 @@ class Table:
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """Begins with the memory, and without the compiled code, of what was before; notes a failure and goes on."""
-        torch.compiler.reset()  # each batch is compiled for its own sizes, whatever came before
+        """Runs one cell with all memory free and nothing compiled; notes a failure and goes on."""
+        torch.compiler.reset()  # each batch is compiled for its own sizes, whatever ran before
         gc.collect()
         torch.cuda.empty_cache()
         try:
             yield
-        except Exception:  # whatever it is: time on a GPU is dear, and the other rows do not depend on it
+        except Exception:  # of any kind: time on a GPU is expensive, and the other rows do not depend on this one
             self.missing.append(f"{self.model}, {name}")
             print(f"{self.missing[-1]}: not measured", flush=True)
             traceback.print_exc()
 
 
 def ours(table: Table, variant: str, args: argparse.Namespace) -> None:
-    """Rows of one variant."""
+    """Measures the rows of one variant."""
     model = build(table.model, variant, 4096)
     expected = plain_logits(model)
     use_backend(model, VARIANTS[variant][2], torch.bfloat16)
@@ -273,7 +275,7 @@ def qwen2(name: str) -> Any:
 
 
 def huggingface(table: Table, args: argparse.Namespace) -> None:
-    """Rows of transformers: a forward on prompts; a token of ``generate``, the time of 17 less that of one."""
+    """Measures transformers: a forward on prompts; a token of ``generate``, from the times of 17 tokens and of one."""
     try:
         model = qwen2(table.model)
     except ImportError as error:
@@ -295,7 +297,7 @@ def huggingface(table: Table, args: argparse.Namespace) -> None:
         return time.perf_counter() - started
 
     if "prefill" in args.phases:
-        prefill(random_tokens(1, PREFILL_LENGTH))  # the very first loads kernels
+        prefill(random_tokens(1, PREFILL_LENGTH))  # the very first forward loads kernels
         for batch in args.batches:
             with table.attempt(f"{TRANSFORMERS}, prefill, batch {batch}"):
                 ms = few_calls_ms(partial(prefill, random_tokens(batch, PREFILL_LENGTH)))
@@ -332,7 +334,8 @@ def main() -> None:
     missing: list[str] = []
     for name in args.models:
         table = Table(path, name)
-        for variant in [variant for variant in VARIANTS if variant in args.variants]:  # BF16, the base of ratios, first
+        # In the order of VARIANTS: BF16 comes first, because it is the base of the ratios.
+        for variant in [variant for variant in VARIANTS if variant in args.variants]:
             started = time.perf_counter()
             with table.attempt(variant):
                 ours(table, variant, args)

@@ -1,13 +1,14 @@
-"""One linear layer's backward: bfloat16 products, ours with exact gradients, ours with int8 gradients, part by part.
+"""The backward of one linear layer, part by part: bfloat16, ours with exact gradients, ours with int8 gradients.
 
     python benchmarks/gradients.py [--shapes 8192,4096,14336 ...]
 
-``bf16`` is what autograd does for a bfloat16 layer: dX = dy W and dW = dy^T x. ``exact`` has the same two products on a
-dequantised weight (made once an optimiser step, not timed) and activations dequantised from int8 (timed). ``int8``:
-quantisation of dy in both orders, dX on packed weights, transposition of the saved activations, dW. Codes, scales and
-both int8 products are compared bit for bit with their definitions before anything is timed. dW is float32 for int8 and
-bfloat16 for the others, as torch.mm gives it. ``2:4 both ways`` is what dX would take if the mask were 2:4 along
-out_features too: bfloat16 through cuSPARSELt, int8 through ``sparse_gemm``; no layer has such masks.
+``bf16`` is what autograd computes for a bfloat16 layer: dX = dy W and dW = dy^T x. ``exact`` has the same two products,
+with a weight that is dequantised once an optimiser step (not timed) and activations that are dequantised from int8
+(timed). ``int8`` quantises dy in both orders, multiplies dX on packed weights, transposes the saved activations and
+multiplies dW. Codes, scales and both int8 products are compared bit for bit with their definitions before anything is
+timed. dW is float32 for int8, and bfloat16 for the others, as torch.mm returns it. ``2:4 both ways`` is the time that
+dX would take if the mask were 2:4 along out_features too: bfloat16 through cuSPARSELt, int8 through ``sparse_gemm``. No
+layer has such masks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from common import append, copies, fresh_results, header, median_ms, need_gpu, verify
 from torch import Tensor
 
-# qkv, o, gate and up, down of Qwen2.5 0.5B, 1.5B and 3B at 16,384 tokens; then one of Llama 3 8B's
+# qkv, o, gate and up, down of Qwen2.5 0.5B, 1.5B and 3B at 16,384 tokens; then one layer of Llama 3 8B
 SHAPES = [
     *((16384, k, n) for k, n in ((896, 1152), (896, 896), (896, 9728), (4864, 896))),
     *((16384, k, n) for k, n in ((1536, 2048), (1536, 1536), (1536, 17920), (8960, 1536))),
@@ -33,7 +34,7 @@ Calls = list[Callable[[], object]]
 
 
 class Case:
-    """Random tensors of one shape, ``sets`` times, and what the forward and the optimiser step leave of them."""
+    """Sets of random tensors of one shape, with what the forward and the optimiser step leave for the backward."""
 
     def __init__(self, tokens: int, inner: int, out: int, sets: int) -> None:
         def normal(*shape: int) -> list[Tensor]:
@@ -81,7 +82,7 @@ class Case:
         return self.dy[i] @ self.weight[i], self.dy[i].t() @ self.x[i]
 
     def check(self) -> None:
-        """First set: codes and scales against the twin (a part of them), both products against float64."""
+        """Checks the first set: part of the codes and scales against the twin, both products against float64."""
         dy, gamma, scale, q = self.dy[0], self.prepared[0].row_scale, self.scale[0], self.q[0]
         rows = sk.quantize_gradient_reference(dy[:512], gamma, scale[:512], self.seed)
         verify("codes of tokens", q.tokens[:512], rows.tokens)
@@ -101,7 +102,7 @@ class Case:
         verify("dW", sk.weight_gradient_gemm(q.channels, q.channel_scale, self.x8t[0]), dw)
 
     def calls(self) -> dict[tuple[str, str], Calls]:
-        """Keys: (variant, part)."""
+        """Times every part. The keys are (variant, part)."""
 
         def each(call: Callable[[int], object]) -> Calls:
             return [partial(call, i) for i in range(self.sets)]

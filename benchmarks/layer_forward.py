@@ -1,10 +1,11 @@
-"""One linear layer's forward: every way to compute it, one shape after the other.
+"""The forward of one linear layer: every way to compute it, one shape after the other.
 
     python benchmarks/layer_forward.py [--shapes 8192,4096,14336 ...] [--quick]
 
-``gemm`` rows take quantised tokens and a prepared weight; ``layer`` rows start from bfloat16 tokens, so quantisation is
-included. All outputs are bfloat16. The sparse and dense ternary products are compared bit for bit with a float64
-reference before anything is timed. cuSPARSELt's own product is unscaled; with the algorithm its search picks.
+``gemm`` rows take quantised tokens and a prepared weight. ``layer`` rows start from bfloat16 tokens, so they include
+the quantisation. All outputs are bfloat16. The sparse and the dense ternary products are compared bit for bit with a
+float64 reference before anything is timed. cuSPARSELt's own product is unscaled, and runs the algorithm that
+cuSPARSELt's search picks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Calls = list[Callable[[], object]]
 
 
 def ours(tokens: int, inner: int, out: int, sets: int, x: list[Tensor]) -> dict[tuple[str, str], Calls]:
-    """Our variants, verified. Keys: (variant, what)."""
+    """Times our variants, after checking them. The keys are (variant, what)."""
     capabilities = sk.capabilities()
     quantized = [sk.quantize_tokens(t) for t in x]
     calls: dict[tuple[str, str], Calls] = {}
@@ -63,7 +64,7 @@ def ours(tokens: int, inner: int, out: int, sets: int, x: list[Tensor]) -> dict[
 
 
 def portable(tokens: int, inner: int, out: int, sets: int, x: list[Tensor]) -> dict[tuple[str, str], Calls]:
-    """The plain Triton int8 GEMM and our cuSPARSELt path, verified."""
+    """Times the plain Triton int8 product and our cuSPARSELt path, after checking them."""
     quantized = [sk.quantize_tokens(t) for t in x]
     p = [sk.prepare_weight(torch.randn(out, inner, device="cuda"), 2, 4) for _ in range(sets)]
     reference = reference_gemm(*quantized[0], p[0].codes, p[0].row_scale)
@@ -93,7 +94,7 @@ def portable(tokens: int, inner: int, out: int, sets: int, x: list[Tensor]) -> d
 
 
 def baselines(tokens: int, inner: int, out: int, sets: int, x: list[Tensor]) -> dict[tuple[str, str], Calls]:
-    """bfloat16, float8 rowwise and torch's int8 product."""
+    """Times bfloat16, float8 rowwise and torch's int8 product."""
     w = [torch.randn(out, inner, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
     calls: dict[tuple[str, str], Calls] = {
         ("bf16 F.linear", "layer"): [lambda i=i: F.linear(x[i], w[i]) for i in range(sets)]

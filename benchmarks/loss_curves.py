@@ -2,10 +2,11 @@
 
     python benchmarks/loss_curves.py [--steps 300]
 
-A 6-layer transformer on bytes of the standard library, through ``Trainer`` and ``SparseTernaryPrecision``; weights,
-samples and their order are the same in all runs. ``fake quantised`` is the public reference's arithmetic (quantise,
-scale back, multiply in floating point), in float32; so is the reference backend here. The CSV holds the mean loss of
-every 10 steps, and the distance from ``reference`` averaged over all steps.
+The model is a 6-layer transformer on bytes of the standard library, trained by ``Trainer`` with
+``SparseTernaryPrecision``. Weights, samples and their order are the same in all runs. ``fake quantised`` is the
+arithmetic of the public reference (quantise, scale back, multiply in floating point) in float32; the reference backend
+runs in float32 here too. The CSV holds the mean loss of every 10 steps, and the distance from ``reference`` averaged
+over all steps.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ RUNS: dict[str, tuple[str, dict[str, str] | None]] = {
 
 
 def corpus() -> Tensor:
-    """The sources of the standard library as bytes, uint8."""
+    """Returns the sources of the standard library as bytes, uint8."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(file for file in folder.rglob("*.py") if "site-packages" not in file.parts)
     return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
@@ -61,7 +62,7 @@ class Curve(Callback):
 
 
 def train(name: str, data: Tensor, steps: int) -> Tensor:
-    """Losses of every step, float32 ``[steps]``."""
+    """Returns the loss of every step, float32 ``[steps]``."""
     pattern, options = RUNS[name]
     seed_everything(2 if "seed" in name else 1, verbose=False)
     shape = {"vocab_size": 256, "d_model": 512, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "d_ffn": 1408}

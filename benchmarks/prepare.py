@@ -3,7 +3,7 @@
     python benchmarks/prepare.py
 
 ``of_copy`` counts the bytes that have to move: the weight read once, every output written once. ``passes_of_copy``
-counts the weight twice: gamma, a mean over the whole weight, has to be known before the first code.
+counts the weight twice, because gamma, a mean over the whole weight, has to be known before the first code.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ SHAPES = [(8192, 896), (8192, 2048), (8192, 4096), (8192, 14336), (16384, 8192),
 
 
 def copy_gbs() -> float:
-    """GB/s of a large copy, bytes read plus bytes written."""
+    """Returns the GB/s of a large copy, bytes read plus bytes written."""
     a = torch.randn(1 << 29, device="cuda")
     b = torch.empty_like(a)
-    # a copy node of a graph is slower than a kernel that streams, so the best of both is the ceiling
+    # A copy node of a graph is slower than a kernel that streams, so the best of both is the ceiling.
     calls = (lambda: b.copy_(a), lambda: torch.neg(a, out=b))
     return 2e-6 * a.nbytes / min(median_ms([call], repeats=2) for call in calls)
 

@@ -5,12 +5,11 @@
         python benchmarks/soak.py --short
     python benchmarks/soak.py --launches 100000 --seconds 90
 
-``--report-api-errors no``: Triton 3.9 asks the driver for a shared-memory mode that older ones refuse, and falls back.
-Racecheck is slow; without a filter on kernels it also instruments everything that torch launches.
+``--report-api-errors no``: Triton 3.9 asks the driver for a shared-memory mode that older drivers refuse, and falls
+back. Racecheck is slow. Without a filter on kernels it also instruments everything that torch launches.
 
-The soak replays the packed GEMMs and the decode kernel on fresh random tokens into poisoned outputs, and counts
-differing elements on the GPU against the product computed from int8 codes; it stops the launches early, and says so,
-when the time is up.
+The soak replays the packed products and the decode kernel on fresh random tokens into poisoned outputs. It counts
+differing elements on the GPU against the product of int8 codes. When the time is up it stops early, and says so.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python benchmarks/training_step.py [--shape qwen2.5-1.5b] [--variants NAME ...] [--profile]
 
 A step is ``accumulate`` micro-batches of random tokens, gradient clipping and a fused AdamW on float32 weights. All
-variants are the same transformer with the same loss (Liger's fused one where it is installed) under torch.compile and
-bfloat16 autocast; they differ in their linear layers only. Before a variant of ours is timed, its loss is compared with
-the reference backend's on the same weights. ``syncs`` counts host synchronisations in a step.
+variants are the same transformer with the same loss (Liger's fused loss where Liger is installed) under torch.compile
+and bfloat16 autocast. They differ in their linear layers only. Before one of our variants is timed, its loss is
+compared with the loss of the reference backend on the same weights. ``syncs`` counts the synchronisations of the host
+in a step.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SEQUENCE_LENGTH = 2048
 
 
 class FakeQuantizedLinear(nn.Linear):
-    """The public reference's way: mask, weight and activations quantised anew for each micro-batch, BF16 product."""
+    """The layer of the public reference: everything is quantised anew for each micro-batch, the product is BF16."""
 
     pattern = NMPattern(2, 4)
     split_sizes: tuple[int, ...] | None = None
@@ -51,12 +52,12 @@ class FakeQuantizedLinear(nn.Linear):
 
 
 def dense(config: TransformerConfig) -> TernaryTransformer:
-    """The BF16 baseline."""
+    """Makes the BF16 baseline."""
     return TernaryTransformer(TransformerConfig(**config.to_dict() | {"linear": "dense"}))
 
 
 def fake_quantized(config: TransformerConfig) -> TernaryTransformer:
-    """Every linear layer of the blocks as the public reference computes it."""
+    """Makes every linear layer of the blocks a layer of the public reference."""
     model = dense(config)
     for layer in model.blocks.modules():
         if type(layer) is nn.Linear:
@@ -65,7 +66,7 @@ def fake_quantized(config: TransformerConfig) -> TernaryTransformer:
 
 
 def torchao_bitnet(config: TransformerConfig) -> TernaryTransformer:
-    """torchao's prototype: ternary weights without sparsity, int8 forward."""
+    """Makes torchao's prototype: ternary weights without sparsity, int8 forward."""
     from torchao.prototype.quantized_training import bitnet_training
     from torchao.quantization import quantize_
 
@@ -75,12 +76,12 @@ def torchao_bitnet(config: TransformerConfig) -> TernaryTransformer:
 
 
 def ternary(config: TransformerConfig, pattern: str) -> TernaryTransformer:
-    """Ours."""
+    """Makes our model."""
     return TernaryTransformer(TransformerConfig(**config.to_dict() | {"pattern": pattern}))
 
 
 def masked(config: TransformerConfig) -> TernaryTransformer:
-    """2:4 weights in BF16, not quantised."""
+    """Makes 2:4 weights in BF16, not quantised."""
     return TernaryTransformer(TransformerConfig(**config.to_dict() | {"linear": "masked", "pattern": "2:4"}))
 
 
@@ -99,7 +100,7 @@ VARIANTS: dict[str, tuple[Build, dict[str, str] | None]] = {
 
 
 def groups_of(model: nn.Module) -> list[dict[str, object]]:
-    """Matrices decay, the rest does not: as ``SparseBitNet`` has it."""
+    """Groups parameters as ``SparseBitNet`` does: matrices decay, the rest does not."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
@@ -108,7 +109,7 @@ def groups_of(model: nn.Module) -> list[dict[str, object]]:
 
 
 class Step:
-    """One optimiser step of a variant, again and again."""
+    """Runs the optimiser step of one variant repeatedly."""
 
     def __init__(self, name: str, config: TransformerConfig, sequences: int, accumulate: int) -> None:
         build, options = VARIANTS[name]
@@ -126,7 +127,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(groups_of(self.model), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     def _verify(self, name: str) -> None:
-        """The plugin's loss equals the reference backend's, to bfloat16's rounding on the way through the model."""
+        """Compares the loss with that of the reference backend; bfloat16 rounds on the way through the model."""
         batch = self.batches[0][:1]
         plugin = SparseTernaryPrecision(self.plugin.backend)  # type: ignore[union-attr]
         plugin.convert_module(self.model)
@@ -139,7 +140,7 @@ class Step:
             raise AssertionError(f"{name}: loss {losses[1]} instead of {losses[0]}")
 
     def context(self) -> AbstractContextManager[None]:
-        """Autocast, or the plugin's."""
+        """Returns autocast, or the context of the plugin."""
         return torch.autocast("cuda", torch.bfloat16) if self.plugin is None else self.plugin.forward_context()
 
     def __call__(self) -> None:
@@ -164,7 +165,7 @@ def counted_syncs() -> Iterator[list[int]]:
     counts[0] = sum("synchronizing" in str(warning.message) for warning in caught)
 
 
-# Parts of a step by the names of its kernels; the first that matches.
+# Parts of a step by the names of kernels; the first match counts.
 PARTS = (
     ("optimiser", ("multi_tensor", "fused_adam", "foreach", "lpnorm")),
     ("preparation", ("prepare_kernel", "row_sums", "gamma_kernel", "mask_kernel", "pack_transposed")),
@@ -181,7 +182,7 @@ PARTS = (
 
 
 def profile(step: Callable[[], None], top: int = 12) -> None:
-    """Prints where the GPU's time of a step goes, by part, with the kernels that weigh most."""
+    """Prints the GPU time of a step by part, with the kernels that take most of it."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -194,7 +195,7 @@ def profile(step: Callable[[], None], top: int = 12) -> None:
     parts: dict[str, float] = {}
     kernels: dict[str, float] = {}
     for event in found.events() or []:
-        # An optimiser's own annotation spans kernels that are listed by themselves.
+        # The annotation of an optimiser spans kernels that are listed separately.
         if event.device_type != torch.autograd.DeviceType.CUDA or event.name.startswith("Optimizer.step"):
             continue
         ms = event.self_device_time_total / 1e3
@@ -211,7 +212,7 @@ def profile(step: Callable[[], None], top: int = 12) -> None:
 
 
 def measure(path: Path, name: str, args: argparse.Namespace, base: dict[str, float]) -> None:
-    """Times one variant; ``base`` keeps the time of the BF16 dense model for those after it."""
+    """Times one variant; ``base`` holds the time of the BF16 dense model for the variants after it."""
     changes = {"n_layers": args.layers} if args.layers else {}
     changes |= {"max_sequence_length": SEQUENCE_LENGTH, "activation_checkpointing": args.checkpointing}
     config = TransformerConfig.preset(args.shape, **changes)
