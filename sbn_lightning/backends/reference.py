@@ -1,8 +1,9 @@
-"""What a layer computes with. A layer holds a backend; a precision plugin may give it another.
+"""What a layer computes with: the protocol of a backend, and the reference in plain PyTorch.
 
-A backend sees tensors, never a module. ``prepare`` runs once an optimiser step: it makes the ternary weight (and a
-fresh mask, if the old one has had its day) and may pack it the way its kernel wants it. ``linear`` runs for every
-micro-batch. The reference backend here runs on every device; :mod:`sbn_lightning.backends.integer` has the others.
+A layer holds a backend, and a precision plugin may give it another one. A backend sees tensors, never a module.
+``prepare`` runs once an optimiser step: it makes the ternary weight, and a fresh mask if one is due, and may pack the
+weight for its kernel. ``linear`` runs for every micro-batch. The reference runs on every device;
+:mod:`sbn_lightning.backends.integer` has the kernels.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from sbn_lightning.sparsity.pattern import NMPattern, pack_mask, top_n_mask, unp
 from sbn_lightning.sparsity.ternary import TernaryLinearFunction, apply_swiglu, ternary_weight
 
 Keep = int | Tensor
-"""Weights kept in each group: one number, or an integer tensor ``[out_features]`` with one for each row."""
+"""How many weights a mask leaves in each group: one number, or an integer tensor ``[out_features]``, one a row."""
 
 
 WeightSpec = SparsityConfig  # the name of version 0.1.0
 
 
 class TernaryWeight(NamedTuple):
-    """What depends only on the latent weight and its mask. Other backends add fields of their own.
+    """What depends on the latent weight and its mask alone. Other backends add fields.
 
     Attributes:
         codes: int8 ``[out_features, in_features]`` in {-1, 0, 1}.
@@ -44,19 +45,19 @@ class Backend(Protocol):
         """``"reference"``, ``"int8"`` or ``"sparse"``."""
 
     def fresh_mask(self, scores: Tensor, pattern: NMPattern, keep: Keep) -> Tensor:
-        """The packed mask that keeps the ``keep`` largest magnitudes of each group of ``scores [out, in]``."""
+        """Makes the packed mask that keeps the ``keep`` largest magnitudes of each group of ``scores [out, in]``."""
 
     def prepare(self, latent: Tensor, mask_bits: Tensor | None, keep: Keep, sparsity: SparsityConfig) -> Any:
-        """Makes the ternary weight; called once after each change of the latent weight ``[out, in]``.
+        """Makes the ternary weight. A layer calls this once after each change of its latent weight.
 
         Args:
-            latent: Latent weight.
-            mask_bits: The packed mask; None for a fresh one from the latent weight.
-            keep: Weights that a fresh mask keeps in each group, or at most kept by the given one.
+            latent: The latent weight ``[out_features, in_features]``.
+            mask_bits: The packed mask; None: a fresh one is made from the latent weight.
+            keep: How many weights a fresh mask leaves in each group, or the given mask at most.
             sparsity: The options of the layer.
 
         Returns:
-            What ``linear`` takes, with at least the attributes of :class:`TernaryWeight`.
+            The weight for ``linear``, with at least the attributes of :class:`TernaryWeight`.
         """
 
     def linear(
@@ -68,14 +69,21 @@ class Backend(Protocol):
         activation_bits: int | None,
         swiglu: bool = False,
     ) -> Tensor:
-        """``x [..., in_features] -> y [..., out_features]`` with gradients for ``x`` and ``latent``.
+        """Multiplies, with gradients for ``x`` and ``latent``: ``[..., in_features]`` -> ``[..., out_features]``.
 
-        With ``swiglu`` the tokens are ``silu(gate) * up`` of gates and ups ``[..., 2 in_features]``.
+        Args:
+            x: The tokens. With ``swiglu``: gates and ups ``[..., 2 in_features]``, of which the tokens are
+                ``silu(gate) * up``.
+            latent: The latent weight, which gets a gradient.
+            prepared: The result of ``prepare``.
+            gradient_mask: The weights that get a gradient, bool; None: all.
+            activation_bits: Bits of a quantised token, 8 or 4; None: tokens are not quantised.
+            swiglu: Whether ``x`` holds gates and ups.
         """
 
 
 class ReferenceBackend:
-    """Plain PyTorch, any device and dtype."""
+    """Plain PyTorch, on any device and in any dtype."""
 
     name = "reference"
 
