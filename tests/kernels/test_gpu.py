@@ -1,6 +1,9 @@
 """Every kernel on a GPU against its twin in ``reference.py``: odd shapes, poisoned outputs, the whole int8 range."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import sbn_kernels as sk
@@ -259,3 +262,33 @@ def test_foreign_tokens_and_scales_are_copied_where_they_must_be() -> None:
     for tokens in (x8, wide[:, 3:]):
         assert torch.equal(sk.sparse_gemm(tokens, scale, packed, row_scale, 9), expected)
         assert torch.equal(sk.decode_gemm(tokens, scale, packed, row_scale, 9, layout="sparse24"), expected)
+
+
+def test_no_launch_leaves_the_rounding_to_tritons_default(tmp_path: Path) -> None:
+    """Triton 3.9 warns where a launch does not say whether it fuses, because the default of 3.10 is another one."""
+    code = """
+import torch
+import sbn_kernels as sk
+
+x = torch.randn(40, 256, device="cuda", dtype=torch.bfloat16)
+p = sk.prepare_weight(torch.randn(64, 256, device="cuda"), 2, 4, layout="dense", gamma_over="nonzero", want_stats=True)
+sk.prepare_weight(torch.randn(64, 255, device="cuda"), 2, 5)
+q, s = sk.quantize_tokens(x)
+sk.quantize_tokens(torch.randn(2, 20000, device="cuda"), 4)
+sk.swiglu_backward(x[:, :128], x)
+sk.swiglu_quantize(x)
+sk.int8_gemm(q, s, p.codes, p.row_scale)
+sk.decode_gemm(q, s, p.packed, p.row_scale, 64)
+sk.decode_gemm(q, s, p.packed, p.row_scale, 64, portable=True)
+g = sk.quantize_gradient(torch.randn(40, 64, device="cuda"), p.row_scale, s, torch.tensor([1], device="cuda"))
+sk.weight_gradient_gemm(g.channels, g.channel_scale, sk.transpose_tokens(q))
+sk.pack_transposed(p.codes)
+sk.dequantize_tokens(q, s)
+"""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_DEFAULT_FP_FUSION", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert "FP_FUSION" not in done.stderr

@@ -17,7 +17,7 @@ from sbn_lightning import (
     TokenThroughput,
     WeightDecaySchedule,
 )
-from sbn_lightning.backends.selection import engines
+from sbn_lightning.backends.selection import choose, engines
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.sparse_linear import SparseBitLinear, SparseLinear, masked_layers
 from sbn_lightning.sparsity.ternary import quantize_activations
@@ -268,3 +268,26 @@ def test_a_step_of_a_trainer_does_not_wait_for_the_gpu(options, compile, loss, t
     )  # fmt: skip
     trainer.fit(module, token_loader(batches=16, batch_size=8, length=65, vocab_size=512))
     assert trainer.global_step == 8
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(2048, 2560), (896, 1152), (4096, 14336)])
+def test_auto_makes_the_same_choice_twice(in_features, out_features):
+    layers = {"a": SparseBitLinear(in_features, out_features, pattern="2:4", device="cuda")}
+    device = layers["a"].weight.device
+    first, second = (choose(layers, "auto", device, torch.bfloat16, 4096)["a"] for _ in range(2))
+    assert (first.backend, first.kernel) == (second.backend, second.kernel), (first.why, second.why)
+    assert " ms" in first.why
+
+
+@pytest.mark.parametrize("gradients", ["bf16", "int8"])
+def test_what_comes_after_a_layer_may_work_in_place(gradients):
+    need("int8")
+    model = nn.Sequential(SparseBitLinear(64, 64, pattern="2:4", bias=False), nn.ReLU(inplace=True)).cuda()
+    plugin = SparseTernaryPrecision("int8", gradients)
+    plugin.convert_module(model)
+    x = torch.randn(3, 5, 64, device="cuda", requires_grad=True)
+    with plugin.forward_context():
+        y = model(x)
+    y += 1
+    y.float().sum().backward()
+    assert x.grad is not None
