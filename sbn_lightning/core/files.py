@@ -225,6 +225,7 @@ class _Stream:
     def flush(self) -> None:
         self._file.flush()
 
+
 # The rest is for callers that still use the former names; it goes with them.
 
 # Names of what `export` writes into a folder: nothing else is ever replaced.

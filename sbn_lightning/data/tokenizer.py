@@ -1,18 +1,20 @@
 """The three tokenizers of ``prepare``, all in the Hugging Face ``tokenizer.json`` format.
 
-* ``byte``: one token a byte (ids 0..255) and one end-of-document token. It needs no training and cannot meet
-  an unknown character. Stored as a byte-level BPE without merges, so every reader of ``tokenizer.json`` has it.
-* ``bpe``: byte-level BPE trained on a sample of the training split; falls back to bytes, so it is lossless too.
-* a path to anybody's ``tokenizer.json``.
+* ``byte``: one token for each byte (ids 0 to 255) and one end-of-document token. It needs no training and knows every
+  character. The file describes a byte-level BPE without merges, so every reader of ``tokenizer.json`` understands it.
+* ``bpe``: a byte-level BPE trained on a sample of the training split. It falls back to bytes, so it loses nothing.
+* the path of any other ``tokenizer.json``.
 
-Encoding for the byte tokenizer bypasses the library (a byte *is* its id), which is some hundred times faster
-and gives the same ids; a test holds the two together.
+The byte tokenizer encodes without the library, because a byte is its own id. This is some hundred times faster and
+gives the same ids; a test compares the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,19 +25,21 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EOS_TOKEN = "<|endoftext|>"
-# Tried in this order when a foreign tokenizer does not say which token ends a document.
+# No word of ordinary text is as long, so the tokenizer of ordinary text does not depend on this number.
+_LONGEST_WORD = 256
+# The tokens tried, in this order, when a tokenizer does not say which token ends a document.
 _KNOWN_EOS = (EOS_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 
 
 def bytes_to_unicode() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies, indexed by byte."""
+    """Return the printable character that stands for each byte in byte-level vocabularies, indexed by byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     stand_in = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(stand_in)) for byte in range(256)]
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Build the byte tokenizer: ids 0..255 are the bytes, 256 ends a document."""
+    """Build the byte tokenizer: ids 0 to 255 are the bytes, 256 ends a document."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {char: byte for byte, char in enumerate(bytes_to_unicode())}
@@ -49,29 +53,55 @@ def byte_tokenizer() -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE.
 
+    The time grows linearly with the text. The library's own time grows with the square of a word's length. A text
+    without spaces (DNA, base64, Chinese) is one word, so words are cut at :data:`_LONGEST_WORD` bytes for training.
+    A terminal shows a progress bar. Ctrl-C stops at once, because the library trains in a thread of its own.
+
     Args:
         texts: The sample to learn the merges from.
-        vocab_size: Entries wanted, the 256 bytes and the end-of-document token included. A small sample may
+        vocab_size: How many entries to make, the 256 bytes and the end-of-document token included. A small sample may
             give fewer.
 
     Raises:
         ConfigError: ``vocab_size`` leaves no room for the bytes and the end-of-document token.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
         raise ConfigError(f"vocab_size {vocab_size} is below 257 (256 bytes + {EOS_TOKEN}); use tokenizer 'byte'")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bounded = pre_tokenizers.Split(Regex(f".{{1,{_LONGEST_WORD}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bounded])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOS_TOKEN],
         initial_alphabet=bytes_to_unicode(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    _run_interruptibly(lambda: tokenizer.train_from_iterator(texts, trainer))
+    tokenizer.pre_tokenizer = words
     return tokenizer
+
+
+def _run_interruptibly(work: Callable[[], None]) -> None:
+    """Run a long call of a compiled library so that Ctrl-C is obeyed while the call goes on."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # It is raised again in the caller's thread.
+            failures.append(error)
+
+    # A daemon: Python does not wait for it at exit.
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if failures:
+        raise failures[0]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -84,7 +114,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         A ``tokenizers.Tokenizer``: ``.encode(text).ids`` and ``.decode(ids)``.
 
     Raises:
-        DataError: No such file, or not a tokenizer.
+        DataError: There is no such file, or the file is no tokenizer.
     """
     from tokenizers import Tokenizer
 
@@ -95,18 +125,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise DataError(f"no tokenizer at {file}; give a tokenizer.json, or a folder written by `prepare`")
     try:
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for every malformed file
+    except Exception as error:  # The library raises bare Exception for every malformed file.
         raise DataError(f"{file} is not a Hugging Face tokenizer.json: {str(error).splitlines()[0]}") from error
 
 
 def vocab_size_of(tokenizer: Tokenizer) -> int:
-    """Rows an embedding table needs: the highest id + 1, as vocabularies may have holes."""
+    """Return how many rows an embedding table needs: the highest id + 1, because a vocabulary may have holes."""
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     return int(max(vocab.values())) + 1
 
 
 def find_eos(tokenizer: Tokenizer, eos_token: str | None) -> tuple[str, int]:
-    """The end-of-document token of a tokenizer, as text and id.
+    """Return the end-of-document token of a tokenizer, as text and id.
 
     Raises:
         ConfigError: ``eos_token`` is not in the vocabulary, or none was given and none is known.
@@ -126,20 +156,20 @@ def find_eos(tokenizer: Tokenizer, eos_token: str | None) -> tuple[str, int]:
 
 
 class Encoder:
-    """Text to token ids, many documents a call, in the narrowest dtype that holds the vocabulary.
+    """Turn texts into token ids, many texts a call, in the narrowest dtype that holds the vocabulary.
 
     Args:
         tokenizer: The tokenizer.
-        is_byte: It is the byte tokenizer, so that ids can be taken from the bytes directly.
+        is_byte: Whether it is the byte tokenizer, whose ids are the bytes themselves.
     """
 
     def __init__(self, tokenizer: Tokenizer, is_byte: bool) -> None:
         self._tokenizer: Any = tokenizer
         self._is_byte = is_byte
         self.dtype = token_dtype(vocab_size_of(tokenizer))
-        # A document that happens to contain the text of a special token must not end there.
+        # A document that happens to contain the text of a special token does not end there.
         tokenizer.encode_special_tokens = True
-        # Truncation and padding in a foreign file are meant for model inputs: here they would drop text.
+        # Truncation and padding in a file from elsewhere are meant for model inputs. Here they would drop text.
         tokenizer.no_truncation()
         tokenizer.no_padding()
 
@@ -154,5 +184,5 @@ class Encoder:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """``uint16`` where the vocabulary fits, else ``int32``; the two are what the shards can hold."""
+    """Return ``uint16`` where the vocabulary fits, else ``int32``: the two that the shards can hold."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)

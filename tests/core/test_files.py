@@ -38,9 +38,14 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "a.txt"
     files.write_text(target, "old")
-    with pytest.raises(error), files.atomic_stream(target) as stream:
-        stream.write(b"new")
-        raise error
+
+    def fail() -> None:
+        with files.atomic_stream(target) as stream:
+            stream.write(b"new")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 

@@ -178,12 +178,13 @@ class TokenLoader(StreamingDataLoader):  # type: ignore[misc, unused-ignore]
 
 
 def keep_working(worker: int) -> None:
-    """Makes a loader process ignore SIGTERM; for loaders whose iterators went through :func:`end_with_this_process`.
+    """Makes a loader process ignore SIGTERM and Ctrl-C; for loaders whose iterators went through :func:`end_with_this_process`.
 
     A preempted job gets the signal in every process. The main one saves a checkpoint first, and needs batches until the
     end of its optimiser step; it ends its workers itself.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 _Iterator = TypeVar("_Iterator")

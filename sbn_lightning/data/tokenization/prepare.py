@@ -1,15 +1,16 @@
-"""``prepare``: any text to a folder of litdata shards that can be trusted.
+"""``prepare``: turn any text into a folder of litdata shards.
 
-The work is done in four steps, each of which can be interrupted at any moment and taken up again:
+The work has four steps. Each can be interrupted at any moment and continued later:
 
-1. plan: list the inputs and cut them into segments (``sources``); fingerprint inputs and options;
-2. tokenizer: take it, or train it on a sample of the training split;
-3. tokenize: one segment after the other, in several processes (``tokenize_segments``);
+1. plan: list the inputs, cut them into segments (``sources``), and compute a fingerprint of inputs and options;
+2. tokenizer: take the given one, or train one on a sample of the training split;
+3. tokenize: one segment after the other, in several processes (``segments``);
 4. assemble: lay the segments end to end and cut them into litdata chunks (``shards``).
 
-Everything unfinished lives in ``DIR/.work``. The finished parts are renamed into place and ``meta.json`` is written
-last, so that a folder with a ``meta.json`` is a finished one. The price is disk space: tokens are on disk twice
-(2 bytes a token) until the end.
+Everything unfinished lies in ``DIR/.work``. When the new data are whole, they are renamed into place, ``meta.json``
+last, so a folder with a ``meta.json`` is a finished one. What an earlier ``prepare`` wrote stays usable until then, and
+comes back if the process dies between the renames. The price is disk space: the tokens are on the disk twice (2 bytes
+a token) until the end, and the replaced data beside them.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from sbn_lightning.core.errors import ConfigError, DataError
-from sbn_lightning.core.files import write_text
+from sbn_lightning.core.files import sync, write_text
 from sbn_lightning.data import shards
-from sbn_lightning.data.tokenization import readers, sources
+from sbn_lightning.data.tokenization import hub, readers, sources
 from sbn_lightning.data.tokenization.options import check_options, check_output, default_workers, parse_bytes
 from sbn_lightning.data.tokenization.segments import SPLITS, describe_os_error, tokenize
 from sbn_lightning.data.tokenization.sources import Part
+from sbn_lightning.data.tokenization.summary import skipped_records, summary
 from sbn_lightning.data.tokenizer import (
     EOS_TOKEN,
     byte_tokenizer,
@@ -38,6 +40,12 @@ from sbn_lightning.data.tokenizer import (
 )
 
 DEFAULT_VOCAB_SIZE = 4096
+# What a finished folder holds.
+RESULTS = ("meta.json", "tokenizer.json", "train", "val")
+# Marks that all of the old data are out of the way.
+_WHOLE = "whole"
+# The version of the files in the work folder. Work of another version is not taken up.
+_WORK_VERSION = 2
 
 
 def prepare(
@@ -134,6 +142,7 @@ class _Preparation:
         self._tokenizer_kind = options["tokenizer"] if options["tokenizer"] in ("byte", "bpe") else "file"
 
     def run(self) -> dict[str, Any]:
+        self._undo_exchange()
         segments, skipped, description = self._plan()
         # Where the inputs lie does not matter, only what they are: `description` knows that.
         choices = {key: value for key, value in self.options.items() if key not in ("input", "tokenizer")}
@@ -143,15 +152,13 @@ class _Preparation:
         if meta is not None:
             if meta["fingerprint"] == fingerprint:
                 shutil.rmtree(self.work, ignore_errors=True)
-                _say(f"{self.out} is already prepared: {_summary(meta)}")
+                _say(f"{self.out} is already prepared: {summary(meta)}")
                 return meta
             if not self.overwrite:
                 raise ConfigError(
                     f"{self.out} was prepared from other inputs or options; pass --overwrite true to replace it, "
                     "or another --output"
                 )
-            # From here on the folder is not finished, whatever else is still in it.
-            (self.out / "meta.json").unlink()
         self._open_work_folder(fingerprint)
         try:
             vocab_size, eos_token, eos_id = self._take_tokenizer(segments)
@@ -162,48 +169,58 @@ class _Preparation:
             raise
         except OSError as error:
             raise DataError(describe_os_error(error)) from error
-        _say(f"prepared {self.out}: {_summary(meta)}")
+        _say(f"prepared {self.out}: {summary(meta)}")
         return meta
 
-    def _plan(self) -> tuple[list[list[Part]], list[str], list[Any]]:
+    def _plan(self) -> tuple[list[list[Part]], dict[str, str], list[Any]]:
         inputs: list[str] = self.options["input"]
         files = [text for text in inputs if not text.startswith("hf:")]
         datasets = [text.removeprefix("hf:") for text in inputs if text.startswith("hf:")]
         limit, size = self.options["max_bytes"], self.options["segment_bytes"]
         if not inputs:
             raise ConfigError("input is empty; give files, folders, 'stdlib' or 'hf:NAME'")
-        parts, skipped = sources.plan_files(files, self.options["pattern"], self.options["val_fraction"], limit, size)
+        parts, skipped = sources.plan_files(
+            files,
+            self.options["pattern"],
+            self.out,
+            text_key=self.options["text_key"],
+            val_fraction=self.options["val_fraction"],
+            max_bytes=limit,
+            segment_bytes=size,
+        )
         for name in datasets:
             left = None if limit is None else limit - sum(part.size for part in parts)
             if left is None or left > 0:
-                parts += readers.plan_hf(name, self.options, left, size)
+                parts += hub.plan_hf(name, self.options, left, size)
         if not parts:
-            raise ConfigError(f"input {inputs} holds no text; give files that are not empty")
-        description: list[Any] = sources.describe_files(parts) + [
-            readers.describe_hf(n, self.options) for n in datasets
-        ]
+            why = "".join(f"; {name} {reason}" for name, reason in list(skipped.items())[:1])
+            raise ConfigError(f"input {inputs} holds no text{why}; give files that are not empty")
+        description: list[Any] = sources.describe_files(parts) + [hub.describe_hf(n, self.options) for n in datasets]
         if self._tokenizer_kind == "file":
             description.append(sources.file_crc32(self.options["tokenizer"]))
         return sources.group(parts, size), skipped, description
 
     def _open_work_folder(self, fingerprint: str) -> None:
         """Keep the work of an interrupted run with the same fingerprint; drop any other."""
-        journal = self.work / "journal.json"
-        if not journal.is_file() or json.loads(journal.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
-            if self.work.exists():
-                _say(f"discarding unfinished work in {self.out}: it was for other inputs or options")
-                shutil.rmtree(self.work)
-            self.work.mkdir()
-            write_text(journal, json.dumps({"fingerprint": fingerprint}))
-        for name in ("train", "val"):
-            shutil.rmtree(self.out / name, ignore_errors=True)
+        journal, entry = self.work / "journal.json", {"fingerprint": fingerprint, "version": _WORK_VERSION}
+        if journal.is_file() and json.loads(journal.read_text(encoding="utf-8")) == entry:
+            return
+        if self.work.exists():
+            _say(f"discarding unfinished work in {self.out}: it was for other inputs or options")
+            shutil.rmtree(self.work)
+        self.work.mkdir()
+        write_text(journal, json.dumps(entry))
 
     def _take_tokenizer(self, segments: list[list[Part]]) -> tuple[int, str, int]:
         kind, file = self.options["tokenizer"], self.work / "tokenizer.json"
         if not file.is_file():
             if kind == "bpe":
                 parts = [part for segment in segments for part in segment]
-                made = train_bpe(readers.sample_texts(parts, self.options), self.options["vocab_size"])
+                size = self.options["vocab_size"]
+                _say(
+                    f"training a BPE tokenizer of {size} entries on at most {self.options['bpe_sample_bytes']:,} bytes"
+                )
+                made = train_bpe(readers.sample_texts(parts, self.options), size)
             else:
                 made = byte_tokenizer() if kind == "byte" else load_tokenizer(kind)
             write_text(file, made.to_str(pretty=True))
@@ -237,12 +254,14 @@ class _Preparation:
             tokenize(self.work, todo, self.num_workers, lambda i: (bar.update(sizes[i]), None)[1])
 
     def _assemble(
-        self, count: int, fingerprint: str, skipped: list[str], vocab_size: int, eos_token: str, eos_id: int
+        self, count: int, fingerprint: str, skipped: dict[str, str], vocab_size: int, eos_token: str, eos_id: int
     ) -> dict[str, Any]:
         stats = [json.loads((self.work / f"{i:06d}.json").read_text(encoding="utf-8")) for i in range(count)]
+        tallies = [one["tally"] for one in stats]
         keys = ("tokens", "documents", "bytes")
         splits = {split: {key: sum(one[split][key] for one in stats) for key in keys} for split in SPLITS}
-        self._check_splits(splits)
+        left_out = skipped_records(tallies)
+        self._check_splits(splits, left_out)
         dtype = token_dtype(vocab_size)
         assembled = self.work / "shards"
         shutil.rmtree(assembled, ignore_errors=True)
@@ -263,33 +282,56 @@ class _Preparation:
             "eos_id": eos_id,
             "dtype": dtype.name,
             "splits": {name: counts for name, counts in splits.items() if counts["tokens"]},
-            "replaced": sum(one["replaced"] for one in stats),
+            "replaced": sum(tally["replaced"] for tally in tallies),
             "skipped": skipped,
+            "skipped_records": left_out,
             "files": shards.checksums(assembled, names),
         }
-        for entry in sorted(assembled.iterdir()):
-            entry.replace(self.out / entry.name)
-        write_text(self.out / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
-        shutil.rmtree(self.work, ignore_errors=True)
+        write_text(assembled / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
+        for path in assembled.rglob("*"):
+            sync(path)
+        self._put_in_place(assembled)
         return meta
 
-    def _check_splits(self, splits: dict[str, dict[str, int]]) -> None:
+    def _put_in_place(self, assembled: Path) -> None:
+        """Exchange what an earlier ``prepare`` wrote for the new data, which are whole on the disk by now."""
+        old = self.work / "old"
+        old.mkdir(exist_ok=True)
+        for name in RESULTS:  # meta.json first: from here on the folder does not count as finished,
+            if (self.out / name).exists():
+                (self.out / name).replace(old / name)
+        (old / _WHOLE).touch()
+        for name in reversed(RESULTS):  # until meta.json is back.
+            if (assembled / name).exists():
+                (assembled / name).replace(self.out / name)
+        sync(self.out)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _undo_exchange(self) -> None:
+        """Bring the old data back if an earlier process died while it exchanged old for new."""
+        old = self.work / "old"
+        if (self.out / "meta.json").exists() or not (old / "meta.json").exists():
+            return
+        if (old / _WHOLE).exists():  # Else no new file is in its place yet.
+            for name in RESULTS:
+                new = self.out / name
+                shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)
+            (old / _WHOLE).unlink()
+        for name in reversed(RESULTS):
+            if (old / name).exists():
+                (old / name).replace(self.out / name)
+
+    def _check_splits(self, splits: dict[str, dict[str, int]], left_out: dict[str, Any] | None) -> None:
         empty = [s for s in SPLITS if not splits[s]["bytes"]]
         if self.options["val_fraction"] == 0 and empty == ["val"]:
             return
         if empty:
             total = sum(counts["documents"] for counts in splits.values())
+            why = f"; {left_out['count']} records were left out, such as {left_out['named'][0]}" if left_out else ""
             raise DataError(
-                f"no text fell into {empty[0]} ({total} in all, val_fraction {self.options['val_fraction']}); "
+                f"no text fell into {empty[0]} ({total} in all, val_fraction {self.options['val_fraction']}){why}; "
                 "change --val_fraction (0 for no validation) or give more documents"
             )
-
-
-def _summary(meta: dict[str, Any]) -> str:
-    counts = ", ".join(f"{c['tokens']:,} {s} tokens in {c['documents']:,} documents" for s, c in meta["splits"].items())
-    notes = [f"{meta['replaced']} byte sequences were not UTF-8"] if meta["replaced"] else []
-    notes += [f"{len(meta['skipped'])} files skipped"] if meta["skipped"] else []
-    return "; ".join([counts, f"vocabulary {meta['vocab_size']}", *notes])
 
 
 def _say(text: str) -> None:

@@ -1,66 +1,89 @@
-"""From a part of an input to its documents: one generator a format.
+"""Read the documents of a part of the input.
 
-Each yields ``(split, text, ends)``: a piece of a document, the side it goes to, and whether the document ends with
-it. Long documents come in several pieces, cut after a newline where there is one.
+:func:`read_part` yields ``(split, text, ends)``: a piece of a document, the side it goes to, and whether the document
+ends with the piece. A long document comes in several pieces, cut after a newline where there is one.
+
+Records come from one generator for each format. Each yields ``(position, record, where)``: the number that the split
+is drawn from, the record, and a function that names its place for a message. A record without text is counted and
+left out (:class:`~sbn_lightning.data.tokenization.tally.Tally`). A line that is not JSON stops the work, because the
+file is damaged.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-from sbn_lightning.core.errors import ConfigError, DataError
-from sbn_lightning.data.tokenization.sources import Part, ReplacementCounter, share
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from sbn_lightning.core.errors import DataError
+from sbn_lightning.core.text import BOM, open_unpacked, skip
+from sbn_lightning.data.tokenization.hub import read_hf
+from sbn_lightning.data.tokenization.kinds import (
+    array_items,
+    describe_json_error,
+    parquet_file,
+    parse_json,
+    table_rows,
+)
+from sbn_lightning.data.tokenization.sources import Part, share
+from sbn_lightning.data.tokenization.tally import ERRORS, Tally
 
 Piece = tuple[str, str, bool]
+Record = tuple[int, Any, Callable[[], str]]
 PIECE = 1 << 20
 _ROWS = 256
+_JSON_NAMES = {dict: "an object", list: "a list", bool: "a truth value", int: "a number", float: "a number"}
 
 
-def read_part(part: Part, options: dict[str, Any], counter: ReplacementCounter) -> Iterator[Piece]:
+class _TooDeep:
+    """Stands for a record that Python's parser cannot read because it is nested too deeply."""
+
+
+def read_part(part: Part, options: dict[str, Any], tally: Tally) -> Iterator[Piece]:
     """Yield the pieces of every document that starts in ``part``.
 
     Args:
-        part: What to read.
-        options: ``text_key``, ``val_fraction``, and for Hugging Face datasets ``subset`` and ``split``.
-        counter: Counts byte sequences that are not UTF-8.
+        part: The part to read.
+        options: The options of ``prepare``: ``text_key``, ``val_fraction``, and for Hugging Face datasets ``subset``
+            and ``split``.
+        tally: Counts what is replaced and what is left out.
 
     Raises:
-        DataError: A record does not parse or has no text; names file and line.
+        DataError: The file is damaged; the message names the file and the line.
     """
     if part.format == "text":
-        yield from _read_text(part, counter)
+        yield from _read_text(part, tally)
         return
-    rows = {"jsonl": _read_jsonl, "parquet": _read_parquet, "hf": _read_hf}[part.format]
-    for position, text in rows(part, options, counter):
-        if not text:
+    key = options["text_key"]
+    for position, record, where in _records(part, options, tally):
+        text, reason = _text_of(record, key)
+        if reason:
+            tally.skip(where, reason)
             continue
         split = "val" if share(f"{part.name}:{position}") < options["val_fraction"] else "train"
-        pieces = list(_pieces(text))
+        pieces = list(_pieces(tally.mend(text)))
         for index, piece in enumerate(pieces):
             yield split, piece, index == len(pieces) - 1
 
 
 def sample_texts(parts: list[Part], options: dict[str, Any]) -> Iterator[str]:
-    """Text of the training split to learn a tokenizer from, at most ``bpe_sample_bytes`` characters.
+    """Yield text of the training split to learn a tokenizer from, at most ``bpe_sample_bytes`` characters.
 
     Parts come in the order of a hash, so that the sample is spread over the corpus and the same everywhere.
     """
     parts = sorted(parts, key=lambda part: (share(f"sample:{part.name}:{part.start}"), part.name, part.start))
     left = options["bpe_sample_bytes"]
     limit = max(PIECE, left // len(parts))
-    counter = ReplacementCounter()
+    tally = Tally()
     for part in parts:
         if part.split == "val":
             continue
         taken = 0
-        for split, text, _ in read_part(part, options, counter):
+        for split, text, _ in read_part(part, options, tally):
             if split != "train" or not text:
                 continue
             text = text[: min(left, limit - taken)]
@@ -86,23 +109,21 @@ def _seek_line(stream: BinaryIO, start: int) -> int:
     """Go to the first line that starts at or after ``start``, in blocks: a line may be longer than memory."""
     if start == 0:
         return 0
-    stream.seek(start - 1)
+    skip(stream, start - 1)
     position = start - 1
-    while block := stream.read(PIECE):
-        newline = block.find(b"\n")
-        if newline >= 0:
-            stream.seek(position + newline + 1)
-            return position + newline + 1
+    while block := stream.readline(PIECE):
         position += len(block)
+        if block.endswith(b"\n"):
+            break
     return position
 
 
-def _read_text(part: Part, counter: ReplacementCounter) -> Iterator[Piece]:
+def _read_text(part: Part, tally: Tally) -> Iterator[Piece]:
     assert part.split is not None
-    decoder = counter.incremental()
+    decoder = tally.decoder()
     held = ""
-    with open(part.path, "rb") as stream:
-        position = _seek_line(stream, part.start)
+    with open_unpacked(part.path) as stream:
+        start = position = _seek_line(stream, part.start)
         # The next part starts after the first newline at or past `stop - 1`: read up to there and no further.
         closing = position < part.stop
         while closing and (block := stream.read(PIECE)):
@@ -110,8 +131,11 @@ def _read_text(part: Part, counter: ReplacementCounter) -> Iterator[Piece]:
                 newline = block.find(b"\n", max(0, part.stop - 1 - position))
                 if newline >= 0:
                     block, closing = block[: newline + 1], False
+            if start == position == 0:
+                held += decoder.decode(block.removeprefix(BOM))
+            else:
+                held += decoder.decode(block)
             position += len(block)
-            held += decoder.decode(block)
             border = held.rfind("\n") + 1 or (len(held) if len(held) > PIECE else 0)
             if border:
                 yield part.split, held[:border], False
@@ -121,113 +145,122 @@ def _read_text(part: Part, counter: ReplacementCounter) -> Iterator[Piece]:
         yield part.split, held, part.last
 
 
-def _read_jsonl(part: Part, options: dict[str, Any], counter: ReplacementCounter) -> Iterator[tuple[int, str]]:
+def _records(part: Part, options: dict[str, Any], tally: Tally) -> Iterator[Record]:
     key = options["text_key"]
-    with open(part.path, "rb") as stream:
+    if part.format == "hf":
+        for row, value in read_hf(part, options, _ROWS):
+            yield row, {key: value}, lambda row=row: f"{part.name} row {row}"
+    elif part.format == "parquet":
+        yield from _read_parquet(part, key, tally)
+    elif part.format == "jsonl":
+        yield from _read_jsonl(part, tally)
+    elif part.format == "json":
+        yield from _read_json(part, tally)
+    else:
+        yield from _read_table(part, key)
+
+
+def _text_of(record: Any, key: str) -> tuple[str, str]:
+    """Return the text of a record and an empty reason, or an empty text and the reason why there is none."""
+    if isinstance(record, dict):
+        if key not in record:
+            return "", f"no {key!r}"
+        record = record[key]
+    elif not isinstance(record, str) and record is not _TooDeep:
+        return "", f"{_JSON_NAMES.get(type(record), 'null')}, not an object"
+    if isinstance(record, str):
+        return (record, "") if record else ("", "empty text")
+    if record is _TooDeep:
+        return "", "nested too deeply to be read"
+    if record is None:
+        return "", f"null under {key!r}"
+    return "", f"{_JSON_NAMES.get(type(record), type(record).__name__)} under {key!r}, not text"
+
+
+def _read_jsonl(part: Part, tally: Tally) -> Iterator[Record]:
+    with open_unpacked(part.path) as stream:
         position = _seek_line(stream, part.start)
         while position < part.stop and (line := stream.readline()):
             start, position = position, position + len(line)
+            line = line.removeprefix(BOM)  # Files that were laid end to end have one in the middle.
             if not line.strip():
                 continue
+
+            def where(at: int = start) -> str:
+                return f"{part.path} line {_line_number(part.path, at)}"
+
             try:
-                record = json.loads(counter.decode(line))
-            except json.JSONDecodeError as error:
-                where = f"{part.path} line {_line_number(part.path, start)}"
-                raise DataError(f"{where} is not JSON ({error.msg}); fix the line or leave the file out") from error
-            yield start, _text_of(record, key, lambda at=start: f"{part.path} line {_line_number(part.path, at)}")
+                record = parse_json(tally.decode(line))
+            except ValueError as error:
+                reason = describe_json_error(error)
+                raise DataError(f"{where()} is not JSON ({reason}); fix the line or leave the file out") from error
+            except RecursionError:
+                record = _TooDeep
+            yield start, record, where
 
 
 def _line_number(path: str, position: int) -> int:
-    count, left = 1, position
-    with open(path, "rb") as stream:
+    number, left = 1, position
+    with open_unpacked(path) as stream:
         while left > 0 and (block := stream.read(min(PIECE, left))):
-            count += block.count(b"\n")
+            number += block.count(b"\n")
             left -= len(block)
-    return count
+    return number
 
 
-def _text_of(record: Any, key: str, where: Any) -> str:
-    text = record.get(key) if isinstance(record, dict) else None
-    if isinstance(text, str):
-        return text
-    has = sorted(record)[:8] if isinstance(record, dict) else type(record).__name__
-    raise DataError(f"{where()} has no text under {key!r} (it has: {has}); pass --text_key")
+def _read_json(part: Part, tally: Tally) -> Iterator[Record]:
+    with open_unpacked(part.path) as stream:
+        text = tally.decode(stream.read().removeprefix(BOM)).strip()
+    items = array_items(text) if text.startswith("[") else iter([(parse_json(text), 0)])
+    for number in count(1):
+        try:
+            item, end = next(items)
+        except StopIteration:
+            return
+        except ValueError as error:
+            what = f"{part.path} is not JSON at item {number} ({describe_json_error(error)}"
+            if isinstance(error, json.JSONDecodeError):
+                what += f", line {error.lineno}"
+            raise DataError(f"{what}); fix the file or leave it out") from error
+        except RecursionError as error:
+            raise DataError(f"{part.path} is nested too deeply at item {number}; leave the file out") from error
+        yield number - 1, item, lambda number=number: f"{part.path} item {number}"
+        if end >= part.stop:
+            return
 
 
-def _read_parquet(part: Part, options: dict[str, Any], counter: ReplacementCounter) -> Iterator[tuple[int, str]]:
-    import pyarrow.parquet as pq
+def _read_table(part: Part, key: str) -> Iterator[Record]:
+    with open_unpacked(part.path) as stream:
+        lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors=ERRORS, newline="")
+        rows = table_rows(lines, part.format)
+        try:
+            header = next(rows, [])
+            column = header.index(key) if key in header else len(header)
+            read = 0
+            for number, row in enumerate(rows, 1):
+                if row:
+                    record = {key: row[column]} if column < len(row) else {}
+                    yield number, record, lambda number=number: f"{part.path} row {number}"
+                    read += sum(map(len, row))
+                if read >= part.stop:
+                    return
+        except csv.Error as error:
+            raise DataError(f"{part.path} row {rows.line_num} cannot be read: {error}; leave the file out") from error
 
-    key = options["text_key"]
-    file = pq.ParquetFile(part.path)
-    if key not in file.schema_arrow.names:
-        raise DataError(f"{part.path} has no column {key!r} (it has: {file.schema_arrow.names[:8]}); pass --text_key")
+
+def _read_parquet(part: Part, key: str, tally: Tally) -> Iterator[Record]:
+    file = parquet_file(Path(part.path))
     row = sum(file.metadata.row_group(g).num_rows for g in range(part.start))
     groups = list(range(part.start, part.stop))
     for batch in file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=[key]):
-        for text in batch.column(0).to_pylist():
-            yield row, _text_of({key: text}, key, lambda at=row: f"{part.path} row {at}")
+        for value in _values(batch.column(0), tally):
+            yield row, {key: value}, lambda row=row: f"{part.path} row {row}"
             row += 1
 
 
-@lru_cache(maxsize=2)
-def load_hf(name: str, subset: str | None, split: str) -> Dataset:
-    """Open a Hugging Face dataset by name, or from a local folder (saved with ``save_to_disk`` or loadable).
-
-    Raises:
-        ConfigError: It cannot be opened, or has no such split.
-    """
+def _values(column: Any, tally: Tally) -> list[Any]:
     try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError("input 'hf:...' needs the package 'datasets': pip install datasets") from error
-
-    folder = Path(name)
-    try:
-        if folder.is_dir() and ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists()):
-            loaded = datasets.load_from_disk(name)
-        else:
-            loaded = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # the library's own errors, the hub's, the network's, the file system's
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"cannot load hf:{name} (subset {subset}, split {split}): {reason}") from error
-    if isinstance(loaded, dict):
-        if split not in loaded:
-            raise ConfigError(f"hf:{name} has no split {split!r}; pass --split with one of {sorted(loaded)}")
-        loaded = loaded[split]
-    return loaded
-
-
-def plan_hf(name: str, options: dict[str, Any], max_bytes: int | None, segment_bytes: int) -> list[Part]:
-    """Cut a Hugging Face dataset into ranges of rows.
-
-    Raises:
-        ConfigError: It cannot be loaded, or has no such column.
-    """
-    dataset = load_hf(name, options["subset"], options["split"])
-    if options["text_key"] not in dataset.column_names:
-        raise ConfigError(f"hf:{name} has no column {options['text_key']!r}; pass --text_key {dataset.column_names}")
-    rows = len(dataset)
-    if rows == 0:
-        return []
-    row_bytes = max(1.0, float(dataset.data.nbytes) / max(1, dataset.data.num_rows))
-    if max_bytes is not None:
-        rows = min(rows, max(1, int(max_bytes / row_bytes)))
-    step = max(1, int(segment_bytes / row_bytes))
-    ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-    return [Part(name, f"hf:{name}", "hf", a, b, max(1, int((b - a) * row_bytes))) for a, b in ranges]
-
-
-def describe_hf(name: str, options: dict[str, Any]) -> list[Any]:
-    """What the fingerprint knows of a Hugging Face dataset."""
-    dataset = load_hf(name, options["subset"], options["split"])
-    ends = [dataset[i][options["text_key"]] for i in (0, len(dataset) // 2, len(dataset) - 1)] if len(dataset) else []
-    return [name, len(dataset), [share(str(text)) for text in ends]]
-
-
-def _read_hf(part: Part, options: dict[str, Any], counter: ReplacementCounter) -> Iterator[tuple[int, str]]:
-    key = options["text_key"]
-    dataset = load_hf(part.path, options["subset"], options["split"])
-    for start in range(part.start, part.stop, _ROWS):
-        texts = dataset[start : min(start + _ROWS, part.stop)][key]
-        for row, text in enumerate(texts, start):
-            yield row, _text_of({key: text}, key, lambda at=row: f"{part.name} row {at}")
+        return column.to_pylist()
+    except UnicodeDecodeError:  # Parquet does not check that its strings are UTF-8.
+        values = column.cast("large_binary").to_pylist()
+        return [None if value is None else tally.decode(value) for value in values]

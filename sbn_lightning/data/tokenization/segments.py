@@ -27,7 +27,8 @@ import numpy as np
 from sbn_lightning.core.errors import ConfigError, DataError, SBNError
 from sbn_lightning.core.files import atomic_stream, write_text
 from sbn_lightning.data.tokenization.readers import PIECE, read_part
-from sbn_lightning.data.tokenization.sources import Part, ReplacementCounter
+from sbn_lightning.data.tokenization.sources import Part
+from sbn_lightning.data.tokenization.tally import Tally
 from sbn_lightning.data.tokenizer import Encoder, load_tokenizer
 
 SPLITS = ("train", "val")
@@ -59,7 +60,7 @@ class SegmentTokenizer:
         Raises:
             DataError: Of the inputs; names file and line.
         """
-        counter = ReplacementCounter()
+        tally = Tally()
         stats: dict[str, Any] = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
         batch: list[tuple[str, str, bool]] = []
         held = 0
@@ -68,14 +69,14 @@ class SegmentTokenizer:
                 split: stack.enter_context(atomic_stream(self.work / f"{index:06d}.{split}.bin")) for split in SPLITS
             }
             for part in self._segments[index]:
-                for piece in read_part(part, self._options, counter):
+                for piece in read_part(part, self._options, tally):
                     batch.append(piece)
                     held += len(piece[1])
                     if held >= PIECE:
                         self._flush(batch, streams, stats)
                         batch, held = [], 0
             self._flush(batch, streams, stats)
-        stats["replaced"] = counter.count
+        stats["tally"] = tally.to_json()
         write_text(self.work / f"{index:06d}.json", json.dumps(stats))
 
     def _flush(

@@ -1,37 +1,35 @@
-"""Where text comes from: files, folders, the standard library, Hugging Face datasets; cut into equal work.
+"""Cut the input into pieces of about equal work, before any of it is tokenized.
 
-Everything is planned before anything is read: inputs become *parts* (a range of bytes, rows or row groups of one
-file) and parts become *segments* of about equal size. A segment is what one process tokenizes, and what survives
-an interruption. Since the plan depends only on the inputs and the options, so does the result: the number of
-processes and the moments of interruption leave no trace in it.
+Each input file becomes one or more *parts*: a range of bytes, rows or row groups of the file. Consecutive parts are
+packed into *segments* of about equal size. One process tokenizes a segment at a time, and an interruption loses no
+more than the segments in work. The plan depends only on the inputs and the options, and so does the result: neither
+the number of processes nor an interruption changes the result.
 
-A document belongs to the part in which it starts. Files are read in blocks, so that memory stays bounded however
-large a text file is (JSONL lines and table rows are held one at a time).
+A document belongs to the part in which it starts. Text files and JSON lines are read in blocks, so memory stays
+bounded however large a file is. A JSON array is parsed from memory as a whole.
 
-Train and validation: a text file goes to one side as a whole, by a hash of its relative path; records of JSONL,
-Parquet and Hugging Face datasets go by a hash of (file, position). Only a lone text file is cut: its tail validates.
+Train and validation: a text file goes to one side as a whole, by a hash of its relative path. A record goes to one
+side by a hash of its file and its position. Only a lone text file is cut: its end is the validation text.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import os
-import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from glob import glob
 from pathlib import Path
 from typing import Any
 
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.core.text import open_unpacked, split_suffix
+from sbn_lightning.data.tokenization.find import find_files
+from sbn_lightning.data.tokenization.kinds import kind_of, parquet_file
 
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
-# `site-packages` would make the corpus depend on what is installed. The test suite and IDLE are kept: they are
-# two thirds of the text, ordinary Python, and there on most interpreters.
-_STDLIB_SKIPS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+# Above this size in all, a fingerprint knows a file by its date instead of its checksum.
 _FULL_CHECKSUM_LIMIT = 2 << 30
+_ENDLESS = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,14 @@ class Part:
     """A contiguous piece of one input.
 
     Attributes:
-        path: File to open, or the name of a Hugging Face dataset.
-        name: Relative path: what order, hashes and messages go by, the same on every machine.
-        format: ``text``, ``jsonl``, ``parquet`` or ``hf``.
-        start: First byte (text, jsonl), row group (parquet) or row (hf).
-        stop: End of the range, exclusive.
-        size: About how many bytes that is.
-        split: ``train``, ``val``, or None where each record is assigned by its hash.
-        last: The range ends the document (text files only).
+        path: The file to open, or the name of a Hugging Face dataset.
+        name: The relative path of the file, the same on every machine. Order, hashes and messages use it.
+        format: ``text``, ``jsonl``, ``json``, ``csv``, ``tsv``, ``parquet`` or ``hf``.
+        start: The first byte, row group (parquet) or row (hf).
+        stop: The end of the range, exclusive.
+        size: About how many bytes of input the range is.
+        split: ``train`` or ``val``; None where each record is assigned by its hash.
+        last: Whether the range ends the document (text files only).
     """
 
     path: str
@@ -58,97 +56,108 @@ class Part:
     split: str | None = None
     last: bool = True
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the file is compressed. ``start`` and ``stop`` then count unpacked bytes."""
+        return self.format != "hf" and bool(split_suffix(self.path)[1])
+
     def to_json(self) -> dict[str, Any]:
-        """As plain types, for the journal."""
+        """Return the fields as plain types, for ``plan.json``."""
         return asdict(self)
 
 
 def share(key: str) -> float:
-    """A number in [0, 1) that depends on ``key`` alone, on every machine and in every Python version."""
+    """Return a number in [0, 1) that depends on ``key`` alone, on every machine and in every Python version."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2.0**64
 
 
 def digest(text: str) -> str:
-    """A short fingerprint of a text."""
+    """Return a short fingerprint of a text."""
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-def find_files(inputs: Iterable[str], pattern: str) -> list[tuple[Path, str]]:
-    """Expand files, folders, globs and ``stdlib`` into (path, relative path), sorted by relative path.
+def plan_files(
+    inputs: Iterable[str],
+    pattern: str,
+    output: Path,
+    *,
+    text_key: str,
+    val_fraction: float,
+    max_bytes: int | None,
+    segment_bytes: int,
+) -> tuple[list[Part], dict[str, str]]:
+    """Turn the file inputs into parts, in order.
+
+    Args:
+        inputs: The files, folders, globs and ``stdlib`` to read.
+        pattern: The glob that the files of a folder must match.
+        output: The output folder; nothing in it is read.
+        text_key: The key or column that holds the text of a record.
+        val_fraction: The share of text files to hold out for validation.
+        max_bytes: About how many bytes to read in all; None for all there are.
+        segment_bytes: The largest part, in bytes.
+
+    Returns:
+        The parts, and the files that are left out: relative path -> reason.
 
     Raises:
-        ConfigError: An input does not exist, or a folder or glob holds no matching file.
+        ConfigError: An input does not exist, or a file that was named itself cannot be used.
+        DataError: A file is damaged, or one that was named itself is not text.
     """
-    found: dict[Path, str] = {}
-    for index, text in enumerate(inputs):
-        if text == "stdlib":
-            root = Path(sysconfig.get_path("stdlib"))
-            hits = list(_walk(root, "*.py", _STDLIB_SKIPS))
-        elif Path(text).is_dir():
-            hits = list(_walk(Path(text), pattern, set()))
-        elif Path(text).is_file():
-            hits = [(Path(text), Path(text).name)]
-        else:
-            hits = [(Path(p), Path(p).name) for p in sorted(glob(text, recursive=True)) if Path(p).is_file()]
-            if not hits:
-                raise ConfigError(
-                    f"input {text!r} is no file, folder or glob with files in it; give text, JSONL or Parquet "
-                    "files, a folder of them, 'stdlib', or 'hf:NAME' for a Hugging Face dataset"
-                )
-        if not hits:
-            raise ConfigError(f"no file in {text!r} matches --pattern {pattern!r}; change --pattern or the folder")
-        taken = set(found.values())
-        for path, name in hits:
-            # Two inputs may hold the same relative path; the same file twice is the same file once.
-            found.setdefault(path.resolve(), f"{index}/{name}" if name in taken else name)
-    return sorted(((path, name) for path, name in found.items()), key=lambda hit: hit[1])
-
-
-def _walk(root: Path, pattern: str, skips: set[str]) -> Iterator[tuple[Path, str]]:
-    for folder, names, files in os.walk(root):
-        names[:] = sorted(n for n in names if n not in skips and not n.startswith("."))
-        for file in files:
-            path = Path(folder, file)
-            if not file.startswith(".") and path.match(pattern) and path.is_file():
-                yield path, path.relative_to(root).as_posix()
-
-
-def plan_files(
-    inputs: Iterable[str], pattern: str, val_fraction: float, max_bytes: int | None, segment_bytes: int
-) -> tuple[list[Part], list[str]]:
-    """Turn file inputs into parts, in order, and list what was skipped as unreadable or binary."""
+    files, skipped = find_files(inputs, pattern, output)
+    named = {Path(text).resolve() for text in inputs if Path(text).is_file()}
     parts: list[Part] = []
-    skipped: list[str] = []
-    budget = max_bytes if max_bytes is not None else 1 << 62
-    named = {str(Path(text).resolve()) for text in inputs if Path(text).is_file()}
-    for path, name in find_files(inputs, pattern):
-        if budget <= 0:
+    left = max_bytes
+    for path, name in files:
+        if left is not None and left <= 0:
             break
-        kind = FORMATS.get(path.suffix.lower(), "text")
         try:
-            size = path.stat().st_size
-            with path.open("rb") as stream:
-                head = stream.read(8192)
+            kind = kind_of(path, text_key)
+            if not kind.format:
+                if path in named:
+                    raise DataError(f"{path} {kind.reason}")
+                skipped[name] = kind.reason
+                continue
+            new = list(_parts_of(path, name, kind.format, segment_bytes, left))
         except OSError as error:
-            if str(path) in named:
-                raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-            skipped.append(name)
+            if path in named:
+                raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+            skipped[name] = f"cannot be read: {error.strerror or error}"
             continue
-        if kind != "parquet" and b"\0" in head:
-            if str(path) in named:
-                raise ConfigError(f"{path} looks binary (it has NUL bytes); give UTF-8 text, JSONL or Parquet")
-            skipped.append(name)
-            continue
-        if kind == "parquet":
-            new = list(_parquet_parts(path, name, segment_bytes, budget))
-        else:
-            stop = min(size, budget)
-            whole = Part(str(path), name, kind, 0, stop, stop)
-            new = list(cut(whole, segment_bytes, closes=True))
         parts.extend(new)
-        budget -= sum(part.size for part in new)
-    return assign_splits(parts, val_fraction), skipped
+        if left is not None:
+            left -= sum(part.stop if part.is_packed else part.size for part in new)
+    return assign_splits(parts, val_fraction), dict(sorted(skipped.items()))
+
+
+def _parts_of(path: Path, name: str, format: str, segment_bytes: int, left: int | None) -> Iterator[Part]:
+    """Cut a file into parts, as far as ``left`` bytes go."""
+    if format == "parquet":
+        yield from _parquet_parts(path, name, segment_bytes, _ENDLESS if left is None else left)
+        return
+    size = path.stat().st_size
+    if split_suffix(path)[1]:
+        # One part: the middle of a packed file cannot be reached without unpacking what comes before.
+        if content := unpacked_size(path, 1 if left is None else left):
+            yield Part(str(path), name, format, 0, _ENDLESS if left is None else content, size)
+        return
+    stop = size if left is None else min(size, left)
+    whole = Part(str(path), name, format, 0, stop, stop)
+    if format in ("text", "jsonl"):
+        yield from cut(whole, segment_bytes, closes=True)
+    elif stop:
+        # One part: where a row of a table or an item of an array begins shows only from the start.
+        yield whole
+
+
+def unpacked_size(path: Path, limit: int) -> int:
+    """Count the bytes of a packed file's content, up to ``limit``."""
+    count = 0
+    with open_unpacked(path) as stream:
+        while count < limit and (block := stream.read(min(1 << 20, limit - count))):
+            count += len(block)
+    return count
 
 
 def cut(part: Part, segment_bytes: int, closes: bool) -> Iterator[Part]:
@@ -161,12 +170,7 @@ def cut(part: Part, segment_bytes: int, closes: bool) -> Iterator[Part]:
 
 
 def _parquet_parts(path: Path, name: str, segment_bytes: int, budget: int) -> Iterator[Part]:
-    import pyarrow.parquet as pq
-
-    try:
-        metadata = pq.ParquetFile(path).metadata
-    except Exception as error:  # pyarrow has a dozen error types for "not a Parquet file"
-        raise DataError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    metadata = parquet_file(path).metadata
     begin, size = 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
@@ -198,9 +202,10 @@ def assign_splits(parts: list[Part], val_fraction: float) -> list[Part]:
 
 
 def _cut_lone_file(parts: list[Part], val_fraction: float) -> list[Part]:
-    stop = parts[-1].stop
+    packed = parts[0].is_packed
+    stop = unpacked_size(Path(parts[0].path), parts[0].stop) if packed else parts[-1].stop
     border = stop - max(1, int(stop * val_fraction))
-    step = max(part.size for part in parts)
+    step = stop if packed else max(part.size for part in parts)
     head = replace(parts[0], start=0, stop=border, split="train")
     tail = replace(parts[0], start=border, stop=stop, split="val")
     return [*cut(head, step, closes=True), *cut(tail, step, closes=True)]
@@ -237,24 +242,3 @@ def file_crc32(path: str | os.PathLike[str]) -> int:
         while block := stream.read(1 << 20):
             crc = zlib.crc32(block, crc)
     return crc
-
-
-class ReplacementCounter:
-    """Decode UTF-8 with U+FFFD for every bad sequence, and count those."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        codecs.register_error("sbn_count_replacements", self._handle)
-
-    def _handle(self, error: UnicodeError) -> tuple[str, int]:
-        assert isinstance(error, UnicodeDecodeError)
-        self.count += 1
-        return "\ufffd", error.end
-
-    def decode(self, data: bytes) -> str:
-        """Decode a complete piece."""
-        return data.decode("utf-8", "sbn_count_replacements")
-
-    def incremental(self) -> codecs.IncrementalDecoder:
-        """A decoder for a stream of blocks."""
-        return codecs.getincrementaldecoder("utf-8")("sbn_count_replacements")
