@@ -11,19 +11,22 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
 
+from sbn_lightning.checkpoints.text_files import KEY, TextFiles
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.core.files import atomic_stream
 from sbn_lightning.data.shards import CHECKSUM_LIMIT
 from sbn_lightning.models.config import TransformerConfig
 
+NO_TEXT = TextFiles()
 PREFIX = "model."
 ZIP = b"PK\x03\x04"
-ACCEPTED = "a .ckpt, the folder of a run, a packed or a Hugging Face folder"
+ACCEPTED = "a .ckpt, the folder of a run, a packed or a Hugging Face folder, or a .gguf file"
 
 
 def is_one(path: Path) -> bool:
@@ -50,11 +53,25 @@ def damaged_record(path: Path) -> str | None:
         return file.testzip() if path.stat().st_size <= CHECKSUM_LIMIT else None
 
 
-def read(path: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
-    """Configuration and state dict of a checkpoint of this project; tensors are mapped from the file.
+class Saved(NamedTuple):
+    """What a checkpoint of this project holds of a model.
+
+    Attributes:
+        config: The configuration of the model.
+        state: The state dict of the model. Its tensors are mapped from the file.
+        text_files: The contents of the model's text files by name; see :mod:`sbn_lightning.checkpoints.text_files`.
+    """
+
+    config: TransformerConfig
+    state: dict[str, Tensor]
+    text_files: dict[str, str]
+
+
+def read(path: Path) -> Saved:
+    """Reads the model of a checkpoint of this project.
 
     Raises:
-        DataError: If the file is damaged, or no checkpoint of this project.
+        DataError: If the file is damaged, or is not a checkpoint of this project.
     """
     if not is_one(path):
         raise DataError(f"{path} is no checkpoint; give {ACCEPTED}")
@@ -73,36 +90,46 @@ def read(path: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
     except Exception as error:  # a damaged file can make torch raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(f"{path} is damaged: {reason}") from error
-    hyper_parameters = saved.get("hyper_parameters") if isinstance(saved, dict) else None
-    values = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
-    if not isinstance(values, dict) or not isinstance(saved.get("state_dict"), dict):
-        raise DataError(f"{path} is not a checkpoint of SparseBitNet: it holds no hyper_parameters with a config")
-    try:
-        config = TransformerConfig(**values)
-    except (ConfigError, TypeError) as error:
-        raise DataError(f"{path}: its configuration cannot be used here: {error}") from error
+    config = config_of(saved, path)
+    if not isinstance(saved.get("state_dict"), dict):
+        raise DataError(f"{path} is not a checkpoint of SparseBitNet: it holds no state_dict")
     state = {
         name.removeprefix(PREFIX): tensor for name, tensor in saved["state_dict"].items() if name.startswith(PREFIX)
     }
-    return config, state
+    return Saved(config, state, saved.get(KEY) or {})
 
 
-def write(config: TransformerConfig, state: dict[str, Tensor], path: Path) -> None:
+def config_of(saved: Any, path: Path) -> TransformerConfig:
+    """The configuration of the model in a checkpoint that was loaded.
+
+    Args:
+        saved: The contents of the checkpoint.
+        path: The path of the checkpoint, for messages.
+
+    Raises:
+        DataError: If the checkpoint is not one of this project, or its configuration is not valid here.
+    """
+    hyper_parameters = saved.get("hyper_parameters") if isinstance(saved, dict) else None
+    values = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is not a checkpoint of SparseBitNet: it holds no hyper_parameters with a config")
+    try:
+        return TransformerConfig(**values)
+    except (ConfigError, TypeError) as error:
+        raise DataError(f"{path}: its configuration cannot be used here: {error}") from error
+
+
+def write(config: TransformerConfig, state: dict[str, Tensor], path: Path, text: TextFiles = NO_TEXT) -> None:
     """Writes :func:`contents`.
 
     Raises:
         OSError: If it cannot be written.
     """
-    with path.open("wb") as file:
-        try:
-            torch.save(contents(config, state), file)
-        except RuntimeError as error:  # what torch makes of a full disk, on the way out
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            raise
+    with atomic_stream(path) as stream:
+        torch.save(contents(config, state, text), stream)
 
 
-def contents(config: TransformerConfig, state: dict[str, Tensor]) -> dict[str, Any]:
+def contents(config: TransformerConfig, state: dict[str, Tensor], text: TextFiles = NO_TEXT) -> dict[str, Any]:
     """What to save so that ``fit`` with ``init_from``, ``validate`` and ``load_model`` can read it."""
     try:
         lightning = version("lightning")
@@ -114,4 +141,5 @@ def contents(config: TransformerConfig, state: dict[str, Tensor]) -> dict[str, A
         "pytorch-lightning_version": lightning,
         "state_dict": {PREFIX + name: tensor for name, tensor in state.items()},
         "hyper_parameters": {"config": config.to_dict()},
+        **({KEY: dict(text.contents)} if text.contents else {}),
     }

@@ -1,7 +1,8 @@
-"""``export``: a trained model in a form that others can run.
+"""``sbn export``: write a trained model in a form that other programs can run.
 
-Each format has its own file; here is what they share: which model, where to, and what is printed. A model that a format
-cannot hold is refused with the formats that can, and leaves nothing behind.
+Each format has its own file in :mod:`sbn_lightning.formats`. This file holds what the formats share: which model is
+read, where the export goes, and what is printed. A model that a format cannot hold is refused, with the name of a
+format that can, and nothing is left behind.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.core.files import check_output, folder_aside
+from sbn_lightning.formats.output import check_output, output_folder
 
 
 def export(
@@ -20,25 +21,29 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     tokenizer: str | None = None,
     linear_class: Literal["bitlinear", "autobitlinear"] = "bitlinear",
-    quantization: Literal["TQ2_0", "TQ1_0", "Q4_0"] = "TQ2_0",
+    quantization: Literal["TQ2_0", "TQ1_0", "Q2_0", "Q4_0"] = "TQ2_0",
     overwrite: bool = False,
+    embedding_bits: Literal[8, 16, 32] | None = None,
 ) -> None:
     """Write a model in a format to run it from.
 
-    packed: this project's own, the smallest, with the exact logits. hf: a Hugging Face Qwen2 or Llama model, for models
-    that are not ternary. hf-bitnet: a Hugging Face model with 2-bit weights, for transformers. gguf: for llama.cpp.
+    packed: the format of this project, the smallest one. hf: a Hugging Face Qwen2 or Llama model, for models that are
+    not ternary. hf-bitnet: a Hugging Face model with 2-bit weights, for transformers. gguf: for llama.cpp.
 
     Args:
-        checkpoint: A checkpoint (.ckpt), the folder of a run, a packed or a Hugging Face folder.
-        output: Folder to write.
+        checkpoint: A checkpoint (.ckpt), the folder of a run, a packed or a Hugging Face folder, or a GGUF file.
+        output: The folder to write.
         format: packed, hf, hf-bitnet or gguf.
-        dtype: Of embeddings, norms, biases and head; default as in the checkpoint.
-        tokenizer: A tokenizer.json or the folder that holds it; default the one found with the checkpoint.
-        linear_class: hf-bitnet: transformers' bitlinear (weights stay packed in memory) or autobitlinear (unpacked
-            once, faster).
-        quantization: gguf: TQ2_0 (2.06 bits a weight, faster), TQ1_0 (1.69 bits), or Q4_0 (4.5 bits) for widths that
-            are not a multiple of 256.
+        dtype: The dtype of everything but ternary weights. Not given, weights keep the dtype of the checkpoint, except
+            that packed and gguf store embeddings, the head and masked weights in 16 bits.
+        tokenizer: A tokenizer.json or the folder that holds it. Not given, the one that comes with the checkpoint.
+        linear_class: hf-bitnet: bitlinear keeps weights packed in memory; autobitlinear unpacks them once and is
+            faster.
+        quantization: gguf: TQ2_0 (2.06 bits a weight, faster), TQ1_0 (1.69 bits), Q2_0 (2.25 bits, blocks of 64, needs
+            a llama.cpp of 2026) or Q4_0 (4.5 bits, blocks of 32). A layer whose width the type does not fit gets Q4_0.
         overwrite: Replace what is in the output folder.
+        embedding_bits: packed and gguf: 8, 16 or 32 bits for each weight of embeddings and head. Not given, those of
+            dtype, or 16.
 
     Raises:
         ConfigError: The model does not fit the format, or the folder is taken.
@@ -46,22 +51,28 @@ def export(
     """
     target = Path(output)
     check_output(target, overwrite)
+    if embedding_bits is not None and format in ("hf", "hf-bitnet"):
+        raise ConfigError(
+            f"embedding_bits is for --format packed and gguf; --format {format} has one dtype: use --dtype bfloat16"
+        )
     import torch
 
     from sbn_lightning.data.tokenizer import vocab_size_of
     from sbn_lightning.formats.load import load_model
-    from sbn_lightning.formats.write import write_model
+    from sbn_lightning.formats.write import WriteOptions, write_model
 
     loaded = load_model(checkpoint, dtype=None if dtype is None else getattr(torch, dtype), tokenizer=tokenizer)
     if overwrite and target.resolve() in (loaded.path.resolve(), *loaded.path.resolve().parents):
         raise ConfigError(f"{target} holds the model that is to be exported; give another --output")
-    if loaded.tokenizer is None and format != "gguf":  # which cannot do without
+    if loaded.tokenizer is None and format != "gguf":  # GGUF refuses a model without one
         print(f"note: no tokenizer found with {loaded.path}; add one with --tokenizer")
     if loaded.tokenizer is not None and (size := vocab_size_of(loaded.tokenizer)) > loaded.config.vocab_size:
         raise ConfigError(
             f"{loaded.tokenizer_path} has {size} tokens, the model's vocab_size is {loaded.config.vocab_size}; give "
             "its own with --tokenizer"
         )
-    with folder_aside(target, overwrite) as folder:
-        summary = write_model(loaded, folder, format, linear_class=linear_class, quantization=quantization)
+    bits = 32 if dtype is not None else 16  # 32: as the dtype that was asked for
+    options = WriteOptions(linear_class, quantization, embedding_bits or bits, bits)
+    with output_folder(target, overwrite) as folder:
+        summary = write_model(loaded, folder, format, options)
     print(f"{summary}\nwritten to {target}")

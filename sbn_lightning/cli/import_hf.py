@@ -1,27 +1,29 @@
-"""``import-hf``: pretrained Qwen2 and Llama weights as a checkpoint to start training from."""
+"""``sbn import-hf``: pretrained Qwen2 and Llama weights as a checkpoint to start training from."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
+from sbn_lightning.checkpoints.text_files import NAMES
 from sbn_lightning.checkpoints.tokenizers import TOKENIZER, beside
 from sbn_lightning.core.errors import ConfigError, DataError
-from sbn_lightning.core.files import check_output, file_aside
+from sbn_lightning.core.files import write_text
+from sbn_lightning.formats.output import check_output, write_errors_named
 
-# What an import reads: no code, and no weights in formats that can hold code.
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", TOKENIZER]
+# The files of a hub's repository that an import reads: no code, and no weights in formats that can hold code.
+PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", *NAMES]
 
 
 def import_hf(input: str, output: str, overwrite: bool = False) -> None:
-    """Turn a Hugging Face Qwen2 or Llama model into a checkpoint that training can start from.
+    """Turn a Hugging Face Qwen2 or Llama model, or a GGUF file of one, into a checkpoint that training can start from.
 
-    Writes the checkpoint and, beside it, its tokenizer as NAME.tokenizer.json for `prepare --tokenizer`.
+    The checkpoint carries the tokenizer, the chat template and the stop tokens of the model. The tokenizer is written
+    beside it as well, as NAME.tokenizer.json for `prepare --tokenizer`.
 
     Args:
-        input: Folder with config.json and safetensors, or the name of a model on the Hugging Face hub, like
-            Qwen/Qwen2.5-0.5B.
-        output: Checkpoint to write, like models/qwen2.5-0.5b.ckpt.
+        input: A folder with config.json and safetensors, a .gguf file, or the name of a model on the Hugging Face hub,
+            like Qwen/Qwen2.5-0.5B.
+        output: The checkpoint to write, like models/qwen2.5-0.5b.ckpt.
         overwrite: Replace the checkpoint if it is there.
 
     Raises:
@@ -32,16 +34,21 @@ def import_hf(input: str, output: str, overwrite: bool = False) -> None:
     if target.is_dir():
         raise ConfigError(f"--output {output} is a folder; name a file in it, like {target / 'model.ckpt'}")
     check_output(target, overwrite)
-    folder = _local(input)
+    source = _local(input)
     from sbn_lightning.checkpoints import lightning_file
-    from sbn_lightning.formats.assemble import build_model
-    from sbn_lightning.formats.huggingface.folder import read_hf
+    from sbn_lightning.formats.load import load_model
+    from sbn_lightning.layers.packed import PackedTernaryLinear
 
-    print(f"reading {folder}", flush=True)
-    config, state = read_hf(folder)
-    model = build_model(config, state, str(folder))  # checks names and shapes
-    with file_aside(target, overwrite) as file:
-        lightning_file.write(config, model.state_dict(), file)
+    print(f"reading {source}", flush=True)
+    loaded = load_model(source)  # checks names and shapes
+    if any(isinstance(layer, PackedTernaryLinear) for layer in loaded.model.modules()):
+        raise ConfigError(
+            f"{source} holds packed ternary weights, which are not copied into a checkpoint; give the folder itself to "
+            "export, generate, evaluate or model.init_from"
+        )
+    model, config = loaded.model, loaded.config
+    with write_errors_named(target):
+        lightning_file.write(config, model.state_dict(), target, loaded.text)
     scaled = "" if config.rope_scaling is None else f" with positions scaled by {config.rope_scaling.factor:g}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -49,22 +56,25 @@ def import_hf(input: str, output: str, overwrite: bool = False) -> None:
         f"d_ffn {config.d_ffn}, {config.n_heads} heads, {config.n_kv_heads} key/value heads, rope_theta "
         f"{config.rope_theta:g}{scaled}\nwritten to {target}"
     )
-    if (folder / TOKENIZER).is_file():
-        with file_aside(beside(target), overwrite=True) as file:
-            shutil.copyfile(folder / TOKENIZER, file)
-        print(f"tokenizer: {beside(target)}")
+    if TOKENIZER in loaded.text.contents:
+        with write_errors_named(beside(target)):
+            write_text(beside(target), loaded.text.contents[TOKENIZER])
+        template = "with" if loaded.text.chat_template else "no"
+        print(f"tokenizer: {beside(target)}, {template} chat template, stop tokens {loaded.text.stop_ids or 'unknown'}")
     else:
-        beside(target).unlink(missing_ok=True)  # of the checkpoint that was replaced
-        print(f"note: {folder} has no {TOKENIZER}")
+        beside(target).unlink(missing_ok=True)  # it belonged to the checkpoint that was replaced
+        print(f"note: {source} has no {TOKENIZER}")
 
 
 def _local(source: str) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    """The file or folder on this machine; a model of the hub is downloaded."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith((".gguf", ".safetensors")):
         raise DataError(
-            f"{source} does not exist; give a folder, or a name on the Hugging Face hub like Qwen/Qwen2.5-0.5B"
+            f"{source} does not exist; give a folder, a .gguf file, or a name on the Hugging Face hub like "
+            "Qwen/Qwen2.5-0.5B"
         )
     from huggingface_hub import snapshot_download
 

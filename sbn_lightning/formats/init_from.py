@@ -1,18 +1,27 @@
-"""Weights for a new run: ``init_from`` of :class:`SparseBitNet`."""
+"""Start a new run from existing weights: ``init_from`` of :class:`SparseBitNet`.
+
+The weights may be in any format that :func:`~sbn_lightning.formats.load.load_model` reads. Only weights are taken: the
+optimiser, the step and the masks start anew. Masks of another run may have another pattern, or may have been saved in
+the middle of a ramp.
+"""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
-from sbn_lightning.checkpoints import lightning_file
-from sbn_lightning.checkpoints.tokenizers import difference, find_tokenizer
+from sbn_lightning.checkpoints.text_files import TextFiles
+from sbn_lightning.checkpoints.tokenizers import beside, difference
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.formats.load import load_model, read_text
+from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.models.transformer import TernaryTransformer
 
-# What weights mean depends on these; the rest (pattern, quantisation, sequence length, loss) is the new run's choice.
+# These fields say what the weights mean, so they come with the weights. The other fields (pattern, quantisation,
+# sequence length, loss) are for the new run to choose.
 FIXED = (
     "vocab_size",
     "d_model",
@@ -26,33 +35,51 @@ FIXED = (
     "qkv_bias",
     "tie_embeddings",
 )
-SHAPE = tuple(name for name in FIXED if name not in ("rope_theta", "rope_scaling", "norm_eps"))  # of tensors
+# The fields that decide the shapes of tensors.
+SHAPE = tuple(name for name in FIXED if name not in ("rope_theta", "rope_scaling", "norm_eps"))
 
 
-def load_weights(model: TernaryTransformer, path: str) -> None:
-    """Copies a checkpoint's weights into a model; masks are made from them.
+def load_weights(model: TernaryTransformer, path: str) -> TextFiles:
+    """Copies the weights of another model; masks are made from them.
+
+    The latent weights of a packed model are gone. In their place come ``gamma * codes``, with a warning.
 
     Args:
-        model: Already built; its dtypes and device stay.
-        path: A ``.ckpt`` of ``import-hf`` or of an earlier run, dense or sparse.
+        model: The model to fill. Its dtypes and its device stay.
+        path: A checkpoint of ``import-hf`` or of an earlier run, the folder of a run, a packed or a Hugging Face
+            folder, or a GGUF file.
+
+    Returns:
+        The text files that came with the weights.
 
     Raises:
-        DataError: If the checkpoint is missing or damaged, or does not fit its own configuration.
-        ConfigError: If the model differs from it in shape or positions; the message names the fields.
+        DataError: If there is no model at ``path``, or it is damaged.
+        ConfigError: If the two models differ in shape or positions; the message names the fields.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"init_from: {path} does not exist; write it with: python cli.py import-hf --output {path}")
-    config, state = lightning_file.read(file)
+    place = Path(path)
+    if not place.exists() and not place.is_symlink():
+        raise DataError(f"init_from: {path} does not exist; write it with: sbn import-hf --input MODEL --output {path}")
+    loaded = load_model(place)
+    config = loaded.config
     differing = [name for name in FIXED if getattr(config, name) != getattr(model.config, name)]
     if differing:
         values = config.to_dict()
         wanted = ", ".join(f"{name}: {values[name]}" for name in differing)
         raise ConfigError(f"init_from: {path} does not fit the model; set model.config to {wanted}")
-    # Masks are made anew from the weights: those of another run may be of another pattern, or of the middle of a ramp.
-    missing, unexpected = model.load_state_dict(without_masks(state), strict=False)
+    state = without_masks(loaded.model.state_dict())
+    packed = {name: layer for name, layer in loaded.model.named_modules() if isinstance(layer, PackedTernaryLinear)}
+    for name, layer in packed.items():
+        state = _with_latent_weight(state, name, layer)
+    if packed:
+        warnings.warn(
+            f"init_from: {path} holds packed weights without the latent ones: training starts from gamma * codes",
+            stacklevel=2,
+        )
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith(".mask_bits")]
     if missing or unexpected:
         raise DataError(f"init_from: {path} does not fit its own configuration: {[*missing, *unexpected][0]}")
+    return loaded.text
 
 
 def without_masks(state: dict[str, Any]) -> dict[str, Any]:
@@ -60,36 +87,46 @@ def without_masks(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not name.endswith(".mask_bits")}
 
 
-def check_tokenizer(path: str, data: Any) -> None:
-    """Checks that data were prepared with the tokenizer of a checkpoint's weights, as far as :func:`difference` tells.
+def _with_latent_weight(state: dict[str, Tensor], name: str, layer: PackedTernaryLinear) -> dict[str, Tensor]:
+    """The state dict with a weight in the place of a packed layer's codes and gamma."""
+    rest = {key: value for key, value in state.items() if key not in (f"{name}.codes", f"{name}.gamma")}
+    return rest | {f"{name}.weight": layer.effective_weight()}
 
-    Nothing is checked if the checkpoint has no tokenizer with it, or ``data`` is no
-    :class:`~sbn_lightning.data.TokenDataModule`.
+
+def check_tokenizer(path: str, data: Any) -> None:
+    """Checks that the data were prepared with the tokenizer of the weights, as far as :func:`difference` tells.
+
+    Nothing is checked if the weights come without a tokenizer, or if ``data`` is not prepared tokens.
 
     Args:
-        path: As of :func:`load_weights`.
-        data: The run's data.
+        path: As for :func:`load_weights`.
+        data: The data of the run; a :class:`~sbn_lightning.data.TokenDataModule` is checked.
 
     Raises:
-        ConfigError: If not; the message names both tokenizers and what differs.
-        DataError: If the checkpoint's tokenizer is damaged.
+        ConfigError: If the tokenizers differ; the message names both and what differs.
+        DataError: If the tokenizer of the weights is damaged.
     """
-    from sbn_lightning.data import TokenDataModule
-
-    if not isinstance(data, TokenDataModule):
+    if not all(hasattr(data, name) for name in ("sources", "eos_id")):
         return
-    file, ours = find_tokenizer(Path(path), None)
-    if ours is None:
+    place = Path(path)
+    if not place.exists():  # `load_weights` says so in its own words
+        return
+    text = read_text(place)
+    if text.tokenizer is None:
         return
     folder = next(iter(data.sources))
     try:
         theirs = data.tokenizer
-    except DataError as error:  # shards can be read without it
-        rank_zero_warn(f"init_from: cannot compare {file} with the tokenizer of {folder}: {error}")
+    except DataError as error:  # tokens can be read without it
+        warnings.warn(f"init_from: cannot compare the tokenizer of {path} with that of {folder}: {error}", stacklevel=2)
         return
-    found = difference(ours, theirs, data.eos_id)
-    if found is not None:
-        raise ConfigError(
-            f"init_from: {path} has the tokenizer {file}, data.path {folder} was prepared with another one ({found}): "
-            f"prepare the data again with python cli.py prepare --tokenizer {file} --input FILES --output FOLDER"
-        )
+    found = difference(text.tokenizer, theirs, data.eos_id)
+    if found is None:
+        return
+    file = beside(place) if beside(place).is_file() else text.source
+    is_file = file is not None and file.suffix == ".json"
+    wanted = file if is_file else f"FILE (the tokenizer.json that `sbn export --checkpoint {path}` writes)"
+    raise ConfigError(
+        f"init_from: {path} has the tokenizer {file}, data.path {folder} was prepared with another one ({found}): "
+        f"prepare the data again with sbn prepare --tokenizer {wanted} --input FILES --output FOLDER"
+    )

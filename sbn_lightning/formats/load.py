@@ -1,57 +1,64 @@
-"""One function that reads a model in any of the formats it is kept in.
+"""Read a model in any of its formats.
 
-A model comes out ready to compute: in evaluation mode, without gradients, on the device asked for. Weights are mapped
-from the file where the format allows it, so that a checkpoint with its optimiser states costs no more memory than its
-weights.
+A loaded model is ready to compute: it is in evaluation mode, needs no gradients, and is on the device asked for. Where
+a format allows it, weights are mapped from the file. A checkpoint with its optimiser states then costs no more memory
+than its weights.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from sbn_lightning.checkpoints import lightning_file
-from sbn_lightning.checkpoints.tokenizers import find_tokenizer
+from sbn_lightning.checkpoints.text_files import TextFiles, find_text_files, read_folder
+from sbn_lightning.checkpoints.tokenizers import TOKENIZER
 from sbn_lightning.core.errors import DataError
 from sbn_lightning.formats.assemble import build_model, cast_model
+from sbn_lightning.formats.recognise import Found, ModelFormat, recognise
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-ModelFormat = Literal["lightning", "packed", "hf"]
-
 
 @dataclass
 class LoadedModel:
-    """A model that can compute.
+    """A model that can compute, and what came with its weights.
 
     Attributes:
-        model: In evaluation mode; no parameter needs a gradient.
-        tokenizer: The one found with the model, or None. See :meth:`need_tokenizer`.
-        config: Of the model; the same object as ``model.config``.
-        format: What it was read from: ``"lightning"``, ``"packed"`` or ``"hf"``.
-        path: The file or folder it was read from.
-        tokenizer_path: The file of ``tokenizer``, or None.
+        model: The model, in evaluation mode. No parameter needs a gradient.
+        config: The configuration of the model; the same object as ``model.config``.
+        format: The format that the model was read from.
+        path: The file or folder that the model was read from.
+        text: The model's text files: tokenizer, chat template, stop tokens.
     """
 
     model: TernaryTransformer
-    tokenizer: Tokenizer | None
     config: TransformerConfig
     format: ModelFormat
     path: Path
-    tokenizer_path: Path | None
+    text: TextFiles
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that was found with the model, or None. See :meth:`need_tokenizer`."""
+        return self.text.tokenizer
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The file that the tokenizer was read from: a ``tokenizer.json``, or the model's own file."""
+        return self.text.source
 
     def need_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
+        """Returns the tokenizer.
 
         Raises:
-            DataError: If there is none with the model; the message says how to pass one.
+            DataError: If the model has no tokenizer; the message says how to pass one.
         """
         if self.tokenizer is None:
             raise DataError(
@@ -71,64 +78,107 @@ def load_model(
     """Reads a model.
 
     Args:
-        path: A checkpoint of this project (``.ckpt``) or the folder of a run (its ``last.ckpt``), a packed folder, or
-            a Hugging Face folder of a Qwen2 or Llama model. What it is is told by its content.
-        device: Where the model goes.
-        dtype: Of embeddings, norms, biases, the head and unquantised layers; None: as stored. Latent weights of
-            ternary layers stay as they are: rounding them would give other codes.
-        tokenizer: A ``tokenizer.json`` or a folder that holds one; None: look for it next to the model.
+        path: A checkpoint of this project (``.ckpt``) or the folder of a run (its ``last.ckpt``), a packed folder, the
+            Hugging Face folder of a Qwen2 or Llama model, packed by ``hf-bitnet`` or not, or a GGUF file of such a
+            model. The content decides what it is.
+        device: The device to put the model on.
+        dtype: The dtype of embeddings, norms, biases, the head and unquantised layers; None keeps the stored dtypes.
+            Latent weights of ternary layers keep theirs: rounding them would change the codes.
+        tokenizer: A ``tokenizer.json`` or a folder that holds one; None takes the one that comes with the model.
 
     Raises:
-        DataError: If there is no model, it is damaged, or there is no such tokenizer.
-        ConfigError: If it is a model that :class:`TernaryTransformer` cannot be.
+        DataError: If there is no model, the model is damaged, or there is no such tokenizer.
+        ConfigError: If :class:`TernaryTransformer` cannot be this model.
     """
-    source = Path(path)
-    kind, file = _recognise(source)
-    if kind == "lightning":
-        config, state = lightning_file.read(file)
-        model = build_model(config, state, str(file))
-    elif kind == "packed":
-        from sbn_lightning.formats.packed import read_packed
-
-        model = read_packed(file)
-    else:
-        from sbn_lightning.formats.huggingface.folder import read_hf
-
-        config, state = read_hf(file)
-        model = build_model(config, state, str(file))
+    found = recognise(Path(path))
+    model, text = _read(found)
     if dtype is not None:
         cast_model(model, dtype)
     model.to(device).eval().requires_grad_(False)
-    tokenizer_path, loaded = find_tokenizer(file, tokenizer)
-    return LoadedModel(model, loaded, model.config, kind, file, tokenizer_path)
+    text = find_text_files(found.place, text, tokenizer)
+    if text.tokenizer is not None:  # a damaged tokenizer is found now, and not after minutes of work
+        text.tokenizer.no_padding()
+    return LoadedModel(model, model.config, found.format, found.place, text)
 
 
-def _recognise(path: Path) -> tuple[ModelFormat, Path]:
-    """What is at ``path``, and the file or folder to read."""
-    if path.is_file():
-        if path.name in ("config.json", "model.safetensors"):
-            return _recognise(path.parent)
-        if path.suffix == ".gguf":
-            raise DataError(f"{path} is a GGUF file, which is written but not read: give the checkpoint it was made of")
-        return "lightning", path
-    if not path.is_dir():
-        raise DataError(f"{path} does not exist; give {lightning_file.ACCEPTED}")
-    if (path / ".metadata").is_file():
-        raise DataError(
-            f"{path} is a sharded checkpoint; make one file of it: sbn consolidate --checkpoint {path} --output "
-            f"{path.with_suffix('.whole.ckpt')}"
-        )
-    config = path / "config.json"
-    if config.is_file():
-        try:
-            values = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{config} is damaged: {error}") from error
-        if isinstance(values, dict):
-            return ("packed" if values.get("format") == "sbn-packed" else "hf"), path
-    # A run's own folders, or that of a recipe's runs; the newest, of a run that went on in its folder last-v1.ckpt.
-    for folder in ("", "checkpoints/", "version_*/checkpoints/"):
-        found = [file for file in path.glob(f"{folder}last*.ckpt") if lightning_file.is_last(file) and file.exists()]
-        if found:
-            return _recognise(max(found, key=lambda file: file.stat().st_mtime))
-    raise DataError(f"{path} holds no model: neither last.ckpt nor config.json is there")
+def read_config(path: str | Path) -> TransformerConfig:
+    """Reads the configuration of a model without its weights.
+
+    Args:
+        path: As for :func:`load_model`.
+
+    Raises:
+        DataError: If there is no model, or the model is damaged.
+        ConfigError: If :class:`TernaryTransformer` cannot be this model.
+    """
+    format, place = recognise(Path(path))
+    if format == "lightning":
+        return lightning_file.read(place).config
+    if format == "packed":
+        from sbn_lightning.formats.packed import read_packed_config
+
+        return read_packed_config(place)
+    if format == "gguf":
+        from sbn_lightning.formats.gguf.read import read_gguf_config
+
+        return read_gguf_config(place)
+    if format == "hf-bitnet":
+        from sbn_lightning.formats.huggingface.bitnet import read_bitnet_config
+
+        return read_bitnet_config(place)
+    from sbn_lightning.formats.huggingface.folder import read_hf_config
+
+    return read_hf_config(place)
+
+
+def read_text(path: str | Path) -> TextFiles:
+    """Reads the text files of a model without its weights.
+
+    Args:
+        path: As for :func:`load_model`.
+
+    Raises:
+        DataError: If there is no model, or a file is damaged.
+    """
+    format, place = recognise(Path(path))
+    if format == "lightning":
+        own = _text_of_checkpoint(lightning_file.read(place), place)
+    elif format == "packed":
+        own = read_folder(place)
+    elif format == "gguf":
+        from sbn_lightning.formats.gguf.read import read_gguf_text
+
+        own = read_gguf_text(place)
+    else:
+        from sbn_lightning.formats.huggingface.folder import read_hf_text
+
+        own = read_hf_text(place)
+    return find_text_files(place, own, None)
+
+
+def _text_of_checkpoint(saved: lightning_file.Saved, place: Path) -> TextFiles:
+    return TextFiles(saved.text_files, place if TOKENIZER in saved.text_files else None)
+
+
+def _read(found: Found) -> tuple[TernaryTransformer, TextFiles]:
+    format, place = found
+    if format == "packed":
+        from sbn_lightning.formats.packed import read_packed
+
+        return read_packed(place)
+    if format == "hf-bitnet":
+        from sbn_lightning.formats.huggingface.bitnet import read_hf_bitnet
+
+        return read_hf_bitnet(place)
+    if format == "lightning":
+        saved = lightning_file.read(place)
+        config, state, text = saved.config, saved.state, _text_of_checkpoint(saved, place)
+    elif format == "gguf":
+        from sbn_lightning.formats.gguf.read import read_gguf
+
+        config, state, text = read_gguf(place)
+    else:
+        from sbn_lightning.formats.huggingface.folder import read_hf
+
+        config, state, text = read_hf(place)
+    return build_model(config, state, str(place)), text

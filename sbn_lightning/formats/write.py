@@ -1,48 +1,72 @@
-"""A loaded model into an empty folder, in the format asked for."""
+"""Write a loaded model into an empty folder, in the format asked for."""
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from sbn_lightning.checkpoints.tokenizers import TOKENIZER
+from sbn_lightning.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from sbn_lightning.formats.load import LoadedModel
 
+ExportFormat = Literal["packed", "hf", "hf-bitnet", "gguf"]
+LinearClass = Literal["bitlinear", "autobitlinear"]
+Quantization = Literal["TQ2_0", "TQ1_0", "Q2_0", "Q4_0"]
 
-def write_model(loaded: LoadedModel, folder: Path, format: str, *, linear_class: str, quantization: str) -> str:
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """What a user may choose about an export.
+
+    Attributes:
+        linear_class: The class of transformers that reads an ``hf-bitnet`` export.
+        quantization: The GGUF type of ternary tensors.
+        embedding_bits: Bits for each weight of embedding and head, in ``packed`` and ``gguf``.
+        value_bits: Bits for each weight of a masked layer, in ``packed``.
+    """
+
+    linear_class: LinearClass = "bitlinear"
+    quantization: Quantization = "TQ2_0"
+    embedding_bits: int = 16
+    value_bits: int = 16
+
+
+def write_model(loaded: LoadedModel, folder: Path, format: ExportFormat, options: WriteOptions) -> str:
     """Writes a model.
 
     Args:
-        loaded: The model.
-        folder: Where; it exists.
-        format: ``"packed"``, ``"hf"``, ``"hf-bitnet"`` or ``"gguf"``.
-        linear_class: Of hf-bitnet.
-        quantization: Of gguf.
+        loaded: The model and its text files.
+        folder: The folder to write to; it exists and is empty.
+        format: The format to write.
+        options: What the user chose.
 
     Returns:
-        A line that says what was written.
+        What was written, for the user: a line, and the size of each part.
 
     Raises:
         ConfigError: If the format cannot hold the model.
-        OSError: If it cannot be written.
+        OSError: If a file cannot be written.
     """
     if format == "gguf":
         from sbn_lightning.formats.gguf.write import write_gguf
 
-        return write_gguf(loaded, folder, quantization)
+        return write_gguf(loaded, folder, options.quantization, options.embedding_bits)
     if format == "packed":
-        from sbn_lightning.formats.packed import write_packed
+        from sbn_lightning.formats.packed import WEIGHTS, write_packed
 
-        if loaded.tokenizer_path is not None:
-            shutil.copyfile(loaded.tokenizer_path, folder / TOKENIZER)
-        sizes = write_packed(loaded.model, folder)
+        sizes = write_packed(loaded.model, folder, loaded.text, options.embedding_bits, options.value_bits)
+        linear = loaded.config.linear
+        size = (folder / WEIGHTS).stat().st_size
         return (
-            f"{sizes['linear_bits']:.3f} bits a weight in the ternary layers, {sizes['file_bits']:.2f} bits a "
-            f"parameter in the file, {sizes['file_bytes'] / 1e6:.2f} MB"
+            f"{sizes[f'{linear} layers'].bits:.3f} bits a weight in the {linear} layers, "
+            f"{8 * size / sizes.weights:.2f} bits a parameter in the file, {size / 1e6:.2f} MB\n{sizes.table()}"
         )
     from sbn_lightning.formats.huggingface.write import write_hf, write_hf_bitnet
 
-    return write_hf(loaded, folder) if format == "hf" else write_hf_bitnet(loaded, folder, linear_class)
+    if options.embedding_bits == 8:
+        raise ConfigError(f"--format {format} cannot hold 8-bit embeddings; use --dtype bfloat16, or --format packed")
+    if format == "hf":
+        return write_hf(loaded, folder)
+    return write_hf_bitnet(loaded, folder, options.linear_class)

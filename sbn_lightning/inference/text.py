@@ -1,9 +1,13 @@
-"""Token ids to text, piece by piece.
+"""Turn a stream of token ids into a stream of text.
 
-A character can be spread over tokens, and what a token decodes to can depend on the one before it (a tokenizer may
-drop the space in front of the first word). So a piece is what the text grew by when a few tokens are decoded together,
-and an unfinished character at the end is held back. The pieces together are the text that decoding
-everything at once gives.
+A character can be spread over tokens, and what a token decodes to can depend on the token before it: a tokenizer may
+drop the space in front of the first word. So a piece is what the text grew by when a few tokens are decoded together,
+and an unfinished character at the end is held back. The pieces together are the text that decoding everything at once
+gives. There is one exception: a tokenizer with byte fallback spoils a whole run of bytes if one of them is wrong, and
+the stream has returned the characters before that byte already.
+
+The ``DecodeStream`` of the ``tokenizers`` library would be shorter. It never returns the unfinished character at which
+a text may stop, and with byte fallback it raises an error at a wrong byte (tokenizers 0.23).
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# What bytes that are no character decode to: one for all bytes of an unfinished one, or, where a vocabulary has single
-# bytes for what it does not know, one for each of the byte tokens in a row, characters among them included.
+# Bytes that are no character decode to this sign: one sign for all bytes of an unfinished character. A tokenizer with
+# byte fallback gives one sign for each byte token in a row, even if some of them are a character.
 _REPLACEMENT = "\ufffd"
 
 
@@ -22,15 +26,15 @@ class TextStream:
     """Turns a stream of token ids into a stream of text.
 
     Args:
-        tokenizer: What made the ids. Special tokens are left out.
+        tokenizer: The tokenizer that made the ids. Special tokens are left out of the text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._start = 0  # decoded from here: tokens printed already, as context, and those that come after
-        self._printed = 0  # characters of that which were returned
-        self._ids_printed = 0
+        self._start = 0  # the first token that is decoded: tokens already printed are the context of those after them
+        self._printed = 0  # characters that were returned of the text from self._start on
+        self._ids_printed = 0  # tokens whose text was returned as a whole
 
     def push(self, token: int) -> str:
         """Adds a token; returns the text that is certain now, which may be none."""
@@ -45,7 +49,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """What was held back; no more tokens come."""
+        """Returns what was held back; no more tokens come."""
         piece = self._decode(self._start, len(self._ids))[self._printed :]
         self._printed += len(piece)
         return piece

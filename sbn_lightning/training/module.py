@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
+from sbn_lightning.checkpoints.text_files import KEY, TextFiles, text_of_run
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.optimizer_states import name_optimizer_states
 from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts, shard
@@ -80,8 +81,8 @@ class SparseBitNet(LightningModule):
         final_learning_rate: Share of the peak learning rate at the last step.
         schedule_steps: Optimiser steps until the schedule ends; the trainer's ``max_steps`` if not given.
         compile: Compile each block with ``torch.compile``.
-        init_from: A checkpoint (of ``import-hf``, say) whose weights a new run starts from. A run that continues from a
-            checkpoint has that one's weights.
+        init_from: A model whose weights a new run starts from: a checkpoint, the folder of a run, a packed or a Hugging
+            Face folder, or a GGUF file. A run that continues from a checkpoint takes the checkpoint's weights.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class SparseBitNet(LightningModule):
         self.config = config
         self.model = TernaryTransformer(config)
         self.init_from = init_from
+        self.text_files = TextFiles()  # tokenizer, chat template, stop tokens: saved with every checkpoint
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
         self._make_optimizer = optimizer
@@ -135,12 +137,13 @@ class SparseBitNet(LightningModule):
 
     def configure_model(self) -> None:
         if self.init_from is not None:
-            load_weights(self.model, self.init_from)
+            self.text_files = load_weights(self.model, self.init_from)
             self.init_from = None  # once: a Trainer configures the model again for each of its commands
         if self.hparams["compile"] and not self.model.is_compiled:
             self.model.compile_blocks()
         if self.device_mesh is not None:  # ModelParallelStrategy
-            shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",))
+            options = getattr(self.trainer.strategy, "sharding", {})  # of ShardedStrategy
+            shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",), **options)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Masks of another pattern are made anew from the weights; a model of another shape is refused.
@@ -148,6 +151,7 @@ class SparseBitNet(LightningModule):
         Raises:
             ConfigError: Naming the fields that differ.
         """
+        self.text_files = TextFiles(checkpoint.get(KEY) or {})
         saved = checkpoint.get("hyper_parameters", {}).get("config")
         if not isinstance(saved, dict):
             return
@@ -176,6 +180,9 @@ class SparseBitNet(LightningModule):
                     )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.text_files = text_of_run(self.text_files, getattr(self._trainer, "datamodule", None))
+        if self.text_files.contents:
+            checkpoint[KEY] = dict(self.text_files.contents)
         if isinstance(self._trainer, Trainer) and "optimizer_states" in checkpoint:  # the Fabric loop does it itself
             name_optimizer_states(checkpoint["optimizer_states"], self, self._trainer.optimizers)
 

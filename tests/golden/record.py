@@ -155,10 +155,13 @@ def main() -> None:
 
 
 def export(checkpoint: Path, folder: Path) -> None:
-    """Writes ``packed`` and ``gguf`` of a checkpoint into ``folder``."""
+    """Writes ``packed`` and ``gguf`` of a checkpoint into ``folder``.
+
+    The record is older than the default of 16-bit embeddings, so the files are asked for in float32.
+    """
     for form, extra in (("packed", ()), ("gguf", ("--quantization", "Q4_0"))):
         run("export", "--checkpoint", str(checkpoint), "--output", str(folder / form), "--format", form,
-            "--tokenizer", str(folder / "data"), *extra)  # fmt: skip
+            "--tokenizer", str(folder / "data"), "--dtype", "float32", *extra)  # fmt: skip
 
 
 def write(name: str, value: object) -> None:

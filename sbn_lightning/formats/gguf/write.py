@@ -1,15 +1,12 @@
-"""GGUF for llama.cpp: ternary tensors as TQ2_0, TQ1_0 or Q4_0, written by the ``gguf`` package.
+"""Write a GGUF file for llama.cpp: ternary tensors as TQ2_0, TQ1_0, Q2_0 or Q4_0.
 
-The first two store blocks of 256 weights of a row with a float16 scale ``d`` each, the block's largest magnitude. Given
-``gamma * T`` that is gamma itself, so codes survive exactly and a dequantised weight is ``float16(gamma) * T``. Q4_0 is
-for rows that 256 does not divide: blocks of 32, at 4.5 bits a weight. It can hold the same numbers, but its usual
-quantiser maps the largest magnitude to -8 and would not give them: its blocks are put together here, with ``d = gamma``
-and codes on both sides of its zero.
+The format gives each tensor a type of its own. A layer whose width the chosen type does not divide gets Q4_0, and the
+other layers keep the chosen type; :mod:`~sbn_lightning.formats.gguf.blocks` has the layouts.
 
-A model with q/k/v biases becomes architecture ``qwen2``, one without ``llama``, whose rotary positions turn neighbours
-among the rows of a head: q and k are reordered for it, and scaled positions come as ``rope_freqs.weight``, one divisor
-for each frequency. llama.cpp quantises activations in its own way, by block and not by token, so its logits are close
-to ours and not the same.
+A model with q/k/v biases becomes architecture ``qwen2``, one without becomes ``llama``. llama.cpp turns neighbours
+among the rows of a ``llama`` head against each other, so q and k are reordered for it. Scaled positions come as
+``rope_freqs.weight``, one divisor for each frequency. llama.cpp quantises activations by block and not by token, so
+its logits are close to ours and not equal.
 """
 
 from __future__ import annotations
@@ -17,44 +14,45 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.formats.gguf.blocks import BLOCKS, FALLBACK, TYPES, blocks, type_for
+from sbn_lightning.formats.gguf.names import NAMES, ROPE_DIVISORS, interleave_halves
 from sbn_lightning.formats.gguf.tokenizer import add_tokenizer, check_tokenizer
 from sbn_lightning.formats.huggingface.names import linear_parts
 from sbn_lightning.formats.huggingface.write import check_ternary
-from sbn_lightning.formats.packed import ternary_layers
+from sbn_lightning.formats.packed import in_16_bits, ternary_layers
+from sbn_lightning.formats.sizes import Sizes
 from sbn_lightning.models.rope import rope_frequencies, rope_stretch
 
 if TYPE_CHECKING:
     from sbn_lightning.formats.load import LoadedModel
     from sbn_lightning.models.config import TransformerConfig
 
-BLOCKS = {"TQ2_0": 256, "TQ1_0": 256, "Q4_0": 32}
 SMALLEST_NORMAL_HALF = 2.0**-14
-NAMES = {
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-}
+
+__all__ = ["check_gguf", "interleave_halves", "write_gguf"]
 
 
-def write_gguf(loaded: LoadedModel, folder: Path, quantization: str) -> str:
+def write_gguf(loaded: LoadedModel, folder: Path, quantization: str, embedding_bits: int = 16) -> str:
     """Writes ``model-QUANTIZATION.gguf``.
 
     Args:
-        loaded: A ternary model and its tokenizer.
-        folder: Where.
-        quantization: ``"TQ2_0"``, ``"TQ1_0"`` or ``"Q4_0"``.
+        loaded: A ternary model and its text files.
+        folder: The folder to write to.
+        quantization: The type of ternary tensors, where their widths fit it; a key of ``TYPES``.
+        embedding_bits: Bits for each weight of embedding and head: 8 (Q8_0), 16 (bfloat16 where the model holds more
+            bits) or 32 (as in the model).
+
+    Returns:
+        What was written, for the user.
 
     Raises:
-        ConfigError: If the model or its tokenizer has no home in the format; the message names the layer or feature.
+        ConfigError: If the format cannot hold the model or its tokenizer; the message names the layer or the feature.
     """
     try:
         import gguf
@@ -62,48 +60,78 @@ def write_gguf(loaded: LoadedModel, folder: Path, quantization: str) -> str:
         raise ConfigError(
             'writing GGUF needs the package gguf: pip install "sbn-lightning[export]" or pip install gguf'
         ) from error
-    check_gguf(loaded, BLOCKS[quantization])
+    check_gguf(loaded, quantization)
     config = loaded.config
     architecture = "qwen2" if config.qkv_bias else "llama"
     target = folder / f"model-{quantization}.gguf"
+    sizes = Sizes()
     writer = gguf.GGUFWriter(target, architecture)
-    _add_config(writer, config, gguf.LlamaFileType[f"MOSTLY_{quantization}"])
-    add_tokenizer(writer, loaded.need_tokenizer(), config.vocab_size)
-    _add_other_tensors(writer, loaded)
+    _add_config(writer, config, TYPES[quantization].file_type)
+    add_tokenizer(writer, loaded.text, config.vocab_size)
+    _add_other_tensors(writer, loaded, embedding_bits, sizes)
     layers = ternary_layers(loaded.model)
-    kind = gguf.GGMLQuantizationType[quantization]
+    others: dict[str, int] = {}  # width -> how many tensors the fallback took
     for part in tqdm(list(linear_parts(config)), desc="quantising", unit="layer", disable=None):
         layer = layers[part.ours]
         codes, gamma = layer.ternary()
         rows = part.rows or (layer.out_features,)
         biases = (None,) * len(rows) if layer.bias is None else layer.bias.detach().split(rows)
+        kind = type_for(layer.in_features, quantization)
+        assert kind is not None  # check_gguf has refused such a width
+        if kind != quantization:
+            others[str(layer.in_features)] = others.get(str(layer.in_features), 0) + len(rows)
         for name, piece, scale, bias in zip(part.theirs, codes.split(rows), gamma, biases, strict=True):
             i, module = name.split(".")[2], name.rsplit(".", 1)[1]
             if architecture == "llama" and module in ("q_proj", "k_proj"):
                 piece = interleave_halves(piece, config.head_size)
-            if quantization == "Q4_0":
-                data = q4_0_blocks(piece, scale).numpy()
-            else:
-                data = gguf.quants.quantize((piece * scale).float().numpy(), kind)
-            writer.add_tensor(f"blk.{i}.{NAMES[module]}.weight", data, raw_dtype=kind)
+            data = blocks(piece, scale, kind)
+            # As int8, so that the writer takes the shape given: a gguf package may not know the type.
+            writer.add_tensor(
+                f"blk.{i}.{NAMES[module]}.weight",
+                data.view(np.int8),
+                raw_shape=tuple(piece.shape),
+                raw_dtype=TYPES[kind].id,
+            )
+            sizes.add(f"ternary layers, {kind}", piece.numel(), data.nbytes)
             if bias is not None:
                 writer.add_tensor(f"blk.{i}.{NAMES[module]}.bias", bias.float().numpy())
+                sizes.add("norms and biases", bias.numel(), 4 * bias.numel())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return f"architecture {architecture}, {quantization}, {target.stat().st_size / 1e6:.2f} MB in {target.name}"
+    return (
+        f"architecture {architecture}, {quantization}, {target.stat().st_size / 1e6:.2f} MB in {target.name}\n"
+        f"{sizes.table()}{_note(others, quantization)}"
+    )
 
 
-def check_gguf(loaded: LoadedModel, block: int) -> None:
+def _note(others: dict[str, int], quantization: str) -> str:
+    """Which widths got the fallback, and which type would fit them."""
+    if not others:
+        return ""
+    told = ", ".join(f"{count} tensors of width {width}" for width, count in others.items())
+    would = [
+        name
+        for name, kind in TYPES.items()
+        if name not in (quantization, FALLBACK) and all(int(width) % kind.weights == 0 for width in others)
+    ]
+    hint = f"; --quantization {would[0]} fits them at {TYPES[would[0]].bits:g} bits" if would else ""
+    return (
+        f"\nnote: {told} are {FALLBACK}, because the blocks of {quantization} hold {TYPES[quantization].weights} "
+        f"weights of a row{hint}"
+    )
+
+
+def check_gguf(loaded: LoadedModel, quantization: str) -> None:
     """Checks a model before anything is written.
 
     Args:
-        loaded: The model.
-        block: Weights of a row that share a scale.
+        loaded: The model and its text files.
+        quantization: The type of ternary tensors.
 
     Raises:
-        ConfigError: If something of it has no home in the format.
+        ConfigError: If the format cannot hold the model or its tokenizer.
     """
     check_ternary(loaded, "gguf")
     if loaded.config.rope_scaling is not None and loaded.config.qkv_bias:
@@ -113,11 +141,13 @@ def check_gguf(loaded: LoadedModel, block: int) -> None:
         )
     layers = ternary_layers(loaded.model)
     for name, layer in layers.items():
-        if layer.in_features % block:
-            smaller = "--quantization Q4_0 (blocks of 32, 4.5 bits a weight), " if layer.in_features % 32 == 0 else ""
+        if type_for(layer.in_features, quantization) is None:
+            shortest = TYPES[FALLBACK].weights
+            fitting = -(-layer.in_features // shortest) * shortest
             raise ConfigError(
-                f"{name}: in_features={layer.in_features} is not a multiple of {block}, the block of this "
-                f"quantisation; use {smaller}--format packed or hf-bitnet"
+                f"{name}: in_features={layer.in_features} fits no ternary type of GGUF: their blocks are of "
+                f"{', '.join(map(str, BLOCKS.values()))} weights; use --format packed or hf-bitnet, "
+                f"or train with a width of {fitting}"
             )
     check_tokenizer(loaded.need_tokenizer())
     for name, layer in layers.items():
@@ -127,22 +157,6 @@ def check_gguf(loaded: LoadedModel, block: int) -> None:
                 f"{name}: gamma={smallest:.3g} is below {SMALLEST_NORMAL_HALF:.3g}, where float16, the scale of a "
                 "block, loses digits; use --format packed or hf-bitnet"
             )
-
-
-def q4_0_blocks(codes: Tensor, gamma: Tensor) -> Tensor:
-    """int8 ``[out, in]`` in {-1, 0, 1} and a scale -> uint8 ``[out, in / 32 * 18]``.
-
-    A block is the scale in float16 and 16 bytes; byte ``j`` holds weights ``j`` and ``j + 16``, low 4 bits first, as
-    code + 8 (ggml's ``block_q4_0``).
-    """
-    low, high = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2, 16)).unbind(-2)
-    scale = gamma.half().reshape(1).view(torch.uint8).expand(*low.shape[:-1], 2)
-    return torch.cat((scale, low | high << 4), -1).flatten(-2)
-
-
-def interleave_halves(weight: Tensor, head_size: int) -> Tensor:
-    """Reorders rows ``[heads * E, in]``: the two halves of a head, turned against each other, become neighbours."""
-    return weight.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _add_config(writer: Any, config: TransformerConfig, file_type: int) -> None:
@@ -159,25 +173,42 @@ def _add_config(writer: Any, config: TransformerConfig, file_type: int) -> None:
     writer.add_file_type(file_type)
 
 
-def _add_other_tensors(writer: Any, loaded: LoadedModel) -> None:
-    """Embedding and head in the dtype they have, norms in float32, as llama.cpp wants them; divisors of frequencies."""
-    import gguf
-
+def _add_other_tensors(writer: Any, loaded: LoadedModel, embedding_bits: int, sizes: Sizes) -> None:
+    """Adds embedding and head, the norms, and the divisors of frequencies. llama.cpp wants norms in float32."""
     state = loaded.model.state_dict()
-    large = {"embed.weight": "token_embd.weight"}
+    large = {"embed.weight": ("token_embd.weight", "embeddings")}
     if not loaded.config.tie_embeddings:
-        large["lm_head.weight"] = "output.weight"
-    for ours, theirs in large.items():
-        tensor = state[ours]
-        if tensor.dtype == torch.bfloat16:
-            kind = gguf.GGMLQuantizationType.BF16
-            writer.add_tensor(theirs, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(theirs, tensor.numpy())
+        large["lm_head.weight"] = ("output.weight", "head")
+    for ours, (theirs, part) in large.items():
+        sizes.add(part, state[ours].numel(), _add_large(writer, theirs, state[ours], embedding_bits))
     if (scaling := loaded.config.rope_scaling) is not None:
         divisors = rope_stretch(scaling, rope_frequencies(loaded.config))
-        writer.add_tensor("rope_freqs.weight", divisors.float().numpy())
-    writer.add_tensor("output_norm.weight", state["norm.weight"].float().numpy())
+        writer.add_tensor(ROPE_DIVISORS, divisors.float().numpy())
+    norms = {"output_norm.weight": "norm.weight"}
     for i in range(loaded.config.n_layers):
-        for ours, theirs in (("attention_norm", "attn_norm"), ("mlp_norm", "ffn_norm")):
-            writer.add_tensor(f"blk.{i}.{theirs}.weight", state[f"blocks.{i}.{ours}.weight"].float().numpy())
+        norms |= {f"blk.{i}.{theirs}.weight": f"blocks.{i}.{ours}.weight" for theirs, ours in _NORMS.items()}
+    for theirs, ours in norms.items():
+        writer.add_tensor(theirs, state[ours].float().numpy())
+        sizes.add("norms and biases", state[ours].numel(), 4 * state[ours].numel())
+
+
+_NORMS = {"attn_norm": "attention_norm", "ffn_norm": "mlp_norm"}
+
+
+def _add_large(writer: Any, name: str, tensor: Tensor, bits: int) -> int:
+    """Adds embedding or head; returns how many bytes it takes."""
+    import gguf
+
+    if bits == 8:
+        kind = gguf.GGMLQuantizationType.Q8_0
+        if tensor.shape[1] % 32:
+            raise ConfigError(f"8-bit embeddings need a d_model that is a multiple of 32, and {tensor.shape[1]} is not")
+    else:
+        tensor = in_16_bits(tensor) if bits == 16 else tensor
+        if tensor.dtype != torch.bfloat16:
+            writer.add_tensor(name, tensor.numpy())
+            return tensor.numel() * tensor.element_size()
+        kind = gguf.GGMLQuantizationType.BF16
+    data = gguf.quants.quantize(tensor.float().numpy(), kind)
+    writer.add_tensor(name, data, raw_dtype=kind)
+    return int(data.nbytes)

@@ -36,7 +36,10 @@ def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in DEFAULTS:
-        raise ConfigError(f"{source}: model_type {kind!r} is not one of qwen2, llama")
+        raise ConfigError(
+            f"{source}: model_type {kind!r} is not one of qwen2, llama; a model of any other type trains in its own "
+            "classes: load it with transformers and add the callback TernarySparseConversion to the Trainer"
+        )
     if quantization := values.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(

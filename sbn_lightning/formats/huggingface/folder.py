@@ -1,35 +1,65 @@
-"""Folders of Hugging Face models: read from safetensors, one file or several with an index."""
+"""Folders of Hugging Face models: weights in safetensors, in one file or in several, and the text files beside them."""
 
 from __future__ import annotations
 
-import json
-from contextlib import ExitStack
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sbn_lightning.checkpoints.text_files import TextFiles, only_token_ids, read_folder
 from sbn_lightning.core.errors import DataError
+from sbn_lightning.formats.files import read_json, refuse_pointer
 from sbn_lightning.formats.huggingface.config import from_hf
 from sbn_lightning.formats.huggingface.names import from_hf_state
 from sbn_lightning.models.config import TransformerConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+Read = Callable[[str], Tensor]
 
 
-def read_hf(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+def read_hf(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor], TextFiles]:
     """Reads an unquantised Qwen2 or Llama model.
 
     Returns:
-        A dense configuration and the state dict of a :class:`TernaryTransformer`, dtypes as stored.
+        A dense configuration; the state dict of a :class:`TernaryTransformer`, in the stored dtypes; the text files.
 
     Raises:
         ConfigError: If the model has a feature that is not supported.
-        DataError: If a file is missing or damaged, or tensors do not fit the configuration.
+        DataError: If a file is missing or damaged, or the tensors do not fit the configuration.
     """
-    config = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = read_hf_config(folder)
+    with open_weights(folder) as (names, read):
+        return config, from_hf_state(config, read, names, str(folder)), read_hf_text(folder)
+
+
+def read_hf_config(folder: Path) -> TransformerConfig:
+    """Reads the configuration of a Hugging Face folder; the errors are those of :func:`read_hf`."""
+    return from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
+
+
+def read_hf_text(folder: Path) -> TextFiles:
+    """Reads the text files of a Hugging Face folder, with the token ids of its ``config.json``."""
+    return read_folder(folder, only_token_ids(read_json(folder / CONFIG)))
+
+
+@contextmanager
+def open_weights(folder: Path) -> Iterator[tuple[set[str], Read]]:
+    """Opens all files with weights.
+
+    Yields:
+        The names of all tensors, and a function that reads a tensor by its name.
+
+    Raises:
+        DataError: If a file is missing or damaged.
+    """
     file_of = _files(folder)
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}
@@ -41,40 +71,52 @@ def read_hf(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
             tensor: Tensor = opened[file_of[name]].get_tensor(name)
             return tensor
 
-        return config, from_hf_state(config, read, set(file_of), str(folder))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Contents of a JSON object.
-
-    Raises:
-        DataError: If it is missing or is none.
-    """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{file} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{file} is damaged: it is not an object")
-    return values
+        yield set(file_of), read
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Name of each tensor -> its file."""
+    """Name of each tensor -> the file that holds the tensor."""
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise DataError(f"{folder / INDEX} is damaged: it has no weight_map")
         return {name: folder / str(file) for name, file in weight_map.items()}
     file = folder / WEIGHTS
-    if not file.is_file():
-        others = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pth")))
-        found = f"; {others[0]} may run code when read: convert it to safetensors first" if others else ""
-        raise DataError(f"{folder} has neither {WEIGHTS} nor {INDEX}{found}")
-    with _open(file) as opened:
-        return dict.fromkeys(opened.keys(), file)
+    if file.is_file():
+        with _open(file) as opened:
+            return dict.fromkeys(opened.keys(), file)
+    if shards := _shards_without_index(folder):
+        names: dict[str, Path] = {}
+        for shard in shards:
+            with _open(shard) as opened:
+                names |= dict.fromkeys(opened.keys(), shard)
+        return names
+    raise DataError(f"{folder} has neither {WEIGHTS} nor {INDEX}{_what_else(folder)}")
+
+
+def _shards_without_index(folder: Path) -> list[Path]:
+    """The files of a model in several parts. Their names say how many there are, so the index is not needed."""
+    found = {}
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        if numbered := re.fullmatch(r"model-(\d+)-of-(\d+)\.safetensors", file.name):
+            found[int(numbered[1])], total = file, int(numbered[2])
+    if missing := [number for number in range(1, total + 1) if number not in found]:
+        raise DataError(
+            f"{folder} has {len(found)} of {total} parts of a model and no {INDEX}: part {missing[0]} is missing"
+        )
+    return [found[number] for number in sorted(found)]
+
+
+def _what_else(folder: Path) -> str:
+    """The weights of another kind that a folder without safetensors holds, and the way out."""
+    if others := sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pth"))):
+        return f"; {others[0]} may run code when read: convert it to safetensors first"
+    if others := sorted(path.name for path in folder.glob("*.gguf")):
+        return f"; {others[0]} is a model by itself: give the file"
+    if others := sorted(path.name for path in folder.glob("*.safetensors")):
+        return f"; {others[0]} is not a name that transformers gives to weights"
+    return ""
 
 
 def _open(file: Path) -> Any:
@@ -83,6 +125,7 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
+        refuse_pointer(file)
         raise DataError(f"{file} is damaged: {error}") from error
 
 

@@ -1,16 +1,17 @@
-"""Hugging Face folders: unquantised models, and ternary ones in the packed layout of transformers' bitnet.
+"""Write Hugging Face folders: unquantised models, and ternary ones in the packed layout of transformers' bitnet.
 
-The packed layout has one scale a tensor, so q, k, v, gate and up, which are fused here with a gamma each, become
-tensors of their own. ``weight_scale`` means two things there: ``bitlinear`` divides by it, so it holds ``1 / gamma``;
-``autobitlinear`` multiplies by it, after adding the bias, so it holds ``gamma`` and the bias is written divided by it.
-Weights are never written as floats for a reader to quantise again: its own mean would count the masked zeros.
-transformers does not cast the dense tensors of a quantised model, so their dtype is chosen when exporting.
+The packed layout has one scale for each tensor. q, k, v, gate and up are fused here with a gamma for each of them, and
+become tensors of their own. ``weight_scale`` has two meanings in transformers. ``bitlinear`` divides by it, so the file
+holds ``1 / gamma``. ``autobitlinear`` multiplies by it after it adds the bias, so the file holds ``gamma``, and the
+bias divided by ``gamma``.
+
+Weights are never written as floats for a reader to quantise again: the reader's own mean would count the masked zeros.
+transformers does not cast the dense tensors of a quantised model, so their dtype is chosen at the export.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,25 +20,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sbn_lightning.checkpoints.tokenizers import TOKENIZER
+from sbn_lightning.checkpoints.text_files import TOKEN_IDS, TOKENIZER_CONFIG
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.core.files import save_tensors
 from sbn_lightning.data.tokenizer import find_eos
+from sbn_lightning.formats.huggingface.bitnet import SBN
 from sbn_lightning.formats.huggingface.config import architecture, to_hf
 from sbn_lightning.formats.huggingface.names import linear_parts, other_parts
 from sbn_lightning.formats.packed import ternary_layers
+from sbn_lightning.formats.sizes import Sizes
 from sbn_lightning.layers.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
     from sbn_lightning.formats.load import LoadedModel
+    from sbn_lightning.formats.write import LinearClass
 
 WEIGHTS = "model.safetensors"
-# What else a tokenizer's folder may hold for transformers.
-TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
 def write_hf(loaded: LoadedModel, folder: Path) -> str:
-    """Writes an unquantised model; a masked one with its zeros in place.
+    """Writes an unquantised model. A masked model is written with its zeros in place.
+
+    Returns:
+        What was written, for the user.
 
     Raises:
         ConfigError: If the model is ternary: as plain weights it would lose the quantisation of activations.
@@ -58,16 +63,19 @@ def write_hf(loaded: LoadedModel, folder: Path) -> str:
                 pieces = tensor.detach().split(part.rows or (len(tensor),))
                 tensors |= {f"{name}.{kind}": piece for name, piece in zip(part.theirs, pieces, strict=True)}
     _save(loaded, folder, tensors, {})
-    return f"{architecture(model.config)}, {_megabytes(folder)}"
+    return f"{architecture(model.config)}, {_summary(folder, tensors, f'{model.config.linear} layers')}"
 
 
-def write_hf_bitnet(loaded: LoadedModel, folder: Path, linear_class: str) -> str:
+def write_hf_bitnet(loaded: LoadedModel, folder: Path, linear_class: LinearClass) -> str:
     """Writes a ternary model for ``transformers`` (which needs ``accelerate`` to read it).
 
     Args:
         loaded: The model.
-        folder: Where.
-        linear_class: ``"bitlinear"`` or ``"autobitlinear"``.
+        folder: The folder to write to.
+        linear_class: The class of transformers that will read the folder.
+
+    Returns:
+        What was written, for the user.
 
     Raises:
         ConfigError: If the model is not ternary with 8-bit activations, or a tensor's rows are not a multiple of 4.
@@ -99,14 +107,20 @@ def write_hf_bitnet(loaded: LoadedModel, folder: Path, linear_class: str) -> str
         "rms_norm_eps": model.config.norm_eps,
         "modules_to_not_convert": ["lm_head"],
     }
-    _save(loaded, folder, tensors, {"quantization_config": quantization})
-    return f"{architecture(model.config)} with {linear_class}, {_megabytes(folder)}"
+    own = {"pattern": str(model.config.pattern)}
+    _save(loaded, folder, tensors, {"quantization_config": quantization, SBN: own})
+    return f"{architecture(model.config)} with {linear_class}, {_summary(folder, tensors, 'ternary layers')}"
 
 
 def check_ternary(loaded: LoadedModel, format: str) -> None:
-    """Raises:
-    ConfigError: If the model is not ternary, or its activations are not quantised to 8 bits, as the readers of
-        ``format`` do.
+    """Checks that a model computes what the readers of a format compute.
+
+    Args:
+        loaded: The model.
+        format: The name of the format, for the message.
+
+    Raises:
+        ConfigError: If the model is not ternary, or its activations are not quantised to 8 bits.
     """
     config = loaded.config
     if config.linear != "ternary":
@@ -135,19 +149,38 @@ def _other_tensors(loaded: LoadedModel) -> dict[str, Tensor]:
 def _save(loaded: LoadedModel, folder: Path, tensors: dict[str, Tensor], more: dict[str, Any]) -> None:
     dtype = str(loaded.model.embed.weight.dtype).removeprefix("torch.")
     config = to_hf(loaded.config, dtype) | more
+    text = loaded.text
     save_tensors(tensors, folder / WEIGHTS)
-    if loaded.tokenizer is not None and loaded.tokenizer_path is not None:
-        shutil.copyfile(loaded.tokenizer_path, folder / TOKENIZER)
+    text.write(folder)
+    known = {name: text.token_ids.get(name, text.generation.get(name)) for name in TOKEN_IDS}
+    config |= {name: value for name, value in known.items() if value is not None}
+    if loaded.tokenizer is not None:
         described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         described["clean_up_tokenization_spaces"] = False
-        with suppress(ConfigError):  # a tokenizer that names no end of a document
-            described["eos_token"], config["eos_token_id"] = find_eos(loaded.tokenizer, None)
-        (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
-        for name in TOKENIZER_FILES:
-            if (file := loaded.tokenizer_path.with_name(name)).is_file():
-                shutil.copyfile(file, folder / name)
+        stops = text.stop_ids
+        with suppress(ConfigError):  # a tokenizer may name no token that ends a document
+            stops = stops or [find_eos(loaded.tokenizer, None)[1]]
+            config["eos_token_id"] = config["eos_token_id"] if text.stop_ids else stops[0]
+            described["eos_token"] = loaded.tokenizer.id_to_token(stops[0])
+        if TOKENIZER_CONFIG not in text.contents:
+            (folder / TOKENIZER_CONFIG).write_text(json.dumps(described, indent=2), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _megabytes(folder: Path) -> str:
-    return f"{(folder / WEIGHTS).stat().st_size / 1e6:.2f} MB"
+def _summary(folder: Path, tensors: dict[str, Tensor], linear: str) -> str:
+    """The size of the file, and of its parts."""
+    sizes = Sizes()
+    for name, tensor in tensors.items():
+        packed = tensor.dtype == torch.uint8  # four ternary weights a byte
+        scale = name.endswith("weight_scale")  # belongs to the weights, and is no weight
+        weights = 0 if scale else tensor.numel() * (4 if packed else 1)
+        sizes.add(_part_of(name, linear), weights, tensor.numel() * tensor.element_size())
+    return f"{(folder / WEIGHTS).stat().st_size / 1e6:.2f} MB\n{sizes.table()}"
+
+
+def _part_of(name: str, linear: str) -> str:
+    if name.startswith("model.embed_tokens"):
+        return "embeddings"
+    if name.startswith("lm_head"):
+        return "head"
+    return "norms and biases" if "norm" in name or name.endswith(".bias") else linear

@@ -1,0 +1,68 @@
+"""Take the shape of the model from the weights that a run starts from, so that nobody has to copy it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jsonargparse import Namespace
+
+from sbn_lightning.checkpoints import lightning_file, sharded
+from sbn_lightning.checkpoints.io import say
+from sbn_lightning.formats.init_from import FIXED
+from sbn_lightning.formats.load import read_config
+from sbn_lightning.models.config import TransformerConfig
+
+OPTION = "model.config"
+
+
+def take_shape(config: Namespace, arguments: Sequence[str]) -> None:
+    """Sets the fields of ``model.config`` that come with the weights of ``model.init_from``.
+
+    A field that the command line names keeps the value given there; if it does not fit the weights, loading them says
+    so. A recipe's value gives way, with a line that tells. A run that continues from a checkpoint takes the fields from
+    the checkpoint, because the weights it started from may be gone.
+
+    Args:
+        config: The options of a training command; changed in place.
+        arguments: The arguments of the command line.
+
+    Raises:
+        DataError: If there is no model at ``model.init_from``, or it is damaged.
+        ConfigError: If the model at ``model.init_from`` has a feature that is not supported.
+    """
+    path, shape = config.get("model.init_from"), config.get(OPTION)
+    if not path or not isinstance(shape, Namespace):
+        return
+    source = config.get("ckpt_path") or path
+    found = _config_of_checkpoint(source) if source != path else _config_of_weights(path)
+    if found is None:
+        return
+    given = {word.partition("=")[0].removeprefix(f"--{OPTION}.") for word in arguments if word.startswith("--")}
+    values = found.to_dict()
+    changed = {}
+    for name in FIXED:
+        value = values[name]
+        if name in given or shape.get(name) == value:
+            continue
+        changed[name] = value
+        shape[name] = Namespace(value) if isinstance(value, dict) else value
+    if changed:
+        told = ", ".join(f"{name} {value}" for name, value in changed.items())
+        say(f"model.config takes from {source}: {told}")
+
+
+def _config_of_weights(path: str) -> TransformerConfig | None:
+    # A path that does not exist is refused where the weights are loaded, with the command that writes such a file.
+    return read_config(path) if Path(path).exists() else None
+
+
+def _config_of_checkpoint(path: str) -> TransformerConfig | None:
+    """The configuration in a checkpoint to continue from; None for one that is not on this machine."""
+    file = Path(path)
+    file = file / sharded.REST if file.is_dir() else file
+    if not file.is_file():
+        return None
+    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=file.name != sharded.REST)
+    return lightning_file.config_of(saved, file)

@@ -1,0 +1,144 @@
+"""Read a GGUF file of a Llama or Qwen2 model: weights, configuration, tokenizer and chat template.
+
+The ``gguf`` package turns any type it knows back into float32. llama.cpp turns neighbours among the rows of a head
+against each other where this project turns the two halves, so the rows of q and k of architecture ``llama`` are put
+back in order. A file with scaled positions holds one divisor for each frequency and not the options that gave them; the
+options of Llama 3.1 to 3.3 are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbn_lightning.checkpoints.text_files import TextFiles
+from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.formats.files import refuse_pointer
+from sbn_lightning.formats.gguf.names import LINEAR, NORMS, OUTER, ROPE_DIVISORS, restore_halves
+from sbn_lightning.formats.gguf.tokenizer import read_tokenizer
+from sbn_lightning.formats.huggingface.names import from_hf_state
+from sbn_lightning.models.config import RopeScaling, TransformerConfig
+from sbn_lightning.models.rope import rope_frequencies, rope_stretch
+
+ARCHITECTURES = ("llama", "qwen2")
+# The factors of Llama 3.1 and 3.3 (8) and of Llama 3.2 (32); their other options are the same.
+LLAMA_3 = tuple(RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
+
+
+def read_gguf(file: Path) -> tuple[TransformerConfig, dict[str, Tensor], TextFiles]:
+    """Reads a model.
+
+    Returns:
+        A dense configuration; the state dict of a :class:`TernaryTransformer`, in float32; the text files.
+
+    Raises:
+        ConfigError: If the package ``gguf`` is missing, or the model has a feature that is not supported.
+        DataError: If the file is damaged, or its tensors do not fit its configuration.
+    """
+    import gguf
+
+    with _reading(file) as (fields, tensors):
+        config = _config(fields, tensors, file)
+        names = {_name_there(name): name for name in tensors if name != ROPE_DIVISORS}
+        turned = fields["general.architecture"] == "llama"
+
+        def read(name: str) -> Tensor:
+            tensor = tensors[names[name]]
+            values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            values = values.reshape(tuple(int(size) for size in reversed(tensor.shape)))
+            if turned and ("self_attn.q_proj." in name or "self_attn.k_proj." in name):
+                values = restore_halves(values, config.head_size)
+            return values
+
+        return config, from_hf_state(config, read, set(names), str(file)), read_tokenizer(fields, file)
+
+
+def read_gguf_config(file: Path) -> TransformerConfig:
+    """Reads the configuration alone; the errors are those of :func:`read_gguf`."""
+    with _reading(file) as (fields, tensors):
+        return _config(fields, tensors, file)
+
+
+def read_gguf_text(file: Path) -> TextFiles:
+    """Reads the text files alone; the errors are those of :func:`read_gguf`."""
+    with _reading(file) as (fields, _):
+        return read_tokenizer(fields, file)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The metadata and the tensors of a file, each by name."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ConfigError(
+            f'{file}: reading GGUF needs the package gguf: pip install "sbn-lightning[export]" or pip install gguf'
+        ) from error
+    try:
+        reader = gguf.GGUFReader(file)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:  # a damaged file can make the package raise anything
+        refuse_pointer(file)
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        if "is not a valid GGMLQuantizationType" in reason:
+            raise DataError(f"{file} holds tensors of a type unknown to the installed gguf: {reason}") from error
+        raise DataError(f"{file} is damaged, or is not GGUF: {reason}") from error
+    yield fields, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _config(fields: dict[str, Any], tensors: dict[str, Any], file: Path) -> TransformerConfig:
+    kind = fields.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        raise ConfigError(f"{file}: the architecture {kind!r} is not one of {', '.join(ARCHITECTURES)}")
+    if fields.get(f"{kind}.expert_count"):
+        raise ConfigError(f"{file}: mixture of experts ({fields[f'{kind}.expert_count']} experts) is not supported")
+    if fields.get(f"{kind}.rope.scaling.type", "none") != "none":
+        raise ConfigError(f"{file}: scaled positions ({fields[f'{kind}.rope.scaling.type']}) are not supported")
+    try:
+        heads, d_model = fields[f"{kind}.attention.head_count"], fields[f"{kind}.embedding_length"]
+        if (size := fields.get(f"{kind}.rope.dimension_count", d_model // heads)) * heads != d_model:
+            raise ConfigError(f"{file}: heads of {size} features times {heads} are not the width of {d_model}")
+        embeddings = tensors["token_embd.weight"]
+        config = TransformerConfig(
+            vocab_size=int(embeddings.shape[1]),
+            d_model=d_model,
+            n_layers=fields[f"{kind}.block_count"],
+            n_heads=heads,
+            n_kv_heads=fields.get(f"{kind}.attention.head_count_kv", heads),
+            d_ffn=fields[f"{kind}.feed_forward_length"],
+            max_sequence_length=fields[f"{kind}.context_length"],
+            rope_theta=round(float(fields.get(f"{kind}.rope.freq_base", 10000.0)), 3),
+            # A float32 in the file: 1e-5 is 9.999999747378752e-06 there.
+            norm_eps=float(f"{fields[f'{kind}.attention.layer_norm_rms_epsilon']:.6g}"),
+            qkv_bias="blk.0.attn_q.bias" in tensors,
+            tie_embeddings="output.weight" not in tensors,
+            linear="dense",
+        )
+    except KeyError as error:
+        raise DataError(f"{file} lacks {error.args[0]}") from error
+    if ROPE_DIVISORS not in tensors:
+        return config
+    divisors = torch.from_numpy(tensors[ROPE_DIVISORS].data.copy()).double()
+    for scaling in LLAMA_3:
+        if torch.allclose(rope_stretch(scaling, rope_frequencies(config)), divisors, rtol=1e-4):
+            return replace(config, rope_scaling=scaling)
+    raise ConfigError(f"{file}: positions are scaled in another way than that of Llama 3.1 to 3.3")
+
+
+def _name_there(name: str) -> str:
+    """The name of a tensor in Hugging Face's models; an unknown name stays, and is refused as left over."""
+    if name in OUTER:
+        return OUTER[name]
+    block, _, rest = name.removeprefix("blk.").partition(".")
+    part, _, kind = rest.partition(".")
+    if part in NORMS:
+        return f"model.layers.{block}.{NORMS[part]}.{kind}"
+    if part in LINEAR:
+        return f"model.layers.{block}.{LINEAR[part]}.{kind}"
+    return name

@@ -1,0 +1,122 @@
+"""Folders in the packed layout of transformers' bitnet: 2-bit codes and one scale for each tensor.
+
+``hf-bitnet`` exports of this project are read back to the same codes and the same gamma, and so are Qwen2 and Llama
+models that others packed this way. A ``config.json`` does not say which N:M pattern the weights follow. Exports of this
+project add it under ``sbn``; for other models the pattern is taken to be dense.
+
+transformers' ``bitlinear`` divides by ``weight_scale`` and ``autobitlinear`` multiplies by it; see
+:mod:`sbn_lightning.formats.huggingface.write`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sbn_lightning.checkpoints.text_files import TextFiles
+from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.formats.assemble import empty_model, finish_model
+from sbn_lightning.formats.files import read_json
+from sbn_lightning.formats.huggingface.config import from_hf
+from sbn_lightning.formats.huggingface.folder import CONFIG, Read, open_weights, read_hf_text
+from sbn_lightning.formats.huggingface.names import Part, linear_parts, other_parts
+from sbn_lightning.layers.packed import PackedTernaryLinear
+from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.transformer import TernaryTransformer
+
+SBN = "sbn"  # the entry in config.json for what transformers does not know
+DENSE = "8:8"  # the pattern of weights that follow none
+
+
+def read_hf_bitnet(folder: Path) -> tuple[TernaryTransformer, TextFiles]:
+    """Reads a model with packed ternary weights.
+
+    Raises:
+        ConfigError: If the model has a feature that is not supported.
+        DataError: If a file is missing or damaged, or the tensors do not fit the configuration.
+    """
+    values = read_json(folder / CONFIG)
+    config = bitnet_config(values, str(folder / CONFIG))
+    divides = values["quantization_config"].get("linear_class", "bitlinear") == "bitlinear"
+    model = empty_model(config)
+    own: set[str] = set()
+    with open_weights(folder) as (names, read):
+        for part in tqdm(list(linear_parts(config)), desc="unpacking", unit="layer", disable=None):
+            layer = _layer(part, config, read, names, divides, str(folder))
+            parent, _, child = part.ours.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+            own |= {f"{part.ours}.{name}" for name in layer.state_dict()}
+        state = {part.ours: read(part.theirs[0]) for part in other_parts(config) if part.theirs[0] in names}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    finish_model(model, [name for name in missing if name not in own | tied], unexpected, str(folder))
+    return model, read_hf_text(folder)
+
+
+def read_bitnet_config(folder: Path) -> TransformerConfig:
+    """Reads the configuration of a folder with packed ternary weights; the errors are those of the model's reader."""
+    return bitnet_config(read_json(folder / CONFIG), str(folder / CONFIG))
+
+
+def bitnet_config(values: dict[str, Any], source: str) -> TransformerConfig:
+    """Reads the ``config.json`` of a model with packed ternary weights.
+
+    Args:
+        values: The contents of the file.
+        source: The path of the file, for messages.
+
+    Raises:
+        ConfigError: If the model has a feature that is not supported.
+    """
+    quantization = values["quantization_config"]
+    if quantization.get("quantization_mode", "offline") != "offline":
+        raise ConfigError(
+            f"{source}: quantization_mode 'online' keeps unpacked weights; only packed ones (offline) can be read"
+        )
+    if quantization.get("use_rms_norm"):
+        raise ConfigError(f"{source}: use_rms_norm puts a norm before each linear layer, which is not supported")
+    dense = from_hf({name: value for name, value in values.items() if name != "quantization_config"}, source)
+    own = values.get(SBN)
+    pattern = own.get("pattern", DENSE) if isinstance(own, dict) else DENSE
+    return replace(dense, linear="ternary", pattern=pattern, activation_bits=8)
+
+
+def _layer(
+    part: Part, config: TransformerConfig, read: Read, names: set[str], divides: bool, source: str
+) -> PackedTernaryLinear:
+    """One linear layer here, of the packed tensors that it is made of."""
+    codes, gammas, biases = [], [], []
+    for name in part.theirs:
+        for kind in ("weight", "weight_scale"):
+            if f"{name}.{kind}" not in names:
+                raise DataError(f"{source} lacks the tensor {name}.{kind}")
+        packed = read(f"{name}.weight")
+        if packed.dtype != torch.uint8:
+            raise DataError(f"{source}: {name}.weight is of {packed.dtype}, packed codes are uint8")
+        codes.append(unpack_rows(packed))
+        scale = read(f"{name}.weight_scale").float().reshape(1)
+        gammas.append(1 / scale if divides else scale)
+        if f"{name}.bias" in names:
+            bias = read(f"{name}.bias")
+            biases.append(bias if divides else (bias * scale).to(bias.dtype))
+    rows = part.rows or (len(codes[0]),)
+    for name, piece, expected in zip(part.theirs, codes, rows, strict=True):
+        if len(piece) != expected:
+            raise DataError(f"{source}: {name} has {len(piece)} rows, its config.json says {expected}")
+    return PackedTernaryLinear(
+        torch.cat(codes),
+        torch.cat(gammas),
+        torch.cat(biases) if biases else None,
+        pattern=config.pattern,
+        split_sizes=part.rows if len(part.theirs) > 1 else None,
+    )
+
+
+def unpack_rows(packed: Tensor) -> Tensor:
+    """uint8 ``[out / 4, in]`` -> int8 ``[out, in]`` in {-1, 0, 1}: the inverse of ``pack_rows``."""
+    return torch.cat([(packed >> shift & 3).to(torch.int8) - 1 for shift in (0, 2, 4, 6)])
