@@ -68,9 +68,9 @@ def evaluate(
     if output is not None and Path(output).is_dir():
         raise ConfigError(f"output {output} is a folder; name a file in it, like {Path(output) / 'results.json'}")
 
-    from sbn_lightning.evaluation.measure import run
+    from sbn_lightning.evaluation.measure import measure
 
-    return run(
+    return measure(
         checkpoint,
         files=[text] if isinstance(text, str) else list(text or []),
         data=data,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json as json_format
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.core.text import read_text
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from sbn_lightning.checkpoints.text_files import TextFiles
+    from sbn_lightning.formats.load import LoadedModel
 
-# Ends of documents and of turns in published tokenizers; a sequence stops at any of those that a tokenizer has.
+# Tokens that end documents and turns in published tokenizers. They are used for models that do not say where they stop.
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>", "<eos>")
 
 
@@ -34,29 +35,32 @@ def generate_text(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     backend: Literal["auto", "reference", "int8", "sparse"] = "auto",
     compile: bool = False,
+    chat: bool = False,
 ) -> None:
     """Continue prompts with a trained model.
 
     One prompt is printed as it comes; several, in blocks. Speed goes to stderr.
 
     Args:
-        checkpoint: A .ckpt, the folder of a run, a packed folder, or a Hugging Face folder.
-        prompt: Text to continue; more than one with --prompt again, or as a JSON list. "" begins a new document.
-        prompts_file: Prompts from a file: one a line, or a JSON list in a file that ends in .json.
-        max_new_tokens: Tokens to add at most.
+        checkpoint: A .ckpt, the folder of a run, a packed folder, a Hugging Face folder, or a GGUF file.
+        prompt: The text to continue; more than one with --prompt again, or as a JSON list. "" begins a new document.
+        prompts_file: A file with prompts: one a line, or a JSON list in a file that ends in .json.
+        max_new_tokens: How many tokens to add at most.
         temperature: 0 takes the most likely token; 1 draws from the model's distribution.
         top_p: Draw from the most likely tokens whose probabilities sum to this.
         top_k: Draw from this many most likely tokens.
-        seed: Of the draws.
-        stop_token: Special tokens that end a text; not given, the tokenizer's end-of-document and end-of-turn tokens.
+        seed: The seed of the draws.
+        stop_token: Special tokens that end a text. Not given, those that the model's own config names; without a
+            config, the end-of-document and end-of-turn tokens of the tokenizer.
         stream: Print one prompt's text as it comes.
         json: Print a JSON list with prompt, text, number of tokens and what ended each.
-        batch_size: Prompts at a time.
+        batch_size: How many prompts run at a time.
         tokenizer: A tokenizer.json, or a folder that holds one, if there is none with the model.
         device: "auto" takes a GPU if there is one; or cpu, cuda, cuda:1.
-        dtype: Of everything but ternary weights; "auto" is bfloat16 on a GPU and float32 on a CPU.
+        dtype: The dtype of everything but ternary weights; "auto" is bfloat16 on a GPU and float32 on a CPU.
         backend: What ternary layers compute with; "auto" measures on a GPU and is the reference on a CPU.
         compile: Compile blocks with torch.compile: a slower start, faster steps on a GPU.
+        chat: Take each prompt for a message to a chat model, and write it with the model's chat template.
     """
     prompts = _prompts(prompt, prompts_file)
     if batch_size < 1:
@@ -70,8 +74,8 @@ def generate_text(
     sampling = Sampling(temperature, top_p, top_k)
     opened = open_model(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend, compile=compile)
     words = opened.need_tokenizer()
-    stops = _stop_ids(words, stop_token)
-    ids = [words.encode(text).ids or _document_start(words) for text in prompts]
+    stops = _stop_ids(opened, stop_token)
+    ids = [_encoded(opened, text, chat) for text in prompts]
     limit = opened.config.max_sequence_length
     for i, given in enumerate(ids, start=1):  # before the first batch: a result is not lost to a later prompt
         if len(given) >= limit:
@@ -97,7 +101,7 @@ def generate_text(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         this = Speed()
-        # A seed for each batch: the same one would draw alike in all of them.
+        # Each batch has a seed of its own: with one seed all batches would draw alike.
         new = generate(opened.model, ids[part], seed=seed + start, speed=this, **options)  # type: ignore[arg-type]
         for before, given, tokens in zip(prompts[part], ids[part], new, strict=True):
             room = min(max_new_tokens, limit - len(given))
@@ -119,17 +123,14 @@ def generate_text(
 def _prompts(prompt: str | list[str] | None, prompts_file: str | None) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if prompts_file is not None:
-        try:
-            text = Path(prompts_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read prompts_file {prompts_file}: {error}") from error
+        text = read_text(prompts_file, "prompts_file")
         prompts += _listed(text, prompts_file) if prompts_file.endswith(".json") else _lines(text)
     if not prompts:
         raise ConfigError("there is no prompt; pass --prompt TEXT or --prompts_file FILE")
     for i, text in enumerate(prompts, start=1):
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError as error:  # Python keeps bytes of arguments that are none as halves of pairs
+        except UnicodeEncodeError as error:  # Python marks bytes of an argument that are not UTF-8
             raise ConfigError(f"prompt {i} of {len(prompts)} is not UTF-8: {error.reason}") from error
     return prompts
 
@@ -149,9 +150,12 @@ def _listed(text: str, file: str) -> list[str]:
     return values
 
 
-def _stop_ids(tokenizer: Tokenizer, stop_token: str | list[str] | None) -> set[int]:
+def _stop_ids(opened: LoadedModel, stop_token: str | list[str] | None) -> set[int]:
+    """The ids of the tokens that end a text."""
+    tokenizer = opened.need_tokenizer()
     if stop_token is None:
-        return {found for end in _ENDS if (found := tokenizer.token_to_id(end)) is not None}
+        known = {found for end in _ENDS if (found := tokenizer.token_to_id(end)) is not None}
+        return set(opened.text.stop_ids) or known
     ids = set()
     for token in [stop_token] if isinstance(stop_token, str) else stop_token:
         found = tokenizer.token_to_id(token)
@@ -161,8 +165,23 @@ def _stop_ids(tokenizer: Tokenizer, stop_token: str | list[str] | None) -> set[i
     return ids
 
 
-def _document_start(tokenizer: Tokenizer) -> list[int]:
-    """A text begins where another ended."""
+def _encoded(opened: LoadedModel, prompt: str, chat: bool) -> list[int]:
+    """The token ids of a prompt."""
+    tokenizer = opened.need_tokenizer()
+    if chat:
+        from sbn_lightning.inference.chat import as_chat
+
+        # The template writes the special tokens, the one that begins a text included.
+        ids: list[int] = tokenizer.encode(as_chat(opened.text, prompt), add_special_tokens=False).ids
+        return ids
+    return tokenizer.encode(prompt).ids or [_document_start(opened.text)]
+
+
+def _document_start(text: TextFiles) -> int:
+    """The token that begins a text: the model's own, or the one that ended the text before."""
     from sbn_lightning.data.tokenizer import find_eos
 
-    return [find_eos(tokenizer, None)[1]]
+    if text.bos_id is not None:
+        return text.bos_id
+    assert text.tokenizer is not None
+    return text.stop_ids[0] if text.stop_ids else find_eos(text.tokenizer, None)[1]

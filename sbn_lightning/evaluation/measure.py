@@ -1,6 +1,6 @@
-"""What ``sbn evaluate`` does: perplexity, a report of the layers, tasks of the lm-evaluation-harness.
+"""Measure a model for ``sbn evaluate``: perplexity, a report of the layers, tasks of the lm-evaluation-harness.
 
-Results are printed and saved part by part, so that a task that fails does not take the perplexity with it.
+Results are printed and saved part by part. A task that fails does not take the perplexity with it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sbn_lightning.formats.load import LoadedModel
 from sbn_lightning.inference.opening import BackendName, DTypeName, open_model
 
 
-def run(
+def measure(
     checkpoint: str,
     *,
     data: str | None,
@@ -43,7 +43,11 @@ def run(
     dtype: DTypeName,
     backend: BackendName,
 ) -> dict[str, Any]:
-    """Runs it; the arguments are those of :func:`~sbn_lightning.cli.evaluate.evaluate`."""
+    """Measures a model; the arguments are those of :func:`~sbn_lightning.cli.evaluate.evaluate`.
+
+    Returns:
+        The results, as they are written to ``output``.
+    """
     loaded = open_model(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend)
     results: dict[str, Any] = {
         "model": {"path": str(loaded.path), "format": loaded.format, "config": loaded.config.to_dict()},
@@ -54,6 +58,8 @@ def run(
         results["perplexity"] = _perplexity(loaded, data, files, split, window, stride, max_tokens, batch_size)
         print(_lines(results["perplexity"]), end="\n\n")
         _save(output, results)
+    elif not tasks:
+        print("no perplexity without a text: give --data FOLDER (of `prepare`) or --text FILE", end="\n\n")
     reports = layer_reports(loaded.model)
     results["layers"] = [vars(report) | {"follows_pattern": report.follows_pattern} for report in reports]
     print(as_table(reports))
@@ -64,6 +70,9 @@ def run(
         results["tasks"] = _run_tasks(loaded, tasks, tasks_folder, num_fewshot, limit, batch_size)
         _save(output, results)
     return results
+
+
+run = measure  # its name in version 0.1
 
 
 def _perplexity(
@@ -80,9 +89,7 @@ def _perplexity(
         source = text_of_folder(data, split, max_tokens)
         _check_tokenizer(loaded, data)
     else:
-        loaded.need_tokenizer()
-        assert loaded.tokenizer_path is not None
-        source = text_of_files(files, loaded.tokenizer_path, max_tokens)
+        source = text_of_files(files, loaded.need_tokenizer(), max_tokens)
     if window is None:
         window = min(loaded.config.max_sequence_length, 1024)
     result = perplexity(
@@ -93,7 +100,7 @@ def _perplexity(
         batch_size=batch_size,
         progress=True,
     )
-    return {
+    values = {
         "text": source.name,
         "perplexity": result.perplexity,
         "loss": result.loss,
@@ -104,10 +111,15 @@ def _perplexity(
         "window": result.window,
         "stride": result.stride,
     }
+    if source.bytes is None:
+        values["note"] = (
+            f"bits_per_byte is not known: max_tokens={max_tokens} cut the text, and how many bytes were read is unknown"
+        )
+    return values
 
 
 def _check_tokenizer(loaded: LoadedModel, data: str) -> None:
-    if loaded.tokenizer is None:  # tokens are scored as they are
+    if loaded.tokenizer is None:  # the tokens of the folder are scored as they are
         return
     found = difference(loaded.tokenizer, load_tokenizer_of(data), load_meta(data, None)["eos_id"])
     if found is not None:
@@ -148,7 +160,7 @@ def _run_tasks(
         )
     except SBNError:
         raise
-    except Exception as error:  # of the harness, of datasets, of a task's template: a class each
+    except Exception as error:  # the harness, datasets and the templates of tasks raise classes of their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"tasks {', '.join(names)} failed in the lm-evaluation-harness: {reason}") from error
     print("\n" + make_table(results))
@@ -171,7 +183,7 @@ def _save(output: str | None, results: dict[str, Any]) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no infinity and no NaN: null takes their place."""
+    """The value with None in the place of infinities and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

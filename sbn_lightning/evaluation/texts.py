@@ -1,4 +1,4 @@
-"""The token ids of a text: from files, or from a folder that ``prepare`` wrote."""
+"""Read the token ids of a text, from files or from a folder that ``prepare`` wrote."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.core.text import read_text
 from sbn_lightning.data import folders, shards
-from sbn_lightning.data.tokenizer import Encoder, find_eos, load_tokenizer
+from sbn_lightning.data.tokenizer import Encoder, find_eos
 
 _BLOCK = 1024
 
@@ -21,9 +23,9 @@ class Text(NamedTuple):
     """A text to evaluate on.
 
     Attributes:
-        name: Where it is from.
-        tokens: Its ids, integers ``[tokens]``.
-        bytes: Its length in UTF-8, without what ends documents; None if only a part was read.
+        name: The files or the folder of the text, for reports.
+        tokens: The token ids of the text, integers ``[tokens]``.
+        bytes: The length of the text in UTF-8, without the tokens that end documents; None if only a part was read.
     """
 
     name: str
@@ -31,27 +33,23 @@ class Text(NamedTuple):
     bytes: int | None
 
 
-def text_of_files(files: Sequence[str], tokenizer_path: Path, max_tokens: int | None = None) -> Text:
-    """Files laid end to end, with an end-of-document token between them, as in training.
+def text_of_files(files: Sequence[str], tokenizer: Tokenizer, max_tokens: int | None = None) -> Text:
+    """Reads files and lays them end to end, with an end-of-document token between them, as in training.
 
     Args:
-        files: Their paths.
-        tokenizer_path: A ``tokenizer.json``.
-        max_tokens: Take no more than this.
+        files: The paths of the files.
+        tokenizer: The tokenizer of the model; it is not changed.
+        max_tokens: How many tokens to take at most, from the beginning.
 
     Raises:
-        DataError: If a file cannot be read or is not UTF-8.
+        DataError: If a file cannot be read, or is not text in UTF-8.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
-    encode = Encoder(tokenizer, is_byte=False)
+    encode = Encoder(Tokenizer.from_str(tokenizer.to_str()), is_byte=False)
     between = np.array([find_eos(tokenizer, None)[1]] if len(files) > 1 else [], dtype=encode.dtype)
     parts: list[np.ndarray] = []
     size = 0
     for file in files:
-        try:
-            text = Path(file).read_bytes().decode("utf-8")  # line ends as they are
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read text {file}: {error}") from error
+        text = read_text(file, "text")
         size += len(text.encode("utf-8"))
         parts += [between, *encode([text])]
     tokens = np.concatenate(parts[1:])
@@ -60,18 +58,19 @@ def text_of_files(files: Sequence[str], tokenizer_path: Path, max_tokens: int | 
 
 
 def text_of_folder(folder: str, split: str, max_tokens: int | None = None) -> Text:
-    """A split of a prepared folder, its documents end to end.
+    """Reads a split of a prepared folder, its documents end to end.
 
-    litdata reads it in blocks that do not cross shards: up to :data:`_BLOCK` tokens at the very end can be left out.
+    litdata reads the split in blocks that do not cross shards. Up to :data:`_BLOCK` tokens at the very end can be left
+    out.
 
     Args:
-        folder: A local one.
-        split: ``"val"`` or ``"train"``.
-        max_tokens: Read no more than this.
+        folder: The folder that `prepare` wrote, on this machine.
+        split: The split, ``"val"`` or ``"train"``.
+        max_tokens: How many tokens to take at most, from the beginning.
 
     Raises:
-        ConfigError: If the folder is not local.
-        DataError: If the folder is not one, has no such split, or a shard is missing or cut short.
+        ConfigError: If the folder is not on this machine.
+        DataError: If the folder was not prepared, has no such split, or a shard is missing or cut short.
     """
     if folders.is_remote(folder):
         raise ConfigError(f"data {folder} is not on this machine; copy the folder here to evaluate on it")
@@ -83,7 +82,7 @@ def text_of_folder(folder: str, split: str, max_tokens: int | None = None) -> Te
 
     counts = meta["splits"][split]
     index = json.loads(Path(folder, split, "index.json").read_text(encoding="utf-8"))
-    # Blocks that fill every shard but the last, so that nothing is lost in between.
+    # Blocks of this length fill every shard but the last, so that nothing is lost in between.
     sizes = [int(chunk["dim"]) for chunk in index["chunks"]]
     block = math.gcd(_BLOCK, *sizes[:-1]) if len(sizes) > 1 else min(_BLOCK, max(1, sizes[0]))
     wanted = counts["tokens"] if max_tokens is None else min(counts["tokens"], max_tokens)

@@ -116,6 +116,7 @@ def test_a_folder_from_the_command_line(checkpoint, folder, capsys):
     measured = json.loads(Path("r.json").read_text())["perplexity"]
     assert (measured["window"], measured["stride"], measured["tokens"]) == (64, 32, 200)
     assert measured["bits_per_byte"] is None
+    assert "bits_per_byte is not known: max_tokens=200 cut the text" in out
     assert "(val)" in out
 
 
@@ -163,18 +164,16 @@ def test_a_shard_cut_short_is_named(folder, tmp_path):
 
 
 def test_line_ends_stay_as_they_are_and_text_can_be_cut(tmp_path):
-    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a.txt").write_bytes(b"a\r\nb")
-    text = text_of_files([str(tmp_path / "a.txt")], tmp_path / "tokenizer.json")
+    text = text_of_files([str(tmp_path / "a.txt")], byte_tokenizer())
     assert (text.tokens.tolist(), text.bytes) == (list(b"a\r\nb"), 4)
-    text = text_of_files([str(tmp_path / "a.txt")], tmp_path / "tokenizer.json", max_tokens=3)
+    text = text_of_files([str(tmp_path / "a.txt")], byte_tokenizer(), max_tokens=3)
     assert (text.tokens.tolist(), text.bytes) == (list(b"a\r\n"), None)
 
 
 def test_a_document_with_a_special_token_in_it_does_not_end_there(tmp_path):
-    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a.txt").write_text("a<|endoftext|>b")
-    text = text_of_files([str(tmp_path / "a.txt")], tmp_path / "tokenizer.json")
+    text = text_of_files([str(tmp_path / "a.txt")], byte_tokenizer())
     assert text.tokens.tolist() == list(b"a<|endoftext|>b")
 
 
@@ -209,6 +208,20 @@ def test_why_a_packed_folder_has_no_natural_zeros(checkpoint, capsys):
     for model, told in ((checkpoint, 0), ("packed", 1)):
         _, out, _ = run(capsys, "--checkpoint", model)
         assert out.count("packed weights do not tell zeros of the mask from rounded ones") == told
+
+
+def test_without_a_text_the_way_to_one_is_told(checkpoint, capsys):
+    status, out, _ = run(capsys, "--checkpoint", checkpoint)
+    assert status == 0
+    assert "no perplexity without a text: give --data FOLDER (of `prepare`) or --text FILE" in out
+
+
+def test_a_byte_order_mark_is_no_token():
+    Path("plain.txt").write_bytes(b"abc")
+    Path("marked.txt").write_bytes(b"\xef\xbb\xbfabc")
+    plain, marked = (text_of_files([name], byte_tokenizer()) for name in ("plain.txt", "marked.txt"))
+    assert marked.tokens.tolist() == plain.tokens.tolist()
+    assert marked.bytes == plain.bytes == 3
 
 
 def test_packed_layers_are_reported_like_latent_ones():
