@@ -2,13 +2,15 @@
 
     python benchmarks/scaling.py [--shapes qwen2.5-0.5b qwen2.5-3b] [--devices 2] [--strategies one ddp]
 
-First the link: all-reduces of 1 GiB over NCCL, ``link_gb_per_s`` their bus bandwidth (2 (n - 1) / n of the bytes of one
-over its time). Each run is a process tree of its own, those on one GPU side by side on different ones: ``Trainer`` with
-``SparseBitNet`` (2:4, blocks compiled), the precision plugin, clipping and a fused AdamW, as a recipe has it, on random
-tokens. ``fsdp2 unsharded`` is FSDP2 with ``UnshardedAccumulation``. Every GPU gets as many tokens as the one alone, so
-``scaling`` is the tokens a second of all GPUs over those of one times their number; it is empty without a run on one.
-``same_masks`` compares a digest of every layer's mask on every rank after the last step; a run where they differ is an
-error. Rows are written as they are measured; progress, with the seconds since the start, goes to stderr.
+The link is measured first: all-reduces of 1 GiB over NCCL. ``link_gb_per_s`` is their bus bandwidth, 2 (n - 1) / n of
+the bytes of one all-reduce over its time. Each run is a process tree of its own; runs on one GPU run side by side on
+different GPUs. A run is ``Trainer`` with ``SparseBitNet`` (2:4, blocks compiled), the precision plugin, clipping and a
+fused AdamW, as in a recipe, on random tokens. ``fsdp2 packed`` sends packed weights between GPUs, ``fsdp2 latent``
+latent weights; names with ``bf16`` train the dense model in bfloat16. Every GPU gets as many tokens as the single GPU,
+so ``scaling`` is the tokens a second of all GPUs over those of one GPU times their number. ``scaling`` is empty if
+there is no run on one GPU. ``same_masks`` compares a digest of every layer's mask on every rank after the last step; a
+run whose ranks differ is an error. Rows are written as they are measured. Progress, with the seconds since the start,
+goes to stderr.
 """
 
 from __future__ import annotations
@@ -33,17 +35,20 @@ import torch
 from common import append, fresh_results, header, need_gpu
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 
-from sbn_lightning import SparseBitNet, SparseTernaryPrecision, TransformerConfig, UnshardedAccumulation
+from sbn_lightning import SparseBitNet, SparseTernaryPrecision, TransformerConfig
+from sbn_lightning.distributed.sharding import shard
+from sbn_lightning.distributed.strategies import ShardedStrategy
 from sbn_lightning.layers.sparse_linear import masked_layers
 
 LENGTH = 2048
 WARM_STEPS = 3
-STRATEGIES = ("one", "ddp", "fsdp2", "fsdp2 unsharded")
-# Shape -> sequences in a GPU's micro-batch, micro-batches in a step: 32,768 tokens, as training_step.py has it.
+STRATEGIES = ("one", "ddp", "fsdp2 packed", "fsdp2 latent", "bf16 one", "bf16 ddp", "bf16 fsdp2")
+# Shape -> sequences of a micro-batch of one GPU, micro-batches of a step: 32,768 tokens, as in training_step.py.
 BATCHES = {"qwen2.5-0.5b": (8, 2), "qwen2.5-1.5b": (8, 2), "qwen2.5-3b": (4, 4)}
 LINK_BYTES = 2**30
 COLUMNS = ("shape", "strategy", "gpus", "gradients", "sequences", "accumulate", "ms", "tokens_per_s", "scaling")
@@ -54,7 +59,7 @@ Say = Callable[[str], None]
 
 
 def say(name: str, started: float, text: str) -> None:
-    """A line of progress; the parent reads stdout."""
+    """Prints a line of progress to stderr, because the parent reads stdout."""
     print(f"[{time.time() - started:5.1f} s] {name}: {text}", file=sys.stderr, flush=True)
 
 
@@ -78,7 +83,7 @@ class Clock(Callback):
             event.record()
             self.events.append(event)
             if len(self.events) == 1 and trainer.is_global_zero:
-                torch.cuda.synchronize()  # in a warm step: those that are timed do not wait
+                torch.cuda.synchronize()  # in a warm-up step, so that the timed steps do not wait
                 self.say("first step done")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,36 +104,51 @@ class Clock(Callback):
         os._exit(0)
 
     def milliseconds(self) -> float:
-        """Median time of a step, after all have ended."""
+        """Returns the median time of a step, after all steps have ended."""
         return statistics.median(a.elapsed_time(b) for a, b in pairwise(self.events[WARM_STEPS - 1 :]))
 
 
-def strategy_of(name: str, devices: int) -> tuple[Any, list[Callback]]:
-    """A strategy for ``Trainer``, and the callbacks that belong to it."""
-    if name == "one":
-        return "auto", []
-    if name == "ddp":
-        return DDPStrategy(gradient_as_bucket_view=True), []
-    sharded = ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1)
-    return sharded, [UnshardedAccumulation()] if name == "fsdp2 unsharded" else []
+def strategy_of(name: str, devices: int) -> Any:
+    """A strategy for ``Trainer``."""
+    if name.endswith("one"):
+        return "auto"
+    if name.endswith("ddp"):
+        return DDPStrategy(gradient_as_bucket_view=True)
+    return ShardedStrategy("bfloat16", gather="latent" if name == "fsdp2 latent" else "packed_step")
+
+
+class Dense(SparseBitNet):
+    """The baseline in its best form: under FSDP2 parameters are gathered, and gradients reduced, in bfloat16."""
+
+    def configure_model(self) -> None:
+        if not self.model.is_compiled:
+            self.model.compile_blocks()
+        if self.device_mesh is not None:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+            shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",), policy=policy)
 
 
 def run(shape: str, strategy: str, devices: int, args: argparse.Namespace) -> None:
-    """One process of one run; ends with the last step."""
+    """Runs one process of one run, to the last step."""
     torch.set_float32_matmul_precision("high")
-    config = TransformerConfig.preset(shape, max_sequence_length=LENGTH, pattern="2:4")
+    dense = strategy.startswith("bf16")
+    linear = "dense" if dense else "ternary"
+    config = TransformerConfig.preset(shape, max_sequence_length=LENGTH, pattern="2:4", linear=linear)
     optimizer = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     torch.manual_seed(0)
-    with torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))):  # drawing 3 billion numbers on a CPU takes long
-        module = SparseBitNet(config, optimizer, schedule="constant", compile=True)
+    # on the GPU, because drawing 3 billion numbers on a CPU takes too long
+    with torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))):
+        module = (Dense if dense else SparseBitNet)(config, optimizer, schedule="constant", compile=True)
     tokens = torch.randint(
         config.vocab_size, ((WARM_STEPS + args.steps) * args.accumulate * args.sequences, LENGTH + 1)
     )
     clock = Clock(partial(say, f"{shape} {strategy}", args.started))
-    made, callbacks = strategy_of(strategy, devices)
+    precision = (
+        {"precision": "bf16-mixed"} if dense else {"plugins": [SparseTernaryPrecision("sparse", args.gradients)]}
+    )
     trainer = Trainer(
-        accelerator="gpu", devices=devices, strategy=made, callbacks=[clock, *callbacks], max_epochs=1,
-        plugins=[SparseTernaryPrecision("sparse", args.gradients)], accumulate_grad_batches=args.accumulate,
+        accelerator="gpu", devices=devices, strategy=strategy_of(strategy, devices), callbacks=[clock], max_epochs=1,
+        **precision, accumulate_grad_batches=args.accumulate,
         gradient_clip_val=1.0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, logger=False,
     )  # fmt: skip
@@ -161,7 +181,7 @@ def link(devices: int) -> None:
 
 
 def child(name: str, options: list[str], args: argparse.Namespace, gpu: int | None = None) -> dict[str, Any] | None:
-    """Runs this file with ``options``, on all GPUs or the one named; its line of JSON, None if it fails."""
+    """Runs this file with ``options``, on all GPUs or on one; returns its line of JSON, or None if it fails."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.devices)))
@@ -190,19 +210,19 @@ class Table:
         self.path = path
         self.args = args
         self.link = link
-        self.alone: dict[str, float] = {}  # tokens a second of one GPU, by shape
+        self.alone: dict[tuple[str, bool], float] = {}  # tokens a second of one GPU, by shape and kind of model
         self.missing: list[str] = []
 
     def batch(self, shape: str) -> tuple[int, int]:
-        """Sequences in a micro-batch and micro-batches in a step."""
+        """Returns the sequences of a micro-batch and the micro-batches of a step."""
         sequences, accumulate = BATCHES[shape]
         return self.args.sequences or sequences, self.args.accumulate or accumulate
 
     def measure(self, shape: str, strategy: str, gpu: int | None = None) -> dict[str, Any] | None:
-        """Runs :func:`run` in processes of its own."""
+        """Runs :func:`run` in separate processes."""
         sequences, accumulate = self.batch(shape)
         numbers = {"--sequences": sequences, "--accumulate": accumulate, "--steps": self.args.steps}
-        numbers["--devices"] = 1 if strategy == "one" else self.args.devices
+        numbers["--devices"] = 1 if strategy.endswith("one") else self.args.devices
         options = ["--run", strategy, "--shapes", shape, "--gradients", self.args.gradients]
         options += [text for name, number in numbers.items() for text in (name, str(number))]
         return child(f"{shape} {strategy}", options, self.args, gpu)
@@ -218,34 +238,35 @@ class Table:
             return
         if not found["same_masks"]:
             raise AssertionError(f"{shape} {strategy}: ranks hold different masks")
-        gpus = 1 if strategy == "one" else self.args.devices
+        gpus = 1 if strategy.endswith("one") else self.args.devices
+        alone = (shape, strategy.startswith("bf16"))
         sequences, accumulate = self.batch(shape)
         rate = gpus * accumulate * sequences * LENGTH / (found["ms"] / 1e3)
-        if strategy == "one":
-            self.alone[shape] = rate
-        scaling = rate / (gpus * self.alone[shape]) if shape in self.alone else ""
+        if gpus == 1:
+            self.alone[alone] = rate
+        scaling = rate / (gpus * self.alone[alone]) if alone in self.alone else ""
         between = self.link if gpus > 1 and self.link is not None else ""
         values = (shape, strategy, gpus, self.args.gradients, sequences, accumulate, found["ms"], rate, scaling)
         values += (found["peak_gib"], found["same_masks"], between)
         append(self.path, dict(zip(COLUMNS, values, strict=True)), KEY)
 
-    def add_singles(self, shapes: list[str]) -> None:
-        """Runs on one GPU, side by side on as many as there are."""
+    def add_singles(self, cells: list[tuple[str, str]]) -> None:
+        """Runs on one GPU, side by side on as many as there are; each a shape and a strategy."""
         free: SimpleQueue[int] = SimpleQueue()
         for gpu in range(self.args.devices):
             free.put(gpu)
 
-        def on_a_free_one(shape: str) -> dict[str, Any] | None:
+        def on_a_free_one(cell: tuple[str, str]) -> dict[str, Any] | None:
             gpu = free.get()
             try:
-                return self.measure(shape, "one", gpu)
+                return self.measure(*cell, gpu)
             finally:
                 free.put(gpu)
 
         with ThreadPoolExecutor(self.args.devices) as pool:
-            running = {pool.submit(on_a_free_one, shape): shape for shape in shapes}
+            running = {pool.submit(on_a_free_one, cell): cell for cell in cells}
             for future in as_completed(running):
-                self.add(running[future], "one", future.result())
+                self.add(*running[future], future.result())
 
 
 def main() -> None:
@@ -272,7 +293,7 @@ def main() -> None:
         sys.exit(f"{torch.cuda.device_count()} GPUs are visible, {args.devices} asked for")
     path = fresh_results("scaling", args.append, COLUMNS)
     print(header(), flush=True)
-    several = [name for name in STRATEGIES[1:] if name in args.strategies]
+    several = [name for name in STRATEGIES if name in args.strategies and not name.endswith("one")]
     between = None
     if several and args.devices > 1:
         found = child("link", ["--run", "link", "--devices", str(args.devices)], args)
@@ -280,8 +301,7 @@ def main() -> None:
         if between:
             print(f"all-reduce of 1 GiB over {args.devices} GPUs: {between:.1f} GB/s of bus bandwidth", flush=True)
     table = Table(path, args, between)
-    if "one" in args.strategies:
-        table.add_singles(args.shapes)
+    table.add_singles([(shape, name) for shape in args.shapes for name in args.strategies if name.endswith("one")])
     for shape in args.shapes:
         for strategy in several:
             table.add(shape, strategy, table.measure(shape, strategy))

@@ -32,6 +32,7 @@ from sbn_lightning.sparsity.pattern import NMPattern
 from sbn_lightning.sparsity.ternary import apply_swiglu, quantize_activations
 
 Gradients = Literal["bf16", "int8"]
+Engine = str  # version 0.1.0 listed three; kernels have names in the registry now
 
 
 class KernelWeight(NamedTuple):
@@ -85,10 +86,7 @@ class KernelBackend:
 
     def prepare(self, latent: Tensor, mask_bits: Tensor | None, keep: Keep, sparsity: SparsityConfig) -> KernelWeight:
         n, rows = _keep_arguments(sparsity.nm, keep)
-        kernel = registry.product(self.kernel)
-        if kernel.pattern is not None and (rows is not None or not kernel.holds(n, sparsity.nm.m)):
-            kernel = registry.product(kernel.denser)
-        layout = kernel.form if kernel.form in LAYOUTS else "none"
+        kernel = self._product(n, rows, sparsity)
         weight = sk.prepare_weight(
             latent,
             n,
@@ -97,19 +95,63 @@ class KernelBackend:
             mask_bits=mask_bits,
             keep=rows if mask_bits is None else None,
             gamma_over=sparsity.gamma_over,
-            layout=layout,
+            layout=_layout(kernel),
             want_mask=mask_bits is None,
         )
-        packed = None
-        if layout != "none":
-            packed = weight.packed
+        bits = weight.mask_bits if mask_bits is None else mask_bits
+        return self._forms(kernel, weight.codes, weight.row_scale, bits, weight.packed)
+
+    def from_codes(
+        self, codes: Tensor, row_scale: Tensor, mask_bits: Tensor, keep: Keep, sparsity: SparsityConfig
+    ) -> KernelWeight:
+        """The same as :meth:`prepare`, from codes that are there already.
+
+        Args:
+            codes: int8 ``[out, in]``.
+            row_scale: gamma of each row, float32 ``[out]``.
+            mask_bits: The packed mask.
+            keep: The most weights that the mask keeps in a group, for all rows or for each.
+            sparsity: The options of the layer.
+        """
+        n, rows = _keep_arguments(sparsity.nm, keep)
+        kernel = self._product(n, rows, sparsity)
+        packed = codes.new_empty(0)
+        if (layout := _layout(kernel)) != "none":
+            # The kernel that packs a latent weight packs codes too: by a gamma of 1 they round to themselves.
+            one = torch.ones(1, dtype=torch.float32, device=codes.device)
+            latent = codes.to(torch.bfloat16)
+            packed = sk.prepare_weight(
+                latent,
+                n,
+                sparsity.nm.m,
+                mask_bits=mask_bits,
+                gamma=one,
+                layout=layout,
+                want_mask=False,
+                want_codes=False,
+            ).packed
+        return self._forms(kernel, codes, row_scale.contiguous(), mask_bits, packed)
+
+    def _product(self, n: int, rows: Tensor | None, sparsity: SparsityConfig) -> registry.Product:
+        """The kernel that multiplies while the mask keeps ``n`` weights of each group, or some other number in ``rows``."""
+        kernel = registry.product(self.kernel)
+        if kernel.pattern is not None and (rows is not None or not kernel.holds(n, sparsity.nm.m)):
+            return registry.product(kernel.denser)
+        return kernel
+
+    def _forms(
+        self, kernel: registry.Product, codes: Tensor, row_scale: Tensor, mask_bits: Tensor, packed: Tensor
+    ) -> KernelWeight:
+        """The forms of a weight that the kernels read; ``packed`` is one already if it is a layout of packed words."""
+        form: Tensor | None = None
+        if _layout(kernel) != "none":
+            form = packed
         elif kernel.form != "codes":
-            packed = kernel.pack(weight.codes)
+            form = kernel.pack(codes)
         transposed = None
         if self.gradients == "int8":
-            transposed = registry.gradients(latent.device.index).transpose(weight.codes)
-        bits = weight.mask_bits if mask_bits is None else mask_bits
-        return KernelWeight(weight.codes, weight.row_scale, bits, packed, transposed, kernel.name)
+            transposed = registry.gradients(codes.device.index).transpose(codes)
+        return KernelWeight(codes, row_scale, mask_bits, form, transposed, kernel.name)
 
     def linear(
         self,
@@ -130,6 +172,11 @@ class KernelBackend:
         tokens = x.reshape(-1, x.shape[-1])
         y: Tensor = KernelLinearFunction.apply(tokens, latent, *prepared, gradient_mask, activation_bits, swiglu, seed)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _layout(kernel: registry.Product) -> str:
+    """The layout of packed words that a kernel reads, or "none"."""
+    return kernel.form if kernel.form in LAYOUTS else "none"
 
 
 def _keep_arguments(pattern: NMPattern, keep: Keep) -> tuple[int, Tensor | None]:

@@ -136,22 +136,18 @@ def candidates(
     if nowhere := _why_none(device):
         return {}, dict.fromkeys(backends, nowhere), set(backends)
     import sbn_kernels.catalog  # noqa: F401 (registers the kernels)
-    from sbn_kernels.gemm.registry import LinearShape, products
+    from sbn_kernels.gemm.registry import products
 
     found: dict[str, str] = {}
     reasons: dict[str, str] = {}
     absent: set[str] = set()
-    shape = LinearShape(*_shape(layer))
     for backend in backends:
         kernels = [kernel for kernel in products(backend) if kernel.most_tokens is None]
         missing = [f"{kernel.name} {reason}" for kernel in kernels if (reason := kernel.needs.missing(_index(device)))]
         here = [kernel for kernel in kernels if kernel.needs.missing(_index(device)) is None]
         unfit = []
         for kernel in here:
-            reason = kernel.unfit(shape)
-            if packed and reason is None and not kernel.for_packed_layers:
-                reason = f"{kernel.name} reads no packed weights"
-            if reason is None:
+            if (reason := unfit(layer, kernel.name, packed)) is None:
                 found[backend] = kernel.name
                 break
             unfit.append(reason)
@@ -161,6 +157,25 @@ def candidates(
             if not here:
                 absent.add(backend)
     return found, reasons, absent
+
+
+def unfit(layer: TernaryLayer | _Shape, kernel: str, packed: bool = False) -> str | None:
+    """Says why a layer cannot run on a kernel, whatever the machine.
+
+    Args:
+        layer: The layer, or its shape.
+        kernel: The name of the kernel.
+        packed: Whether the layer holds packed weights and no latent weight.
+
+    Returns:
+        The reason in one line, or None if the layer can run.
+    """
+    from sbn_kernels.gemm.registry import LinearShape, product
+
+    reason = product(kernel).unfit(LinearShape(*_shape(layer)))
+    if packed and reason is None and not product(kernel).for_packed_layers:
+        reason = f"{kernel} reads no packed weights"
+    return reason
 
 
 def engines(device: torch.device) -> tuple[dict[str, str], dict[str, str]]:

@@ -1,20 +1,22 @@
 """Masked layers on several processes.
 
 DDP keeps a whole copy on every rank: masks are a deterministic function of weights that are equal, so there is nothing
-to send. FSDP2 shards each weight by rows and leaves the packed masks (1/32 of a float32 weight) whole: a layer sees its
-whole weight in a forward, and computes gamma and mask from it as a single process would. Rows are never cut, so a group
-of M never spans two ranks.
+to send. Sharding cuts each weight by rows and leaves the packed masks (1/32 of a float32 weight) whole. Rows are never
+cut, so a group of M never spans two ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.packed import shard_packed
 from sbn_lightning.layers.sparse_linear import masked_layers
 
 
@@ -24,34 +26,51 @@ def keep_masks_out_of_broadcasts(module: nn.Module) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
-def shard(module: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, methods: Sequence[str] = ()) -> None:
-    """Shards a model with FSDP2, block by block, then the rest.
+def shard(
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    methods: Sequence[str] = (),
+    *,
+    packed: bool = True,
+    reduce_dtype: torch.dtype = torch.float32,
+    policy: MixedPrecisionPolicy | None = None,
+) -> None:
+    """Shards a model over the ranks of a mesh, in plain PyTorch or under Lightning's ``ModelParallelStrategy``.
+
+    Latent weights of ternary layers are sharded by rows, and the ranks exchange 2-bit codes once an optimiser step
+    (:mod:`sbn_lightning.distributed.packed`). Everything else is FSDP2's, block by block, then the rest.
 
     Args:
-        module: The whole model; changed in place, once.
-        blocks: Its transformer blocks: each is gathered when it runs.
-        mesh: Lightning's mesh, with dimensions ``data_parallel`` and ``tensor_parallel``; only the first may be used.
-        methods: Names of methods of ``module`` that compute, besides ``forward``: weights are gathered for them too.
+        module: The whole model, with equal weights on all ranks; changed in place, once.
+        blocks: The transformer blocks of the model: FSDP2 gathers what it has of a block when the block runs.
+        mesh: A mesh of one dimension, of two (the ranks that hold the same rows, then those that share them), or
+            Lightning's, with dimensions ``data_parallel`` and ``tensor_parallel``, of which only the first may be used.
+        methods: Names of methods of ``module`` that compute, besides ``forward``: FSDP2 gathers weights for them too.
+        packed: If False FSDP2 shards the latent weights as well, and gathers them in full precision.
+        reduce_dtype: The dtype in which gradients of latent weights travel, float32 or bfloat16.
+        policy: The dtypes in which FSDP2 gathers its parameters and reduces their gradients; None: as they are.
 
     Raises:
-        ConfigError: If ranks are left for tensor parallelism (Lightning's own default gives it all GPUs of a node;
-            they would train apart, unnoticed), or a layer has fewer rows than there are ranks.
+        ConfigError: If ranks are left for tensor parallelism (Lightning's own default gives it all GPUs of a node,
+            which would then train apart, unnoticed), or a layer of FSDP2's has fewer rows than there are ranks.
     """
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-
     if isinstance(module, FSDPModule):
         return
-    if mesh["tensor_parallel"].size() > 1:
-        raise ConfigError(
-            "this model is sharded by data parallelism alone: use ModelParallelStrategy("
-            f"data_parallel_size={mesh.size()}, tensor_parallel_size=1)"
-        )
-    mesh = mesh["data_parallel"]
+    if "tensor_parallel" in (mesh.mesh_dim_names or ()):
+        if mesh["tensor_parallel"].size() > 1:
+            raise ConfigError(
+                "this model is sharded by data parallelism alone: use the strategy sbn_fsdp2, or ModelParallelStrategy("
+                f"data_parallel_size={mesh.size()}, tensor_parallel_size=1)"
+            )
+        mesh = mesh["data_parallel"]
+    ours = shard_packed(module, mesh, reduce_dtype=reduce_dtype) if packed else set()
+    ranks = mesh.size(mesh.ndim - 1)
     for name, layer in masked_layers(module):
-        if layer.out_features < mesh.size():
-            raise ConfigError(f"{name} has {layer.out_features} rows, fewer than the {mesh.size()} ranks to shard over")
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+        if layer.weight not in ours and layer.out_features < ranks:
+            raise ConfigError(f"{name} has {layer.out_features} rows, fewer than the {ranks} ranks to shard over")
+    policy = MixedPrecisionPolicy() if policy is None else policy
+    for part in (*blocks, module):
+        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=ours)
     for method in methods:
         register_fsdp_forward_method(module, method)

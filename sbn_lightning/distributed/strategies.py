@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
 
@@ -54,3 +61,43 @@ def check_checkpoint(path: str | Path | None, strategy: Any) -> None:
                     f"{path} numbers its optimiser states, and ModelParallelStrategy would give them to other "
                     "parameters: continue it for a step without that strategy first; what that saves has names"
                 )
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Shards latent weights, gradients and optimiser states over all GPUs: ``trainer.strategy: sbn_fsdp2``.
+
+    ``ModelParallelStrategy`` gives all GPUs of a node to tensor parallelism by default, which these models do not use.
+
+    Args:
+        reduce_dtype: The dtype in which gradients of latent weights travel.
+        gather: ``"packed_step"``: 2-bit codes once an optimiser step, which every rank then has whole (a quarter of a
+            byte a weight). ``"latent"``: FSDP2 gathers latent weights, 4 bytes each, in every forward and backward.
+        save_distributed_checkpoint: If True every rank saves its shard, and a checkpoint is a folder. If False a
+            checkpoint is one file, which every strategy reads.
+        **options: The other options of ``ModelParallelStrategy``.
+    """
+
+    def __init__(
+        self,
+        reduce_dtype: Literal["float32", "bfloat16"] = "float32",
+        gather: Literal["packed_step", "latent"] = "packed_step",
+        save_distributed_checkpoint: bool = False,
+        **options: Any,
+    ) -> None:
+        if reduce_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"reduce_dtype={reduce_dtype!r} is not 'float32' or 'bfloat16'")
+        if gather not in ("packed_step", "latent"):
+            raise ConfigError(f"gather={gather!r} is not 'packed_step' or 'latent'")
+        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **options)
+        self.sharding = {"reduce_dtype": getattr(torch, reduce_dtype), "packed": gather == "packed_step"}
+
+    @override
+    def setup_environment(self) -> None:
+        self._tensor_parallel_size = 1
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+StrategyRegistry.register(
+    "sbn_fsdp2", ShardedStrategy, description="FSDP2 with latent weights sharded by rows and 2-bit codes on the wire"
+)

@@ -122,7 +122,7 @@ class SparseBitLinear(MaskedLinear):
 
     def _prepared_key(self) -> tuple[Any, ...]:
         """What the codes depend on: the weight, where it is, and the mask (its buffer's version counts refreshes)."""
-        return (*self._weight_key(), self.weight.device, id(self.mask_bits), self.mask_bits._version)
+        return (self.tracker.changes, self.weight.device, id(self.mask_bits), self.mask_bits._version)
 
     def _multiply(self, x: Tensor, swiglu: bool) -> Tensor:
         if torch.compiler.is_compiling() and not self.owner_prepares:
@@ -142,7 +142,7 @@ class SparseBitLinear(MaskedLinear):
         return self._for_backend(None if self.sparsity.mask_source == "latent" else self._dense_codes())
 
     def _for_backend(self, whole: Tensor | None = None) -> Tensor:
-        """The latent weight, or another tensor of its rows, as the backend takes it: all rows, or those of this rank."""
+        """The latent weight, or another tensor of its rows, as the backend takes it: all rows or this rank's."""
         rows = getattr(self._backend, "rows", None)
         if rows is not None:
             return cast(Tensor, rows(self.weight if whole is None else whole))

@@ -1,0 +1,83 @@
+"""One rank of ``test_packed_rows``: ``python -m tests.distributed.packed_worker RANKS FILE RANK``."""
+
+from __future__ import annotations
+
+import sys
+from copy import deepcopy
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from sbn_lightning.distributed.packed import shard_packed
+from sbn_lightning.layers import SparseBitLinear
+
+# Rows that ranks do not divide, fewer rows than ranks, cuts through the parts of a fused weight.
+CASES = [
+    {"out": 16, "pattern": "2:4"},
+    {"out": 7, "pattern": "6:8"},
+    {"out": 1, "pattern": "2:4"},
+    {"out": 11, "pattern": "2:4", "split_sizes": (5, 2, 4)},
+    {"out": 11, "pattern": "1:4", "split_sizes": (5, 2, 4), "gamma_over": "kept"},
+    {"out": 9, "pattern": "2:4", "gamma_over": "masked"},
+    {"out": 9, "pattern": "2:4", "gamma_over": "nonzero", "split_sizes": (8, 1)},
+    {"out": 9, "pattern": "2:4", "mask_source": "ternary"},
+    {"out": 9, "pattern": "2:4", "gradient": "masked"},
+    {"out": 9, "pattern": "4:4"},
+]
+
+
+def check(case: dict[str, object], ranks: int, held: bool, share: float) -> None:
+    """A layer before and after an optimiser step, with two micro-batches, against the same layer in one process."""
+    options = dict(case)
+    torch.manual_seed(3)
+    alone = nn.Sequential(nn.Linear(8, 32), SparseBitLinear(32, options.pop("out"), **options))
+    sharded = deepcopy(alone)
+    weights = shard_packed(sharded, init_device_mesh("cpu", (ranks,)))
+    assert weights == {sharded[1].weight}
+    models = [alone, sharded]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
+    for model in models:
+        model[1].hold_mask = held
+        if share < 1:
+            model[1].set_density(model[1].pattern.n, share)
+    for _ in range(3):
+        tokens = torch.randn(2, 5, 8)
+        for micro_batch in tokens:
+            outputs = [model(micro_batch) for model in models]
+            assert torch.equal(*outputs), case
+            for output in outputs:
+                output.square().sum().backward()
+        with torch.no_grad():
+            for parameter in sharded[0].parameters():  # what DDP or FSDP2 would do for the plain layer
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= ranks
+        torch.testing.assert_close(sharded[1].weight.grad.full_tensor(), alone[1].weight.grad)
+        with torch.no_grad():  # an average over three ranks is rounded: the next step starts from equal weights
+            sharded[1].weight.grad.to_local().copy_(
+                torch.distributed.tensor.distribute_tensor(
+                    alone[1].weight.grad, sharded[1].weight.device_mesh, sharded[1].weight.placements
+                ).to_local()
+            )
+            for mine, other in zip(sharded[0].parameters(), alone[0].parameters(), strict=True):
+                mine.grad.copy_(other.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.equal(sharded[1].packed_mask(), alone[1].packed_mask()), case
+        assert torch.equal(sharded[1].ternary()[1], alone[1].ternary()[1]), case
+    assert torch.equal(sharded.state_dict()["1.weight"].full_tensor(), alone.state_dict()["1.weight"])
+
+
+def main() -> None:
+    ranks, file, rank = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
+    for case in CASES:
+        for held, share in ((False, 1.0), (True, 1.0), (False, 0.6)):
+            check(case, ranks, held, share)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
