@@ -30,8 +30,9 @@ from sbn_lightning.formats.output import output_folder
 from sbn_lightning.integrations.pytorch import convert_by_name
 from sbn_lightning.layers.conv1d import is_conv1d
 from sbn_lightning.layers.conversion import revert_linears
+from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.packed import PackedTernaryLinear
-from sbn_lightning.layers.sparse_linear import MaskedLinear, SparseBitLinear
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
 FORMAT = "sbn-sparse"
 VERSION = 1

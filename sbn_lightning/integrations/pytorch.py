@@ -7,6 +7,7 @@ the course of training, and :mod:`sbn_lightning.integrations.folder` saves and l
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import count
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -20,7 +21,7 @@ from sbn_lightning.backends.selection import BACKENDS, BackendName, choose, tabl
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.conversion import _switch_fused_inference, convert_linears, revert_linears
 from sbn_lightning.layers.packed import PackedTernaryLinear
-from sbn_lightning.layers.sparse_linear import SparseBitLinear, ternary_layers
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
 
 __all__ = ["convert", "convert_by_name", "revert", "use_kernels"]
 
@@ -47,9 +48,7 @@ def convert_by_name(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -
         given = {key: value for key, value in options.items() if key != "split_sizes"}
         convert_linears(only, include=("*",), exclude=(), **given)
         if (split_sizes := options.get("split_sizes")) is not None and isinstance(layer, SparseBitLinear):
-            layer.split_sizes = tuple(split_sizes)
-            layer._spec = layer._spec._replace(split_sizes=layer.split_sizes)
-            layer._forget_prepared()
+            layer.sparsity = replace(layer.sparsity, split_sizes=tuple(split_sizes))
     _switch_fused_inference(model, on=False)
 
 

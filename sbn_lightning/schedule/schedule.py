@@ -44,6 +44,8 @@ class SparsitySchedule:
         refresh: When masks are recomputed, or just the interval. The default follows the weights at every step.
         ramp: The way from dense to the pattern. None trains at the pattern from the start.
         masked_decay: The decay of masked weights, or just its strength. None means no decay.
+        steps: The number of optimiser steps that the model has behind it, for a run that resumes without
+            :meth:`load_state_dict`. The masks that were loaded then stay as they are until a refresh is due.
 
     Attributes:
         steps: The number of optimiser steps that the schedule has counted.
@@ -61,6 +63,7 @@ class SparsitySchedule:
         refresh: Refresh | int = 1,
         ramp: Ramp | None = None,
         masked_decay: MaskedDecay | float | None = None,
+        steps: int = 0,
     ) -> None:
         self.refresh = refresh if isinstance(refresh, Refresh) else Refresh(refresh)
         self.ramp = ramp
@@ -69,7 +72,7 @@ class SparsitySchedule:
         if needs_length and (total_steps is None or total_steps < 1):
             raise ConfigError(f"SparsitySchedule: {needs_length[0]} depends on the length of training: set total_steps")
         self.model = model
-        self.steps = 0
+        self.steps = steps
         self._length = total_steps or 1
         self._densities: list[Density] = []
         self._snapshots: dict[str, Snapshot] = {}
@@ -82,7 +85,11 @@ class SparsitySchedule:
                 raise ConfigError("SparsitySchedule: masked_decay acts before each optimiser step: pass the optimizer")
             self.masked_decay.check(layers, [optimizer])
             self._hook = optimizer.register_step_pre_hook(self._before_step)
-        self._apply(before=-1)
+        if steps and ramp is not None:
+            progress = ramp.progress(steps, self._length)
+            masked = list(layers.values())
+            ramp.restore(masked, [ramp.density(progress, one.pattern, i, len(masked)) for i, one in enumerate(masked)])
+        self._apply(before=steps - 1)
 
     def step(self, step: int | None = None) -> None:
         """Do what is due after an optimiser step.

@@ -11,7 +11,8 @@ from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.integrations import load_sparse, revert, save_sparse, use_kernels
 from sbn_lightning.integrations.pytorch import convert_by_name
 from sbn_lightning.layers.packed import PackedTernaryLinear
-from sbn_lightning.layers.sparse_linear import SparseBitLinear, SparseLinear
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
+from sbn_lightning.layers.sparse_linear import SparseLinear
 from tests.helpers import imported
 
 

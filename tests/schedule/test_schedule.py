@@ -89,6 +89,19 @@ def test_a_resumed_loop_is_the_uninterrupted_one(options, stop):
     assert begun + plain_loop(again, optimizer, schedule, first=stop) == whole
 
 
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_a_schedule_may_start_at_the_step_of_a_loaded_model(options):
+    model, optimizer, schedule = start(options)
+    whole = plain_loop(model, optimizer, schedule)
+    model, optimizer, schedule = start(options)
+    begun = plain_loop(model, optimizer, schedule, last=5)
+    again = converted()
+    again.load_state_dict(model.state_dict())
+    _, later, schedule = start(options | {"steps": 5}, again)
+    later.load_state_dict(optimizer.state_dict())
+    assert begun + plain_loop(again, later, schedule, first=5) == whole
+
+
 def test_density_follows_the_ramp_and_statistics_show_it():
     model, optimizer, schedule = start({"ramp": Ramp("step", start=0.5)})
     assert schedule.statistics()["mask_density"] == 1

@@ -1,0 +1,161 @@
+"""The Hugging Face folder of this project: any architecture, with 2-bit ternary weights (``quant_method: "sbn"``).
+
+A ternary layer ``NAME`` has three tensors:
+
+* ``NAME.codes``: uint8 ``[out_features, ceil(in_features / 4)]``. Byte j of a row holds the codes of the input features
+  4j to 4j + 3, lowest bits first, two bits each, stored as code + 1.
+* ``NAME.gamma``: float32 ``[parts]``, the weight scale of each part.
+* ``NAME.bias``: as in the model.
+
+Everything else is stored as transformers stores it. ``quantization_config`` in ``config.json`` names the layers and
+their options. Two bits a weight are more than the 1.27 bits of the packed form at 2:4. In exchange a reader can cut the
+tensor by rows and by columns, as tensor parallelism does, without decoding it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.formats.huggingface.config import architecture
+from sbn_lightning.formats.huggingface.names import linear_parts
+from sbn_lightning.formats.packed import ternary_layers
+
+if TYPE_CHECKING:
+    from sbn_lightning.formats.load import LoadedModel
+
+METHOD = "sbn"
+VERSION = 1
+OPTIONS = ("pattern", "kind", "split_sizes", "activation_bits", "mask_source", "gradient", "gamma_over")
+"""The options of a layer that a folder records."""
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """Pack codes into two bits each.
+
+    Args:
+        codes: int8 ``[..., in_features]`` in {-1, 0, 1}.
+
+    Returns:
+        uint8 ``[..., ceil(in_features / 4)]``; unused bits hold the code 0.
+    """
+    quads = (F.pad(codes, (0, -codes.shape[-1] % 4)) + 1).to(torch.uint8).unflatten(-1, (-1, 4))
+    return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+
+
+def unpack_codes(packed: Tensor, in_features: int) -> Tensor:
+    """Undo :func:`pack_codes`: uint8 ``[..., ceil(in_features / 4)]`` -> int8 ``[..., in_features]``."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)
+    return (((packed.unsqueeze(-1) >> shifts) & 3).to(torch.int8) - 1).flatten(-2)[..., :in_features].contiguous()
+
+
+def quantization_config(modules: Mapping[str, Mapping[str, Any]], form: str) -> dict[str, Any]:
+    """Return what ``config.json`` says about the sparse layers.
+
+    Args:
+        modules: The options of each sparse layer, by its name in the Hugging Face model.
+        form: ``"packed"`` for 2-bit codes, ``"latent"`` for latent weights and masks.
+    """
+    first = next(iter(modules.values()))
+    common = {option: value for option, value in first.items() if option != "split_sizes"}
+    own = {
+        name: {option: value for option, value in options.items() if common.get(option) != value}
+        for name, options in modules.items()
+    }
+    return {"quant_method": METHOD, "version": VERSION, "form": form, **common, "modules": own}
+
+
+def write_hf_sbn(loaded: LoadedModel, folder: Path, perplexity: float | None = None) -> str:
+    """Write a ternary model of this project as a Hugging Face folder that ``from_pretrained`` reads with our quantiser.
+
+    Args:
+        loaded: The model.
+        folder: The folder to write to.
+        perplexity: The perplexity for the model card, if it is known.
+
+    Returns:
+        What was written, for the user.
+
+    Raises:
+        ConfigError: If the model is not ternary.
+    """
+    from sbn_lightning.formats.huggingface.write import _other_tensors, _save, _summary
+
+    model, config = loaded.model, loaded.config
+    layers = ternary_layers(model)
+    if config.linear != "ternary" or not layers:
+        raise ConfigError(f"--format hf-sbn is for ternary models; this one is {config.linear!r}: use --format hf")
+    tensors = _other_tensors(loaded)
+    modules: dict[str, dict[str, Any]] = {}
+    zeros = weights = 0
+    for part in tqdm(list(linear_parts(config)), desc="writing", unit="layer", disable=None):
+        layer = layers[part.ours]
+        codes, gamma = layer.ternary()
+        rows = part.rows or (layer.out_features,)
+        biases = (None,) * len(rows) if layer.bias is None else layer.bias.detach().split(rows)
+        for name, piece, scale, bias in zip(part.theirs, codes.split(rows), gamma, biases, strict=True):
+            tensors[f"{name}.codes"] = pack_codes(piece)
+            tensors[f"{name}.gamma"] = scale.reshape(1).clone()
+            if bias is not None:
+                tensors[f"{name}.bias"] = bias.clone()
+            modules[name] = {"pattern": str(layer.pattern), "activation_bits": layer.activation_bits}
+            zeros, weights = zeros + int((piece == 0).sum()), weights + piece.numel()
+    _save(loaded, folder, tensors, {"quantization_config": quantization_config(modules, "packed")})
+    facts = {
+        "architecture": architecture(config),
+        "pattern": str(config.pattern),
+        "activation_bits": config.activation_bits,
+        "zeros": zeros / weights,
+        "perplexity": perplexity,
+    }
+    (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+    return f"{architecture(config)} with quant_method {METHOD!r}, {_summary(folder, tensors, 'ternary layers')}"
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """Return a model card that says what the model is and how to load it.
+
+    Args:
+        facts: ``architecture``, ``pattern``, ``activation_bits``, ``zeros`` (a share of the ternary weights) and
+            ``perplexity`` (None if it was not measured).
+    """
+    n, m = (int(part) for part in str(facts["pattern"]).split(":"))
+    sparsity = "no fixed pattern of zeros" if n == m else f"at most {n} of every {m} weights in a row are not zero"
+    bits = facts["activation_bits"]
+    perplexity = facts["perplexity"]
+    return f"""---
+library_name: transformers
+tags: [sbn-lightning, ternary, bitnet, sparse]
+---
+
+# A ternary model, {facts["pattern"]}
+
+| | |
+| --- | --- |
+| architecture | {facts["architecture"]} |
+| weights of linear layers | -1, 0 or 1, times one scale for each part of a tensor |
+| pattern | {facts["pattern"]}: {sparsity} |
+| zeros | {facts["zeros"]:.1%} of the ternary weights |
+| bits | 2 for each ternary weight in the file |
+| activations | {"as they are" if bits is None else f"quantised to {bits} bits, token by token"} |
+| perplexity | {"not measured" if perplexity is None else f"{perplexity:.2f}"} |
+
+## How to load
+
+```python
+# pip install sbn-lightning[hf]
+import sbn_lightning.integrations.huggingface  # makes the quantisation method known to transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+
+The layers run on the kernels of sbn-lightning on a GPU that has them, and in plain PyTorch elsewhere.
+"""

@@ -1,0 +1,100 @@
+"""A packed ternary layer as transformers and PEFT want to see one: an ``nn.Linear`` with 2 bits a weight in its file.
+
+transformers builds a model without storage, sets tensors one by one, and only then hands the model back. So the layer
+starts with empty 2-bit codes, and :meth:`TernaryLinear2Bit.finish` unpacks the codes that arrived. The state dict
+always holds 2-bit codes, which makes loading and saving exact inverses.
+
+PEFT adds LoRA to any ``nn.Linear``. The layer is one for that reason, without a weight of its own: reading ``weight``
+gives ``gamma * codes``, and writing to it is an error, since ternary codes cannot take in a LoRA update.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.formats.huggingface.sbn import pack_codes, unpack_codes
+from sbn_lightning.layers.packed import PackedTernaryLinear
+
+
+class TernaryLinear2Bit(PackedTernaryLinear, nn.Linear):
+    """:class:`PackedTernaryLinear` with 2-bit codes in its state dict. Made by :meth:`empty` only."""
+
+    @classmethod
+    def empty(cls, linear: nn.Module, name: str, options: dict[str, Any]) -> TernaryLinear2Bit:
+        """Return a layer without storage in place of ``linear``, an ``nn.Linear`` or a ``Conv1D``."""
+        if isinstance(linear, nn.Linear):
+            out_features, in_features = linear.out_features, linear.in_features
+        else:
+            out_features, in_features = linear.nf, linear.nx  # type: ignore[assignment]
+        split_sizes = options.get("split_sizes")
+        bias = None if linear.bias is None else torch.empty_like(linear.bias, device="meta")  # type: ignore[arg-type]
+        layer = PackedTernaryLinear(
+            torch.empty(out_features, in_features, dtype=torch.int8, device="meta"),
+            torch.empty(1 if split_sizes is None else len(split_sizes), dtype=torch.float32, device="meta"),
+            None if bias is None else bias.detach(),
+            pattern=options["pattern"],
+            split_sizes=None if split_sizes is None else tuple(split_sizes),
+            activation_bits=options["activation_bits"],
+        )
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        layer.codes = torch.empty(out_features, -(-in_features // 4), dtype=torch.uint8, device="meta")
+        layer._name = name
+        layer._is_hf_initialized = True  # type: ignore[assignment]
+        return layer
+
+    def finish(self) -> None:
+        """Unpack the codes that were loaded.
+
+        Raises:
+            DataError: If they were not loaded.
+        """
+        for tensor in (self.codes, self.gamma):
+            if not getattr(tensor, "_is_hf_initialized", False):
+                raise DataError(f"the folder lacks the codes or the gamma of {self._name}, which its config.json names")
+        self._set_codes(self.codes, self.gamma)
+
+    def _set_codes(self, packed: Tensor, gamma: Tensor) -> None:
+        from sbn_lightning.sparsity.ternary import expand_scale
+
+        self.codes = unpack_codes(packed, self.in_features)
+        self.gamma = gamma.float()
+        self.row_scale = expand_scale(self.gamma, self.split_sizes, self.out_features).clone()
+        self._settle()  # now, so that no compiled graph has to break for it
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """``gamma * codes``, to read only."""
+        return self.effective_weight().as_subclass(_ReadOnly)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        if self.codes.dtype == torch.int8:
+            destination[f"{prefix}codes"] = pack_codes(self.codes)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        packed = state_dict.get(f"{prefix}codes")
+        if packed is None or packed.dtype == torch.int8:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        gamma = state_dict[f"{prefix}gamma"]
+        super()._load_from_state_dict(state_dict | {f"{prefix}codes": self.codes}, prefix, *args)
+        self._set_codes(packed.to(self.gamma.device), gamma.to(self.gamma.device))
+
+
+class _ReadOnly(Tensor):
+    """A weight that refuses to be replaced, where a write would otherwise be lost without a word."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__set__":
+            raise ConfigError(
+                "the weight of a packed ternary layer cannot be changed: codes in {-1, 0, 1} cannot take in a LoRA "
+                "update. Keep the adapter beside the base, or train latent weights (form='latent')"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))

@@ -1,0 +1,269 @@
+"""The quantisation method ``"sbn"`` of transformers: ternary N:M layers in any architecture.
+
+There are three ways in:
+
+* a folder with packed layers (``form="packed"``): 2 bits a weight, to run, and to train LoRA adapters on;
+* a folder with latent weights and masks (``form="latent"``): ``Trainer`` trains it further;
+* a dense folder, loaded with ``quantization_config=SBNConfig("2:4")``: its layers are converted after loading.
+
+``save_pretrained`` writes the form that the model has. :func:`save_packed` writes packed layers from either form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.formats.huggingface.sbn import METHOD, OPTIONS, VERSION, model_card, pack_codes, quantization_config
+from sbn_lightning.integrations.folder import describe, sparse_layers
+from sbn_lightning.integrations.huggingface.packed_linear import TernaryLinear2Bit
+from sbn_lightning.integrations.pytorch import convert, convert_by_name
+from sbn_lightning.layers.conv1d import is_conv1d
+from sbn_lightning.layers.packed import PackedTernaryLinear
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
+
+Form = Literal["packed", "latent"]
+
+
+class SBNConfig(QuantizationConfigMixin):
+    """Which layers are sparse, and how.
+
+    Args:
+        pattern: The pattern "N:M".
+        activation_bits: The number of bits of activations: 8, 4, or None for no quantisation.
+        include: Name patterns of the layers to convert, when a dense model is loaded.
+        exclude: Name patterns of the layers to leave alone, when a dense model is loaded.
+        form: ``"latent"`` for latent weights and masks, ``"packed"`` for 2-bit codes.
+        modules: The sparse layers of a folder by name, each with the options in which it differs from the others.
+        version: The version of the format.
+        options: Further options of a layer: ``kind``, ``mask_source``, ``gradient``, ``gamma_over``.
+
+    Raises:
+        DataError: If the folder was written by a later version of the format.
+    """
+
+    def __init__(
+        self,
+        pattern: str = "2:4",
+        activation_bits: int | None = 8,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = ("lm_head",),
+        form: Form = "latent",
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
+        version: int = VERSION,
+        quant_method: str = METHOD,
+        **options: Any,
+    ) -> None:
+        if version > VERSION:
+            raise DataError(f"the folder has version {version} of the format {METHOD!r}; this program reads {VERSION}")
+        if unknown := sorted(set(options) - set(OPTIONS)):
+            raise ConfigError(f"SBNConfig has no option {unknown[0]!r}; it has {', '.join(OPTIONS)}")
+        self.quant_method = quant_method
+        self.pattern, self.activation_bits = str(pattern), activation_bits
+        self.include, self.exclude = list(include), list(exclude)
+        self.form, self.version = form, version
+        self.modules = {name: dict(own) for name, own in (modules or {}).items()}
+        self.options = options
+
+    def of(self, name: str) -> dict[str, Any]:
+        """Return the options of one layer."""
+        return {"pattern": self.pattern, "activation_bits": self.activation_bits} | self.options | self.modules[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as ``config.json`` holds them."""
+        values = {"pattern": self.pattern, "activation_bits": self.activation_bits, **self.options}
+        values |= {"quant_method": METHOD, "version": self.version, "form": self.form, "modules": self.modules}
+        return values if self.modules else values | {"include": self.include, "exclude": self.exclude}
+
+
+class SBNQuantizer(HfQuantizer):
+    """Loads, saves and trains models whose ``quant_method`` is ``"sbn"``."""
+
+    quantization_config: SBNConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            return model
+        config = self.quantization_config
+        for name in config.modules:
+            layer = _linear(model, name)
+            if config.form == "packed":
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, TernaryLinear2Bit.empty(layer, name, config.of(name)))
+            else:  # a place for the mask that is loaded with the weight; the layer is converted when both are there
+                shape = _shape_of(layer)
+                mask_bits = torch.empty(shape[0], -(-shape[1] // 8), dtype=torch.uint8, device="meta")
+                layer.register_buffer("mask_bits", mask_bits)
+        # transformers casts floating-point tensors to the model's dtype; gamma has to stay exact.
+        model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | {"gamma"}
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            if config.form == "packed":
+                raise ConfigError("a dense model becomes form='latent'; train it, then call save_packed")
+            convert(
+                model,
+                config.pattern,
+                include=config.include,
+                exclude=config.exclude,
+                activation_bits=config.activation_bits,
+                **config.options,
+            )
+            self.quantization_config = config_of(model, "latent")
+            model.config.quantization_config = self.quantization_config
+            return model
+        for name in config.modules:
+            layer = model.get_submodule(name)
+            if isinstance(layer, TernaryLinear2Bit):
+                layer.finish()
+            else:
+                _convert_with_mask(model, name, config.of(name))
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Return packed tensors where the configuration asks for the packed form, and None for the model's own."""
+        if self.quantization_config.form != "packed":
+            return None, {}
+        return packed_state(model), {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Return True: ``save_pretrained`` writes what ``from_pretrained`` reads."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether something of the model can be trained: latent weights, or adapters on packed ones."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the weights themselves can be trained."""
+        return self.quantization_config.form == "latent"
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``torch.compile`` works on the model."""
+        return True
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a reload of this module would register it twice
+    register_quantization_config(METHOD)(SBNConfig)
+    register_quantizer(METHOD)(SBNQuantizer)
+
+
+def config_of(model: nn.Module, form: Form) -> SBNConfig:
+    """Describe a model whose layers were converted.
+
+    Raises:
+        ConfigError: If no layer is sparse.
+    """
+    modules = {}
+    for name, layer in sparse_layers(model).items():
+        if form == "packed" and not isinstance(layer, SparseBitLinear | PackedTernaryLinear):
+            raise ConfigError(f"{name} is sparse, but not ternary: it has no codes; save form='latent' instead")
+        modules[name] = {option: value for option, value in describe(layer).items() if option in OPTIONS}
+        if form == "packed":  # the other options tell how to train
+            modules[name] = {key: modules[name][key] for key in ("pattern", "activation_bits", "split_sizes")}
+        if modules[name].get("split_sizes") is None:
+            modules[name].pop("split_sizes", None)
+    if not modules:
+        raise ConfigError(f"{type(model).__name__} has no sparse layer; call convert(model) first")
+    return SBNConfig(**quantization_config(modules, form))
+
+
+def packed_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a model whose sparse layers are all ternary, with these layers as 2-bit codes."""
+    state: dict[str, Tensor] = dict(model.state_dict())
+    for name, layer in sparse_layers(model).items():
+        if isinstance(layer, TernaryLinear2Bit):
+            continue
+        codes, gamma = layer.ternary()  # type: ignore[union-attr]
+        for own in [key for key in state if key.startswith(f"{name}.") and key != f"{name}.bias"]:
+            del state[own]
+        state[f"{name}.codes"], state[f"{name}.gamma"] = pack_codes(codes), gamma.float().clone()
+    return state
+
+
+def save_packed(
+    model: Any, directory: str | Path, *, dtype: torch.dtype | None = None, perplexity: float | None = None
+) -> None:
+    """Write a Hugging Face model with ternary layers to a folder, 2 bits a ternary weight, with a model card.
+
+    Args:
+        model: A ``PreTrainedModel`` with converted or packed layers.
+        directory: The folder to write to.
+        dtype: The dtype of the other weights; None leaves each as it is.
+        perplexity: The perplexity for the model card, if it was measured.
+
+    Raises:
+        ConfigError: If no layer is sparse, or a sparse layer is not ternary.
+    """
+    config = config_of(model, "packed")
+    state = packed_state(model)
+    if dtype is not None:
+        state = {
+            name: value.to(dtype) if value.is_floating_point() and not name.endswith(".gamma") else value
+            for name, value in state.items()
+        }
+    quantizer = getattr(model, "hf_quantizer", None)
+    saved = model.config.__dict__.get("quantization_config")
+    model.hf_quantizer = None
+    model.config.quantization_config = config
+    try:
+        model.save_pretrained(directory, state_dict=state)
+    finally:
+        model.hf_quantizer = quantizer
+        if saved is None:
+            del model.config.quantization_config
+        else:
+            model.config.quantization_config = saved
+    codes = [layer.ternary()[0] for layer in sparse_layers(model).values()]  # type: ignore[union-attr]
+    facts = {
+        "architecture": type(model).__name__,
+        "pattern": config.pattern,
+        "activation_bits": config.activation_bits,
+        "zeros": sum(int((part == 0).sum()) for part in codes) / sum(part.numel() for part in codes),
+        "perplexity": perplexity,
+    }
+    (Path(directory) / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def _linear(model: nn.Module, name: str) -> nn.Module:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError as error:
+        raise DataError(f"config.json names the sparse layer {name}, {type(model).__name__} has not") from error
+    if not isinstance(layer, nn.Linear) and not is_conv1d(layer):
+        raise DataError(f"config.json names the sparse layer {name}, which is a {type(layer).__name__}")
+    return layer
+
+
+def _shape_of(layer: nn.Module) -> tuple[int, int]:
+    """Return the output and input features of an ``nn.Linear`` or a ``Conv1D``."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.nf, layer.nx  # type: ignore[return-value]
+
+
+def _convert_with_mask(model: nn.Module, name: str, options: dict[str, Any]) -> None:
+    """Convert a layer whose weight was loaded, and keep the mask that was loaded with it, if there was one."""
+    layer = model.get_submodule(name)
+    mask_bits = layer._buffers.pop("mask_bits")
+    convert_by_name(model, {name: options})
+    if getattr(mask_bits, "_is_hf_initialized", False):
+        own = {key: value for key, value in layer._parameters.items() if value is not None}
+        layer.load_state_dict(own | {"mask_bits": mask_bits})  # type: ignore[arg-type]
