@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from sbn_kernels.runtime.capability import Needs, UnsupportedError, multiprocessors
+from sbn_kernels.runtime.capability import Needs, UnsupportedError, constant, multiprocessors
 
 Form = Literal["codes", "dense", "sparse24", "cusparselt"] | str
 """How a weight is stored for a kernel. ``"codes"``: int8 ``[out, in]``. ``"dense"`` and ``"sparse24"``: the 2-bit words
@@ -40,6 +40,7 @@ class Multiply(Protocol):
         out_features: int,
         bias: Tensor | None = None,
         out_dtype: torch.dtype = torch.bfloat16,
+        /,
     ) -> Tensor:
         """Multiplies int8 tokens ``[tokens, in]`` by a weight in the form of the kernel -> ``[tokens, out]``."""
 
@@ -197,7 +198,7 @@ def all_gradients() -> list[Gradients]:
     return sorted(_GRADIENTS.values(), key=lambda kernel: -kernel.rank)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def readers(form: Form, index: int | None) -> tuple[str, ...]:
     """Names of the kernels that read a form of weight and run on GPU ``index``; those for few tokens come first.
 
@@ -260,7 +261,7 @@ def form_for_few_tokens(kernel: Product, index: int | None) -> Form | None:
     return few[0].form
 
 
-@torch.compiler.assume_constant_result
+@constant
 def gradients_on(index: int | None) -> str | None:
     """The name of the kernels that make the gradients on GPU ``index``, None if no kernel can.
 

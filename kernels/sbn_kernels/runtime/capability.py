@@ -8,11 +8,21 @@ asks :mod:`sbn_kernels.gemm.registry`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant(function: F) -> F:
+    """Makes the result of a function a constant to ``torch.compile``; torch's own decorator has no types."""
+    marked: F = torch.compiler.assume_constant_result(function)
+    return marked
 
 
 class UnsupportedError(RuntimeError):
@@ -88,7 +98,7 @@ def require(needs: Needs, tensor: Tensor) -> None:
         raise UnsupportedError(f"{needs.op}: {reason}")
 
 
-@torch.compiler.assume_constant_result
+@constant
 def gluon_missing() -> str | None:
     """What Gluon lacks for kernels with inline PTX; None if nothing. A constant to ``torch.compile``."""
     return _gluon_missing()
@@ -105,7 +115,7 @@ def _gluon_missing() -> str | None:
     return f"needs Triton >= 3.9 (Gluon with inline_asm on shared memory); this is Triton {triton.__version__}"
 
 
-@torch.compiler.assume_constant_result
+@constant
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1 when Triton was imported."""
     return _interpreting()
