@@ -31,26 +31,26 @@ def evaluate(
     """Measure a model: perplexity of a text, sparsity of its layers, tasks of the lm-evaluation-harness.
 
     Args:
-        checkpoint: A .ckpt, the folder of a run, a packed folder, or a Hugging Face folder.
-        data: A folder that `prepare` wrote: perplexity of one of its splits.
-        text: Files of UTF-8 text: perplexity of all of them, end to end.
-        split: Of data: val or train.
-        window: Tokens the model sees at a time; not given, its max_sequence_length, but 1024 at most.
-        stride: Tokens between the starts of windows; not given, half a window.
-        max_tokens: Take no more than this many tokens from the beginning of data or text.
+        checkpoint: A .ckpt, the folder of a run, a packed folder, a Hugging Face folder, or a GGUF file.
+        data: A folder that `prepare` wrote, for the perplexity of one of its splits.
+        text: Text files in UTF-8, for the perplexity of all of them, end to end.
+        split: The split of data: val or train.
+        window: How many tokens the model sees at a time. Not given, its max_sequence_length, at most 1024.
+        stride: How many tokens lie between the starts of two windows. Not given, half a window.
+        max_tokens: How many tokens to take at most from the beginning of data or text.
         tasks: Names of tasks of the lm-evaluation-harness; needs pip install "sbn-lightning[eval]".
         tasks_folder: A folder with tasks of your own, as YAML.
-        num_fewshot: Examples in the prompts of tasks; not given, what each task says.
-        limit: Examples of each task at most, to try things out.
-        output: A JSON file for the results.
-        batch_size: Sequences at a time.
+        num_fewshot: How many examples the prompts of tasks have. Not given, as each task says.
+        limit: How many examples of each task to take at most, to try things out.
+        output: A JSON file to write the results to.
+        batch_size: How many sequences run at a time.
         tokenizer: A tokenizer.json, or a folder that holds one, if there is none with the model.
         device: "auto" takes a GPU if there is one; or cpu, cuda, cuda:1.
-        dtype: Of everything but ternary weights; "auto" is bfloat16 on a GPU and float32 on a CPU.
+        dtype: The dtype of everything but ternary weights; "auto" is bfloat16 on a GPU and float32 on a CPU.
         backend: What ternary layers compute with; "auto" measures on a GPU and is the reference on a CPU.
 
     Returns:
-        What is written to ``output``.
+        The results, as they are written to ``output``.
     """
     named = [tasks] if isinstance(tasks, str) else list(tasks or [])
     if data is not None and text is not None:

@@ -1,10 +1,11 @@
-"""How good a model is, and how sparse.
+"""Measure how good a model is, and how sparse.
 
-* :mod:`~sbn_lightning.evaluation.scoring`: log-probabilities of given tokens;
-* :mod:`~sbn_lightning.evaluation.sliding`: perplexity with sliding windows;
-* :mod:`~sbn_lightning.evaluation.layer_report`: what each linear layer is: pattern, zeros, gamma;
-* :mod:`~sbn_lightning.evaluation.harness`: for the lm-evaluation-harness (``pip install sbn-lightning[eval]``);
-* :mod:`~sbn_lightning.cli.evaluate`: ``sbn evaluate``.
+* :mod:`~sbn_lightning.evaluation.scoring` computes log-probabilities of given tokens.
+* :mod:`~sbn_lightning.evaluation.sliding` computes perplexity with sliding windows.
+* :mod:`~sbn_lightning.evaluation.texts` reads the tokens of a text.
+* :mod:`~sbn_lightning.evaluation.layer_report` describes each linear layer: pattern, zeros, gamma.
+* :mod:`~sbn_lightning.evaluation.harness` is for the lm-evaluation-harness (``pip install sbn-lightning[eval]``).
+* :mod:`~sbn_lightning.evaluation.measure` puts them together for the command ``sbn evaluate``.
 """
 
 from __future__ import annotations

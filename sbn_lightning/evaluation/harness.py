@@ -1,12 +1,12 @@
-"""A model of this project in the lm-evaluation-harness (EleutherAI), registered there as ``sbn_lightning``.
+"""Show a model of this project to the lm-evaluation-harness (EleutherAI), under the name ``sbn_lightning``.
 
-From Python, ``lm_eval.simple_evaluate(model=HarnessModel(checkpoint), tasks=[...])``; from the command line either
-``sbn evaluate --tasks``, or all that the harness's own command can do, with this class made known to it first::
+From Python: ``lm_eval.simple_evaluate(model=HarnessModel(checkpoint), tasks=[...])``. From the command line:
+``sbn evaluate --tasks``, or the harness's own command with all its options, started by this module::
 
     python -m sbn_lightning.evaluation.harness run --model sbn_lightning --model_args checkpoint=DIR --device cpu ...
 
-The harness finds a model by a registry in the process, which is why its own ``lm-eval`` does not know the name; and it
-always passes a device on, a GPU unless told otherwise.
+The harness finds a model in a registry of the process, so its own ``lm-eval`` does not know the name. It always passes
+a device, and takes a GPU unless told otherwise.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class HarnessModel(TemplateLM):
     """Scores and continues texts for the harness.
 
     Args:
-        checkpoint: A ``.ckpt``, the folder of a run, a packed or a Hugging Face folder; or a loaded model.
-        batch_size: Sequences at a time.
-        max_length: Tokens the model sees at most; its ``max_sequence_length`` if not given.
-        max_gen_toks: New tokens where a task does not say how many.
-        add_special_tokens: Let the tokenizer add what it adds, such as a token for the beginning of a text.
-        device: As of ``sbn evaluate``.
-        dtype: As of ``sbn evaluate``.
-        backend: As of ``sbn evaluate``.
+        checkpoint: A model in any format that ``sbn evaluate`` reads, or a loaded model.
+        batch_size: The number of sequences at a time.
+        max_length: The number of tokens that the model sees at most; its ``max_sequence_length`` if not given.
+        max_gen_toks: The number of new tokens, for tasks that do not say how many.
+        add_special_tokens: Whether the tokenizer adds special tokens, such as one that begins a text.
+        device: The device, as for ``sbn evaluate``.
+        dtype: The dtype, as for ``sbn evaluate``.
+        backend: The backend, as for ``sbn evaluate``.
         tokenizer: A ``tokenizer.json`` or a folder with one, if there is none with the model.
-        max_batch_size: Given by the harness; not used.
+        max_batch_size: An argument that the harness passes; not used.
 
     Raises:
         ConfigError: If an option is out of range.
-        DataError: If there is no such model or no tokenizer with it.
+        DataError: If there is no such model, or no tokenizer with the model.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class HarnessModel(TemplateLM):
         tokenizer: str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
+        """Loads the model, unless it was loaded before."""
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"batch_size={batch_size!r} is not a number from 1 upwards")
@@ -83,17 +84,20 @@ class HarnessModel(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self.add_special_tokens = add_special_tokens
         self._device = self.model.embed.weight.device
-        self._batches_drawn = 0  # the seed of the next: one for all of them would draw alike
+        self._batches_drawn = 0  # the seed of the next batch: with one seed all batches would draw alike
 
     @property
     def eot_token_id(self) -> int:
+        """The id of the token that ends a document."""
         return find_eos(self.tokenizer, None)[1]
 
     @property
     def tokenizer_name(self) -> str:
+        """The file of the tokenizer, for the harness's cache of prompts."""
         return str(self.loaded.tokenizer_path)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Turns a text into token ids."""
         special = self.add_special_tokens if add_special_tokens is None else add_special_tokens
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=special).ids
         return ids
@@ -107,10 +111,10 @@ class HarnessModel(TemplateLM):
                 raise ConfigError(
                     f"a continuation of {len(continuation)} tokens: 1 to max_length={self.max_length} can be scored"
                 )
-            # The last token is only predicted, so one more fits; what is too long loses its beginning.
+            # The last token is predicted and not read, so one more fits. A text that is too long loses its beginning.
             rows.append((context + continuation)[-(self.max_length + 1) :])
         results: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        # Long ones first, neighbours of about one length: little padding, and memory runs out at once or never.
+        # Long rows first: neighbours have about one length, which saves padding, and memory runs out at once or never.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         with tqdm(total=len(rows), desc="loglikelihood", disable=disable_tqdm) as bar:
             for start in range(0, len(order), self.batch_size):
@@ -124,7 +128,7 @@ class HarnessModel(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts; each token is scored once, the first given the end-of-document token."""
+        """Computes the log-likelihood of whole texts. Their first token follows the end-of-document token."""
         windows: list[tuple[None, list[int], list[int]]] = []
         counts = []
         for request in requests:
@@ -145,7 +149,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to, and without, the first of a task's stop strings."""
+        """Continues texts up to the first of a task's stop strings, which is left out."""
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):

@@ -1,4 +1,4 @@
-"""What each linear layer of a model is: pattern, zeros, gamma; the same for every format a model is kept in."""
+"""Describe each linear layer of a model: pattern, zeros, gamma. Every format of a model gives the same report."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class LayerReport:
     """One linear layer.
 
     Attributes:
-        name: In the model.
+        name: The name of the layer in the model.
         kind: ``"ternary"``, ``"masked"`` (sparse, not quantised) or ``"dense"``.
-        in_features: Features in.
-        out_features: Features out.
-        pattern: "N:M"; None for a dense layer.
-        activation_bits: Of a ternary layer's tokens; None if they are not quantised.
-        zeros: Share of weights that are zero.
-        natural: Share that rounds to zero by itself; None where the latent weight is gone, and with it the difference.
-        enforced: Share that only the mask makes zero; None as above.
-        most_in_group: Most non-zero weights found in a group of M: at most N, unless the run was still on its way to
+        in_features: The number of features in.
+        out_features: The number of features out.
+        pattern: The pattern, "N:M"; None for a dense layer.
+        activation_bits: The bits of the activations of a ternary layer; None if they are not quantised.
+        zeros: The share of weights that are zero.
+        natural: The share of weights that round to zero by themselves; None for packed weights, which do not tell.
+        enforced: The share of weights that only the mask makes zero; None for packed weights.
+        most_in_group: The most non-zero weights in a group of M. More than N means that the run had not yet reached
             the pattern. None for a dense layer.
-        gamma: Weight scale of each part of a ternary layer; empty for the others.
+        gamma: The weight scale of each part of a ternary layer; empty for other layers.
     """
 
     name: str
@@ -46,12 +46,12 @@ class LayerReport:
 
     @property
     def weights(self) -> int:
-        """How many weights it has."""
+        """How many weights the layer has."""
         return self.in_features * self.out_features
 
     @property
     def follows_pattern(self) -> bool | None:
-        """Whether no group has more than N non-zero weights; None for a dense layer."""
+        """Whether each group has at most N non-zero weights; None for a dense layer."""
         if self.pattern is None or self.most_in_group is None:
             return None
         return self.most_in_group <= int(self.pattern.split(":")[0])
@@ -59,7 +59,13 @@ class LayerReport:
 
 @torch.no_grad()
 def layer_reports(model: nn.Module) -> list[LayerReport]:
-    """Looks at every linear layer of ``model``, in its order. A head that shares the embedding's weight is left out."""
+    """Describes every linear layer of a model, in the order of the model.
+
+    A head that shares the weight of the embedding is left out.
+
+    Args:
+        model: Any model.
+    """
     reports = []
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, module in model.named_modules():
@@ -118,7 +124,7 @@ def _share_of_zeros(values: Tensor) -> float:
 
 
 def as_table(reports: list[LayerReport]) -> str:
-    """The layers by kind, as text: ``blocks.3.mlp.down`` counts as ``down``."""
+    """Writes the layers as a table with a row for each kind: ``blocks.3.mlp.down`` counts as ``down``."""
     groups: dict[tuple[str, str, str], list[LayerReport]] = {}
     for report in reports:
         groups.setdefault((kind_of(report.name), report.kind, report.pattern or ""), []).append(report)

@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens that are given, a chunk of positions at a time.
+"""Compute log-probabilities of given tokens, a part of the positions at a time.
 
-With a vocabulary of 150k the logits of one sequence of 2,048 tokens take 1.2 GB in float32. Only the positions that
-count go through the head, and never more than :data:`LOGITS` logits exist.
+With a vocabulary of 150,000 tokens the logits of one sequence of 2,048 tokens take 1.2 GB in float32. Only the
+positions that are scored go through the head, and never more than :data:`LOGITS` logits exist at once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def score(model: TernaryTransformer, tokens_BT: Tensor, first: int = 1) -> tuple
     """Scores tokens given all tokens before them.
 
     Args:
-        model: On the device of the tokens.
-        tokens_BT: Token ids, int64 ``[B, T]``.
-        first: The first position that is scored, 1 to T - 1: position 0 has nothing before it.
+        model: The model, on the device of the tokens.
+        tokens_BT: The token ids, int64 ``[B, T]``.
+        first: The first position that is scored, 1 to T - 1. Position 0 has no token before it.
 
     Returns:
-        Natural log-probability of each token from ``first`` on, float32 (float64 for a float64 model)
-        ``[B, T - first]``, and whether it is the most likely one, bool, the same shape.
+        The natural log-probability of each token from ``first`` on, float32 (float64 for a float64 model)
+        ``[B, T - first]``; and whether the token is the most likely one, bool, the same shape.
     """
     hidden = model.hidden(tokens_BT[:, :-1])[:, first - 1 :]
     log_probabilities, greedy = _compare(model, hidden.flatten(0, 1), tokens_BT[:, first:].flatten())
@@ -42,15 +42,15 @@ def score_ends(
     """Scores the ends of sequences of different lengths, as one batch.
 
     Args:
-        model: On the device to use.
-        rows: Token ids of each sequence, 2 or more.
-        counts: How many tokens at the end of each are scored, 1 to its length less one.
+        model: The model, on the device to use.
+        rows: The token ids of each sequence, 2 or more.
+        counts: How many tokens at the end of each sequence are scored, from 1 to its length minus one.
 
     Returns:
-        For each sequence the sum of their log-probabilities, and whether all of them are the most likely ones.
+        For each sequence the sum of the log-probabilities, and whether all scored tokens are the most likely ones.
     """
     device = model.embed.weight.device
-    # On the right, where causal attention does not see it.
+    # The padding is on the right, where causal attention does not see it.
     padded = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.int64)
     for target, row in zip(padded, rows, strict=True):
         target[: len(row) - 1] = torch.tensor(row[:-1])
@@ -64,7 +64,7 @@ def score_ends(
 
 
 def _compare(model: TernaryTransformer, hidden_ND: Tensor, wanted_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of ``wanted`` after the hidden states, and whether each is the most likely token."""
+    """Computes the log-probability of each wanted token after its hidden state, and whether it is the most likely."""
     size = max(1, LOGITS // model.config.vocab_size)
     log_probabilities, greedy = [], []
     for part, wanted in zip(hidden_ND.split(size), wanted_N.split(size), strict=True):

@@ -1,17 +1,18 @@
-r"""Perplexity with sliding windows, as the field reports it.
+r"""Compute perplexity with sliding windows, as the field reports it.
 
 .. math:: PPL = \exp\Big(-\frac1n \sum_i \log p(t_i \mid t_{a(i)}, \dots, t_{i-1})\Big)
 
-A model sees ``window`` tokens at most. Windows start every ``stride`` tokens, and of each only the tokens count that no
-earlier window scored: everything in the first, the last ``stride`` in those after it, which thus have
-``window - stride`` tokens of context or more. With ``stride < window`` each token but the very first, which has nothing
-before it, is scored once. With ``stride = window`` the windows are disjoint and the first token of each is left out.
+A model sees at most ``window`` tokens. Windows start every ``stride`` tokens. A window scores the tokens that no
+earlier window scored: the first window scores all its tokens, and each later one its last ``stride`` tokens, which have
+``window - stride`` or more tokens before them. With ``stride < window`` each token but the very first, which has
+nothing before it, is scored once. With ``stride = window`` the windows do not overlap, and the first token of each is
+left out.
 
 This is the procedure of the guide "Perplexity of fixed-length models" in the documentation of Hugging Face
-transformers; its usual setting is ``stride = window / 2``. One difference: the guide multiplies each window's mean by
-the number of its labels less one, for the label that a model's shift loses. A window after the first loses none when
-``stride < window``, so there the guide gives the first window's tokens a slightly larger weight. Here each token counts
-the same, as in the formula; over many windows the difference is far below what one reports.
+transformers, whose usual setting is ``stride = window / 2``. There is one difference. The guide multiplies the mean of
+a window by the number of its labels minus one, for the label that a model's shift loses. With ``stride < window`` only
+the first window loses one, so the guide gives the tokens of the first window a slightly larger weight. Here each token
+counts the same, as in the formula. Over many windows the difference is far below what one reports.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from sbn_lightning.models.transformer import TernaryTransformer
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a text costs a model.
+    """How well a model predicts a text.
 
     Attributes:
-        tokens: Tokens of the text.
-        scored: Those that were scored.
-        total: Sum of their negative log-probabilities, nats.
-        window: Tokens a window.
-        stride: Tokens between the starts of windows.
+        tokens: The number of tokens in the text.
+        scored: The number of tokens that were scored.
+        total: The sum of their negative log-probabilities, in nats.
+        window: The number of tokens in a window.
+        stride: The number of tokens between the starts of two windows.
     """
 
     tokens: int
@@ -50,24 +51,36 @@ class Perplexity:
 
     @property
     def loss(self) -> float:
-        """Nats a scored token."""
+        """Nats for each scored token."""
         return self.total / self.scored
 
     @property
     def perplexity(self) -> float:
-        """``exp(loss)``; infinite where that is beyond a float."""
+        """``exp(loss)``; infinite where the value is beyond a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def bits_per_byte(self, text_bytes: int) -> float:
-        """Bits for a byte of the text: comparable between tokenizers.
+        """Bits for each byte of the text; the value compares between tokenizers.
 
-        ``loss / ln 2`` is the cost of a token in bits. Tokens that were not scored are taken to cost the mean.
+        ``loss / ln 2`` is the cost of a token in bits. Tokens that were not scored count with the mean.
+
+        Args:
+            text_bytes: The length of the text in UTF-8.
         """
         return self.loss / math.log(2) * self.tokens / text_bytes
 
 
 def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Start and end of each window over a text of ``tokens`` tokens, and the first position that it scores."""
+    """Yields the windows over a text.
+
+    Args:
+        tokens: The number of tokens in the text.
+        window: The number of tokens in a window.
+        stride: The number of tokens between the starts of two windows.
+
+    Yields:
+        The start and the end of a window, and the first position that it scores.
+    """
     scored = 0
     for start in range(0, tokens, stride):
         end = min(start + window, tokens)
@@ -86,18 +99,18 @@ def perplexity(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Perplexity:
-    """Perplexity of a model on a text.
+    """Computes the perplexity of a model on a text.
 
     Args:
-        model: On the device to use.
-        tokens: Token ids of the text, integers ``[tokens]``.
-        window: Tokens the model sees at a time, 2 to its ``max_sequence_length``.
-        stride: Tokens between the starts of windows, 1 to ``window``.
-        batch_size: Windows at a time.
-        progress: Show a bar on stderr.
+        model: The model, on the device to use.
+        tokens: The token ids of the text, integers ``[tokens]``.
+        window: The number of tokens that the model sees at a time, 2 to its ``max_sequence_length``.
+        stride: The number of tokens between the starts of two windows, 1 to ``window``.
+        batch_size: The number of windows at a time.
+        progress: Whether to show a bar on stderr.
 
     Raises:
-        ConfigError: If window or stride are out of range.
+        ConfigError: If ``window`` or ``stride`` is out of range.
         DataError: If there are fewer than 2 tokens, an id is beyond the model's vocabulary, or the model computes NaN.
     """
     limit = model.config.max_sequence_length
@@ -119,7 +132,7 @@ def perplexity(
     scored = 0
     places = [place for place in windows(len(tokens), window, stride) if place[2] < place[1]]
     with tqdm(total=len(places), desc="perplexity", unit="window", disable=not progress) as bar:
-        # Windows of a batch have one length and score the same positions: all do but the first and the last.
+        # The windows of a batch have one length and score the same positions. Only the first and the last differ.
         for (_, first), group in groupby(places, key=lambda place: (place[1] - place[0], place[2] - place[0])):
             alike = list(group)
             for i in range(0, len(alike), batch_size):

@@ -1,4 +1,4 @@
-"""Models in and out: one function that reads any of the formats, and a writer for each of them."""
+"""Formats of models: one function reads any of them, and each of them has a writer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models around tensors that exist already: what every reader of a format ends with."""
+"""Build a model around tensors that exist already: the last step of every reader."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from sbn_lightning.models.transformer import TernaryTransformer
 
 
 def build_model(config: TransformerConfig, state: dict[str, Any], source: str) -> TernaryTransformer:
-    """A model around tensors that exist already; nothing is initialised or copied.
+    """Builds a model around tensors that exist already; nothing is initialised or copied.
 
     Args:
-        config: Of the model.
-        state: Its state dict; masks may be missing, as in a dense checkpoint.
-        source: For messages.
+        config: The configuration of the model.
+        state: The state dict of the model. Masks may be missing, as in a dense checkpoint.
+        source: The file or folder of the tensors, for messages.
 
     Raises:
-        DataError: If a tensor is missing, left over, or of another shape.
+        DataError: If a tensor is missing, is left over, or has another shape than the configuration says.
     """
     model = empty_model(config)
     try:
@@ -37,7 +37,7 @@ def build_model(config: TransformerConfig, state: dict[str, Any], source: str) -
 
 
 def empty_model(config: TransformerConfig) -> TernaryTransformer:
-    """A model without storage, to be filled by ``load_state_dict(assign=True)``."""
+    """Builds a model without storage, for ``load_state_dict(assign=True)`` to fill."""
     with torch.device("meta"):
         return TernaryTransformer(config)
 
@@ -45,7 +45,17 @@ def empty_model(config: TransformerConfig) -> TernaryTransformer:
 def finish_model(
     model: TernaryTransformer, missing: list[str], unexpected: list[str], source: str
 ) -> TernaryTransformer:
-    """Ties the head, makes rotary tables and holds masks: what a state dict does not bring."""
+    """Adds to a model what a state dict does not bring: the tied head, the rotary tables, and masks that stay.
+
+    Args:
+        model: A model whose state dict was loaded.
+        missing: The names that the state dict lacked.
+        unexpected: The names that the model does not have.
+        source: The file or folder of the tensors, for messages.
+
+    Raises:
+        DataError: If a name is missing or unexpected.
+    """
     for names, what in ((missing, "lacks"), (unexpected, "has unknown")):
         if names:
             raise DataError(f"{source} {what} {len(names)} tensors, the first is {names[0]}")
@@ -53,12 +63,17 @@ def finish_model(
         model.lm_head.weight = model.embed.weight
     model.cos, model.sin = rope_tables(model.config)
     for _, layer in masked_layers(model):
-        layer.hold_mask = True  # the mask it was saved with, also in the middle of a ramp
+        layer.hold_mask = True  # the mask that was saved, also where a ramp had not ended
     return model
 
 
 def cast_model(model: TernaryTransformer, dtype: torch.dtype) -> None:
-    """Casts all parameters but the latent weights of ternary layers, in place; gamma and rotary tables stay float32."""
+    """Casts a model in place. Latent weights of ternary layers, gamma and the rotary tables keep their dtypes.
+
+    Args:
+        model: The model.
+        dtype: The dtype of all other parameters.
+    """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point() and not (isinstance(module, SparseBitLinear) and name == "weight"):

@@ -1,13 +1,14 @@
-"""Ternary weights in close to as few bits as they carry.
+"""Store ternary weights in close to as few bits as they carry.
 
 A group of M weights of which at most N are non-zero has ``S = sum_k C(M, k) 2^k`` states (k = 0 .. N). The states of G
-groups are the digits, base S, of one number, stored in B whole bytes; G and B are those with the fewest bits a weight
-among ``S^G <= 256^B``, B <= 7, so that a number fits an int64. Two familiar cases: single weights (N = M = 1, S = 3)
-give five trits a byte, 1.6 bits a weight; 2:4 (S = 33) gives eleven groups in seven bytes, 1.273 bits a weight, where
-six bits a group would be 1.5 and the entropy bound is 1.261.
+groups are the digits, base S, of one number, and the number is stored in B whole bytes. G and B are chosen for the
+fewest bits a weight among ``S^G <= 256^B`` with B <= 7, so that a number fits an int64.
 
-The mask is implied: positions that are zero. Groups run along ``in_features``; the last number of a tensor may be
-filled up with zero digits.
+Two familiar cases: single weights (N = M = 1, S = 3) give five trits a byte, 1.6 bits a weight. 2:4 (S = 33) gives
+eleven groups in seven bytes, 1.273 bits a weight. Six bits for each group would be 1.5, and the entropy bound is 1.261.
+
+The mask is not stored: it is where the codes are not zero. Groups run along ``in_features``. The last number of a
+tensor may be filled up with zero digits.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from sbn_lightning.sparsity.pattern import nonzeros_per_group
 
 MAX_BYTES = 7
-MAX_GROUP = 8  # larger groups are stored as single weights: a table of 3^M entries finds the state
+MAX_GROUP = 8  # Larger groups are stored as single weights: the table that finds a state has 3^M entries.
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class GroupCode:
     """How groups are stored.
 
     Attributes:
-        n: At most this many of a group are non-zero.
-        m: Weights a group.
-        groups: Groups in one number.
-        bytes: Bytes of one number.
+        n: How many weights of a group are non-zero at most.
+        m: How many weights a group has.
+        groups: How many groups one number holds.
+        bytes: How many bytes one number takes.
     """
 
     n: int
@@ -44,7 +45,7 @@ class GroupCode:
 
     @property
     def bits_per_weight(self) -> float:
-        """Without what the last number of a tensor is filled up with."""
+        """Bits for each weight, without the filling of a tensor's last number."""
         return 8 * self.bytes / (self.groups * self.m)
 
 
@@ -55,7 +56,7 @@ def states(n: int, m: int) -> int:
 
 @cache
 def best_code(n: int, m: int) -> GroupCode:
-    """The code with the fewest bits a weight; the shortest number of those."""
+    """The code with the fewest bits a weight; of several such codes the one with the shortest numbers."""
     count = states(n, m)
     candidates = []
     for size in range(1, MAX_BYTES + 1):
@@ -68,24 +69,24 @@ def best_code(n: int, m: int) -> GroupCode:
 
 
 def choose_code(codes: Tensor, m: int) -> GroupCode:
-    """The densest exact code of a weight.
+    """The code with the fewest bits that holds a weight exactly.
 
     Args:
-        codes: int8 ``[out_features, in_features]`` in {-1, 0, 1}.
-        m: Group size of its pattern. What counts is how many of a group really are non-zero: in the middle of a ramp
-            that is more than the pattern's N.
+        codes: The ternary codes, int8 ``[out_features, in_features]`` in {-1, 0, 1}.
+        m: The group size of the pattern. N is counted and not taken from the pattern, because in the middle of a ramp
+            a group has more non-zeros than the pattern's N.
     """
     single = best_code(1, 1)
     if m > MAX_GROUP or codes.shape[1] % m:
         return single
-    # n = 0, all weights zero, would be no bits at all.
+    # With n = 0 a weight of zeros would take no bits at all.
     grouped = best_code(max(1, int(nonzeros_per_group(codes, m).max())), m)
     return min(single, grouped, key=lambda code: code.bits_per_weight)
 
 
 @cache
 def _table(n: int, m: int) -> tuple[Tensor, Tensor]:
-    """State -> weights, int8 ``[S, m]``; and the weights read as a number in base 3 -> state, int64 ``[3^m]``."""
+    """Two tables: state -> weights, int8 ``[S, m]``, and weights as a number in base 3 -> state, int64 ``[3^m]``."""
     members = [group for group in itertools.product((0, 1, -1), repeat=m) if sum(map(abs, group)) <= n]
     table = torch.tensor(members, dtype=torch.int8)
     state_of = torch.full((3**m,), -1, dtype=torch.int64)
@@ -116,10 +117,10 @@ def encode(codes: Tensor, code: GroupCode) -> Tensor:
 
 
 def decode(data: Tensor, code: GroupCode, out_features: int, in_features: int) -> Tensor:
-    """Inverse of :func:`encode`.
+    """The inverse of :func:`encode`.
 
     Raises:
-        ValueError: If ``data`` has another length, or holds a number that no weights have.
+        ValueError: If ``data`` has another length, or holds a number that no weights give.
     """
     table, _ = _table(code.n, code.m)
     count = out_features * in_features // code.m

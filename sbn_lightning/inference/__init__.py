@@ -1,11 +1,15 @@
-"""Text out of a model: a key/value cache, sampling, streaming.
+"""Generate text with a model: a key/value cache, sampling, streaming.
 
-* :mod:`~sbn_lightning.inference.decoder`: prompts in once, then one token a step, as a CUDA graph on a GPU;
-* :mod:`~sbn_lightning.inference.sampling`: logits to tokens, on the device;
-* :mod:`~sbn_lightning.inference.loop`: :func:`generate` and :func:`stream`, token ids in and out;
-* :mod:`~sbn_lightning.cli.generate`: ``sbn generate``, text in and out.
+* :mod:`~sbn_lightning.inference.opening` loads a model and chooses its device, dtype and backend.
+* :mod:`~sbn_lightning.inference.decoder` reads prompts at once and continues them one token a step. On a GPU a step is
+  a CUDA graph.
+* :mod:`~sbn_lightning.inference.sampling` chooses tokens from logits, on the device.
+* :mod:`~sbn_lightning.inference.loop` has :func:`generate` and :func:`stream`: token ids in, token ids out.
+* :mod:`~sbn_lightning.inference.text` turns token ids into text while they come.
+* :mod:`~sbn_lightning.inference.chat` writes a prompt as a turn of a chat.
 
-None of it knows kernels: it calls the model, whose layers know what they compute with.
+The command ``sbn generate`` is in :mod:`~sbn_lightning.cli.generate`. Nothing here knows kernels: the layers of the
+model know what they compute with.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Decoder", "Sampling", "Speed", "TextStream", "generate", "stream"]
 
-# On first use: `sbn generate --help` must not wait for torch.
+# Imported at first use, because `sbn generate --help` must not wait for torch.
 _MODULE_OF = {
     "Decoder": "decoder",
     "Sampling": "sampling",

@@ -1,13 +1,15 @@
-"""A model with a key/value cache: prompts in once, then one token a step.
+"""Run a model with a key/value cache: prompts are read at once, and then each step adds one token.
 
-The cache is static: ``[batch, key/value heads, max_length, head size]`` a layer, allocated once. Prompts of different
-lengths are padded on the *right*: under causal attention no token sees what stands behind it, so each row computes what
-it would compute alone, at the same positions and in the same slots, and the prompts run through the causal kernel
-without a mask. The step after that writes each row's token into the row's own next slot, over the padding, and attends
-to slots up to it. Tokens are quantised one by one, so rows do not see each other there either.
+The cache is static: for each layer ``[batch, key/value heads, max_length, head size]``, allocated once. Prompts of
+different lengths are padded on the *right*. Under causal attention no token sees the tokens after it. So each row
+computes what it would compute alone, at the same positions and in the same slots of the cache, and the prompts run
+through the causal kernel without a mask. The next step writes each row's token into the row's own next slot, over the
+padding, and attends to the slots up to this one. Activations are quantised token by token, so rows do not influence
+each other there either.
 
-On a GPU a step is one CUDA graph: nothing in it depends on the host, and what it computes with stands still. A step
-launches hundreds of kernels that each run for microseconds; without the graph the host would be the bottleneck.
+On a GPU a step is one CUDA graph: nothing in a step depends on the host, and the tensors that it reads keep their
+place. A step launches hundreds of kernels that run for microseconds each; without the graph the host would be the
+bottleneck.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.sparse_linear import prepare_layers, ternary_layers
 from sbn_lightning.models.transformer import TernaryTransformer, causal_attention
 
-_SLOTS = 64  # the cache's length is a multiple of this, as attention kernels want the rows of a mask aligned
-_WARM_UP = 2
+# The length of the cache is a multiple of this: attention kernels want the rows of a mask aligned.
+_SLOTS = 64
+_WARM_UP = 2  # steps before a CUDA graph is captured
 
 
 class _PromptAttention:
-    """Causal attention that remembers keys and values ``[B, K, T, E]``."""
+    """Causal attention that remembers the keys and values, ``[B, K, T, E]``."""
 
     keys: Tensor
     values: Tensor
@@ -39,12 +42,12 @@ class _PromptAttention:
 
 
 class _Slots:
-    """Where the step at hand writes: shared by all layers.
+    """The slots that the present step writes to; all layers share them.
 
     Attributes:
-        rows: 0 to B - 1, int64 ``[B]``.
-        now: Slot of each row's token, int64 ``[B]``.
-        bias: 0 for slots up to it, -inf behind, ``[B, 1, 1, L]`` in the cache's dtype.
+        rows: The indices of the rows, 0 to B - 1, int64 ``[B]``.
+        now: The slot of each row's token, int64 ``[B]``.
+        bias: 0 for the slots up to ``now`` and -inf for those after, ``[B, 1, 1, L]`` in the dtype of the cache.
     """
 
     rows: Tensor
@@ -53,7 +56,7 @@ class _Slots:
 
 
 class _StepAttention:
-    """Attention of one token a row to the cache of one layer, itself included."""
+    """Attention of one token in each row to the cache of one layer, the token itself included."""
 
     def __init__(self, keys: Tensor, values: Tensor, slots: _Slots) -> None:
         self.keys, self.values, self.slots = keys, values, slots
@@ -62,8 +65,8 @@ class _StepAttention:
         slots = self.slots
         self.keys[slots.rows, :, slots.now] = k_BKTE.squeeze(2)
         self.values[slots.rows, :, slots.now] = v_BKTE.squeeze(2)
-        # H200, torch 2.11, one sequence, 2,048 slots, 16 query, 2 key heads: 7 us; 44 us with the heads of a group laid
-        # along the sequence (so that attention need not know of groups), 10 us as two products and a fused softmax.
+        # Measured on an H200, torch 2.11, one sequence, 2,048 slots, 16 query heads, 2 key heads: 7 us. With the heads
+        # of a group laid along the sequence: 44 us. As two products and a fused softmax: 10 us.
         return F.scaled_dot_product_attention(
             q_BHTE, self.keys, self.values, attn_mask=slots.bias, enable_gqa=q_BHTE.shape[1] != self.keys.shape[1]
         )
@@ -72,14 +75,16 @@ class _StepAttention:
 class Decoder:
     """A model that remembers the keys and values of ``batch_size`` sequences.
 
-    ``prefill`` starts sequences (again and again, if need be), ``step`` continues them. The model's weights must not
-    change in between, nor the backends of its layers while the decoder lives.
+    ``prefill`` starts sequences and ``step`` continues them. ``prefill`` may be called again for other sequences. The
+    weights of the model must not change between the two, and the backends of its layers must not change as long as the
+    decoder is used.
 
     Args:
-        model: In evaluation mode or not: nothing in it depends on that.
-        batch_size: Sequences at a time.
-        max_length: Tokens a sequence can have, prompt included; at most the model's ``max_sequence_length``.
-        cuda_graph: Capture a step as a CUDA graph; None does on a GPU.
+        model: The model, in training or evaluation mode; the modes do not differ.
+        batch_size: The number of sequences.
+        max_length: The number of tokens that a sequence can have, prompt included; at most the model's
+            ``max_sequence_length``.
+        cuda_graph: Whether to capture a step as a CUDA graph; None captures on a GPU.
 
     Raises:
         ConfigError: If ``max_length`` is beyond the model's context, or a CUDA graph is asked for without a GPU.
@@ -88,6 +93,7 @@ class Decoder:
     def __init__(
         self, model: TernaryTransformer, batch_size: int, max_length: int, *, cuda_graph: bool | None = None
     ) -> None:
+        """Checks the sizes; memory for the cache is allocated by the first prompt."""
         limit = model.config.max_sequence_length
         if not 1 <= max_length <= limit:
             raise ConfigError(f"max_length={max_length} is outside 1 to the model's max_sequence_length={limit}")
@@ -112,17 +118,17 @@ class Decoder:
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Reads prompts, one a row of the batch; what was in the cache is forgotten.
+        """Reads prompts, one for each row of the batch; what was in the cache is forgotten.
 
         Args:
-            prompts: Token ids, as many prompts as ``batch_size``, none empty.
+            prompts: The token ids of each prompt: ``batch_size`` prompts, none empty.
 
         Returns:
-            Logits of each prompt's next token, ``[B, vocab_size]``.
+            The logits of each prompt's next token, ``[B, vocab_size]``.
 
         Raises:
-            ConfigError: If their number is not ``batch_size``, one is empty, does not fit, or has a token id beyond the
-                vocabulary.
+            ConfigError: If there are not ``batch_size`` prompts, or a prompt is empty, does not fit, or has a token id
+                beyond the vocabulary.
         """
         self._check(prompts)
         lengths = [len(prompt) for prompt in prompts]
@@ -133,24 +139,24 @@ class Decoder:
 
     @torch.no_grad()
     def prefill_padded(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        """:meth:`prefill` for prompts on the model's device, unchecked.
+        """Does what :meth:`prefill` does for prompts on the model's device, without checks.
 
         Args:
-            tokens_BT: Prompts, padded at their ends with any token, int64 ``[B, T]``.
-            lengths_B: Their lengths, int64 ``[B]``.
+            tokens_BT: The prompts, padded at their ends with any token, int64 ``[B, T]``.
+            lengths_B: The lengths of the prompts, int64 ``[B]``.
         """
         prepare_layers(self.model)
         if self._graph is not None and any(
             now is not then for now, then in zip(self._weights(), self._recorded, strict=True)
         ):
-            self._graph = None  # it reads weights that have been replaced
+            self._graph = None  # the graph reads weights that have been replaced
         attend = [_PromptAttention() for _ in self.model.blocks]
         hidden = self.model.hidden(tokens_BT, attend=attend)
         if not self._layers:
-            # Only now is known what keys and values look like: the model may compute in another dtype than it stores.
+            # The dtype of keys and values is known only now: the model may compute in another dtype than it stores.
             for layer in attend:
                 shape = (*layer.keys.shape[:2], self.slots, layer.keys.shape[3])
-                # Zeros: an infinity left in memory would come through a mask, as 0 * inf.
+                # Zeros, because an infinity left in memory would pass the mask as 0 * inf.
                 self._layers.append(
                     _StepAttention(layer.keys.new_zeros(shape), layer.values.new_zeros(shape), self._shared)
                 )
@@ -165,16 +171,16 @@ class Decoder:
     def step(self, tokens_B: Tensor) -> Tensor:
         """Adds a token to each sequence.
 
-        A sequence of ``max_length`` tokens stays that long: its last token is replaced.
+        A sequence of ``max_length`` tokens does not grow: its last token is replaced.
 
         Args:
-            tokens_B: Token ids, int64 ``[B]`` on the model's device.
+            tokens_B: The token ids, int64 ``[B]`` on the model's device.
 
         Returns:
-            Logits of the token after it, ``[B, vocab_size]``. From a CUDA graph: overwritten by the next step.
+            The logits of the token after that, ``[B, vocab_size]``. With a CUDA graph the next step overwrites them.
 
         Raises:
-            ConfigError: If there was no ``prefill``.
+            ConfigError: If ``prefill`` was not called before.
         """
         if not self._layers:
             raise ConfigError("a decoder steps on from prompts: call prefill first")
@@ -202,8 +208,8 @@ class Decoder:
         return logits
 
     def _capture(self) -> None:
-        # Kernels are compiled, chosen and given workspaces at their first call, which a graph cannot record. Repeating
-        # a step is harmless: it writes the same keys and values into the same slots.
+        # At their first call kernels are compiled, chosen and given workspaces, which a graph cannot record. To repeat
+        # a step does no harm: it writes the same keys and values into the same slots.
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -216,7 +222,7 @@ class Decoder:
         self._graph, self._recorded = graph, self._weights()
 
     def _weights(self) -> list[Any]:
-        """What ternary layers compute with: made anew where a weight has changed."""
+        """The prepared weights of the ternary layers. A layer prepares another object when its weight has changed."""
         return [layer._prepared for layer in ternary_layers(self.model).values()]
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:

@@ -1,7 +1,8 @@
 """The loop around a :class:`Decoder`: token ids in, token ids out.
 
-The host runs ahead of the device. It reads tokens back only where it must: every :data:`CHECK_EVERY` tokens to see
-whether all sequences have stopped, and for a stream one token late, while the device computes the next.
+The host runs ahead of the device and reads tokens back only where it must. :func:`generate` looks every
+:data:`CHECK_EVERY` tokens whether all sequences have stopped. :func:`stream` reads each token one step late, while the
+device computes the next one.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ GREEDY = Sampling()
 
 @dataclass
 class Speed:
-    """What was generated, and in which time.
+    """How much was generated, and how long it took.
 
     Attributes:
-        prompt_tokens: Tokens read.
-        prefill_seconds: Until the first new token of each sequence was there.
-        new_tokens: Tokens written, all sequences together, up to where each stopped.
-        decode_seconds: For all of them but the first of each sequence. On a GPU the capture of the graph is in it.
-        sequences: Prompts.
+        prompt_tokens: The number of tokens read.
+        prefill_seconds: The time until each sequence had its first new token.
+        new_tokens: The number of tokens written by all sequences, up to where each stopped.
+        decode_seconds: The time for all new tokens but the first of each sequence. On a GPU it includes the capture of
+            the graph.
+        sequences: The number of prompts.
     """
 
     prompt_tokens: int = 0
@@ -42,9 +44,11 @@ class Speed:
     sequences: int = 0
 
     def __add__(self, other: Speed) -> Speed:
+        """Adds up two batches."""
         return Speed(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def __str__(self) -> str:
+        """Tokens a second, in one line."""
         decoded = self.new_tokens - self.sequences
         parts = [
             f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / max(self.prefill_seconds, 1e-9):.0f} tokens/s"
@@ -67,18 +71,18 @@ def generate(
 ) -> list[list[int]]:
     """Continues a batch of prompts, which may differ in length.
 
-    Greedy, each gets the tokens that it would get alone and without a cache, as far as the device's arithmetic gives a
-    sum the same value in a batch.
+    With a greedy choice each prompt gets the tokens that it would get alone and without a cache, as far as the device
+    computes the same sums in a batch.
 
     Args:
-        model: On the device to use.
-        prompts: Token ids of each prompt, none empty.
-        max_new_tokens: Tokens to add to each at most; fewer where the model's context ends.
+        model: The model, on the device to use.
+        prompts: The token ids of each prompt, none empty.
+        max_new_tokens: How many tokens to add to each prompt at most; fewer where the model's context ends.
         sampling: How tokens are chosen; greedy if not given.
-        seed: Of the draws: the same seed, prompts and device give the same tokens.
-        stop_tokens: Ids that end a sequence; they are not part of the result.
-        cuda_graph: As of :class:`Decoder`.
-        speed: Is filled in, if given, at the price of two waits for the device.
+        seed: The seed of the draws. The same seed, prompts and device give the same tokens.
+        stop_tokens: The ids that end a sequence; they are not part of the result.
+        cuda_graph: Whether to capture a step as a CUDA graph; see :class:`Decoder`.
+        speed: An object to fill in. Measuring waits twice for the device.
 
     Returns:
         The new token ids of each prompt.
@@ -125,7 +129,7 @@ def stream(
     """Continues one prompt, token by token; the arguments and the tokens are those of :func:`generate`.
 
     Yields:
-        New token ids as they come.
+        The new token ids, as they come.
     """
     (room,), decoder = _start(model, [prompt], max_new_tokens, cuda_graph)
     speed = Speed() if speed is None else speed
@@ -145,7 +149,7 @@ def stream(
 def _start(
     model: TernaryTransformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, cuda_graph: bool | None
 ) -> tuple[list[int], Decoder]:
-    """How many new tokens each prompt has room for, and a decoder that holds them all."""
+    """Computes how many new tokens each prompt has room for, and makes a decoder that holds them all."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} is below 1")
     if not prompts:
@@ -165,7 +169,7 @@ def _start(
 def _tokens(
     decoder: Decoder, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, seed: int
 ) -> Iterator[Tensor]:
-    """``count`` times the next token of each sequence, int64 ``[B]``, still on its way on the device."""
+    """Yields the next token of each sequence, ``count`` times, int64 ``[B]``; the device may still compute them."""
     generator = torch.Generator(decoder.device).manual_seed(seed)
     logits = decoder.prefill(prompts)
     for i in range(count):
@@ -176,7 +180,7 @@ def _tokens(
 
 
 def _late(tokens: Iterator[Tensor], device: torch.device) -> Iterator[int]:
-    """The first sequence's tokens on the host, each read when the device has been given the next step."""
+    """Yields the first sequence's tokens on the host; each is read after the device was given the next step."""
     if device.type != "cuda":
         for step in tokens:
             yield int(step[0])
@@ -186,7 +190,7 @@ def _late(tokens: Iterator[Tensor], device: torch.device) -> Iterator[int]:
         arrived = torch.empty(1, dtype=torch.int64, pin_memory=True).copy_(step[:1], non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        # The copy is queued before the next step, but awaited after: this generator resumes `tokens` in between.
+        # The copy is queued before the next step and awaited after it: `tokens` is resumed in between.
         if waiting is not None:
             yield _read(*waiting)
         waiting = arrived, event

@@ -1,7 +1,7 @@
-"""A model from disk to the device it runs on: dtype and backend by name, as the command line gives them.
+"""Load a model onto the device it runs on, with dtype and backend by name, as the command line gives them.
 
-A model in training gets its kernels from the precision plugin. One that is loaded to be run has no Trainer; here it
-gets the same kernels by the same choice.
+A model in training gets its kernels from the precision plugin. A model that is loaded to be run has no Trainer, and
+gets the same kernels here, by the same choice.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def open_model(
     """Loads a model and makes it ready to run.
 
     Args:
-        checkpoint: What :func:`~sbn_lightning.formats.load_model` reads.
-        tokenizer: A ``tokenizer.json`` or a folder with one; None: the one with the model.
-        device: A device's name; ``"auto"``: a GPU if there is one.
-        dtype: Of everything but latent weights; ``"auto"``: bfloat16 on a GPU, float32 elsewhere.
-        backend: As of :func:`use_backend`; what it chose is printed to stderr.
-        compile: Compile the model's blocks.
+        checkpoint: The model, in any format that :func:`~sbn_lightning.formats.load_model` reads.
+        tokenizer: A ``tokenizer.json`` or a folder with one; None takes the one that comes with the model.
+        device: The name of a device; ``"auto"`` takes a GPU if there is one.
+        dtype: The dtype of everything but latent weights; ``"auto"`` is bfloat16 on a GPU and float32 elsewhere.
+        backend: The backend, as for :func:`use_backend`. The choice is printed to stderr.
+        compile: Whether to compile the model's blocks.
 
     Raises:
-        ConfigError: If there is no such device, or the backend cannot run on it.
-        DataError: If there is no such model, or it is damaged.
+        ConfigError: If there is no such device, or the backend cannot run on the device.
+        DataError: If there is no such model, or the model is damaged.
     """
     where = choose_device(device)
     chosen = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if where.type == "cuda" else torch.float32
@@ -58,18 +58,21 @@ def open_model(
 
 
 def choose_device(name: str) -> torch.device:
-    """A device by name, or ``"auto"``.
+    """Finds a device by its name.
+
+    Args:
+        name: The name, such as ``"cuda:1"``; ``"auto"`` takes a GPU if there is one.
 
     Raises:
-        ConfigError: If it does not exist here.
+        ConfigError: If the device cannot be used here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # "meta" exists, but holds nothing
+        torch.empty(1, device=device).item()  # "meta" exists and holds no values
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # of kernels and graphs that ask for none
+            torch.cuda.set_device(device)  # some kernels and graphs run on the current device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used here ({reason}); use auto, cpu or cuda") from error
@@ -79,20 +82,21 @@ def choose_device(name: str) -> torch.device:
 def use_backend(model: nn.Module, backend: BackendName, dtype: torch.dtype, tokens: int = 2048) -> str:
     """Gives the ternary layers of a model a backend.
 
-    Layers that hold packed weights pick their kernel themselves under ``"auto"``, by the pattern and without measuring.
+    With ``"auto"``, layers that hold packed weights choose their kernel by the pattern, without measuring.
 
     Args:
-        model: On the device where it runs.
-        backend: ``"auto"``: for each layer the fastest that gives the dense result, measured (on a CPU the reference);
-            ``"sparse"``: sparse tensor cores, 2:4 only; ``"int8"``: dense int8 tensor cores; ``"reference"``.
-        dtype: In which the layers get their tokens.
-        tokens: At a time, for the measurement.
+        model: The model, on the device where it runs.
+        backend: ``"auto"`` measures and takes for each layer the fastest backend that gives the dense result (on a CPU
+            the reference). ``"sparse"`` takes sparse tensor cores, for 2:4 only. ``"int8"`` takes dense int8 tensor
+            cores. ``"reference"`` takes plain PyTorch.
+        dtype: The dtype of the activations that the layers get.
+        tokens: How many tokens the timing run uses.
 
     Returns:
-        What was chosen for layers with latent weights, as a table; empty if there are none.
+        A table of what was chosen for the layers with latent weights; empty if there are none.
 
     Raises:
-        ConfigError: If the backend cannot run here: what it needs and what would work.
+        ConfigError: If the backend cannot run here. The message says what it needs and what would work.
     """
     packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedTernaryLinear)}
     if packed and backend in ("int8", "sparse"):

@@ -1,7 +1,8 @@
-"""From logits to the next token, on the device and without a look from the host.
+"""Choose the next token from logits, on the device, without waiting for the host.
 
-A draw is a race of exponential clocks: with ``e`` from Exp(1), ``argmax(p / e)`` falls on each token with probability
-``p``, whatever the sum of ``p``. So what top-k and top-p leave over needs no new normalisation.
+A draw is a race of exponential clocks: with ``e`` drawn from Exp(1) for each token, ``argmax(p / e)`` is a token with a
+probability proportional to its ``p``. The sum of ``p`` does not matter, so probabilities need not be normalised again
+after top-k and top-p have removed tokens.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ class Sampling:
     """How the next token is chosen.
 
     Args:
-        temperature: Divides the logits; 0 takes the most likely token.
-        top_p: Draw from the smallest set of most likely tokens whose probabilities sum to at least this
-            (nucleus sampling, arXiv 1904.09751); 1 for all tokens.
-        top_k: Draw from this many most likely tokens; None for all.
+        temperature: The number that divides the logits; 0 takes the most likely token.
+        top_p: The probability that the tokens to draw from must sum to: the smallest set of most likely tokens that
+            reaches it is kept (nucleus sampling, arXiv 1904.09751). 1 keeps all tokens.
+        top_k: The number of most likely tokens to draw from; None draws from all.
 
     Raises:
         ConfigError: If a value is outside its range.
@@ -34,6 +35,7 @@ class Sampling:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
+        """Checks the ranges."""
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature={self.temperature} is not a number from 0 (greedy) upwards")
         if not 0 < self.top_p <= 1:
@@ -42,14 +44,19 @@ class Sampling:
             raise ConfigError(f"top_k={self.top_k} is below 1; leave it out to draw from all tokens")
 
     def __call__(self, logits_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Logits ``[B, vocab_size]`` -> token ids, int64 ``[B]``.
+        """Chooses a token for each row.
 
-        ``generator`` is the source of randomness, on the device of the logits; a greedy choice needs none.
+        Args:
+            logits_BV: The logits, ``[B, vocab_size]``.
+            generator: The source of randomness, on the device of the logits; a greedy choice needs none.
+
+        Returns:
+            The token ids, int64 ``[B]``.
         """
         if self.temperature == 0:
             return logits_BV.argmax(dim=-1)
         logits = logits_BV.float()
-        # Without the largest: a small temperature makes it infinite.
+        # The largest logit is subtracted first: a small temperature would make it infinite.
         temperature = max(self.temperature, torch.finfo(logits.dtype).tiny)
         probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
         order = None
@@ -60,7 +67,7 @@ class Sampling:
             probabilities, order = probabilities.sort(dim=-1, descending=True)
         if self.top_p < 1:
             before = probabilities.cumsum(dim=-1) - probabilities
-            # The most likely token always stays: the first sum is 0 only up to rounding.
+            # The most likely token always stays. The sum before it should be 0, and is so only up to rounding.
             outside = (before >= self.top_p).index_fill_(
                 -1, torch.zeros(1, dtype=torch.int64, device=before.device), False
             )

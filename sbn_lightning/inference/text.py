@@ -30,6 +30,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        """Starts without any token."""
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._start = 0  # the first token that is decoded: tokens already printed are the context of those after them

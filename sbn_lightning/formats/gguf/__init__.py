@@ -1,1 +1,1 @@
-"""GGUF files for llama.cpp."""
+"""GGUF, the files of llama.cpp."""

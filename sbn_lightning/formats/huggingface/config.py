@@ -1,7 +1,7 @@
-"""``config.json`` of Hugging Face's Qwen2 and Llama <-> :class:`TransformerConfig`.
+"""Translate between the ``config.json`` of Hugging Face's Qwen2 and Llama and :class:`TransformerConfig`.
 
-Both are the transformer of this project; Qwen2 with biases on q, k and v, Llama without any. What a ``config.json`` may
-ask for beyond that is refused by name: a model that loads must compute what its authors meant.
+Both are the transformer of this project: Qwen2 with biases on q, k and v, Llama without any bias. Everything else that
+a ``config.json`` can ask for is refused by name, because a model that loads must compute what its authors meant.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Any
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.models.config import RopeScaling, TransformerConfig
 
-# What transformers assumes where config.json is silent: https://huggingface.co/docs/transformers (Qwen2Config,
-# LlamaConfig).
+# The values that transformers assumes for fields that a config.json leaves out: its Qwen2Config and LlamaConfig.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "llama": {"max_position_embeddings": 2048},
@@ -25,14 +24,15 @@ def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
     """Reads a ``config.json``.
 
     Args:
-        values: Its contents.
-        source: For messages.
+        values: The contents of the file.
+        source: The path of the file, for messages.
 
     Returns:
         A dense configuration (``linear="dense"``).
 
     Raises:
-        ConfigError: If it asks for anything that :class:`TernaryTransformer` has not; the message names it.
+        ConfigError: If the file asks for a feature that :class:`TernaryTransformer` does not have; the message
+            names the feature.
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in DEFAULTS:
@@ -74,8 +74,8 @@ def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
 
 
 def _rope(values: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
-    """Base of the rotary frequencies, of the model (before transformers 5) or in ``rope_parameters``, and scaling."""
-    # rope_scaling is the older name of the same dictionary; where a file has both, transformers takes it.
+    """Reads the base of the rotary frequencies and their scaling; transformers 5 keeps both in ``rope_parameters``."""
+    # rope_scaling is the older name of the same dictionary. Where a file has both, transformers takes rope_scaling.
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ConfigError(f"{source}: rope_parameters={rope!r} is not an object")
@@ -87,7 +87,7 @@ def _rope(values: dict[str, Any], source: str) -> tuple[float, RopeScaling | Non
     theta = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
     if kind == "default":
         return theta, None
-    # What transformers takes for the original context: the model's own, its scaling's, or all of the present one.
+    # As transformers does: the model's original context, else that of the scaling, else the present context.
     name = "original_max_position_embeddings"
     original = values.get(name, rope.get(name, values["max_position_embeddings"]))
     factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
@@ -120,16 +120,16 @@ def _refuse_unsupported(values: dict[str, Any], kind: str, heads: int, d_model: 
 
 
 def architecture(config: TransformerConfig) -> str:
-    """transformers' class for a model: Qwen2 if q, k and v have biases, Llama if not."""
+    """The class of transformers for a model: Qwen2 if q, k and v have biases, else Llama."""
     return ARCHITECTURES["qwen2" if config.qkv_bias else "llama"]
 
 
 def to_hf(config: TransformerConfig, dtype: str) -> dict[str, Any]:
-    """A ``config.json``.
+    """Writes the contents of a ``config.json``; the ids of special tokens are left empty.
 
     Args:
-        config: Of the model.
-        dtype: Of its weights, as torch names it: ``"float32"``.
+        config: The configuration of the model.
+        dtype: The dtype of the weights, as torch names it: ``"float32"``.
     """
     kind = "qwen2" if config.qkv_bias else "llama"
     rope: dict[str, Any] = {"rope_type": "default"}
@@ -149,7 +149,7 @@ def to_hf(config: TransformerConfig, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
-        # Transformers 5 reads the first, 4 the others.
+        # transformers 5 reads rope_parameters, transformers 4 the two older names.
         "rope_parameters": rope | {"rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,
         **({} if config.rope_scaling is None else {"rope_scaling": rope}),

@@ -1,7 +1,7 @@
-"""Names of tensors: Hugging Face's Qwen2 and Llama <-> :class:`TernaryTransformer`.
+"""Translate the names of tensors between Hugging Face's Qwen2 and Llama and :class:`TernaryTransformer`.
 
-q, k, v and gate, up are separate tensors there and fused here. Heads need no reordering: both rotate the two halves of
-a head against each other.
+q, k and v are separate tensors in transformers and one fused tensor here, and so are gate and up. The rows of a head
+keep their order, because both projects rotate the two halves of a head against each other.
 """
 
 from __future__ import annotations
@@ -15,15 +15,21 @@ from torch import Tensor
 from sbn_lightning.core.errors import DataError
 from sbn_lightning.models.config import TransformerConfig
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # fp8 weights come with scales
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # fp8 and int8 weights come with scales
 
 
 class Part(NamedTuple):
-    """One tensor here and the ones there whose rows it is made of."""
+    """A tensor of this project, and the tensors of transformers whose rows it is made of.
+
+    Attributes:
+        ours: The name in this project.
+        theirs: The names in transformers.
+        rows: The number of rows of each of ``theirs``; None if there is only one tensor and its rows are not checked.
+    """
 
     ours: str
     theirs: tuple[str, ...]
-    rows: tuple[int, ...] | None  # of each of them; None: it is the whole tensor
+    rows: tuple[int, ...] | None
 
 
 def linear_parts(config: TransformerConfig) -> Iterator[Part]:
@@ -65,14 +71,14 @@ def from_hf_state(
     """Collects the state dict of a dense :class:`TernaryTransformer`.
 
     Args:
-        config: Of the model.
-        read: Gives a tensor there by its name.
-        names: Of all tensors there.
-        source: For messages.
+        config: The configuration of the model.
+        read: Returns a tensor of the other model by its name.
+        names: The names of all tensors of the other model.
+        source: The file or folder of the tensors, for messages.
 
     Raises:
-        DataError: If a tensor is missing, of another shape or no floating-point numbers, or is left over: then the
-            model has a part that would be lost.
+        DataError: If a tensor is missing, has another shape or does not hold floating-point numbers, or if a tensor is
+            left over: the model then has a part that would be lost.
     """
     left = set(names)
     state: dict[str, Tensor] = {}
@@ -102,7 +108,7 @@ def from_hf_state(
                 "set tie_word_embeddings to false there to use it"
             )
         left.discard("lm_head.weight")
-    # Frequencies of rotary positions are made anew.
+    # The frequencies of rotary positions are computed from the configuration.
     left = {name for name in left if not name.endswith("rotary_emb.inv_freq")}
     if left:
         raise DataError(f"{source} has {len(left)} tensors that no part of the model takes, such as {min(left)}")
