@@ -145,15 +145,15 @@ def candidates(
         kernels = [kernel for kernel in products(backend) if kernel.most_tokens is None]
         missing = [f"{kernel.name} {reason}" for kernel in kernels if (reason := kernel.needs.missing(_index(device)))]
         here = [kernel for kernel in kernels if kernel.needs.missing(_index(device)) is None]
-        unfit = []
+        misfits = []
         for kernel in here:
             if (reason := unfit(layer, kernel.name, packed)) is None:
                 found[backend] = kernel.name
                 break
-            unfit.append(reason)
+            misfits.append(reason)
         else:
             on_cpu = device.type != "cuda" and not here
-            reasons[backend] = "tensors are on the CPU" if on_cpu else "; ".join(dict.fromkeys(unfit or missing))
+            reasons[backend] = "tensors are on the CPU" if on_cpu else "; ".join(dict.fromkeys(misfits or missing))
             if not here:
                 absent.add(backend)
     return found, reasons, absent
