@@ -133,7 +133,7 @@ class KernelBackend:
         return self._forms(kernel, codes, row_scale.contiguous(), mask_bits, packed)
 
     def _product(self, n: int, rows: Tensor | None, sparsity: SparsityConfig) -> registry.Product:
-        """The kernel that multiplies while the mask keeps ``n`` weights of each group, or some other number in ``rows``."""
+        """The kernel for a mask that keeps ``n`` weights of each group, or the number in ``rows`` for each row."""
         kernel = registry.product(self.kernel)
         if kernel.pattern is not None and (rows is not None or not kernel.holds(n, sparsity.nm.m)):
             return registry.product(kernel.denser)

@@ -29,7 +29,7 @@ class UnsupportedError(RuntimeError):
     """The op cannot run here; the message says what is missing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is one object: comparing fields would cost every launch a microsecond
 class Needs:
     """What a kernel needs of the machine.
 
