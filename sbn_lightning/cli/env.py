@@ -54,7 +54,8 @@ def env() -> None:
 def report() -> str:
     """The text that ``sbn env`` prints."""
     import torch
-    from sbn_kernels import capabilities
+
+    from sbn_lightning.backends.selection import describe
 
     versions = {"sbn_lightning": __version__, "python": sys.version.split()[0], "system": platform.platform()}
     for package in PACKAGES:
@@ -72,9 +73,13 @@ def report() -> str:
     if not torch.cuda.device_count():
         versions["GPU"] = "torch sees none"
     versions |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    width = max(map(len, versions))
-    lines = [f"{name:<{width}}  {value}" for name, value in versions.items()]
-    return "\n".join([*lines, "", "kernels on", str(capabilities())])
+    kernels = {f"{row.kernel} ({row.serves})": row.reason or "runs here" for row in describe()}
+    return f"{_table(versions)}\n\nkernels\n{_table(kernels)}"
+
+
+def _table(rows: dict[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 def _driver() -> str:
