@@ -13,10 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
+import sbn_kernels.gradients.weight_gradient  # noqa: F401 (registers the kernels of the gradients)
 from sbn_kernels.decode import triton as decode
 from sbn_kernels.gemm import cusparselt, portable, registry
 from sbn_kernels.gemm.sm90 import gemm as sm90
-from sbn_kernels.gradients import transpose, weight_gradient
+from sbn_kernels.gradients import transpose
 from sbn_kernels.gradients import triton as gradients
 from sbn_kernels.prepare import triton as prepare
 from sbn_kernels.quantize import triton as quantize
@@ -35,13 +36,12 @@ _NEEDS: dict[str, Needs] = {
     "decode": decode.PORTABLE_NEEDS,
 }
 OPS = tuple(_NEEDS)
-_STEPS: dict[str, Needs] = {
-    "quantise tokens": quantize.NEEDS,
-    "prepare a weight": prepare.NEEDS,
-    "SwiGLU, quantised": swiglu.NEEDS,
-    "quantise a gradient": gradients.NEEDS,
-    "transpose tokens": transpose.NEEDS,
-    "weight gradient, Hopper": weight_gradient.NEEDS,
+_STEPS: dict[str, tuple[str, Needs]] = {
+    "quantize": ("tokens to int8", quantize.NEEDS),
+    "prepare": ("weight to mask, codes and packed words", prepare.NEEDS),
+    "swiglu": ("SwiGLU and quantisation in one, and the backward", swiglu.NEEDS),
+    "quantize_gradient": ("output gradients to int8, in both orders", gradients.NEEDS),
+    "transpose": ("tokens and weights turned round", transpose.NEEDS),
 }
 
 
@@ -146,11 +146,11 @@ def report(index: int | None) -> list[Row]:
     """
     rows = []
     for kernel in registry.products():
-        pattern = "any pattern" if kernel.pattern is None else "at most {}:{}".format(*kernel.pattern)
+        pattern = "any pattern" if kernel.pattern is None else f"at most {kernel.pattern[0]}:{kernel.pattern[1]}"
         tokens = "" if kernel.most_tokens is None else f", up to {kernel.most_tokens} tokens"
-        serves = f"product, {kernel.backend}, {pattern}{tokens}"
+        serves = f"backend {kernel.backend}: product, {pattern}{tokens}"
         rows.append(Row(kernel.name, serves, kernel.needs.missing(index)))
     for pair in registry.all_gradients():
-        rows.append(Row(pair.name, "int8 gradients", pair.needs.missing(index)))
-    rows += [Row(name, "step", needs.missing(index)) for name, needs in _STEPS.items()]
+        rows.append(Row(f"{pair.name}-gradients", "both products of int8 gradients", pair.needs.missing(index)))
+    rows += [Row(name, serves, needs.missing(index)) for name, (serves, needs) in _STEPS.items()]
     return rows

@@ -83,7 +83,7 @@ class Product:
         prefers: Whether the kernel is the fastest for (tokens, out_features, in_features, multiprocessors); asked only
             of kernels with ``most_tokens``, where another kernel reads the same form. None: always.
         denser: The name of the kernel that serves a layer while its mask still keeps more than ``pattern`` allows.
-        rank: Of several kernels of one backend that fit, the one with the highest rank is taken.
+        rank: The priority: of several kernels of one backend that fit, the one with the highest rank is taken.
     """
 
     name: str
@@ -126,7 +126,7 @@ class Gradients:
         transpose: Makes of int8 codes ``[out, in]`` the form of the weight that ``input_gradient`` reads.
         input_gradient: ``dX = scale * (a8 @ T)`` of (a8, scale, transposed weight, in_features, dtype).
         weight_gradient: ``dW = scale * (b8t @ x8t^T)`` of (b8t, scale, x8t, dtype).
-        rank: The kernels with the highest rank that run are taken.
+        rank: The priority: the kernels with the highest rank that run are taken.
     """
 
     name: str
