@@ -96,13 +96,13 @@ def parse_meta(text: str, where: str) -> dict[str, Any]:
     try:
         meta = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON ({error.msg}); run `prepare` again with --overwrite true") from error
+        raise DataError(f"{where} is not JSON ({error.msg}); run `prepare` again with --overwrite") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DataError(f"{where} was not written by `prepare`; give a folder that was")
     if meta["format_version"] != FORMAT_VERSION:
         raise DataError(
             f"{where} has format version {meta['format_version']}, this code reads {FORMAT_VERSION}; "
-            "run `prepare` again with --overwrite true"
+            "run `prepare` again with --overwrite"
         )
     return meta
 
@@ -124,7 +124,7 @@ def verify(folder: Path, meta: dict[str, Any], checksum: bool) -> None:
     Raises:
         DataError: A file is missing, truncated or damaged.
     """
-    way_out = f"copy it again, or run `prepare` with --output {folder} --overwrite true"
+    way_out = f"copy it again, or run `prepare` with --output {folder} --overwrite"
     for name, expected in meta["files"].items():
         file = folder / name
         if not file.is_file():

@@ -217,10 +217,10 @@ def test_finished_work_is_recognised_and_kept(tmp_path: Path, capsys: pytest.Cap
     prepare_small(corpus, out, num_workers=2)
     assert "already prepared" in capsys.readouterr().err
     assert before == {file: file.stat().st_mtime_ns for file in out.rglob("*.bin")}
-    with pytest.raises(ConfigError, match=r"--overwrite true"):
+    with pytest.raises(ConfigError, match=r"--overwrite"):
         prepare_small(corpus, out, val_fraction=0.4)
     next(corpus.rglob("*.txt")).write_text("changed")
-    with pytest.raises(ConfigError, match=r"--overwrite true"):
+    with pytest.raises(ConfigError, match=r"--overwrite"):
         prepare_small(corpus, out)
     prepare_small(corpus, out, overwrite=True)
     assert "changed" in both(out)

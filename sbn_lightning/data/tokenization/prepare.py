@@ -156,7 +156,7 @@ class _Preparation:
                 return meta
             if not self.overwrite:
                 raise ConfigError(
-                    f"{self.out} was prepared from other inputs or options; pass --overwrite true to replace it, "
+                    f"{self.out} was prepared from other inputs or options; pass --overwrite to replace it, "
                     "or another --output"
                 )
         self._open_work_folder(fingerprint)
