@@ -1,21 +1,21 @@
-"""Checkpoints that are whole or not there, and one more when the process is told to stop.
+"""A checkpoint when the process is told to stop, by a scheduler or by Ctrl-C, and folders of shards that are never lost.
 
-Lightning notes a SIGTERM and raises at the end of a micro-batch, which may be inside an accumulation window, where
-gradients that no checkpoint has are lost, and exits with status 0. Here training goes on to the end of the optimiser
-step, saves as it does after any step, and exits with status 143.
+Lightning raises at the end of the micro-batch during which a SIGTERM arrives, or wherever Ctrl-C meets it. That may be
+inside an accumulation window, whose gradients are in no checkpoint. Here training goes on to the end of the optimiser
+step, saves as after any step, and ends the process with the status that a shell gives to the signal: 143 or 130.
 
-A sharded checkpoint is a folder whose files torch overwrites one by one: the folder of before gets another name first
-(``last.before.ckpt``), and goes when the new one is complete.
+A sharded checkpoint is a folder whose files torch overwrites one by one. The folder that was there first gets another
+name (``last.before.ckpt``), and is deleted when the new one is complete.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +23,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from sbn_lightning.callbacks.lightning_internals import fit_loop_before_validation, last_saved, writes_shards
 from sbn_lightning.checkpoints import sharded
 from sbn_lightning.checkpoints.io import say
 
@@ -31,57 +32,76 @@ if TYPE_CHECKING:
 
     from sbn_lightning.callbacks.base import Run
 
-SIGTERM_STATUS = 128 + signal.SIGTERM  # what a shell reports of a process that a SIGTERM ended
+# What a shell reports of a process that a signal ended.
+SIGTERM_STATUS = 128 + signal.SIGTERM
+SIGINT_STATUS = 128 + signal.SIGINT
+NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class DurableCheckpoint(ModelCheckpoint):
-    """``ModelCheckpoint`` that also saves when the process gets a SIGTERM, as a job that is preempted does.
+    """``ModelCheckpoint`` that also saves when the process is told to stop, by SIGTERM or by Ctrl-C.
 
-    Training goes on to the end of the optimiser step, ``last.ckpt`` is saved, and ``SIGTERMException`` ends the
-    process with status 143. A validation, which a scheduler may not wait for, is cut short at once, and the next start
-    leaves it out, as after a crash in one; on several processes, which must agree, and inside an accumulation window,
-    it is waited for. Takes the arguments of ``ModelCheckpoint``, and reads and writes its state.
+    Training goes on to the end of the optimiser step, saves ``last.ckpt``, and ends the process with status 143
+    (SIGTERM) or 130 (Ctrl-C). A second Ctrl-C stops at once, without saving.
+
+    A validation may last longer than a scheduler waits, so it is cut short at once, and the next start leaves it out, as
+    after a crash in a validation. Where several processes must agree, and inside an accumulation window, the validation
+    is waited for.
+
+    The arguments, and the state in a checkpoint, are those of ``ModelCheckpoint``.
     """
 
-    _terminated = False
-    _run: Run | None = None  # while in a validation that a signal may end
+    _signal: signal.Signals | None = None  # the one that told the process to stop
+    _when = "to another process"
+    _run: Run | None = None  # set while a validation may be cut short
     _loops: dict[str, Any] | None = None
-    _before: Any = None
-    _listens = False
+    _before: dict[signal.Signals, Any] | None = None  # the handlers that this callback has replaced
     _seen = 0
     _stepped = False  # whether the last micro-batch ended in an optimiser step
 
     @property
     def state_key(self) -> str:
+        """The key of ``ModelCheckpoint``, so that either reads the other's state."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
+        """Starts to listen for signals."""
         super().on_train_start(cast(Any, trainer), cast(Any, pl_module))
         self._seen = trainer.global_step
-        self._terminated = getattr(trainer, "received_sigterm", False)  # Lightning listens from earlier on
-        # Only the main thread may, and one such callback is enough.
+        # Lightning listens from earlier on, and may have noted a SIGTERM by now.
+        self._signal = signal.SIGTERM if getattr(trainer, "received_sigterm", False) else None
+        self._when = "before training began" if self._signal else "to another process"
+        # Only the main thread may listen, and one such callback is enough.
         other = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
         if threading.current_thread() is threading.main_thread() and not isinstance(other, DurableCheckpoint):
-            self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
-            self._listens = True
+            self._before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_signal)}
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if somebody ignores Ctrl-C
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_signal)
 
-    def _on_sigterm(self, number: int, frame: Any) -> None:
-        self._terminated = True
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = signal.Signals(number)
+        self._when = f"in the validation after step {self._seen}" if self._run else f"during step {self._seen + 1}"
         if self._run is not None:
             self._save_and_exit(self._run)
+        if number == signal.SIGINT:
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\nCtrl-C: saving when the step is done; once more stops at once, without saving\n")
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Saves and ends the process if a signal has come and the optimiser has stepped."""
         super().on_train_batch_end(cast(Any, trainer), cast(Any, pl_module), outputs, batch, batch_idx)
         self._stepped = trainer.global_step > self._seen
         if self._stepped:
             self._seen = trainer.global_step
-            terminated = self._terminated
+            stop = self._signal is not None
             if trainer.world_size > 1:
                 # One process may get the signal a step before another.
-                terminated = trainer.strategy.reduce_boolean_decision(terminated, all=False)
-            if terminated:
+                stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+            if stop:
                 self._save_and_exit(trainer)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -89,63 +109,78 @@ class DurableCheckpoint(ModelCheckpoint):
             super()._save_checkpoint(trainer, filepath)
 
     def on_validation_start(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
+        """Lets a signal cut the validation short, where that loses nothing."""
         # Gradients of half a window are in no checkpoint, and processes must agree.
-        if trainer.sanity_checking or not self._listens or not self._stepped or trainer.world_size > 1:
+        if trainer.sanity_checking or not self._before or not self._stepped or trainer.world_size > 1:
             return
         if isinstance(trainer, Trainer):
-            self._loops = _before_validation(trainer)
+            self._loops = fit_loop_before_validation(trainer)
         self._run = trainer
-        if self._terminated:
+        if self._signal is not None:
             self._save_and_exit(trainer)
 
     def on_validation_end(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
+        """Goes back to waiting for the end of a step."""
         self._run = self._loops = None
         super().on_validation_end(cast(Any, trainer), cast(Any, pl_module))
 
     def on_save_checkpoint(self, trainer: Run, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        """Puts the progress from before the validation into a checkpoint that is saved within the validation."""
         if self._loops is not None:
             checkpoint["loops"]["fit_loop"] = self._loops
 
     def on_train_end(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
+        """Gives the signals back."""
         self._stop_listening()
         super().on_train_end(cast(Any, trainer), cast(Any, pl_module))
 
     def on_exception(self, trainer: Run, pl_module: nn.Module, exception: BaseException) -> None:  # type: ignore[override]
+        """Gives the signals back."""
         self._stop_listening()
         super().on_exception(cast(Any, trainer), cast(Any, pl_module), exception)
 
     def teardown(self, trainer: Run, pl_module: nn.Module, stage: str) -> None:  # type: ignore[override]
+        """Gives the signals back."""
         self._stop_listening()
 
     def _stop_listening(self) -> None:
         self._run = self._loops = None
-        if self._listens:
-            self._listens = False
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
+        before, self._before = self._before or {}, None
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _save_and_exit(self, trainer: Run) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut this short
+        for number in self._before or {}:
+            signal.signal(number, signal.SIG_IGN)  # a second one must not cut this short
         path = self.last_model_path
-        is_saved = self._last_global_step_saved == trainer.global_step and self._last_checkpoint_saved == path
+        is_saved = self._last_global_step_saved == trainer.global_step and last_saved(self) == path
         if not is_saved or self.save_weights_only:
             path = self.format_checkpoint_name(self._monitor_candidates(cast(Any, trainer)), self.CHECKPOINT_NAME_LAST)
             self.last_model_path = path
             with folder_of_before_kept(trainer, path):
-                trainer.save_checkpoint(path)  # never the weights alone: it is to be continued from
-        say(f"SIGTERM: saved step {trainer.global_step} to {path}; --ckpt_path last continues from there")
-        raise SIGTERMException(SIGTERM_STATUS)
+                trainer.save_checkpoint(path)  # never the weights alone: training is to continue from this file
+        number = self._signal or signal.SIGTERM
+        say(
+            f"{NAMES[number]}: saved step {trainer.global_step} to {path}; --ckpt_path last continues from there "
+            f"(the signal came {self._when})"
+        )
+        raise SIGTERMException(SIGTERM_STATUS if number == signal.SIGTERM else SIGINT_STATUS)
 
 
 @contextmanager
 def folder_of_before_kept(trainer: Run, path: str) -> Iterator[None]:
-    """Keeps a sharded checkpoint, as ``*.before.ckpt``, until the one that is saved in its place is whole.
+    """Keeps a sharded checkpoint, as ``*.before.ckpt``, until the one that is saved in its place is complete.
 
-    Does nothing for files.
+    Does nothing for checkpoints that are files.
+
+    Args:
+        trainer: The run that saves.
+        path: The path of the checkpoint.
     """
     folder = Path(path)
     before = folder.with_suffix(".before.ckpt")
-    if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
-        # One that is not complete, after a crash, is not worth the place of the one before it.
+    if writes_shards(trainer.strategy):
+        # A folder that is not complete, after a crash, must not replace the complete one before it.
         if trainer.is_global_zero and folder.is_dir() and not sharded.what_is_missing(folder):
             shutil.rmtree(before, ignore_errors=True)
             folder.replace(before)
@@ -153,17 +188,3 @@ def folder_of_before_kept(trainer: Run, path: str) -> Iterator[None]:
     yield
     if trainer.is_global_zero and before.is_dir():
         shutil.rmtree(before)
-
-
-def _before_validation(trainer: Trainer) -> dict[str, Any]:
-    """State of the fit loop as it was in ``on_train_batch_end``, before the validation that starts.
-
-    A run that resumes from there goes on with the next batch, without that validation. From a state inside it
-    Lightning would go on with the rest of it, from the first batches, and log the mean of those.
-    """
-    state = deepcopy(trainer.fit_loop.state_dict())
-    progress = state["epoch_loop.batch_progress"]
-    for count in ("total", "current"):
-        progress[count]["completed"] -= 1
-    # Lightning counts what is left out from zero.
-    return {key: value for key, value in state.items() if "val_loop" not in key}

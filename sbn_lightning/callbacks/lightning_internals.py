@@ -21,6 +21,11 @@ def is_optimizer_step(trainer: Trainer) -> bool:
     return not trainer.fit_loop._should_accumulate()
 
 
+def batches_done_in_epoch(trainer: Trainer) -> int:
+    """The number of micro-batches of the present epoch that training has seen, also before a resume."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
 def is_compiled_module(module: nn.Module) -> bool:
     """Whether ``torch.compile`` was used on this very module, by itself or by Lightning."""
     return (

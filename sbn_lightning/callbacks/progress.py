@@ -12,6 +12,8 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from sbn_lightning.callbacks.lightning_internals import batches_done_in_epoch
+
 
 class LossProgressBar(TQDMProgressBar):
     """Lightning's one-line bar, with loss and perplexity of the batch after which it is drawn.
@@ -39,3 +41,16 @@ class LossProgressBar(TQDMProgressBar):
         metrics = trainer.callback_metrics
         shown = {name: float(metrics[name]) for name in self.names if name in metrics}
         return shown | super().get_metrics(trainer, pl_module)
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """The number of micro-batches at which the bar ends: that of the epoch, or less if ``max_steps`` comes first.
+
+        Lightning takes the optimiser steps that are left for this number. After a resume that is fewer than the
+        micro-batches that the epoch has seen, and the bar then has no total.
+        """
+        trainer = self.trainer
+        if trainer.max_epochs != -1 or trainer.max_steps <= 0:
+            return trainer.num_training_batches
+        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        return min(trainer.num_training_batches, batches_done_in_epoch(trainer) + left)

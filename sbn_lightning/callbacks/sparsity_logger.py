@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -55,6 +56,7 @@ class SparsityPatternLogger(RunCallback):
         self.counts: dict[str, Counts] = {}
         self._before: dict[str, Snapshot] = {}
         self._last_look = -1
+        self._not_finite: set[str] = set()
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         if trainer.global_step < self._last_look:  # another run; one that resumes is not behind its last look
@@ -94,9 +96,16 @@ class SparsityPatternLogger(RunCallback):
     def _write_tensorboard(self, writer: Any, layers: dict[str, MaskedLinear], step: int) -> None:
         pictured = set()
         for name, layer in layers.items():
-            values = layer.values()
-            if self.histograms:
-                writer.add_histogram(f"latent_weight/{name}", _sample(layer.weight.detach()).float().cpu(), step)
+            values, sample = layer.values(), _sample(layer.weight.detach())
+            if self.histograms and not (values.isfinite().all() and sample.isfinite().all()):
+                if name not in self._not_finite:  # once for each layer
+                    rank_zero_warn(
+                        f"SparsityPatternLogger: the weight of {name} has a value that is NaN or infinite at step {step}: its "
+                        "histograms are left out (NonFiniteGuard stops a training when that happens)"
+                    )
+                    self._not_finite.add(name)
+            elif self.histograms:
+                writer.add_histogram(f"latent_weight/{name}", sample.float().cpu(), step)
                 _write_counts(writer, f"nonzeros_per_group/{name}", nonzeros_per_group(values, layer.pattern.m), step)
                 if isinstance(layer, SparseBitLinear):
                     _write_counts(writer, f"ternary_code/{name}", values, step)

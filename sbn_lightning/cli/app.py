@@ -6,15 +6,19 @@ command line; they must not wait for Lightning's import, so nothing heavy is imp
 
 from __future__ import annotations
 
+import codecs
+import errno
 import inspect
 import json
 import os
 import re
 import select
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from traceback import format_exception
 from types import TracebackType
@@ -76,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         sys.excepthook = print_without_secrets
+        escape_what_cannot_be_printed()
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -103,18 +108,41 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        goes_on = (
+            "; --ckpt_path last continues from the last checkpoint, if there is one" if command in TRAINING else ""
+        )
+        print(f"interrupted{goes_on}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
         return 1
     except OSError as error:
-        if command in TRAINING or error.filename is None or os.environ.get("SBN_DEBUG"):
+        # An error inside a training keeps its traceback, unless it is about a place that may not be written or read.
+        is_refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        if (command in TRAINING and not is_refused) or error.filename is None or os.environ.get("SBN_DEBUG"):
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
+
+
+def escape_what_cannot_be_printed() -> None:
+    """Makes output in an encoding that lacks a character print an escape such as ``\\u00e9`` in its place.
+
+    The escapes are those of JSON, so that what a command prints as JSON stays JSON.
+    """
+    codecs.register_error("json-escape", _as_json_escapes)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="json-escape")
+
+
+def _as_json_escapes(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{int.from_bytes(units[i : i + 2], 'big'):04x}" for i in range(0, len(units), 2)), error.end
 
 
 def print_without_secrets(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -147,7 +175,9 @@ def _run_tool(command: str, argv: list[str]) -> None:
     if [*parameters] == ["argv"]:  # a command with words of its own, such as `recipes copy NAME`
         function(argv)
         return
-    words = _gather_lists(argv, {name: "list[" in str(about.annotation) for name, about in parameters.items()})
+    kinds = {name: str(about.annotation) for name, about in parameters.items()}
+    flags = {name for name, kind in kinds.items() if kind in ("bool", "<class 'bool'>")}
+    words = _gather_lists(argv, {name: "list[" in kind for name, kind in kinds.items()}, flags)
     auto_cli(function, args=words, as_positional=False, prog=f"sbn {command}", parser_class=OneLineErrors)
 
 
@@ -163,7 +193,7 @@ def _find_research(command: str) -> None:
         sys.path.append(str(root))
 
 
-def _gather_lists(argv: list[str], takes_list: dict[str, bool]) -> list[str]:
+def _gather_lists(argv: list[str], takes_list: dict[str, bool], flags: Collection[str] = ()) -> list[str]:
     """``--input a b`` or ``--input a --input b`` -> ``--input=["a", "b"]``, as jsonargparse reads a list.
 
     The first is what a shell makes of ``*.txt``. A single value of an option that takes a list becomes one too: read as
@@ -172,6 +202,7 @@ def _gather_lists(argv: list[str], takes_list: dict[str, bool]) -> list[str]:
     Args:
         argv: Arguments as typed; names of options may be cut short.
         takes_list: Whether an option takes a list, by its name.
+        flags: The names of the options that are true or false; such an option without a value is true.
     """
     gathered: dict[str, list[str]] = {}
     rest: list[str] = []
@@ -192,6 +223,8 @@ def _gather_lists(argv: list[str], takes_list: dict[str, bool]) -> list[str]:
         else:
             rest.append(word)
     for name, values in gathered.items():
+        if not values and name[2:] in flags:
+            values.append("true")
         # With "=": a value may begin with dashes.
         rest.append(f"{name}={_quoted(values) if takes_list.get(name[2:]) else values[0]}" if values else name)
     return rest

@@ -50,6 +50,7 @@ from sbn_lightning.checkpoints.io import say
 from sbn_lightning.checkpoints.lock import RunIsBusy, RunLock
 from sbn_lightning.checkpoints.resume import check_can_be_read
 from sbn_lightning.cli import recipes, run_place
+from sbn_lightning.cli.model_shape import take_shape
 from sbn_lightning.cli.parsing import OneLineErrors, what_is_wrong
 from sbn_lightning.cli.redaction import without_secrets
 from sbn_lightning.core.errors import ConfigError, DataError, SBNError
@@ -139,6 +140,7 @@ class SBNCLI(LightningCLI):
             check_can_be_read(path, training=training, weights_only=config.get("weights_only"))
         elif training:
             run_place.continue_after_requeue(config, lock)
+        take_shape(config, self.arguments if isinstance(self.arguments, list) else [])
 
     def _trains(self) -> bool:
         return self.subcommand in ("fit", "fabric")
@@ -174,6 +176,11 @@ class SBNCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SBNError:
+            raise
+        except SystemExit as stopped:
+            # Lightning ends the process with status 1 when Ctrl-C meets it outside of a training step.
+            if isinstance(stopped.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from stopped
             raise
         except Exception as error:
             explain(error, self.datamodule)

@@ -84,3 +84,22 @@ def test_the_bar_fetches_when_it_draws(capsys):
 def test_it_is_lightnings_bar():
     assert isinstance(LossProgressBar(), TQDMProgressBar)
     assert LossProgressBar(refresh_rate=3).refresh_rate == 3
+
+
+def test_the_bar_has_a_total_after_a_resume():
+    """Also where ``max_steps`` ends the run inside an epoch, with two micro-batches in a step."""
+    totals = []
+
+    class Total(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            bar = trainer.progress_bar_callback.train_progress_bar
+            totals.append((bar.n, bar.total))
+
+    options = {"accumulate_grad_batches": 2, "enable_progress_bar": True}
+    first = quiet_trainer([LossProgressBar(refresh_rate=1), Total()], max_steps=4, **options)
+    first.fit(small_module(), token_loader(batches=20))
+    first.save_checkpoint("half.ckpt")
+    assert totals[-1] == (8, 8)
+    again = quiet_trainer([LossProgressBar(refresh_rate=1), Total()], max_steps=6, **options)
+    again.fit(small_module(), token_loader(batches=20), ckpt_path="half.ckpt")
+    assert totals[8:] == [(9, 12), (10, 12), (11, 12), (12, 12)]

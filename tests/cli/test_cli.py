@@ -345,6 +345,26 @@ def test_no_error_prints_a_password(tmp_path, debug):
     assert "hunter22" not in done.stdout + done.stderr
 
 
+def test_what_the_terminal_cannot_encode_is_escaped():
+    code = (
+        "from sbn_lightning.cli.app import escape_what_cannot_be_printed as escape; escape(); "
+        "import json, sys; text = 'tea: \\u00e9 \\U0001f375 \\ud83d'; print(json.dumps(text, ensure_ascii=False))"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": paths}
+        printed = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True).stdout
+        assert json.loads(printed.decode(encoding)) == "tea: \u00e9 \U0001f375 \ud83d"
+
+
+@pytest.mark.parametrize("command", ["fit", "fabric"])
+def test_a_folder_of_logs_that_cannot_be_made_is_one_clear_line(tokens, capsys, command):
+    Path("logs").touch()
+    line = error_of(capsys, main([command, "--config", str(RECIPE), *small(tokens)]))
+    assert "cannot write to logs/sparse_pretrain/version_0: " in line
+    assert "--trainer.logger.init_args.save_dir FOLDER" in line
+
+
 def test_prepare_and_fit(tmp_path, capsys):
     (tmp_path / "text").mkdir()
     for i in range(20):

@@ -34,11 +34,13 @@ def _no_arguments(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _sigterm_handler_is_given_back():
-    before = signal.getsignal(signal.SIGTERM)
+def _signal_handlers_are_given_back():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    assert signal.getsignal(signal.SIGTERM) == before
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        now = signal.getsignal(number)
+        signal.signal(number, handler)
+        assert now == handler
 
 
 def cli(loop, tokens, *more):
@@ -231,11 +233,40 @@ def test_sigterm_in_a_validation_does_not_wait_for_its_end(tokens, capsys, loop,
     assert read("record.txt") == expected
 
 
-class Terminator(RunCallback):
-    """Sends its own process a SIGTERM: after step ``at``, or in the ``batch``-th batch of a validation."""
+@pytest.mark.parametrize("loop", ["fit", "fabric"])
+def test_ctrl_c_saves_after_the_step_and_the_next_start_continues(tokens, capfd, loop):
+    more = ["--trainer.accumulate_grad_batches=2", "--checkpoint.every_n_train_steps=100", "--trainer.max_steps=6"]
+    first = ["--trainer.callbacks+=tests.faults.test_faults.Terminator", "--trainer.callbacks.at=2"]
+    with pytest.raises(SystemExit) as stopped:
+        cli(loop, tokens, *more, *first, "--trainer.callbacks.number=2")
+    assert stopped.value.code == 130
+    printed = capfd.readouterr()
+    assert "Ctrl-C: saving when the step is done; once more stops at once" in printed.err
+    last = FOLDER / "last.ckpt"
+    line = f"Ctrl-C: saved step 3 to {last}; --ckpt_path last continues from there (the signal came during step 3)"
+    assert line in printed.out
+    assert cli(loop, tokens, *more, "--ckpt_path=last") == 0
+    assert torch.load(last, weights_only=True)["global_step"] == 6
 
-    def __init__(self, at: int = -1, validation: int = -1, batch: int = 1):
+
+@pytest.mark.parametrize("loop", ["fit", "fabric"])
+def test_ctrl_c_twice_stops_at_once(tokens, capsys, loop):
+    first = ["--trainer.callbacks+=tests.faults.test_faults.Terminator", "--trainer.callbacks.at=1"]
+    status = cli(loop, tokens, *first, "--trainer.callbacks.number=2", "--trainer.callbacks.twice=true")
+    assert status == 130
+    assert "interrupted; --ckpt_path last continues from the last checkpoint" in capsys.readouterr().err
+    assert torch.load(FOLDER / "last.ckpt", weights_only=True)["global_step"] == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Terminator(RunCallback):
+    """Sends its own process a signal: after step ``at``, or in the ``batch``-th batch of a validation."""
+
+    def __init__(
+        self, at: int = -1, validation: int = -1, batch: int = 1, number: int = 15, twice: bool = False
+    ):
         self.at, self.validation, self.batch, self.sent, self.evaluations = at, validation, batch, False, 0
+        self.number, self.twice = number, twice
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.at and not self.sent:
@@ -255,7 +286,8 @@ class Terminator(RunCallback):
     def _send(self):
         if not self.sent:
             self.sent = True
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1 + self.twice):
+                os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
