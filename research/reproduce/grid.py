@@ -24,7 +24,9 @@ from sbn_lightning.data.tokenization.sources import digest
 # In every name, so never listed among what a run varies. With the learning rate: a new default for a family must not
 # rename the runs of a sweep.
 ALWAYS_NAMED = ("family", "pattern", "learning_rate", "seed")
-# What changes no result.
+# Where version 0.1.0 had its grid.
+_BEFORE = ("recipes", "reproduce", "grid.yaml")
+# Keys that change no result.
 _PLACES = ("data.path", "data.num_workers", "trainer.accelerator", "trainer.devices", "trainer.logger")
 
 
@@ -207,7 +209,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        moved = "; the grid moved to research/reproduce/grid.yaml" if path.parts[-3:] == _BEFORE else ""
+        raise ConfigError(f"cannot read {path}: {error.strerror}{moved}") from error
     value = _parse_yaml(text, str(path))
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is no mapping of keys to values")

@@ -1,24 +1,26 @@
-"""How many standard deviations a difference has to exceed when the deviation itself is estimated from few runs."""
+"""How large a difference must be to count, in standard deviations that are estimated from few runs."""
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
 
-PROBABILITY = 0.95  # of no more than that, either way, where there is no effect
+# The probability that a difference stays below the bound, up or down, where there is no effect.
+PROBABILITY = 0.95
 
 
 @lru_cache
 def t_factor(freedom: int) -> float:
-    """The two-sided quantile of Student's t: 12.7 for one degree of freedom, 1.96 for many.
+    """Return the two-sided quantile of Student's t: 12.7 for one degree of freedom, 1.96 for many.
 
-    For integer degrees the probability has a closed form (Abramowitz and Stegun, 26.7.3 and 26.7.4); it grows with t,
-    so bisection finds the quantile.
+    SciPy has this function, but SciPy is no dependency of this project, and 25 lines do not justify one. For integer
+    degrees of freedom the probability has a closed form (Abramowitz and Stegun, 26.7.3 and 26.7.4). The probability
+    grows with t, so bisection finds the quantile.
 
     Args:
-        freedom: Degrees of freedom, at least 1.
+        freedom: The degrees of freedom, at least 1.
     """
-    low, high = 0.0, math.pi / 2  # of atan(t / sqrt(freedom))
+    low, high = 0.0, math.pi / 2  # Bounds of atan(t / sqrt(freedom)).
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if _within(middle, freedom) < PROBABILITY else (low, middle)
@@ -26,7 +28,7 @@ def t_factor(freedom: int) -> float:
 
 
 def _within(angle: float, freedom: int) -> float:
-    """Probability of ``abs(t)`` below ``sqrt(freedom) * tan(angle)``."""
+    """Return the probability of ``abs(t)`` below ``sqrt(freedom) * tan(angle)``."""
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2
     term = total = cosine if odd else 1.0
@@ -39,13 +41,15 @@ def _within(angle: float, freedom: int) -> float:
 
 
 def combined(deviations: list[tuple[float, int]]) -> tuple[float, int]:
-    """Standard deviation of a sum of independent estimates, and its degrees of freedom (Welch and Satterthwaite).
+    """Return the standard deviation of a sum of independent estimates, and its degrees of freedom.
+
+    The degrees of freedom are those of Welch and Satterthwaite.
 
     Args:
-        deviations: Standard deviation and degrees of freedom of each.
+        deviations: The standard deviation and the degrees of freedom of each estimate.
 
     Returns:
-        The same of the sum; degrees are rounded down.
+        The standard deviation of the sum, and its degrees of freedom, rounded down.
     """
     variance = sum(deviation**2 for deviation, _ in deviations)
     fourth = sum(deviation**4 / freedom for deviation, freedom in deviations)

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.callbacks.sparsity_logger import SparsityPatternLogger
+from sbn_lightning.core.tables import format_table
 from sbn_lightning.layers.statistics import by_kind
 
 if TYPE_CHECKING:
     from sbn_lightning.callbacks.base import Run
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Left-aligns the first column and right-aligns the others."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
 class TrainingReport(RunCallback):

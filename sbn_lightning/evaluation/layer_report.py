@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sbn_lightning.core.tables import format_table
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_linear import MaskedLinear, SparseBitLinear, SparseLinear
 from sbn_lightning.layers.statistics import count, kind_of
@@ -128,7 +129,8 @@ def as_table(reports: list[LayerReport]) -> str:
     groups: dict[tuple[str, str, str], list[LayerReport]] = {}
     for report in reports:
         groups.setdefault((kind_of(report.name), report.kind, report.pattern or ""), []).append(report)
-    rows: list[tuple[str, ...]] = [("layers", "kind", "pattern", "weights", "zeros", "natural", "enforced", "gamma")]
+    header = ("layers", "kind", "pattern", "weights", "zeros", "natural", "enforced", "gamma")
+    rows: list[tuple[str, ...]] = []
     for (name, kind, pattern), members in groups.items():
         total = sum(member.weights for member in members)
         gammas = [gamma for member in members for gamma in member.gamma]
@@ -137,14 +139,7 @@ def as_table(reports: list[LayerReport]) -> str:
         scale = f"{min(gammas):.4g} to {max(gammas):.4g}" if gammas else ""
         label = f"{len(members)} x {name}" if len(members) > 1 else name
         rows.append((label, kind, pattern + (f" ({off} off)" if off else ""), f"{total:,}", *shares, scale))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = (0, 1, 2)
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return format_table(header, rows, left=(0, 1, 2), rule=False)
 
 
 def _mean(members: list[LayerReport], total: int, key: str) -> str:

@@ -147,3 +147,8 @@ def test_the_shipped_recipe_parses(family, tmp_path, capsys, monkeypatch):
     assert ended.value.code == 0
     parsed = yaml.safe_load(capsys.readouterr().out)
     assert parsed["model"]["config"]["linear"] == {"ternary": "ternary", "bf16-sparse": "masked"}[family]
+
+
+def test_the_old_path_of_the_grid_says_where_it_is_now(capsys):
+    assert main(["reproduce", "--grid", "recipes/reproduce/grid.yaml", "--dry_run"]) == 1
+    assert "No such file or directory; the grid moved to research/reproduce/grid.yaml" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Reading and checking the options of ``prepare``."""
+"""Read and check the options of ``prepare``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def default_workers() -> int:
-    """One process for each CPU this process may use, at most 16."""
+    """Return the number of CPUs that this process may use, at most 16."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, usable)
 
@@ -21,8 +21,14 @@ def default_workers() -> int:
 def parse_bytes(value: int | str, name: str) -> int:
     """Read a size like 1000, '64MB' or '2GiB'.
 
+    The only function for this in a package that this project needs is a private one of litdata.
+
+    Args:
+        value: The size in bytes, or a text with a unit.
+        name: The name of the option, for the message.
+
     Raises:
-        ConfigError: It is not one, or not above zero.
+        ConfigError: The value is no size, or not above zero.
     """
     text = str(value).strip().lower().removesuffix("b").strip()
     digits = text.rstrip("kmgti")
@@ -39,7 +45,7 @@ def check_options(tokenizer: str, vocab_size: int | None, val_fraction: float, n
     """Refuse values that cannot work.
 
     Raises:
-        ConfigError: Names the value and the way out.
+        ConfigError: A value cannot work; the message names the value and the way out.
     """
     if not 0 <= val_fraction < 1:
         raise ConfigError(f"val_fraction {val_fraction} is not in [0, 1); 0.05 holds out one document in twenty")
@@ -57,7 +63,7 @@ def check_output(out: Path) -> None:
     """Refuse an output folder that holds anything ``prepare`` did not write.
 
     Raises:
-        ConfigError: It does, or is no folder.
+        ConfigError: The folder holds another file, or the path is no folder.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output {out} is a file; give a folder")
