@@ -385,7 +385,7 @@ def _fastest(layer: TernaryLayer, device: torch.device, dtype: torch.dtype, toke
             if name == "reference":
                 raise
             remarks.append(f"{name}: {_first_line(error)}")
-    samples, failed = _milliseconds(runs)
+    samples, failed = _milliseconds(runs, device)
     remarks += [f"{name}: {reason}" for name, reason in failed.items()]
     best, why = decide(samples)
     return Choice(best, found.get(best), "; ".join([why, *remarks]))
@@ -467,31 +467,35 @@ class _Trial:
         return bool(((y - exact).abs() <= tolerance).all())
 
 
-def _milliseconds(runs: Mapping[str, Callable[[], Tensor]]) -> tuple[dict[str, list[float]], dict[str, str]]:
+def _milliseconds(
+    runs: Mapping[str, Callable[[], Tensor]], device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Times calls on the GPU: each is captured in a CUDA graph several times over, and the graphs are replayed in turn.
 
     In turn, so that a change of the clock meets all of them alike.
 
     Args:
         runs: The calls by name.
+        device: The GPU.
 
     Returns:
         For each name the milliseconds of a call, one value a round; and the reason for each that cannot be captured.
     """
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     failed: dict[str, str] = {}
-    for name, run in runs.items():
-        try:
-            graph = _capture(run)
-            graphs[name] = graph, max(1, round(_ROUND_MS / max(_replay(graph, 1), 1e-3)))
-        except RuntimeError as error:
-            if name == "reference":
-                raise
-            failed[name] = _first_line(error)
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(_ROUNDS):
-        for name, (graph, replays) in graphs.items():
-            samples[name].append(_replay(graph, replays) / (replays * _CALLS))
+    with torch.cuda.device(device):
+        for name, run in runs.items():
+            try:
+                graph = _capture(run)
+                graphs[name] = graph, max(1, round(_ROUND_MS / max(_replay(graph, 1), 1e-3)))
+            except RuntimeError as error:
+                if name == "reference":
+                    raise
+                failed[name] = _first_line(error)
+        samples: dict[str, list[float]] = {name: [] for name in graphs}
+        for _ in range(_ROUNDS):
+            for name, (graph, replays) in graphs.items():
+                samples[name].append(_replay(graph, replays) / (replays * _CALLS))
     return samples, failed
 
 
@@ -504,7 +508,8 @@ def _capture(run: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # "thread_local": the threads of a data loader or of NCCL may call CUDA while this thread captures.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(_CALLS):
             run()
     graph.replay()

@@ -1,4 +1,4 @@
-"""Benchmarks as far as a CPU can run them: their rows, and a small model through that of generation."""
+"""The parts of the benchmarks that a CPU can run: their rows, and a small model through the generation benchmark."""
 
 import argparse
 import csv
@@ -15,7 +15,7 @@ ENVIRONMENT = {"gpu": "none", "torch": "2", "triton": "3", "driver": "1", "clock
 
 
 class WallClockEvent:
-    """``torch.cuda.Event`` where there is no GPU."""
+    """A ``torch.cuda.Event`` for a machine without a GPU."""
 
     def __init__(self, enable_timing: bool) -> None:
         self.at = 0.0

@@ -1,4 +1,7 @@
-"""Every kernel compiles without a GPU for sm_80, sm_90 and sm_100 and does not spill; the Hopper ones as intended."""
+"""Every kernel compiles without a GPU for sm_80, sm_90 and sm_100, and spills no registers.
+
+The Hopper kernels contain the intended instructions, and their multiplications overlap.
+"""
 
 import os
 import re
@@ -37,7 +40,7 @@ ALIGNED = ("stride", "x_stride", "w_stride", "q_stride", "d_stride", "inner", "c
 
 
 def build(kernel, constants, capability, types=None, source=ASTSource, warps=4):
-    """Compiles with 16-byte aligned pointers and strides; everything not named is an i32."""
+    """Compiles a kernel for pointers and strides that 16 divides; an argument that is not named is an i32."""
     names = kernel.arg_names
     signature = {n: {**POINTERS, **(types or {})}.get(n, "i32") for n in names}
     signature.update(dict.fromkeys(constants, "constexpr"))
@@ -51,7 +54,7 @@ def build(kernel, constants, capability, types=None, source=ASTSource, warps=4):
 
 
 def spilled_bytes(compiled, folder: Path) -> int:
-    """Bytes of spilled registers a thread, stores and loads, from the assembler's report."""
+    """Returns the bytes of spilled registers of a thread, stores and loads, from the report of the assembler."""
     source = folder / "kernel.ptx"
     source.write_text(compiled.asm["ptx"])
     target = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
@@ -162,7 +165,7 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> No
 @pytest.mark.parametrize("tile", [16, 32, 64])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_hopper_gemm_in_parts_of_k(sparse: bool, tile: int, tmp_path: Path) -> None:
-    """As above, and small enough for two programs a multiprocessor; whole sectors go to the workspace."""
+    """The same, and the program is small enough for two a multiprocessor; whole sectors go to the workspace."""
     from sbn_kernels.gemm.sm90.gemm import SPLIT_STAGES
     from sbn_kernels.gemm.sm90.split_kernels import ternary_gemm_split_kernel
     from sbn_kernels.runtime.descriptors import tma_layouts

@@ -1,4 +1,4 @@
-"""Which kernel serves few tokens, against what an H200 was measured to take; where the sum over K is split."""
+"""The kernel chosen for few tokens is the fastest by the times of an H200, and long sums over K are split."""
 
 import pytest
 from sbn_kernels.decode.triton import prefers_decode
@@ -45,7 +45,7 @@ def picked(inner, out, tokens):
 @pytest.mark.parametrize(("inner", "out", "tokens", "decode", "prefill"), MEASURED)
 def test_the_faster_kernel_is_chosen_within_a_tenth(inner, out, tokens, decode, prefill):
     times = {"decode": decode, "prefill": prefill}
-    if (kernel := picked(inner, out, tokens)) in times:  # parts of K were not there to be timed
+    if (kernel := picked(inner, out, tokens)) in times:  # parts of K did not exist when these were timed
         assert times[kernel] <= 1.1 * min(times.values())
 
 

@@ -30,7 +30,7 @@ def needs(op: str) -> None:
 
 
 def case(tokens: int, columns: int, out: int, sparse: bool) -> tuple[torch.Tensor, ...]:
-    """Tokens of the whole range (-128 often), scales, codes, mask, gamma, bias."""
+    """Returns tokens of the whole range (-128 often), scales, codes, mask, gamma and bias."""
     torch.manual_seed(tokens + columns + out)
     x8 = torch.randint(-128, 128, (tokens, columns), device="cuda", dtype=torch.int8)
     x8[:, ::5] = -128
@@ -98,7 +98,7 @@ def test_decode(tokens: int, columns: int, out: int, layout: str) -> None:
 @pytest.mark.parametrize(("columns", "out"), [(132, 8), (1000, 1001), (2304, 264), (4864, 896), (8960, 1536)])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_parts_of_k(tokens: int, columns: int, out: int, sparse: bool) -> None:
-    """Chosen and given numbers of parts, more than there are steps included; the workspace is poisoned, too."""
+    """Chosen and given numbers of parts, also more parts than steps; the workspace is poisoned too."""
     needs("sparse_gemm")
     x8, scale, codes, mask, row_scale, bias = case(tokens, columns, out, sparse)
     gemm, packed = sk.ternary_gemm, sk.pack_dense(codes)
@@ -114,7 +114,7 @@ def test_parts_of_k(tokens: int, columns: int, out: int, sparse: bool) -> None:
 
 @pytest.mark.parametrize("sparse", [True, False])
 def test_parts_of_k_in_repeated_launches_and_in_a_graph(sparse: bool) -> None:
-    """A race shows now and then; a graph replays both kernels on new tokens. The decode GEMM comes here as well."""
+    """Many launches, because a race shows now and then; a graph replays both kernels on new tokens."""
     needs("sparse_gemm")
     layout = "sparse24" if sparse else "dense"
     columns, out = 8960, 1536
@@ -234,7 +234,7 @@ def layer(x: torch.Tensor, packed: torch.Tensor, row_scale: torch.Tensor, out: i
 
 
 def test_cuda_graph_and_compile() -> None:
-    """Captured once, replayed on new data; compiled without a graph break. Both equal eager."""
+    """A graph that is captured once and replayed on new data, and a compiled function without a break, equal eager."""
     needs("sparse_gemm")
     p = sk.prepare_weight(torch.randn(264, 1000, device="cuda"), 2, 4, layout="sparse24")
     x = torch.randn(100, 1000, device="cuda", dtype=torch.bfloat16)
@@ -252,7 +252,7 @@ def test_cuda_graph_and_compile() -> None:
 
 
 def test_foreign_tokens_and_scales_are_copied_where_they_must_be() -> None:
-    """Rows off 16-byte boundaries, scales without room after their end."""
+    """Rows that do not start on 16-byte boundaries, and scales without room after their end."""
     needs("sparse_gemm")
     x8, scale, codes, mask, row_scale, _ = case(5, 1000, 9, True)
     expected = reference(x8, scale, codes, row_scale, None, torch.bfloat16)

@@ -44,7 +44,7 @@ def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_pa
 @needs_gluon
 @pytest.mark.parametrize(("tile", "out"), [(256, "fp32"), (256, "bf16"), (128, "fp32")])
 def test_hopper_weight_gradient(tile: int, out: str, tmp_path: Path) -> None:
-    """Both factors from shared memory, nothing spilled, and a step's multiplications overlap the step before's."""
+    """Both factors come from shared memory, nothing is spilled, and the multiplications of two steps overlap."""
     from sbn_kernels.gradients.sm90 import int8_outer_kernel
     from sbn_kernels.runtime.descriptors import tma_layouts
     from triton.experimental.gluon._runtime import GluonASTSource

@@ -22,7 +22,7 @@ def seed(value: int = 1234567890123) -> Tensor:
 
 
 def gradient(tokens: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """dy over seven decades, gamma of each channel, scale of each token."""
+    """Returns dy over seven decades, gamma of each channel, and the scale of each token."""
     torch.manual_seed(tokens + channels)
     size = 10 ** torch.empty(tokens, 1, device="cuda").uniform_(-6, 1)
     dy = (torch.randn(tokens, channels, device="cuda") * size).to(dtype)
@@ -168,7 +168,7 @@ def backward(dy: Tensor, gamma: Tensor, scale: Tensor, seed: Tensor, packed: Ten
 
 
 def test_cuda_graph_and_compile() -> None:
-    """Replayed with new seeds and new data, compiled without a break: both equal eager, and seeds matter."""
+    """A replayed graph and a compiled function equal eager, with new seeds and new data; and seeds matter."""
     if not sk.capabilities().can("ternary_gemm"):
         pytest.skip("Hopper only")
     dy, gamma, scale = gradient(100, 264, torch.bfloat16)

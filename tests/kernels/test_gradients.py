@@ -1,7 +1,7 @@
-"""Stochastic rounding of gradients: the draws, no bias over many of them, refused arguments. On a GPU if there is one.
+"""Stochastic rounding of gradients: the draws, no bias over many of them, and arguments that are refused.
 
-Elsewhere the plain-PyTorch twin is tested; that the kernels equal it bit for bit is tested in ``interpreted`` and in
-``test_gradient_gpu``.
+On a GPU the kernel is tested, elsewhere the plain-PyTorch twin. ``interpreted`` and ``test_gradient_gpu`` test that the
+kernel equals the twin bit for bit.
 """
 
 import pytest
@@ -48,7 +48,7 @@ def test_draws_are_uniform_and_independent() -> None:
 
 
 def test_unbiased() -> None:
-    """Means over many seeds, of every element and of both gradients, are as near the truth as their variance allows."""
+    """The means over many seeds of every element of both gradients are as near the truth as their variance allows."""
     dy, gamma, scale = case()
     x8 = torch.randint(-128, 128, (36, 24), device=DEVICE).double()
     codes = torch.randint(-1, 2, (40, 24), device=DEVICE).double()

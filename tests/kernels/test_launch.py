@@ -1,6 +1,6 @@
-"""A launcher's short way launches what Triton's own way would: the same compiled kernel, the same arguments.
+"""The short way of a launcher launches what Triton's own way would: the same compiled kernel, the same arguments.
 
-No GPU: Triton compiles for one that is not there, and a launch is written down instead of made.
+No GPU is needed: Triton compiles for a GPU that is not there, and a launch is noted and not made.
 """
 
 import os
@@ -31,7 +31,7 @@ class Utils:
 
 
 class Driver:
-    """As far as a launch asks for one."""
+    """The part of Triton's driver that a launch asks for."""
 
     device = 0
     utils = Utils()

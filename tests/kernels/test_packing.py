@@ -1,4 +1,4 @@
-"""The packed forms in plain PyTorch: round trips, filler positions, and what the ops refuse."""
+"""The packed forms in plain PyTorch: round trips, filler positions, and arguments that ops refuse."""
 
 import pytest
 import sbn_kernels as sk
@@ -80,7 +80,7 @@ def test_without_a_gpu_the_reason_is_given() -> None:
 
 
 def test_fake_kernels_give_the_shapes_of_the_real_ones() -> None:
-    """What torch.compile sees: shapes, dtypes, strides."""
+    """Shapes, dtypes and strides are those that torch.compile sees."""
     with torch._subclasses.FakeTensorMode():
         q, scale = sk.quantize_tokens(torch.empty(5, 70, dtype=torch.bfloat16))
         assert (q.shape, q.stride(), q.dtype, scale.shape) == ((5, 70), (80, 1), torch.int8, (5,))

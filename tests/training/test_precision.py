@@ -297,7 +297,7 @@ def test_a_backend_that_fails_at_the_trial_is_left_out(monkeypatch):
     only_this_runs(monkeypatch, "cusparselt")
     monkeypatch.setattr(selection, "_index", lambda device: 0)
     monkeypatch.setattr(selection.Choice, "make", lambda self, gradients: Failing())
-    monkeypatch.setattr(selection, "_milliseconds", lambda runs: ({name: [1.0] for name in runs}, {}))
+    monkeypatch.setattr(selection, "_milliseconds", lambda runs, device: ({name: [1.0] for name in runs}, {}))
     monkeypatch.setattr(selection, "_Trial", lambda layer, device, *rest: trial(layer, torch.device("cpu"), *rest))
     chosen = choose({"a": SparseBitLinear(32, 32, pattern="2:4")}, "auto", torch.device("cuda"), torch.float32, 64)
     assert chosen["a"].backend == "reference"
