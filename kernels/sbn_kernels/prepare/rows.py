@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sbn_kernels.prepare.triton import NEEDS, _sums, _write_gamma
+from sbn_kernels.prepare.triton import NEEDS, sums_of_rows, write_gamma
 from sbn_kernels.runtime.capability import require
 
 
@@ -33,7 +33,7 @@ def row_sums(weight: Tensor, mask_bits: Tensor | None = None, *, count: bool = F
     if len(weight) == 0:
         empty = torch.empty(0, dtype=torch.float32, device=weight.device)
         return empty, empty.int() if count else None
-    return _sums(weight if weight.stride(1) == 1 else weight.contiguous(), mask_bits, count=count)
+    return sums_of_rows(weight if weight.stride(1) == 1 else weight.contiguous(), mask_bits, count=count)
 
 
 def gamma_of_rows(sums: Tensor, counts: Tensor | None, split_sizes: Sequence[int], columns: int) -> Tensor:
@@ -49,5 +49,5 @@ def gamma_of_rows(sums: Tensor, counts: Tensor | None, split_sizes: Sequence[int
         float32 ``[parts]``.
     """
     gamma = torch.empty(len(split_sizes), dtype=torch.float32, device=sums.device)
-    _write_gamma(sums, counts, split_sizes, columns, gamma, torch.empty_like(sums))
+    write_gamma(sums, counts, split_sizes, columns, gamma, torch.empty_like(sums))
     return gamma

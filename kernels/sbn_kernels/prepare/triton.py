@@ -100,7 +100,7 @@ def _fresh_bits(weight: Tensor, n: int, m: int, keep: Tensor | None) -> Tensor:
     return bits
 
 
-def _sums(
+def sums_of_rows(
     weight: Tensor, mask: Tensor | None, row_scale: Tensor | None = None, count: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Sums |W| of each row over the weights that count, and counts them if ``count``.
@@ -120,7 +120,7 @@ def _sums(
     return sums, counts
 
 
-def _write_gamma(
+def write_gamma(
     sums: Tensor | None, counts: Tensor | None, split_sizes: Sequence[int], columns: int, gammas: Tensor, scale: Tensor
 ) -> None:
     """Writes gamma of each part to ``gammas``, and gamma of each row to ``scale``.
@@ -167,8 +167,8 @@ def _prepare_weight(
         gammas.copy_(gamma)
     else:
         mask = given if gamma_over in ("kept", "masked") else None
-        sums, counts = _sums(weight, mask, count=gamma_over == "kept" and mask is not None)
-    _write_gamma(sums, counts, split_sizes, columns, gammas, row_scale)
+        sums, counts = sums_of_rows(weight, mask, count=gamma_over == "kept" and mask is not None)
+    write_gamma(sums, counts, split_sizes, columns, gammas, row_scale)
     nonzero = gamma_over == "nonzero" and gamma is None
     if nonzero and given is None and not dense and not want_mask:
         bits = torch.empty((out, ceil_div(columns, 8)), dtype=torch.uint8, device=weight.device)
@@ -188,8 +188,8 @@ def _prepare_weight(
     )
     if nonzero:
         mask = given if given is not None else None if dense else bits
-        sums, counts = _sums(weight, mask, row_scale, count=True)
-        _write_gamma(sums, counts, split_sizes, columns, gammas, row_scale)
+        sums, counts = sums_of_rows(weight, mask, row_scale, count=True)
+        write_gamma(sums, counts, split_sizes, columns, gammas, row_scale)
     return outputs
 
 
