@@ -16,14 +16,14 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sbn_kernels.runtime.capability import Needs, UnsupportedError, constant, multiprocessors
 
-Form = Literal["codes", "dense", "sparse24", "cusparselt"] | str
+Form = str
 """How a weight is stored for a kernel. ``"codes"``: int8 ``[out, in]``. ``"dense"`` and ``"sparse24"``: the 2-bit words
 of :mod:`sbn_kernels.common.packing`. Any other name belongs to the kernels that read it."""
 
