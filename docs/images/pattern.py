@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sbn_lightning import SparseBitLinear
 
-ROWS, COLUMNS = 12, 32
+ROWS, COLUMNS = 10, 20
 MASKED, NATURAL_ZERO, PLUS, MINUS = "#373741", "#ffffff", "#d64541", "#3465a4"
 
 
@@ -39,13 +39,13 @@ def main():
     codes = layer.ternary()[0][:ROWS, :COLUMNS]
     kinds = torch.where(mask, torch.where(codes > 0, 2, torch.where(codes < 0, 3, 1)), 0)
     bound = weight.abs().max()
-    figure, panels = plt.subplots(1, 3, figsize=(12, 2.1), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(8, 1.9), layout="constrained")
     panels[0].imshow(weight, cmap="RdBu_r", vmin=-bound, vmax=bound)
-    panels[0].set_title("latent weights: what the optimiser changes", fontsize=9)
+    panels[0].set_title("latent weights, which the optimiser changes", fontsize=7.5)
     panels[1].imshow(mask, cmap=ListedColormap([MASKED, "#e3b341"]), vmin=0, vmax=1)
-    panels[1].set_title("mask: the two largest of every four", fontsize=9)
+    panels[1].set_title("mask: the two largest of every four", fontsize=7.5)
     panels[2].imshow(kinds, cmap=ListedColormap([MASKED, NATURAL_ZERO, PLUS, MINUS]), vmin=0, vmax=3)
-    panels[2].set_title("ternary weights: what the layer multiplies with", fontsize=9)
+    panels[2].set_title("ternary weights, which the layer uses", fontsize=7.5)
     for panel in panels:
         panel.set(xticks=[], yticks=[])
         for column in range(4, COLUMNS, 4):
@@ -53,7 +53,7 @@ def main():
     colours = {"+1": PLUS, "-1": MINUS, "0 by rounding": NATURAL_ZERO, "0 by the mask": MASKED}
     handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower right", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=130, facecolor="white")
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=200, facecolor="white")
 
 
 if __name__ == "__main__":
