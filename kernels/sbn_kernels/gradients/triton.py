@@ -115,9 +115,11 @@ def quantize_gradient(
         dy: Gradient of the layer's output ``[tokens, channels]``, bfloat16, float16 or float32; 0 tokens allowed.
         row_scale: gamma of each row of the weight, float32 ``[channels]``.
         token_scale: The scales of the quantised activations, float32 ``[tokens]``.
-        seed: One int64 on the device, of any value. A captured or compiled graph gets a new seed when it is
-        overwritten. stream: A number that sets apart layers which share a seed, 0 to 2^31 - 1. want_tokens: Whether to
-        make ``tokens`` (for dX). want_channels: Whether to make ``channels`` (for dW).
+        seed: One int64 on the device, of any value. A captured or compiled graph gets a new seed when the tensor is
+            overwritten.
+        stream: A number that sets apart layers which share a seed, 0 to 2^31 - 1.
+        want_tokens: Whether to make ``tokens`` (for dX).
+        want_channels: Whether to make ``channels`` (for dW).
 
     Returns:
         See :class:`QuantizedGradient`; equal bit for bit to ``quantize_gradient_reference``.

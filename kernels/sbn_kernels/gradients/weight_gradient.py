@@ -196,10 +196,12 @@ def weight_gradient_gemm(
     """Computes ``dW = scale * (b8t @ x8t^T)`` with an exact sum.
 
     Args:
-        b8t: int8 ``[out_features, tokens]``, values in [-127, 127]: ``QuantizedGradient.channels``; 0 tokens are
-        allowed. scale: float32 ``[out_features]``. x8t: int8 ``[in_features, tokens]``: the activations, transposed by
-        ``transpose_tokens``. out_dtype: float32, bfloat16 or float16. portable: Whether to use plain Triton (sm_80 and
-        later) instead of the Hopper kernel; None: where the Hopper
+        b8t: The quantised gradient, int8 ``[out_features, tokens]``, values in [-127, 127]:
+            ``QuantizedGradient.channels``. 0 tokens are allowed.
+        scale: The scale of each row, float32 ``[out_features]``.
+        x8t: The activations, transposed by ``transpose_tokens``, int8 ``[in_features, tokens]``.
+        out_dtype: The dtype of the result: float32, bfloat16 or float16.
+        portable: Whether to use plain Triton (sm_80 and later) instead of the Hopper kernel. None: where the Hopper
             kernel does not run.
         launch: The launch of the Hopper kernel: columns of a tile (256 or 128), tiles of 128 rows done whole, parts of
             the sum over tokens for each other tile. None: :func:`choose_launch`.
