@@ -22,14 +22,11 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
-
-from sbn_lightning.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,74 +221,3 @@ class _Stream:
 
     def flush(self) -> None:
         self._file.flush()
-
-
-# The rest is for callers that still use the former names; it goes with them.
-
-# Names of what `export` writes into a folder: nothing else is ever replaced.
-EXPORTED = re.compile(
-    r"(generation_|tokenizer_)?config\.json|tokenizer\.json|special_tokens_map\.json|chat_template\.jinja|"
-    r"model\.safetensors|model-(TQ2|TQ1|Q4)_0\.gguf"
-)
-
-
-@contextmanager
-def folder_aside(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A fresh folder to write in, which becomes ``target`` when the block ends without an error.
-
-    Raises:
-        ConfigError: If ``target`` is there already and may not be replaced.
-        DataError: If it cannot be written.
-    """
-    check_output(target, overwrite)
-    if target.is_file():
-        raise ConfigError(f"{target} is a file, where a folder would be written; give another --output")
-    place = target.resolve()  # a link stays one; and "." has no name to derive another from
-    aside = place.with_name(f"{place.name}.tmp-{os.getpid()}")
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        for file in aside.iterdir():
-            sync(file)
-        sync(aside)
-        _replace_folder(place, aside)
-    except OSError as error:
-        raise DataError(f"cannot write {target}: {error.strerror or error}; nothing there was changed") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def file_aside(target: Path, overwrite: bool) -> Iterator[Path]:
-    """The path of a file to write, which becomes ``target`` when the block ends without an error.
-
-    Raises:
-        ConfigError: If ``target`` is there already and may not be replaced.
-        DataError: If it cannot be written.
-    """
-    check_output(target, overwrite)
-    aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        sync(aside)
-        aside.replace(target)
-        sync(target.parent)
-    except OSError as error:
-        raise DataError(f"cannot write {target}: {error.strerror or error}; nothing there was changed") from error
-    finally:
-        with suppress(OSError):  # of a folder that cannot be
-            aside.unlink()
-
-
-def check_output(target: Path, overwrite: bool) -> None:
-    """Checks that an output is free, or may be replaced: a file, or a folder with nothing in it but an export.
-
-    Raises:
-        ConfigError: If not.
-    """
-    held = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
-    if foreign := [name for name in held if not EXPORTED.fullmatch(name)]:
-        raise ConfigError(f"{target} holds {foreign[0]}, which is no export's; give another --output")
-    if (held or target.is_file()) and not overwrite:
-        raise ConfigError(f"{target} is there already; give another --output, or --overwrite=true to replace it")

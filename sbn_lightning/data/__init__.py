@@ -1,19 +1,18 @@
-"""Text to tokens to litdata shards to batches.
+"""Text becomes tokens, tokens become litdata shards, and shards become batches.
 
-Two halves that share nothing but a folder on disk:
+The package has two halves, which share nothing but a folder on a disk:
 
-* ``prepare`` reads text, writes a folder (``train/``, ``val/``, ``tokenizer.json``, ``meta.json``);
+* ``prepare`` reads text and writes a folder (``train/``, ``val/``, ``tokenizer.json``, ``meta.json``).
 * ``TokenDataModule`` streams that folder, from a disk or from a bucket, into a ``Trainer``.
 
-The second half is imported on first use, so that ``prepare`` starts without torch or Lightning.
+The second half is imported on first use, so ``prepare`` starts without torch and Lightning.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# Not lazy: `prepare` is a function here and also the name of its submodule. Importing it now, once, settles that
-# `sbn_lightning.data.tokenization.prepare` is the function whatever else is imported later.
+# Not lazy: these two import neither torch nor Lightning.
 from sbn_lightning.data.tokenization.prepare import prepare
 from sbn_lightning.data.tokenizer import load_tokenizer
 

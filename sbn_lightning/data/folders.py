@@ -1,4 +1,4 @@
-"""A prepared folder, next door or in a bucket: its ``meta.json``, its tokenizer, and whether it can be used."""
+"""Read the ``meta.json`` and the tokenizer of a prepared folder, on this machine or in a bucket."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ if TYPE_CHECKING:
 
 
 def is_remote(path: str) -> bool:
-    """Whether litdata fetches this path shard by shard (s3://, gs://, ...; ``local:`` does so from a disk)."""
+    """Return whether litdata fetches the shards of this path one by one (s3://, gs://, ...; ``local:`` for a disk)."""
     return "://" in path or path.startswith("local:")
 
 
 def join(source: str, name: str) -> str:
-    """A file or folder below a prepared folder."""
+    """Return the path of a file or folder below a prepared folder."""
     return f"{source.rstrip('/')}/{name}" if is_remote(source) else os.path.join(source, name)
 
 
 def load_meta(source: str, meta_path: str | None) -> dict[str, Any]:
-    """Read the ``meta.json`` of a prepared folder, or the one given instead.
+    """Read the ``meta.json`` of a prepared folder.
+
+    Args:
+        source: The folder or its URL.
+        meta_path: The path of another ``meta.json`` to read instead, or None.
 
     Raises:
-        DataError: It is not there, not one, or cannot be fetched.
+        DataError: The file is not there, is no ``meta.json``, or cannot be fetched.
     """
     if meta_path is not None:
         try:
@@ -48,10 +52,10 @@ def load_meta(source: str, meta_path: str | None) -> dict[str, Any]:
 
 
 def load_tokenizer_of(source: str) -> Tokenizer:
-    """The tokenizer a folder was prepared with.
+    """Load the tokenizer that a folder was prepared with.
 
     Raises:
-        DataError: It is not there or cannot be fetched.
+        DataError: The tokenizer is not there, or cannot be fetched.
     """
     if not is_remote(source):
         return load_tokenizer(source)
@@ -62,8 +66,11 @@ def load_tokenizer_of(source: str) -> Tokenizer:
 def check_same_tokenizer(metas: dict[str, dict[str, Any]]) -> None:
     """Refuse to mix folders whose token ids mean different things.
 
+    Args:
+        metas: The ``meta.json`` of each folder.
+
     Raises:
-        ConfigError: Names the two folders.
+        ConfigError: Two folders have different tokenizers; the message names them.
     """
     first, *others = metas
     for other in others:
@@ -81,10 +88,10 @@ def check_same_tokenizer(metas: dict[str, dict[str, Any]]) -> None:
 
 
 def count_blocks(split: Path, sequence_length: int) -> int:
-    """Blocks of ``sequence_length + 1`` tokens in a local split.
+    """Return how many blocks of ``sequence_length + 1`` tokens a local split holds.
 
     Raises:
-        DataError: Not even the longest shard holds one.
+        DataError: Not even the longest shard holds a block.
     """
     index = json.loads((split / "index.json").read_text(encoding="utf-8"))
     blocks = shards.count_blocks(index, sequence_length + 1)
@@ -105,13 +112,13 @@ def _missing(source: str) -> str:
 
 
 def _fetch(source: str, name: str, folder: str) -> Path:
-    """Get a small file next to remote shards, by the means and with the credentials litdata gets the shards."""
+    """Get a small file next to remote shards, with the same credentials that litdata uses for the shards."""
     from litdata.streaming.downloader import get_downloader
 
     local = Path(folder, name)
     try:
         get_downloader(source, folder, [], {}, {}).download_file(join(source, name), str(local))
-    except Exception as error:  # each provider has its own errors
+    except Exception as error:  # Each provider has its own errors.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"cannot get {join(source, name)}: {reason}; check the URL and credentials") from error
     if not local.is_file():

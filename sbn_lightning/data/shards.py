@@ -1,4 +1,4 @@
-"""The folder on disk: litdata shards, ``meta.json``, and the check that both are whole.
+"""The prepared folder on a disk: litdata shards, ``meta.json``, and the check that both are whole.
 
 ::
 
@@ -8,11 +8,11 @@
     DIR/train/chunk-0-0.bin  litdata's chunks, read with ``TokensLoader``
     DIR/val/...
 
-litdata's own ``optimize`` is not used: which document lands in which chunk depends there on the number of workers,
-``merge_datasets`` and ``optimize`` stamp the index with the time of day, and a run that was killed cannot be told
-from one that was not. Here tokens are laid end to end first and litdata's chunk writer cuts them afterwards, at the
-same places every time. The index's ``updated_at`` is a checksum of the content instead of a date: it is the key
-under which litdata caches remote shards, so shards that changed are fetched anew, and shards that did not are not.
+litdata's own ``optimize`` is not used, for three reasons. Which document lands in which chunk depends on the number
+of workers. The index holds the time of day. A folder whose writer was killed looks like a finished one. Here the tokens
+are laid end to end first, and litdata's chunk writer cuts them afterwards, at the same places every time. The index's
+``updated_at`` is a checksum of the content instead of a date. litdata caches remote shards under this key, so litdata
+fetches shards again when they have changed, and only then.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sbn_lightning.data.tokenization.sources import file_crc32
 FORMAT = "sbn_lightning.tokens"
 FORMAT_VERSION = 1
 CHECKSUM_LIMIT = 2 << 30
-# Tokens handed to the chunk writer at a time: its chunks are whole multiples of this.
+# How many tokens the chunk writer gets at a time. Its chunks are whole multiples of this number.
 _ITEM_TOKENS = 1 << 16
 
 
@@ -41,10 +41,10 @@ def write_shards(folder: Path, segments: Iterable[Path], dtype: np.dtype[Any], c
     """Cut token files into litdata chunks.
 
     Args:
-        folder: Where the chunks and ``index.json`` go; must be empty.
-        segments: Files of token ids, in order.
-        dtype: Of the token ids.
-        chunk_bytes: Size of a chunk, in bytes.
+        folder: The folder to write the chunks and ``index.json`` to; it must not exist.
+        segments: The files of token ids, in order.
+        dtype: The dtype of the token ids.
+        chunk_bytes: The size of a chunk, in bytes.
     """
     from litdata.streaming.item_loader import TokensLoader
     from litdata.streaming.writer import BinaryWriter
@@ -55,7 +55,7 @@ def write_shards(folder: Path, segments: Iterable[Path], dtype: np.dtype[Any], c
     for index, tokens in enumerate(_blocks(segments, dtype, item)):
         writer.add_item(index, tokens)
     writer.done()
-    # The writer names its files after the rank it finds in the environment, which is not ours to depend on.
+    # The writer names its files after the rank in the environment. Names here do not depend on it.
     (own_index,) = folder.glob("*.index.json")
     index_json = json.loads(own_index.read_text(encoding="utf-8"))
     own_index.unlink()
@@ -83,7 +83,7 @@ def _blocks(segments: Iterable[Path], dtype: np.dtype[Any], size: int) -> Iterat
 
 
 def checksums(root: Path, names: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 of each named file under ``root``."""
+    """Return the size in bytes and the CRC-32 of each named file under ``root``."""
     return {n: {"bytes": (root / n).stat().st_size, "crc32": file_crc32(root / n)} for n in sorted(names)}
 
 
@@ -91,7 +91,7 @@ def parse_meta(text: str, where: str) -> dict[str, Any]:
     """Read the text of a ``meta.json``.
 
     Raises:
-        DataError: It is not one, or of a version this code does not know.
+        DataError: The text is no ``meta.json``, or has a format version that this code does not know.
     """
     try:
         meta = json.loads(text)
@@ -108,7 +108,7 @@ def parse_meta(text: str, where: str) -> dict[str, Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """The ``meta.json`` of a finished folder; None if there is none."""
+    """Return the ``meta.json`` of a finished folder, or None if there is none."""
     file = folder / "meta.json"
     return parse_meta(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
 
@@ -118,8 +118,8 @@ def verify(folder: Path, meta: dict[str, Any], checksum: bool) -> None:
 
     Args:
         folder: The prepared folder.
-        meta: Its ``meta.json``.
-        checksum: Also read every byte (about 1 GiB/s); otherwise only sizes are compared.
+        meta: The contents of its ``meta.json``.
+        checksum: Whether to read every byte (about 1 GiB/s). Otherwise only sizes are compared.
 
     Raises:
         DataError: A file is missing, truncated or damaged.
@@ -137,10 +137,10 @@ def verify(folder: Path, meta: dict[str, Any], checksum: bool) -> None:
 
 
 def total_bytes(meta: dict[str, Any]) -> int:
-    """Size of all files of a prepared folder, in bytes."""
+    """Return the size of all files of a prepared folder, in bytes."""
     return sum(int(entry["bytes"]) for entry in meta["files"].values())
 
 
 def count_blocks(index_json: dict[str, Any], block_size: int) -> int:
-    """Blocks of ``block_size`` tokens in a split: blocks do not cross chunks."""
+    """Return how many blocks of ``block_size`` tokens a split holds. Blocks do not cross chunks."""
     return sum(int(chunk["dim"]) // block_size for chunk in index_json["chunks"])

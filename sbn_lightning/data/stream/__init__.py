@@ -1,1 +1,1 @@
-"""Litdata shards to batches: loaders, mixtures, and the data module."""
+"""Read litdata shards as batches: loaders, mixtures, and the data module."""

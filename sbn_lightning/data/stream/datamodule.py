@@ -1,12 +1,12 @@
 """``TokenDataModule``: prepared folders, local or remote, as the data of a ``Trainer``.
 
-The constructor is flat and takes plain values, so that it reads well in a recipe. Nothing is opened there: litdata
-notes the rank when a dataset is made, and in the constructor there are no ranks yet.
+The constructor is flat and takes plain values, so that it reads well in a recipe. It opens nothing: litdata stores the
+rank when a dataset is made, and in the constructor there are no ranks yet.
 
 The position in the training data is saved twice: with the loader, where Lightning keeps it, and with this module.
-With a limit on epochs, Lightning drops its copy when something asks for ``trainer.estimated_stepping_batches`` (a
-learning-rate schedule, usually) before the checkpoint is loaded, and training begins the epoch again without a word;
-the copy here is handed to the loader as soon as there is one.
+Lightning can lose its copy. With a limit on epochs this happens when something (usually a learning-rate schedule) asks
+for ``trainer.estimated_stepping_batches`` before the checkpoint is loaded. Training would then begin the epoch again
+without a word. The module gives its copy to the loader as soon as there is a loader.
 """
 
 from __future__ import annotations
@@ -39,28 +39,29 @@ class TokenDataModule(LightningDataModule):
     """Stream blocks of tokens from folders written by ``prepare``.
 
     Batches are ``torch.long`` tensors [batch, sequence_length + 1]: inputs are ``batch[:, :-1]``, targets
-    ``batch[:, 1:]``. An interrupted run resumes at the next sample, with nothing to do for it.
+    ``batch[:, 1:]``. An interrupted run resumes at the next sample.
 
     Args:
-        path: Folder written by ``prepare``, or its URL (s3://, gs://, ...). The default is prepared on first use.
-        batch_size: Blocks a batch, on each rank.
-        sequence_length: Tokens a block, less one; chosen here, not when preparing.
-        num_workers: Loader processes for training on each rank; 0 loads in the training process.
-        seed: Of the order of samples.
-        shuffle: Read the training data in another order every epoch.
-        val_batch_size: Of validation, test and prediction; default ``batch_size``.
-        paths: Mix several folders instead of reading ``path``: folder to weight, like ``{data/a: 3, data/b: 1}``.
-            All must have been prepared with the same tokenizer.
-        corpus: Prepare this corpus into ``path`` if nothing is there; ``stdlib`` is the only one. Not needed
-            for the default ``path``.
-        corpus_tokenizer: Tokenizer of the corpus: ``byte`` or ``bpe``.
-        corpus_vocab_size: Vocabulary of the corpus with ``bpe``.
-        corpus_max_bytes: Take only about this much of the corpus, like ``5MB``.
-        meta_path: Where ``meta.json`` is, if not in ``path``.
-        verify: Check local shards before training: their checksums up to 2 GiB in all and their sizes above
-            (``auto``), ``checksum`` always, ``size`` only, or ``none``.
-        cache_dir: Where remote shards are kept; default litdata's.
-        max_cache_size: How much of remote shards to keep, like ``50GB``.
+        path: The folder that ``prepare`` wrote, or its URL (s3://, gs://, ...). The default is prepared on first use.
+        batch_size: The number of blocks in a batch, on each rank.
+        sequence_length: The number of inputs in a block, which has one token more. It is chosen here, not by
+            ``prepare``.
+        num_workers: The number of loader processes for training, on each rank; 0 loads in the training process.
+        seed: The seed of the order of samples.
+        shuffle: Whether the training data have another order in every epoch.
+        val_batch_size: The batch size of validation, test and prediction; default ``batch_size``.
+        paths: The folders to mix instead of reading ``path``, each with its weight, like ``{data/a: 3, data/b: 1}``.
+            All of them must be prepared with the same tokenizer.
+        corpus: The corpus to prepare into ``path`` if nothing is there; ``stdlib`` is the only one. The default
+            ``path`` does not need it.
+        corpus_tokenizer: The tokenizer of the corpus: ``byte`` or ``bpe``.
+        corpus_vocab_size: The vocabulary size of the corpus with ``bpe``.
+        corpus_max_bytes: About how much of the corpus to take, like ``5MB``.
+        meta_path: The path of ``meta.json``, if it is not in ``path``.
+        verify: How local shards are checked before training. ``auto`` compares checksums up to 2 GiB in all and sizes
+            above; ``checksum`` always compares checksums, ``size`` only sizes, ``none`` nothing.
+        cache_dir: The folder where remote shards are kept; default litdata's own.
+        max_cache_size: How much of the remote shards to keep, like ``50GB``.
 
     Raises:
         ConfigError: A value cannot work.
@@ -124,29 +125,29 @@ class TokenDataModule(LightningDataModule):
 
     @property
     def val_batch_size(self) -> int:
-        """Sequences in a validation batch: ``batch_size``, also after that was changed, if not given."""
+        """The number of blocks in a validation batch: the value given, or else the present ``batch_size``."""
         return self._val_batch_size or self.batch_size
 
     # What the data are.
 
     @property
     def meta(self) -> dict[str, Any]:
-        """``meta.json`` of the folder (of the first one, in a mixture). Prepares the default corpus if need be."""
+        """The ``meta.json`` of the folder, or of the first one of a mixture. A missing default corpus is prepared."""
         return next(iter(self._load_metas().values()))
 
     @property
     def vocab_size(self) -> int:
-        """Rows the embedding table needs."""
+        """The number of rows that the embedding table needs."""
         return int(self.meta["vocab_size"])
 
     @property
     def eos_id(self) -> int:
-        """Id of the token between documents."""
+        """The id of the token between documents."""
         return int(self.meta["eos_id"])
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer the data were prepared with."""
+        """The tokenizer that the data were prepared with."""
         if self._tokenizer is None:
             self._load_metas()
             self._tokenizer = folders.load_tokenizer_of(next(iter(self.sources)))
@@ -154,7 +155,7 @@ class TokenDataModule(LightningDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the data: the checksums of all their files, and the weights of a mixture."""
+        """The identity of the data: a hash of the checksums of all files, and of the weights of a mixture."""
         metas = self._load_metas()
         content = [[meta["files"], weight] for meta, weight in zip(metas.values(), self.sources.values(), strict=True)]
         return digest(json.dumps(content, sort_keys=True))
@@ -170,10 +171,10 @@ class TokenDataModule(LightningDataModule):
     # Lightning's hooks.
 
     def prepare_data(self) -> None:
-        """Prepare the default corpus if it is not there; one process on each node does, the others wait.
+        """Prepare the default corpus if it is not there. One process on each node prepares it, and the others wait.
 
         Raises:
-            DataError: The folder is not there and is not the default corpus, or was prepared in another way.
+            DataError: The folder was prepared with another tokenizer or vocabulary size than the run asks for.
         """
         if self._corpus is None or len(self.sources) != 1:
             return
@@ -211,7 +212,7 @@ class TokenDataModule(LightningDataModule):
     def _wants_checksum(self, meta: dict[str, Any]) -> bool:
         if self.verify != "auto":
             return self.verify == "checksum"
-        # One process a node reads every byte; it stops the others too when it finds damage.
+        # One process on each node reads every byte. If it finds damage, the others stop too.
         first_here = self.trainer is None or self.trainer.local_rank == 0
         return first_here and shards.total_bytes(meta) <= shards.CHECKSUM_LIMIT
 
@@ -219,7 +220,7 @@ class TokenDataModule(LightningDataModule):
         world = self.trainer.world_size if self.trainer is not None else 1
         training = split == "train"
         batch = self.batch_size if training else self.val_batch_size
-        # Only a lone rank validates on a batch that is not full.
+        # Only a run with one rank validates on a batch that is not full.
         needed = batch * world if training or world > 1 else 1
         blocks = folders.count_blocks(Path(source, split), self.sequence_length)
         if blocks < needed:
@@ -230,7 +231,7 @@ class TokenDataModule(LightningDataModule):
             )
 
     def train_dataloader(self) -> TokenLoader | MixedTokenLoader:
-        """Batches [batch_size, sequence_length + 1] of the training split, without the last incomplete one."""
+        """Return batches [batch_size, sequence_length + 1] of the training split, without the last incomplete one."""
         from sbn_lightning.data.stream.loader import TokenLoader
         from sbn_lightning.data.stream.mixture import MixedTokenLoader
 
@@ -266,7 +267,7 @@ class TokenDataModule(LightningDataModule):
         return loader
 
     def _follow_trainer(self, loader: TokenLoader | MixedTokenLoader) -> None:
-        """Tell the loader what only the trainer knows of epochs."""
+        """Tell the loader what only the trainer knows about epochs."""
         trainer = self.trainer
         if trainer is None:
             return
@@ -277,11 +278,11 @@ class TokenDataModule(LightningDataModule):
         loader.current_epoch = trainer.current_epoch
 
     def val_dataloader(self) -> Any:
-        """Batches of the validation split, in order; none if it was prepared without one.
+        """Return batches of the validation split, in order; an empty list if the folder has none.
 
-        On one rank every block is there. On several, each gets the same number of full batches. No worker processes
-        (one for a remote folder): several would each start elsewhere in the split, and ``limit_val_batches`` would
-        pick other text for every ``num_workers``.
+        One rank gets every block. Several ranks get the same number of full batches each. There are no worker
+        processes, or one for a remote folder: each of several would start at another place of the split, and
+        ``limit_val_batches`` would select other text for every ``num_workers``.
         """
         from sbn_lightning.data.stream.loader import TokenLoader
         from sbn_lightning.data.stream.mixture import Chained
@@ -298,23 +299,23 @@ class TokenDataModule(LightningDataModule):
         return DataLoader(chained, batch_size=self.val_batch_size, **self._loader_options("val", 0))
 
     def test_dataloader(self) -> Any:
-        """The validation batches."""
+        """Return the validation batches."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> Any:
-        """The validation batches."""
+        """Return the validation batches."""
         return self.val_dataloader()
 
     def _open(self, source: str, split: str) -> Any:
         from sbn_lightning.data.stream.loader import open_split
 
-        # Lightning's advice for any iterable dataset; this one's length is exact.
+        # Lightning gives this advice for any iterable dataset. The length here is exact.
         warnings.filterwarnings("ignore", message=".*IterableDataset. has .__len__. defined.*")
         training = split == "train"
         return open_split(
             folders.join(source, split),
             self.sequence_length + 1,
-            # Lightning shuffles nothing either when the same batches are to be learned by heart.
+            # `overfit_batches` trains on the same batches again and again, so nothing may be shuffled.
             shuffle=self.shuffle and training and not getattr(self.trainer, "overfit_batches", 0),
             drop_last=True if training else None,
             seed=self.seed,
@@ -333,14 +334,14 @@ class TokenDataModule(LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the training data."""
+        """Return the position in the training data."""
         return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue training at a saved position; validation of a checkpoint leaves the position alone."""
+        """Continue training at a saved position. Validating a checkpoint leaves the position as it is."""
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
         self._position = state_dict.get("train")
         if self._train_loader is not None and self._position is not None:
-            # Sharded strategies load a checkpoint after the optimizers, and so maybe after the loader, were made.
+            # Sharded strategies load a checkpoint after the optimisers are made, so the loader may exist already.
             self._train_loader.load_state_dict(self._position)

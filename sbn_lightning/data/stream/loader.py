@@ -1,19 +1,19 @@
-"""Batches of token blocks, and a position in them that survives anything.
+"""Batches of token blocks, with a position that a run can continue from exactly.
 
-``TokenLoader`` is litdata's ``StreamingDataLoader`` with the gaps of its resume closed:
+``TokenLoader`` is litdata's ``StreamingDataLoader`` with four faults of its resume mended:
 
-* litdata keeps its "I am resuming" flag until the epoch's iterator is exhausted. Lightning may end an epoch without
-  exhausting it (``limit_train_batches``; a checkpoint saved after validation), and the epoch after a resumed one
-  would then replay the resumed tail. Here the flag belongs to one call of ``load_state_dict`` and is spent by the
-  next epoch that starts.
-* with worker processes, the epoch number in the main process is wrong after a resume, so a second resume in the
-  same epoch would shuffle as another epoch does. Here the loader's own epoch number is the one that counts.
-* loading a state twice leaves litdata's worker turn at the wrong worker. Here it may be loaded any number of times.
-* litdata's state holds absolute paths and refuses to resume when the folder has moved. Here it holds a
-  fingerprint of the data instead, and refuses when the *data* differ.
+* litdata stays in its resuming state until the epoch's iterator is exhausted. Lightning can end an epoch earlier
+  (``limit_train_batches``, a checkpoint saved after validation), and the next epoch would then replay the end of the
+  resumed one. Here the resuming state belongs to one call of ``load_state_dict`` and ends with the next epoch that
+  starts.
+* With worker processes, the epoch number in the main process is wrong after a resume. A second resume in the same
+  epoch would shuffle as another epoch does. Here the loader's own epoch number counts.
+* Loading a state twice leaves litdata at the wrong worker. Here a state can be loaded any number of times.
+* litdata's state holds absolute paths, and litdata refuses to resume when the folder has moved. Here the state holds a
+  fingerprint of the data, and a resume is refused when the data differ.
 
-It has a length, which matters beyond progress bars: Lightning fetches one batch ahead of a loader without one, and
-then saves a position that is one batch too far.
+The loader has a length, and not only for progress bars. Lightning fetches one batch ahead of a loader without a length,
+and then saves a position that is one batch too far.
 """
 
 from __future__ import annotations
@@ -40,10 +40,14 @@ _PATH_KEYS = ("input_dir_path", "input_dir_url", "cache_dir_path")
 
 @dataclass(frozen=True)
 class Collate:
-    """Stack blocks into a ``torch.long`` tensor [batch, block], checking ids against the vocabulary.
+    """Stack blocks into a ``torch.long`` tensor [batch, block], and check the ids against the vocabulary.
 
-    An id beyond the embedding table is a crash without a message on a GPU; here it costs one maximum a batch, in
-    the worker.
+    On a GPU an id beyond the embedding table is a crash without a message. The check costs one maximum for each batch,
+    in the worker process.
+
+    Attributes:
+        vocab_size: The number of entries of the vocabulary.
+        where: The name of the split, for the message.
     """
 
     vocab_size: int
@@ -72,16 +76,16 @@ def open_split(
 ) -> StreamingDataset:
     """Open one split of a prepared folder as a litdata dataset.
 
-    Build it late, in the process and rank that read it: litdata notes the rank when the dataset is made.
+    Open it late, in the process and rank that read it: litdata stores the rank when the dataset is made.
 
     Args:
-        path: Folder or URL of the split.
-        block_size: Tokens a block.
-        shuffle: Another order every epoch.
-        drop_last: Leave out what does not fill a batch on every rank; None does so on several ranks only.
-        seed: Of the order.
-        cache_dir: Where remote shards are kept.
-        max_cache_size: How much of them, like ``"50GB"``.
+        path: The folder or URL of the split.
+        block_size: The number of tokens in a block.
+        shuffle: Whether every epoch has another order.
+        drop_last: Whether to leave out blocks that do not fill a batch on every rank; None means on several ranks only.
+        seed: The seed of the order.
+        cache_dir: The folder where remote shards are kept; None for litdata's own.
+        max_cache_size: How much of the remote shards to keep, like ``"50GB"``.
     """
     dataset = StreamingDataset(
         path,
@@ -91,14 +95,14 @@ def open_split(
         drop_last=drop_last,
         seed=seed,
         max_cache_size=max_cache_size,
-        # litdata's default permutes inside windows of 256 neighbouring blocks, made for records that decode
-        # together. Neighbouring blocks of text are one document: a batch would be all alike.
+        # litdata's default permutes inside windows of 256 neighbouring blocks, which is meant for records that decode
+        # together. Neighbouring blocks of text belong to one document, so a batch would hold the same document only.
         item_shuffle_window=0,
     )
     profile = dataset.posix_fast
     if isinstance(profile, PosixFastProfile) and profile.window_shuffle:
-        # On network file systems litdata deals out whole chunks instead, which gives another order than a local
-        # disk does, and nothing at all to some ranks when there are fewer chunks than ranks.
+        # On network file systems litdata gives whole chunks to each rank. The order would differ from that on a local
+        # disk, and with fewer chunks than ranks some ranks would get nothing.
         dataset.posix_fast = replace(profile, kind="posix")
     return dataset
 
@@ -107,13 +111,13 @@ class TokenLoader(StreamingDataLoader):  # type: ignore[misc, unused-ignore]
     """A ``StreamingDataLoader`` over one split that resumes to the exact sample, under Lightning or by hand.
 
     Args:
-        dataset: From ``open_split``.
-        fingerprint: Identifies the data; a state of other data is refused.
-        **kwargs: As of ``torch.utils.data.DataLoader``.
+        dataset: The dataset that ``open_split`` returned.
+        fingerprint: The identity of the data. A state that was saved on other data is refused.
+        **kwargs: The arguments of ``torch.utils.data.DataLoader``.
 
     Attributes:
-        epoch_batches: Batches after which the trainer ends an epoch, if that is before the data end
-            (``limit_train_batches``): a position there means the next epoch, not the rest of this one.
+        epoch_batches: The number of batches after which the trainer ends an epoch, if the data hold more
+            (``limit_train_batches``). A position there means the next epoch, not the rest of this one.
     """
 
     def __init__(self, dataset: StreamingDataset, *, fingerprint: str = "", **kwargs: Any) -> None:
@@ -123,7 +127,7 @@ class TokenLoader(StreamingDataLoader):  # type: ignore[misc, unused-ignore]
         self._resume_next_epoch = False
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        # A generator: this runs at the first batch, not when Lightning makes an iterator it may never use.
+        # In a generator this runs at the first batch, not when Lightning makes an iterator that it may never use.
         self.restore = self._resume_next_epoch
         self._resume_next_epoch = False
         yield from super().__iter__()
@@ -132,7 +136,7 @@ class TokenLoader(StreamingDataLoader):  # type: ignore[misc, unused-ignore]
         return end_with_this_process(super()._get_iterator())
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch comes from, in plain types (loads with ``weights_only=True``)."""
+        """Return the position of the next batch, in plain types (it loads with ``weights_only=True``)."""
         state = dict(super().state_dict())
         state["dataset"] = {
             **{key: value for key, value in state["dataset"].items() if key not in _PATH_KEYS},
@@ -140,7 +144,7 @@ class TokenLoader(StreamingDataLoader):  # type: ignore[misc, unused-ignore]
         }
         batches = self._num_samples_yielded_streaming // self.batch_size
         limit = len(self) if self.epoch_batches is None else min(self.epoch_batches, len(self))
-        # After a resume with other workers or ranks litdata counts from there; `sample_in_epoch` is the whole.
+        # After a resume with other workers or ranks litdata counts from the resume; `sample_in_epoch` counts all.
         served = state["dataset"]["sample_in_epoch"] // (self.batch_size * state["dataset"]["world_size"])
         return {**state, "epoch_done": max(batches, served) >= limit, "fingerprint": self.fingerprint}
 
@@ -171,17 +175,20 @@ class TokenLoader(StreamingDataLoader):  # type: ignore[misc, unused-ignore]
             "input_dir_url": self.dataset.input_dir.url,
             "cache_dir_path": self.dataset.cache_dir.path,
         }
-        # litdata winds this on from where it stands: loading twice (Lightning's copy and ours) would wind twice.
+        # litdata moves this on from its present value. A state is loaded twice, from Lightning's copy and from ours.
         self._worker_idx = None
         super().load_state_dict({**obj, "dataset": {**saved, **paths}})
         self._resume_next_epoch = True
 
 
 def keep_working(worker: int) -> None:
-    """Makes a loader process ignore SIGTERM and Ctrl-C; for loaders whose iterators went through :func:`end_with_this_process`.
+    """Make a loader process ignore SIGTERM and Ctrl-C.
 
-    A preempted job gets the signal in every process. The main one saves a checkpoint first, and needs batches until the
-    end of its optimiser step; it ends its workers itself.
+    A preempted job gets the signal in every process. The main process saves a checkpoint first, and needs batches until
+    the end of its optimiser step. It ends its workers itself: use :func:`end_with_this_process` on their iterator.
+
+    Args:
+        worker: The number of the worker process.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -189,14 +196,14 @@ def keep_working(worker: int) -> None:
 
 _Iterator = TypeVar("_Iterator")
 _workers: WeakSet[BaseProcess] = WeakSet()
-_workers_of = 0  # the process that started them
+_workers_of = 0  # The id of the process that started the workers.
 
 
 def end_with_this_process(iterator: _Iterator) -> _Iterator:
-    """Ends the worker processes of a loader's iterator before Python, at its exit, waits for those that are left."""
+    """End the worker processes of a loader's iterator when this process ends, before Python waits for them."""
     global _workers_of
     if _workers_of != os.getpid():
-        _workers.clear()  # in a fork: those of its parent
+        _workers.clear()  # This process is a fork, and these are the workers of its parent.
         _workers_of = os.getpid()
         Finalize(None, _end_workers, exitpriority=0)
     _workers.update(getattr(iterator, "_workers", ()))
@@ -205,7 +212,7 @@ def end_with_this_process(iterator: _Iterator) -> _Iterator:
 
 def _end_workers() -> None:
     for process in list(_workers):
-        with suppress(ValueError):  # closed
+        with suppress(ValueError):  # The process is closed already.
             process.kill()
 
 
@@ -218,6 +225,10 @@ def _shown(name: str, value: Any) -> Any:
 
 def check_same_data(state: dict[str, Any], fingerprint: str) -> None:
     """Refuse a position in other data.
+
+    Args:
+        state: The saved position.
+        fingerprint: The identity of the data of this run.
 
     Raises:
         ConfigError: The state was saved with another fingerprint.

@@ -1,11 +1,11 @@
 """Several prepared folders as one, drawn by weight, with an exact position.
 
-litdata's ``CombinedStreamingDataset`` is exact after a resume with at most one worker and has no length. Here both
-hold with any number of workers: which source the i-th sample of a worker comes from is a function of (seed, epoch,
-rank, worker, i), and a resume draws the same numbers and skips the same samples. The price is that resuming reads
-what it skips (some ten microseconds a sample).
+litdata's ``CombinedStreamingDataset`` has no length, and resumes exactly only with at most one worker. The mixture here
+has a length and resumes exactly with any number of workers. The source of the i-th sample of a worker is a function of
+(seed, epoch, rank, worker, i), so a resume draws the same numbers and skips the same samples. The price is that a
+resume reads what it skips, at some ten microseconds a sample.
 
-An epoch is as many samples as all sources hold together; a source that is used up begins again, in another order.
+An epoch has as many samples as all sources together. A source that is used up begins again, in another order.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.data.stream.loader import check_same_data, end_with_this_process
 
-# More often than this no source is read in one epoch; keeps the orders of one epoch apart from the next one's.
+# The most times that a source is read in one epoch. It keeps the orders of one epoch apart from those of the next.
 _CYCLES = 1 << 16
 
 
 class MixedTokens(IterableDataset[np.ndarray]):
-    """Samples of several datasets, drawn by weight; an endless stream, cut to length by its loader.
+    """An endless stream of samples of several datasets, drawn by weight. The loader cuts it to length.
 
     Args:
-        datasets: From ``open_split``.
-        weights: Of each, above zero; they need not sum to one.
-        seed: Of the draws.
-        rank: This process among the data-parallel ones.
+        datasets: The datasets that ``open_split`` returned.
+        weights: The weight of each dataset, above zero; the weights need not sum to one.
+        seed: The seed of the draws.
+        rank: The number of this process among the data-parallel ones.
     """
 
     def __init__(self, datasets: Sequence[StreamingDataset], weights: Sequence[float], seed: int, rank: int) -> None:
@@ -40,7 +40,7 @@ class MixedTokens(IterableDataset[np.ndarray]):
         self.weights = np.asarray(weights, dtype=np.float64) / float(np.sum(weights))
         self.seed, self.rank = seed, rank
         self.epoch = 1
-        self.skip = 0  # samples, of each worker
+        self.skip = 0  # The number of samples that each worker passes over.
 
     def __iter__(self) -> Iterator[np.ndarray]:
         worker = get_worker_info()
@@ -76,13 +76,15 @@ class MixedTokenLoader(DataLoader[torch.Tensor]):
     """Batches mixed from several splits by weight, with a length and an exact position.
 
     Args:
-        datasets: From ``open_split``, with ``drop_last=True``.
-        weights: Of each.
-        seed: Of the draws.
-        rank: This process among the data-parallel ones.
-        world_size: How many those are.
-        fingerprint: Identifies the data and the weights; a state of others is refused.
-        **kwargs: As of ``torch.utils.data.DataLoader``.
+        datasets: The datasets that ``open_split`` returned, with ``drop_last=True``.
+        weights: The weight of each dataset.
+        batch_size: The number of samples in a batch.
+        num_workers: The number of loader processes.
+        seed: The seed of the draws.
+        rank: The number of this process among the data-parallel ones.
+        world_size: The number of data-parallel processes.
+        fingerprint: The identity of the data and the weights. A state that was saved with others is refused.
+        **kwargs: The arguments of ``torch.utils.data.DataLoader``.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class MixedTokenLoader(DataLoader[torch.Tensor]):
         fingerprint: str = "",
         **kwargs: Any,
     ) -> None:
-        # Batches are put together here from samples: the sources count in samples.
+        # The sources count in samples; batches are put together here.
         samples = sum(dataset.get_len(num_workers, 1) for dataset in datasets)
         self._batches = samples // batch_size
         self._settings = {
@@ -128,8 +130,8 @@ class MixedTokenLoader(DataLoader[torch.Tensor]):
             self.current_epoch += 1
             self._yielded = 0
         self._resume_next_epoch = False
-        # Workers take turns. Each is put where it was when the first of them had its last turn, and the batches
-        # of the turn that was under way are thrown away.
+        # Workers take turns. Each worker starts where it was when the first worker had its last turn. The batches of
+        # the turn that was under way are read and thrown away.
         turns, started = divmod(self._yielded, max(1, self.num_workers))
         mixed = cast(MixedTokens, self.dataset)
         mixed.epoch, mixed.skip = self.current_epoch, turns * cast(int, self.batch_size)
@@ -142,7 +144,7 @@ class MixedTokenLoader(DataLoader[torch.Tensor]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch comes from, in plain types."""
+        """Return the position of the next batch, in plain types."""
         return {
             "epoch": self.current_epoch,
             "batches": self._yielded,
@@ -155,7 +157,7 @@ class MixedTokenLoader(DataLoader[torch.Tensor]):
         """Continue at a position saved by ``state_dict``, at the next epoch that starts.
 
         Raises:
-            ConfigError: It was saved with other data, weights, or settings that change the order of samples.
+            ConfigError: The position was saved with other data, weights, or settings that change the order of samples.
         """
         check_same_data(state, self.fingerprint)
         for name, value in self._settings.items():
@@ -169,7 +171,7 @@ class MixedTokenLoader(DataLoader[torch.Tensor]):
 
 
 class Chained(IterableDataset[np.ndarray]):
-    """Several datasets one after the other: how a mixture validates, each source whole; without workers."""
+    """Several datasets one after the other, for the validation of a mixture. It is read without worker processes."""
 
     def __init__(self, datasets: Sequence[StreamingDataset], batch_size: int) -> None:
         self.datasets = list(datasets)

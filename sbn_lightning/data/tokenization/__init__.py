@@ -1,1 +1,1 @@
-"""Text to tokens to litdata shards: what ``sbn prepare`` does."""
+"""Turn text into tokens and tokens into litdata shards: what ``sbn prepare`` does."""

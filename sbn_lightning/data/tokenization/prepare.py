@@ -68,36 +68,37 @@ def prepare(
 ) -> dict[str, Any]:
     """Turn text into token shards for training.
 
-    Interrupted at any moment, the same command continues. The result depends only on the input and the options,
-    not on the number of workers.
+    The same command continues after an interruption. The result depends only on the input and the options, not on the
+    number of workers. Files and records without text are left out, and named at the end.
 
     Args:
-        input: Text files, JSONL or Parquet files, folders or globs of them; 'stdlib' for the Python sources of
-            the running interpreter's standard library (about 30 MB); 'hf:NAME' or 'hf:FOLDER' for a Hugging Face
-            dataset. Several: --input+=A --input+=B, or --input '["A", "B"]'.
-        output: Folder to write.
-        tokenizer: 'byte' (256 bytes and an end-of-document token), 'bpe' (byte-level BPE, trained here), or the
-            path of a tokenizer.json.
-        vocab_size: Vocabulary of 'bpe'; default 4096.
-        eos_token: End-of-document token of a tokenizer.json, if it is not one of the usual ones.
-        text_key: Key (JSONL) or column (Parquet, Hugging Face) that holds the text.
-        pattern: Which files of a folder to take, as a glob.
-        subset: Subset (configuration) of a Hugging Face dataset.
-        split: Split of a Hugging Face dataset to read.
-        val_fraction: Share of files, or of records, to hold out for validation.
-        max_bytes: Stop after about this much input; a number of bytes, or like '10MB'.
-        chunk_bytes: Size of a shard.
-        segment_bytes: The work is cut in pieces of this size; an interruption loses at most one a worker.
+        input: The input: text, JSON, JSONL, CSV, TSV or Parquet files, which may be packed (.gz, .bz2, .xz, .zst);
+            folders or globs of them; 'stdlib' for the Python sources of the running interpreter's standard library
+            (about 30 MB); 'hf:NAME' or 'hf:FOLDER' for a Hugging Face dataset. Several: --input A B.
+        output: The folder to write.
+        tokenizer: The tokenizer: 'byte' (256 bytes and an end-of-document token), 'bpe' (byte-level BPE, trained
+            here), or the path of a tokenizer.json.
+        vocab_size: The vocabulary size of 'bpe'; default 4096.
+        eos_token: The end-of-document token of a tokenizer.json, if it is not one of the usual ones.
+        text_key: The key (JSON) or column (CSV, Parquet, Hugging Face) that holds the text.
+        pattern: The glob that the files of a folder must match.
+        subset: The subset (configuration) of a Hugging Face dataset.
+        split: The split of a Hugging Face dataset to read.
+        val_fraction: The share of files, or of records, to hold out for validation.
+        max_bytes: About how much input to read; a number of bytes, or like '10MB'.
+        chunk_bytes: The size of a shard.
+        segment_bytes: The size of a piece of work. An interruption loses at most one piece for each worker.
         bpe_sample_bytes: How much text to train 'bpe' on.
-        num_workers: Processes; default one a CPU, at most 16.
-        overwrite: Replace what an earlier `prepare` with other inputs or options left in the output folder.
+        num_workers: The number of processes; default one for each CPU, at most 16.
+        overwrite: Whether to replace what an earlier `prepare` wrote from other input or options. The old data stay
+            until the new ones are whole.
 
     Returns:
         The contents of ``meta.json``.
 
     Raises:
         ConfigError: An option or input cannot work, or the output folder holds something else.
-        DataError: An input file is damaged.
+        DataError: An input file is damaged, or a file that was named itself is not text.
     """
     out = Path(output)
     sizes = {
@@ -125,13 +126,13 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     from filelock import FileLock
 
-    # Two processes may get here at once (torchrun starts them so): one prepares, the others find it done.
+    # torchrun starts several processes at once: one prepares, and the others find the folder finished.
     with FileLock(str(out / ".prepare.lock")):
         return _Preparation(out, options, num_workers or default_workers(), overwrite).run()
 
 
 class _Preparation:
-    """One call of ``prepare``, with the lock held."""
+    """One call of ``prepare``, while it holds the folder's lock."""
 
     def __init__(self, out: Path, options: dict[str, Any], num_workers: int, overwrite: bool) -> None:
         self.out = out
@@ -144,7 +145,7 @@ class _Preparation:
     def run(self) -> dict[str, Any]:
         self._undo_exchange()
         segments, skipped, description = self._plan()
-        # Where the inputs lie does not matter, only what they are: `description` knows that.
+        # `description` says what the inputs are. Where they lie does not matter.
         choices = {key: value for key, value in self.options.items() if key not in ("input", "tokenizer")}
         choices["tokenizer"] = self._tokenizer_kind
         fingerprint = f"{shards.FORMAT_VERSION}-{sources.digest(json.dumps([choices, description]))}"
@@ -225,7 +226,7 @@ class _Preparation:
                 made = byte_tokenizer() if kind == "byte" else load_tokenizer(kind)
             write_text(file, made.to_str(pretty=True))
         tokenizer = load_tokenizer(file)
-        # Ours has one end token, whatever --eos_token says; a foreign one may have several.
+        # The tokenizers made here have one end token. One from elsewhere may have several.
         wanted = self.options["eos_token"] or (EOS_TOKEN if kind in ("byte", "bpe") else None)
         return vocab_size_of(tokenizer), *find_eos(tokenizer, wanted)
 
@@ -241,7 +242,7 @@ class _Preparation:
         sizes = [sum(part.size for part in segment) for segment in segments]
         todo = [i for i in range(len(segments)) if not (self.work / f"{i:06d}.json").is_file()]
         start = sum(sizes) - sum(sizes[i] for i in todo)
-        # stderr, and only to a terminal: a log file keeps the two lines of `_say`.
+        # A bar is for a terminal: a log file has the lines of `_say`.
         with tqdm(
             total=sum(sizes),
             initial=start,

@@ -1,11 +1,12 @@
-"""Tokenize segments, in this process or in several; and the worker those several run.
+"""Tokenize segments, in this process or in worker processes.
 
 A finished segment is three files: ``<n>.train.bin`` and ``<n>.val.bin`` (token ids back to back, no header) and
-``<n>.json`` (counts). Each is renamed into place when it is whole, and the last one last.
+``<n>.json`` (counts). Each file is renamed into place when it is whole. ``<n>.json`` comes last, so a segment with
+that file is done.
 
-Workers are plain Python processes that get segment numbers on stdin and answer a line each on stdout.
-``multiprocessing`` would either fork a process that has threads (the tokenizer's, torch's) or import the user's
-main script again; this does neither, and a worker whose parent was killed reads end-of-file and goes.
+Workers are plain Python processes. A worker gets segment numbers on stdin and answers each with a line on stdout.
+``multiprocessing`` would either fork a process that has threads (the tokenizer's, torch's) or import the user's main
+script again. These workers do neither, and a worker whose parent was killed reads the end of its stdin and exits.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ SPLITS = ("train", "val")
 
 
 def describe_os_error(error: OSError) -> str:
-    """A full disk, a file that went away: one line with the way out."""
+    """Return one line for an error such as a full disk or a file that went away, with the way out."""
     return f"{error.strerror or error}: {error.filename or 'while writing'}; mend that, then run the same command again"
 
 
 class SegmentTokenizer:
-    """Everything a process needs to turn segment numbers into token files.
+    """What a process needs to turn segment numbers into token files.
 
     Args:
-        work: The work folder: holds ``plan.json`` and ``tokenizer.json``, and receives the segments.
+        work: The work folder. It holds ``plan.json`` and ``tokenizer.json``, and receives the segments.
     """
 
     def __init__(self, work: Path) -> None:
@@ -57,8 +58,11 @@ class SegmentTokenizer:
     def __call__(self, index: int) -> None:
         """Tokenize one segment.
 
+        Args:
+            index: The number of the segment.
+
         Raises:
-            DataError: Of the inputs; names file and line.
+            DataError: An input is damaged; the message names the file and the line.
         """
         tally = Tally()
         stats: dict[str, Any] = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
@@ -93,10 +97,16 @@ class SegmentTokenizer:
 
 
 def tokenize(work: Path, todo: Sequence[int], num_workers: int, done: Callable[[int], None]) -> None:
-    """Tokenize the segments ``todo``, calling ``done(index)`` in this thread after each.
+    """Tokenize segments.
+
+    Args:
+        work: The work folder.
+        todo: The numbers of the segments.
+        num_workers: The number of processes; 1 works in this one.
+        done: The function to call with the number of each finished segment, in this thread.
 
     Raises:
-        DataError: Of the inputs, or a worker process died.
+        DataError: An input is damaged, or a worker process died.
     """
     num_workers = min(num_workers, len(todo))
     if num_workers <= 1:
@@ -166,8 +176,8 @@ def tokenize(work: Path, todo: Sequence[int], num_workers: int, done: Callable[[
 
 
 def main() -> None:
-    """The worker: segment numbers in, one line of JSON out for each."""
-    # Ctrl-C reaches the whole process group: the parent says what there is to say, and ends its workers.
+    """Run a worker: read segment numbers, and answer each with one line of JSON."""
+    # Ctrl-C reaches the whole process group. The parent prints the message and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     run: SegmentTokenizer | None = None
     for line in sys.stdin:
