@@ -1,4 +1,4 @@
-"""Every way to train that was run, each at its own best learning rate, against dense training in the same way."""
+"""Compare every way to train, at its own best learning rate, with dense training in the same way."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from research.reproduce.grid import Grid
 from research.reproduce.tables import DASH, FAMILIES, Cell, Results, change, density, number, table
 
-GOALS = {"2:4": 1.01, "2:8": 1.10}  # of dense ternary's perplexity
-# Factors that change nothing where nothing is masked.
+# The goal for the perplexity at a pattern, as a multiple of the perplexity of dense ternary.
+GOALS = {"2:4": 1.01, "2:8": 1.10}
+# Factors that change nothing in a model without masks.
 SPARSE_ONLY = ("mask_source", "gradient", "refresh_interval", "stale_gradient", "freeze_after", "masked_decay", "ramp")
 NOTE = (
     "A way's best rate has the lowest mean loss among its rates with the most seeds; one with fewer seeds is taken "
@@ -25,11 +26,11 @@ NOTE = (
 
 
 def at_best_rates(results: Results, grid: Grid | None = None) -> str:
-    """Patterns with a goal, and all others that something was varied at.
+    """Return a table of the patterns that have a goal, and of those where something was varied.
 
     Args:
-        results: What was measured.
-        grid: What the names in it stand for; None leaves that out.
+        results: The lines of results.
+        grid: The grid, to explain the names of its choices; None leaves the explanation out.
     """
     rows = []
     for family in FAMILIES:
@@ -50,8 +51,8 @@ def at_best_rates(results: Results, grid: Grid | None = None) -> str:
 
 
 def _choices(results: Results, grid: Grid) -> list[list[str]]:
-    """Rows of the grid's named choices that have results."""
-    # By the id, which holds a digest of the recipe: in lines of another grid the same name may have set something else.
+    """Return a row for each named choice of the grid that has results."""
+    # The id holds a digest of the recipe. In lines of another grid the same name may have set something else.
     done = {line["id"] for line in results.lines}
     varied = [run.varied for run in grid.runs() if run.id in done]
     rows = []
@@ -64,7 +65,7 @@ def _choices(results: Results, grid: Grid) -> list[list[str]]:
 
 
 def _pattern(results: Results, family: str, pattern: str, ways: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Rows of one pattern, the best first."""
+    """Return the rows of one pattern, the best first."""
     rows = []
     plain = results.sweep(family, pattern, {})
     method = plain[results.best(plain)] if plain else None
@@ -84,7 +85,7 @@ def _pattern(results: Results, family: str, pattern: str, ways: dict[str, dict[s
 def _against_dense(
     results: Results, family: str, pattern: str, varied: dict[str, Any], cell: Cell, single: str
 ) -> list[str]:
-    """Seeds, change, noise, goal and verdict."""
+    """Return the cells for seeds, change, noise, goal and verdict."""
     if pattern == "8:8":
         return [str(len(cell.runs)), DASH, DASH, DASH, single or DASH]
     same = {key: value for key, value in varied.items() if not _sparse_only(key, value)}
@@ -110,7 +111,7 @@ def _against_dense(
 
 
 def _single(sweep: dict[float, Cell], chosen: Cell) -> str:
-    """Says that what was chosen is a single run; empty if it is not."""
+    """Return a remark if the chosen cell is a single run, else an empty text."""
     if len(chosen.runs) > 1:
         return ""
     alone = all(len(cell.runs) == 1 for cell in sweep.values())
@@ -118,7 +119,7 @@ def _single(sweep: dict[float, Cell], chosen: Cell) -> str:
 
 
 def _sparse_only(key: str, value: Any) -> bool:
-    # gamma over kept or masked weights is that over all where all are kept; over nonzero ones it is another.
+    # Without a mask, gamma over kept or masked weights is gamma over all. Over nonzero weights it is another gamma.
     return key in SPARSE_ONLY or (key == "gamma_over" and value in ("kept", "masked"))
 
 

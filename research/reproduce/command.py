@@ -1,4 +1,4 @@
-"""The command lines of ``reproduce`` and ``reproduce-report``."""
+"""The commands ``reproduce`` and ``reproduce-report``."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def reproduce(
     keep_checkpoints: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Run a grid of trainings; what is done is skipped, what was interrupted continues.
+    """Run a grid of trainings. Runs that are done are skipped, and runs that were interrupted continue.
 
     Args:
-        grid: A YAML file of factors and groups.
-        output: Folder for results.jsonl, a line a run, and for the runs' logs.
+        grid: The YAML file of factors and groups.
+        output: The folder for results.jsonl, with a line for each run, and for the logs of the runs.
         data: The folder that `reproduce-corpus` wrote.
-        only: Globs: runs whose name, id or group/name matches one; --only 'ablation_*/*' '*2of4*'.
-        override: key=value, set in every run's recipe, say trainer.max_steps=100. Makes other runs of them.
-        jobs: Runs at a time, spread over the visible GPUs; each run has one.
-        stop_after: Seconds after which running ones save and stop.
-        keep_checkpoints: Keep the checkpoints of finished runs.
-        dry_run: Only list what would be run.
+        only: The runs to do, as globs that match a name, an id or group/name; --only 'ablation_*/*' '*2of4*'.
+        override: The changes to every run's recipe, like trainer.max_steps=100. A changed run is another run.
+        jobs: The number of runs at a time. They are spread over the visible GPUs, and each run has one GPU.
+        stop_after: The number of seconds after which running ones save and stop.
+        keep_checkpoints: Whether to keep the checkpoints of finished runs.
+        dry_run: Whether to list the runs only.
 
     Raises:
         ConfigError: The grid, an option or the corpus cannot work.
@@ -74,10 +74,11 @@ def reproduce_report(
 
     Args:
         results: The file of lines that `reproduce` wrote.
-        output: Markdown file to write.
-        images: Folder for the plots; not given, images/ next to the output.
-        plots: Whether to draw them; needs matplotlib.
-        grid: The grid file; its runs that have no line are listed, and what its names set. Not there, neither is.
+        output: The Markdown file to write.
+        images: The folder for the plots; not given, images/ next to the output.
+        plots: Whether to draw the plots; they need matplotlib.
+        grid: The grid file, to list its runs that have no line and to explain its names. If the file is not there, the
+            report goes without both.
 
     Raises:
         ConfigError: There are no results, the grid cannot work, or matplotlib is missing.
@@ -110,7 +111,7 @@ def _check_data(data: str, results: list[dict[str, Any]], output: Path, with_pro
 
 
 def _check_recipes(runs: list[Run], done: set[str]) -> None:
-    """Before any run starts: a key that ``fit`` does not know would fail them all, one after the other."""
+    """Check all recipes before any run starts: a key that ``fit`` does not know would fail one run after the other."""
     from sbn_lightning.cli.training import RecipeCheck
 
     parser = None

@@ -1,8 +1,8 @@
 """A corpus that needs no download: every Python file of the interpreter and its packages, each text once.
 
-Files that say the same (exactly, or up to white space) are one document: vendored copies would let a model see its
-validation text in training. What a document is for, and where it stands, depends on the digest of its text alone, so
-the corpus does not depend on where the files lie. ``prepare`` does the rest.
+Files with the same text, exactly or up to white space, are one document. Otherwise a model would see its validation
+text in training, because packages contain copies of each other. The split of a document and its place depend on the
+digest of its text alone, so the corpus does not depend on where the files lie. ``prepare`` does the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.core.files import atomic_stream
+from sbn_lightning.core.text import why_not_text
 from sbn_lightning.data import prepare
 from sbn_lightning.data.tokenization.options import parse_bytes
 from sbn_lightning.data.tokenization.sources import share
@@ -40,19 +41,19 @@ def reproduce_corpus(
     """Gather every Python file of this machine, each text once, as tokens for `reproduce`.
 
     Args:
-        folders: Where to look; not given, the interpreter's standard library and its site-packages.
-        output: Folder to write: text/ (JSON lines), tokens/ (train and validation), probe/.
-        suffix: Endings of the files to take.
-        vocab_size: Of the byte-level BPE that is trained on the training split.
-        val_fraction: Share of documents held out for validation.
-        probe_fraction: Share of documents held out for the probe.
-        max_file_bytes: Leave out larger files: most are tables.
-        max_bytes: Take only about this much text, a random choice of documents; like 300MB.
-        num_workers: Processes; default one a CPU, at most 16.
-        overwrite: Replace what an earlier call with other inputs or options left.
+        folders: The folders to search; not given, the interpreter's standard library and its site-packages.
+        output: The folder to write: text/ (JSON lines), tokens/ (train and validation), probe/.
+        suffix: The endings of the files to take.
+        vocab_size: The vocabulary size of the byte-level BPE, which is trained on the training split.
+        val_fraction: The share of documents held out for validation.
+        probe_fraction: The share of documents held out for the probe.
+        max_file_bytes: The size of the largest file to take. Most larger files are tables.
+        max_bytes: About how much text to take, as a random choice of documents; like 300MB.
+        num_workers: The number of processes; default one for each CPU, at most 16.
+        overwrite: Whether to replace what an earlier call with other inputs or options wrote.
 
     Returns:
-        Counts of files, and of tokens by split.
+        The counts of files, and of tokens by split.
 
     Raises:
         ConfigError: An option cannot work, or a folder does not exist.
@@ -98,14 +99,14 @@ def reproduce_corpus(
 
 
 def interpreter_folders() -> list[str]:
-    """The standard library and the folders of installed packages of the running interpreter."""
+    """Return the folders of the running interpreter's standard library and installed packages."""
     paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     paths += [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     return [path for path in dict.fromkeys(map(os.path.realpath, paths)) if os.path.isdir(path)]
 
 
 def find_files(roots: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Files below ``roots``, each once though roots overlap; hidden folders and caches are left out."""
+    """Yield the files below ``roots``, each once, also where roots overlap. Hidden folders and caches are left out."""
     seen: set[str] = set()
     for root in roots:
         for folder, names, files in os.walk(os.path.realpath(root)):
@@ -118,15 +119,15 @@ def find_files(roots: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[Path
 
 
 def unique_documents(files: Iterator[Path], max_bytes: int) -> tuple[dict[str, Path], dict[str, int]]:
-    """One file for each text.
+    """Choose one file for each text.
 
     Args:
-        files: What to read.
-        max_bytes: Files above are left out.
+        files: The files to read.
+        max_bytes: The size of the largest file to take.
 
     Returns:
-        Files by the digest of their text without white space, and how many files were looked at, left out (unreadable,
-        not UTF-8, too large, no text), and duplicates.
+        The files by the digest of their text without white space; and the counts of files that were read, that were
+        left out (unreadable, not UTF-8, too large, no text), and that are duplicates.
     """
     counts = {"files": 0, "left_out": 0, "duplicates": 0, "same_but_for_white_space": 0}
     exact: set[str] = set()
@@ -139,7 +140,7 @@ def unique_documents(files: Iterator[Path], max_bytes: int) -> tuple[dict[str, P
         except (OSError, UnicodeDecodeError):
             counts["left_out"] += 1
             continue
-        if len(data) > max_bytes or not text.strip() or "\0" in text:
+        if len(data) > max_bytes or not text.strip() or why_not_text(data):
             counts["left_out"] += 1
             continue
         digest = blake2b(data, digest_size=16).hexdigest()
@@ -149,13 +150,13 @@ def unique_documents(files: Iterator[Path], max_bytes: int) -> tuple[dict[str, P
             continue
         exact.add(digest)
         counts["same_but_for_white_space"] += normalised in found
-        # Of several, one that does not depend on the order of files.
+        # The smallest digest, so that the choice does not depend on the order of the files.
         found[normalised] = min(found.get(normalised, (digest, path)), (digest, path))
     return {normalised: path for normalised, (_, path) in found.items()}, counts
 
 
 def _some(documents: dict[str, Path], max_bytes: int) -> dict[str, Path]:
-    """Those with the smallest digests, up to about ``max_bytes`` of text."""
+    """Return the documents with the smallest digests, up to about ``max_bytes`` of text."""
     chosen: dict[str, Path] = {}
     for digest in sorted(documents):
         if max_bytes <= 0:

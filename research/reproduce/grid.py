@@ -1,8 +1,8 @@
-"""Factors and groups in a YAML file -> runs, each a whole recipe with an id that stays.
+"""Read factors and groups from a YAML file, and make runs: each is a whole recipe with a stable id.
 
-A run's id is a readable name and a digest of its recipe, without what cannot change a result (where data and logs are,
-which device). So a run is itself whatever group asks for it, what two groups share runs once, and a changed recipe
-makes new runs instead of passing for the old ones.
+The id of a run is a readable name and a digest of its recipe. The digest leaves out what cannot change a result: the
+places of data and logs, and the device. So a run that two groups ask for is done once, and a changed recipe makes new
+runs, which are not mistaken for the old ones.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from research.reproduce.corpus import TOKENS
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data.tokenization.sources import digest
 
-# In every name, so never listed among what a run varies. With the learning rate: a new default for a family must not
-# rename the runs of a sweep.
+# Factors that stand in every name, and so are never listed among what a run varies. The learning rate is one of them: a
+# new default for a family must not rename the runs of a sweep.
 ALWAYS_NAMED = ("family", "pattern", "learning_rate", "seed")
 # Where version 0.1.0 had its grid.
 _BEFORE = ("recipes", "reproduce", "grid.yaml")
@@ -35,11 +35,11 @@ class Run:
     """One training run.
 
     Attributes:
-        name: Readable: what it varies, and its seed.
+        name: The readable name: what the run varies, and its seed.
         recipe: The whole configuration that ``fit`` gets.
         factors: The value of every factor.
-        varied: Factors whose value is not the default's, without :data:`ALWAYS_NAMED`.
-        groups: The groups that ask for it.
+        varied: The factors whose value is not the default, without :data:`ALWAYS_NAMED`.
+        groups: The groups that ask for the run.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Stable: the name, and a digest of the recipe."""
+        """The stable id: the name, and a digest of the recipe."""
         recipe = copy.deepcopy(self.recipe)
         for key in _PLACES:
             set_key(recipe, key, None)
@@ -58,26 +58,26 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Tokens it trains on."""
+        """The number of tokens that the run trains on."""
         data, trainer = self.recipe["data"], self.recipe["trainer"]
         batches = trainer["max_steps"] * trainer.get("accumulate_grad_batches", 1)
         return int(batches * data["batch_size"] * data["sequence_length"])
 
     def matches(self, patterns: Sequence[str]) -> bool:
-        """Whether its id, its name or ``group/name`` matches one of the globs; no pattern matches all."""
+        """Return whether the id, the name or ``group/name`` matches one of the globs; no glob at all matches."""
         names = [self.id, self.name, *(f"{group}/{self.name}" for group in self.groups)]
         return not patterns or any(fnmatch(name, pattern) for name in names for pattern in patterns)
 
 
 @dataclass
 class Grid:
-    """A grid file, read.
+    """The content of a grid file.
 
     Attributes:
-        recipe: The base recipe, with the command line's overrides.
-        factors: By name: the keys it sets, or its choices.
-        groups: By name: values of factors.
-        probe: Settings of the probe, or None for no probe.
+        recipe: The base recipe, with the overrides of the command line.
+        factors: The factors by name: the keys that a factor sets, or its choices.
+        groups: The groups by name: values of factors.
+        probe: The settings of the probe, or None for no probe.
     """
 
     recipe: dict[str, Any]
@@ -86,7 +86,7 @@ class Grid:
     probe: dict[str, int] | None
 
     def runs(self) -> list[Run]:
-        """All runs, each once, in the order of the groups.
+        """Return all runs, each once, in the order of the groups.
 
         Raises:
             ConfigError: If a group names a factor or a value that is not there, or a recipe cannot give a result.
@@ -135,12 +135,12 @@ class Grid:
 
 
 def read_grid(path: str | Path, overrides: Sequence[str] = (), data: str | None = None) -> Grid:
-    """Reads a grid file.
+    """Read a grid file.
 
     Args:
-        path: The file; its recipe is looked for next to it.
-        overrides: ``key=value`` with a YAML value, set in the base recipe before anything else.
-        data: Folder of the corpus, if not what the recipe says.
+        path: The path of the file. The file's recipe lies next to it.
+        overrides: The changes to the base recipe, each ``key=value`` with a YAML value. They are made first.
+        data: The folder of the corpus, if it is not the one in the recipe.
 
     Raises:
         ConfigError: If a file is not there, is no YAML, or lacks a part.
@@ -167,7 +167,7 @@ def read_grid(path: str | Path, overrides: Sequence[str] = (), data: str | None 
 
 
 def get_key(config: Any, key: str, missing: Any) -> Any:
-    """The value at a dotted key, or ``missing``."""
+    """Return the value at a dotted key, or ``missing``."""
     for part in key.split("."):
         if not isinstance(config, dict) or part not in config:
             return missing
@@ -176,7 +176,7 @@ def get_key(config: Any, key: str, missing: Any) -> Any:
 
 
 def set_key(config: dict[str, Any], key: str, value: Any) -> None:
-    """Sets the value at a dotted key, making what is between."""
+    """Set the value at a dotted key, and make the mappings that the key goes through."""
     *parents, last = key.split(".")
     for part in parents:
         if not isinstance(config.get(part), dict):
@@ -186,7 +186,7 @@ def set_key(config: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _check(value: Any, key: str, where: str) -> None:
-    """Refuses what YAML reads in another way than it was meant."""
+    """Refuse values that YAML reads in another way than the author meant."""
     if key.endswith("pattern") and not isinstance(value, str):
         raise ConfigError(f'{where}: {value!r} is not a pattern; quote it, like "6:8": YAML reads 6:8 as a number')
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):

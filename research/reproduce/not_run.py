@@ -1,4 +1,4 @@
-"""What of a grid has no line of results."""
+"""List the runs of a grid that have no line of results."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from research.reproduce.tables import Results, table
 
 
 def not_run(results: Results, grid: Grid) -> str | None:
-    """A table by group; None if every run of the grid has its line.
+    """Return a table of the missing runs by group, or None if every run of the grid has its line.
 
     A run that several groups ask for counts in each of them.
+
+    Args:
+        results: The lines of results.
+        grid: The grid that was to be run.
     """
     done = {line["id"] for line in results.lines}
     runs = grid.runs()
@@ -31,6 +35,6 @@ def not_run(results: Results, grid: Grid) -> str | None:
 
 
 def _short(run: Run, names: list[str]) -> str:
-    """What tells it from the other runs of its group."""
+    """Return the values that distinguish a run from the other runs of its group."""
     values = {name: run.factors[name] for name in names}
     return " ".join(f"{'seed ' if name == 'seed' else ''}{value}" for name, value in values.items())

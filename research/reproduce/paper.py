@@ -1,4 +1,4 @@
-"""What the paper reports (arXiv 2603.05168), second hand: :data:`ORIGIN` says of what, and the report says it too."""
+"""The figures of the paper (arXiv 2603.05168), second hand. :data:`ORIGIN` says where they come from."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FLIP_RATES = (
     "The paper gives flip rates in words alone: high early, then settling; with masked gradients masks freeze too "
     "early, with masks from ternary weights they keep oscillating."
 )
-# Perplexity as a multiple of the dense model's of the same family, at 0.5B.
+# Perplexity at 0.5B, as a multiple of the perplexity of the dense model of the same family.
 RELATIVE = {
     "bf16-sparse": {"8:8": 1.0, "7:8": 1.02, "6:8": 1.05, "5:8": 1.07, "2:4": 1.188, "3:8": 1.31, "2:8": 1.45},
     "ternary": {"8:8": 1.0, "7:8": 1.01, "6:8": 1.01, "5:8": 1.03, "2:4": 1.057, "3:8": 1.15, "2:8": 1.27},
 }
-# Perplexities, dense and 6:8, by size.
+# Perplexities of the dense and the 6:8 model, by size.
 ABSOLUTE = {
     "bf16-sparse": {"0.5B": (21.91, 23.11), "1.5B": (18.10, 18.70), "3B": (16.03, 16.48)},
     "ternary": {"0.5B": (25.99, 26.31), "1.5B": (20.11, 20.35), "3B": (17.70, 17.87)},
@@ -35,6 +35,6 @@ ABLATIONS = {
     ("gamma_over", "masked"): 26.9,
 }
 SHARES = {"share_75": 26.71, "share_50": 27.39, "share_25": 27.48, "never sparse": DENSE_BITNET}
-# Share of weights that are zero in a long run of dense ternary training, and newly because of the mask.
+# The share of weights that a long dense ternary training rounds to zero, and the share that the mask adds.
 NATURAL_ZEROS = 0.42
 ENFORCED_ZEROS = {"6:8": 0.013, "2:4": 0.14}

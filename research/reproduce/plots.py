@@ -1,4 +1,4 @@
-"""Plots of the results, as PNG, with what the paper reports as dashed lines or open marks."""
+"""Draw the results as PNG files. Dashed lines and open marks show what the paper reports."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from research.reproduce.variants import ABLATIONS, BASES, FLIPS, RAMPS
 from sbn_lightning.core.errors import ConfigError
 
 COLOURS = {"bf16-sparse": "#4c72b0", "ternary": "#c44e52"}
-Figure = Any  # matplotlib's
+Figure = Any  # matplotlib.figure.Figure, which is imported only to draw.
 
 
 def draw(results: Results, folder: Path) -> dict[str, Path]:
-    """Draws what there are results for.
+    """Draw the plots that there are results for.
 
     Args:
-        results: What was measured.
-        folder: Where the files go.
+        results: The lines of results.
+        folder: The folder to write the files to.
 
     Returns:
         The files by name.
@@ -51,7 +51,7 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
 
 
 def perplexity(results: Results, figure: Figure) -> bool:
-    """Against N / M, absolute and relative to dense."""
+    """Draw the perplexity against N / M, absolute and relative to dense."""
     absolute, relative = figure.subplots(1, 2)
     drawn = False
     for family in FAMILIES:
@@ -83,7 +83,7 @@ def _line(axes: Any, values: dict[str, float], family: str) -> None:
 
 
 def flip_rate(results: Results, figure: Figure) -> bool:
-    """Of masks over time: by pattern, and of the ablations that are said to freeze or to oscillate."""
+    """Draw the flip rate of masks over time: by pattern, and for the ablations that are said to freeze or oscillate."""
     panels = figure.subplots(1, 2)
     left = {f"{f} {p}": results.cell(f, p) for f in FAMILIES for p in BASES}
     right = {name: results.cell("ternary", "6:8", varied) for name, varied in FLIPS.items()}
@@ -102,7 +102,7 @@ def flip_rate(results: Results, figure: Figure) -> bool:
 
 
 def ablations(results: Results, figure: Figure) -> bool:
-    """Change of perplexity, as bars, at each of ``BASES``."""
+    """Draw the change of perplexity as bars, at each of ``BASES``."""
     panels = figure.subplots(1, len(BASES))
     drawn = False
     for axes, pattern in zip(panels, BASES, strict=True):
@@ -125,13 +125,13 @@ def ablations(results: Results, figure: Figure) -> bool:
                 axes.plot(*zip(*marks, strict=True), "D", mfc="none", c="black", label="paper (0.5B)")
                 axes.legend()
         axes.axhline(0, c="black", lw=0.8)
-        axes.tick_params(axis="x", labelsize=8)  # five names side by side
+        axes.tick_params(axis="x", labelsize=8)  # Five names stand side by side.
         axes.set(title=f"ternary {pattern}, with bars of noise", ylabel="perplexity, % against the method")
     return drawn
 
 
 def ramps(results: Results, figure: Figure) -> bool:
-    """Validation loss over time, and where it ends, at each of ``BASES``."""
+    """Draw the validation loss over time, at each of ``BASES``."""
     panels = figure.subplots(1, len(BASES))
     drawn = False
     for axes, pattern in zip(panels, BASES, strict=True):

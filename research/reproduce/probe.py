@@ -1,13 +1,14 @@
-"""Bracket matching in held-out code: a probe that can break while the loss stays.
+"""Bracket matching in held-out code: a test that a model can fail while its loss stays good.
 
-Wherever the text closes a bracket, the model is asked which kind closes here: of all tokens that begin with a closing
-bracket, is the most likely one of the right kind? The right kind is that of the innermost open bracket, so the model
-has to remember it, from a few tokens ago or from hundreds. Round brackets are most of them, and who always answers ")"
-is often right: accuracy is balanced over the three kinds (that one gets a third), and given by distance to the opener.
+Wherever the text closes a bracket, the model is asked which kind of bracket closes here. Among all tokens that begin
+with a closing bracket, is the most likely one of the right kind? The right kind is that of the innermost open bracket,
+so the model has to remember a bracket from a few tokens ago, or from hundreds. Most brackets are round, so a model that
+always answers ")" is often right. The accuracy is therefore balanced over the three kinds, where that answer scores a
+third, and it is also given by the distance to the opening bracket.
 
-Left out: places whose opener lies outside the window, and those where the text itself does not match (brackets in
-strings and comments); after such a place the search for openers starts anew. What brackets a string holds that do match
-counts as code.
+Two kinds of places are left out: places whose opening bracket lies outside the window, and places where the text itself
+does not match, such as brackets in strings and comments. After such a place the search for opening brackets starts
+again. Brackets in a string that do match count as code.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 OPEN, CLOSE = "([{", ")]}"
-DISTANCES = (1, 8, 32, 128)  # where bins of distances, in tokens, begin
+# The first distance, in tokens, of each bin of distances.
+DISTANCES = (1, 8, 32, 128)
 
 
 @dataclass
 class Brackets:
-    """What a vocabulary's tokens say of brackets.
+    """The brackets in the tokens of a vocabulary.
 
     Attributes:
-        inside: Brackets in each token's text, in order, by id; None for the token between documents.
-        kind: Of each token: 0, 1, 2 for one whose text begins with ``)``, ``]``, ``}`` after white space, else -1;
-            int64 ``[vocab_size]``.
+        inside: The brackets in each token's text, in order, by id; None for the token between documents.
+        kind: The kind of each token, int64 ``[vocab_size]``: 0, 1 or 2 if the text begins with ``)``, ``]`` or ``}``
+            after white space, else -1.
     """
 
     inside: list[str | None]
@@ -41,7 +43,7 @@ class Brackets:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Brackets:
-        """Of a tokenizer with an end-of-document token."""
+        """Return the brackets of a tokenizer that has an end-of-document token."""
         from sbn_lightning.data.tokenizer import find_eos
 
         texts: list[str | None] = [tokenizer.decode([i]) for i in range(tokenizer.get_vocab_size())]
@@ -50,7 +52,7 @@ class Brackets:
 
     @classmethod
     def of_texts(cls, texts: Sequence[str | None]) -> Brackets:
-        """Of each token's text, by id; None for the token between documents."""
+        """Return the brackets of a list of each token's text, by id; None for the token between documents."""
         inside = [None if text is None else "".join(c for c in text if c in OPEN + CLOSE) for text in texts]
         starts = [(text or "").lstrip()[:1] for text in texts]
         return cls(inside, torch.tensor([CLOSE.find(start) if start else -1 for start in starts]))
@@ -58,12 +60,12 @@ class Brackets:
 
 @dataclass
 class Places:
-    """Where a window closes a bracket, each tensor int64 ``[places]``.
+    """The places where a window closes a bracket. Each tensor is int64 ``[places]``.
 
     Attributes:
         index: The place of the closing token in the window.
-        kind: Which bracket it closes.
-        distance: Tokens from the opener to it.
+        kind: The kind of bracket that the token closes.
+        distance: The number of tokens from the opening bracket to the closing one.
     """
 
     index: Tensor
@@ -72,7 +74,7 @@ class Places:
 
 
 def find_places(tokens: Sequence[int], brackets: Brackets) -> Places:
-    """Places of a window, a sequence of ids, at which the next token closes a bracket that was opened in it."""
+    """Return the places of a window (a sequence of ids) whose token closes a bracket that the window opened."""
     rows: list[tuple[int, int, int]] = []
     stack: list[tuple[str, int]] = []
     for index, token in enumerate(tokens):
@@ -97,14 +99,14 @@ def find_places(tokens: Sequence[int], brackets: Brackets) -> Places:
 def bracket_probe(
     model: Callable[[Tensor], Tensor], tokens: Tensor, brackets: Brackets, window: int = 512, batch_size: int = 16
 ) -> dict[str, Any]:
-    """Asks a model which bracket closes.
+    """Ask a model which bracket closes.
 
     Args:
-        model: Ids int64 ``[B, T]`` -> logits ``[B, T, vocab_size]``; the next token's at each place.
-        tokens: Held-out text, int64 ``[tokens]``; cut into windows, and what does not fill one is left out.
-        brackets: Of the vocabulary.
-        window: Tokens the model sees at a time.
-        batch_size: Windows at a time.
+        model: The model: ids int64 ``[B, T]`` -> logits ``[B, T, vocab_size]`` of the next token at each place.
+        tokens: The held-out text, int64 ``[tokens]``. It is cut into windows; tokens that fill no window are left out.
+        brackets: The brackets of the vocabulary.
+        window: The number of tokens in a window.
+        batch_size: The number of windows that the model sees at once.
 
     Returns:
         ``places``, ``accuracy``, ``balanced_accuracy`` (mean over the kinds that occur) and ``always_round`` (the
@@ -137,7 +139,7 @@ def _score(kinds: Tensor, answers: Tensor, distances: Tensor) -> dict[str, Any]:
 
 
 def _accuracies(kinds: Tensor, answers: Tensor) -> dict[str, Any]:
-    """Shares of right answers; None where nothing was asked."""
+    """Return the shares of right answers; None where there is no place."""
     if not len(kinds):
         return {"places": 0, "accuracy": None, "balanced_accuracy": None, "always_round": None}
     right = (kinds == answers).double()

@@ -1,4 +1,4 @@
-"""Markdown of what was measured: one function a section, each of which makes what it can of them."""
+"""Write the results as Markdown: one function for each section. A section shows as much as there are results for."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ INTERVALS = (10, 100, 1000)
 
 
 def write_report(lines: list[Line], output: Path, images: Path | None, grid: Grid | None = None) -> None:
-    """Writes the report.
+    """Write the report.
 
     Args:
-        lines: Lines of results, at least one.
-        output: Markdown file.
-        images: Folder for the plots; None for none.
-        grid: What was to be run, to list what has no line and what its names stand for; None lists nothing.
+        lines: The lines of results, at least one.
+        output: The Markdown file to write.
+        images: The folder for the plots; None for no plots.
+        grid: The grid, to list its runs that have no line and to explain its names; None leaves both out.
 
     Raises:
         ConfigError: If plots are wanted and matplotlib is missing, or the grid cannot work.
@@ -73,7 +73,7 @@ def _noise_row(family: str, noise: Noise | None) -> list[str]:
 
 
 def setting(results: Results) -> str:
-    """What was run, on what."""
+    """Return the section on what was run, and on which hardware and data."""
     lines = results.lines
     first = lines[0]
     machines = sorted({line["hardware"] for line in lines})
@@ -113,7 +113,7 @@ def setting(results: Results) -> str:
 
 
 def main_table(results: Results) -> str:
-    """Each family at each pattern, against its dense self."""
+    """Return the table of each family at each pattern, against the dense model of the family."""
     rows = []
     for family in FAMILIES:
         dense = results.cell(family, "8:8")
@@ -135,7 +135,7 @@ def main_table(results: Results) -> str:
 
 
 def _across_families(results: Results) -> str:
-    """Which family loses less, and which is better."""
+    """Return the table that says which family loses less to sparsity."""
     said = []
     for pattern in PATTERNS[1:]:
         cells = [(results.cell(family, pattern), results.cell(family, "8:8")) for family in FAMILIES]
@@ -156,7 +156,7 @@ def _across_families(results: Results) -> str:
 
 
 def _absolute(results: Results) -> str:
-    """Perplexities themselves, ours and the paper's by size."""
+    """Return the table of perplexities, ours and the paper's by size."""
 
     def said(dense: float, sparse: float) -> str:
         return f"{dense:.2f} → {sparse:.2f} ({change(sparse / dense)})"
@@ -172,7 +172,7 @@ def _absolute(results: Results) -> str:
 
 
 def learning_rates(results: Results) -> str:
-    """The sweep, and whether the best is inside it."""
+    """Return the table of the learning rate sweep, and whether the best rate lies inside the sweep."""
     rows, said = [], []
     for family in FAMILIES:
         for pattern in results.patterns():
@@ -197,7 +197,7 @@ def learning_rates(results: Results) -> str:
 
 
 def _variants(results: Results, variants: Sequence[tuple[str, dict[str, Any], float | None]], title: str) -> str:
-    """Variants of ternary training against its default, at each of ``BASES``; the paper's are at 6:8."""
+    """Return a table of variants of ternary training against the default, at each of ``BASES``."""
     rows = []
     for pattern in BASES:
         base = results.cell("ternary", pattern)
@@ -216,19 +216,19 @@ def _variants(results: Results, variants: Sequence[tuple[str, dict[str, Any], fl
 
 
 def ablations(results: Results) -> str:
-    """Mask source, gradient, gamma."""
+    """Return the section on mask source, gradient and gamma."""
     variants = [(f"{name}: {value}", {name: value}, paper.ABLATIONS.get((name, value))) for name, value in ABLATIONS]
     return f"{_variants(results, variants, 'changed')}\n\n{paper.INCONSISTENT}"
 
 
 def ramps(results: Results) -> str:
-    """Sparse shares of training and the walk, against sparse from the start."""
+    """Return the section on trainings that become sparse late or step by step, against sparse from the start."""
     variants = [(name, {"ramp": name}, paper.SHARES.get(name)) for name in RAMPS]
     return _variants(results, variants, "ramp")
 
 
 def refresh(results: Results) -> str:
-    """Mask refresh every so many steps, safe and naive, at 6:8."""
+    """Return the section on rarer mask refreshes, safe and naive, at 6:8."""
     base, rows = results.cell("ternary", "6:8"), []
     for interval in INTERVALS:
         for gradient, name in (("masked", "safe"), ("dense", "naive")):
@@ -246,12 +246,12 @@ def refresh(results: Results) -> str:
 
 
 def int8_gradients(results: Results) -> str:
-    """Rounded against exact."""
+    """Return the section on rounded against exact gradients."""
     return _variants(results, [("int8 gradients", {"gradients": "int8"}, None)], "changed")
 
 
 def zeros(results: Results) -> str:
-    """At the end of training."""
+    """Return the section on zeros and flips at the end of training."""
     rows = []
     for pattern in PATTERNS:
         for family in FAMILIES:
@@ -271,7 +271,7 @@ def zeros(results: Results) -> str:
 
 
 def _flips(results: Results) -> str:
-    """What the paper says of the plot, and where our curves end."""
+    """Return what the paper says about flip rates, and where our curves end."""
     cells = {name: results.cell("ternary", "6:8", varied) for name, varied in FLIPS.items()}
     ends = {name: cell.mean("sparsity", "flip_rate_mask") for name, cell in cells.items() if cell is not None}
     said = ", ".join(f"{percent(end, 2)} {name}" for name, end in ends.items() if end is not None)
@@ -284,7 +284,7 @@ def _with_spread(cell: Cell, name: str) -> str:
 
 
 def brackets(results: Results) -> str:
-    """Whether sparsity breaks what the loss does not show."""
+    """Return the section on bracket matching, which can fail without a change in the loss."""
     far = f"{DISTANCES[-1]}+"
     wanted = [(family, pattern, results.cell(family, pattern)) for family in FAMILIES for pattern in PATTERNS]
     variants = [*ABLATIONS, *(("ramp", ramp) for ramp in RAMPS), ("gradients", "int8")]

@@ -1,4 +1,4 @@
-"""``results.jsonl``: one line a finished run, appended and synced; a run is done when its line is there."""
+"""``results.jsonl``: one line for each finished run. A run is done when its line is in the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE = "results.jsonl"
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """All lines; none if there is no file. A last line that a crash cut short does not count.
+    """Return all lines, or none if there is no file. A last line that a crash cut short does not count.
 
     Raises:
         DataError: If another line is damaged.
@@ -33,10 +33,10 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def append_result(path: Path, result: dict[str, Any]) -> None:
-    """Adds a line that is there after a crash, or not at all."""
+    """Add a line. After a crash the whole line is there, or nothing of it counts."""
     if path.is_file():
         text = path.read_text(encoding="utf-8")
-        if text and not text.endswith("\n"):  # cut short by a crash
+        if text and not text.endswith("\n"):  # A crash cut the last line short.
             write_text(path, text[: text.rfind("\n") + 1])
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(result, allow_nan=False) + "\n")

@@ -1,8 +1,9 @@
-"""Runs a list of runs as processes, several at a time, and survives being stopped at any moment.
+"""Do a list of runs as processes, several at a time. The list can be stopped and continued at any moment.
 
-Each run is a process of its own: it may crash, and what it holds on the GPU is free when it ends. Processes are in
-sessions of their own, so that Ctrl-C reaches only this one, which tells them to save and stop; each also stops by
-itself when this process is gone (its stdin ends). A run that is started again continues from its last checkpoint.
+Each run is a process of its own, so a crash of one run does not end the others, and its GPU memory is free when it
+ends. Each process has its own session, so Ctrl-C reaches only this process, which tells the others to save and stop. A
+worker also stops by itself when this process is gone, because its stdin ends. A run that is started again continues
+from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ from sbn_lightning.core.errors import ConfigError, SBNError
 from sbn_lightning.core.files import write_text
 
 WORKER = "from research.reproduce.worker import main; main()"
-GRACE = 60.0  # seconds from the order to stop until a process is killed
+# Seconds from the order to stop until a process is killed.
+GRACE = 60.0
 
 
 @dataclass
 class Worker:
-    """A run's process.
+    """The process of a run.
 
     Attributes:
-        run: What it does.
+        run: The run.
         process: The process.
-        folder: Where it writes.
-        gpu: The one it has, as CUDA_VISIBLE_DEVICES names it; None without one.
-        started: When, in seconds of the monotonic clock.
+        folder: The folder that the process writes to.
+        gpu: The GPU of the process, as CUDA_VISIBLE_DEVICES names it; None without a GPU.
+        started: The start of the process, in seconds of the monotonic clock.
     """
 
     run: Run
@@ -50,14 +52,14 @@ class Worker:
 
 
 class Runner:
-    """Does what is left of a list of runs.
+    """Do the runs of a list that are not done yet.
 
     Args:
-        output: Folder of the results.
-        probe: What each run's probe gets, or None for none.
-        jobs: Runs at a time, spread over the GPUs; each run has one.
-        keep_checkpoints: Keep the checkpoints of finished runs.
-        gpus: The GPUs to use, as CUDA_VISIBLE_DEVICES names them; None: those that are visible.
+        output: The folder of the results.
+        probe: The settings of the probe after each run, or None for no probe.
+        jobs: The number of runs at a time. They are spread over the GPUs, and each run has one GPU.
+        keep_checkpoints: Whether to keep the checkpoints of finished runs.
+        gpus: The GPUs to use, as CUDA_VISIBLE_DEVICES names them; None for all that are visible.
     """
 
     def __init__(
@@ -72,23 +74,24 @@ class Runner:
         self.gpus = visible_gpus() if gpus is None else list(gpus)
         self.failed: dict[str, str] = {}
         self._workers: list[Worker] = []
-        self._recorded: set[str] = set()  # ids with a line
+        self._recorded: set[str] = set()  # The ids of the runs that have a line.
         self._done = 0
 
     def __call__(self, runs: Sequence[Run], stop_after: float | None = None) -> int:
-        """Runs them.
+        """Do the runs.
 
         Args:
-            runs: All that are wanted; those with a line are left out.
-            stop_after: Seconds after which running ones are told to save and stop, and no other is started.
+            runs: All runs that are wanted. Runs that have a line are left out.
+            stop_after: The number of seconds after which running ones are told to save and stop, and no other run is
+                started.
 
         Returns:
-            How many are left.
+            The number of runs that are left.
 
         Raises:
             ConfigError: If another process runs in the same folder.
-            SBNError: If runs failed, when no other is left or time is up; names them.
-            SystemExit: After Ctrl-C or a SIGTERM, with everything saved.
+            SBNError: If runs failed. It is raised at the end, and names them.
+            SystemExit: After Ctrl-C or SIGTERM, with everything saved.
         """
         from filelock import FileLock, Timeout
 
@@ -107,7 +110,7 @@ class Runner:
 
     def _run_all(self, runs: list[Run], deadline: float | None) -> int:
         self._recorded = {line["id"] for line in read_results(self.output / FILE)}
-        for run in runs:  # a crash may have come between a run's end and its line
+        for run in runs:  # A crash may have come between the end of a run and its line.
             self._collect(run)
         todo = [run for run in runs if run.id not in self._recorded]
         self._done = len(runs) - len(todo)
@@ -136,12 +139,12 @@ class Runner:
             _say(f"stopped, runs left: {self._left(runs)}; the same command continues")
             raise SystemExit(130) from None
         finally:
-            for worker in self._workers:  # only after a second Ctrl-C, or a bug
+            for worker in self._workers:  # Some are left only after a second Ctrl-C, or an error here.
                 _signal(worker, signal.SIGKILL)
         return 0
 
     def _left(self, runs: Sequence[Run]) -> int:
-        """Runs without a line; asked of the file, as Ctrl-C may have come between a line and our count of it."""
+        """Return how many runs have no line in the file, which is newer than the count here after Ctrl-C."""
         recorded = {line["id"] for line in read_results(self.output / FILE)}
         return sum(run.id not in recorded for run in runs)
 
@@ -201,7 +204,7 @@ class Runner:
             _say(f"{worker.run.name} failed with status {worker.process.returncode}: {reason}")
 
     def _collect(self, run: Run) -> dict[str, Any] | None:
-        """Moves a finished run's result to the results; None if there is none."""
+        """Move the result of a finished run to the results. Return it, or None if the run has no result."""
         folder = self.output / "runs" / run.id
         if not (folder / "result.json").is_file():
             return None
@@ -215,7 +218,7 @@ class Runner:
         return result
 
     def _stop(self, total: int) -> None:
-        """Tells all to save and stop, waits for them, and collects what was finished by then."""
+        """Tell all workers to save and stop, wait for them, and collect the runs that were finished by then."""
         for worker in self._workers:
             _signal(worker, signal.SIGTERM)
         until = time.monotonic() + GRACE
@@ -232,7 +235,7 @@ class Runner:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     if named := os.environ.get("CUDA_VISIBLE_DEVICES"):

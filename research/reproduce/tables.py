@@ -1,10 +1,13 @@
-"""Lines of results -> cells with seeds and noise -> Markdown tables.
+"""Gather lines of results into cells, compare cells, and write Markdown tables.
 
-Comparisons are made in log perplexity (nats), where effects of the same relative size are equally large. The noise of
-one run is the standard deviation between seeds, pooled over all cells of a family and pattern that have several: some
-patterns train less steadily than others. Where a pattern has less than two degrees of freedom, the family's takes its
-place, without the runs of the pattern that it is compared with: those make the other side's noise. A difference of two
-means counts if it exceeds its own standard deviation times the quantile of Student's t for the degrees of freedom.
+A cell holds the runs that differ only in their seed. Cells are compared in log perplexity (nats), where effects of the
+same relative size are equally large.
+
+The noise of one run is the standard deviation of its loss between seeds. It is pooled over all cells of a family and
+pattern that have several seeds, because some patterns train less steadily than others. A pattern with less than two
+degrees of freedom takes the noise of its family, without the runs of the pattern that it is compared with: those runs
+already give the noise of the other side. A difference of two means counts if it exceeds its standard deviation times
+the quantile of Student's t for the degrees of freedom.
 """
 
 from __future__ import annotations
@@ -21,48 +24,49 @@ from research.reproduce.noise import combined, t_factor
 Line = dict[str, Any]
 FAMILIES = ("bf16-sparse", "ternary")
 DASH = "-"
-LEAST_FREEDOM = 2  # degrees of freedom; with one, Student's t asks for 12.7 standard deviations
+# The least degrees of freedom for an estimate. With one, Student's t asks for 12.7 standard deviations.
+LEAST_FREEDOM = 2
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
     Attributes:
-        runs: Their lines.
+        runs: The lines of the runs.
     """
 
     runs: tuple[Line, ...]
 
     @property
     def factors(self) -> dict[str, Any]:
-        """Their factors but for the seed."""
+        """The factors of the runs. Only the seed differs between the runs."""
         factors: dict[str, Any] = self.runs[0]["factors"]
         return factors
 
     @property
     def losses(self) -> list[float]:
-        """Validation losses, nats a token."""
+        """The validation losses, in nats per token."""
         return [line["validation"]["loss"] for line in self.runs]
 
     @property
     def loss(self) -> float:
-        """Their mean."""
+        """The mean validation loss, in nats per token."""
         return fmean(self.losses)
 
     @property
     def perplexity(self) -> float:
-        """Of the mean loss."""
+        """The perplexity of the mean loss."""
         return math.exp(self.loss)
 
     def mean(self, *keys: str) -> float | None:
-        """Mean of a value somewhere in the lines; None if a line lacks it."""
+        """Return the mean of the value under ``keys`` in the lines, or None if a line lacks it."""
         values = []
         for line in self.runs:
             value: Any = line
             for key in keys:
                 value = value.get(key) if isinstance(value, dict) else None
-            if isinstance(value, list):  # a curve: its last value
+            if isinstance(value, list):  # The value of a curve is its last one.
                 value = value[-1][1] if value else None
             if value is None:
                 return None
@@ -70,7 +74,7 @@ class Cell:
         return fmean(values)
 
     def spread(self, *keys: str) -> float | None:
-        """Largest less smallest of such a value, over seeds; None for a single run."""
+        """Return the largest value under ``keys`` minus the smallest, over seeds; None for a single run."""
         each = [Cell((line,)).mean(*keys) for line in self.runs]
         known = [value for value in each if value is not None]
         return max(known) - min(known) if len(known) > 1 else None
@@ -78,12 +82,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two cells compared.
+    """The comparison of two cells.
 
     Attributes:
-        difference: Of the mean losses, nats.
-        deviation: Its standard deviation by the noise of the runs; None if no cell has several seeds.
-        freedom: Degrees of freedom that the deviation is estimated with.
+        difference: The difference of the mean losses, in nats.
+        deviation: The standard deviation of the difference; None if no cell has several seeds.
+        freedom: The degrees of freedom of the estimate of the deviation.
     """
 
     difference: float
@@ -92,16 +96,16 @@ class Comparison:
 
     @property
     def threshold(self) -> float | None:
-        """What the difference has to exceed to be more than noise; None if that is not known."""
+        """The bound that the difference has to exceed to be more than noise; None if the noise is not known."""
         return None if self.deviation is None else t_factor(self.freedom) * self.deviation
 
     @property
     def ratio(self) -> float:
-        """Of the perplexities."""
+        """The ratio of the perplexities."""
         return math.exp(self.difference)
 
     def less(self, other: Comparison) -> Comparison:
-        """How much more this difference is than another one, of other runs."""
+        """Return by how much this difference exceeds another one, which is of other runs."""
         difference = self.difference - other.difference
         if self.deviation is None or other.deviation is None:
             return Comparison(difference, None)
@@ -118,12 +122,12 @@ class Comparison:
         words: tuple[str, str] = ("better", "worse"),
         below: str = "below the noise",
     ) -> str:
-        """Whether the difference is more than noise, and whether what the paper reports lies within the noise of it.
+        """Return in words whether the difference is more than noise, and whether it agrees with the paper.
 
         Args:
-            reported: The ratio that the paper reports; None if it has none.
-            words: For a difference below zero and above.
-            below: For one that is no more than noise.
+            reported: The ratio that the paper reports, or None.
+            words: The words for a difference below zero and for one above.
+            below: The words for a difference that is no more than noise.
         """
         if self.threshold is None:
             return "one seed: noise not known"
@@ -136,19 +140,19 @@ class Comparison:
             return f"{said}, agrees with the paper"
         if counts and self.difference * theirs < 0:
             return f"{said}, against the paper"
-        # An interval that holds zero and not the paper's figure: the effect is smaller in that direction, if any.
+        # If our interval holds zero and not the paper's figure, our effect is the smaller one.
         smaller = not counts or abs(self.difference) < abs(theirs)
         return f"{said}, {'smaller' if smaller else 'larger'} than the paper's"
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviation of one run's loss between seeds, nats.
+    """How much the loss of one run varies between seeds.
 
     Attributes:
-        deviation: The estimate.
-        freedom: Its degrees of freedom.
-        pattern: The pattern whose runs it is from; None for those of several.
+        deviation: The estimated standard deviation, in nats.
+        freedom: The degrees of freedom of the estimate.
+        pattern: The pattern of the runs that give the estimate; None for runs of several patterns.
     """
 
     deviation: float
@@ -159,7 +163,7 @@ class Noise:
 def _pooled(lines: Sequence[Line], pattern: str | None) -> Noise | None:
     cells: dict[str, list[float]] = {}
     for line in lines:
-        # As in Results.cell(): factors that a grid gained later are missing from older lines.
+        # As in Results.cell(): older lines lack the factors that a grid gained later.
         key = repr((line["factors"]["pattern"], line["factors"]["learning_rate"], sorted(line["varied"].items())))
         cells.setdefault(key, []).append(line["validation"]["loss"])
     squares = sum(sum((loss - fmean(losses)) ** 2 for loss in losses) for losses in cells.values())
@@ -168,7 +172,7 @@ def _pooled(lines: Sequence[Line], pattern: str | None) -> Noise | None:
 
 
 class Results:
-    """Lines that can be compared: same corpus, model and length, those that most lines share.
+    """The lines that can be compared: those of the corpus, model and length that most lines have.
 
     Args:
         lines: All lines.
@@ -182,9 +186,10 @@ class Results:
         self.learning_rates = {family: rate for family in FAMILIES if (rate := self._usual_rate(family)) is not None}
 
     def _usual_rate(self, family: str) -> float | None:
-        """The learning rate that its comparisons are made at: that of most runs with nothing varied.
+        """Return the learning rate of a family's comparisons: the rate of most runs with nothing varied.
 
-        Variants do not count while there are others: those that are tried at another rate must not move every table.
+        Variants do not count where there are other runs: a variant that is tried at another rate must not move every
+        table.
         """
         lines = [line for line in self.lines if line["factors"]["family"] == family]
         plain = [line for line in lines if not line["varied"]]
@@ -194,7 +199,7 @@ class Results:
     def cell(
         self, family: str, pattern: str, varied: dict[str, Any] | None = None, rate: float | None = None
     ) -> Cell | None:
-        """Runs of a family and pattern with everything else at its default but ``varied``; None if there is none."""
+        """Return the runs of a family and pattern with only ``varied`` not at its default; None if there is no run."""
         rate = self.learning_rates.get(family) if rate is None else rate
         found = [
             line
@@ -206,15 +211,15 @@ class Results:
         return Cell(tuple(sorted(found, key=lambda line: line["factors"]["seed"]))) if found else None
 
     def sweep(self, family: str, pattern: str, varied: dict[str, Any] | None = None) -> dict[float, Cell]:
-        """The same at every learning rate that it was run at, the lowest first."""
+        """Return the cells at every learning rate that was run, the lowest rate first."""
         cells = {rate: self.cell(family, pattern, varied, rate) for rate in self.values("learning_rate", family)}
         return {rate: cell for rate, cell in cells.items() if cell is not None}
 
     def best(self, sweep: dict[float, Cell]) -> float:
-        """The learning rate of the lowest mean loss.
+        """Return the learning rate of the lowest mean loss among the rates with the most seeds.
 
-        Among those with the most seeds; one with fewer has to be better by more than the noise, or the luckiest of many
-        single runs would win.
+        A rate with fewer seeds has to be better by more than the noise. Otherwise the luckiest of many single runs
+        would win.
         """
         chosen: float | None = None
         for seeds in sorted({len(cell.runs) for cell in sweep.values()}, reverse=True):
@@ -229,10 +234,14 @@ class Results:
         return chosen
 
     def noise(self, family: str, pattern: str | None = None) -> Noise | None:
-        """Of one run's loss between seeds: of a family, or of one of its patterns if that has enough runs.
+        """Estimate how much the loss of one run varies between seeds.
+
+        Args:
+            family: The family of the runs.
+            pattern: The pattern of the runs. If it has too few runs, or is None, the whole family counts.
 
         Returns:
-            None if no cell has several seeds.
+            The noise; None if no cell has several seeds.
         """
         lines = [line for line in self.lines if line["factors"]["family"] == family]
         of_pattern = [line for line in lines if line["factors"]["pattern"] == pattern]
@@ -240,7 +249,7 @@ class Results:
         return found if found is not None and found.freedom >= LEAST_FREEDOM else _pooled(lines, None)
 
     def compare(self, cell: Cell, reference: Cell) -> Comparison:
-        """Of two cells of one family."""
+        """Compare two cells of one family."""
         difference = cell.loss - reference.loss
         family = cell.factors["family"]
         noises = self._noises(family, cell.factors["pattern"], reference.factors["pattern"])
@@ -250,18 +259,18 @@ class Results:
             (noise.deviation / math.sqrt(len(each.runs)), noise.freedom)
             for noise, each in zip(noises, (cell, reference), strict=True)
         ]
-        if noises[0] == noises[1]:  # one estimate, not two
+        if noises[0] == noises[1]:  # This is one estimate, not two.
             return Comparison(difference, math.hypot(*(deviation for deviation, _ in deviations)), noises[0].freedom)
         return Comparison(difference, *combined(deviations))
 
     def _noises(self, family: str, *patterns: str) -> list[Noise] | None:
-        """Of two patterns, so that they are either equal, one estimate, or of runs that have nothing in common."""
+        """Return the noise of two patterns: either one estimate for both, or two from runs with nothing in common."""
         found = [self.noise(family, pattern) for pattern in patterns]
         noises = [noise for noise in found if noise is not None]
         if len(noises) < len(found):
             return None
         own = {noise.pattern for noise in noises} - {None}
-        if len(own) != 1 or noises[0] == noises[1]:  # both have their own, or both share one
+        if len(own) != 1 or noises[0] == noises[1]:  # Both have their own estimate, or both share one.
             return noises
         others = [
             line for line in self.lines if line["factors"]["family"] == family and line["factors"]["pattern"] not in own
@@ -269,43 +278,43 @@ class Results:
         rest = _pooled(others, None)
         if rest is not None and rest.freedom >= LEAST_FREEDOM:
             return [rest if noise.pattern is None else noise for noise in noises]
-        # Nearly all that is known of the family is from the one pattern: that is no second estimate.
+        # Nearly all runs of the family have the one pattern, so there is no second estimate.
         return [noise for noise in noises if noise.pattern is None] * len(noises)
 
     def values(self, factor: str, family: str | None = None) -> list[Any]:
-        """Values of a factor that occur."""
+        """Return the values of a factor that occur."""
         found = {
             line["factors"].get(factor) for line in self.lines if family is None or line["factors"]["family"] == family
         }
         return sorted((value for value in found if value is not None), key=lambda v: (isinstance(v, str), v))
 
     def patterns(self) -> list[str]:
-        """Patterns that occur, the densest first."""
+        """Return the patterns that occur, the densest first."""
         return sorted(self.values("pattern"), key=lambda text: (-density(text), text))
 
 
 def density(pattern: str) -> float:
-    """N / M."""
+    """Return N / M."""
     n, m = pattern.split(":")
     return int(n) / int(m)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """With so many digits after the point; a dash for None."""
+    """Return a number with ``digits`` digits after the point; a dash for None."""
     return DASH if value is None else f"{value:.{digits}f}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share as per cent; a dash for None."""
+    """Return a share as per cent; a dash for None."""
     return DASH if value is None else f"{100 * value:.{digits}f} %"
 
 
 def change(ratio: float | None) -> str:
-    """A ratio of perplexities as a change in per cent, with its sign."""
+    """Return a ratio of perplexities as a change in per cent, with its sign."""
     return DASH if ratio is None else f"{100 * (ratio - 1):+.1f} %"

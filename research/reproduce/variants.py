@@ -1,10 +1,11 @@
-"""The variants of ternary training that tables and plots show, by the names they have there."""
+"""The variants of ternary training that tables and plots show, under the names they have there."""
 
 from __future__ import annotations
 
 from typing import Any
 
-BASES = ("6:8", "2:4")  # patterns that variants are tried at
+# The patterns at which variants are tried.
+BASES = ("6:8", "2:4")
 ABLATIONS = (
     ("mask_source", "ternary"),
     ("gradient", "masked"),

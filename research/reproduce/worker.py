@@ -1,6 +1,6 @@
-"""One run in a process of its own: ``fit`` as the command line does it, then everything its line of results says.
+"""One run in a process of its own: ``fit`` as on the command line, then the measurements for its line of results.
 
-Its numbers come from the run's TensorBoard log, which holds what every stretch of an interrupted run wrote.
+The curves come from the TensorBoard log of the run. An interrupted run continues its log, so the log holds all of it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ PACKAGES = ("torch", "lightning", "triton", "litdata", "sbn-lightning")
 
 
 def main() -> None:
-    """Runs the run whose folder is this process's only argument."""
+    """Do the run whose folder is the only argument of this process."""
     folder = Path(sys.argv[1])
     threading.Thread(target=_stop_with_the_parent, daemon=True).start()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from filelock import FileLock
 
-    # One that outlived a killed parent may still be saving.
+    # A worker of the same run that outlived its killed parent may still be saving.
     with FileLock(str(folder / ".lock")):
         try:
             result = run(folder)
@@ -52,7 +52,7 @@ def _stop_with_the_parent() -> None:
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Trains, or continues, and measures.
+    """Train, or continue to train, and measure.
 
     Returns:
         The run's line of results.
@@ -72,7 +72,7 @@ def run(folder: Path) -> dict[str, Any]:
     curves = read_curves(Path(cli.trainer.logger.log_dir))  # type: ignore[union-attr,arg-type]
     steps = cli.trainer.max_steps
     validation = curves.get("val/perplexity", [])
-    # Without a validation at the last step, the process was killed between the two.
+    # If there is no validation at the last step, the process was killed between the step and the validation.
     if not validation or validation[-1][0] < steps - 1:
         cli.trainer.validate(cli.model, cli.datamodule, ckpt_path=str(checkpoint), verbose=False)
         validation = [*validation, [steps, float(cli.trainer.callback_metrics["val/perplexity"])]]
@@ -102,7 +102,7 @@ def _result(job: dict[str, Any], cli: SBNCLI, curves: dict[str, Curve], val: Cur
         "validation_curve": [[step, log(value)] for step, value in val],
         "training_curve": thin(curves.get("train/loss", [])),
         "sparsity": {name: thin(curves[f"sparsity/{name}"]) for name in SPARSITY if f"sparsity/{name}" in curves},
-        "seconds": seconds,  # of a run that was continued: since then
+        "seconds": seconds,  # A run that was continued counts from there.
         "continued": cli.config["fit"]["ckpt_path"] is not None,
         "tokens_per_second": sorted(rate)[len(rate) // 2] if rate else None,
         "data": {
@@ -134,9 +134,15 @@ def _probe(settings: dict[str, Any] | None, checkpoint: Path) -> dict[str, Any] 
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """Scalars of a TensorBoard log: ``[step, value]`` by tag, in order.
+    """Read the scalars of a TensorBoard log.
 
-    Where a stretch of a run that was continued did steps anew, the newer values count.
+    A run that was continued can have done some steps twice. The newer values count.
+
+    Args:
+        folder: The folder of the log.
+
+    Returns:
+        The curves by tag, each a list of ``[step, value]`` in order.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -150,13 +156,13 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 
 def thin(curve: Curve, points: int = CURVE_POINTS) -> Curve:
-    """About ``points`` points of a curve, evenly spread, the last one among them."""
+    """Return about ``points`` points of a curve, evenly spread, the last one among them."""
     every = max(1, -(-len(curve) // points))
     return curve[(len(curve) - 1) % every :: every] if curve else []
 
 
 def hardware() -> str:
-    """The GPU, or the processor and its cores."""
+    """Return the name of the GPU, or of the processor with its number of cores."""
     import torch
 
     if torch.cuda.is_available():
@@ -165,7 +171,7 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that compute."""
+    """Return the versions of Python and of the packages that compute."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

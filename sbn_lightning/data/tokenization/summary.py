@@ -18,7 +18,7 @@ def summary(meta: dict[str, Any]) -> str:
     lines = [f"{', '.join(counts)}; vocabulary {meta['vocab_size']}"]
     if replaced := meta["replaced"]:
         lines.append(
-            f"{replaced:,} {_plural(replaced, 'piece was', 'pieces were')} not valid Unicode: U+FFFD stands there"
+            f"{replaced:,} {_plural(replaced, 'piece was', 'pieces were')} not valid Unicode and became U+FFFD"
         )
     # Version 0.1.0 wrote the names of files without reasons.
     files = meta["skipped"] if isinstance(meta["skipped"], dict) else dict.fromkeys(meta["skipped"], "was left out")
