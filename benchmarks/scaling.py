@@ -153,7 +153,8 @@ def run(shape: str, strategy: str, devices: int, args: argparse.Namespace) -> No
     trainer = Trainer(
         accelerator="gpu", devices=devices, strategy=strategy_of(strategy, devices), callbacks=[clock], max_epochs=1,
         **precision, accumulate_grad_batches=args.accumulate, gradient_clip_val=None if dense else 1.0,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, logger=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(tokens, batch_size=args.sequences, pin_memory=True))  # type: ignore[arg-type]
 

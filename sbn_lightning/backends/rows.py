@@ -127,14 +127,14 @@ class KernelRows:
     ) -> tuple[Tensor, Tensor]:
         import sbn_kernels as sk
 
-        one_for_all = isinstance(keep, int)
+        n, of_rows = (keep, None) if isinstance(keep, int) else (sparsity.nm.n, keep.to(torch.int32))
         weight = sk.prepare_weight(
             rows,
-            keep if one_for_all else sparsity.nm.n,
+            n,
             sparsity.nm.m,
             [count for _, count in parts],
             mask_bits=mask_bits,
-            keep=None if one_for_all or mask_bits is not None else keep.to(torch.int32),
+            keep=of_rows if mask_bits is None else None,
             gamma=torch.cat([gamma[part : part + 1] for part, _ in parts]),
             want_mask=mask_bits is None,
         )
