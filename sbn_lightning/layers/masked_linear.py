@@ -1,70 +1,37 @@
-"""What layers with an N:M mask share: :class:`MaskedLinear`.
+"""``MaskedLinear``: what linear layers with an N:M mask share.
 
 State lives here, time does not. A layer knows its latent weight, its mask and how many weights a group keeps at the
-moment; *when* any of that changes is the callbacks' business.
+moment. The callbacks decide *when* any of these change.
 
 The weight is a plain ``nn.Parameter`` and the mask a packed ``uint8`` buffer, so checkpoints, optimisers, DDP and
-``torch.compile`` need to know nothing. Derived values (mask, ternary codes) follow the weight lazily: each use compares
-the weight's version counter, which in-place updates increment (not those through ``weight.data``: call
-``refresh_mask``), and recomputes only after a change. That makes the layer correct in a bare training loop, and under
-gradient accumulation the work is done once an optimiser step.
-Some updates do not count a version: a fused optimiser's, and those of FSDP2, which fills the weight that a forward sees
-from shards. So weights that train are also taken to have changed with every optimiser step of the process.
-:attr:`MaskedLinear.hold_mask` takes the mask out of that rule, for whoever decides about refreshes (``MaskRefresh``).
-A mask that was loaded stays as well, until an optimiser steps that holds its weight: it may be an older one, or of the
-middle of a ramp, and must not change in a model that is only used.
+``torch.compile`` need to know nothing. The mask and everything else that is derived from the weight is computed again
+after the weight has changed, and only then: :class:`~sbn_lightning.layers.mask_tracker.MaskTracker` tells. That makes
+the layer correct in any training loop, and under gradient accumulation the work is done once an optimiser step.
 
-Inside ``torch.compile`` a version counter cannot be read, so the derived values are traced into the graph and computed
-at each forward, unless an owner promises to call :func:`prepare_layers` before (``TernaryTransformer`` does).
+Inside ``torch.compile`` nobody can ask whether a weight has changed. There the derived values are part of the graph and
+computed at each forward, unless an owner promises to call :func:`prepare_layers` before each forward
+(``TernaryTransformer`` does).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
 from typing import Any, ClassVar
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.mask_tracker import MaskTracker, fingerprint, look_at_all, trust_weights
 from sbn_lightning.sparsity.config import Gradient, Kind, MaskSource, SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, unpack_mask
 from sbn_lightning.sparsity.ternary import GammaOver
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
-_SHARDS = (0, 0)  # no weight has this number
-
-_optimizer_steps = 0
-_layers_that_keep: WeakSet[MaskedLinear] = WeakSet()  # their masks, until their weights change
-_numbers = WeakIdKeyDictionary()  # of weights; an id is given away again
-_next_number = count(1)
-
-
-def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-    if not _layers_that_keep:
-        return
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    stepped, sharded = set(map(id, weights)), any(isinstance(weight, DTensor) for weight in weights)
-    for layer in list(_layers_that_keep):
-        if sharded if layer._kept_for == _SHARDS else layer._may_have_changed(stepped):
-            layer._keep_mask_no_longer()
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
-def _number(weight: Tensor) -> int:
-    number: int = _numbers.get(weight, 0) or _numbers.setdefault(weight, next(_next_number))
-    return number
 
 
 def _option(name: str) -> Any:
@@ -92,7 +59,7 @@ class MaskedLinear(nn.Linear):
         **options: Single fields of :class:`SparsityConfig`.
 
     Attributes:
-        hold_mask: If True the mask changes only in :meth:`refresh_mask`; otherwise it follows the weight.
+        tracker: What knows whether the mask still belongs to the weight.
         regrow: If False masked positions get no gradient for now, even with ``gradient="dense"``.
         mask_bits: The packed mask, uint8 ``[out_features, ceil(in_features / 8)]``; part of the state dict.
         owner_prepares: Set by an owner that calls :func:`prepare_layers` before each compiled forward.
@@ -142,13 +109,11 @@ class MaskedLinear(nn.Linear):
     def _init_mask(self, sparsity: SparsityConfig) -> None:
         """Makes a plain linear layer one with a mask; the options have been checked."""
         self._sparsity = sparsity
-        self.hold_mask = False
+        self.tracker = MaskTracker()
         self.regrow = True
         self.owner_prepares = False
         self._keep_n, self._sparse_share = self.pattern.n, 1.0
         self._most_kept = self.pattern.m  # in any group of the present mask
-        self._mask_of: tuple[Any, ...] | None = None
-        self._kept_for: tuple[int, int] | None = None  # the weight whose mask stays, and its version
         packed = torch.empty(self.out_features, -(-self.in_features // 8), dtype=torch.uint8, device=self.weight.device)
         self.register_buffer("mask_bits", packed)
         self.refresh_mask()
@@ -164,15 +129,22 @@ class MaskedLinear(nn.Linear):
         config = self.own(SparsityConfig.make(sparsity))
         config.check_fits(self.in_features, self.out_features, label)
         self._check_change(config, label)
-        other_pattern = config.pattern != self.pattern
+        if config.pattern != self.pattern:
+            self._keep_n, self._sparse_share = config.nm.n, 1.0
         self._sparsity = config
-        self._mask_of = None  # the mask was made with the old options
-        if other_pattern:
-            self._keep_n, self._sparse_share = self.pattern.n, 1.0
         self.refresh_mask()
 
     def _check_change(self, sparsity: SparsityConfig, label: str) -> None:
         """Raises a :class:`ConfigError` if the layer cannot take other options as it is now."""
+
+    @property
+    def hold_mask(self) -> bool:
+        """If True the mask changes only in :meth:`refresh_mask`; otherwise the mask follows the weight."""
+        return self.tracker.hold
+
+    @hold_mask.setter
+    def hold_mask(self, hold: bool) -> None:
+        self.tracker.hold = hold
 
     @property
     def mask(self) -> Tensor:
@@ -207,32 +179,19 @@ class MaskedLinear(nn.Linear):
             raise ConfigError(f"sparse_share={sparse_share} is outside 0..1")
         self._keep_n, self._sparse_share = keep_n, float(sparse_share)
         if not refresh:
-            self._mask_of = self._mask_key()
+            self.tracker.mask_has(self.density)
         elif self.hold_mask:  # a compiled graph reads a held mask as it is
             self._sync_mask()
 
     @torch.no_grad()
     def refresh_mask(self) -> None:
         """Recomputes the mask from the weight as it is now."""
-        self.mask_bits.copy_(self._fresh_mask())
-        self._note_fresh_mask()
+        self.tracker.look(self._weight(), self.training)
+        self._set_mask(self._fresh_mask())
 
     def keep_mask(self) -> None:
-        """Takes the present mask for that of the present weight: it stays until an optimiser changes the weight."""
-        weight = self._parameters["weight"]
-        self._mask_of = self._mask_key()
-        # FSDP2 shows a forward another parameter than the one that was loaded and that the optimiser has.
-        self._kept_for = _SHARDS if isinstance(weight, DTensor) else self._mask_of[:2]  # type: ignore[assignment]
-        _layers_that_keep.add(self)
-
-    def _keep_mask_no_longer(self) -> None:
-        self._kept_for = None
-        _layers_that_keep.discard(self)
-
-    def _may_have_changed(self, stepped: set[int]) -> bool:
-        """Whether the weight is among those with the ids ``stepped``, or is not the one whose mask is kept."""
-        weight = self._parameters.get("weight")
-        return weight is None or id(weight) in stepped or self._kept_for is None or self._kept_for[0] != _number(weight)
+        """Lets the present mask stay with the present weight until the weight changes, as after loading both."""
+        self.tracker.mask_is_loaded(self._weight(), self.training, self.density)
 
     def values(self, masked: bool = True) -> Tensor:
         """What the layer multiplies with, up to a scale: ternary codes, or the weight where it is not quantised.
@@ -292,13 +251,17 @@ class MaskedLinear(nn.Linear):
     def _fresh_mask(self) -> Tensor:
         return self.backend.fresh_mask(self._mask_scores(), self.pattern, self._keep())
 
-    def _note_fresh_mask(self) -> None:
-        self._mask_of = self._mask_key()
-        self._keep_mask_no_longer()
+    def _set_mask(self, bits: Tensor) -> None:
+        """Takes over a mask that was computed from the weight as the tracker last saw it."""
+        if self.mask_bits.is_inference() and not torch.is_inference_mode_enabled():
+            self.mask_bits = bits  # a tensor of inference mode cannot be written outside of it
+        else:
+            self.mask_bits.copy_(bits)
+        self.tracker.mask_is_fresh(self.density)
         self._most_kept = self._keep_n if self._sparse_share == 1 else self.pattern.m
 
-    def _weight_key(self) -> tuple[Any, ...]:
-        # The parameter itself: a subclass may show another view of it as its weight.
+    def _weight(self) -> Tensor:
+        """The parameter itself: a subclass may show another view of it as its weight."""
         weight = self._parameters.get("weight")
         if weight is None:
             raise ConfigError(
@@ -306,18 +269,10 @@ class MaskedLinear(nn.Linear):
                 "(parametrize, weight_norm, pruning), and masks are made of latent weights; leave that out, or exclude "
                 "the layer from conversion"
             )
-        steps = _optimizer_steps if weight.requires_grad else 0
-        return _number(weight), weight._version, weight.dtype, steps
-
-    def _mask_key(self) -> tuple[Any, ...]:
-        return (*self._weight_key(), self._keep_n, self._sparse_share)
+        return weight
 
     def _mask_is_stale(self) -> bool:
-        key = self._mask_key()
-        if key == self._mask_of:
-            return False
-        density_changed = self._mask_of is None or key[-2:] != self._mask_of[-2:]
-        return density_changed or not (self.hold_mask or self._kept_for in (_SHARDS, key[:2]))
+        return self.tracker.is_stale(self._weight(), self.training, self.density)
 
     def _sync_mask(self) -> None:
         if self._mask_is_stale():
@@ -327,12 +282,28 @@ class MaskedLinear(nn.Linear):
         return None if self.regrow and self.gradient == "dense" else unpack_mask(mask_bits, self.in_features)
 
     def _graph_mask(self) -> Tensor:
-        """The packed mask inside a compiled graph."""
-        return self.mask_bits if self._mask_stays() or self.owner_prepares else self._fresh_mask()
+        """The packed mask inside a compiled graph, which cannot ask the tracker."""
+        if self.hold_mask or self.owner_prepares:
+            return self.mask_bits
+        expected = self.tracker.fingerprint
+        if not self.tracker.loaded or expected is None:
+            return self.mask_bits if self.tracker.loaded else self._fresh_mask()
+        same = (fingerprint(self._weight()) == expected).all()
+        return torch.where(same, self.mask_bits, self._fresh_mask())
 
     def _mask_stays(self) -> bool:
         """Whether the mask stays what it is for now, as far as a compiled graph can see."""
-        return self.hold_mask or self._kept_for is not None
+        return self.tracker.hold or self.tracker.loaded
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLinear:
+        weight = self._parameters.get("weight")
+        if weight is not None and self.tracker.loaded:
+            self._sync_mask()  # before the move, which would hide a change from the tracker
+        super()._apply(fn, recurse)
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            self.tracker.weight_moved(weight, self.training)
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._sync_mask()
@@ -385,5 +356,25 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
 
 def prepare_layers(model: nn.Module) -> None:
     """Calls :meth:`MaskedLinear.prepare` on every layer of ``model``."""
-    for _, layer in masked_layers(model):
-        layer.prepare()
+    with weights_stay(model):
+        for _, layer in masked_layers(model):
+            layer.prepare()
+
+
+@contextmanager
+def weights_stay(model: nn.Module) -> Iterator[None]:
+    """Looks once whether weights of ``model`` have changed; within the block its layers do not look again.
+
+    On a GPU this saves waiting: outside of such a block each layer of a model that is evaluated compares a fingerprint
+    of its weight by itself. Nobody may write into a weight within the block.
+
+    Args:
+        model: The model whose masked layers are looked at.
+    """
+    look_at_all(
+        (layer.tracker, layer._weight(), layer.training)
+        for _, layer in masked_layers(model)
+        if not isinstance(layer._weight(), DTensor)
+    )
+    with trust_weights():
+        yield

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sbn_lightning.backends.reference import REFERENCE, Backend
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.mask_tracker import version
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.ternary import expand_scale, ternary_codes, weight_scale
@@ -116,13 +117,12 @@ class SparseBitLinear(MaskedLinear):
             bits = None if stale else self.mask_bits
             self._prepared = self._backend.prepare(self._for_backend(), bits, keep, self.sparsity)
             if stale:
-                self.mask_bits.copy_(self._prepared.mask_bits)
-                self._note_fresh_mask()
+                self._set_mask(self._prepared.mask_bits)
         self._prepared_of = self._prepared_key()
 
     def _prepared_key(self) -> tuple[Any, ...]:
         """What the codes depend on: the weight, where it is, and the mask (its buffer's version counts refreshes)."""
-        return (self.tracker.changes, self.weight.device, id(self.mask_bits), self.mask_bits._version)
+        return (self.tracker.changes, self.weight.device, id(self.mask_bits), version(self.mask_bits))
 
     def _multiply(self, x: Tensor, swiglu: bool) -> Tensor:
         if torch.compiler.is_compiling() and not self.owner_prepares:

@@ -1,0 +1,272 @@
+"""``MaskTracker``: how a mask follows its weight. A layer owns one and asks it two questions.
+
+This file knows when a weight has changed. It does not compute masks: the layer does, when the tracker says that the
+mask is stale.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+Density = tuple[int, float]
+"""How much a mask keeps: weights in each group of a sparse row, and the share of rows that are sparse."""
+
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class MaskTracker:
+    """Knows whether a mask still belongs to its weight.
+
+    A mask is computed from a weight, and weights change. The tracker answers two questions.
+
+    *Has the weight changed since I last looked?* (:meth:`look`) Four signs say so, from the cheapest to the dearest:
+
+    1. It is another parameter, has another dtype, or its version counter moved. In-place operations move the counter.
+    2. An optimiser that owns the weight took a step. Fused optimisers do not move the counter.
+    3. FSDP2 shows a forward another tensor than the one that the optimiser owns. There every step of an optimiser with
+       sharded weights counts.
+    4. Its :func:`fingerprint` is another one. This finds what the first three miss: code that writes through
+       ``weight.data`` (averages of weights, momentum teachers, hand-written optimisers, initialisation loops).
+
+    The fingerprint reads the weight once, and on a GPU the host waits for the result. On a CPU it is always compared.
+    On a GPU it is compared unless the weight belongs to an optimiser, a gradient is wanted and the layer is in the same
+    mode and memory as at the last look: a training loop never waits. So one change stays unseen there: a write through
+    ``.data`` between two micro-batches of one step. Call ``layer.refresh_mask()`` after such a write.
+
+    *Is the mask stale?* (:meth:`is_stale`) The answer depends on how the mask came about:
+
+    * A mask that was **computed** is stale once the weight has changed, or once another density is asked for.
+    * A mask that was **loaded** or copied may be older than its weight, or come from the middle of a ramp. It stays
+      until an optimiser that owns the weight takes a step, or the weight changes in another way.
+    * A mask that is **held** stays until someone refreshes it. ``MaskRefresh`` holds masks between its refreshes. Only
+      another density makes a held mask stale.
+
+    Attributes:
+        hold: Whether the mask is held.
+        loaded: Whether the mask was loaded or copied and stays for now.
+        fingerprint: The fingerprint of the weight at the last look; None if the weight has none.
+        changes: How many changes of the weight were seen. What is derived from a weight is true to it as long as this
+            number is the same.
+    """
+
+    def __init__(self) -> None:
+        self.hold = False
+        self.loaded = False
+        self.fingerprint: Tensor | None = None
+        self.changes = 0
+        self._weight: tuple[Any, ...] | None = None  # number, version and dtype at the last look
+        self._steps = 0
+        self._circumstances: tuple[Any, ...] | None = None
+        self._mask_of: tuple[int, Density] | None = None  # `changes` and density that the mask was made for
+        self._loaded_sharded = False
+
+    def look(self, weight: Tensor, training: bool) -> int:
+        """Looks whether the weight has changed, and returns :attr:`changes`.
+
+        Args:
+            weight: The parameter of the layer.
+            training: The mode of the layer.
+        """
+        changed = self._changed(weight, training)
+        if changed is None:
+            changed = not torch.equal(self.expected(weight), fingerprint(weight))
+        self._remember(weight, training, changed)
+        return self.changes
+
+    def is_stale(self, weight: Tensor, training: bool, density: Density) -> bool:
+        """Whether the layer must compute the mask anew before it uses the mask.
+
+        Args:
+            weight: The parameter of the layer.
+            training: The mode of the layer.
+            density: What the mask is to keep.
+        """
+        changes = self.look(weight, training)
+        if self._mask_of is None or density != self._mask_of[1]:
+            return True
+        if self.hold or (self.loaded and self._loaded_sharded):
+            return False
+        return changes != self._mask_of[0]
+
+    def mask_is_fresh(self, density: Density) -> None:
+        """Notes that the mask was computed from the weight of the last look."""
+        self._mask_of = (self.changes, density)
+        self.let_go()
+
+    def mask_has(self, density: Density) -> None:
+        """Notes that the present mask has this density already, as in a run that resumes in the middle of a ramp."""
+        self._mask_of = (self.changes, density)
+
+    def mask_is_loaded(self, weight: Tensor, training: bool, density: Density) -> None:
+        """Notes that the present mask was loaded or copied with the present weight."""
+        self._mask_of = (self.look(weight, training), density)
+        self.loaded, self._loaded_sharded = True, isinstance(weight, DTensor)
+        _loaded_masks.add(self)
+
+    def let_go(self) -> None:
+        """Lets a loaded mask follow its weight again."""
+        self.loaded = False
+        _loaded_masks.discard(self)
+
+    def weight_moved(self, weight: Tensor, training: bool) -> None:
+        """Notes that the weight went to another device or dtype. A loaded mask goes with the weight and stays."""
+        if self.loaded and self._mask_of is not None:
+            self.mask_is_loaded(weight, training, self._mask_of[1])
+
+    def _changed(self, weight: Tensor, training: bool) -> bool | None:
+        """Whether the weight has changed, as far as the cheap signs tell; None if only the fingerprint tells."""
+        if _is_capturing(weight) and not _trusting.depth:
+            return True  # what a CUDA graph does not record would be as old as the graph at every replay
+        if _identity(weight) != self._weight:
+            return True
+        if weight.requires_grad and _steps.taken != self._steps and (weight in _owned or _steps.sharded):
+            return True
+        if self.fingerprint is None or _trusting.depth:
+            return False
+        belongs = weight in _owned or _steps.sharded
+        unwatched = weight.device.type != "cpu" and belongs and torch.is_grad_enabled()
+        return False if unwatched and _circumstances(weight, training) == self._circumstances else None
+
+    def expected(self, weight: Tensor) -> Tensor:
+        """The fingerprint at the last look, on the device of the weight."""
+        assert self.fingerprint is not None
+        return self.fingerprint.to(weight.device)
+
+    def _remember(self, weight: Tensor, training: bool, changed: bool) -> None:
+        if changed:
+            self.changes += 1
+            self.fingerprint = fingerprint(weight) if _has_fingerprint(weight) else None
+            # What a graph computes is not what the next forward outside of the graph may use.
+            self._weight = None if _is_capturing(weight) else _identity(weight)
+        self._steps = _steps.taken
+        self._circumstances = _circumstances(weight, training)
+
+    def _owner_stepped(self, stepped: set[int], sharded: bool) -> bool:
+        return sharded if self._loaded_sharded else self._weight is None or self._weight[0] in stepped
+
+
+def look_at_all(weights: Iterable[tuple[MaskTracker, Tensor, bool]]) -> None:
+    """Does what :meth:`MaskTracker.look` does, for many layers: on a GPU the host waits once for all of them.
+
+    Args:
+        weights: The tracker of each layer, with the arguments of ``look``.
+    """
+    waiting: dict[torch.device, list[tuple[MaskTracker, Tensor, bool]]] = {}
+    for tracker, weight, training in weights:
+        if _is_capturing(weight):
+            continue  # the host cannot wait for a graph that is being captured
+        if tracker._changed(weight, training) is None and weight.device.type != "cpu":
+            waiting.setdefault(weight.device, []).append((tracker, weight, training))
+        else:
+            tracker.look(weight, training)
+    for asked in waiting.values():
+        differ = torch.stack([(tracker.expected(weight) != fingerprint(weight)).any() for tracker, weight, _ in asked])
+        for (tracker, weight, training), changed in zip(asked, differ.tolist(), strict=True):
+            tracker._remember(weight, training, changed)
+
+
+def fingerprint(weight: Tensor) -> Tensor:
+    """Sums the bits of each row, taken as integers of 8 bytes where a row divides into such: int64 ``[rows]``.
+
+    The sum is exact, so a change of a single bit shows. It reads the weight once and is as fast as memory. Two weights
+    that differ only in the order of the numbers within rows can have the same fingerprint.
+    """
+    weight = weight.detach().contiguous()
+    size = weight.element_size()
+    if weight.shape[-1] * size % 8:
+        return weight.view(_INTEGER_OF_SIZE[size]).sum(-1)
+    # A view with wider elements must begin at a multiple of their size. A compiler cannot ask where a tensor begins.
+    if torch.compiler.is_compiling() or weight.storage_offset() * size % 8:
+        weight = weight.clone()
+    return weight.view(torch.int64).sum(-1)
+
+
+def version(tensor: Tensor) -> int:
+    """The version counter of a tensor; 0 for a tensor of inference mode, which counts no version."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def trust_weights() -> Iterator[None]:
+    """Within the block no layer compares fingerprints: the caller has looked, and changes no weight meanwhile."""
+    _trusting.depth += 1
+    try:
+        yield
+    finally:
+        _trusting.depth -= 1
+
+
+class _Trusting(threading.local):
+    depth = 0
+
+
+class _Steps:
+    """Optimiser steps of this process.
+
+    Attributes:
+        taken: How many steps optimisers took.
+        sharded: Whether one of the optimisers has sharded weights (FSDP2).
+    """
+
+    taken = 0
+    sharded = False
+
+
+_trusting = _Trusting()
+_steps = _Steps()
+_optimizers: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # those that stepped, and their weights' number
+_owned = WeakIdKeyDictionary()  # the weights of these optimisers
+_loaded_masks: WeakSet[MaskTracker] = WeakSet()
+_numbers = WeakIdKeyDictionary()  # weight -> number; id() is not enough: Python reuses the id of a deleted object
+_next_number = count(1)
+
+
+def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _steps.taken += 1
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if _optimizers.get(optimizer) != len(weights):
+        _optimizers[optimizer] = len(weights)
+        _owned.update((weight, True) for weight in weights)
+        _steps.sharded |= any(isinstance(weight, DTensor) for weight in weights)
+    if _loaded_masks:
+        stepped = {_number(weight) for weight in weights}
+        sharded = any(isinstance(weight, DTensor) for weight in weights)
+        for tracker in list(_loaded_masks):
+            if tracker._owner_stepped(stepped, sharded):
+                tracker.let_go()
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def _number(weight: Tensor) -> int:
+    number: int = _numbers.get(weight, 0) or _numbers.setdefault(weight, next(_next_number))
+    return number
+
+
+def _identity(weight: Tensor) -> tuple[Any, ...]:
+    return _number(weight), version(weight), weight.dtype
+
+
+def _circumstances(weight: Tensor, training: bool) -> tuple[Any, ...]:
+    return training, torch.is_grad_enabled(), weight.data_ptr() if _has_fingerprint(weight) else 0
+
+
+def _has_fingerprint(weight: Tensor) -> bool:
+    # Shards differ between ranks, and all ranks must decide alike: making a mask from shards is a collective operation.
+    return not weight.is_meta and not isinstance(weight, DTensor)
+
+
+def _is_capturing(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
