@@ -1,54 +1,40 @@
-"""A dense checkpoint becomes ternary and 2:4 by continued training, and plain again; under a minute on a CPU.
+"""A dense checkpoint becomes ternary and 2:4 by training on, and plain again: python examples/dense_checkpoint.py
 
-    python examples/dense_checkpoint.py
-
-``ckpt_path`` names a checkpoint of the dense run: weights, optimiser and step count continue, masks start from the
-dense weights, and a ramp leads to 2:4. ``revert`` then gives ``nn.Linear`` layers with the effective weights.
+``ckpt_path`` names a checkpoint of the dense run. Weights, optimiser and step count continue. Masks start from the
+dense weights, and a ramp leads to 2:4. At the end ``revert`` gives nn.Linear layers with the effective weights.
 """
 
-import argparse
-
 import torch
-from hugging_face import LanguageModel, blocks_of_text, build
+from hugging_face import LanguageModel, text
+from jsonargparse import auto_cli
 from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader
 
 from sbn_lightning import DenseToSparseRamp, MaskRefresh, TernarySparseConversion
 
+QUIET = {"max_epochs": -1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
 
-def train(steps, callbacks=(), ckpt_path=None):
+
+def main(steps: int = 80):
+    """Trains a dense model for some steps, and the ternary one for as many."""
     torch.manual_seed(0)
-    module = LanguageModel(build("llama"))
-    trainer = Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-    )
-    trainer.fit(module, DataLoader(blocks_of_text(), batch_size=8, shuffle=True), ckpt_path=ckpt_path)
-    return trainer, module
+    dense = Trainer(max_steps=steps, **QUIET)
+    dense.fit(LanguageModel("llama"), text())
+    dense.save_checkpoint("dense.ckpt")
+    print(f"dense, step {steps}: loss {dense.callback_metrics['loss']:.3f}")
 
-
-def main(steps=80):
-    trainer, _ = train(steps)
-    trainer.save_checkpoint("dense.ckpt")
-    print(f"dense, step {steps}: loss {trainer.callback_metrics['loss']:.3f}")
-
-    # Weights alone would do: module.load_state_dict(...), and no ckpt_path. The ramp counts from the dense run's steps.
+    # The ramp counts the steps of the dense run as well. Without ckpt_path, module.load_state_dict loads weights only.
     conversion = TernarySparseConversion("2:4", activation_bits=None)
     ramp = DenseToSparseRamp("walk", start=0.5, end=0.75)
-    trainer, module = train(2 * steps, [conversion, ramp, MaskRefresh()], ckpt_path="dense.ckpt")
+    trainer = Trainer(max_steps=2 * steps, callbacks=[conversion, ramp, MaskRefresh()], **QUIET)
+    module = LanguageModel("llama")
+    trainer.fit(module, text(), ckpt_path="dense.ckpt")
     print(f"ternary and 2:4, step {2 * steps}: loss {trainer.callback_metrics['loss']:.3f}")
 
-    reverted = conversion.revert(module)
-    layer = module.get_submodule(reverted[0])
-    print(f"{reverted[0]} is {layer}; its values: {layer.weight.unique().tolist()}")
+    name = conversion.revert(module)[0]
+    layer = module.get_submodule(name)
+    print(f"{name} is {layer}; its values: {layer.weight.unique().tolist()}")
     return trainer, module
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=80)
-    main(**vars(parser.parse_args()))
+    auto_cli(main, as_positional=False)

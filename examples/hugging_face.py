@@ -1,56 +1,28 @@
-"""Ternary, 2:4-sparse training of Hugging Face models in a plain LightningModule; under a minute on a CPU.
+"""Ternary, 2:4-sparse training of a Hugging Face model: python examples/hugging_face.py --model qwen2
 
-    python examples/hugging_face.py --model qwen2      (or llama, gpt2)
-
-The models are small and start from random weights; nothing is downloaded. The LightningModule knows nothing of
-sparsity: everything is in the list of callbacks, and the plugin runs the layers on a GPU's integer tensor cores, if
-there is one. At the end the model turns back into a plain one, whose weights are ternary and 2:4, and is saved with
-``save_pretrained``.
+The LightningModule knows nothing of sparsity; everything is in the callbacks. The plugin runs the layers on the integer
+tensor cores of a GPU, if there is one. At the end the model is a plain one again, saved with save_pretrained.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
+from jsonargparse import auto_cli
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from sbn_lightning import (
-    DenseToSparseRamp,
-    MaskRefresh,
-    SparseTernaryPrecision,
-    SparsityPatternLogger,
-    TernarySparseConversion,
-)
+from sbn_lightning import DenseToSparseRamp, MaskRefresh, SparseTernaryPrecision, TernarySparseConversion
 
-
-def build(name):
-    """A small model over bytes."""
-    if name == "gpt2":
-        return GPT2LMHeadModel(
-            GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0)
-        )
-    shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if name == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(vocab_size=256, num_key_value_heads=2, tie_word_embeddings=True, **shape))
-    return LlamaForCausalLM(LlamaConfig(vocab_size=256, num_key_value_heads=2, **shape))
+SHAPE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
 
 
 class LanguageModel(LightningModule):
-    def __init__(self, model):
+    def __init__(self, name):
         super().__init__()
-        self.model = model
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SHAPE, **HEADS))
 
     def training_step(self, batch, batch_idx):
         loss = self.model(input_ids=batch, labels=batch).loss
@@ -61,38 +33,34 @@ class LanguageModel(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def blocks_of_text(length=64):
-    """Some English: the source of a module of the standard library, as bytes."""
-    data = Path(json.decoder.__file__).read_bytes()
-    tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
-    return list(tokens[: len(tokens) // length * length].view(-1, length))
+def text(length=64):
+    """The source code of a module of the standard library, as bytes."""
+    data = torch.frombuffer(bytearray(Path(json.decoder.__file__).read_bytes()), dtype=torch.uint8).long()
+    return DataLoader(list(data[: len(data) // length * length].view(-1, length)), batch_size=8, shuffle=True)
 
 
-def main(model="qwen2", steps=120):
+def main(model: str = "qwen2", steps: int = 120):
+    """Trains qwen2, llama or gpt2."""
     torch.manual_seed(0)
-    module = LanguageModel(build(model))
-    logger = SparsityPatternLogger(interval=20)
+    module = LanguageModel(model)
     conversion = TernarySparseConversion("2:4", exclude=("lm_head",))
+    callbacks = [conversion, DenseToSparseRamp("walk", end=0.3), MaskRefresh()]
     trainer = Trainer(
         max_steps=steps,
         max_epochs=-1,
         devices=1,
         plugins=[SparseTernaryPrecision(dtype="fp32")],
-        callbacks=[conversion, DenseToSparseRamp("walk", end=0.3), MaskRefresh(), logger],
-        logger=CSVLogger("logs", "hugging_face"),
+        callbacks=callbacks,
+        logger=False,
         enable_checkpointing=False,
     )
-    trainer.fit(module, DataLoader(blocks_of_text(), batch_size=8, shuffle=True))
-    print(f"loss {trainer.callback_metrics['loss']:.3f}, zeros {logger.total().shares()['zeros']:.1%}")
+    trainer.fit(module, text())
+    print(f"loss {trainer.callback_metrics['loss']:.3f}")
 
     conversion.revert(module)
-    module.model.save_pretrained("logs/hugging_face/model")
-    again = AutoModelForCausalLM.from_pretrained("logs/hugging_face/model")
-    return trainer, module, again
+    module.model.save_pretrained("logs/hugging_face")
+    return trainer, module, AutoModelForCausalLM.from_pretrained("logs/hugging_face")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("qwen2", "llama", "gpt2"), default="qwen2")
-    parser.add_argument("--steps", type=int, default=120)
-    main(**vars(parser.parse_args()))
+    auto_cli(main, as_positional=False)
