@@ -1,12 +1,16 @@
-"""What the callbacks share: one face for two kinds of run, masked layers, and each optimiser step exactly once.
+"""What the callbacks share: one interface for two kinds of run, and each optimiser step exactly once.
 
-A callback here is a Lightning ``Callback`` that asks its trainer for little: :data:`Run` is a ``Trainer`` or a
-:class:`LoopRun`, which has the same things under the same names. Hooks keep Lightning's names and parameter names, so ``fabric.call(hook, trainer=run, pl_module=module, ...)`` reaches them by keyword.
+A callback here is a Lightning ``Callback`` that asks its trainer for little. :data:`Run` is either a ``Trainer`` or a
+:class:`LoopRun`, which has the same things under the same names. Hooks keep Lightning's names and parameter names, so
+``fabric.call(hook, trainer=run, pl_module=module, ...)`` reaches them by keyword.
 
-``on_train_batch_end`` fires for every micro-batch; the optimiser steps only at the end of an accumulation window.
-``trainer.global_step`` tells the two apart. At that hook the weights are updated, and checkpointing and validation
-come later, so both see what a callback did. Whatever a callback decides there is a pure function of the step count:
-a run that resumes at any step then decides the same.
+``on_train_batch_end`` fires for every micro-batch, but the optimiser steps only at the end of an accumulation window.
+``trainer.global_step`` tells the two apart. At that hook the weights are updated, and checkpointing and validation come
+later, so both see what a callback did. What a callback decides at that hook is a pure function of the step count. A run
+that resumes at any step therefore decides the same.
+
+The order of callbacks does not matter. When training starts, every :class:`StepCallback` first puts its saved state
+back (:meth:`StepCallback.restore`), and only then does the first of them act (:meth:`StepCallback.on_step`).
 """
 
 from __future__ import annotations
@@ -19,9 +23,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
+from sbn_lightning.callbacks.lightning_internals import is_compiled_module, is_optimizer_step
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.sparse_linear import MaskedLinear, masked_layers
+from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 
 
 class LoopRun(Protocol):
@@ -64,7 +69,11 @@ Run: TypeAlias = Trainer | LoopRun
 
 
 def require_masked_layers(callback: Callback, module: nn.Module) -> dict[str, MaskedLinear]:
-    """Masked layers of ``module`` by name.
+    """Return the masked layers of ``module`` by name.
+
+    Args:
+        callback: The callback that needs them, for the message.
+        module: The model.
 
     Raises:
         ConfigError: If there is none: training would be dense without anyone noticing.
@@ -79,10 +88,15 @@ def require_masked_layers(callback: Callback, module: nn.Module) -> dict[str, Ma
 
 
 def schedule_length(callback: Callback, trainer: Run, total_steps: int | None) -> int:
-    """Optimiser steps that a schedule spans: ``total_steps``, or the trainer's ``max_steps``.
+    """Return the number of optimiser steps that a schedule spans.
 
-    ``trainer.estimated_stepping_batches`` is avoided: it sets up the data loaders early, which loses a resumed
+    ``trainer.estimated_stepping_batches`` is not used here: it sets up the data loaders early, which loses a resumed
     loader's position.
+
+    Args:
+        callback: The callback that has the schedule, for the message.
+        trainer: The run. Its ``max_steps`` is the length if ``total_steps`` is None.
+        total_steps: The length that the user gave, or None.
 
     Raises:
         ConfigError: If neither is given.
@@ -98,23 +112,16 @@ def schedule_length(callback: Callback, trainer: Run, total_steps: int | None) -
 
 def is_step(trainer: Run) -> bool:
     """Whether the optimiser steps with the micro-batch under way: at the end of a window, and of an epoch."""
-    if isinstance(trainer, Trainer):
-        return not trainer.fit_loop._should_accumulate()  # Lightning's own question; there is no public one
-    return trainer.is_step
+    return is_optimizer_step(trainer) if isinstance(trainer, Trainer) else trainer.is_step
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether ``torch.compile`` was used on a model or a part of it."""
-    return any(
-        module._compiled_call_impl is not None
-        or hasattr(module, "_orig_mod")
-        or (isinstance(module, LightningModule) and module._compiler_ctx is not None)
-        for module in model.modules()
-    )
+    return any(map(is_compiled_module, model.modules()))
 
 
 def show(trainer: Run, module: nn.Module, name: str, value: float, *, logger: bool = True) -> None:
-    """Puts a value in the progress bar, and in the logs unless ``logger`` is False."""
+    """Put a value in the progress bar, and in the logs unless ``logger`` is False."""
     if isinstance(trainer, Trainer):
         assert isinstance(module, LightningModule)
         # A tensor on the CPU: a number would be copied to the device, and the host would wait for the copy.
@@ -124,7 +131,7 @@ def show(trainer: Run, module: nn.Module, name: str, value: float, *, logger: bo
 
 
 class RunCallback(Callback):
-    """A Lightning callback that also works in the Fabric loop, because it keeps to what a :data:`Run` has."""
+    """A Lightning callback that also works in the Fabric loop, because it uses only what a :data:`Run` has."""
 
 
 class StepCallback(RunCallback):
@@ -133,16 +140,25 @@ class StepCallback(RunCallback):
     def __init__(self) -> None:
         self._seen = self._before = -1
 
+    def restore(self, trainer: Run, module: nn.Module) -> None:
+        """Put the state of a checkpoint back into the model, before any callback acts. May be called several times."""
+
     def on_step(self, trainer: Run, module: nn.Module, step: int) -> None:
-        """Called with the number of optimiser steps done, ``trainer.global_step``."""
+        """Act on the model after ``step`` optimiser steps; ``step`` is ``trainer.global_step``."""
         raise NotImplementedError
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
-        refuse_plain_averaging(trainer.callbacks)  # type: ignore[union-attr]
+        """Restore all step callbacks of the run, then act for the first time."""
+        callbacks = trainer.callbacks  # type: ignore[union-attr]
+        refuse_plain_averaging(callbacks)
+        for callback in callbacks:
+            if isinstance(callback, StepCallback):
+                callback.restore(trainer, pl_module)
         self._seen, self._before = trainer.global_step, trainer.global_step - 1
         self.on_step(trainer, pl_module, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Act if the optimiser has stepped since the last call."""
         if trainer.global_step > self._seen:
             self._seen, self._before = trainer.global_step, self._seen
             self.on_step(trainer, pl_module, trainer.global_step)

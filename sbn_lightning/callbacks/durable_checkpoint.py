@@ -1,4 +1,4 @@
-"""A checkpoint when the process is told to stop, by a scheduler or by Ctrl-C, and folders of shards that are never lost.
+"""A checkpoint when the process is told to stop, and folders of shards that are never lost.
 
 Lightning raises at the end of the micro-batch during which a SIGTERM arrives, or wherever Ctrl-C meets it. That may be
 inside an accumulation window, whose gradients are in no checkpoint. Here training goes on to the end of the optimiser
@@ -44,8 +44,8 @@ class DurableCheckpoint(ModelCheckpoint):
     Training goes on to the end of the optimiser step, saves ``last.ckpt``, and ends the process with status 143
     (SIGTERM) or 130 (Ctrl-C). A second Ctrl-C stops at once, without saving.
 
-    A validation may last longer than a scheduler waits, so it is cut short at once, and the next start leaves it out, as
-    after a crash in a validation. Where several processes must agree, and inside an accumulation window, the validation
+    A validation may last longer than a scheduler waits, so it is cut short at once, and the next start leaves it out,
+    as after a crash in a validation. Where several processes must agree, and inside an accumulation window, the validation
     is waited for.
 
     The arguments, and the state in a checkpoint, are those of ``ModelCheckpoint``.

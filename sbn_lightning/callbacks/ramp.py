@@ -1,46 +1,44 @@
-"""From dense to the target pattern inside one run."""
+"""``DenseToSparseRamp``: from dense to the target pattern. :mod:`sbn_lightning.schedule.ramp` has the arithmetic."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from sbn_lightning.callbacks.base import StepCallback, is_compiled, require_masked_layers, schedule_length
-from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.sparse_linear import MaskedLinear
+from sbn_lightning.layers.masked_linear import MaskedLinear
+from sbn_lightning.schedule.ramp import Curve, Density, Ramp, RampShape
 from sbn_lightning.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:
     from sbn_lightning.callbacks.base import Run
 
-RampShape = Literal["step", "walk", "rows", "layers"]
-Curve = Literal["linear", "cubic"]
-
 
 class DenseToSparseRamp(StepCallback):
-    """Starts dense and ends at each layer's pattern N:M.
+    """Start dense and end at each layer's pattern N:M.
 
-    The shapes, with progress p going from 0 at ``start`` to 1 at ``end``:
+    The shapes differ in what happens while the progress p goes from 0 at ``start`` to 1 at ``end``:
 
-    * ``"step"``: dense until ``start``, N:M from there on (the paper's "sparse share" is ``1 - start``);
-    * ``"walk"``: M:M, M-1:M, ..., N:M in equal parts;
-    * ``"rows"``: a share p of each layer's rows (output features) is N:M, the others dense;
-    * ``"layers"``: the first share p of the layers is N:M, the others dense.
+    * ``"step"``: dense until ``start``, N:M from there on. The paper's "sparse share" is ``1 - start``.
+    * ``"walk"``: M:M, then M-1:M, and so on to N:M, in equal parts.
+    * ``"rows"``: a share p of each layer's rows (output features) is N:M, the other rows are dense.
+    * ``"layers"``: the first share p of the layers is N:M, the other layers are dense.
 
-    Density is a pure function of the optimiser step. With the defaults training is sparse from its first step.
+    The density is a pure function of the optimiser step. With the defaults, training is sparse from its first step.
 
     Args:
-        shape: See above.
-        start: Share of training at which the ramp leaves dense, 0 to 1.
-        end: Share of training at which it arrives at N:M; not used by ``"step"``.
-        curve: ``"linear"``, or ``"cubic"``: ``1 - (1 - p)^3``, fast first and slow at the end (arXiv 1710.01878).
-        total_steps: Optimiser steps of the whole training; the trainer's ``max_steps`` if not given.
+        shape: One of the four shapes above.
+        start: The share of training at which the ramp leaves dense, 0 to 1.
+        end: The share of training at which the ramp arrives at N:M. The shape ``"step"`` does not use it.
+        curve: ``"linear"``, or ``"cubic"`` for ``1 - (1 - p)^3``, which is fast first and slow at the end
+            (Zhu and Gupta, arXiv 1710.01878).
+        total_steps: The number of optimiser steps of the whole training. None takes the trainer's ``max_steps``.
 
     Raises:
-        ConfigError: If the values do not make a ramp.
+        ConfigError: If the values do not make a ramp, and when training starts if the length of training is not known.
     """
 
     def __init__(
@@ -52,43 +50,29 @@ class DenseToSparseRamp(StepCallback):
         total_steps: int | None = None,
     ) -> None:
         super().__init__()
-        if shape not in ("step", "walk", "rows", "layers"):
-            raise ConfigError(f"DenseToSparseRamp: shape={shape!r} is not one of 'step', 'walk', 'rows', 'layers'")
-        if curve not in ("linear", "cubic"):
-            raise ConfigError(f"DenseToSparseRamp: curve={curve!r} is not 'linear' or 'cubic'")
-        if not 0 <= start <= 1:
-            raise ConfigError(f"DenseToSparseRamp: start={start} is not a share of training, 0 to 1")
-        if shape != "step" and not start < end <= 1:
-            raise ConfigError(f"DenseToSparseRamp: end={end} must lie after start={start}, and not after 1")
+        self.ramp = Ramp(shape, start, end, curve, owner="DenseToSparseRamp")
         self.shape, self.start, self.end, self.curve, self.total_steps = shape, start, end, curve, total_steps
-        self._densities: list[tuple[int, float]] = []
+        self._densities: list[Density] = []
+        self._is_loaded = False  # whether _densities are those of a checkpoint that was just loaded
 
     def progress(self, step: int, total_steps: int) -> float:
-        """p after ``step`` of ``total_steps`` optimiser steps, 0 to 1."""
-        first = round(self.start * total_steps)
-        if self.shape == "step":
-            return float(step >= first)
-        last = max(round(self.end * total_steps), first + 1)
-        p = min(max((step - first) / (last - first), 0.0), 1.0)
-        return p if self.curve == "linear" else 1 - (1 - p) ** 3
+        """Return p after ``step`` of ``total_steps`` optimiser steps, 0 to 1."""
+        return self.ramp.progress(step, total_steps)
 
-    def density(self, progress: float, pattern: NMPattern, index: int, count: int) -> tuple[int, float]:
-        """What layer ``index`` of ``count`` keeps: ``(keep_n, sparse_share)`` for its ``set_density``."""
-        if self.shape == "rows":
-            return pattern.n, progress
-        if self.shape == "layers":
-            return pattern.n, float(index < progress * count)
-        # The small term keeps 0.1 + 0.2 style rounding from delaying a stage by a step.
-        return pattern.m - int(progress * (pattern.m - pattern.n) + 1e-9), 1.0
+    def density(self, progress: float, pattern: NMPattern, index: int, count: int) -> Density:
+        """Return what layer ``index`` of ``count`` layers keeps, as arguments of its ``set_density``."""
+        return self.ramp.density(progress, pattern, index, count)
+
+    def restore(self, trainer: Run, module: nn.Module) -> None:
+        """Tell the layers which densities the masks in the checkpoint have."""
+        if self._is_loaded:
+            self._is_loaded = False
+            self.ramp.restore(list(require_masked_layers(self, module).values()), self._densities)
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
+        """Check the length of training, and warn if torch would compile the model too often."""
         self._length(trainer)
         layers = list(require_masked_layers(self, pl_module).values())
-        if len(self._densities) == len(layers):
-            # A resumed run: the masks in the checkpoint were made for these densities, unless the pattern is another.
-            for layer, (keep_n, share) in zip(layers, self._densities, strict=True):
-                if layer.pattern.n <= keep_n <= layer.pattern.m:
-                    layer.set_density(keep_n, share, refresh=False)
         if is_compiled(pl_module) and not all(layer.owner_prepares for layer in layers):
             self._warn_of_compilations(layers)
         super().on_train_start(trainer, pl_module)
@@ -104,18 +88,18 @@ class DenseToSparseRamp(StepCallback):
             )
 
     def on_step(self, trainer: Run, module: nn.Module, step: int) -> None:
+        """Give each layer the density of this step."""
         layers = list(require_masked_layers(self, module).values())
-        progress = self.progress(step, self._length(trainer))
-        self._densities = [self.density(progress, layer.pattern, i, len(layers)) for i, layer in enumerate(layers)]
-        for layer, (keep_n, share) in zip(layers, self._densities, strict=True):
-            layer.set_density(keep_n, share)
+        self._densities = self.ramp.apply(layers, step, self._length(trainer))
 
     def _length(self, trainer: Run) -> int:
-        sparse_from_the_start = self.shape == "step" and self.start == 0
-        return 1 if sparse_from_the_start else schedule_length(self, trainer, self.total_steps)
+        return schedule_length(self, trainer, self.total_steps) if self.ramp.needs_length else 1
 
     def state_dict(self) -> dict[str, Any]:
+        """Return plain values for the checkpoint."""
         return {"densities": self._densities}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the densities of the masks in the checkpoint."""
         self._densities = [(int(keep_n), float(share)) for keep_n, share in state_dict["densities"]]
+        self._is_loaded = True

@@ -30,7 +30,7 @@ COLOURS = torch.tensor([[55, 55, 65], [255, 255, 255], [214, 69, 65], [52, 101, 
 
 
 class SparsityPatternLogger(RunCallback):
-    """Logs, every ``interval`` optimiser steps and at the end:
+    """Logs the pattern of all layers every ``interval`` optimiser steps, and at the end.
 
     * ``sparsity/…`` in total, and ``…/<layer>`` for each layer: ``zeros``, ``zeros_natural``, ``zeros_enforced``,
       ``mask_density``, ``flip_rate_mask`` and ``flip_rate_code`` (changes since the last look);
@@ -100,8 +100,8 @@ class SparsityPatternLogger(RunCallback):
             if self.histograms and not (values.isfinite().all() and sample.isfinite().all()):
                 if name not in self._not_finite:  # once for each layer
                     rank_zero_warn(
-                        f"SparsityPatternLogger: the weight of {name} has a value that is NaN or infinite at step {step}: its "
-                        "histograms are left out (NonFiniteGuard stops a training when that happens)"
+                        f"SparsityPatternLogger: the weight of {name} has a value that is NaN or infinite at step {step}: "
+                        "its histograms are left out (NonFiniteGuard stops a training when that happens)"
                     )
                     self._not_finite.add(name)
             elif self.histograms:
