@@ -53,7 +53,8 @@ def check(case: dict[str, object], ranks: int, held: bool, share: float) -> None
             for parameter in sharded[0].parameters():  # what DDP or FSDP2 would do for the plain layer
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= ranks
-        torch.testing.assert_close(sharded[1].weight.grad.full_tensor(), alone[1].weight.grad)
+        # Three equal gradients, added and divided by three, are rounded twice.
+        torch.testing.assert_close(sharded[1].weight.grad.full_tensor(), alone[1].weight.grad, rtol=1e-5, atol=1e-5)
         with torch.no_grad():  # an average over three ranks is rounded: the next step starts from equal weights
             sharded[1].weight.grad.to_local().copy_(
                 torch.distributed.tensor.distribute_tensor(
