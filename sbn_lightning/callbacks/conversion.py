@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -18,7 +20,13 @@ from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts
 from sbn_lightning.distributed.strategies import check_strategy
-from sbn_lightning.layers.conversion import ConversionReport, as_patterns, convert_linears, revert_linears
+from sbn_lightning.layers.conversion import (
+    ConversionReport,
+    as_patterns,
+    convert_quietly,
+    convert_to_match,
+    revert_linears,
+)
 from sbn_lightning.layers.masked_linear import masked_layers
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
@@ -36,7 +44,8 @@ class TernarySparseConversion(Callback):
     Args:
         sparsity: The options of the new layers: a :class:`SparsityConfig`, or only a pattern.
         include: Shell-style pattern or patterns of layer names to convert; one also matches everything below a module.
-        exclude: Patterns of layers to leave alone; wins over ``include``. Name the head here if it is not ``lm_head``.
+        exclude: Patterns of layers to leave alone; wins over ``include``.
+        split_sizes: The rows of each part of fused layers, by name pattern; see :func:`convert_linears`.
         **options: Single fields of :class:`SparsityConfig`. A recipe writes them beside ``include``, for example
             ``pattern: "2:4"``.
 
@@ -51,9 +60,12 @@ class TernarySparseConversion(Callback):
         sparsity: SparsityConfig | NMPattern | str | None = None,
         include: str | Sequence[str] = ("*",),
         exclude: str | Sequence[str] = ("lm_head",),
+        *,
+        split_sizes: dict[str, tuple[int, ...] | None] | None = None,
         **options: Any,
     ) -> None:
         self.sparsity = SparsityConfig.make(sparsity, **options)
+        self.split_sizes = split_sizes
         self.include, self.exclude = as_patterns(include), as_patterns(exclude)
         self.report: ConversionReport | None = None
         self._module: LightningModule | None = None
@@ -63,6 +75,25 @@ class TernarySparseConversion(Callback):
     def revert(module: nn.Module) -> list[str]:
         """Turns the masked layers of ``module`` into plain layers with the effective weight; returns their names."""
         return revert_linears(module)
+
+    @staticmethod
+    def load(module: nn.Module, path: str | Path, **options: Any) -> list[str]:
+        """Converts a plain module as a checkpoint's was, and loads the checkpoint's weights and masks.
+
+        ``load_from_checkpoint`` of a class that builds plain layers cannot do this: it finds masks without layers.
+
+        Args:
+            module: A module with plain layers, changed in place.
+            path: A checkpoint file of a run with this callback.
+            **options: Single fields of :class:`SparsityConfig`, for a checkpoint that does not carry them.
+
+        Returns:
+            The names of the converted layers.
+        """
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        names = convert_to_match(module, state, **options)
+        module.load_state_dict(state)
+        return names
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_plain_averaging(trainer.callbacks)  # type: ignore[attr-defined]
@@ -75,7 +106,7 @@ class TernarySparseConversion(Callback):
                 "processes; yours gets the trained weights and keeps its plain layers, which compute something else: "
                 "call convert_linears on it with the same options, or load a checkpoint"
             )
-        if not is_overridden("configure_model", pl_module):
+        if not isinstance(pl_module, LightningModule) or not is_overridden("configure_model", pl_module):
             self._convert(pl_module)
             return
         # The model may be built in configure_model, which runs after this hook and before everything that must see
@@ -127,7 +158,11 @@ class TernarySparseConversion(Callback):
         self._stop_watching()
 
     def _convert(self, module: LightningModule) -> None:
-        self.report = convert_linears(module, self.sparsity, include=self.include, exclude=self.exclude)
+        self.report = convert_quietly(
+            module, self.sparsity, include=self.include, exclude=self.exclude, split_sizes=self.split_sizes
+        )
+        if self.report.warning is not None:
+            rank_zero_warn(f"TernarySparseConversion: {self.report.warning}")
         self._module = module
         keep_masks_out_of_broadcasts(module)
         rank_zero_info(f"TernarySparseConversion({self.sparsity.pattern}): {self.report}")

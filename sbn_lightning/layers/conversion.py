@@ -2,26 +2,32 @@
 
 A layer is changed in place, by changing its class: parameter objects, hooks, references from elsewhere in the model
 and an optimiser that already exists all stay valid. Only exact ``nn.Linear`` instances are taken, and GPT-2's
-``Conv1D``, which is one with a transposed weight. A subclass may be used in ways its class hides
+``Conv1D``, which is one with a transposed weight. A subclass may be used in ways that its class hides
 (``nn.MultiheadAttention`` reads the weight of its ``out_proj`` and never calls it).
 
-Convolutions are left alone. The quantiser scales each token, and a convolution has none: a pixel takes part in many
-windows, each with a maximum of its own, so ternary convolutions need an arithmetic of their own. What most models of
-this kind have, a patch embedding, is an input layer, which is best kept in high precision anyway.
+A conversion first checks every layer and computes every mask, and only then changes the first layer. A reversion first
+computes every ternary weight. So both happen as a whole or not at all.
+
+Convolutions are left alone. The quantiser scales each token, and a convolution with a window larger than 1x1 has none:
+a pixel takes part in many windows, and each window has a maximum of its own. A 1x1 convolution is a linear layer over
+channels, and can be written as one. The patch embedding of a vision model is an input layer, which is best kept in
+high precision anyway.
 """
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.candidates import guess_split_sizes, left_alone, name_matches, not_linear, shape_of
 from sbn_lightning.layers.conv1d import SparseBitConv1D, SparseConv1D, is_conv1d
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
@@ -35,27 +41,64 @@ _FUSED_INFERENCE: dict[type[nn.Module], tuple[str, int]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
-
 # The class of a converted layer by its kind: in place of an ``nn.Linear``, and of a ``Conv1D``.
 _CLASSES: dict[Kind, tuple[type[MaskedLinear], type[MaskedLinear]]] = {
     "ternary": (SparseBitLinear, SparseBitConv1D),
     "masked": (SparseLinear, SparseConv1D),
 }
+_EXCLUDED = "excluded by name"
 
 
 @dataclass
 class ConversionReport:
-    """What a conversion did: names of converted layers, and the reason for each one skipped.
+    """What a conversion did.
 
-    What is skipped are linear layers, and every other parameter with two dimensions or more that is not an embedding:
-    by the name of its module, or its own where the module only holds it (``attention.in_proj_weight``).
+    Linear parameters are those of linear layers and all other parameters with two dimensions or more that are not
+    embeddings.
+
+    Attributes:
+        converted: The names of the converted layers.
+        skipped: The reason for each layer or parameter that was skipped. A parameter that its module only holds goes by
+            its own name (``attention.in_proj_weight``).
+        split_sizes: The rows of each part of converted layers that are fused.
+        converted_parameters: The number of weights in converted layers.
+        linear_parameters: The number of linear parameters in the model.
+        wanted_parameters: The same, without what the caller excluded by name and without output heads.
+        parameters: The number of all parameters of the model.
     """
 
     converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    split_sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    converted_parameters: int = 0
+    linear_parameters: int = 0
+    wanted_parameters: int = 0
+    parameters: int = 0
+
+    @property
+    def warning(self) -> str | None:
+        """One line if the conversion reached less than half of the linear parameters that it was to reach."""
+        if not self.converted or 2 * self.converted_parameters >= self.wanted_parameters:
+            return None
+        share = self.converted_parameters / self.wanted_parameters
+        return (
+            f"only {share:.1%} of the model's linear parameters became sparse; the rest is in layers that a conversion "
+            "does not take. The report of the conversion names them, with the reasons"
+        )
 
     def __str__(self) -> str:
         lines = [f"converted {len(self.converted)} layers: {', '.join(self.converted) or 'none'}"]
+        if self.linear_parameters and self.converted:
+            lines[0] += (
+                f" ({self.converted_parameters / self.linear_parameters:.1%} of the linear parameters, "
+                f"{self.converted_parameters / self.parameters:.1%} of all)"
+            )
+        by_sizes: dict[tuple[int, ...], set[str]] = {}
+        for name, sizes in self.split_sizes.items():
+            by_sizes.setdefault(sizes, set()).add(re.sub(r"\b\d+\b", "*", name))
+        lines += [
+            f"fused {', '.join(sorted(names))}: a gamma for each of {sizes} rows" for sizes, names in by_sizes.items()
+        ]
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             by_reason.setdefault(reason, []).append(name)
@@ -63,14 +106,14 @@ class ConversionReport:
         return "\n".join(lines)
 
 
-def name_matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a dotted module name, or one of its parents, matches a shell-style pattern.
+@dataclass
+class _Planned:
+    """A layer that is to be converted, and what it will be."""
 
-    ``"h.1"`` matches ``h.1`` and ``h.1.mlp`` but not ``h.10``; ``"lm_head"`` also matches ``model.lm_head``.
-    """
-    parts = name.split(".")
-    spans = [".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
-    return any(fnmatchcase(span, pattern) for pattern in patterns for span in spans)
+    name: str
+    module: nn.Module
+    sparsity: SparsityConfig
+    mask_bits: Tensor
 
 
 def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -84,15 +127,23 @@ def convert_linears(
     *,
     include: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = ("lm_head",),
+    split_sizes: Mapping[str, tuple[int, ...] | None] | None = None,
     **options: Any,
 ) -> ConversionReport:
     """Converts every ``nn.Linear`` (and ``Conv1D``) that the name patterns select.
 
+    Output heads, routers, gates with one row and the matrices of a LoRA are skipped (:func:`left_alone`) unless
+    ``include`` names them with a pattern other than ``"*"``. A warning says so if less than half of the linear
+    parameters became sparse.
+
     Args:
-        model: Changed in place.
+        model: The model, changed in place: as a whole or, on an error, not at all.
         sparsity: The options of the new layers: a :class:`SparsityConfig`, or only a pattern.
         include: Shell-style pattern or patterns of names to convert (see :func:`name_matches`).
-        exclude: Patterns of names to leave alone; wins over ``include``. Name the head here if it is not ``lm_head``.
+        exclude: Patterns of names to leave alone; wins over ``include``.
+        split_sizes: The rows of each part of fused layers, by name pattern, for example
+            ``{"*.qkv": (64, 32, 32)}``. None in place of the rows says that a layer is one part. Without an entry the
+            rows are guessed where the architecture is known (:func:`guess_split_sizes`).
         **options: Single fields of :class:`SparsityConfig`, for example ``kind="masked"``.
 
     Returns:
@@ -100,43 +151,76 @@ def convert_linears(
         divide, and one that shares its weight with another module (a tied head), is skipped.
 
     Raises:
-        ConfigError: If nothing was converted although no layer is masked yet.
+        ConfigError: If nothing was converted although no layer is masked yet, a selected layer is masked already with
+            other options, an entry of ``split_sizes`` fits no layer, or an option cannot work.
     """
+    report = convert_quietly(model, sparsity, include=include, exclude=exclude, split_sizes=split_sizes, **options)
+    if report.warning is not None:
+        warnings.warn(report.warning, stacklevel=2)
+    return report
+
+
+def convert_quietly(
+    model: nn.Module,
+    sparsity: SparsityConfig | NMPattern | str | None = None,
+    *,
+    include: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = ("lm_head",),
+    split_sizes: Mapping[str, tuple[int, ...] | None] | None = None,
+    **options: Any,
+) -> ConversionReport:
+    """Does what :func:`convert_linears` does, without its warning: for callers who warn in their own way."""
     sparsity = SparsityConfig.make(sparsity, **options)
-    target, layer_class = sparsity.nm, _CLASSES[sparsity.kind]
     include, exclude = as_patterns(include), as_patterns(exclude)
+    given = dict(split_sizes or {})
+    used: set[str] = set()
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    report = ConversionReport()
+    report = ConversionReport(parameters=sum(p.numel() for p in model.parameters()))
+    plan: list[_Planned] = []
     already = False
-    for name, module in _named_modules(model):
+    for name, module in named_modules(model):
+        selected = name_matches(name, include) and not name_matches(name, exclude)
         if isinstance(module, MaskedLinear):
             already = True
+            _count(report, module.weight.numel(), wanted=True)
+            if selected:
+                _check_same(name, module, sparsity, given)
+                report.converted_parameters += module.weight.numel()
             continue
         if not isinstance(module, nn.Linear) and not is_conv1d(module):
-            report.skipped.update(_unconvertible(name, module))
+            reasons = not_linear(name, module)
+            report.skipped.update(reasons)
+            if reasons:
+                matrices = (p.numel() for p in module.parameters(recurse=False) if p.ndim >= 2)
+                _count(report, sum(matrices), wanted=selected)
             continue
-        transposed = not isinstance(module, nn.Linear)
-        in_features = cast(int, module.nx if transposed else module.in_features)
-        if not name_matches(name, include) or name_matches(name, exclude):
-            report.skipped[name] = "excluded by name"
-        elif not transposed and type(module) is not nn.Linear:
-            report.skipped[name] = f"{type(module).__name__} is a subclass of nn.Linear that may be used differently"
-        elif module._parameters.get("weight") is None:
-            report.skipped[name] = "its weight is computed from other parameters (weight_norm, pruning)"
-        elif owners[id(module._parameters["weight"])] > 1:
-            report.skipped[name] = "shares its weight with another module"
-        elif in_features % target.m:
-            report.skipped[name] = f"in_features={in_features} is not a multiple of M={target.m}"
-        else:
-            if transposed:
-                # nx and nf stay as they are; the class is remembered for the way back.
-                module.converted_from, module.in_features, module.out_features = type(module), in_features, module.nf  # type: ignore[assignment]
-            module.__class__ = layer_class[transposed]
-            cast("MaskedLinear", module)._init_mask(sparsity)
-            report.converted.append(name)
-    if not report.converted and not already:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(report.skipped.items())[:8])
-        raise ConfigError(f"no layer was converted to {target} ({reasons or 'the model has no nn.Linear'})")
+        weight = module._parameters.get("weight")
+        size = 0 if weight is None or owners[id(weight)] > 1 else weight.numel()
+        reason = _EXCLUDED if not selected else _unsuitable(module, owners, sparsity.nm)
+        named = name_matches(name, [pattern for pattern in include if pattern != "*"])
+        chosen = None if named or reason is not None else left_alone(model, name, module)
+        _count(report, size, wanted=selected and chosen != "an output head")
+        if (reason or chosen) is not None:
+            report.skipped[name] = reason or f"{chosen}; name it in include to convert it"
+            continue
+        sizes = _sizes_given(name, given, used)
+        if sizes == "guess":
+            sizes = sparsity.split_sizes or guess_split_sizes(model, name, module)
+        own = replace(sparsity, split_sizes=cast("tuple[int, ...] | None", sizes))
+        plan.append(_Planned(name, module, own, _first_mask(name, module, own)))
+        report.converted_parameters += size
+        if own.split_sizes is not None:
+            report.split_sizes[name] = own.split_sizes
+    if unused := set(given) - used:
+        raise ConfigError(f"split_sizes: no converted layer has a name like {', '.join(sorted(unused))}")
+    if not plan and not already:
+        reasons_text = "; ".join(f"{name}: {reason}" for name, reason in list(report.skipped.items())[:8])
+        raise ConfigError(
+            f"no layer was converted to {sparsity.pattern} ({reasons_text or 'the model has no nn.Linear'})"
+        )
+    for planned in plan:
+        _convert(planned)
+        report.converted.append(planned.name)
     _switch_fused_inference(model, on=False)
     return report
 
@@ -147,45 +231,166 @@ def revert_linears(model: nn.Module) -> list[str]:
     Parameter objects stay the same. Activations are no longer quantised, so outputs of ternary layers move by that
     rounding; convert with ``activation_bits=None`` where this matters. A Hugging Face model should be reverted before
     ``save_pretrained``: until then its weights are latent ones, which ``from_pretrained`` would use as they are.
+    A LoRA that is merged into a masked layer (``merge_and_unload``) becomes part of the latent weight and is rounded
+    away with it: revert first.
+
+    Args:
+        model: The model, changed in place: as a whole or, on an error, not at all.
 
     Returns:
         Names of the layers.
     """
-    ours = set(vars(SparseBitLinear(1, 1, pattern="1:1", device="meta"))) - set(vars(nn.Linear(1, 1, device="meta")))
-    reverted = []
-    for name, module in _named_modules(model):
-        if isinstance(module, MaskedLinear):
-            with torch.no_grad():
-                module.weight.copy_(module.effective_weight())
-            transposed = "converted_from" in vars(module)
-            plain = vars(module).pop("converted_from", nn.Linear)
-            for extra in ours | ({"in_features", "out_features"} if transposed else set()):
-                vars(module).pop(extra, None)
-            del module.mask_bits
-            module.__class__ = plain
-            reverted.append(name)
+    layers = [(name, module) for name, module in named_modules(model) if isinstance(module, MaskedLinear)]
+    with torch.no_grad():
+        for _, layer in layers:
+            layer.prepare()  # whatever can go wrong goes wrong here, before the first layer is changed
+        for _, layer in layers:
+            _revert(layer)
     _switch_fused_inference(model, on=True)
-    return reverted
+    return [name for name, _ in layers]
 
 
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def convert_to_match(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    sparsity: SparsityConfig | NMPattern | str | None = None,
+    **options: Any,
+) -> list[str]:
+    """Converts exactly the layers that were converted when a state dict was saved: the way back from a checkpoint.
+
+    Load the state dict afterwards::
+
+        state = torch.load("converted.ckpt")["state_dict"]
+        convert_to_match(module, state)
+        module.load_state_dict(state)
+
+    Args:
+        model: A model with plain layers, changed in place.
+        state_dict: The state dict of a converted model.
+        sparsity: The options of the layers, for a state dict that does not carry them. ``state_dict()`` keeps options
+            in its metadata, which survive ``torch.save`` and are lost in safetensors and sharded checkpoints.
+        **options: Single fields of :class:`SparsityConfig`.
+
+    Returns:
+        The names of the converted layers.
+
+    Raises:
+        ConfigError: If the state dict has no masks, or the model lacks a layer that has one, or neither the state dict
+            nor the caller says what the options are.
+    """
+    names = [name.removesuffix(".mask_bits") for name in state_dict if name.endswith(".mask_bits")]
+    if not names:
+        raise ConfigError("the state dict has no masks: it was not saved from a converted model")
+    metadata = getattr(state_dict, "_metadata", {})
+    modules = dict(model.named_modules())
+    plan = []
+    for name in names:
+        if (module := modules.get(name)) is None or isinstance(module, MaskedLinear):
+            raise ConfigError(f"the state dict has a mask for {name}, and the model has no plain layer of that name")
+        saved = metadata.get(name, {}).get("sparsity")
+        if saved is None and sparsity is None and not options:
+            raise ConfigError(f"the state dict does not say how {name} was converted: give the options, as in training")
+        own = SparsityConfig(**saved) if saved else SparsityConfig.make(sparsity, **options)
+        plan.append(_Planned(name, module, own, _first_mask(name, module, own)))
+    for planned in plan:
+        _convert(planned)
+    _switch_fused_inference(model, on=False)
+    return names
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a model, without the component that the wrapper of ``torch.compile`` adds to names."""
     for name, module in model.named_modules():
         yield name.replace("_orig_mod.", ""), module
 
 
-def _unconvertible(name: str, module: nn.Module) -> dict[str, str]:
-    """Reasons for the matrices of a module that is not a linear layer; vectors and embeddings are no candidates."""
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return {}
-    kind = type(module).__name__
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return {name: f"{kind} has no tokens to quantise: one pixel is part of many windows"}
-    use = "packed q, k and v are" if isinstance(module, nn.MultiheadAttention) else "it is"
-    return {
-        f"{name}.{parameter}".lstrip("."): f"{use} a bare parameter of {kind}, not an nn.Linear"
-        for parameter, value in module.named_parameters(recurse=False)
-        if value.ndim >= 2
-    }
+def _count(report: ConversionReport, parameters: int, wanted: bool) -> None:
+    report.linear_parameters += parameters
+    report.wanted_parameters += parameters if wanted else 0
+
+
+def _check_same(name: str, layer: MaskedLinear, sparsity: SparsityConfig, given: Mapping[str, Any]) -> None:
+    """Refuses to convert a masked layer to other options."""
+    if given or sparsity.split_sizes is not None:
+        wanted = replace(sparsity, split_sizes=_sizes_given(name, given, set()) if given else sparsity.split_sizes)  # type: ignore[arg-type]
+        if wanted.split_sizes == "guess":  # type: ignore[comparison-overlap]
+            wanted = replace(wanted, split_sizes=layer.split_sizes)
+    else:
+        wanted = replace(sparsity, split_sizes=layer.split_sizes)
+    if wanted != layer.sparsity:
+        raise ConfigError(
+            f"{name} is converted already, to {_describe(layer.sparsity)}, and not to {_describe(wanted)}: call "
+            "revert_linears(model) first, set layer.sparsity, or exclude the layer"
+        )
+
+
+def _describe(sparsity: SparsityConfig) -> str:
+    plain = SparsityConfig().to_dict()
+    differing = {key: value for key, value in sparsity.to_dict().items() if value != plain[key] and key != "pattern"}
+    return ", ".join([str(sparsity.pattern), *(f"{key}={value!r}" for key, value in differing.items())])
+
+
+def _unsuitable(module: nn.Module, owners: Counter[int], pattern: NMPattern) -> str | None:
+    """Why a linear layer cannot be converted."""
+    weight = module._parameters.get("weight")
+    if not is_conv1d(module) and type(module) is not nn.Linear:
+        return f"{type(module).__name__} is a subclass of nn.Linear that may be used differently"
+    if weight is None:
+        return "its weight is computed from other parameters (weight_norm, pruning)"
+    if owners[id(weight)] > 1:
+        return "shares its weight with another module"
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"its weight is {weight.dtype}, and a latent weight needs 16 bits or more"
+    in_features = shape_of(module)[0]
+    if in_features % pattern.m:
+        return f"in_features={in_features} is not a multiple of M={pattern.m}"
+    return None
+
+
+def _sizes_given(name: str, given: Mapping[str, tuple[int, ...] | None], used: set[str]) -> Any:
+    """The caller's ``split_sizes`` for a layer, or ``"guess"``."""
+    for pattern, sizes in given.items():
+        if name_matches(name, [pattern]):
+            used.add(pattern)
+            return sizes
+    return "guess"
+
+
+def _first_mask(name: str, module: nn.Module, sparsity: SparsityConfig) -> Tensor:
+    """The mask of a layer that is to be converted; raises before anything is changed if there cannot be one."""
+    in_features, out_features = shape_of(module)
+    sparsity.check_fits(in_features, out_features, name)
+    weight = cast(Tensor, module._parameters["weight"])
+    if is_conv1d(module):
+        weight = weight.t()
+    layer = _CLASSES[sparsity.kind][0](in_features, out_features, bias=False, sparsity=sparsity, device="meta")
+    layer._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
+    layer.mask_bits = torch.empty(layer.mask_bits.shape, dtype=torch.uint8, device=weight.device)
+    layer.refresh_mask()
+    return layer.mask_bits
+
+
+def _convert(planned: _Planned) -> None:
+    module = planned.module
+    transposed = is_conv1d(module)
+    if transposed:
+        # nx and nf stay as they are; the class is remembered for the way back.
+        in_features, out_features = shape_of(module)
+        vars(module).update(converted_from=type(module), in_features=in_features, out_features=out_features)
+    module.__class__ = _CLASSES[planned.sparsity.kind][transposed]
+    cast(MaskedLinear, module)._init_mask(planned.sparsity, planned.mask_bits)
+
+
+def _revert(layer: MaskedLinear) -> None:
+    layer.weight.copy_(layer.effective_weight())
+    layer.tracker.let_go()
+    transposed = "converted_from" in vars(layer)
+    plain = vars(layer).pop("converted_from", nn.Linear)
+    ours = set(vars(type(layer)(1, 1, sparsity="1:1", device="meta"))) - set(vars(nn.Linear(1, 1, device="meta")))
+    for extra in ours | ({"in_features", "out_features"} if transposed else set()):
+        vars(layer).pop(extra, None)
+    del layer.mask_bits
+    layer.__class__ = plain
 
 
 def _switch_fused_inference(model: nn.Module, on: bool) -> None:

@@ -106,14 +106,24 @@ class MaskedLinear(nn.Linear):
             raise ConfigError('kind="masked" is SparseLinear')
         return replace(sparsity, kind=cls.kind)
 
-    def _init_mask(self, sparsity: SparsityConfig) -> None:
-        """Makes a plain linear layer one with a mask; the options have been checked."""
+    def _init_mask(self, sparsity: SparsityConfig, mask_bits: Tensor | None = None) -> None:
+        """Makes a plain linear layer one with a mask.
+
+        Args:
+            sparsity: The options, which have been checked.
+            mask_bits: The mask of the present weight, if it is known already.
+        """
         self._sparsity = sparsity
         self.tracker = MaskTracker()
         self.regrow = True
         self.owner_prepares = False
         self._keep_n, self._sparse_share = self.pattern.n, 1.0
         self._most_kept = self.pattern.m  # in any group of the present mask
+        if mask_bits is not None:
+            self.register_buffer("mask_bits", mask_bits)
+            self.tracker.look(self._weight(), self.training)
+            self._set_mask(mask_bits)
+            return
         packed = torch.empty(self.out_features, -(-self.in_features // 8), dtype=torch.uint8, device=self.weight.device)
         self.register_buffer("mask_bits", packed)
         self.refresh_mask()
@@ -255,7 +265,7 @@ class MaskedLinear(nn.Linear):
         """Takes over a mask that was computed from the weight as the tracker last saw it."""
         if self.mask_bits.is_inference() and not torch.is_inference_mode_enabled():
             self.mask_bits = bits  # a tensor of inference mode cannot be written outside of it
-        else:
+        elif bits is not self.mask_bits:
             self.mask_bits.copy_(bits)
         self.tracker.mask_is_fresh(self.density)
         self._most_kept = self._keep_n if self._sparse_share == 1 else self.pattern.m
@@ -308,6 +318,8 @@ class MaskedLinear(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._sync_mask()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # beside torch's own version number; the keys stay what they are
+            destination._metadata[prefix[:-1]]["sparsity"] = self.sparsity.to_dict()
 
     def _load_from_state_dict(
         self,
@@ -319,19 +331,51 @@ class MaskedLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes the saved mask as it is. A dense checkpoint has none: its weights get a fresh mask."""
+        """Takes the saved mask as it is. A dense checkpoint has none: its weights get a fresh mask.
+
+        A mask of another pattern is refused, and the layer stays as it was.
+        """
+        mask_name = prefix + "mask_bits"
+        if (reason := self._unfit(state_dict.get(mask_name), local_metadata)) is not None:
+            error_msgs.append(
+                f"{prefix[:-1] or type(self).__name__}: {reason}. Set layer.pattern to the saved pattern, or leave "
+                "the masks out of the state dict (every name that ends in .mask_bits), and masks are made anew"
+            )
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        mask_name = prefix + "mask_bits"
         if mask_name in state_dict:
             self.keep_mask()
-            kept = unpack_mask(self.mask_bits, self.in_features).unflatten(-1, (-1, self.pattern.m)).sum(-1)
+            kept = self._kept_in_groups(self.mask_bits)
             self._most_kept = self.pattern.m if kept.is_meta else int(kept.max())
         elif prefix + "weight" in state_dict:
             if mask_name in missing_keys:
                 missing_keys.remove(mask_name)
             self.refresh_mask()
+
+    def _kept_in_groups(self, mask_bits: Tensor) -> Tensor:
+        """How many weights a packed mask keeps in each group, ``[out_features, in_features / M]``."""
+        return unpack_mask(mask_bits, self.in_features).unflatten(-1, (-1, self.pattern.m)).sum(-1)
+
+    def _unfit(self, mask_bits: Any, metadata: dict[str, Any]) -> str | None:
+        """Why a saved mask is not one of this layer's pattern; None if it is, or if nothing tells."""
+        if not isinstance(mask_bits, Tensor) or mask_bits.shape != self.mask_bits.shape or mask_bits.is_meta:
+            return None  # torch reports other shapes by itself
+        saved = metadata.get("sparsity", {}).get("pattern")
+        if saved is not None and saved != str(self.pattern):
+            return f"the saved mask is of the pattern {saved}, and the layer has {self.pattern}"
+        if isinstance(mask_bits, DTensor) or self.pattern.is_dense:
+            return None
+        # Also in the middle of a ramp every group of a row keeps the same number of weights.
+        kept = self._kept_in_groups(mask_bits)
+        fewest, most = kept.amin(-1), kept.amax(-1)
+        if bool((fewest == most).all()) and int(fewest.min()) >= self.pattern.n:
+            return None
+        return (
+            f"the saved mask keeps {int(kept.min())} to {int(kept.max())} of {self.pattern.m} weights, which no mask "
+            f"of the layer's pattern {self.pattern} does"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: with the mask as it is to be, which a copy then holds for its own weight."""

@@ -37,12 +37,12 @@ class SparseBitLinear(MaskedLinear):
 
     kind = "ternary"
 
-    def _init_mask(self, sparsity: SparsityConfig) -> None:
+    def _init_mask(self, sparsity: SparsityConfig, mask_bits: Tensor | None = None) -> None:
         self._backend: Backend = REFERENCE
         self._wrap_backend: Callable[[Backend], Backend] | None = None
         self._prepared: Any = None
         self._prepared_of: tuple[Any, ...] | None = None
-        super()._init_mask(sparsity)
+        super()._init_mask(sparsity, mask_bits)
 
     @property
     def backend(self) -> Backend:
