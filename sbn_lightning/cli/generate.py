@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import json as json_format
 import sys
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.core.text import read_text
-
-if TYPE_CHECKING:
-    from sbn_lightning.checkpoints.text_files import TextFiles
-    from sbn_lightning.formats.load import LoadedModel
-
-# Tokens that end documents and turns in published tokenizers. They are used for models that do not say where they stop.
-_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>", "<eos>")
 
 
 def generate_text(
@@ -69,13 +62,14 @@ def generate_text(
         raise ConfigError(f"seed={seed} is outside 0 to 2^63 - 1")
 
     from sbn_lightning.inference.opening import open_model
+    from sbn_lightning.inference.prompts import encode_prompt, stop_ids
     from sbn_lightning.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, top_k)
     opened = open_model(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend, compile=compile)
     words = opened.need_tokenizer()
-    stops = _stop_ids(opened, stop_token)
-    ids = [_encoded(opened, text, chat) for text in prompts]
+    stops = stop_ids(opened, stop_token)
+    ids = [encode_prompt(opened, text, chat=chat) for text in prompts]
     limit = opened.config.max_sequence_length
     for i, given in enumerate(ids, start=1):  # before the first batch: a result is not lost to a later prompt
         if len(given) >= limit:
@@ -148,40 +142,3 @@ def _listed(text: str, file: str) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise DataError(f"prompts_file {file} is not a JSON list of strings")
     return values
-
-
-def _stop_ids(opened: LoadedModel, stop_token: str | list[str] | None) -> set[int]:
-    """The ids of the tokens that end a text."""
-    tokenizer = opened.need_tokenizer()
-    if stop_token is None:
-        known = {found for end in _ENDS if (found := tokenizer.token_to_id(end)) is not None}
-        return set(opened.text.stop_ids) or known
-    ids = set()
-    for token in [stop_token] if isinstance(stop_token, str) else stop_token:
-        found = tokenizer.token_to_id(token)
-        if found is None:
-            raise ConfigError(f"stop_token {token!r} is not a token of the model's tokenizer")
-        ids.add(found)
-    return ids
-
-
-def _encoded(opened: LoadedModel, prompt: str, chat: bool) -> list[int]:
-    """The token ids of a prompt."""
-    tokenizer = opened.need_tokenizer()
-    if chat:
-        from sbn_lightning.inference.chat import as_chat
-
-        # The template writes the special tokens, the one that begins a text included.
-        ids: list[int] = tokenizer.encode(as_chat(opened.text, prompt), add_special_tokens=False).ids
-        return ids
-    return tokenizer.encode(prompt).ids or [_document_start(opened.text)]
-
-
-def _document_start(text: TextFiles) -> int:
-    """The token that begins a text: the model's own, or the one that ended the text before."""
-    from sbn_lightning.data.tokenizer import find_eos
-
-    if text.bos_id is not None:
-        return text.bos_id
-    assert text.tokenizer is not None
-    return text.stop_ids[0] if text.stop_ids else find_eos(text.tokenizer, None)[1]

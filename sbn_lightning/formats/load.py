@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sbn_lightning.checkpoints import lightning_file
-from sbn_lightning.checkpoints.text_files import TextFiles, find_text_files, read_folder
+from sbn_lightning.checkpoints.text_files import TextFiles, find_text_files
 from sbn_lightning.checkpoints.tokenizers import TOKENIZER
 from sbn_lightning.core.errors import DataError
 from sbn_lightning.formats.assemble import build_model, cast_model
@@ -144,7 +144,9 @@ def read_text(path: str | Path) -> TextFiles:
     if format == "lightning":
         own = _text_of_checkpoint(lightning_file.read(place), place)
     elif format == "packed":
-        own = read_folder(place)
+        from sbn_lightning.formats.packed import read_packed_text
+
+        own = read_packed_text(place)
     elif format == "gguf":
         from sbn_lightning.formats.gguf.read import read_gguf_text
 

@@ -199,6 +199,15 @@ def read_packed_config(folder: Path) -> TransformerConfig:
     return _config(_read_described(folder), folder)
 
 
+def read_packed_text(folder: Path) -> TextFiles:
+    """Reads the text files of a packed folder; the weights are not looked at.
+
+    Raises:
+        DataError: If ``config.json`` or a text file is damaged.
+    """
+    return read_folder(folder, _read_described(folder).get("token_ids"))
+
+
 def _config(values: dict[str, Any], folder: Path) -> TransformerConfig:
     try:
         return TransformerConfig(**values["config"])

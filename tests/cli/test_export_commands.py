@@ -14,7 +14,7 @@ def test_help_waits_for_no_heavy_import(command):
 
 def test_a_model_is_read_and_written_without_lightning(tmp_path):
     code = "import sys, torch\n"
-    code += "from sbn_lightning.formats import lightning_file, load_model\n"
+    code += "from sbn_lightning.checkpoints import lightning_file\nfrom sbn_lightning.formats import load_model\n"
     code += "from sbn_lightning.cli import main\n"
     code += "from sbn_lightning.models.transformer import TernaryTransformer, TransformerConfig\n"
     code += "model = TernaryTransformer(TransformerConfig(vocab_size=64, d_model=32, n_layers=1, d_ffn=64))\n"

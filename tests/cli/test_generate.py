@@ -1,6 +1,7 @@
 """``sbn generate`` as a user meets it."""
 
 import copy
+import gzip
 import json
 import subprocess
 import sys
@@ -116,6 +117,17 @@ def test_a_line_of_a_file_is_a_prompt(checkpoint, capsys, tmp_path):
     assert [row["prompt"] for row in json.loads(out)] == lines
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("p.txt", "one\ntwo\n"), ("p.json", '["one", "two"]'), ("p.txt.gz", "one\ntwo\n")]
+)
+def test_a_byte_order_mark_is_part_of_no_prompt(checkpoint, capsys, tmp_path, name, content):
+    data = b"\xef\xbb\xbf" + content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    arguments = ["--checkpoint", checkpoint, "--prompts_file", name, "--max_new_tokens", "1", "--device", "cpu"]
+    _, out, _ = run(capsys, *arguments, "--json", "true")
+    assert [row["prompt"] for row in json.loads(out)] == ["one", "two"]
+
+
 def test_batches_draw_differently(checkpoint, capsys):
     arguments = ["--checkpoint", checkpoint, "--prompt", "same", "same", "--batch_size", "1", "--temperature", "5"]
     _, out, _ = run(capsys, *arguments, "--json", "true", "--max_new_tokens", "12", "--device", "cpu")
@@ -182,7 +194,8 @@ def test_a_file_that_is_no_checkpoint(capsys, tmp_path):
     status, _, err = run(capsys, "--checkpoint", "notes.md", "--prompt", "x")
     assert status == 1
     assert err == (
-        "error: notes.md is no checkpoint; give a .ckpt, the folder of a run, a packed or a Hugging Face folder\n"
+        "error: notes.md is no checkpoint; give a .ckpt, the folder of a run, a packed or a Hugging Face folder, "
+        "or a .gguf file\n"
     )
 
 

@@ -222,9 +222,10 @@ def test_the_harness_makes_the_model_by_its_name(checkpoint):
 def test_a_tokenizer_of_another_model_is_refused(loaded):
     from dataclasses import replace
 
+    from sbn_lightning.checkpoints.text_files import TextFiles
     from sbn_lightning.evaluation.harness import HarnessModel
 
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["one more"])
     with pytest.raises(ConfigError, match="258 tokens, the model's vocab_size is 257"):
-        HarnessModel(replace(loaded, tokenizer=tokenizer))
+        HarnessModel(replace(loaded, text=TextFiles({"tokenizer.json": tokenizer.to_str()})))

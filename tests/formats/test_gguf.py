@@ -1,15 +1,21 @@
 """GGUF files, read back with the gguf package. ``by_hand_llama.py`` tries them with llama.cpp."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from sbn_lightning.cli import main
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data.tokenizer import byte_tokenizer, train_bpe
+from sbn_lightning.formats import load_model
+from sbn_lightning.formats.gguf.blocks import blocks
+from sbn_lightning.formats.gguf.names import interleave_halves
+from sbn_lightning.formats.gguf.pre_tokenizers import PRE_TOKENIZERS, name_of, pre_tokenizer_of, way_named
 from sbn_lightning.formats.gguf.tokenizer import check_tokenizer
-from sbn_lightning.formats.gguf.write import interleave_halves
+from sbn_lightning.models.config import RopeScaling
 from tests.formats.models import make_model, save
 
 gguf = pytest.importorskip("gguf")
@@ -44,7 +50,7 @@ def test_dequantised_weights_are_ours(tmp_path, quantization, options, architect
     with torch.no_grad():
         model.blocks[0].mlp.down.weight[3, 256:] = 0
     save(model, tmp_path / "m.ckpt")
-    assert export("--quantization", quantization) == 0
+    assert export("--quantization", quantization, "--dtype", "float32") == 0
     reader, tensors = read(tmp_path / f"out/model-{quantization}.gguf")
     head = model.config.head_size
     block = model.blocks[0]
@@ -105,12 +111,141 @@ def test_widths_that_256_does_not_divide(tmp_path):
     assert np.array_equal(tensors["blk.1.ffn_down.weight"][1], (codes * gamma.half().float()).numpy())
 
 
+def test_each_tensor_has_a_type_of_its_own(tmp_path, capsys):
+    """Where 256 does not divide one width, the others still get TQ2_0."""
+    model = make_model(d_model=256, d_ffn=320, n_layers=1)
+    save(model, tmp_path / "m.ckpt")
+    assert export() == 0
+    told = capsys.readouterr().out
+    assert "1 tensors of width 320 are Q4_0, because the blocks of TQ2_0 hold 256" in told
+    assert "--quantization Q2_0 fits them at 2.25 bits" in told
+    _, tensors = read(tmp_path / "out/model-TQ2_0.gguf")
+    assert tensors["blk.0.ffn_up.weight"][0].tensor_type.name == "TQ2_0"
+    assert tensors["blk.0.ffn_down.weight"][0].tensor_type.name == "Q4_0"
+    codes, gamma = model.blocks[0].mlp.down.ternary()
+    assert np.array_equal(tensors["blk.0.ffn_down.weight"][1], (codes * gamma.half().float()).numpy())
+
+
+def q2_0(data, rows, columns):
+    """ggml's ``dequantize_row_q2_0``, written from its layout: a scale, then four codes a byte, low bits first."""
+    block = data.reshape(rows, columns // 64, 18)
+    scale = block[..., :2].copy().view(np.float16).astype(np.float32)
+    codes = np.stack([block[..., 2:] >> shift & 3 for shift in (0, 2, 4, 6)], -1).reshape(rows, -1, 64)
+    return ((codes.astype(np.float32) - 1) * scale).reshape(rows, columns)
+
+
+def test_q2_0_is_exact():
+    torch.manual_seed(0)
+    codes, gamma = torch.randint(-1, 2, (6, 192), dtype=torch.int8), torch.tensor(0.0371)
+    codes[2, 64:128] = 0
+    expected = codes.numpy() * gamma.half().float().numpy()
+    assert np.array_equal(q2_0(blocks(codes, gamma, "Q2_0"), 6, 192), expected)
+
+
+def test_a_file_of_q2_0(tmp_path):
+    """The gguf package of today does not know the type, so its place in the file is read from the header."""
+    model = make_model(d_model=64, d_ffn=192, n_layers=1)
+    save(model, tmp_path / "m.ckpt")
+    assert export("--quantization", "Q2_0", "--embedding_bits", "8") == 0
+    contents = (tmp_path / "out/model-Q2_0.gguf").read_bytes()
+    codes, gamma = model.blocks[0].mlp.down.ternary()
+    name = b"blk.0.ffn_down.weight"
+    dimensions, width, height, kind = struct.unpack_from("<IQQI", contents, contents.index(name) + len(name))
+    assert (dimensions, width, height, kind) == (2, 192, 64, 42)
+    assert contents.count(blocks(codes, gamma, "Q2_0").tobytes()) == 1
+
+
+@pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"qkv_bias": True, "tie_embeddings": False}])
+def test_a_written_file_is_read_back(tmp_path, options):
+    """The weights as plain floats, and everything else as it was."""
+    model = make_model(**WIDE, **options)
+    save(model, tmp_path / "m.ckpt")
+    assert export("--dtype", "float32") == 0
+    loaded = load_model("out")  # the folder of a single file
+    assert (loaded.format, loaded.config.linear) == ("gguf", "dense")
+    weight = loaded.model.blocks[0].attention.qkv.weight
+    expected = model.blocks[0].attention.qkv.effective_weight()
+    torch.testing.assert_close(weight, expected, rtol=2**-11, atol=0)
+    for name in ("embed.weight", "norm.weight", "blocks.0.mlp_norm.weight", "lm_head.weight"):
+        assert torch.equal(loaded.model.get_parameter(name), model.get_parameter(name))
+    if model.config.qkv_bias:
+        assert torch.equal(loaded.model.blocks[0].attention.qkv.bias, model.blocks[0].attention.qkv.bias)
+    assert loaded.need_tokenizer().encode("aé").ids == byte_tokenizer().encode("aé").ids
+    assert loaded.text.stop_ids == [256]
+    fixed = (
+        "vocab_size",
+        "d_model",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "d_ffn",
+        "rope_theta",
+        "norm_eps",
+        "qkv_bias",
+    )
+    assert all(getattr(loaded.config, name) == getattr(model.config, name) for name in fixed)
+
+
+def test_scaled_positions_come_back(tmp_path):
+    scaling = RopeScaling(32.0, 1.0, 4.0, 8192)
+    save(make_model(**WIDE, rope_scaling=scaling, rope_theta=5e5), tmp_path / "m.ckpt")
+    assert export() == 0
+    assert load_model("out").config.rope_scaling == scaling
+
+
+def sentencepiece():
+    """A small tokenizer as Llama 2 has: spaces become an underline, bytes stand for unknown characters."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for token in ("\u2581", "a", "b", "c", "ab", "bc", "abc", "\u2581a", "\u2581ab"):
+        words[token] = len(words)
+    merges = [("a", "b"), ("b", "c"), ("\u2581", "a"), ("ab", "c"), ("a", "bc"), ("\u2581a", "b"), ("\u2581", "ab")]
+    tokenizer = Tokenizer(models.BPE(words, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def test_sentencepiece_goes_out_and_comes_back(tmp_path):
+    tokenizer = sentencepiece()
+    save(make_model(**WIDE), tmp_path / "m.ckpt", tokenizer=False)
+    tokenizer.save("tokenizer.json")
+    assert export() == 0
+    fields = {name: field.contents() for name, field in read(tmp_path / "out/model-TQ2_0.gguf")[0].fields.items()}
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("llama", "default")
+    assert fields["tokenizer.ggml.add_space_prefix"] is True
+    assert fields["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 6, 6]
+    scores = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
+    assert scores["ab"] > scores["bc"] > scores["\u2581a"] > scores["abc"] > scores["\u2581ab"] > scores["a"]
+    back = load_model("out").need_tokenizer()
+    for text in ("abc ab", "cab  é", "", "bcb\n"):
+        assert back.encode(text).ids == tokenizer.encode(text).ids
+        assert back.decode(back.encode(text).ids) == tokenizer.decode(tokenizer.encode(text).ids)
+
+
+def test_merges_that_scores_cannot_order_are_refused():
+    tokenizer = Tokenizer(
+        models.BPE(
+            {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5},
+            [("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")],
+            byte_fallback=True,
+        )
+    )
+    with pytest.raises(ConfigError, match="makes 'abc' both before and after 'bc'"):
+        check_tokenizer(tokenizer)
+
+
 def test_embeddings_in_bfloat16(tmp_path):
     model = make_model(**WIDE)
     save(model, tmp_path / "m.ckpt")
     assert export("--dtype", "bfloat16") == 0
     _, tensors = read(tmp_path / "out/model-TQ2_0.gguf")
     assert tensors["token_embd.weight"][0].tensor_type.name == "BF16"
+    assert export("--overwrite=true") == 0  # the default
+    assert read(tmp_path / "out/model-TQ2_0.gguf")[1]["token_embd.weight"][0].tensor_type.name == "BF16"
     expected = model.embed.weight.detach().bfloat16().float().numpy()
     assert np.array_equal(tensors["token_embd.weight"][1], expected)
 
@@ -129,10 +264,8 @@ def test_interleaving_undoes_the_halves():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"blocks.0.attention.qkv: in_features=32 is not a multiple of 256"),
-        ({"d_model": 256, "d_ffn": 320}, r"blocks.0.mlp.down: in_features=320 is not a multiple of 256"),
-        ({"d_model": 256, "d_ffn": 320}, "use --quantization Q4_0"),
-        ({"d_model": 256, "d_ffn": 328}, "this quantisation; use --format packed"),
+        ({"d_model": 48}, "blocks.0.attention.qkv: in_features=48 fits no ternary type of GGUF"),
+        ({"d_model": 256, "d_ffn": 328}, "use --format packed or hf-bitnet, or train with a width of 352"),
         ({**WIDE, "activation_bits": None}, "activation_bits=None"),
         ({**WIDE, "linear": "dense"}, "use --format hf"),
     ],
@@ -197,8 +330,9 @@ def test_the_package_is_asked_for_by_name(tmp_path, capsys, monkeypatch):
     assert 'pip install "sbn-lightning[export]"' in capsys.readouterr().err
 
 
-def merged(pre_tokenizer, **parts):
-    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+def merged(pre_tokenizer, ignore_merges=False, **parts):
+    vocabulary = {"a": 0, "b": 1, "ab": 2}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")], ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizer
     for name, part in parts.items():
         setattr(tokenizer, name, part)
@@ -214,7 +348,21 @@ def split(pattern):
 def test_ways_to_cut_text_are_known_by_name():
     assert check_tokenizer(train_bpe(["some text " * 50], 270))[1] == "gpt-2"
     assert check_tokenizer(merged(split(QWEN2_WORDS)))[1] == "qwen2"
-    assert check_tokenizer(merged(split(QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))))[1] == "llama-bpe"
+    llama_3 = split(QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))
+    assert check_tokenizer(merged(llama_3))[1] == "dbrx"
+    assert check_tokenizer(merged(llama_3, ignore_merges=True))[1] == "llama-bpe"
+    smollm = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
+    assert check_tokenizer(merged(smollm))[1] == "smollm"
+
+
+@pytest.mark.parametrize("way", PRE_TOKENIZERS, ids=lambda way: way.name)
+def test_each_way_to_cut_is_told_from_the_others_and_comes_back(way):
+    """By its name, and by any other name that llama.cpp has for the same cut."""
+    tokenizer = merged(pre_tokenizer_of(way), ignore_merges=way.ignores_merges)
+    assert name_of(tokenizer, way.ignores_merges) == way.name
+    assert all(way_named(name) is way for name in (way.name, *way.also))
+    names = [name for one in PRE_TOKENIZERS for name in (one.name, *one.also)]
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +376,6 @@ def test_ways_to_cut_text_are_known_by_name():
             "adds one token before a text; this tokenizer adds others",
         ),
         (merged(pre_tokenizers.ByteLevel(add_prefix_space=True)), "with add_prefix_space"),
-        (Tokenizer(models.BPE(vocab={"a": 0}, merges=[], byte_fallback=True)), "byte-level BPE"),
         (Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "byte-level BPE"),
     ],
 )

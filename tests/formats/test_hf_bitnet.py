@@ -1,10 +1,15 @@
 """The packed layout of transformers' bitnet; transformers itself reads what is written."""
 
+import json
+
 import pytest
 import torch
 
 from sbn_lightning.cli import main
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.formats import load_model
 from sbn_lightning.formats.huggingface.write import pack_rows
+from sbn_lightning.formats.packed import ternary_layers
 from tests.formats.models import logits, make_model, save, some_tokens
 
 transformers = pytest.importorskip("transformers")
@@ -86,6 +91,49 @@ def test_each_layer_is_ours(tmp_path):
                 [projection(x) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)], -1
             )
             torch.testing.assert_close(actual, layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
+@pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"qkv_bias": True, "tie_embeddings": False}])
+def test_it_is_read_back(tmp_path, linear_class, options):
+    """To the same codes; gamma and biases to float32 rounding, because the layout stores quotients."""
+    model = make_model(**options)
+    save(model, tmp_path / "m.ckpt")
+    assert export("--linear_class", linear_class) == 0
+    loaded = load_model("out")
+    assert (loaded.format, loaded.config.pattern) == ("hf-bitnet", model.config.pattern)
+    for name, layer in ternary_layers(model).items():
+        again = loaded.model.get_submodule(name)
+        assert torch.equal(again.codes, layer.ternary()[0])
+        torch.testing.assert_close(again.gamma, layer.ternary()[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits(loaded.model, some_tokens()), logits(model, some_tokens()), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quantization_mode": "online"}, "quantization_mode 'online' keeps unpacked weights"),
+        ({"use_rms_norm": True}, "use_rms_norm puts a norm before each linear layer"),
+    ],
+)
+def test_other_layouts_of_it_are_refused(tmp_path, change, message):
+    save(make_model(), tmp_path / "m.ckpt")
+    export()
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["quantization_config"] |= change
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        load_model("out")
+
+
+def test_a_model_of_others_counts_as_dense(tmp_path):
+    """Its config says no pattern."""
+    save(make_model(pattern="2:4"), tmp_path / "m.ckpt")
+    export()
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    del config["sbn"]
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    assert str(load_model("out").config.pattern) == "8:8"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_the_command_continues_without_the_imported_file(tmp_path, tokens, monke
     assert saved["global_step"] == 2
     loaded = load_model("logs/sparse_pretrain")
     assert torch.equal(loaded.model.embed.weight, saved["state_dict"]["model.embed.weight"])
-    assert loaded.tokenizer_path == tokens / "tokenizer.json"  # of the data that the run's config.yaml names
+    assert loaded.tokenizer_path == loaded.path  # which holds the tokenizer of the data
     assert main([*run, "--trainer.max_steps=2"]) == 1  # a new run does need it
 
 
@@ -134,7 +135,7 @@ def test_data_of_another_tokenizer_are_refused_with_the_way_out(tmp_path, tokens
     (line,) = errors
     assert str(path) in line
     assert f"data.path {tokens}" in line
-    assert f"python cli.py prepare --tokenizer {beside(path)} " in line
+    assert f"sbn prepare --tokenizer {beside(path)} " in line
     # The same vocabulary in a file that is written otherwise.
     contents = json.loads((tokens / "tokenizer.json").read_text())
     contents["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
@@ -209,8 +210,70 @@ def test_the_same_vocabulary_that_splits_texts_otherwise(data, found):
     assert difference(split_by(), data, 0) == found
 
 
+def plain_run(path, folder, *more):
+    """A run of the recipe that says nothing of the model's shape."""
+    options = [f"--model.init_from={path}", f"--data.path={folder}", "--data.batch_size=2", "--data.num_workers=0"]
+    options += ["--data.sequence_length=16", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    options += ["--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0", "--checkpoint.save_last=true"]
+    return [*options, "--checkpoint.every_n_train_steps=1", *more]
+
+
+def test_the_shape_comes_from_the_weights_and_a_moved_run_finds_its_tokenizer(tmp_path, tokens, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sbn"])
+    path = save(make_model(linear="dense", n_layers=1, qkv_bias=True, rope_theta=5e5), tmp_path / "m.ckpt")
+    options = plain_run(path, tokens)
+    assert main(["fit", "--config", str(RECIPE), *options, "--trainer.max_steps=1"]) == 0
+    assert f"model.config takes from {path}: vocab_size 320, d_model 32, n_layers 1" in capsys.readouterr().out
+    run = Path("logs/sparse_pretrain/version_0")
+    saved = load_model(run).config
+    assert (saved.d_model, saved.rope_theta, saved.qkv_bias, saved.linear) == (32, 5e5, True, "ternary")
+    # The imported file may be gone when the run goes on, and the data when its checkpoint is used.
+    path.unlink()
+    assert main(["fit", "--config", str(RECIPE), *options, "--trainer.max_steps=2", "--ckpt_path=last"]) == 0
+    assert "model.config takes from logs" in capsys.readouterr().out
+    run.rename(tmp_path / "moved")
+    moved = load_model(tmp_path / "moved")
+    assert moved.need_tokenizer().encode("a").ids == [97]
+    assert moved.text.stop_ids == [256]
+
+
+def test_a_value_of_the_command_line_is_not_replaced(tmp_path, tokens, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sbn"])
+    path = save(make_model(linear="dense", n_layers=1), tmp_path / "m.ckpt")
+    options = plain_run(path, tokens, "--trainer.max_steps=1", "--model.config.d_ffn", "128")
+    status, errors = run_fit(capsys, *options)
+    assert status == 1
+    assert "does not fit the model; set model.config to d_ffn: 64" in errors[0]
+
+
+@pytest.mark.parametrize("format", ["run", "hf", "packed", "hf-bitnet", "gguf"])
+def test_weights_of_any_format_start_a_run(tmp_path, format):
+    width = {"d_model": 256, "d_ffn": 256, "n_layers": 1} if format == "gguf" else {}
+    model = make_model(linear="dense" if format == "hf" else "ternary", pattern="2:4", **width)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    path = save(model, tmp_path / "run/checkpoints/last.ckpt")
+    if format == "run":
+        path = tmp_path / "run"
+    else:
+        assert main(["export", "--checkpoint", str(path), "--output", "out", "--format", format]) == 0
+        path = Path("out")
+    started = module(path, pattern="2:4", **width)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_trainer(limit_val_batches=1).validate(started, token_loader(), verbose=False)
+    told = any("training starts from gamma * codes" in str(warning.message) for warning in caught)
+    assert told == (format in ("packed", "hf-bitnet"))
+    layer, before = started.model.blocks[0].mlp.down, model.blocks[0].mlp.down
+    if format in ("run", "hf"):
+        assert torch.equal(layer.weight, before.weight)
+    else:
+        torch.testing.assert_close(layer.weight, before.effective_weight(), rtol=1e-3, atol=0)
+        assert torch.equal(layer.ternary()[0], before.ternary()[0])
+    assert started.text_files.tokenizer.encode("a").ids == [97]
+
+
 def test_a_missing_or_other_file_is_refused(tmp_path):
-    with pytest.raises(DataError, match="import-hf --output"):
+    with pytest.raises(DataError, match="sbn import-hf --input MODEL --output"):
         quiet_trainer().validate(module(tmp_path / "gone.ckpt"), token_loader(), verbose=False)
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(DataError, match="not a checkpoint of SparseBitNet"):

@@ -29,7 +29,7 @@ def export(path, output, *more):
 )
 def test_logits_are_those_of_the_training_model_to_the_last_bit(tmp_path, options, capsys):
     model = make_model(**options)
-    assert export(save(model, tmp_path / "m.ckpt"), "out") == 0
+    assert export(save(model, tmp_path / "m.ckpt"), "out", "--dtype", "float32") == 0
     loaded = load_model("out")
     assert loaded.format == "packed"
     assert loaded.config == model.config
@@ -48,7 +48,8 @@ def test_bits_are_reported_and_true(tmp_path, capsys):
     reported = json.loads((tmp_path / "out/config.json").read_text())["bits_per_weight"]
     assert f"{reported['linear_bits']:.3f} bits a weight in the ternary layers" in capsys.readouterr().out
     assert 1.272 < reported["linear_bits"] < 1.29
-    dense = 4 * sum(p.numel() for p in model.parameters()) - 4 * weights
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    dense = 2 * model.embed.weight.numel() + 4 * norms
     file_bytes = (tmp_path / "out/model.safetensors").stat().st_size
     assert file_bytes == pytest.approx(dense + weights * reported["linear_bits"] / 8, rel=0.05)
     parameters = sum(p.numel() for p in model.parameters())
@@ -59,7 +60,7 @@ def test_a_mask_of_the_middle_of_a_ramp_is_kept(tmp_path):
     model = make_model(pattern="2:4")
     for _, layer in masked_layers(model):
         layer.set_density(3, 0.5)
-    export(save(model, tmp_path / "m.ckpt"), "out")
+    export(save(model, tmp_path / "m.ckpt"), "out", "--dtype", "float32")
     tokens = some_tokens()
     expected = logits(model, tokens)
     assert torch.equal(logits(load_model("out").model, tokens), expected)
@@ -70,7 +71,7 @@ def test_a_mask_of_the_middle_of_a_ramp_is_kept(tmp_path):
 def test_smaller_embeddings(tmp_path):
     model = make_model(qkv_bias=True)
     path = save(model, tmp_path / "m.ckpt")
-    export(path, "whole")
+    export(path, "whole", "--dtype", "float32")
     export(path, "half", "--dtype", "bfloat16")
     whole, half = (tmp_path / name / "model.safetensors" for name in ("whole", "half"))
     assert half.stat().st_size < 0.7 * whole.stat().st_size
@@ -83,6 +84,65 @@ def test_smaller_embeddings(tmp_path):
         codes, gamma = loaded.get_submodule(name).ternary()
         assert torch.equal(codes, layer.ternary()[0])
         assert torch.equal(gamma, layer.ternary()[1])
+
+
+def test_embeddings_take_16_bits_unless_told_otherwise(tmp_path, capsys):
+    """In bfloat16, so that a model that computes in bfloat16 has the same logits."""
+    model = make_model(pattern="2:4", tie_embeddings=False)
+    path = save(model, tmp_path / "m.ckpt")
+    assert export(path, "out") == 0
+    assert "embeddings" in capsys.readouterr().out
+    loaded = load_model("out").model
+    assert (loaded.embed.weight.dtype, loaded.lm_head.weight.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert torch.equal(loaded.embed.weight, model.embed.weight.bfloat16())
+    assert torch.equal(loaded.norm.weight, model.norm.weight)
+    assert json.loads((tmp_path / "out/config.json").read_text())["version"] == 1  # older programs read it too
+    tokens = some_tokens()
+    expected = logits(load_model(path, dtype=torch.bfloat16).model, tokens)
+    assert torch.equal(logits(load_model("out", dtype=torch.bfloat16).model, tokens), expected)
+
+
+def test_embeddings_in_8_bits(tmp_path):
+    model = make_model(pattern="2:4", d_model=64)
+    with torch.no_grad():
+        model.embed.weight[7] = 0
+    path = save(model, tmp_path / "m.ckpt")
+    export(path, "half")
+    assert export(path, "out", "--embedding_bits", "8") == 0
+    assert json.loads((tmp_path / "out/config.json").read_text())["version"] == 2
+    half, small = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "out"))
+    assert half - small == pytest.approx(model.embed.weight.numel(), rel=0.1)
+    loaded = load_model("out").model
+    error = (loaded.embed.weight - model.embed.weight).abs()
+    assert bool((error <= model.embed.weight.abs().amax(1, keepdim=True) / 254 + 1e-9).all())
+    assert torch.equal(loaded.lm_head.weight, loaded.embed.weight)
+    export("out", "again", "--embedding_bits", "8")
+    assert torch.equal(load_model("again").model.embed.weight, loaded.embed.weight)
+
+
+def test_a_masked_model_is_packed_to_its_values_and_its_mask(tmp_path, capsys):
+    model = make_model(linear="masked", pattern="2:4", qkv_bias=True, d_model=128, d_ffn=256)
+    path = save(model, tmp_path / "m.ckpt")
+    assert export(path, "out") == 0
+    assert "9.000 bits a weight in the masked layers" in capsys.readouterr().out  # 16 of 2 in 4, and a bit for each
+    loaded = load_model("out")
+    assert loaded.config == model.config
+    tokens = some_tokens()
+    expected = logits(load_model(path, dtype=torch.bfloat16).model, tokens)
+    assert torch.equal(logits(load_model("out", dtype=torch.bfloat16).model, tokens), expected)
+    for name, layer in masked_layers(model):
+        again = loaded.model.get_submodule(name)
+        assert torch.equal(again.mask, layer.mask)
+        assert torch.equal(again.effective_weight(), layer.effective_weight().bfloat16())
+    assert export(path, "whole", "--dtype", "float32") == 0
+    assert torch.equal(logits(load_model("whole").model, tokens), logits(model, tokens))
+    assert export("out", "hf", "--format", "hf") == 0
+
+
+def test_8_bits_are_refused_where_no_reader_has_them(tmp_path, capsys):
+    path = save(make_model(linear="masked"), tmp_path / "m.ckpt")
+    assert export(path, "out", "--format", "hf", "--embedding_bits", "8") == 1
+    assert "embedding_bits is for --format packed and gguf" in capsys.readouterr().err
 
 
 def test_packed_again_is_the_same(tmp_path):
@@ -114,9 +174,9 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path, name, damage):
 
 
 def test_what_cannot_be_packed_is_refused(tmp_path, capsys):
-    path = save(make_model(linear="masked"), tmp_path / "m.ckpt")
+    path = save(make_model(linear="dense"), tmp_path / "m.ckpt")
     assert export(path, "out") == 1
-    assert "'masked', not ternary" in capsys.readouterr().err
+    assert "'dense', not ternary or masked" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir() if "out" in file.name] == []
 
 
@@ -127,7 +187,7 @@ def test_what_is_there_stays_unless_told_otherwise(tmp_path, capsys):
     before = (tmp_path / "out/model.safetensors").read_bytes()
     save(make_model(seed=1), path)
     assert export(path, "out") == 1
-    assert "--overwrite=true" in capsys.readouterr().err
+    assert "--overwrite to replace it" in capsys.readouterr().err
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
     assert export(path, "out", "--overwrite=true") == 0
     assert (tmp_path / "out/model.safetensors").read_bytes() != before
@@ -232,7 +292,7 @@ def test_a_packed_model_compiles():
 def test_kernels_are_not_replaced_silently():
     layer = packed_layer(SparseBitLinear(16, 8))
     for layer.backend in ("kernels", "int8"):
-        with pytest.raises(ConfigError, match=rf"{layer.backend}.*no CUDA GPU.*'auto' or 'reference'"):
+        with pytest.raises(ConfigError, match=rf"{layer.backend}.*cannot run a packed layer.*'auto' or 'reference'"):
             layer(torch.randn(2, 16))
     layer.activation_bits = None
     with pytest.raises(ConfigError, match="activation_bits is null"):

@@ -3,8 +3,8 @@
 llama.cpp knows a way to cut text by its name, not by its regular expression: each name stands for a list of expressions
 in ``llm_tokenizer_bpe`` of its ``src/llama-vocab.cpp`` (read at llama-cpp-python 0.3.36). Each expression in turn cuts
 the pieces that the one before left. :data:`PRE_TOKENIZERS` states these lists. Left out are names that stand
-for code of their own (kimi-k2, afmoe, superbpe), that do not work on bytes (gemma4, sarvam-moe, whitespace), or whose
-tokenizers change the text first (youtu, deepseek-llm, spark2_5).
+for code of their own (kimi-k2, afmoe, superbpe, tiny_aya), that do not work on bytes (gemma4, sarvam-moe, whitespace),
+or whose tokenizers change the text first (youtu, deepseek-llm, spark2_5).
 
 Which name fits a ``tokenizer.json`` is found by trial: the tokenizer and each way cut a text that has everything in
 which the ways differ, and the pieces must be equal. A tokenizer may write the same cut in another form; a
@@ -89,8 +89,6 @@ PRE_TOKENIZERS = (
     Way("ufakzeka", (_tiktoken(r"\p{N}", short=""),)),
     Way("laguna", (r"[^\n]+|[\n]+", _QWEN2)),
     Way("jais-2", (_tiktoken(r"\p{N}{1,3}", spaces=r"\s*[\r\n]+" + _ROUND_SPACES + r"|\s{1}"),)),
-    Way("tiny_aya", (r"\d{1,3}(?=(?:\d{3})*\b)", _tiktoken(r"\p{N}{1,3}", _cased(_SHORT + "?"), "", _CASED_SIGNS)),
-        also=("cohere2moe",)),
     Way("deepseek-v3", (r"\p{N}{1,3}", _HAN_KANA, _PUNCTUATED + r"| ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES),
         also=("hunyuan-dense", "joyai-llm", "hy_v4")),
     Way("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN_HANGUL, r"\p{N}")),

@@ -12,7 +12,7 @@ its logits are close to ours and not equal.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ def write_gguf(loaded: LoadedModel, folder: Path, quantization: str, embedding_b
                 f"blk.{i}.{NAMES[module]}.weight",
                 data.view(np.int8),
                 raw_shape=tuple(piece.shape),
-                raw_dtype=TYPES[kind].id,
+                raw_dtype=cast(Any, TYPES[kind].id),
             )
             sizes.add(f"ternary layers, {kind}", piece.numel(), data.nbytes)
             if bias is not None:
