@@ -1,5 +1,6 @@
 """``sbn recipes``: the list, the copy, and ``--config NAME``."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ REPOSITORY = Path(__file__).parents[2] / "recipes"
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sbn"])
 
 
 def test_the_list_has_every_recipe_with_its_first_line(capsys):
