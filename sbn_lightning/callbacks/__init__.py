@@ -1,4 +1,10 @@
-"""Callbacks: everything that has to do with time. Each works alone, in any order, on any LightningModule."""
+"""Callbacks: everything that has to do with time. Each works alone, in any order, on any LightningModule.
+
+:data:`RECIPE_GROUPS` is where a callback is registered for recipes: its key in a recipe, and the class. The command
+line reads the table, and nothing else has to know of a new callback.
+"""
+
+from lightning.pytorch import Callback
 
 from sbn_lightning.callbacks.accumulation import UnshardedAccumulation
 from sbn_lightning.callbacks.conversion import TernarySparseConversion
@@ -15,7 +21,20 @@ from sbn_lightning.callbacks.weight_averaging import SparseEMAWeightAveraging, S
 from sbn_lightning.callbacks.weight_decay import WeightDecaySchedule
 from sbn_lightning.checkpoints.io import DurableCheckpointIO
 
+# The callbacks that every training command makes, by their key in a recipe.
+RECIPE_GROUPS: dict[str, type[Callback]] = {
+    "mask_refresh": MaskRefresh,
+    "ramp": DenseToSparseRamp,
+    "weight_decay": WeightDecaySchedule,
+    "masked_decay": MaskedWeightDecay,
+    "sparsity_logger": SparsityPatternLogger,
+    "throughput": TokenThroughput,
+    "non_finite_guard": NonFiniteGuard,
+    "checkpoint": DurableCheckpoint,
+}
+
 __all__ = [
+    "RECIPE_GROUPS",
     "DenseToSparseRamp",
     "DurableCheckpoint",
     "DurableCheckpointIO",

@@ -131,7 +131,13 @@ def show(trainer: Run, module: nn.Module, name: str, value: float, *, logger: bo
 
 
 class RunCallback(Callback):
-    """A Lightning callback that also works in the Fabric loop, because it uses only what a :data:`Run` has."""
+    """A Lightning callback that also works in the Fabric loop, because it uses only what a :data:`Run` has.
+
+    Attributes:
+        needs_masked_layers: Whether the command line leaves the callback out of a run whose model is dense.
+    """
+
+    needs_masked_layers = False
 
 
 class StepCallback(RunCallback):

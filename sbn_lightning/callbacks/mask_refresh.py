@@ -32,6 +32,8 @@ class MaskRefresh(StepCallback):
         ConfigError: If a value is out of range, and when training starts if the model has no masked layer.
     """
 
+    needs_masked_layers = True
+
     def __init__(
         self, interval: int = 1, freeze_after: int | None = None, stale_gradient: StaleGradient = "masked"
     ) -> None:

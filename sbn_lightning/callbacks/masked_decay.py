@@ -33,6 +33,8 @@ class MaskedWeightDecay(RunCallback):
             decay cannot work with what trains.
     """
 
+    needs_masked_layers = True
+
     def __init__(self, decay: float = 0.0, until: float | None = None, total_steps: int | None = None) -> None:
         self.schedule = MaskedDecay(decay, until, owner="MaskedWeightDecay")
         self.decay, self.until, self.total_steps = decay, until, total_steps

@@ -41,6 +41,8 @@ class DenseToSparseRamp(StepCallback):
         ConfigError: If the values do not make a ramp, and when training starts if the length of training is not known.
     """
 
+    needs_masked_layers = True
+
     def __init__(
         self,
         shape: RampShape = "step",

@@ -46,6 +46,8 @@ class SparsityPatternLogger(RunCallback):
         per_layer: Whether to log scalars of each layer besides the totals.
     """
 
+    needs_masked_layers = True
+
     def __init__(
         self, interval: int = 100, histograms: bool = True, pictures: bool = True, per_layer: bool = True
     ) -> None:

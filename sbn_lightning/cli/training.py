@@ -1,8 +1,9 @@
 """LightningCLI over :class:`SparseBitNet` and :class:`TokenDataModule`.
 
-Each of the project's callbacks is a group of its own in a recipe (``mask_refresh:``, ``ramp:`` and so on), not an entry
-of ``trainer.callbacks``: recipes read flat, a misspelt key is one line of error, and two configuration files merge key
-by key. ``trainer.callbacks`` is free for anybody else's.
+Each callback of the project is a group of its own in a recipe (``mask_refresh:``, ``ramp:`` and so on), not an entry
+of ``trainer.callbacks``. So recipes are flat, a misspelt key is one line of error, and two configuration files merge
+key by key. ``trainer.callbacks`` is free for callbacks of other people. The groups are those of
+``sbn_lightning.callbacks.RECIPE_GROUPS``.
 """
 
 from __future__ import annotations
@@ -27,18 +28,11 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sbn_lightning.callbacks import (
-    DenseToSparseRamp,
-    DurableCheckpoint,
+    RECIPE_GROUPS,
     DurableCheckpointIO,
     LossProgressBar,
-    MaskedWeightDecay,
-    MaskRefresh,
-    NonFiniteGuard,
-    SparsityPatternLogger,
     TernarySparseConversion,
-    TokenThroughput,
     TrainingReport,
-    WeightDecaySchedule,
 )
 from sbn_lightning.callbacks.durable_checkpoint import SIGTERM_STATUS
 from sbn_lightning.callbacks.lightning_internals import (
@@ -63,17 +57,8 @@ from sbn_lightning.training.module import SparseBitNet
 
 register_type(NMPattern, serializer=str, deserializer=NMPattern.parse)
 
-CALLBACK_GROUPS: dict[str, type[Callback]] = {
-    "mask_refresh": MaskRefresh,
-    "ramp": DenseToSparseRamp,
-    "weight_decay": WeightDecaySchedule,
-    "masked_decay": MaskedWeightDecay,
-    "sparsity_logger": SparsityPatternLogger,
-    "throughput": TokenThroughput,
-    "non_finite_guard": NonFiniteGuard,
-    "checkpoint": DurableCheckpoint,
-}
-NEEDS_MASKED_LAYERS = (MaskRefresh, DenseToSparseRamp, SparsityPatternLogger, MaskedWeightDecay)
+CALLBACK_GROUPS = RECIPE_GROUPS  # their name in version 0.1.0
+NEEDS_MASKED_LAYERS = tuple(kind for kind in RECIPE_GROUPS.values() if getattr(kind, "needs_masked_layers", False))
 
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
@@ -123,7 +108,7 @@ class SBNCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for group, callback in CALLBACK_GROUPS.items():
+        for group, callback in RECIPE_GROUPS.items():
             parser.add_lightning_class_args(callback, group)
 
     def _parse_ckpt_path(self) -> None:
@@ -190,7 +175,7 @@ class SBNCLI(LightningCLI):
         own = config["callbacks"] or []
         own = own if isinstance(own, list) else [own]
         if self.model.config.linear == "dense" and not any(isinstance(one, TernarySparseConversion) for one in own):
-            callbacks = [callback for callback in callbacks if not isinstance(callback, NEEDS_MASKED_LAYERS)]
+            callbacks = [one for one in callbacks if not getattr(one, "needs_masked_layers", False)]
         plugins = config["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         precision = next((plugin for plugin in plugins if isinstance(plugin, Precision)), None)
