@@ -6,8 +6,8 @@
 * :mod:`~sbn_lightning.inference.sampling` chooses tokens from logits, on the device.
 * :mod:`~sbn_lightning.inference.loop` has :func:`generate` and :func:`stream`: token ids in, token ids out.
 * :mod:`~sbn_lightning.inference.text` turns token ids into text while they come.
-* :mod:`~sbn_lightning.inference.prompts` turns prompts into token ids, and :mod:`~sbn_lightning.inference.chat` writes a
-  prompt as a turn of a chat.
+* :mod:`~sbn_lightning.inference.prompts` turns prompts into token ids.
+* :mod:`~sbn_lightning.inference.chat` writes a prompt as a turn of a chat.
 
 The command ``sbn generate`` is in :mod:`~sbn_lightning.cli.generate`. Nothing here knows kernels: the layers of the
 model know what they compute with.

@@ -4,7 +4,8 @@
     python -m tests.formats.by_hand_ways
 
 For each way to cut text a small tokenizer is trained, exported in a GGUF file with a model of one layer, and loaded
-into llama.cpp, and so is the tokenizer of SentencePiece of the tests. Exits with 1 unless all texts give the same tokens.
+into llama.cpp, and so is the tokenizer of SentencePiece of the tests. Exits with 1 unless all texts give the same
+tokens.
 """
 
 import sys

@@ -294,6 +294,7 @@ def test_kernels_are_not_replaced_silently():
     for layer.backend in ("kernels", "int8"):
         with pytest.raises(ConfigError, match=rf"{layer.backend}.*cannot run a packed layer.*'auto' or 'reference'"):
             layer(torch.randn(2, 16))
-    layer.activation_bits = None
+    layer = packed_layer(SparseBitLinear(16, 8, activation_bits=None))
+    layer.backend = "int8"
     with pytest.raises(ConfigError, match="activation_bits is null"):
         layer(torch.randn(2, 16))
