@@ -1,8 +1,9 @@
 """Checkpoints of Lightning as plain files: read and written without Lightning.
 
-A checkpoint of ``fit`` holds the weights under ``state_dict`` with the prefix ``model.``, and the configuration under
-``hyper_parameters``. An imported one holds just these, which ``load_model``, ``init_from`` and
-``SparseBitNet.load_from_checkpoint`` need; there is no optimiser state to continue from.
+A checkpoint of ``fit`` holds the weights under ``state_dict`` with the prefix ``model.``, the configuration under
+``hyper_parameters``, and the tokenizer and its like under ``text_files``. An imported checkpoint holds these three,
+which are what ``load_model``, ``init_from`` and ``SparseBitNet.load_from_checkpoint`` need. It has no optimiser state
+to continue from.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from sbn_lightning.checkpoints.text_files import KEY, TextFiles
 from sbn_lightning.core.errors import ConfigError, DataError
-from sbn_lightning.core.files import atomic_stream
-from sbn_lightning.data.shards import CHECKSUM_LIMIT
+from sbn_lightning.core.files import CHECKSUM_LIMIT, atomic_stream
 from sbn_lightning.models.config import TransformerConfig
 
 NO_TEXT = TextFiles()

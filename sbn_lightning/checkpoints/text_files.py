@@ -153,13 +153,14 @@ def text_of_run(carried: TextFiles, data: Any) -> TextFiles:
     Returns:
         The files; ``carried`` where the data have no tokenizer, or their tokenizer cannot be read.
     """
-    if not hasattr(data, "eos_id") or (TOKENIZER in carried.contents and data.eos_id in carried.stop_ids):
-        return carried
     try:
-        if TOKENIZER not in carried.contents:
-            carried = replace(carried, contents={**carried.contents, TOKENIZER: data.tokenizer.to_str(pretty=True)})
-        return carried.ending_with(data.eos_id)
-    except DataError as error:  # the weights are worth more than the tokenizer
+        eos_id = getattr(data, "eos_id", None)
+        if eos_id is None:
+            return carried
+        if TOKENIZER not in carried.contents and (tokenizer := getattr(data, "tokenizer", None)) is not None:
+            carried = replace(carried, contents={**carried.contents, TOKENIZER: tokenizer.to_str(pretty=True)})
+        return carried.ending_with(eos_id)
+    except DataError as error:  # a save must not fail for the tokenizer
         warnings.warn(f"checkpoints are saved without a tokenizer: {error}", stacklevel=2)
         return carried
 

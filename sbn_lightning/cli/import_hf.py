@@ -63,7 +63,9 @@ def import_hf(input: str, output: str, overwrite: bool = False) -> None:
         print(f"tokenizer: {beside(target)}, {template} chat template, stop tokens {loaded.text.stop_ids or 'unknown'}")
     else:
         beside(target).unlink(missing_ok=True)  # it belonged to the checkpoint that was replaced
-        print(f"note: {source} has no {TOKENIZER}")
+        other = (source / "tokenizer.model").is_file()
+        way = "; AutoTokenizer.save_pretrained of transformers makes one of its tokenizer.model" if other else ""
+        print(f"note: {source} has no {TOKENIZER}{way}")
 
 
 def _local(source: str) -> Path:
