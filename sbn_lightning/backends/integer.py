@@ -161,16 +161,20 @@ class KernelBackend:
         gradient_mask: Tensor | None,
         activation_bits: int | None,
         swiglu: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         if self.gradients == "int8" and self.seed is None and torch.is_grad_enabled():
             raise ValueError('gradients="int8" need a seed: set backend.seed before each pass')
-        if swiglu and latent.shape[1] > MAX_FEATURES:
+        dtype = dtype or x.dtype
+        if swiglu and (latent.shape[1] > MAX_FEATURES or dtype != x.dtype):
             x, swiglu = apply_swiglu(x), False
         seed = self.seed if self.gradients == "int8" else None
         # Reshaped outside the function: autograd forbids an in-place change of a view that a function returns, and an
         # activation after the layer may work in place.
         tokens = x.reshape(-1, x.shape[-1])
-        y: Tensor = KernelLinearFunction.apply(tokens, latent, *prepared, gradient_mask, activation_bits, swiglu, seed)
+        y: Tensor = KernelLinearFunction.apply(
+            tokens, latent, *prepared, gradient_mask, activation_bits, swiglu, seed, dtype
+        )
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -252,16 +256,17 @@ class KernelLinearFunction(torch.autograd.Function):
         activation_bits: int,
         swiglu: bool,
         seed: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Computes ``y [tokens, out]`` in the dtype of ``x``.
+        """Computes ``y [tokens, out]`` in ``dtype``.
 
         ``x`` is ``[tokens, in]``; with ``swiglu`` it holds gates and ups, ``[tokens, 2 in]``. Gradients are int8 if
         there is a ``seed``.
         """
         x8, scale = sk.swiglu_quantize(x, activation_bits) if swiglu else quantize(x, activation_bits)
-        y = multiply(x8, scale, codes, row_scale, packed, registry.product(kernel).form, kernel, x.dtype)
+        y = multiply(x8, scale, codes, row_scale, packed, registry.product(kernel).form, kernel, dtype)
         ctx.save_for_backward(x8, scale, codes, row_scale, transposed, gradient_mask, seed, x if swiglu else None)
-        ctx.dtype, ctx.latent_dtype = x.dtype, latent.dtype
+        ctx.dtype, ctx.x_dtype, ctx.latent_dtype = dtype, x.dtype, latent.dtype
         return y
 
     @staticmethod
@@ -289,6 +294,8 @@ class KernelLinearFunction(torch.autograd.Function):
                 dw = (dy.t() @ tokens).to(ctx.latent_dtype)
         if dx is not None and before is not None:
             dx = sk.swiglu_backward(dx, before)
+        if dx is not None:
+            dx = dx.to(ctx.x_dtype)
         if dw is not None and gradient_mask is not None:
             dw = dw * gradient_mask
-        return dx, dw, *[None] * 10
+        return dx, dw, *[None] * 11

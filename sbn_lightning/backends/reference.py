@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, pack_mask, top_n_mask, unpack_mask
-from sbn_lightning.sparsity.ternary import TernaryLinearFunction, apply_swiglu, ternary_weight
+from sbn_lightning.sparsity.ternary import apply_swiglu, ternary_linear, ternary_weight
 
 Keep = int | Tensor
 """How many weights a mask leaves in each group: one number, or an integer tensor ``[out_features]``, one a row."""
@@ -104,12 +105,12 @@ class ReferenceBackend:
         gradient_mask: Tensor | None,
         activation_bits: int | None,
         swiglu: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         if swiglu:
             x = apply_swiglu(x)
         codes, row_scale, _ = prepared
-        y: Tensor = TernaryLinearFunction.apply(x, latent, codes, row_scale, gradient_mask, activation_bits)
-        return y
+        return ternary_linear(x, latent, codes, row_scale, gradient_mask, activation_bits, dtype)
 
 
 REFERENCE = ReferenceBackend()

@@ -115,8 +115,9 @@ class PackedRows:
         gradient_mask: Tensor | None,
         activation_bits: int | None,
         swiglu: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        return self.inner.linear(x, self.leaf, prepared, gradient_mask, activation_bits, swiglu)
+        return self.inner.linear(x, self.leaf, prepared, gradient_mask, activation_bits, swiglu, dtype)
 
     def _keep(self, keep: Keep) -> Keep:
         return self.cut.mine(keep) if isinstance(keep, Tensor) else keep

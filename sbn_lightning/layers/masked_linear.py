@@ -34,16 +34,28 @@ from sbn_lightning.sparsity.ternary import GammaOver
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
-def _option(name: str) -> Any:
-    """An attribute of a layer that stands for a field of its config."""
+def config_option(name: str) -> Any:
+    """An attribute of a layer that stands for a field of ``layer.sparsity``."""
 
-    def read(layer: MaskedLinear) -> Any:
-        return getattr(layer._sparsity, name)
+    def read(layer: Any) -> Any:
+        return getattr(layer.sparsity, name)
 
-    def write(layer: MaskedLinear, value: Any) -> None:
-        layer.sparsity = replace(layer._sparsity, **{name: value})
+    def write(layer: Any, value: Any) -> None:
+        layer.sparsity = replace(layer.sparsity, **{name: value})
 
-    return property(read, write, doc=f"The field ``{name}`` of :attr:`MaskedLinear.sparsity`.")
+    return property(read, write, doc=f"The field ``{name}`` of ``sparsity``.")
+
+
+def check_tokens(x: Tensor, layer: str) -> None:
+    """Refuses tokens that are no floating-point numbers, as ``nn.Linear`` does.
+
+    Raises:
+        ConfigError: Naming the layer and the dtype.
+    """
+    if not x.is_floating_point():
+        raise ConfigError(
+            f"{layer}: the tokens are {x.dtype}, not floating-point numbers: pass x.float(), or embed ids"
+        )
 
 
 class MaskedLinear(nn.Linear):
@@ -66,12 +78,12 @@ class MaskedLinear(nn.Linear):
     """
 
     kind: ClassVar[Kind]
-    pattern: NMPattern = _option("pattern")
-    split_sizes: tuple[int, ...] | None = _option("split_sizes")
-    activation_bits: int | None = _option("activation_bits")
-    mask_source: MaskSource = _option("mask_source")
-    gradient: Gradient = _option("gradient")
-    gamma_over: GammaOver = _option("gamma_over")
+    pattern: NMPattern = config_option("pattern")
+    split_sizes: tuple[int, ...] | None = config_option("split_sizes")
+    activation_bits: int | None = config_option("activation_bits")
+    mask_source: MaskSource = config_option("mask_source")
+    gradient: Gradient = config_option("gradient")
+    gamma_over: GammaOver = config_option("gamma_over")
     mask_bits: Tensor
     _sparsity: SparsityConfig
 
@@ -224,15 +236,16 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, input: Tensor, swiglu: bool = False) -> Tensor:
         """``input [..., in_features]``; or with ``swiglu`` ``[..., 2 in_features]``, for ``silu(gate) * up``."""
+        if not input.is_floating_point():
+            check_tokens(input, f"{type(self).__name__}({self.in_features}, {self.out_features})")
         device = input.device.type
-        if torch.is_autocast_enabled(device):
-            input = input.to(torch.get_autocast_dtype(device))
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         with torch.autocast(device, enabled=False):
-            y = self._multiply(input, swiglu)
+            y = self._multiply(input, swiglu, dtype)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _multiply(self, x: Tensor, swiglu: bool) -> Tensor:
-        """``forward`` without the bias, in the dtype of ``x``."""
+    def _multiply(self, x: Tensor, swiglu: bool, dtype: torch.dtype) -> Tensor:
+        """``forward`` without the bias; the result has ``dtype``."""
         raise NotImplementedError
 
     def latent(self) -> Tensor:

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sbn_lightning.layers.masked_linear import check_tokens, config_option
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, nonzeros_per_group
-from sbn_lightning.sparsity.ternary import TernaryLinearFunction, expand_scale
+from sbn_lightning.sparsity.ternary import expand_scale, ternary_linear
 
 InferenceBackend = Literal["reference", "kernels", "int8", "auto"]
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,6 +43,9 @@ class PackedTernaryLinear(nn.Module):
         x ``[..., in_features]`` -> y ``[..., out_features]`` in the dtype of x, or autocast's where autocast is on.
     """
 
+    pattern: NMPattern = config_option("pattern")
+    split_sizes: tuple[int, ...] | None = config_option("split_sizes")
+    activation_bits: int | None = config_option("activation_bits")
     codes: Tensor
     gamma: Tensor
     row_scale: Tensor
@@ -72,21 +76,6 @@ class PackedTernaryLinear(nn.Module):
         self._kernel: str | None = None  # the kernel for many tokens; None: the reference
         self._settled_for: tuple[object, ...] | None = None
 
-    @property
-    def pattern(self) -> NMPattern:
-        """The pattern that the weight was trained with."""
-        return self.sparsity.nm
-
-    @property
-    def split_sizes(self) -> tuple[int, ...] | None:
-        """The rows of each part of a fused weight; None means one part."""
-        return self.sparsity.split_sizes
-
-    @property
-    def activation_bits(self) -> int | None:
-        """The number of bits of a quantised token; None leaves tokens as they are."""
-        return self.sparsity.activation_bits
-
     def ternary(self) -> tuple[Tensor, Tensor]:
         """Returns int8 codes ``[out_features, in_features]`` and gamma, one a part, float32."""
         return self.codes, self.gamma
@@ -101,29 +90,28 @@ class PackedTernaryLinear(nn.Module):
         return self.codes != 0
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tokens(x, f"PackedTernaryLinear({self.in_features}, {self.out_features})")
         device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if self._settled_for != (self.backend, self.codes.device):
             self._settle()
         with torch.autocast(device, enabled=False):
             wants_gradient = torch.is_grad_enabled() and x.requires_grad  # which kernels have not
             by_kernels = self._kernel is not None and x.dtype in KERNEL_DTYPES and not wants_gradient
-            y = self._by_kernels(x) if by_kernels else self._by_reference(x)
+            y = self._by_kernels(x, dtype) if by_kernels else self._by_reference(x, dtype)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _by_reference(self, x: Tensor) -> Tensor:
+    def _by_reference(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         # The second argument tells a backward pass the dtype of a latent weight's gradient; there is none here.
-        y: Tensor = TernaryLinearFunction.apply(x, self.gamma, self.codes, self.row_scale, None, self.activation_bits)
-        return y
+        return ternary_linear(x, self.gamma, self.codes, self.row_scale, None, self.activation_bits, dtype)
 
-    def _by_kernels(self, x: Tensor) -> Tensor:
+    def _by_kernels(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         from sbn_lightning.backends.integer import multiply, quantize
 
         assert self.activation_bits is not None
         assert self._kernel is not None
         x8, scale = quantize(x.reshape(-1, self.in_features), self.activation_bits)
-        y = multiply(x8, scale, self.codes, self.row_scale, self._packed, self._layout, self._kernel, x.dtype)
+        y = multiply(x8, scale, self.codes, self.row_scale, self._packed, self._layout, self._kernel, dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

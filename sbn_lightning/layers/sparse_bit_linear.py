@@ -124,19 +124,24 @@ class SparseBitLinear(MaskedLinear):
         """What the codes depend on: the weight, where it is, and the mask (its buffer's version counts refreshes)."""
         return (self.tracker.changes, self.weight.device, id(self.mask_bits), version(self.mask_bits))
 
-    def _multiply(self, x: Tensor, swiglu: bool) -> Tensor:
+    def _multiply(self, x: Tensor, swiglu: bool, dtype: torch.dtype) -> Tensor:
         if torch.compiler.is_compiling() and not self.owner_prepares:
             fused = self.sparsity.mask_source == "latent" and not self._mask_stays()
             keep = self._keep() if fused else self._most_kept
-            bits = None if fused else self._graph_mask()
-            prepared = self._backend.prepare(self._for_backend(), bits, keep, self.sparsity)
+            given = None if fused else self._graph_mask()
+            prepared = self._backend.prepare(self._for_backend(), given, keep, self.sparsity)
             mask_bits = prepared.mask_bits
         else:
             if not torch.compiler.is_compiling():
                 self.prepare()
             prepared, mask_bits = self._prepared, self.mask_bits
         gradient_mask = self._gradient_mask(mask_bits)
-        return self._backend.linear(x, self.weight, prepared, gradient_mask, self.activation_bits, swiglu)
+        bits = self.activation_bits
+        if bits is None:
+            x = x.to(dtype)
+        # Tokens are quantised in the precision that they come in: rounding them to bfloat16 first would double the
+        # error. Only the product has the dtype of autocast.
+        return self._backend.linear(x, self.weight, prepared, gradient_mask, bits, swiglu, dtype)
 
     def _mask_scores(self) -> Tensor:
         return self._for_backend(None if self.sparsity.mask_source == "latent" else self._dense_codes())

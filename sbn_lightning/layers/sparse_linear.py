@@ -50,7 +50,8 @@ class SparseLinear(MaskedLinear):
     def effective_weight(self) -> Tensor:
         return self.values()
 
-    def _multiply(self, x: Tensor, swiglu: bool) -> Tensor:
+    def _multiply(self, x: Tensor, swiglu: bool, dtype: torch.dtype) -> Tensor:
+        x = x.to(dtype)
         if swiglu:
             x = apply_swiglu(x)
         mask_bits = self._graph_mask() if torch.compiler.is_compiling() else self.packed_mask()

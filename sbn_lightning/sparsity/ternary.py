@@ -171,39 +171,70 @@ class TernaryLinearFunction(torch.autograd.Function):
         row_scale: Tensor,
         gradient_mask: Tensor | None,
         activation_bits: int | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Returns ``y [..., out_features]`` in the dtype of ``x [..., in_features]``.
+        """Computes ``y [tokens, out_features]`` in ``dtype``, of ``x [tokens, in_features]``.
 
         ``weight`` is the latent weight: only its gradient is computed here, from ``codes`` and ``row_scale``.
         ``gradient_mask`` (bool, or None for all) says which of its positions get one.
         """
-        dtype = x.dtype
-        tokens = x.reshape(-1, x.shape[-1])
         if activation_bits is None:
-            quantized, scale = tokens, None
-            y = float32_mm(tokens, codes.to(dtype).t()) * row_scale
+            quantized, scale = x.to(dtype), None
+            y = float32_mm(quantized, codes.to(dtype).t()) * row_scale
         else:
-            quantized, scale = quantize_activations(tokens, activation_bits)
+            quantized, scale = quantize_activations(x, activation_bits)
             y = float32_mm(quantized.to(dtype), codes.to(dtype).t()) * (scale * row_scale)
         ctx.save_for_backward(quantized, scale, codes, row_scale, gradient_mask)
-        ctx.dtype, ctx.shape, ctx.weight_dtype = dtype, x.shape, weight.dtype
-        return y.to(dtype).reshape(*x.shape[:-1], codes.shape[0])
+        ctx.dtype, ctx.x_dtype, ctx.weight_dtype = dtype, x.dtype, weight.dtype
+        return y.to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         quantized, scale, codes, row_scale, gradient_mask = ctx.saved_tensors
-        dy = grad_outputs[0].reshape(-1, codes.shape[0]).to(ctx.dtype)
+        dy = grad_outputs[0].to(ctx.dtype)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             effective = (codes * row_scale.unsqueeze(-1)).to(ctx.dtype)
-            dx = (dy @ effective).reshape(ctx.shape)
+            dx = (dy @ effective).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             tokens = quantized if scale is None else (quantized * scale).to(ctx.dtype)
             dw = float32_mm(dy.t(), tokens).to(ctx.weight_dtype)
             if gradient_mask is not None:
                 dw = dw * gradient_mask
-        return dx, dw, None, None, None, None
+        return dx, dw, None, None, None, None, None
+
+
+def ternary_linear(
+    x: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    row_scale: Tensor,
+    gradient_mask: Tensor | None,
+    activation_bits: int | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The product of the module's formulas, for tokens of any leading shape, with straight-through gradients.
+
+    Args:
+        x: The tokens, ``[..., in_features]``. They are quantised in the precision that they come in.
+        weight: The latent weight, which gets the gradient; only its dtype is read.
+        codes: The ternary codes, int8 ``[out_features, in_features]``.
+        row_scale: gamma of each row, ``[out_features]``.
+        gradient_mask: The positions of the weight that get a gradient, bool; None for all.
+        activation_bits: 8, 4, or None to multiply the tokens as they are.
+        dtype: The dtype of the product and of its gradients; None for the dtype of ``x``.
+
+    Returns:
+        ``[..., out_features]``.
+    """
+    # Reshaped outside the function: autograd forbids an in-place change of a view that a function returns, and an
+    # activation after the layer may work in place.
+    tokens = x.reshape(-1, x.shape[-1])
+    y: Tensor = TernaryLinearFunction.apply(
+        tokens, weight, codes, row_scale, gradient_mask, activation_bits, dtype or x.dtype
+    )
+    return y.reshape(*x.shape[:-1], codes.shape[0])
 
 
 class MaskedLinearFunction(torch.autograd.Function):

@@ -1,14 +1,19 @@
 import copy
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
+from sbn_lightning.backends.reference import ReferenceBackend
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.conversion import convert_linears, name_matches, revert_linears
+from sbn_lightning.layers.candidates import name_matches
+from sbn_lightning.layers.conversion import convert_linears, convert_to_match, revert_linears
 from sbn_lightning.layers.sparse_linear import SparseBitLinear, SparseLinear
+from sbn_lightning.sparsity.pattern import nonzeros_per_group
 
 
 def _weight_norm(layer):
@@ -136,3 +141,241 @@ def test_a_converted_model_can_be_copied_pickled_reverted_and_converted_again():
 )
 def test_names(name, pattern, matches):
     assert name_matches(name, [pattern]) is matches
+
+
+# As a whole, or not at all
+
+
+def state_of(model):
+    return {name: (type(module), sorted(vars(module))) for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation_bits": 7}, "activation_bits=7"),
+        ({"split_sizes": {"0": (8, 8), "2": (9, 8)}}, r"2: split_sizes=\(9, 8\) do not add up"),
+        ({"split_sizes": {"*.qkv": (8, 8)}}, r"no converted layer has a name like \*\.qkv"),
+        ({"include": ("nothing",)}, "no layer was converted"),
+    ],
+)
+def test_a_refused_conversion_changes_nothing(options, message):
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    before = state_of(model)
+    with pytest.raises(ConfigError, match=message):
+        convert_linears(model, "2:4", **options)
+    assert state_of(model) == before
+    assert convert_linears(model, "2:4").converted == ["0", "2"]
+
+
+def test_a_mask_that_cannot_be_computed_leaves_the_model_alone(monkeypatch):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    before = state_of(model)
+    fresh_mask = ReferenceBackend.fresh_mask
+
+    def fails_for_the_second(self, scores, *args):
+        if len(scores) == 8:
+            raise RuntimeError("out of memory")
+        return fresh_mask(self, scores, *args)
+
+    monkeypatch.setattr(ReferenceBackend, "fresh_mask", fails_for_the_second)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        convert_linears(model, "2:4")
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("how", ["loaded", "held"])
+def test_a_reversion_leaves_nothing_behind(how):
+    """Any optimiser in the process asks for the layers whose masks stay."""
+    model = nn.Sequential(nn.Linear(16, 16))
+    convert_linears(model, "2:4")
+    if how == "loaded":
+        model.load_state_dict(model.state_dict())
+    else:
+        model[0].hold_mask = True
+        model[0].keep_mask()
+    revert_linears(model)
+    assert set(vars(model[0])) == set(vars(nn.Linear(16, 16)))
+    other = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD([*other.parameters(), *model.parameters()], lr=0.1)
+    other(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+
+
+def test_a_refused_reversion_changes_nothing():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    convert_linears(model, "2:4")
+    parametrizations.weight_norm(model[1])
+    before, weight = type(model[0]), model[0].weight.detach().clone()
+    with pytest.raises(ConfigError, match="no parameter any more"):
+        revert_linears(model)
+    assert type(model[0]) is before
+    assert torch.equal(model[0].weight, weight)
+
+
+# Another request is not passed over
+
+
+def test_a_second_conversion_to_something_else_is_refused():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    convert_linears(model, "6:8", include=("0",))
+    for options in ({"pattern": "2:4"}, {"pattern": "6:8", "activation_bits": 4}, {"pattern": "6:8", "kind": "masked"}):
+        with pytest.raises(ConfigError, match=r"0 is converted already, to 6:8, and not to .*revert_linears"):
+            convert_linears(model, **options)
+    assert type(model[1]) is nn.Linear
+    assert convert_linears(model, "2:4", exclude=("0",)).converted == ["1"]
+    revert_linears(model)
+    assert convert_linears(model, "2:4").converted == ["0", "1"]
+
+
+@pytest.mark.parametrize("kind", ["ternary", "masked"])
+@pytest.mark.parametrize("metadata", [True, False])
+@pytest.mark.parametrize("saved", ["6:8", "3:4", "1:4"])
+def test_a_mask_of_another_pattern_is_refused_and_the_layer_stays(saved, metadata, kind):
+    torch.manual_seed(0)
+    source, model = (nn.Sequential(nn.Linear(64, 16)) for _ in range(2))
+    convert_linears(source, saved, kind=kind)
+    convert_linears(model, "2:4", kind=kind)
+    state, before = source.state_dict(), copy.deepcopy(model.state_dict())
+    if not metadata:
+        state = dict(state)
+        if saved == "3:4":  # a stage of a ramp towards 2:4, as far as the mask tells
+            model.load_state_dict(state)
+            return
+    with pytest.raises(
+        RuntimeError, match=r"0: the saved mask .*the layer'?s? .*2:4.*set layer\.pattern|leave the masks"
+    ):
+        model.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.load_state_dict({name: value for name, value in state.items() if not name.endswith("mask_bits")})
+    assert nonzeros_per_group(model[0].mask, 4).unique().tolist() == [2]
+
+
+def test_the_way_back_from_a_state_dict_of_a_converted_model(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    convert_linears(model, "2:4", include="0", activation_bits=4)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    x = torch.randn(3, 16)
+    for bare in (False, True):
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        other = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+        if bare:  # safetensors and sharded checkpoints keep no metadata
+            state = dict(state)
+            with pytest.raises(ConfigError, match="does not say how 0 was converted"):
+                convert_to_match(other, state)
+            assert type(other[0]) is nn.Linear
+        assert convert_to_match(other, state, **({"pattern": "2:4", "activation_bits": 4} if bare else {})) == ["0"]
+        other.load_state_dict(state)
+        assert torch.equal(other(x), model(x))
+    with pytest.raises(ConfigError, match="has no masks"):
+        convert_to_match(model, nn.Linear(2, 2).state_dict())
+
+
+# What is left alone, and what is said in shares
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(16, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"moe": Experts(), "head": nn.Linear(16, 16)}) for _ in range(2))
+        self.blocks[0]["glu"] = nn.ModuleDict({"gate": nn.Linear(16, 32), "up": nn.Linear(16, 32)})
+        self.blocks[0]["shared_expert_gate"] = nn.Linear(16, 1)
+        self.blocks[0]["q"] = nn.ModuleDict({"base_layer": nn.Linear(16, 16), "lora_A": nn.Linear(16, 8)})
+        self.classifier = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+        self.text_projection = nn.Linear(16, 16)
+
+
+def test_heads_routers_gates_and_loras_are_left_alone_unless_named():
+    report = convert_linears(Decoder(), "2:4")
+    skipped = {
+        "blocks.0.moe.gate": "router",
+        "blocks.1.moe.gate": "router",
+        "blocks.0.shared_expert_gate": "one row",
+        "blocks.0.q.lora_A": "LoRA",
+        "classifier.0": "output head",
+        "classifier.1": "output head",
+        "text_projection": "output head",
+    }
+    assert set(report.skipped) == set(skipped)
+    for name, reason in skipped.items():
+        assert reason in report.skipped[name]
+        assert "name it in include" in report.skipped[name]
+    assert "blocks.0.glu.gate" in report.converted
+    assert "blocks.0.head" in report.converted
+    named = convert_linears(Decoder(), "2:4", include=("*", "classifier", "*.moe.gate"))
+    assert set(report.converted) < set(named.converted)
+    assert {"classifier.0", "blocks.1.moe.gate"} <= set(named.converted)
+
+
+class Fused(nn.Module):
+    """Experts as transformers 5 has them: one parameter for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(8, 32, 16))
+        self.attention = nn.Linear(16, 16, bias=False)
+
+
+def test_a_conversion_that_reaches_little_warns_and_says_the_share():
+    with pytest.warns(UserWarning, match=r"only 5\.9% of the model's linear parameters"):
+        report = convert_linears(Fused(), "2:4")
+    assert (report.converted_parameters, report.linear_parameters) == (256, 256 + 8 * 32 * 16)
+    assert "5.9% of the linear parameters" in str(report)
+    assert "bare parameter" in report.skipped["up"]
+
+
+def test_what_the_caller_excluded_is_no_reason_to_warn():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 256), nn.Linear(256, 256))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_linears(model, "2:4", exclude=("1", "2"))
+
+
+# Fused projections
+
+
+def test_rows_of_fused_layers_are_given_by_name():
+    model = nn.ModuleDict(
+        {f"block{i}": nn.ModuleDict({"qkv": nn.Linear(16, 24), "o": nn.Linear(8, 16)}) for i in (0, 1)}
+    )
+    report = convert_linears(model, "2:4", split_sizes={"qkv": (8, 8, 8), "block1.o": None})
+    assert report.split_sizes == {"block0.qkv": (8, 8, 8), "block1.qkv": (8, 8, 8)}
+    assert model["block0"]["qkv"].ternary()[1].shape == (3,)
+    assert model["block1"]["o"].split_sizes is None
+    assert "(8, 8, 8)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("origin", "name", "attributes", "rows", "sizes"),
+    [
+        ("timm.layers", "qkv", {}, 24, (8, 8, 8)),
+        ("litgpt.model", "qkv", {"config": SimpleNamespace(n_query_groups=2, head_size=4)}, 32, (16, 8, 8)),
+        ("transformers.models.phi3", "qkv_proj", {"num_key_value_heads": 2, "head_dim": 4}, 32, (16, 8, 8)),
+        ("transformers.models.phi3", "gate_up_proj", {}, 64, (32, 32)),
+        ("transformers.models.gpt_neox", "query_key_value", {}, 24, None),
+        ("mine", "qkv", {}, 24, None),
+    ],
+)
+def test_rows_of_fused_layers_are_guessed_where_the_class_is_known(origin, name, attributes, rows, sizes):
+    holder = type("Holder", (nn.Module,), {"__module__": origin})()
+    for key, value in attributes.items():
+        setattr(holder, key, value)
+    holder.add_module(name, nn.Linear(16, rows))
+    report = convert_linears(holder, "2:4")
+    assert report.split_sizes.get(name) == sizes
+    assert getattr(holder, name).split_sizes == sizes
+
+
+def test_a_1x1_convolution_is_said_to_be_a_linear_layer():
+    model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3), nn.Linear(512, 512))
+    skipped = convert_linears(model, "2:4").skipped
+    assert "linear layer over channels" in skipped["0"]
+    assert "many windows" in skipped["1"]

@@ -86,7 +86,8 @@ def test_every_option_reaches_layer_backend_and_packed_layer(option, monkeypatch
     assert {getattr(config, option) for config in seen} == {value}
     assert packed_layer(model[0]).sparsity == model[0].sparsity
     assert getattr(SparseBitLinear(16, 8, **{option: value}), option) == value
-    assert getattr(TernarySparseConversion(**{option: value}).sparsity, option) == value
+    if option != "split_sizes":  # a conversion has them by name: layers differ
+        assert getattr(TernarySparseConversion(**{option: value}).sparsity, option) == value
 
 
 @pytest.mark.parametrize("option", [f.name for f in dataclasses.fields(SparsityOptions)])
@@ -103,8 +104,8 @@ def test_the_command_line_has_every_option():
     parser = ArgumentParser()
     parser.add_class_arguments(TransformerConfig, "config")
     parser.add_class_arguments(TernarySparseConversion, "conversion")
-    given = parser.parse_args(
-        ["--config.gamma_over", "kept", "--conversion.gamma_over=kept", '--conversion.pattern="2:4"']
+    given = parser.parse_object(
+        {"config": {"gamma_over": "kept"}, "conversion": {"pattern": "2:4", "gamma_over": "kept"}}
     )
     conversion = parser.instantiate(given).conversion
     assert given.config.gamma_over == "kept"
