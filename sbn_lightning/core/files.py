@@ -23,6 +23,7 @@ import glob
 import hashlib
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,8 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+CHECKSUM_LIMIT = 2 << 30  # bytes; reading a larger file only to check it would take too long
 
 
 @contextmanager
@@ -169,6 +172,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_crc32(path: str | os.PathLike[str]) -> int:
+    """Return the CRC-32 of a file, read in blocks."""
+    crc = 0
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def sha256(file: Path) -> str:

@@ -27,12 +27,10 @@ from typing import Any
 import numpy as np
 
 from sbn_lightning.core.errors import DataError
-from sbn_lightning.core.files import write_text
-from sbn_lightning.data.tokenization.sources import file_crc32
+from sbn_lightning.core.files import file_crc32, write_text
 
 FORMAT = "sbn_lightning.tokens"
 FORMAT_VERSION = 1
-CHECKSUM_LIMIT = 2 << 30
 # How many tokens the chunk writer gets at a time. Its chunks are whole multiples of this number.
 _ITEM_TOKENS = 1 << 16
 

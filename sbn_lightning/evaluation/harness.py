@@ -22,7 +22,7 @@ from tqdm import tqdm
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data.tokenizer import find_eos, vocab_size_of
 from sbn_lightning.evaluation.scoring import score_ends
-from sbn_lightning.formats.load import LoadedModel
+from sbn_lightning.formats.loaded import LoadedModel
 from sbn_lightning.inference.loop import generate
 from sbn_lightning.inference.opening import BackendName, DTypeName, open_model
 from sbn_lightning.inference.sampling import Sampling

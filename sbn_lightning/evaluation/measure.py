@@ -19,7 +19,7 @@ from sbn_lightning.data.folders import load_meta, load_tokenizer_of
 from sbn_lightning.evaluation.layer_report import as_table, layer_reports
 from sbn_lightning.evaluation.sliding import perplexity
 from sbn_lightning.evaluation.texts import text_of_files, text_of_folder
-from sbn_lightning.formats.load import LoadedModel
+from sbn_lightning.formats.loaded import LoadedModel
 from sbn_lightning.inference.opening import BackendName, DTypeName, open_model
 
 

@@ -7,7 +7,7 @@ Trainer continues from there at the next micro-batch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import lightning
 from lightning.pytorch import Callback, LightningModule
@@ -16,12 +16,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.distributed.optimizer_states import name_optimizer_states
 from sbn_lightning.distributed.strategies import check_checkpoint
-
-if TYPE_CHECKING:
-    from sbn_lightning.fabric.run import FabricRun
+from sbn_lightning.fabric.state import RunState
 
 
-def dump(run: FabricRun, weights_only: bool) -> dict[str, Any]:
+def dump(run: RunState, weights_only: bool) -> dict[str, Any]:
     """The checkpoint of a run as it is; without what training needs besides the weights if ``weights_only``."""
     module = run.module
     assert isinstance(module, LightningModule)
@@ -52,7 +50,7 @@ def dump(run: FabricRun, weights_only: bool) -> dict[str, Any]:
     return checkpoint
 
 
-def _loops(run: FabricRun) -> dict[str, Any]:
+def _loops(run: RunState) -> dict[str, Any]:
     """State of a Trainer's fit loop in ``on_train_batch_end``; Lightning counts what is left out from zero."""
 
     def batches(n: int) -> dict[str, int]:
@@ -80,7 +78,7 @@ def _loops(run: FabricRun) -> dict[str, Any]:
     }
 
 
-def read(run: FabricRun, path: str) -> dict[str, Any]:
+def read(run: RunState, path: str) -> dict[str, Any]:
     """Reads a checkpoint, of this loop or of a Trainer, for the three functions that restore from it.
 
     Raises:
@@ -101,7 +99,7 @@ def read(run: FabricRun, path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def restore_model(run: FabricRun, checkpoint: dict[str, Any]) -> None:
+def restore_model(run: RunState, checkpoint: dict[str, Any]) -> None:
     """Loads weights and the callbacks' states."""
     module = run.module
     assert isinstance(module, LightningModule)
@@ -119,7 +117,7 @@ def restore_model(run: FabricRun, checkpoint: dict[str, Any]) -> None:
         run.datamodule.load_state_dict(state)
 
 
-def restore_progress(run: FabricRun, checkpoint: dict[str, Any]) -> None:
+def restore_progress(run: RunState, checkpoint: dict[str, Any]) -> None:
     """Loads optimiser, schedule and counters."""
     for optimizer, state in zip(run.optimizers, checkpoint["optimizer_states"], strict=True):
         optimizer.load_state_dict(state)
@@ -136,7 +134,7 @@ def restore_progress(run: FabricRun, checkpoint: dict[str, Any]) -> None:
     run.batches_done, run.total_batches = batches["current"]["ready"], batches["total"]["ready"]
 
 
-def restore_position(run: FabricRun, checkpoint: dict[str, Any]) -> None:
+def restore_position(run: RunState, checkpoint: dict[str, Any]) -> None:
     """Brings the training loader to where the checkpoint was.
 
     Raises:

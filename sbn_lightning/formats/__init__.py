@@ -6,10 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sbn_lightning.formats.load import LoadedModel, load_model
+    from sbn_lightning.formats.load import load_model
+    from sbn_lightning.formats.loaded import LoadedModel
 
 _MODULE_OF = {
-    "LoadedModel": "load",
+    "LoadedModel": "loaded",
     "load_model": "load",
 }
 

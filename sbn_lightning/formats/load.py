@@ -7,7 +7,6 @@ than its weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,56 +15,14 @@ import torch
 from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.checkpoints.text_files import TextFiles, find_text_files
 from sbn_lightning.checkpoints.tokenizers import TOKENIZER
-from sbn_lightning.core.errors import DataError
 from sbn_lightning.formats.assemble import build_model, cast_model
-from sbn_lightning.formats.recognise import Found, ModelFormat, recognise
+from sbn_lightning.formats.loaded import LoadedModel
+from sbn_lightning.formats.recognise import Found, recognise
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-
-@dataclass
-class LoadedModel:
-    """A model that can compute, and what came with its weights.
-
-    Attributes:
-        model: The model, in evaluation mode. No parameter needs a gradient.
-        config: The configuration of the model; the same object as ``model.config``.
-        format: The format that the model was read from.
-        path: The file or folder that the model was read from.
-        text: The model's text files: tokenizer, chat template, stop tokens.
-    """
-
-    model: TernaryTransformer
-    config: TransformerConfig
-    format: ModelFormat
-    path: Path
-    text: TextFiles
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that was found with the model, or None. See :meth:`need_tokenizer`."""
-        return self.text.tokenizer
-
-    @property
-    def tokenizer_path(self) -> Path | None:
-        """The file that the tokenizer was read from: a ``tokenizer.json``, or the model's own file."""
-        return self.text.source
-
-    def need_tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer.
-
-        Raises:
-            DataError: If the model has no tokenizer; the message says how to pass one.
-        """
-        if self.tokenizer is None:
-            raise DataError(
-                f"no tokenizer found with {self.path}: pass --tokenizer with a tokenizer.json or the folder that "
-                "`prepare` wrote"
-            )
-        return self.tokenizer
+    pass
 
 
 def load_model(
@@ -96,8 +53,7 @@ def load_model(
         cast_model(model, dtype)
     model.to(device).eval().requires_grad_(False)
     text = find_text_files(found.place, text, tokenizer)
-    if text.tokenizer is not None:  # a damaged tokenizer is found now, and not after minutes of work
-        text.tokenizer.no_padding()
+    _ = text.tokenizer  # a damaged tokenizer is found now, and not after minutes of work
     return LoadedModel(model, model.config, found.format, found.place, text)
 
 

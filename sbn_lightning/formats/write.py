@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.formats.choices import ExportFormat, LinearClass, Quantization
 
 if TYPE_CHECKING:
-    from sbn_lightning.formats.load import LoadedModel
-
-ExportFormat = Literal["packed", "hf", "hf-bitnet", "gguf"]
-LinearClass = Literal["bitlinear", "autobitlinear"]
-Quantization = Literal["TQ2_0", "TQ1_0", "Q2_0", "Q4_0"]
+    from sbn_lightning.formats.loaded import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -69,4 +66,8 @@ def write_model(loaded: LoadedModel, folder: Path, format: ExportFormat, options
         raise ConfigError(f"--format {format} cannot hold 8-bit embeddings; use --dtype bfloat16, or --format packed")
     if format == "hf":
         return write_hf(loaded, folder)
+    if format == "hf-sbn":
+        from sbn_lightning.formats.huggingface.sbn import write_hf_sbn
+
+        return write_hf_sbn(loaded, folder)
     return write_hf_bitnet(loaded, folder, options.linear_class)

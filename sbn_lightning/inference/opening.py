@@ -14,7 +14,8 @@ from torch import nn
 
 from sbn_lightning.backends.selection import choose, require, table
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.formats.load import LoadedModel, load_model
+from sbn_lightning.formats.load import load_model
+from sbn_lightning.formats.loaded import LoadedModel
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_linear import prepare_layers, ternary_layers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data.tokenizer import find_eos
-from sbn_lightning.formats.load import LoadedModel
+from sbn_lightning.formats.loaded import LoadedModel
 from sbn_lightning.inference.chat import as_chat
 
 # Tokens that end documents and turns in published tokenizers. They are used for models that do not say where they stop.

@@ -22,6 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.core.files import CHECKSUM_LIMIT
 from sbn_lightning.data import folders, shards
 from sbn_lightning.data.tokenization.prepare import prepare
 from sbn_lightning.data.tokenization.sources import digest
@@ -214,7 +215,7 @@ class TokenDataModule(LightningDataModule):
             return self.verify == "checksum"
         # One process on each node reads every byte. If it finds damage, the others stop too.
         first_here = self.trainer is None or self.trainer.local_rank == 0
-        return first_here and shards.total_bytes(meta) <= shards.CHECKSUM_LIMIT
+        return first_here and shards.total_bytes(meta) <= CHECKSUM_LIMIT
 
     def _check_enough(self, source: str, split: str) -> None:
         world = self.trainer.world_size if self.trainer is not None else 1

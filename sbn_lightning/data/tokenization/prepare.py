@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sbn_lightning.core.errors import ConfigError, DataError
-from sbn_lightning.core.files import sync, write_text
+from sbn_lightning.core.files import file_crc32, sync, write_text
 from sbn_lightning.data import shards
 from sbn_lightning.data.tokenization import hub, readers, sources
 from sbn_lightning.data.tokenization.options import check_options, check_output, default_workers, parse_bytes
@@ -198,7 +198,7 @@ class _Preparation:
             raise ConfigError(f"input {inputs} holds no text{why}; give files that are not empty")
         description: list[Any] = sources.describe_files(parts) + [hub.describe_hf(n, self.options) for n in datasets]
         if self._tokenizer_kind == "file":
-            description.append(sources.file_crc32(self.options["tokenizer"]))
+            description.append(file_crc32(self.options["tokenizer"]))
         return sources.group(parts, size), skipped, description
 
     def _open_work_folder(self, fingerprint: str) -> None:

@@ -16,19 +16,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.core.files import CHECKSUM_LIMIT, file_crc32
 from sbn_lightning.core.text import open_unpacked, split_suffix
 from sbn_lightning.data.tokenization.find import find_files
 from sbn_lightning.data.tokenization.kinds import kind_of, parquet_file
 
-# Above this size in all, a fingerprint knows a file by its date instead of its checksum.
-_FULL_CHECKSUM_LIMIT = 2 << 30
 _ENDLESS = 1 << 62
 
 
@@ -227,18 +225,10 @@ def group(parts: Iterable[Part], segment_bytes: int) -> list[list[Part]]:
 def describe_files(parts: Iterable[Part]) -> list[list[Any]]:
     """What the fingerprint knows of each input file: name, size, and a checksum (dates above 2 GiB in all)."""
     files = {(part.name, part.path) for part in parts if part.format != "hf"}
-    full = sum(os.path.getsize(path) for _, path in files) <= _FULL_CHECKSUM_LIMIT
+    # Above this size in all, a fingerprint knows a file by its date instead of its checksum.
+    full = sum(os.path.getsize(path) for _, path in files) <= CHECKSUM_LIMIT
     described: list[list[Any]] = []
     for name, path in sorted(files):
         size = os.path.getsize(path)
         described.append([name, size, file_crc32(path) if full else os.stat(path).st_mtime_ns])
     return described
-
-
-def file_crc32(path: str | os.PathLike[str]) -> int:
-    """CRC-32 of a file, read in blocks."""
-    crc = 0
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return crc

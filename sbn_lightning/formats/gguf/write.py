@@ -30,7 +30,7 @@ from sbn_lightning.formats.sizes import Sizes
 from sbn_lightning.models.rope import rope_frequencies, rope_stretch
 
 if TYPE_CHECKING:
-    from sbn_lightning.formats.load import LoadedModel
+    from sbn_lightning.formats.loaded import LoadedModel
     from sbn_lightning.models.config import TransformerConfig
 
 SMALLEST_NORMAL_HALF = 2.0**-14

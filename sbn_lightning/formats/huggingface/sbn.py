@@ -29,7 +29,7 @@ from sbn_lightning.formats.huggingface.names import linear_parts
 from sbn_lightning.formats.packed import ternary_layers
 
 if TYPE_CHECKING:
-    from sbn_lightning.formats.load import LoadedModel
+    from sbn_lightning.formats.loaded import LoadedModel
 
 METHOD = "sbn"
 VERSION = 1

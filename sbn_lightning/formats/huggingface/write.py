@@ -32,8 +32,8 @@ from sbn_lightning.formats.sizes import Sizes
 from sbn_lightning.layers.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
-    from sbn_lightning.formats.load import LoadedModel
-    from sbn_lightning.formats.write import LinearClass
+    from sbn_lightning.formats.choices import LinearClass
+    from sbn_lightning.formats.loaded import LoadedModel
 
 WEIGHTS = "model.safetensors"
 
