@@ -1,4 +1,7 @@
-"""The command line, one file a command. :mod:`sbn_lightning.cli.app` finds the command and prints errors in one line."""
+"""The command line, one file a command.
+
+:mod:`sbn_lightning.cli.app` finds the command, and prints errors in one line.
+"""
 
 from sbn_lightning.cli.app import TOOLS, TRAINING, main, print_without_secrets, usage
 
