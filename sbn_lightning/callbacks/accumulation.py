@@ -1,8 +1,9 @@
-"""Gradient accumulation under FSDP2 that talks to the other ranks once an optimiser step.
+"""Gradient accumulation under FSDP2 that communicates once in an optimiser step.
 
-``ModelParallelStrategy`` treats each micro-batch as if it were a step of its own: weights are gathered for its forward,
-gathered again for its backward, and gradients reduced after it. Between two optimiser steps the weights do not change,
-and gradients can be summed before they are reduced, as DDP does it under Lightning. What is not sent has to be kept.
+``ModelParallelStrategy`` treats each micro-batch like a step of its own: it gathers the weights for the forward,
+gathers them again for the backward, and then reduces the gradients. But between two optimiser steps the weights do not
+change, and gradients can be summed before they are reduced, as DDP does under Lightning. The price is memory: each rank
+keeps what it does not send.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from sbn_lightning.core.errors import ConfigError
 
 
 class UnshardedAccumulation(Callback):
-    """Keeps weights whole, and gradients too, from a step's first micro-batch to its last.
+    """Keep weights and gradients whole from the first micro-batch of an optimiser step to the last one.
 
-    For each parameter it takes 8 bytes more (float32) on every rank: 12 GiB at a billion and a half. Optimiser states
-    stay sharded; weights are sharded again between steps, also after a validation there.
+    This takes 8 bytes more for each float32 parameter on every rank: 12 GiB for 1.5 billion parameters. The states of
+    the optimiser stay sharded. Weights are sharded again between steps, also after a validation between two steps.
 
     Raises:
         ConfigError: At the start of training, if nothing is sharded with FSDP2.
     """
 
     def __init__(self) -> None:
-        self._last: bool | None = None  # what the flags say; setting them walks over all modules
+        # What the flags were set to last. Setting them walks over all modules.
+        self._last: bool | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the weights whole after a forward."""
         self._last = None
         roots = _roots(pl_module)
         if not roots:
@@ -42,6 +45,7 @@ class UnshardedAccumulation(Callback):
             root.set_reshard_after_forward(False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Reduce gradients and shard weights only with the last micro-batch of a step."""
         last = is_step(trainer)
         if last == self._last:
             return
@@ -52,7 +56,8 @@ class UnshardedAccumulation(Callback):
             root.set_is_last_backward(last)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Its forwards leave weights whole, and no backward follows that would shard them. Within a step they stay.
+        """Shard the weights again, if the validation was between two steps."""
+        # The forwards of a validation leave weights whole, and no backward follows that would shard them.
         if is_step(trainer):
             for module in pl_module.modules():
                 if isinstance(module, FSDPModule):
@@ -60,7 +65,7 @@ class UnshardedAccumulation(Callback):
 
 
 def _roots(module: nn.Module) -> list[FSDPModule]:
-    """The outermost modules that FSDP2 shards; what is set on one holds for those within."""
+    """Return the outermost modules that FSDP2 shards. What is set on one of them holds for the modules inside."""
     if isinstance(module, FSDPModule):
         return [module]
     return [root for child in module.children() for root in _roots(child)]

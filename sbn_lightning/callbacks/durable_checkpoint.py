@@ -45,8 +45,8 @@ class DurableCheckpoint(ModelCheckpoint):
     (SIGTERM) or 130 (Ctrl-C). A second Ctrl-C stops at once, without saving.
 
     A validation may last longer than a scheduler waits, so it is cut short at once, and the next start leaves it out,
-    as after a crash in a validation. Where several processes must agree, and inside an accumulation window, the validation
-    is waited for.
+    as after a crash in a validation. Where several processes must agree, and inside an accumulation window, the
+    validation is waited for.
 
     The arguments, and the state in a checkpoint, are those of ``ModelCheckpoint``.
     """
@@ -68,7 +68,7 @@ class DurableCheckpoint(ModelCheckpoint):
         """Starts to listen for signals."""
         super().on_train_start(cast(Any, trainer), cast(Any, pl_module))
         self._seen = trainer.global_step
-        # Lightning listens from earlier on, and may have noted a SIGTERM by now.
+        # Lightning begins to listen earlier, and may have noted a SIGTERM by now.
         self._signal = signal.SIGTERM if getattr(trainer, "received_sigterm", False) else None
         self._when = "before training began" if self._signal else "to another process"
         # Only the main thread may listen, and one such callback is enough.

@@ -1,4 +1,4 @@
-"""``NonFiniteGuard``: a loss that is not a number ends the run, names its origin, and spares the last checkpoint."""
+"""``NonFiniteGuard``: end a run whose loss is not finite, name the layer it came from, and keep the last checkpoint."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sbn_lightning.callbacks.base import RunCallback, is_step
+from sbn_lightning.callbacks.lightning_internals import last_saved
 from sbn_lightning.core.errors import ConfigError, SBNError
 
 if TYPE_CHECKING:
@@ -23,17 +24,20 @@ class NonFiniteError(SBNError, ArithmeticError):
 
 
 class NonFiniteGuard(RunCallback):
-    """Stops training when the loss is NaN or infinite, before the optimiser carries it into the weights.
+    """Stop training when the loss is NaN or infinite, before the optimiser carries it into the weights.
 
-    The micro-batch is then run again with hooks on every layer, to name the first one, in forward order, with a value
-    that is not finite; only the last one of a step, those before it are gone. Nothing is hooked before that. No
-    checkpoint is written with a weight that is not finite.
+    The guard then runs the last micro-batch again, with hooks on every layer, and names the first layer in forward
+    order that has a value that is not finite. Earlier micro-batches of the step are gone by then. Before that nothing
+    is hooked. No checkpoint is written with a weight that is not finite.
 
     Args:
-        interval: Look at the loss every so many optimiser steps; looking waits for the device, once, at the step's last
-            micro-batch. By default every step on a CPU, and elsewhere with the trainer's ``log_every_n_steps``, when
-            the loss is fetched anyway. If it was not finite in between, all weights may be spoilt by then, and the
-            layer it began in unknown; an interval of 1 finds it.
+        interval: The number of optimiser steps between looks at the loss. A look waits for the device once, at the last
+            micro-batch of the step. None looks at every step on a CPU, and elsewhere every ``log_every_n_steps`` steps,
+            when the loss is fetched anyway. If the loss was not finite between two looks, all weights may be spoilt by
+            then and the layer cannot be found; an interval of 1 finds it.
+
+    Raises:
+        ConfigError: If ``interval`` is less than 1.
     """
 
     def __init__(self, interval: int | None = None) -> None:
@@ -49,8 +53,8 @@ class NonFiniteGuard(RunCallback):
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         self._finite, self._last_look = None, trainer.global_step
         if not isinstance(trainer, Trainer):
-            # A loop of one's own may not call on_before_backward. A loss that is not finite leaves no gradient finite;
-            # one of the smallest parameter tells.
+            # A user's own loop may not call on_before_backward. A loss that is not finite leaves no gradient finite, so
+            # the gradient of the smallest parameter is enough to look at.
             def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 if not self._sees_losses:
                     self._look(trainer, pl_module, _smallest_gradient(optimizer), steps=True)
@@ -89,7 +93,7 @@ class NonFiniteGuard(RunCallback):
             self._hooks.pop().remove()
 
     def _look(self, trainer: Run, module: nn.Module, value: Tensor | None, steps: bool) -> None:
-        """Takes note of a loss or gradient; every ``interval`` steps, if the optimiser ``steps`` with it, looks."""
+        """Note a loss or gradient, and look at it if that is due and the optimiser ``steps`` with this micro-batch."""
         if value is None:
             return
         finite = value.detach().isfinite().all()
@@ -98,7 +102,7 @@ class NonFiniteGuard(RunCallback):
         if not steps or (trainer.global_step + 1) // interval <= self._last_look // interval:
             return
         here = fine = bool(self._finite)
-        if trainer.world_size > 1:  # all stop together, or those left wait for ever
+        if trainer.world_size > 1:  # All processes stop together; otherwise the others wait for ever.
             fine = trainer.strategy.reduce_boolean_decision(fine, all=True)
         self._finite = None
         if not fine:
@@ -106,13 +110,13 @@ class NonFiniteGuard(RunCallback):
         self._last_look = trainer.global_step + 1
 
     def _stop(self, trainer: Run, module: nn.Module, all_finite: bool, last_finite: bool) -> None:
-        """Raises the error.
+        """Raise the error.
 
         Args:
-            trainer: Of the run.
-            module: Of the run.
+            trainer: The run.
+            module: The model that is trained.
             all_finite: Whether all losses of this process since the last look are finite.
-            last_finite: Whether that of the micro-batch at hand is.
+            last_finite: Whether the loss of the present micro-batch is finite.
         """
         since, now = self._last_look + 1, trainer.global_step + 1
         when = f"in optimiser step {now}" if now <= since else f"between the optimiser steps {since} and {now}"
@@ -129,7 +133,7 @@ class NonFiniteGuard(RunCallback):
             text += f"; {origin}"
         if now > since:
             text += "; set non_finite_guard.interval to 1 to see where it begins"
-        checkpoint = getattr(trainer.checkpoint_callback, "_last_checkpoint_saved", "") or trainer.ckpt_path
+        checkpoint = last_saved(trainer.checkpoint_callback) or trainer.ckpt_path
         good = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
         raise NonFiniteError(f"{text}; {good}")
 
@@ -141,10 +145,11 @@ def _smallest_gradient(optimizer: torch.optim.Optimizer) -> Tensor | None:
 
 @torch.no_grad()
 def first_non_finite_weight(module: nn.Module) -> str | None:
-    """Name of the first parameter with a value that is not finite on this process; waits for the device once."""
+    """Return the name of the first parameter that is not finite on this process, or None. Waits for the device once."""
     local = [(name, p.to_local() if isinstance(p, DTensor) else p) for name, p in module.named_parameters()]
     named = [(name, p) for name, p in local if p.is_floating_point() and p.numel()]
-    # The smallest and the largest value tell, NaN being both; no mask of the parameter's size is made.
+    # The smallest and the largest value are enough, because a NaN becomes both. This needs no mask of the size of the
+    # parameter.
     finite = [torch.stack(torch.aminmax(p.detach())).isfinite().all() for _, p in named]
     if not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
         return None
@@ -152,7 +157,7 @@ def first_non_finite_weight(module: nn.Module) -> str | None:
 
 
 def find_origin(trainer: Run, module: nn.Module, batch: Any, batch_idx: int) -> str:
-    """Runs a batch again and says in which layer, in forward order, the first value is not finite."""
+    """Run a batch again, and return a text that names the first layer, in forward order, that is not finite."""
     found: list[str] = []
     with _watched(module, found), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
@@ -164,7 +169,7 @@ def find_origin(trainer: Run, module: nn.Module, batch: Any, batch_idx: int) -> 
                     step = getattr(module, "training_step", None)
                     step(batch, batch_idx) if step is not None else module(batch)
         except Exception:
-            pass  # whatever else it does (logging, in the Fabric loop) comes after the layers
+            pass  # An error of logging, say, comes after the layers, which have been seen by then.
     if found:
         return found[0]
     if name := first_non_finite_weight(module):

@@ -1,7 +1,8 @@
-"""Zeros, flip rates, gamma, histograms and pictures of the pattern, for any Lightning logger.
+"""``SparsityPatternLogger``: zeros, flip rates, gamma, histograms and pictures of the pattern, for any logger.
 
-A look happens when the first batch after a due step begins: by then every other callback has done its work at that
-step, so the order of callbacks does not matter. Scalars go to all loggers; histograms and pictures to TensorBoard.
+The logger looks at the model when the first batch after a due step begins. By then every other callback has done its
+work for that step, so the order of callbacks does not matter. Scalars go to all loggers, histograms and pictures go to
+TensorBoard.
 """
 
 from __future__ import annotations
@@ -30,20 +31,23 @@ COLOURS = torch.tensor([[55, 55, 65], [255, 255, 255], [214, 69, 65], [52, 101, 
 
 
 class SparsityPatternLogger(RunCallback):
-    """Logs the pattern of all layers every ``interval`` optimiser steps, and at the end.
+    """Log what masks and codes look like, every ``interval`` optimiser steps and when training ends.
 
-    * ``sparsity/…`` in total, and ``…/<layer>`` for each layer: ``zeros``, ``zeros_natural``, ``zeros_enforced``,
-      ``mask_density``, ``flip_rate_mask`` and ``flip_rate_code`` (changes since the last look);
-    * ``gamma/<layer>``, one for each split of a fused layer;
-    * TensorBoard histograms of latent weights, ternary codes and non-zeros a group;
-    * TensorBoard pictures of the top left corner of the first layer of each kind: red +1, blue -1, white a natural
-      zero, dark a weight that the mask removes.
+    * ``sparsity/...`` in total, and ``.../<layer>`` for each layer: ``zeros``, ``zeros_natural``, ``zeros_enforced``,
+      ``mask_density``, ``flip_rate_mask`` and ``flip_rate_code``. Flip rates count changes since the last look.
+    * ``gamma/<layer>``, one for each split of a fused layer.
+    * TensorBoard histograms of latent weights, ternary codes and non-zeros in a group.
+    * TensorBoard pictures of the top left corner of the first layer of each kind: red is +1, blue is -1, white is a
+      natural zero, and dark is a weight that the mask removes.
 
     Args:
-        interval: Optimiser steps between looks.
+        interval: The number of optimiser steps between two looks.
         histograms: Whether to write histograms.
         pictures: Whether to write pictures.
         per_layer: Whether to log scalars of each layer besides the totals.
+
+    Raises:
+        ConfigError: If ``interval`` is less than 1, and when training starts if the model has no masked layer.
     """
 
     needs_masked_layers = True
@@ -61,20 +65,23 @@ class SparsityPatternLogger(RunCallback):
         self._not_finite: set[str] = set()
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
-        if trainer.global_step < self._last_look:  # another run; one that resumes is not behind its last look
+        """Forget an earlier run. A run that resumes is never behind its last look."""
+        if trainer.global_step < self._last_look:
             self.counts, self._before, self._last_look = {}, {}, -1
 
     def on_train_batch_start(self, trainer: Run, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        """Look if that is due."""
         if trainer.global_step // self.interval > self._last_look // self.interval:
             self._look(trainer, pl_module)
             show(trainer, pl_module, "zeros", self.total().shares()["zeros"], logger=False)
 
     def on_train_end(self, trainer: Run, pl_module: nn.Module) -> None:
+        """Look at the end of training."""
         if trainer.global_step > self._last_look:
             self._look(trainer, pl_module)
 
     def total(self) -> Counts:
-        """Counts of the last look, summed over layers."""
+        """Return the counts of the last look, summed over layers."""
         return sum(self.counts.values(), Counts())
 
     def _look(self, trainer: Run, module: nn.Module) -> None:
@@ -87,7 +94,7 @@ class SparsityPatternLogger(RunCallback):
             for name, counts in self.counts.items():
                 metrics |= {f"{key}/{name}": value for key, value in counts.shares().items()}
             metrics |= _gammas(layers)
-        if is_first:  # nothing yet to have flipped from
+        if is_first:  # There is nothing to compare with yet.
             metrics = {key: value for key, value in metrics.items() if "flip_rate" not in key}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
@@ -102,8 +109,8 @@ class SparsityPatternLogger(RunCallback):
             if self.histograms and not (values.isfinite().all() and sample.isfinite().all()):
                 if name not in self._not_finite:  # once for each layer
                     rank_zero_warn(
-                        f"SparsityPatternLogger: the weight of {name} has a value that is NaN or infinite at step {step}: "
-                        "its histograms are left out (NonFiniteGuard stops a training when that happens)"
+                        f"SparsityPatternLogger: the weight of {name} has a value that is NaN or infinite at step "
+                        f"{step}: its histograms are left out (NonFiniteGuard stops a training when that happens)"
                     )
                     self._not_finite.add(name)
             elif self.histograms:
@@ -116,16 +123,18 @@ class SparsityPatternLogger(RunCallback):
                 writer.add_image(f"pattern/{name}", picture(layer), step)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the last look, from which flip rates are counted after a resume."""
         before = {name: [part.cpu() for part in snapshot] for name, snapshot in self._before.items()}
         return {"last_look": self._last_look, "before": before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the last look of the run that goes on."""
         self._last_look = state_dict["last_look"]
         self._before = {name: Snapshot(*parts) for name, parts in state_dict["before"].items()}
 
 
 def picture(layer: MaskedLinear, size: int = PICTURE_SIZE) -> Tensor:
-    """The top left ``size x size`` weights as an image, uint8 ``[3, height, width]``."""
+    """Return the top left ``size x size`` weights as an image, uint8 ``[3, height, width]``."""
     values, mask = layer.values()[:size, :size].cpu(), layer.mask[:size, :size].cpu()
     index = torch.where(mask, torch.where(values > 0, 2, torch.where(values < 0, 3, 1)), 0)
     image = COLOURS[index].permute(2, 0, 1)
@@ -133,7 +142,7 @@ def picture(layer: MaskedLinear, size: int = PICTURE_SIZE) -> Tensor:
 
 
 def _gammas(layers: dict[str, MaskedLinear]) -> dict[str, float]:
-    """gamma of every ternary layer, ``gamma/<layer>`` or ``gamma/<layer>/<split>``, in one transfer."""
+    """Return gamma of every ternary layer, as ``gamma/<layer>`` or ``gamma/<layer>/<split>``, fetched at once."""
     names, values = [], []
     for name, layer in layers.items():
         if isinstance(layer, SparseBitLinear):
@@ -144,13 +153,13 @@ def _gammas(layers: dict[str, MaskedLinear]) -> dict[str, float]:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """At most ``HISTOGRAM_SAMPLE`` weights, evenly spread; of a sharded weight, over this rank's rows."""
+    """Return at most ``HISTOGRAM_SAMPLE`` weights, evenly spread over the rows that this rank holds."""
     flat = (weight.to_local() if isinstance(weight, DTensor) else weight).flatten()
     return flat[:: max(1, flat.numel() // HISTOGRAM_SAMPLE)]
 
 
 def _write_counts(writer: Any, tag: str, values: Tensor, step: int) -> None:
-    """A histogram of small integers with exactly one bucket for each."""
+    """Write a histogram of small integers with exactly one bucket for each integer."""
     low, high = int(values.min()), int(values.max())
     counts = torch.bincount((values.flatten() - low).long(), minlength=high - low + 1).cpu().double()
     integers = torch.arange(low, high + 1, dtype=torch.float64)

@@ -1,9 +1,9 @@
-"""Tokens per second, and model-FLOPs utilisation, of training alone: validation and checkpoints do not count.
+"""``TokenThroughput``: tokens per second and model-FLOPs utilisation of training, without validation and checkpoints.
 
-Lightning's ``ThroughputMonitor`` takes a precision plugin that it does not know for float32, and its table of peaks
-holds figures "with sparsity" or without tensor cores for some GPUs. Here FLOPs and peaks are those of the dense model
-in BF16 (:mod:`sbn_lightning.models.flops`), whatever a run really computes with: a utilisation says how far a run is ahead of
-a dense one, and sparse or int8 kernels may bring it above 1.
+Lightning's ``ThroughputMonitor`` treats a precision plugin that it does not know as float32, and for some GPUs its
+table of peaks has figures "with sparsity" or without tensor cores. Here FLOPs and peaks are those of the dense model in
+BF16 (:mod:`sbn_lightning.models.flops`), whatever a run really computes with. So a utilisation compares a run with a
+dense one, and sparse or int8 kernels can bring the value above 1.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 
 
 def count_tokens(batch: Any) -> int:
-    """Tokens that a batch trains on: ``[batch, sequence_length + 1]`` holds ``batch * sequence_length``.
+    """Return the number of tokens that a batch trains on.
 
-    In a mapping the ``input_ids`` (or else the first tensor) are counted as they are.
+    A tensor ``[batch, sequence_length + 1]`` holds ``batch * sequence_length`` of them. In a mapping the ``input_ids``,
+    or else the first tensor, are counted as they are.
     """
     sequences, length = _shape(batch)
     return sequences * length
 
 
 def _shape(batch: Any) -> tuple[int, int]:
-    """Sequences in a batch, and tokens to train on in each."""
+    """Return the number of sequences in a batch, and of tokens to train on in each."""
     if isinstance(batch, Tensor):
         return batch[..., 0].numel(), batch.shape[-1] - 1
     if isinstance(batch, Mapping):
@@ -44,18 +45,19 @@ def _shape(batch: Any) -> tuple[int, int]:
 
 
 class TokenThroughput(RunCallback):
-    """Logs ``tokens_per_second`` and ``model_flops_utilization``, and shows them in the progress bar.
+    """Log ``tokens_per_second`` and ``model_flops_utilization``, and show them in the progress bar.
 
-    The first counts all processes. The second is that of one device: what its tokens would cost in the dense model
-    (:func:`~sbn_lightning.models.flops.flops_per_token`), over what it can do in that time in dense BF16. It is left out on a
-    CPU, and with a note on a GPU whose peak is not known, unless ``peak_flops`` is given.
+    The tokens are those of all processes. The utilisation is that of one device: the FLOPs that the device's tokens
+    would cost in the dense model (:func:`~sbn_lightning.models.flops.flops_per_token`), divided by the FLOPs that the
+    device can do in that time in dense BF16. There is no utilisation on a CPU, and none on a GPU of unknown peak
+    unless ``peak_flops`` is given.
 
-    Time is taken between the ends of batches, without synchronising with the device: over a window of many batches the
-    device's time is what passes.
+    Time is measured between the ends of batches, without waiting for the device. Over a window of many batches this is
+    the device's time.
 
     Args:
-        window: Batches that an average spans.
-        peak_flops: FLOP/s that one device can do in dense BF16; known for common data-centre GPUs.
+        window: The number of batches that an average spans.
+        peak_flops: The FLOP/s that one device can do in dense BF16. None takes the known value of the GPU.
 
     Raises:
         ConfigError: If an argument is not positive.
@@ -77,7 +79,8 @@ class TokenThroughput(RunCallback):
         self._tokens, self._flops, self._batches, self._since = 0, 0.0, 0, time.perf_counter()
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
-        # Linear in the sequence length: what does not depend on it, and what each token of it adds.
+        """Find out what a token costs and what the device can do."""
+        # The cost of a token is linear in the sequence length: a constant, and a term for each token of the sequence.
         self._flops_per_token = flops.flops_per_token(pl_module, 0)
         self._flops_per_pair = flops.flops_per_token(pl_module, 1) - self._flops_per_token
         device = next((parameter.device for parameter in pl_module.parameters()), torch.device("cpu"))
@@ -91,9 +94,11 @@ class TokenThroughput(RunCallback):
         self._restart()
 
     def on_validation_start(self, trainer: Run, pl_module: nn.Module) -> None:
+        """Stop the clock until the next batch."""
         self._pause()
 
     def on_save_checkpoint(self, trainer: Run, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Stop the clock until the next batch."""
         self._pause()
 
     def _pause(self) -> None:
@@ -101,11 +106,13 @@ class TokenThroughput(RunCallback):
             self._paused = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Run, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        """Start the clock again."""
         if self._paused is not None:
             self._since += time.perf_counter() - self._paused
             self._paused = None
 
     def on_train_batch_end(self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the tokens of a batch, and log the average at the end of a window."""
         sequences, length = _shape(batch)
         tokens = sequences * length
         self._tokens += tokens

@@ -1,4 +1,4 @@
-"""The table at the end of a run: how good, how sparse, and where everything is."""
+"""``TrainingReport``: the table at the end of a run: quality, sparsity, places of logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ if TYPE_CHECKING:
 
 
 class TrainingReport(RunCallback):
-    """Prints a summary when training ends: validation loss and perplexity, zeros and flip rates by kind of layer (as
-    the :class:`SparsityPatternLogger` of the same trainer last saw them), and where logs and checkpoints are."""
+    """Print a summary when training ends.
+
+    The summary has the validation loss and perplexity, zeros and flip rates by kind of layer, and the places of logs
+    and checkpoints. Zeros and flip rates are those of the last look of the run's :class:`SparsityPatternLogger`.
+    """
 
     def on_fit_end(self, trainer: Run, pl_module: nn.Module) -> None:
+        """Print the summary, on one process."""
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[union-attr]
             print(f"\n{self.text(trainer)}\n", file=sys.stdout, flush=True)
 
     def text(self, trainer: Run) -> str:
-        """The summary as text."""
+        """Return the summary as text."""
         blocks = [f"Trained {trainer.global_step} steps."]
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
         if metrics:

@@ -1,8 +1,9 @@
-"""Averaged weights (EMA, SWA) of a model with masks.
+"""``SparseWeightAveraging``: averaged weights (EMA, SWA) of a model with masks.
 
-An average of masks is no mask, least of all when eight of them are packed into a byte, and Lightning's callbacks put
-averaged weights into the model behind autograd's back, so that layers would go on with the masks and ternary codes of
-the weights before. Here the latent weights are averaged, and masks and codes are computed from the average.
+Lightning's callbacks average every buffer, but an average of masks is not a mask, and here eight mask values share a
+byte. They also put averaged weights into the model through ``.data``, which autograd does not see, so layers would keep
+the masks and ternary codes of the old weights. Here the latent weights are averaged, and masks and codes are computed
+from the average.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from sbn_lightning.layers.sparse_linear import masked_layers
 
 
 def refuse_plain_averaging(callbacks: Sequence[Any]) -> None:
-    """Checks that no callback averages masks.
+    """Check that no callback averages masks.
+
+    Args:
+        callbacks: The callbacks of a run.
 
     Raises:
-        ConfigError: Naming the callback and its replacement.
+        ConfigError: If one does; the message names the callback and what to use instead.
     """
     for callback in callbacks:
         if isinstance(callback, WeightAveraging) and not isinstance(callback, SparseWeightAveraging):
@@ -36,19 +40,21 @@ def refuse_plain_averaging(callbacks: Sequence[Any]) -> None:
 
 
 class SparseWeightAveraging(WeightAveraging):
-    """Lightning's ``WeightAveraging``, same arguments, for models with masked layers.
+    """Lightning's ``WeightAveraging`` for models with masked layers. The arguments are the same.
 
-    While averaged weights are in the model (validation, after training) and in ``state_dict`` of checkpoints, each mask
-    holds the largest averaged weights, at the density that training is at. Training goes on with its own masks, also
-    held ones (``MaskRefresh`` with an interval). May stand before or after ``TernarySparseConversion``.
+    The averaged weights are in the model during validation and after training, and in the ``state_dict`` of
+    checkpoints. Their masks keep the largest averaged weights, at the present density of training. Training itself goes
+    on with its own masks, also with masks that ``MaskRefresh`` holds. The callback may stand before or after
+    ``TernarySparseConversion``.
     """
 
-    _swapped = False  # whether the model holds the average, and the average what is being trained
+    # Whether the weights have changed places: the average is in the model, and the trained weights are in the average.
+    _swapped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes no average yet: it is a copy of the model, whose layers may not be converted or even built."""
+        """Forget an earlier run. The average is a copy of the model, whose layers may not even be built yet."""
         if stage == "fit":
-            self._average_model, self._swapped = None, False  # those of an earlier run of this callback
+            self._average_model, self._swapped = None, False
             self._latest_update_step, self._latest_update_epoch = 0, -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,7 +71,7 @@ class SparseWeightAveraging(WeightAveraging):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._refresh_average(pl_module)
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._swapped:  # saved from within validation, as on a signal
+        if self._swapped:  # A signal can save within a validation.
             average, current = checkpoint["current_model_state"], checkpoint["state_dict"]
             checkpoint["state_dict"], checkpoint["current_model_state"] = average, current
 
@@ -79,7 +85,8 @@ class SparseWeightAveraging(WeightAveraging):
             device = self._device or pl_module.device
             self._average_model = AveragedModel(pl_module, device, use_buffers=self._use_buffers, **self._kwargs)
             for _, layer in masked_layers(self._average_model):
-                layer.hold_mask = True  # refreshed here only: during validation it keeps the masks of training
+                # Only _refresh_average changes this mask. During a validation it has the mask of training.
+                layer.hold_mask = True
         return self._average_model
 
     def _refresh_average(self, pl_module: LightningModule) -> None:
@@ -103,9 +110,9 @@ class SparseWeightAveraging(WeightAveraging):
 
 
 class SparseEMAWeightAveraging(SparseWeightAveraging, EMAWeightAveraging):
-    """Lightning's ``EMAWeightAveraging``, same arguments, for models with masked layers."""
+    """Lightning's ``EMAWeightAveraging`` for models with masked layers. The arguments are the same."""
 
 
 def _show_new_values(model: nn.Module) -> None:
-    """Makes masked layers see that their weights were replaced, which copying into ``.data`` hides from them."""
+    """Make masked layers see that their weights were replaced, which a copy into ``.data`` hides from them."""
     torch.autograd.graph.increment_version([layer.weight for _, layer in masked_layers(model)])

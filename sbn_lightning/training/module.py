@@ -1,14 +1,14 @@
 """SparseBitNet: the LightningModule around :class:`TernaryTransformer`.
 
-It trains a ternary-sparse model, the BF16-sparse baseline and a dense model alike (``config.linear``). It knows nothing
-of time: when masks refresh, how the pattern ramps and how weight decay falls are callbacks.
+One module trains the ternary sparse model, the BF16 sparse baseline and the dense model; ``config.linear`` chooses. The
+module owns the loss, the metrics, the optimiser and the learning rate's schedule. What happens to masks over time, and
+how weight decay falls, is decided by callbacks.
 """
 
 from __future__ import annotations
 
-import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -18,7 +18,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import Metric
 
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
 from sbn_lightning.checkpoints.text_files import KEY, TextFiles, text_of_run
@@ -29,58 +28,27 @@ from sbn_lightning.distributed.strategies import check_strategy
 from sbn_lightning.formats.init_from import SHAPE, check_tokenizer, load_weights, without_masks
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
+from sbn_lightning.training.metrics import Perplexity
+from sbn_lightning.training.schedules import Schedule, learning_rate_factor
 
-Schedule = Literal["cosine", "linear", "constant"]
-
-
-class Perplexity(Metric):
-    """``exp`` of the mean cross-entropy a token, from losses rather than logits: logits of 150k classes never exist."""
-
-    full_state_update = False
-    total: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, loss: Tensor, tokens: int) -> None:
-        """Adds ``tokens`` tokens of mean cross-entropy ``loss`` (nats)."""
-        self.total += loss.detach().double() * tokens
-        self.tokens += tokens
-
-    def compute(self) -> Tensor:
-        return (self.total / self.tokens).exp()
-
-
-def learning_rate_factor(step: int, *, schedule: Schedule, warmup_steps: int, max_steps: int, floor: float) -> float:
-    """The learning rate of optimiser step ``step`` (from 0) as a share of its peak.
-
-    Linear warm-up over ``warmup_steps``, then cosine or linear decay that reaches ``floor`` at ``max_steps``, or none.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    progress = min((step - warmup_steps) / max(max_steps - warmup_steps, 1), 1.0)
-    falling = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
-    return floor + (1 - floor) * falling
+__all__ = ["Perplexity", "Schedule", "SparseBitNet", "learning_rate_factor"]
 
 
 class SparseBitNet(LightningModule):
-    """Trains a :class:`TernaryTransformer` on next-token prediction.
+    """Train a :class:`TernaryTransformer` on next-token prediction.
 
-    A batch is int64 ``[batch, sequence_length + 1]``: inputs and, shifted by one, targets.
+    A batch is int64 ``[batch, sequence_length + 1]``. The inputs are all tokens of a row but the last one, the targets
+    are all but the first one.
 
     Args:
-        config: Shape and arithmetic of the transformer.
-        optimizer: Makes the optimiser from parameter groups; norms, biases and embeddings get no weight decay.
-        schedule: Learning rate after the warm-up: ``"cosine"``, ``"linear"`` or ``"constant"``.
-        warmup_steps: Optimiser steps of linear warm-up.
-        final_learning_rate: Share of the peak learning rate at the last step.
-        schedule_steps: Optimiser steps until the schedule ends; the trainer's ``max_steps`` if not given.
-        compile: Compile each block with ``torch.compile``.
+        config: The shape and the arithmetic of the transformer.
+        optimizer: A function that makes the optimiser from parameter groups. Norms, biases and embeddings get no weight
+            decay.
+        schedule: The form of the learning rate after the warm-up: ``"cosine"``, ``"linear"`` or ``"constant"``.
+        warmup_steps: The number of optimiser steps of the linear warm-up.
+        final_learning_rate: The learning rate at the last step, as a share of the peak.
+        schedule_steps: The number of optimiser steps until the schedule ends. None takes the trainer's ``max_steps``.
+        compile: Whether to compile each block with ``torch.compile``.
         init_from: A model whose weights a new run starts from: a checkpoint, the folder of a run, a packed or a Hugging
             Face folder, or a GGUF file. A run that continues from a checkpoint takes the checkpoint's weights.
     """
@@ -110,7 +78,7 @@ class SparseBitNet(LightningModule):
         self._make_optimizer = optimizer
 
     def setup(self, stage: str) -> None:
-        """Checks strategy and data against the model.
+        """Check strategy and data against the model.
 
         Raises:
             ConfigError: If the strategy cannot keep masks, the data are tokens of another tokenizer than that of
@@ -136,9 +104,10 @@ class SparseBitNet(LightningModule):
             )
 
     def configure_model(self) -> None:
+        """Load the weights of ``init_from``, compile the blocks, and shard them under ``ModelParallelStrategy``."""
         if self.init_from is not None:
             self.text_files = load_weights(self.model, self.init_from)
-            self.init_from = None  # once: a Trainer configures the model again for each of its commands
+            self.init_from = None  # Only once: a Trainer configures the model again for each of its commands.
         if self.hparams["compile"] and not self.model.is_compiled:
             self.model.compile_blocks()
         if self.device_mesh is not None:  # ModelParallelStrategy
@@ -146,10 +115,10 @@ class SparseBitNet(LightningModule):
             shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",), **options)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Masks of another pattern are made anew from the weights; a model of another shape is refused.
+        """Drop masks of another pattern, so that layers make new ones, and refuse a model of another shape.
 
         Raises:
-            ConfigError: Naming the fields that differ.
+            ConfigError: If the shape differs; the message names the fields.
         """
         self.text_files = TextFiles(checkpoint.get(KEY) or {})
         saved = checkpoint.get("hyper_parameters", {}).get("config")
@@ -169,6 +138,7 @@ class SparseBitNet(LightningModule):
             checkpoint["state_dict"] = anew
 
     def on_train_start(self) -> None:
+        """Warn if the optimiser of the checkpoint has other options than the command gives."""
         for optimizer in self.trainer.optimizers:
             for name in ("lr", "betas", "eps", "momentum"):
                 wanted = _as_tuple(optimizer.defaults.get(name))
@@ -180,20 +150,24 @@ class SparseBitNet(LightningModule):
                     )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the model's text files, and key optimiser states by the names of their parameters."""
         self.text_files = text_of_run(self.text_files, getattr(self._trainer, "datamodule", None))
         if self.text_files.contents:
             checkpoint[KEY] = dict(self.text_files.contents)
-        if isinstance(self._trainer, Trainer) and "optimizer_states" in checkpoint:  # the Fabric loop does it itself
+        if (
+            isinstance(self._trainer, Trainer) and "optimizer_states" in checkpoint
+        ):  # The Fabric loop names them itself.
             name_optimizer_states(checkpoint["optimizer_states"], self, self._trainer.optimizers)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids int64 ``[B, T]`` -> logits ``[B, T, vocab_size]``."""
+        """Return the logits ``[B, T, vocab_size]`` of token ids, int64 ``[B, T]``."""
         logits: Tensor = self.model(tokens)
         return logits
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return the mean cross-entropy of a batch in nats, a scalar, and log it."""
         loss = self.model.loss(batch[:, :-1], batch[:, 1:])
-        # Not with prog_bar=True: Lightning would fetch them after every batch. LossProgressBar shows them.
+        # Without prog_bar=True, because Lightning would fetch the values after every batch. LossProgressBar shows them.
         self.log("train/loss", loss.detach())
         self.log("train/perplexity", loss.detach().exp())
         # A tensor on the CPU: a number would be copied to the device, and the host would wait for the copy.
@@ -201,13 +175,15 @@ class SparseBitNet(LightningModule):
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Log ``val/loss`` and ``val/perplexity``."""
         self._evaluate(batch, self.val_perplexity, "val")
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Log ``test/loss`` and ``test/perplexity``."""
         self._evaluate(batch, self.test_perplexity, "test")
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Log-likelihood of each token after the first, float32 ``[batch, sequence_length]``."""
+        """Return the log-likelihood of each token after the first, float32 ``[batch, sequence_length]``."""
         log_probabilities = self.model(batch[:, :-1]).float().log_softmax(-1)
         return log_probabilities.gather(-1, batch[:, 1:].unsqueeze(-1)).squeeze(-1)
 
@@ -218,7 +194,7 @@ class SparseBitNet(LightningModule):
         self.log(f"{stage}/perplexity", perplexity, on_epoch=True, on_step=False, prog_bar=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Two optimiser groups: weights of linear layers decay; norms, biases and embeddings do not."""
+        """Return two optimiser groups: weights of linear layers decay; norms, biases and embeddings do not."""
         embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         decay: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
@@ -228,6 +204,11 @@ class SparseBitNet(LightningModule):
         return [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make the optimiser and the learning rate's schedule.
+
+        Raises:
+            ConfigError: If the schedule must know its end and does not.
+        """
         steps = self.hparams["schedule_steps"] or self.trainer.max_steps
         if steps < 1 and self.hparams["schedule"] != "constant":
             raise ConfigError(
@@ -247,5 +228,5 @@ class SparseBitNet(LightningModule):
 
 
 def _as_tuple(option: Any) -> Any:
-    """A list, as YAML and checkpoints have betas, as a tuple."""
+    """Return a list as a tuple: YAML and checkpoints have betas as lists."""
     return tuple(option) if isinstance(option, list) else option
