@@ -30,6 +30,7 @@ from sbn_lightning.formats.output import output_folder
 from sbn_lightning.integrations.pytorch import convert_by_name
 from sbn_lightning.layers.conv1d import is_conv1d
 from sbn_lightning.layers.conversion import revert_linears
+from sbn_lightning.layers.experts import ExpertsWeight
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
@@ -75,6 +76,7 @@ def save_sparse(model: nn.Module, directory: str | Path, form: Form = "packed", 
         raise ConfigError(f"save_sparse found no sparse layer in {type(model).__name__}; call convert(model) first")
     if form not in ("packed", "latent"):
         raise ConfigError(f"save_sparse: form={form!r} is not 'packed' or 'latent'")
+    refuse_experts(layers, "save_sparse")
     tensors: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
@@ -170,6 +172,16 @@ def describe(layer: SparseLayer) -> dict[str, Any]:
         if hasattr(layer, option):
             about[option] = getattr(layer, option)
     return about
+
+
+def refuse_experts(layers: dict[str, SparseLayer], what: str) -> None:
+    """Refuse fused experts, which no folder of ours can hold yet.
+
+    Raises:
+        ConfigError: If one of the layers is the weight of fused experts.
+    """
+    if name := next((name for name, layer in layers.items() if isinstance(layer, ExpertsWeight)), None):
+        raise ConfigError(f"{what} cannot hold the fused experts {name} yet; save the model's state dict instead")
 
 
 def conversion_options(about: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ the course of training, and :mod:`sbn_lightning.integrations.folder` saves and l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any, Literal
@@ -19,14 +19,76 @@ from torch.utils.hooks import RemovableHandle
 from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.backends.selection import BACKENDS, BackendName, choose, table
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.conversion import _switch_fused_inference, convert_linears, revert_linears
+from sbn_lightning.layers.conversion import (
+    ConversionReport,
+    _switch_fused_inference,
+    as_patterns,
+    convert_linears,
+    name_matches,
+    revert_linears,
+)
+from sbn_lightning.layers.experts import convert_experts, expert_modules, fused_weights, revert_experts, why_not
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
+from sbn_lightning.sparsity.config import SparsityConfig
+from sbn_lightning.sparsity.pattern import NMPattern
 
 __all__ = ["convert", "convert_by_name", "revert", "use_kernels"]
 
-convert = convert_linears
-revert = revert_linears
+
+def convert(
+    model: nn.Module,
+    sparsity: SparsityConfig | NMPattern | str = "2:4",
+    *,
+    include: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = ("lm_head",),
+    **options: Any,
+) -> ConversionReport:
+    """Convert the linear layers of a model, and the fused experts of a mixture of experts, in place.
+
+    Args:
+        model: The model.
+        sparsity: The options of the new layers: a :class:`SparsityConfig`, or only a pattern.
+        include: Name patterns of the layers to convert.
+        exclude: Name patterns of the layers to leave alone; they win over ``include``.
+        **options: Further options of :func:`~sbn_lightning.layers.conversion.convert_linears`, and single fields of
+            :class:`SparsityConfig`.
+
+    Returns:
+        What was converted, and what was skipped and why.
+
+    Raises:
+        ConfigError: If nothing was converted.
+    """
+    fields = {name: value for name, value in options.items() if name in SparsityConfig.__dataclass_fields__}
+    config = SparsityConfig.make(sparsity, **fields)
+    converted: list[str] = []
+    changed: list[nn.Module] = []
+    skipped: dict[str, str] = {}
+    for name, module in expert_modules(model).items():
+        weights = [f"{name}.{weight}".lstrip(".") for weight in fused_weights(module)]
+        if not name_matches(name, as_patterns(include)) or name_matches(name, as_patterns(exclude)):
+            skipped |= dict.fromkeys(weights, "excluded by name")
+        elif reason := why_not(module, config):
+            skipped |= dict.fromkeys(weights, reason)
+        else:
+            convert_experts(module, config)
+            converted += weights
+            changed.append(module)
+    try:
+        report = convert_linears(model, sparsity, include=include, exclude=exclude, **options)
+    except BaseException:
+        for module in changed:
+            revert_experts(module, effective=False)
+        raise
+    report.converted += converted
+    report.skipped |= skipped
+    return report
+
+
+def revert(model: nn.Module) -> list[str]:
+    """Turn sparse layers back into plain ones, which now hold the effective weights, and return their names."""
+    return revert_experts(model) + revert_linears(model)
 
 
 def convert_by_name(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:

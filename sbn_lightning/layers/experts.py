@@ -177,8 +177,13 @@ def convert_experts(module: nn.Module, sparsity: SparsityConfig) -> list[str]:
     return names
 
 
-def revert_experts(model: nn.Module) -> list[str]:
-    """Turn all converted experts of a model back into plain ones, which now hold their effective weights.
+def revert_experts(model: nn.Module, *, effective: bool = True) -> list[str]:
+    """Turn all converted experts of a model back into plain ones.
+
+    Args:
+        model: The model, changed in place.
+        effective: Whether the plain experts get the effective weights. If False they keep the latent ones, which
+            undoes a conversion.
 
     Returns:
         The names of the weights.
@@ -190,8 +195,9 @@ def revert_experts(model: nn.Module) -> list[str]:
         for own in (*_UP, _DOWN):
             layer = module._modules.get(own)
             if isinstance(layer, ExpertsWeight):
-                with torch.no_grad():
-                    layer.weight.copy_(layer.effective_weight())
+                if effective:
+                    with torch.no_grad():
+                        layer.weight.copy_(layer.effective_weight())
                 del module._modules[own]
                 module._parameters[own] = layer._parameters["weight"]
                 reverted.append(f"{name}.{own}".lstrip("."))

@@ -91,15 +91,14 @@ class MaskedDecay:
         for layer in layers.values():
             weight = layer._parameters["weight"]
             if weight is not None and id(weight) in rates:
-                local, rows = _held(weight)
+                # The layer's own view of the weight: Conv1D stores its transpose, and experts a stack of matrices.
+                local, rows = _held(weight) if isinstance(weight, DTensor) else (layer.weight.detach(), slice(None))
                 dropped = ~unpack_mask(layer.mask_bits[rows], layer.in_features)
                 local.mul_(1 - min(1.0, float(rates[id(weight)]) * decay) * dropped)
 
 
-def _held(weight: Tensor) -> tuple[Tensor, slice]:
+def _held(weight: DTensor) -> tuple[Tensor, slice]:
     """Return what this rank holds of a weight, and the rows it holds. FSDP2 shards weights, but not masks."""
-    if not isinstance(weight, DTensor):
-        return weight, slice(None)
     local = weight.to_local()
     # torch has no public function that gives the offset; its own checkpoints use this one.
     _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)

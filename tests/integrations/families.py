@@ -19,6 +19,7 @@ SMALL = {
 ROPE = {"rope_theta": 10000.0}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 64}
+GPT2 |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 
 FAMILIES = {
     "llama": ("llama", {}),

@@ -15,7 +15,7 @@ def example(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", ["plain_pytorch"])
+@pytest.mark.parametrize("name", ["plain_pytorch", "hugging_face_trainer"])
 def test_examples_are_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 40
 
@@ -25,3 +25,14 @@ def test_plain_pytorch(example, capsys):
     assert loss < 0.3
     assert torch.equal(trained, loaded)
     assert "'mask_density': 0.5" in capsys.readouterr().out
+
+
+def test_hugging_face_trainer(example, capsys):
+    pytest.importorskip("transformers", minversion="5")
+    pytest.importorskip("accelerate")
+    history, trained, packed = example("hugging_face_trainer").main(steps=40)
+    logged = [entry for entry in history if "loss" in entry]
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert logged[-1]["sparsity/mask_density"] == 0.5
+    prompt = torch.arange(16)[None]
+    assert torch.equal(trained.cpu()(prompt).logits, packed.cpu()(prompt).logits)

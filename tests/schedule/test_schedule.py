@@ -143,6 +143,20 @@ def test_finish_stops_the_decay_and_lets_masks_follow_again():
     assert torch.equal(layer.weight, before)
 
 
+def test_masked_weights_decay_in_a_conv1d_which_stores_its_transpose():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = nn.Sequential(transformers.pytorch_utils.Conv1D(6, 8))
+    convert(model, "2:4")
+    before, mask = model[0].weight.detach().clone(), model[0].mask
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    SparsitySchedule(model, optimizer, masked_decay=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(model[0].weight.detach(), torch.where(mask, before, before * 0.75))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

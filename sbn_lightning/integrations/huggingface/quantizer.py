@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.formats.huggingface.sbn import METHOD, OPTIONS, VERSION, model_card, pack_codes, quantization_config
-from sbn_lightning.integrations.folder import describe, sparse_layers
+from sbn_lightning.integrations.folder import describe, refuse_experts, sparse_layers
 from sbn_lightning.integrations.huggingface.packed_linear import TernaryLinear2Bit
 from sbn_lightning.integrations.pytorch import convert, convert_by_name
 from sbn_lightning.layers.conv1d import is_conv1d
@@ -172,6 +172,7 @@ def config_of(model: nn.Module, form: Form) -> SBNConfig:
         ConfigError: If no layer is sparse.
     """
     modules = {}
+    refuse_experts(sparse_layers(model), "a Hugging Face folder")
     for name, layer in sparse_layers(model).items():
         if form == "packed" and not isinstance(layer, SparseBitLinear | PackedTernaryLinear):
             raise ConfigError(f"{name} is sparse, but not ternary: it has no codes; save form='latent' instead")

@@ -1,0 +1,176 @@
+"""A vLLM plugin: ``vllm serve FOLDER`` for a Hugging Face folder with 2-bit ternary weights.
+
+vLLM finds :func:`register` by the entry point ``vllm.general_plugins`` and this class by ``quant_method: "sbn"`` in
+``config.json``, so nothing has to be set. vLLM fuses q, k, v and gate, up into one layer each. The 2-bit codes of the
+parts are loaded into slices of one tensor, and gamma has one entry for each part, as in a fused layer of this project.
+After loading, each layer becomes a :class:`PackedTernaryLinear`, which asks the same registry for its kernels as every
+other part of this project.
+
+With tensor parallelism, a column-parallel layer (qkv, gate_up) computes what one process would. A row-parallel layer
+(o, down) sees a slice of each token and scales that slice by the slice's own maximum. Its result is as accurate, but
+not the same bits as on one process.
+
+vLLM is imported with this file, and nothing else in this project imports this file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.parameter import PackedvLLMParameter, PerTensorScaleParameter
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.formats.huggingface.sbn import METHOD, VERSION, unpack_codes
+from sbn_lightning.layers.packed import PackedTernaryLinear
+
+# The parts of vLLM's fused layers, for models that do not name the parts themselves.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+class SBNConfig(QuantizationConfig):
+    """Which layers of a folder are ternary, for vLLM.
+
+    Args:
+        modules: The options of each ternary layer, by its name in the folder.
+    """
+
+    def __init__(self, modules: dict[str, dict[str, Any]]) -> None:
+        super().__init__()
+        self.modules = modules
+
+    def __repr__(self) -> str:
+        return f"SBNConfig({len(self.modules)} ternary layers)"
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return the name of the method."""
+        return METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Return the dtypes that activations may have."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the oldest GPU: our portable kernels need sm_80."""
+        return 80
+
+    @classmethod
+    def get_config_filenames(cls) -> list[str]:
+        """Return no file: everything is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SBNConfig:
+        """Read ``quantization_config``.
+
+        Raises:
+            ConfigError: If the folder was written by a later version, or does not hold packed weights.
+        """
+        if config.get("version", VERSION) > VERSION:
+            raise ConfigError(f"the folder has version {config['version']} of {METHOD!r}, this plugin reads {VERSION}")
+        if config.get("form") != "packed":
+            raise ConfigError("vLLM serves packed weights, and this folder holds latent ones: write it by save_packed")
+        common = {"pattern": config["pattern"], "activation_bits": config.get("activation_bits", 8)}
+        return cls({name: common | own for name, own in config["modules"].items()})
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """Return what computes a layer, by the layer's name."""
+        if not isinstance(layer, LinearBase):
+            return None
+        parent, _, last = prefix.rpartition(".")
+        parts = (self.packed_modules_mapping or {}).get(last) or FUSED.get(last, (last,))
+        found = [self.modules.get(f"{parent}.{part}") for part in parts]
+        if prefix in self.modules and len(parts) > 1:
+            raise ConfigError(f"{prefix} is stored fused, which this plugin does not load; store its parts")
+        options = [one for one in found if one is not None]
+        if not options:
+            return UnquantizedLinearMethod()
+        if len(options) < len(parts) or any(one != options[0] for one in options):
+            raise ConfigError(f"the parts {', '.join(parts)} of {prefix} differ, and vLLM computes them as one layer")
+        return SBNLinearMethod(**options[0])
+
+
+@register_weight_loader_v2_supported_method
+class SBNLinearMethod(LinearMethodBase):
+    """Loads and computes one linear layer.
+
+    Args:
+        pattern: The pattern "N:M".
+        activation_bits: The number of bits of activations, or None.
+    """
+
+    def __init__(self, pattern: str, activation_bits: int | None) -> None:
+        self.pattern, self.activation_bits = pattern, activation_bits
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Make room for this rank's 2-bit codes and one gamma for each part.
+
+        Raises:
+            ConfigError: If this rank's share of a row does not consist of whole groups and whole bytes.
+        """
+        m = int(self.pattern.split(":")[1])
+        if input_size_per_partition % m or (input_size_per_partition % 4 and input_size_per_partition != input_size):
+            raise ConfigError(
+                f"a rank's {input_size_per_partition} of {input_size} input features are not whole groups of {m} in "
+                "whole bytes; use fewer ranks (--tensor-parallel-size)"
+            )
+        loader = extra.get("weight_loader")
+        rows, width = sum(output_partition_sizes), -(-input_size_per_partition // 4)
+        codes = torch.empty(rows, width, dtype=torch.uint8)
+        gamma = torch.empty(len(output_partition_sizes), dtype=torch.float32)
+        layer.register_parameter(
+            "codes",
+            PackedvLLMParameter(
+                data=codes, input_dim=1, output_dim=0, packed_dim=1, packed_factor=4, weight_loader=loader
+            ),
+        )
+        layer.register_parameter("gamma", PerTensorScaleParameter(data=gamma, weight_loader=loader))
+        layer.sbn_shape = (input_size_per_partition, tuple(output_partition_sizes))  # type: ignore[assignment]
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Turn what was loaded into a packed layer, and settle its kernel before vLLM compiles or captures anything."""
+        in_features, rows = layer.sbn_shape  # type: ignore[misc]
+        ternary = PackedTernaryLinear(
+            unpack_codes(layer.codes.data, in_features),  # type: ignore[arg-type, union-attr]
+            layer.gamma.data.float(),  # type: ignore[union-attr, operator]
+            pattern=self.pattern,
+            split_sizes=rows if len(rows) > 1 else None,
+            activation_bits=self.activation_bits,
+        )
+        ternary._settle()
+        del layer.codes, layer.gamma
+        layer.ternary = ternary
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x [..., in_features]`` -> ``[..., out_features]``."""
+        y: Tensor = layer.ternary(x)  # type: ignore[operator]
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+def register() -> None:
+    """Make the method known to vLLM; called by vLLM in each of its processes."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    if METHOD not in QUANTIZATION_METHODS:
+        register_quantization_config(METHOD)(SBNConfig)
