@@ -106,12 +106,13 @@ class SparsityConfig(SparsityOptions):
         if isinstance(sparsity, SparsityConfig):
             defaults = {f.name: f.default for f in fields(cls)}
             return replace(sparsity, **{k: v for k, v in options.items() if k not in defaults or v != defaults[k]})
-        if sparsity is not None:
-            pattern = NMPattern.parse(sparsity)
-            if options.get("pattern", cls.pattern) not in (cls.pattern, pattern, str(pattern)):
-                raise ConfigError(f"two patterns are given, {pattern} and {options['pattern']}: give one")
-            options["pattern"] = pattern
-        return cls(**options)
+        config = cls(**options)
+        if sparsity is None:
+            return config
+        pattern = NMPattern.parse(sparsity)
+        if config.pattern not in (cls().pattern, pattern):
+            raise ConfigError(f"two patterns are given, {pattern} and {config.pattern}: give one")
+        return replace(config, pattern=pattern)
 
     def check_fits(self, in_features: int, out_features: int, layer: str) -> None:
         """Checks that a layer of this shape can have these options.
