@@ -69,7 +69,8 @@ def open_unpacked(path: str | os.PathLike[str]) -> BinaryIO:
         # Not pyarrow's own file reader, whose errors have no errno.
         raw = pyarrow.CompressedInputStream(open(path, "rb"), "zstd")  # noqa: SIM115 (closed with the stream)
     else:
-        raw = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[compression](path, "rb")
+        unpack: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+        raw = unpack[compression](path, "rb")
     return cast(BinaryIO, io.BufferedReader(_Unpacking(raw, os.fspath(path)), 1 << 20))
 
 

@@ -15,6 +15,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -149,7 +150,7 @@ def _records(part: Part, options: dict[str, Any], tally: Tally) -> Iterator[Reco
     key = options["text_key"]
     if part.format == "hf":
         for row, value in read_hf(part, options, _ROWS):
-            yield row, {key: value}, lambda row=row: f"{part.name} row {row}"
+            yield row, {key: value}, partial(_place, part.name, "row", row)
     elif part.format == "parquet":
         yield from _read_parquet(part, key, tally)
     elif part.format == "jsonl":
@@ -199,6 +200,10 @@ def _read_jsonl(part: Part, tally: Tally) -> Iterator[Record]:
             yield start, record, where
 
 
+def _place(file: str, what: str, number: int) -> str:
+    return f"{file} {what} {number}"
+
+
 def _line_number(path: str, position: int) -> int:
     number, left = 1, position
     with open_unpacked(path) as stream:
@@ -224,7 +229,7 @@ def _read_json(part: Part, tally: Tally) -> Iterator[Record]:
             raise DataError(f"{what}); fix the file or leave it out") from error
         except RecursionError as error:
             raise DataError(f"{part.path} is nested too deeply at item {number}; leave the file out") from error
-        yield number - 1, item, lambda number=number: f"{part.path} item {number}"
+        yield number - 1, item, partial(_place, part.path, "item", number)
         if end >= part.stop:
             return
 
@@ -234,13 +239,13 @@ def _read_table(part: Part, key: str) -> Iterator[Record]:
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors=ERRORS, newline="")
         rows = table_rows(lines, part.format)
         try:
-            header = next(rows, [])
+            header: list[str] = next(rows, [])
             column = header.index(key) if key in header else len(header)
             read = 0
             for number, row in enumerate(rows, 1):
                 if row:
                     record = {key: row[column]} if column < len(row) else {}
-                    yield number, record, lambda number=number: f"{part.path} row {number}"
+                    yield number, record, partial(_place, part.path, "row", number)
                     read += sum(map(len, row))
                 if read >= part.stop:
                     return
@@ -254,7 +259,7 @@ def _read_parquet(part: Part, key: str, tally: Tally) -> Iterator[Record]:
     groups = list(range(part.start, part.stop))
     for batch in file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=[key]):
         for value in _values(batch.column(0), tally):
-            yield row, {key: value}, lambda row=row: f"{part.path} row {row}"
+            yield row, {key: value}, partial(_place, part.path, "row", row)
             row += 1
 
 
