@@ -1,8 +1,9 @@
-"""Checkpoint files that are whole or not there.
+"""``DurableCheckpointIO``: checkpoint files that are whole or not there.
 
-Lightning's ``TorchCheckpointIO`` writes to the system's temporary folder, does not sync, and moves the file; across
-file systems that move is a copy, and a crash in it, or a full disk, leaves half a ``last.ckpt``. Here a checkpoint is
-written next to its place, synced, and renamed: a name holds the old file or the new one at every moment.
+Lightning's ``TorchCheckpointIO`` writes to the system's temporary folder, does not sync, and then moves the file.
+Across file systems that move is a copy, and a crash or a full disk in the middle of the copy leaves half a
+``last.ckpt``. Here a checkpoint is written next to its place, synced, and renamed, so a name has the old file or the
+new one at every moment.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from sbn_lightning.core.files import atomic_stream, remove_leftovers
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes a local checkpoint aside, syncs and renames it; URLs and reading are Lightning's own."""
+    """Write local checkpoints so that they are whole or not there. URLs, and reading, are left to Lightning."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes ``path`` as a whole, or leaves what is there.
+        """Write a checkpoint as a whole, or leave what is there.
+
+        Args:
+            checkpoint: The contents.
+            path: The file, or a URL.
+            storage_options: The options of a remote file system, or None.
 
         Raises:
-            DataError: If it cannot be written: the disk is full, or the folder is not writable.
+            DataError: If the file cannot be written, for example because the disk is full.
         """
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -44,5 +50,5 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Prints a line, once."""
+    """Print a line, on one process."""
     print(text, flush=True)

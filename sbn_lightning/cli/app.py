@@ -68,14 +68,14 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
-        argv: Arguments after the program's name; the process's own if None.
+        argv: The arguments after the program's name. None takes the arguments of the process.
 
     Returns:
-        The exit status: 0, or 1 after an error that was printed in one line; 130 after Ctrl-C. ``SBN_DEBUG=1`` prints
-        the traceback.
+        The exit status: 0; 1 after an error that was printed in one line; 130 after Ctrl-C. ``SBN_DEBUG=1`` prints the
+        traceback of such an error.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -88,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sbn_lightning {version('sbn-lightning')}")
         return 0
     command, rest = argv[0], argv[1:]
-    # Before torch is imported. Threads that spin at barriers starve each other where cores are shared: on two busy
-    # cores a training step took 3 times as long as with threads that sleep, a generated token 4 to 8 times.
+    # This must be set before torch is imported. Threads that spin at barriers starve each other where cores are shared.
+    # On two busy cores a training step took 3 times as long as with threads that sleep, and a token 4 to 8 times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if command in TOOLS:
@@ -146,14 +146,14 @@ def _as_json_escapes(error: UnicodeError) -> tuple[str, int]:
 
 
 def print_without_secrets(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Prints an exception that nobody caught; a message may quote a URL with its password."""
+    """Print an exception that nobody caught, without secrets: a message may quote a URL with its password."""
     from sbn_lightning.cli.redaction import without_secrets
 
     print(without_secrets("".join(format_exception(kind, error, traceback))), end="", file=sys.stderr)
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads what is printed any more, as behind ``| head``; the rest of it goes nowhere then."""
+    """Return whether nobody reads the output any more, as behind ``| head``. Later output then goes nowhere."""
     ends = select.poll()
     ends.register(sys.stdout, 0)  # what is always told: errors
     gone = bool(ends.poll(0))
@@ -182,7 +182,7 @@ def _run_tool(command: str, argv: list[str]) -> None:
 
 
 def _find_research(command: str) -> None:
-    """Makes the folder ``research`` importable, which is part of the repository and not of the wheel."""
+    """Make the folder ``research`` importable. The folder is part of the repository and not of the wheel."""
     root = Path(__file__).parents[2]
     if not (root / "research").is_dir():
         raise SBNError(

@@ -1,4 +1,4 @@
-"""Passwords and tokens never get into what is written down or printed."""
+"""Keep passwords and tokens out of files and output."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ HIDDEN = "***"
 
 
 def without_secrets(value: Any, key: str = "", known: frozenset[str] | None = None) -> Any:
-    """A copy of a configuration with ``***`` in the place of what must not be written down.
+    """Return a copy of a configuration with ``***`` in the place of secrets.
 
-    That is: a user and password in a URL, what a URL's query calls a key, token or signature, every value whose key
-    ends in ``token``, ``password``, ``api_key`` or the like, and the value of an environment variable of such a name.
+    Secrets are the user and password in a URL; what a URL's query calls a key, token or signature; every value whose
+    key ends in ``token``, ``password``, ``api_key`` or the like; and the value of an environment variable with such a
+    name.
     """
     if known is None:
         known = frozenset(v for k, v in os.environ.items() if SECRET_VARIABLE.search(k) and len(v) >= 8)

@@ -1,4 +1,4 @@
-"""Training on Lightning Fabric: a loop that reads top to bottom, for people who want to own it."""
+"""Training on Lightning Fabric: a loop that reads from top to bottom, for people who want to own it."""
 
 from __future__ import annotations
 

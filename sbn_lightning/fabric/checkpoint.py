@@ -1,8 +1,8 @@
 """Checkpoints of the Fabric loop, in the Trainer's format.
 
-One format for both, the Trainer's, because other tools read it too. Whatever the moment of a save, the progress in it
-is that of a Trainer in ``on_train_batch_end``: the micro-batch counts as done, the validation after it does not. A
-Trainer continues from there at the next micro-batch.
+Both loops write the Trainer's format, because other tools read it too. Whatever the moment of a save, the checkpoint
+has the progress of a Trainer in ``on_train_batch_end``: the micro-batch counts as done, and the validation after it
+does not. A Trainer continues from there with the next micro-batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from sbn_lightning.fabric.state import RunState
 
 
 def dump(run: RunState, weights_only: bool) -> dict[str, Any]:
-    """The checkpoint of a run as it is; without what training needs besides the weights if ``weights_only``."""
+    """Return the checkpoint of a run as it is now.
+
+    Args:
+        run: The run.
+        weights_only: Whether to leave out what training needs besides the weights.
+    """
     module = run.module
     assert isinstance(module, LightningModule)
     checkpoint: dict[str, Any] = {
@@ -51,7 +56,7 @@ def dump(run: RunState, weights_only: bool) -> dict[str, Any]:
 
 
 def _loops(run: RunState) -> dict[str, Any]:
-    """State of a Trainer's fit loop in ``on_train_batch_end``; Lightning counts what is left out from zero."""
+    """Return a Trainer's fit loop state in ``on_train_batch_end``. Lightning counts missing entries from zero."""
 
     def batches(n: int) -> dict[str, int]:
         return {"ready": n, "started": n, "processed": n, "completed": max(n - 1, 0)}
@@ -79,11 +84,15 @@ def _loops(run: RunState) -> dict[str, Any]:
 
 
 def read(run: RunState, path: str) -> dict[str, Any]:
-    """Reads a checkpoint, of this loop or of a Trainer, for the three functions that restore from it.
+    """Read a checkpoint, of this loop or of a Trainer, for the three functions that restore from it.
+
+    Args:
+        run: The run that continues.
+        path: The checkpoint.
 
     Raises:
-        ConfigError: If it holds no training to continue.
-        DataError: If it cannot be read.
+        ConfigError: If the checkpoint holds no training to continue.
+        DataError: If the checkpoint cannot be read.
     """
     check_checkpoint(path, run.fabric.strategy)
     try:
@@ -100,7 +109,7 @@ def read(run: RunState, path: str) -> dict[str, Any]:
 
 
 def restore_model(run: RunState, checkpoint: dict[str, Any]) -> None:
-    """Loads weights and the callbacks' states."""
+    """Load the weights and the states of callbacks and data."""
     module = run.module
     assert isinstance(module, LightningModule)
     module.on_load_checkpoint(checkpoint)
@@ -118,7 +127,7 @@ def restore_model(run: RunState, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_progress(run: RunState, checkpoint: dict[str, Any]) -> None:
-    """Loads optimiser, schedule and counters."""
+    """Load the optimiser, the schedule and the counters."""
     for optimizer, state in zip(run.optimizers, checkpoint["optimizer_states"], strict=True):
         optimizer.load_state_dict(state)
     for scheduler, state in zip(run.schedulers, checkpoint["lr_schedulers"], strict=True):
@@ -135,10 +144,10 @@ def restore_progress(run: RunState, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_position(run: RunState, checkpoint: dict[str, Any]) -> None:
-    """Brings the training loader to where the checkpoint was.
+    """Bring the training loader to the position in the checkpoint.
 
     Raises:
-        ConfigError: If that position cannot be continued.
+        ConfigError: If training cannot continue from that position.
     """
     loader = run.train_loader
     loops = checkpoint["loops"]["fit_loop"]
@@ -161,5 +170,5 @@ def restore_position(run: RunState, checkpoint: dict[str, Any]) -> None:
 
 
 def _state_key(callback: Any) -> str:
-    """The key of a callback's state in a checkpoint; Fabric takes objects that are no ``Callback`` too."""
+    """Return the key of a callback's state in a checkpoint. Fabric also takes objects that are not a ``Callback``."""
     return callback.state_key if isinstance(callback, Callback) else type(callback).__qualname__

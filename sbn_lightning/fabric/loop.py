@@ -1,10 +1,10 @@
-"""The same training on Lightning Fabric: a loop that reads top to bottom, for people who want to own it.
+"""The same training on Lightning Fabric: a loop that reads from top to bottom, for people who want to own it.
 
-:func:`train` is all of it; copy it and change what you like. On one process it gives the losses, masks and weights of
-a ``Trainer`` with the same recipe to the last bit, and either continues the other's checkpoints.
+:func:`train` is the whole loop. Copy it and change what you like. On one process it gives the losses, masks and weights
+of a ``Trainer`` with the same recipe to the last bit, and each continues the checkpoints of the other.
 
-The callbacks are the Trainer's own, and they work in any other Fabric loop too: a :class:`FabricRun` tells them what
-they would ask a ``Trainer``, and calls their hooks::
+The callbacks are the Trainer's own, and they work in any other Fabric loop too. A :class:`FabricRun` answers what they
+would ask a ``Trainer``, and calls their hooks::
 
     fabric = Fabric(callbacks=[MaskRefresh(interval=3), DenseToSparseRamp("walk")])
     run = FabricRun(fabric, max_steps=1000, module=module, optimizers=[optimizer])
@@ -49,17 +49,17 @@ from sbn_lightning.training.module import Perplexity, SparseBitNet
 
 __all__ = ["FabricRun", "evaluate", "train"]
 
-# Callbacks of a Trainer that ask no more of it than a FabricRun has.
+# The callbacks that use no more of a Trainer than a FabricRun has.
 WORK_ON_FABRIC = (RunCallback, TernarySparseConversion, ModelCheckpoint, SaveConfigCallback)
 
 
 def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_path: str | None = None) -> None:
-    """Trains ``module`` on ``data`` until ``run.max_steps`` or ``run.max_epochs``.
+    """Train ``module`` on ``data`` until ``run.max_steps`` or ``run.max_epochs``.
 
     Args:
-        run: Settings; takes up the progress. Its Fabric must be launched.
-        module: What to train.
-        data: Makes the loaders; they must know their length.
+        run: The settings of the run. It records the progress. Its Fabric must be launched.
+        module: The module to train.
+        data: The data module that makes the loaders. The loaders must have a length.
         ckpt_path: A checkpoint to continue from, of this loop or of a Trainer.
 
     Raises:
@@ -67,7 +67,7 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
     """
     fabric = run.fabric
     check(run)
-    # Module and data ask their trainer for max_steps, world_size and the like.
+    # The module and the data read max_steps, world_size and the like from their trainer.
     module.trainer = data.trainer = cast(Any, run)
     run.module, run.datamodule, run.ckpt_path = module, data, ckpt_path
     if fabric.local_rank == 0:
@@ -179,7 +179,14 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
 
 @torch.no_grad()
 def evaluate(fabric: Fabric, module: SparseBitNet, loader: Iterable[Tensor], batches: int) -> dict[str, Tensor]:
-    """``val/loss`` (a mean over sequences) and ``val/perplexity`` over ``batches`` of ``loader`` on each rank."""
+    """Return ``val/loss`` (a mean over sequences) and ``val/perplexity``.
+
+    Args:
+        fabric: The Fabric of the run.
+        module: The module to evaluate.
+        loader: The loader of batches, int64 ``[batch, sequence_length + 1]``.
+        batches: The number of batches that each rank takes.
+    """
     if batches == 0:
         return {}
     perplexity = Perplexity().to(fabric.device)
@@ -197,7 +204,7 @@ def evaluate(fabric: Fabric, module: SparseBitNet, loader: Iterable[Tensor], bat
 
 
 def check(run: FabricRun) -> None:
-    """Finds out early what cannot work.
+    """Find out early what cannot work.
 
     Raises:
         ConfigError: If strategy, a callback or a setting does not fit the loop.
@@ -225,7 +232,7 @@ def check(run: FabricRun) -> None:
 
 
 def clip_gradients(run: FabricRun, model: _FabricModule, optimizer: _FabricOptimizer) -> None:
-    """Clips by norm or by value, as ``run`` says."""
+    """Clip gradients by norm or by value, as ``run`` says."""
     if run.gradient_clip_val and run.gradient_clip_algorithm == "value":
         run.fabric.clip_gradients(model, optimizer, clip_val=run.gradient_clip_val)
     elif run.gradient_clip_val:

@@ -1,4 +1,4 @@
-"""What the Fabric loop makes of a recipe's ``trainer:`` options: none that changes training is lost unnoticed."""
+"""What the Fabric loop makes of a recipe's ``trainer:`` options. An option that changes training is never ignored."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
+from sbn_lightning.callbacks.lightning_internals import options_of_ddp
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.fabric.run import FabricRun
 from sbn_lightning.training.precision import SparseTernaryPrecision
 
-# Keys of a recipe's ``trainer:`` by what the Fabric loop makes of them. Any other may only have its default value.
+# The keys of a recipe's ``trainer:``, by what the Fabric loop makes of them. Any other key must have its default value.
 FABRIC_TAKES = ("accelerator", "strategy", "devices", "num_nodes", "precision", "plugins")
 LOOP_TAKES = (
     "max_steps",
@@ -40,13 +41,16 @@ LOOP_TAKES_UNLESS_NONE = (
     "default_root_dir",
 )
 HERE = ("logger", "callbacks", "enable_checkpointing", "deterministic", "benchmark", "detect_anomaly")
-# These do nothing in a ``fit`` either: they belong to other commands, or to data that is not streamed.
+# These keys do nothing in a ``fit`` either. They belong to other commands, or to data that is not streamed.
 NOT_OF_TRAINING = ("limit_test_batches", "limit_predict_batches", "inference_mode", "use_distributed_sampler")
 ONLY_SHOWN = ("enable_model_summary", "model_registry")
 
 
 def fabric_run(**config: Any) -> FabricRun:
-    """Makes a :class:`FabricRun` from a Trainer's options.
+    """Make a :class:`FabricRun` from the options of a Trainer.
+
+    Args:
+        **config: The options, with classes made.
 
     Raises:
         ConfigError: If an option that changes training cannot be honoured.
@@ -70,7 +74,10 @@ def fabric_run(**config: Any) -> FabricRun:
 
 
 def check_fabric_options(config: dict[str, Any]) -> None:
-    """Warns of options that the ``fabric`` command does without, and brings a DDP strategy over to Fabric.
+    """Warn of options that the ``fabric`` command does without, and put Fabric's DDP strategy in place of a Trainer's.
+
+    Args:
+        config: The options of a Trainer; changed in place.
 
     Raises:
         ConfigError: If an option that changes training cannot be honoured.
@@ -92,9 +99,7 @@ def check_fabric_options(config: dict[str, Any]) -> None:
         raise ConfigError("training would not end: set trainer.max_steps or trainer.max_epochs")
     strategy = config["strategy"]
     if isinstance(strategy, DDPStrategy):
-        backend, timeout, start = strategy.process_group_backend, strategy._timeout, strategy._start_method
-        options = {"process_group_backend": backend, "timeout": timeout, "start_method": start, **strategy._ddp_kwargs}
-        config["strategy"] = FabricDDPStrategy(**options)
+        config["strategy"] = FabricDDPStrategy(**options_of_ddp(strategy))
     elif strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"):
         name = type(strategy).__name__ if isinstance(strategy, Strategy) else strategy
         raise ConfigError(f"the Fabric loop cannot honour trainer.strategy={name}, only ddp; use `fit`")

@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 
+from sbn_lightning.callbacks.lightning_internals import fabric_callbacks
 from sbn_lightning.core.errors import ConfigError
 
 
@@ -59,19 +60,20 @@ class RunState:
     to_log: dict[str, Any] = field(default_factory=dict, init=False)
     train_loader: Any = field(default=None, init=False)
 
-    # Lightning's own callbacks ask for these too.
+    # Lightning's own callbacks read these attributes too.
     fast_dev_run = False
     sanity_checking = False
     reload_dataloaders_every_n_epochs = 0
     state = SimpleNamespace(fn=TrainerFn.FITTING)
 
     def __post_init__(self) -> None:
-        # As in a Trainer: a checkpoint sees what every other callback did at the same hook.
+        # Checkpoints come last, as in a Trainer, so that they see what every other callback did at the same hook.
         self.callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))
 
     @property
     def callbacks(self) -> list[Any]:
-        return self.fabric._callbacks  # Fabric has no public name for them
+        """The callbacks of the run."""
+        return fabric_callbacks(self.fabric)
 
     @property
     def loggers(self) -> list[Logger]:
@@ -107,7 +109,7 @@ class RunState:
 
     @property
     def fit_loop(self) -> Any:
-        """The two things that ``ModelCheckpoint`` looks up in a Trainer's loops."""
+        """The two values that ``ModelCheckpoint`` looks up in a Trainer's loops."""
         progress = SimpleNamespace(is_last_batch=self.is_last_batch)
         validation = SimpleNamespace(_has_run=self.has_validated)
         return SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress, val_loop=validation))
@@ -120,28 +122,32 @@ class RunState:
         return logger.log_dir if isinstance(logger, (TensorBoardLogger, CSVLogger)) else logger.save_dir
 
     def call(self, hook: str, **keywords: Any) -> None:
-        """Calls a hook of every callback, with those of the keywords that it takes.
+        """Call a hook of every callback, with the keywords that the hook takes.
 
-        Lightning's callbacks insist on all arguments of a hook; what is not given is None here.
+        Lightning's callbacks need all arguments of a hook. An argument that is not given is None here.
+
+        Args:
+            hook: The name of the hook, such as ``"on_train_batch_end"``.
+            **keywords: The arguments of the hook besides ``trainer`` and ``pl_module``.
         """
         defaults = {"outputs": None, "batch": None, "batch_idx": None}
         self.fabric.call(hook, **(defaults | {"trainer": self, "pl_module": self.module} | keywords))
 
     def show(self, name: str, value: float, *, logger: bool = True) -> None:
-        """Takes a callback's value into the progress bar, and into the logs unless ``logger`` is False."""
+        """Put a callback's value in the progress bar, and in the logs unless ``logger`` is False."""
         self.in_bar[name] = value
         if logger:
             self.to_log[name] = value
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Logs under the number, from 0, of the optimiser step under way, as a Trainer does."""
+        """Log metrics under the number, from 0, of the optimiser step under way, as a Trainer does."""
         if metrics:
             self.fabric.log_dict(metrics | {"epoch": self.current_epoch}, step=self.steps_before_this_batch())
             for logger in self.loggers:
                 logger.save()
 
     def log_hyperparameters(self) -> None:
-        """Logs the module's hyperparameters."""
+        """Log the module's hyperparameters."""
         if self.enable_autolog_hparams and isinstance(self.module, LightningModule):
             hparams = {key: value for key, value in self.module.hparams.items() if key != "_instantiator"}
             for logger in self.loggers:
@@ -178,29 +184,33 @@ class RunState:
         return (self.current_epoch + 1) % self.check_val_every_n_epoch == 0 and self.batches_done % every == 0
 
     def begin_epoch(self) -> None:
-        """Goes on to the next epoch, unless this one is not over (a run that resumes)."""
+        """Go on to the next epoch, unless a resumed run is still inside the present one."""
         if self.batches_done == self.num_training_batches:
             self.current_epoch, self.batches_done = self.current_epoch + 1, 0
 
     def end_epoch(self) -> None:
-        """Ends the epoch, also where the loader had fewer batches than it said."""
+        """End the epoch, also if the loader had fewer batches than its length says."""
         self.batches_done = self.num_training_batches
 
     def begin_batch(self) -> None:
-        """Counts a micro-batch."""
+        """Count a micro-batch."""
         self.batches_done, self.total_batches = self.batches_done + 1, self.total_batches + 1
 
     def steps_before_this_batch(self) -> int:
-        """Optimiser steps done before the micro-batch under way."""
+        """Return the number of optimiser steps done before the micro-batch under way."""
         return self.global_step - (self.is_step and self.global_step > 0)
 
     # Data.
 
     def connect_loaders(self, train_loader: Any, val_loader: Any) -> None:
-        """Takes their lengths under the limits.
+        """Take over the loaders, and compute the lengths of an epoch and of a validation from their lengths.
+
+        Args:
+            train_loader: The loader of training batches; it has a length.
+            val_loader: The loader of validation batches, or nothing.
 
         Raises:
-            ConfigError: If limits and lengths do not go together.
+            ConfigError: If the limits and the lengths do not fit together.
         """
         self.train_loader = train_loader
         self.num_training_batches = _limited(len(train_loader), self.limit_train_batches)
@@ -219,7 +229,7 @@ class RunState:
 
 
 class _Strategy:
-    """What Lightning's callbacks ask a Trainer's strategy for."""
+    """The methods of a Trainer's strategy that Lightning's callbacks call."""
 
     def __init__(self, fabric: Fabric) -> None:
         self._fabric = fabric
@@ -239,7 +249,7 @@ class _Strategy:
 
 
 def _limited(batches: int, limit: int | float | None) -> int:
-    """``batches`` under a limit in Lightning's words."""
+    """Return ``batches`` under a limit: a number, a share, or None for no limit."""
     if limit is None:
         return batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
