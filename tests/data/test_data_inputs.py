@@ -347,12 +347,13 @@ def test_bpe_time_grows_linearly_without_spaces(alphabet: str) -> None:
 
 def test_ctrl_c_stops_bpe_training_at_once(tmp_path: Path) -> None:
     script = """
-import random, sys, threading, _thread, time
+import random, threading, _thread, time, tokenizers
 from sbn_lightning.data.tokenizer import train_bpe
+texts = ["".join(random.choices("ACGT", k=4_000_000))] * 3
 threading.Timer(1.0, _thread.interrupt_main).start()
 start = time.monotonic()
 try:
-    train_bpe(["".join(random.choices("ACGT", k=4_000_000))] * 3, 8000)
+    train_bpe(texts, 8000)
 except KeyboardInterrupt:
     print(time.monotonic() - start)
 """
