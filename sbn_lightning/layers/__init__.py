@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sbn_lightning.layers.conversion import ConversionReport, convert_linears, revert_linears
+    from sbn_lightning.layers.audit import Audit
+    from sbn_lightning.layers.conversion import ConversionReport, convert_linears, convert_to_match, revert_linears
     from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers, prepare_layers
     from sbn_lightning.layers.packed import PackedTernaryLinear, pack_layers
     from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from sbn_lightning.sparsity.config import Gradient, MaskSource, SparsityConfig
 
 _MODULE_OF = {
+    "Audit": "layers.audit",
     "ConversionReport": "layers.conversion",
     "Gradient": "sparsity.config",
     "MaskSource": "sparsity.config",
@@ -23,6 +25,7 @@ _MODULE_OF = {
     "SparseLinear": "layers.sparse_linear",
     "SparsityConfig": "sparsity.config",
     "convert_linears": "layers.conversion",
+    "convert_to_match": "layers.conversion",
     "masked_layers": "layers.masked_linear",
     "pack_layers": "layers.packed",
     "prepare_layers": "layers.masked_linear",
@@ -31,6 +34,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "Audit",
     "ConversionReport",
     "Gradient",
     "MaskSource",
@@ -40,6 +44,7 @@ __all__ = [
     "SparseLinear",
     "SparsityConfig",
     "convert_linears",
+    "convert_to_match",
     "masked_layers",
     "pack_layers",
     "prepare_layers",

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 
 from sbn_lightning import MaskRefresh, SparseBitLinear, TernarySparseConversion
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.fabric.run import FabricRun
 from sbn_lightning.sparsity.pattern import NMPattern, top_n_mask
 from tests.helpers import ForeignModule, quiet_trainer, regression_loader
 
@@ -56,6 +58,7 @@ FORKED = """
 from tests.helpers import ForeignModule, quiet_trainer, regression_loader
 from sbn_lightning import TernarySparseConversion, convert_linears
 import torch
+from lightning.fabric import Fabric
 
 module = ForeignModule()
 options = {"strategy": "ddp_fork", "devices": 1, "max_steps": 2, "enable_checkpointing": True}
@@ -82,3 +85,36 @@ def test_training_in_a_forked_process_says_what_the_model_here_is():
 def test_a_conversion_that_matches_nothing_is_an_error():
     with pytest.raises(ConfigError, match="no layer was converted"):
         quiet_trainer([TernarySparseConversion(include=("encoder",))]).fit(ForeignModule(), regression_loader())
+
+
+def test_a_plain_module_is_converted_in_a_fabric_loop():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 4))
+    conversion = TernarySparseConversion("2:4")
+    fabric = Fabric(accelerator="cpu", callbacks=[conversion, MaskRefresh()])
+    run = FabricRun(fabric, max_steps=2, module=model)
+    run.call("setup", stage="fit")
+    assert conversion.report.converted == ["0", "1"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run.optimizers = [optimizer]
+    fitted, optimizer = fabric.setup(model, optimizer)
+    run.call("on_train_start")
+    for _ in range(2):
+        optimizer.zero_grad()
+        fabric.backward(fitted(torch.randn(8, 16)).square().mean())
+        optimizer.step()
+        run.global_step += 1
+        run.call("on_train_batch_end")
+    run.call("on_train_end")
+    assert torch.equal(model[0].mask, top_n_mask(model[0].weight, NMPattern(2, 4)))
+
+
+def test_a_checkpoint_of_a_converted_module_loads_into_plain_layers():
+    module = ForeignModule()
+    trainer = quiet_trainer([TernarySparseConversion("2:4", activation_bits=4)], max_steps=2)
+    trainer.fit(module, regression_loader())
+    trainer.save_checkpoint("converted.ckpt")
+    other = ForeignModule()
+    assert TernarySparseConversion.load(other, "converted.ckpt") == ["net.0", "net.2"]
+    assert other.net[0].sparsity == module.net[0].sparsity
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in other.state_dict().items())

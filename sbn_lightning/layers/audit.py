@@ -1,0 +1,188 @@
+"""``audit``: how much of a model is sparse, what is not and why, and which layers a forward bypasses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sbn_lightning.layers.candidates import left_alone, not_linear, shape_of
+from sbn_lightning.layers.conv1d import is_conv1d
+from sbn_lightning.layers.conversion import named_modules
+from sbn_lightning.layers.masked_linear import MaskedLinear
+from sbn_lightning.layers.packed import PackedTernaryLinear
+
+
+@dataclass
+class Audit:
+    """What :func:`audit` found.
+
+    Attributes:
+        parameters: The number of all parameters of the model; ternary codes of packed layers count too.
+        linear_parameters: The number of parameters that multiply tokens: those of linear layers, and all others with
+            two dimensions or more that are not embeddings.
+        sparse_parameters: The number of weights in layers with a mask or ternary codes, masked ones included.
+        linear_flops: The multiplications and additions of linear layers in the example forward. Without an example:
+            those for one token, if each linear parameter multiplies each token once.
+        sparse_flops: The part of them that layers with a mask or ternary codes did.
+        measured: Whether the FLOPs are those of an example forward.
+        skipped: The reason for each layer or parameter that is not sparse.
+        bypassed: Layers with a mask whose latent weight the example forward used without calling the layer: what it
+            computed there is neither sparse nor ternary.
+        not_called: Layers with a mask that the example forward did not use at all.
+    """
+
+    parameters: int = 0
+    linear_parameters: int = 0
+    sparse_parameters: int = 0
+    linear_flops: int = 0
+    sparse_flops: int = 0
+    measured: bool = False
+    skipped: dict[str, str] = field(default_factory=dict)
+    bypassed: list[str] = field(default_factory=list)
+    not_called: list[str] = field(default_factory=list)
+
+    @property
+    def parameter_share(self) -> float:
+        """The share of all parameters that is in sparse layers, 0 to 1."""
+        return self.sparse_parameters / max(self.parameters, 1)
+
+    @property
+    def linear_share(self) -> float:
+        """The share of the linear parameters that is in sparse layers, 0 to 1."""
+        return self.sparse_parameters / max(self.linear_parameters, 1)
+
+    @property
+    def flop_share(self) -> float:
+        """The share of the linear FLOPs that sparse layers do, 0 to 1."""
+        return self.sparse_flops / max(self.linear_flops, 1)
+
+    def __str__(self) -> str:
+        how = "in the example forward" if self.measured else "if each weight multiplies each token once"
+        lines = [
+            f"sparse: {self.parameter_share:.1%} of {self.parameters:,} parameters, {self.linear_share:.1%} of "
+            f"{self.linear_parameters:,} linear ones, {self.flop_share:.1%} of linear FLOPs ({how})"
+        ]
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            by_reason.setdefault(reason, []).append(name)
+        lines += [f"not sparse, {reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+        if self.bypassed:
+            lines.append(f"bypassed, so neither sparse nor ternary: {', '.join(self.bypassed)}")
+        if self.not_called:
+            lines.append(f"not called: {', '.join(self.not_called)}")
+        return "\n".join(lines)
+
+
+def audit(model: nn.Module, forward: Callable[[], Any] | None = None) -> Audit:
+    """Says how much of a model is sparse.
+
+    Args:
+        model: Any model, converted or not. It is not changed.
+        forward: Runs the model once, for example ``lambda: model(tokens)``. With it FLOPs are counted as they happen,
+            and layers that the model bypasses are found, as in the fused inference of ``nn.TransformerEncoder`` or in
+            timm's SwinV2. It runs without gradients.
+
+    Returns:
+        The findings; ``print(audit(model))`` shows them.
+    """
+    found = Audit()
+    sparse: dict[str, nn.Module] = {}
+    plain: dict[str, nn.Module] = {}
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    found.parameters = sum(p.numel() for p in model.parameters())
+    for name, module in named_modules(model):
+        if isinstance(module, (MaskedLinear, PackedTernaryLinear)):
+            weights = module.in_features * module.out_features
+            found.sparse_parameters += weights
+            found.linear_parameters += weights
+            found.parameters += weights if isinstance(module, PackedTernaryLinear) else 0
+            sparse[name] = module
+        elif isinstance(module, nn.Linear) or is_conv1d(module):
+            plain[name] = module
+            shared = owners[id(module._parameters.get("weight"))] > 1
+            found.linear_parameters += 0 if shared else _product(shape_of(module))
+            found.skipped[name] = (
+                "shares its weight with another module" if shared else left_alone(model, name, module)
+            ) or "not converted"
+        elif reasons := not_linear(name, module):
+            found.skipped.update(reasons)
+            found.linear_parameters += sum(p.numel() for p in module.parameters(recurse=False) if p.ndim >= 2)
+    if forward is None:
+        heads = sum(_product(shape_of(module)) for module in plain.values() if owners[id(module.weight)] > 1)
+        found.linear_flops, found.sparse_flops = (
+            2 * (found.linear_parameters + heads),
+            2 * found.sparse_parameters,
+        )
+    else:
+        _measure(found, forward, sparse, plain)
+    return found
+
+
+def _measure(
+    found: Audit, forward: Callable[[], Any], sparse: dict[str, nn.Module], plain: dict[str, nn.Module]
+) -> None:
+    layers = sparse | plain
+    tokens: Counter[str] = Counter()
+    inside: list[str] = []
+
+    def watched(name: str, own_forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        inside.append(name)
+        tokens[name] += x.numel() // x.shape[-1]
+        try:
+            return own_forward(x, *args, **kwargs)
+        finally:
+            inside.remove(name)
+
+    # Not by hooks: PyTorch turns its fused inference off where it finds one, and there would be nothing to see.
+    before = {name: vars(module).get("forward") for name, module in layers.items()}
+    for name, module in layers.items():
+        vars(module)["forward"] = partial(watched, name, module.forward)
+    latent = {
+        module._parameters["weight"].untyped_storage().data_ptr(): name  # type: ignore[union-attr]
+        for name, module in sparse.items()
+        if isinstance(module, MaskedLinear)
+    }
+    watch = _WatchWeights(latent, inside)
+    try:
+        with torch.no_grad(), watch:
+            forward()
+    finally:
+        for name, module in layers.items():
+            vars(module).pop("forward")
+            if before[name] is not None:
+                vars(module)["forward"] = before[name]
+    flops = {name: 2 * count * _product(shape_of(layers[name])) for name, count in tokens.items()}
+    found.measured = True
+    found.linear_flops = sum(flops.values())
+    found.sparse_flops = sum(count for name, count in flops.items() if name in sparse)
+    found.bypassed = [name for name in sparse if name in watch.used]
+    found.not_called = [name for name in sparse if not tokens[name] and name not in watch.used]
+
+
+class _WatchWeights(TorchDispatchMode):
+    """Notes every operation on the latent weight of a layer that runs while the layer is not being called."""
+
+    def __init__(self, latent: dict[int, str], inside: list[str]) -> None:
+        super().__init__()
+        self.latent, self.inside = latent, inside
+        self.used: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(result.alias_info for result in func._schema.returns):  # a view computes nothing
+            for value in torch.utils._pytree.tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor) and not value.is_meta:
+                    name = self.latent.get(value.untyped_storage().data_ptr())
+                    if name is not None and name not in self.inside:
+                        self.used.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _product(shape: tuple[int, int]) -> int:
+    return shape[0] * shape[1]
