@@ -26,6 +26,7 @@ from sbn_lightning.models.config import TransformerConfig
 NO_TEXT = TextFiles()
 PREFIX = "model."
 ZIP = b"PK\x03\x04"
+HUGGING_FACE = "hugging_face"  # the key of a configuration of transformers, in place of the fields of our own
 ACCEPTED = "a .ckpt, the folder of a run, a packed or a Hugging Face folder, or a .gguf file"
 
 
@@ -99,6 +100,19 @@ def read(path: Path) -> Saved:
     return Saved(config, state, saved.get(KEY) or {})
 
 
+def holds_hugging_face(path: Path) -> bool:
+    """Return whether a file is a checkpoint of a model of transformers."""
+    if not path.is_file() or not is_one(path):
+        return False
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # a damaged file can make torch raise anything; `read` says what is wrong with the file
+        return False
+    hyper_parameters = saved.get("hyper_parameters") if isinstance(saved, dict) else None
+    values = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
+    return isinstance(values, dict) and HUGGING_FACE in values
+
+
 def config_of(saved: Any, path: Path) -> TransformerConfig:
     """The configuration of the model in a checkpoint that was loaded.
 
@@ -113,6 +127,12 @@ def config_of(saved: Any, path: Path) -> TransformerConfig:
     values = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
     if not isinstance(values, dict):
         raise DataError(f"{path} is not a checkpoint of SparseBitNet: it holds no hyper_parameters with a config")
+    if HUGGING_FACE in values:
+        kind = values[HUGGING_FACE].get("model_type")
+        raise DataError(
+            f"{path} holds a {kind} of transformers, which only `sbn fit` and `sbn export --format hf-sbn` read; use "
+            "transformers to run the exported folder"
+        )
     try:
         return TransformerConfig(**values)
     except (ConfigError, TypeError) as error:

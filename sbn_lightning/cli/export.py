@@ -17,7 +17,7 @@ from sbn_lightning.formats.output import check_output, output_folder
 def export(
     checkpoint: str,
     output: str,
-    format: Literal["packed", "hf", "hf-bitnet", "gguf"] = "packed",
+    format: Literal["packed", "hf", "hf-bitnet", "hf-sbn", "gguf"] = "packed",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     tokenizer: str | None = None,
     linear_class: Literal["bitlinear", "autobitlinear"] = "bitlinear",
@@ -28,12 +28,13 @@ def export(
     """Write a model in a format to run it from.
 
     packed: the format of this project, the smallest one. hf: a Hugging Face Qwen2 or Llama model, for models that are
-    not ternary. hf-bitnet: a Hugging Face model with 2-bit weights, for transformers. gguf: for llama.cpp.
+    not ternary. hf-bitnet: a Hugging Face model with 2-bit weights, for transformers. hf-sbn: the same with this
+    project's own quantisation method, for transformers and vLLM. gguf: for llama.cpp.
 
     Args:
         checkpoint: A checkpoint (.ckpt), the folder of a run, a packed or a Hugging Face folder, or a GGUF file.
         output: The folder to write.
-        format: packed, hf, hf-bitnet or gguf.
+        format: packed, hf, hf-bitnet, hf-sbn or gguf.
         dtype: The dtype of everything but ternary weights. Not given, weights keep the dtype of the checkpoint, except
             that packed and gguf store embeddings, the head and masked weights in 16 bits.
         tokenizer: A tokenizer.json or the folder that holds it. Not given, the one that comes with the checkpoint.
@@ -51,11 +52,22 @@ def export(
     """
     target = Path(output)
     check_output(target, overwrite)
-    if embedding_bits is not None and format in ("hf", "hf-bitnet"):
+    if embedding_bits is not None and format in ("hf", "hf-bitnet", "hf-sbn"):
         raise ConfigError(
             f"embedding_bits is for --format packed and gguf; --format {format} has one dtype: use --dtype bfloat16"
         )
     import torch
+
+    from sbn_lightning.checkpoints.lightning_file import holds_hugging_face
+
+    if format == "hf-sbn" and holds_hugging_face(Path(checkpoint)):
+        from sbn_lightning.integrations.huggingface.causal_lm import CausalLM
+
+        module = CausalLM.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+        with output_folder(target, overwrite) as folder:
+            module.export(folder, dtype=None if dtype is None else getattr(torch, dtype))
+        print(f"written to {target}")
+        return
 
     from sbn_lightning.data.tokenizer import vocab_size_of
     from sbn_lightning.formats.load import load_model

@@ -44,6 +44,7 @@ from sbn_lightning.checkpoints.io import say
 from sbn_lightning.checkpoints.lock import RunIsBusy, RunLock
 from sbn_lightning.checkpoints.resume import check_can_be_read
 from sbn_lightning.cli import recipes, run_place
+from sbn_lightning.cli.model_class import model_class
 from sbn_lightning.cli.model_shape import take_shape
 from sbn_lightning.cli.parsing import OneLineErrors, what_is_wrong
 from sbn_lightning.cli.redaction import without_secrets
@@ -82,7 +83,7 @@ class SBNCLI(LightningCLI):
         self.arguments = sys.argv[1:] if args is None else args
         try:
             super().__init__(
-                SparseBitNet,
+                model_class(self.arguments),
                 TokenDataModule,
                 args=args,
                 trainer_class=trainer_class,

