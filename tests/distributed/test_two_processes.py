@@ -31,6 +31,9 @@ ONWARD = [
     ("ddp", "fsdp2"),
     ("fsdp2", "auto"),
     ("fsdp2", "fsdp2"),
+    ("fsdp2", "packed"),
+    ("packed", "auto"),
+    ("packed", "packed"),
     ("sharded", "sharded"),
     ("sharded", "auto"),  # through one file, as the error of the command line says
     ("sharded", "fsdp2"),
@@ -41,6 +44,7 @@ PLUGINS = [
     ("plugin fsdp2 auto", "fsdp2", {}, False, 1e-5),
     ("plugin ddp measured", "ddp", {"backend": "auto"}, True, 1e-5),
     ("plugin fsdp2 int8", "fsdp2", {"backend": "int8", "gradients": "int8"}, False, 1e-3),
+    ("plugin packed int8", "packed", {"backend": "int8", "gradients": "int8"}, False, 1e-3),
 ]
 PLUGIN_STEPS = TINY_EPOCH + 1
 ACCUMULATED = [
@@ -73,12 +77,12 @@ def runs(counting, epoch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     first, onward = {}, {"refused": {"strategy": "tensor-parallel", "steps": 1}}
     data = {"tokens": str(counting)}
-    for strategy in ("auto", "ddp", "fsdp2", "sharded"):
+    for strategy in ("auto", "ddp", "fsdp2", "sharded", "packed"):
         first[strategy] = {"strategy": strategy, "steps": STEPS}
         first[f"{strategy} half"] = {"strategy": strategy, "steps": epoch // 2, **data}
     for name, strategy, unsharded in ACCUMULATED:
         first[name] = {"strategy": strategy, "steps": STEPS // 2, "accumulate": 2, "unsharded": unsharded}
-    for strategy in ("auto", "ddp", "fsdp2"):
+    for strategy in ("auto", "ddp", "fsdp2", "packed"):
         first[f"{strategy} decayed"] = {"strategy": strategy, "steps": STEPS, "decay": 20.0}
     first["nothing sharded"] = {"strategy": "ddp", "steps": 1, "unsharded": True}
     first["plugin alone"] = {"strategy": "auto", "steps": PLUGIN_STEPS, "plugin": {"backend": "reference"}}
@@ -119,7 +123,7 @@ def rows(ranks):
     return [tuple(row) for rank in ranks for batch in rank["samples"] for row in batch.tolist()]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "sharded"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "sharded", "packed"])
 def test_two_processes_equal_one(strategy, runs):
     ranks, (single,) = runs[strategy], runs["auto"]
     for step in range(STEPS):
@@ -183,7 +187,7 @@ def test_the_precision_plugin_on_two_processes(name, strategy, plugin, measured,
     assert len(set(seeds)) == len(seeds) == (2 * PLUGIN_STEPS * layers if "gradients" in plugin else 0)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "packed"])
 def test_masked_weights_decay_on_every_rank(strategy, runs):
     (single,), (plain,) = runs["auto decayed"], runs["auto"]
     name = "model.blocks.0.attention.qkv"

@@ -32,6 +32,7 @@ from sbn_lightning import (
 )
 from sbn_lightning.backends.selection import Choice
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.strategies import ShardedStrategy
 from sbn_lightning.layers.sparse_linear import SparseBitLinear, masked_layers
 from sbn_lightning.training import precision
 from tests.helpers import quiet_trainer, small_module, token_loader
@@ -46,6 +47,7 @@ STRATEGIES = {
     "ddp": DDPStrategy,
     "fsdp2": partial(sharding, save_distributed_checkpoint=False),
     "sharded": sharding,
+    "packed": ShardedStrategy,
     "tensor-parallel": ModelParallelStrategy,
 }
 
