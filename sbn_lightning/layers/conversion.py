@@ -386,7 +386,8 @@ def _revert(layer: MaskedLinear) -> None:
     layer.tracker.let_go()
     transposed = "converted_from" in vars(layer)
     plain = vars(layer).pop("converted_from", nn.Linear)
-    ours = set(vars(type(layer)(1, 1, sparsity="1:1", device="meta"))) - set(vars(nn.Linear(1, 1, device="meta")))
+    own = _CLASSES[layer.sparsity.kind][0]  # a Conv1D of ours is made by conversion only
+    ours = set(vars(own(1, 1, sparsity="1:1", device="meta"))) - set(vars(nn.Linear(1, 1, device="meta")))
     for extra in ours | ({"in_features", "out_features"} if transposed else set()):
         vars(layer).pop(extra, None)
     del layer.mask_bits

@@ -173,7 +173,7 @@ def convert_experts(module: nn.Module, sparsity: SparsityConfig) -> list[str]:
         parts = (rows // 2, rows // 2) if name == _UP[0] else (rows,)
         own._init_mask(replace(sparsity, split_sizes=parts * experts))
         module._modules[name] = own.train(module.training)
-    module.__class__ = _sparse_class(type(module))
+    module.__class__ = _sparse_class(cast(Any, type(module)))
     return names
 
 

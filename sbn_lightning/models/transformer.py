@@ -13,6 +13,7 @@ in as arguments (:class:`Attend`); what a cache looks like is :mod:`sbn_lightnin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -23,14 +24,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.sparse_linear import (
-    MaskedLinear,
-    SparseBitLinear,
-    SparseLinear,
-    masked_layers,
-    prepare_layers,
-    ternary_layers,
-)
+from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers, prepare_layers, weights_stay
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
+from sbn_lightning.layers.sparse_linear import SparseLinear
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.loss import linear_cross_entropy
 from sbn_lightning.models.rope import apply_rope, rope_tables
@@ -221,13 +217,16 @@ class TernaryTransformer(nn.Module):
             rope = self.cos[:length], self.sin[:length]
         else:
             rope = self.cos[positions_BT].unsqueeze(1), self.sin[positions_BT].unsqueeze(1)
-        for i, block in enumerate(self.blocks):
-            if attend is not None:
-                x_BTD = block(x_BTD, *rope, attend[i])
-            elif self.config.activation_checkpointing and self.training:
-                x_BTD = _checkpoint(block, x_BTD, *rope)
-            else:
-                x_BTD = block(x_BTD, *rope)
+        # In evaluation the layers would each compare their weights with those of the last forward; here all do at once.
+        traced_or_trained = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        with nullcontext() if traced_or_trained else weights_stay(self):
+            for i, block in enumerate(self.blocks):
+                if attend is not None:
+                    x_BTD = block(x_BTD, *rope, attend[i])
+                elif self.config.activation_checkpointing and self.training:
+                    x_BTD = _checkpoint(block, x_BTD, *rope)
+                else:
+                    x_BTD = block(x_BTD, *rope)
         out: Tensor = self.norm(x_BTD)
         return out
 

@@ -179,8 +179,11 @@ def test_training(build, loader, exclude, converted, skipped, in_configure_model
     for name, layer in layers.items():
         assert nonzeros_per_group(layer.mask, 4).unique().tolist() == [2]
         assert not torch.equal(layer.mask, first.masks[name])
-        gamma = layer.weight.abs().mean().item()
-        assert layer.effective_weight().unique().tolist() == pytest.approx([-gamma, 0, gamma])
+        parts = layer.weight.split(layer.split_sizes or (layer.out_features,))
+        assert len(parts) == (3 if "c_attn" in name else 1)
+        for part, effective in zip(parts, layer.effective_weight().split([len(part) for part in parts]), strict=True):
+            gamma = part.abs().mean().item()
+            assert effective.unique().tolist() == pytest.approx([-gamma, 0, gamma])
         assert not layer.effective_weight()[~layer.mask].any()
 
 
