@@ -3,14 +3,15 @@
 * :mod:`~sbn_lightning.inference.opening` loads a model and chooses its device, dtype and backend.
 * :mod:`~sbn_lightning.inference.decoder` reads prompts at once and continues them one token a step. On a GPU a step is
   a CUDA graph.
+* :mod:`~sbn_lightning.inference.gather` hands a model to the persistent decode step of the kernels, which is opt-in.
 * :mod:`~sbn_lightning.inference.sampling` chooses tokens from logits, on the device.
 * :mod:`~sbn_lightning.inference.loop` has :func:`generate` and :func:`stream`: token ids in, token ids out.
 * :mod:`~sbn_lightning.inference.text` turns token ids into text while they come.
 * :mod:`~sbn_lightning.inference.prompts` turns prompts into token ids.
 * :mod:`~sbn_lightning.inference.chat` writes a prompt as a turn of a chat.
 
-The command ``sbn generate`` is in :mod:`~sbn_lightning.cli.generate`. Nothing here knows kernels: the layers of the
-model know what they compute with.
+The command ``sbn generate`` is in :mod:`~sbn_lightning.cli.generate`. Only ``gather`` knows a kernel; elsewhere the
+layers of the model know what they compute with.
 """
 
 from __future__ import annotations

@@ -9,21 +9,28 @@ each other there either.
 
 On a GPU a step is one CUDA graph: nothing in a step depends on the host, and the tensors that it reads keep their
 place. A step launches hundreds of kernels that run for microseconds each; without the graph the host would be the
-bottleneck.
+bottleneck. On a Hopper GPU the step can be one persistent kernel instead, where the caller asks for it
+(:mod:`sbn_lightning.inference.gather`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.inference.gather import persistent_step, refusal
 from sbn_lightning.layers.sparse_linear import prepare_layers, ternary_layers
 from sbn_lightning.models.transformer import TernaryTransformer, causal_attention
+
+if TYPE_CHECKING:
+    from sbn_kernels.decode.step import DecodeStep
+
+StepKind = Literal["graph", "persistent"]
 
 # The length of the cache is a multiple of this: attention kernels want the rows of a mask aligned.
 _SLOTS = 64
@@ -85,13 +92,25 @@ class Decoder:
         max_length: The number of tokens that a sequence can have, prompt included; at most the model's
             ``max_sequence_length``.
         cuda_graph: Whether to capture a step as a CUDA graph; None captures on a GPU.
+        step: How a step is computed. ``"graph"`` runs the layers of the model. ``"persistent"`` runs the whole step,
+            embedding to logits, as one kernel of :mod:`sbn_kernels.decode.step`. The kernel needs a Hopper GPU, Triton
+            3.9, a ternary model in bfloat16 with 8-bit activations, and at most 8 sequences. The kernel packs a copy of
+            the weights at the first step after each prompt. The caller has to ask for it, because we have verified the
+            kernel on H200s and with random weights only.
 
     Raises:
-        ConfigError: If ``max_length`` is beyond the model's context, or a CUDA graph is asked for without a GPU.
+        ConfigError: If ``max_length`` is beyond the model's context, if a CUDA graph is asked for without a GPU, or if
+            the model, the batch or the device cannot use the persistent step.
     """
 
     def __init__(
-        self, model: TernaryTransformer, batch_size: int, max_length: int, *, cuda_graph: bool | None = None
+        self,
+        model: TernaryTransformer,
+        batch_size: int,
+        max_length: int,
+        *,
+        cuda_graph: bool | None = None,
+        step: StepKind = "graph",
     ) -> None:
         """Checks the sizes; memory for the cache is allocated by the first prompt."""
         limit = model.config.max_sequence_length
@@ -102,6 +121,12 @@ class Decoder:
         self.device = model.embed.weight.device
         if cuda_graph and self.device.type != "cuda":
             raise ConfigError(f"a CUDA graph needs a model on a GPU, this one is on {self.device}; use cuda_graph=None")
+        if step not in get_args(StepKind):
+            raise ConfigError(f"step={step!r} is none of {', '.join(map(repr, get_args(StepKind)))}")
+        if step == "persistent" and (reason := refusal(model, batch_size)):
+            raise ConfigError(f'step="persistent" cannot be used: {reason}; use step="graph"')
+        self._kind = step
+        self._persistent: DecodeStep | None = None
         self.model = model
         self.batch_size = batch_size
         self.max_length = max_length
@@ -146,6 +171,7 @@ class Decoder:
             lengths_B: The lengths of the prompts, int64 ``[B]``.
         """
         prepare_layers(self.model)
+        self._persistent = None  # the step has a copy of weights that may have changed
         if self._graph is not None and any(
             now is not then for now, then in zip(self._weights(), self._recorded, strict=True)
         ):
@@ -180,10 +206,13 @@ class Decoder:
             The logits of the token after that, ``[B, vocab_size]``. With a CUDA graph the next step overwrites them.
 
         Raises:
-            ConfigError: If ``prefill`` was not called before.
+            ConfigError: If ``prefill`` was not called before, or if the persistent step cannot compute in the dtype of
+                the model.
         """
         if not self._layers:
             raise ConfigError("a decoder steps on from prompts: call prefill first")
+        if self._kind == "persistent":
+            return self._persistent_step().step(tokens_B)
         self._tokens.copy_(tokens_B.unsqueeze(1))
         if not self._use_graph:
             logits = self._step()
@@ -196,6 +225,24 @@ class Decoder:
             logits = self._logits
         self.lengths.add_(1).clamp_(max=self.max_length)
         return logits
+
+    def check(self) -> None:
+        """Checks that the steps so far are valid. The persistent step waits for the device; a graph cannot fail so.
+
+        Raises:
+            StepTimeoutError: If a persistent step passed its deadline. The logits since the last check are wrong; the
+                next ``prefill`` starts anew.
+        """
+        if self._persistent is not None:
+            self._persistent.check()
+
+    def _persistent_step(self) -> DecodeStep:
+        if self._persistent is None:
+            caches = [(layer.keys, layer.values) for layer in self._layers]
+            self._persistent = persistent_step(
+                self.model, caches, self.max_length, self.lengths, cuda_graph=self._use_graph
+            )
+        return self._persistent
 
     def _step(self) -> Tensor:
         shared, dtype = self._shared, self._layers[0].keys.dtype

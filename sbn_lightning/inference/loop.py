@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.inference.decoder import Decoder
+from sbn_lightning.inference.decoder import Decoder, StepKind
 from sbn_lightning.inference.sampling import Sampling
 from sbn_lightning.models.transformer import TernaryTransformer
 
@@ -67,6 +67,7 @@ def generate(
     seed: int = 0,
     stop_tokens: Collection[int] = (),
     cuda_graph: bool | None = None,
+    decode_step: StepKind = "graph",
     speed: Speed | None = None,
 ) -> list[list[int]]:
     """Continues a batch of prompts, which may differ in length.
@@ -82,15 +83,18 @@ def generate(
         seed: The seed of the draws. The same seed, prompts and device give the same tokens.
         stop_tokens: The ids that end a sequence; they are not part of the result.
         cuda_graph: Whether to capture a step as a CUDA graph; see :class:`Decoder`.
+        decode_step: How a step is computed; ``step`` of :class:`Decoder`.
         speed: An object to fill in. Measuring waits twice for the device.
 
     Returns:
         The new token ids of each prompt.
 
     Raises:
-        ConfigError: If a prompt is empty, or leaves no room for a new token in the model's context.
+        ConfigError: If a prompt is empty, or leaves no room for a new token in the model's context, or if the model
+            cannot use ``decode_step``.
+        StepTimeoutError: If a persistent step passed its deadline.
     """
-    rooms, decoder = _start(model, prompts, max_new_tokens, cuda_graph)
+    rooms, decoder = _start(model, prompts, max_new_tokens, cuda_graph, decode_step)
     device = decoder.device
     stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=device)
     written = torch.zeros(len(prompts), max(rooms), dtype=torch.int64, device=device)
@@ -106,6 +110,7 @@ def generate(
             stopped |= torch.isin(tokens, stops)
             if count % CHECK_EVERY == 0 and bool(stopped.all()):
                 break
+    decoder.check()
     rows = written[:, :count].tolist()
     ended = time.perf_counter()
     new = [_until_stop(row[:room], stop_tokens) for row, room in zip(rows, rooms, strict=True)]
@@ -147,7 +152,11 @@ def stream(
 
 
 def _start(
-    model: TernaryTransformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, cuda_graph: bool | None
+    model: TernaryTransformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    cuda_graph: bool | None,
+    decode_step: StepKind = "graph",
 ) -> tuple[list[int], Decoder]:
     """Computes how many new tokens each prompt has room for, and makes a decoder that holds them all."""
     if max_new_tokens < 1:
@@ -163,7 +172,7 @@ def _start(
             "(max_sequence_length): shorten it"
         )
     longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
-    return rooms, Decoder(model, len(prompts), longest, cuda_graph=cuda_graph)
+    return rooms, Decoder(model, len(prompts), longest, cuda_graph=cuda_graph, step=decode_step)
 
 
 def _tokens(

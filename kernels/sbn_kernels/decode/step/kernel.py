@@ -1,0 +1,397 @@
+"""The device code: one decode step of a ternary transformer as one persistent kernel, for NVIDIA Hopper.
+
+Each program runs on its own multiprocessor, and all of them at the same time (a cooperative launch). A layer is five
+phases; between two phases, every program needs what all of the last phase's programs have made:
+
+    A  norm, quantisation, product with q, k and v, bias, rotation, write to the cache
+    B  attention, by key/value head and part of the context; for long contexts a second phase joins the parts
+    C  joining of a few parts, quantisation, product with o, residual
+    D  norm, quantisation, product with gate and up, SwiGLU
+    E  quantisation, product with down, residual
+
+A program owns tiles of 16 rows of each matrix, in every layer the same. Weights, which wait for nothing, flow through a
+ring in shared memory, several phases ahead of their use (``plan.schedule``). What is handed over are vectors of a few
+thousand words that carry their layer's tag (``ptx``). No buffer is overwritten before all have read it: whoever writes
+a vector has waited, directly or through others, for results that every reader of the vector's last contents could only
+make after reading them. (D's readers of y make h; E waits for all of h; and so on around the layer.)
+
+Position, step and lengths come from memory, so one CUDA graph serves all steps. Every wait has a deadline. A wait that
+passes it sets an error flag and goes on; the others see the flag and go on as well, and the kernel ends with nonsense
+in its outputs but without a trap. A step that finds the flag set does nothing.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from sbn_kernels.decode.step.attention import (
+    PREFETCH,
+    attend,
+    fetch_query,
+    finish_attention,
+    merge_parts,
+    state_constraints,
+)
+from sbn_kernels.decode.step.head import dot_constraints, dot_row, dot_rows, load_row, load_rows
+from sbn_kernels.decode.step.rows import (
+    add_to_residual,
+    barrier,
+    embed,
+    fetch,
+    item_of,
+    load_cache_tokens,
+    multiply,
+    rotation,
+    share,
+    unit_place,
+    write_hidden,
+    write_qkv,
+)
+from sbn_kernels.decode.step.tokens import load_norm, normalize_words, quantize_attention, quantize_words
+
+_START = gl.constexpr("""{ .reg .pred p; .reg .u32 t, a; mov.u32 t, %tid.x; setp.lt.u32 p, t, $1;
+mad.lo.u32 a, t, 8, $0;
+@p mbarrier.init.shared::cta.b64 [a], 1; fence.proxy.async.shared::cta; }""")
+_COPY_SCHEDULE = gl.constexpr("""{ .reg .pred p; .reg .u32 t, a; .reg .u64 s; .reg .b32 w0, w1, w2, w3;
+mov.u32 t, %tid.x;
+AGAIN: setp.ge.u32 p, t, $2; @p bra DONE; mad.wide.u32 s, t, 16, $1; mad.lo.u32 a, t, 16, $0;
+ld.global.nc.v4.b32 {w0, w1, w2, w3}, [s]; st.shared.v4.b32 [a], {w0, w1, w2, w3}; add.u32 t, t, 256; bra AGAIN;
+DONE: }""")
+_LOWEST = gl.constexpr("min.u32 $0, $1, $2; min.u32 $0, $0, $3;")
+_DEADLINE = gl.constexpr("mov.u64 $0, %globaltimer; add.u64 $0, $0, $1;")
+
+
+@gluon.jit
+def _longest(lengths, max_length, P: gl.constexpr):
+    """Longest context of this step, the new token included."""
+    longest = 0
+    BATCH: gl.constexpr = P.batch
+    for b in gl.static_range(BATCH):
+        longest = gl.maximum(longest, gl.minimum(gl.load(lengths + b).to(gl.int32), max_length - 1) + 1)
+    return longest
+
+
+@gluon.jit
+def _split_context(longest, P: gl.constexpr):
+    """Number of parts of the context, and tokens of a part: a multiple of 128, which is 16 for each of 8 warps."""
+    blocks = (longest + 127) // 128
+    most = gl.where(longest <= P.direct_tokens, P.direct_parts, gl.maximum(P.splits, P.direct_parts))
+    part = (blocks + most - 1) // most
+    return (blocks + part - 1) // part, part * 128
+
+
+@gluon.jit
+def _attend_item(base, kv, item, qkv, keys, values, slots, parts, parts_m, attended, attended_m, splits, epoch,
+                 flag, deadline, P: gl.constexpr):  # fmt: skip
+    """Attention of one group to one part of the context; ``kv`` holds the part's first 128 tokens."""
+    E: gl.constexpr = P.head_size
+    V1: gl.constexpr = gl.BlockedLayout([1], [32], [P.warps], [0])
+    RO: gl.constexpr = gl.BlockedLayout([1, 1, E // 4], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
+    F1: gl.constexpr = gl.distributed_type(gl.float32, [32 * P.warps], V1)
+    FO: gl.constexpr = gl.distributed_type(gl.float32, [P.warps, 32, E // 4], RO)
+    sm = base + P.at_tokens
+    token, group, split, first, end, position, cached = item
+    k, v = keys + cached * slots * E, values + cached * slots * E
+    args = [qkv + token * (P.qkv_heads * E), group // P.groups_per_kv_head, group * P.group, epoch & 255, sm, flag,
+            deadline]  # fmt: skip
+    gl.inline_asm(fetch_query(P), "l,r,r,r,r,l,l,~{memory}", args, (), is_pure=False)
+    m = gl.full([32 * P.warps], -1e30, gl.float32, V1)
+    total = gl.zeros([32 * P.warps], gl.float32, V1)
+    o = gl.zeros([P.warps, 32, E // 4], gl.float32, RO)
+    for start in range(first, end, 128):
+        m, total, o = gl.inline_asm(
+            attend(P), state_constraints(P), [m, total, o, kv, start, end, position, sm], (F1, F1, FO), is_pure=False
+        )
+        # A second set of registers, to load ahead, does not fit; the tokens are in L2 already.
+        kv = load_cache_tokens(k, v, start + 128, end, position, P)
+    head = token * P.heads + group * P.group
+    there = split * P.batch * P.heads + head
+    args = [m, total, o, sm, epoch, splits, parts + there.to(gl.int64) * E, parts_m + there * 2, attended + there * E,
+            attended_m + there * 2]  # fmt: skip
+    constraints: gl.constexpr = "f,f," + "f," * (E // 4) + "r,r,r,l,l,l,l,~{memory}"
+    gl.inline_asm(finish_attention(P), constraints, args, (), is_pure=False)
+
+
+@gluon.jit
+def _attention(base, kv, mine, qkv, keys, values, lengths, max_length, slots, parts, parts_m, attended, attended_m,
+               splits, part, epoch, flag, deadline, P: gl.constexpr):  # fmt: skip
+    """Phase B: this program's items. ``mine`` is the first of them, and ``kv`` holds its first 128 tokens."""
+    first = P.programs - 1 - gl.program_id(0)
+    count = P.batch * P.groups * splits
+    if first < count:
+        _attend_item(base, kv, mine, qkv, keys, values, slots, parts, parts_m, attended, attended_m, splits,
+                     epoch, flag, deadline, P)  # fmt: skip
+    if P.many_items:
+        for n in range(first + P.programs, count, P.programs):
+            item = item_of(n, lengths, max_length, splits, part, P)
+            k, v = keys + item[6] * slots * P.head_size, values + item[6] * slots * P.head_size
+            other = load_cache_tokens(k, v, item[3], item[4], item[5], P)
+            _attend_item(base, other, item, qkv, keys, values, slots, parts, parts_m, attended, attended_m,
+                         splits, epoch, flag, deadline, P)  # fmt: skip
+
+
+@gluon.jit
+def _load_norm(norm, P: gl.constexpr):
+    """This thread's weights of a norm."""
+    COUNT: gl.constexpr = (P.d_model + 128 * P.warps_per_token - 1) // (128 * P.warps_per_token)
+    REGS: gl.constexpr = (
+        2 if COUNT == 1 else 4 if COUNT == 2 else 8 if COUNT <= 4 else 16 if COUNT <= 8 else 32 if COUNT <= 16 else 64
+    )
+    R: gl.constexpr = gl.BlockedLayout([1, 1, REGS], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
+    G: gl.constexpr = gl.distributed_type(gl.int32, [P.warps, 32, REGS], R)
+    return gl.inline_asm(load_norm(P), "=&r," * REGS + "l", [norm], G, is_pure=False)
+
+
+@gluon.jit
+def _quantize(base, words, tag, flag, deadline, P: gl.constexpr, VALUES: gl.constexpr):
+    """Waits for a vector of each token and leaves its codes in shared memory."""
+    args = [words, tag, base + P.at_tokens, base + P.at_small, flag, deadline]
+    gl.inline_asm(quantize_words(P, VALUES, False), "l,r,r,r,l,l,~{memory}", args, (), is_pure=False)
+
+
+@gluon.jit
+def _normalize_and_quantize(base, words, gain, tag, flag, deadline, P: gl.constexpr):
+    """The same for the residual stream, behind a norm."""
+    constraints: gl.constexpr = "l,r,r,r,l,l," + "r," * gain.shape[2] + "~{memory}"
+    args = [words, tag, base + P.at_tokens, base + P.at_small, flag, deadline, gain]
+    gl.inline_asm(quantize_words(P, P.d_model, True), constraints, args, (), is_pure=False)
+
+
+@gluon.jit
+def _quantize_attention(base, attended, attended_m, epoch, flag, deadline, P: gl.constexpr):
+    """The same for the result of attention, which may come in two parts."""
+    if P.direct_parts == 1:
+        _quantize(base, attended, epoch & 255, flag, deadline, P, P.d_attention)
+    else:
+        args = [attended, attended_m, epoch, base + P.at_tokens, base + P.at_small, flag, deadline]
+        gl.inline_asm(quantize_attention(P), "l,l,r,r,r,l,l,~{memory}", args, (), is_pure=False)
+
+
+@gluon.jit
+def _final_norm(base, words, gain, tag, flag, deadline, P: gl.constexpr):
+    """The last norm; leaves bfloat16 hidden states in shared memory."""
+    constraints: gl.constexpr = "l,r,r,r,l,l," + "r," * gain.shape[2] + "~{memory}"
+    args = [words, tag, base + P.at_tokens, base + P.at_small, flag, deadline, gain]
+    gl.inline_asm(normalize_words(P), constraints, args, (), is_pure=False)
+
+
+@gluon.jit
+def _merge(base, parts, parts_m, attended, attended_m, splits, epoch, flag, deadline, P: gl.constexpr):
+    """Joins the parts of long contexts, one head an item."""
+    E: gl.constexpr = P.head_size
+    for item in range(P.programs - 1 - gl.program_id(0), P.batch * P.heads, P.programs):
+        args = [parts + item * E, parts_m + item * 2, splits, epoch, base + P.at_tokens, flag, deadline,
+                attended + item * E, attended_m + item * 2]  # fmt: skip
+        gl.inline_asm(merge_parts(P), "l,l,r,r,r,l,l,l,l,~{memory}", args, (), is_pure=False)
+
+
+@gluon.jit
+def _head_of_few(base, head, logits, gain, words, tag, flag, deadline, P: gl.constexpr):
+    """Final norm and head for one or two tokens. The first rows are on their way before the hidden states are there."""
+    REGS: gl.constexpr = (P.d_model + 255) // 256 * 4
+    AHEAD: gl.constexpr = 96 // REGS if REGS <= 48 else 2
+    PADDED: gl.constexpr = 16 if REGS <= 16 else 32 if REGS <= 32 else 64
+    R: gl.constexpr = gl.BlockedLayout([1, 1, PADDED], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
+    W: gl.constexpr = gl.distributed_type(gl.int32, [P.warps, 32, PADDED], R)
+    R1: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [P.warps, 1], [1, 0])
+    Y: gl.constexpr = gl.distributed_type(gl.float32, [P.warps, 32], R1)
+    LOAD: gl.constexpr = "=&r," * PADDED + "l,r,~{memory}"
+    STRIDE: gl.constexpr = P.programs * P.warps
+    BATCH: gl.constexpr = P.batch
+    warp = gl.arange(0, P.warps, gl.SliceLayout(1, R1))[:, None]
+    lane = gl.arange(0, 32, gl.SliceLayout(0, R1))[None, :]
+    first = gl.program_id(0) * P.warps
+    rows = ()
+    for i in gl.static_range(AHEAD):
+        rows += (gl.inline_asm(load_row(P), LOAD, [head, first + i * STRIDE], W, is_pure=False),)
+    _final_norm(base, words, gain, tag, flag, deadline, P)
+    for start in range(first, P.shape.vocab, AHEAD * STRIDE):
+        coming = ()
+        for i in gl.static_range(AHEAD):
+            row = start + i * STRIDE + warp + lane * 0
+            for token in gl.static_range(BATCH):
+                args = [rows[i], base + P.at_tokens + token * P.head_stride]
+                y = gl.inline_asm(dot_row(P), ("=&f", "r", "r"), args, Y, is_pure=False)
+                where = logits + token * P.shape.vocab + row
+                gl.store(where, y.to(logits.dtype.element_ty), mask=(row < P.shape.vocab) & (lane == 0))
+            coming += (gl.inline_asm(load_row(P), LOAD, [head, start + (AHEAD + i) * STRIDE], W, is_pure=False),)
+        rows = coming
+
+
+@gluon.jit
+def _head(base, head, logits, gain, words, tag, flag, deadline, P: gl.constexpr):
+    """Final norm and head for several tokens, as :func:`_head_of_few`."""
+    R32: gl.constexpr = gl.BlockedLayout([1, 1, 32], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
+    R4: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
+    W: gl.constexpr = gl.distributed_type(gl.int32, [P.warps, 32, 32], R32)
+    A: gl.constexpr = gl.distributed_type(gl.float32, [P.warps, 32, 4], R4)
+    LOAD: gl.constexpr = "=&r," * 32 + "l,r,~{memory}"
+    STEPS: gl.constexpr = P.head_columns // 128
+    TILES: gl.constexpr = (P.shape.vocab + 15) // 16
+    STRIDE: gl.constexpr = P.programs * P.warps
+    warp = gl.arange(0, P.warps, gl.SliceLayout(1, gl.SliceLayout(2, R4)))[:, None, None]
+    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, R4)))[None, :, None]
+    item = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, R4)))[None, None, :]
+    first = gl.program_id(0) * P.warps
+    one = gl.inline_asm(load_rows(P, 0), LOAD, [head, first], W, is_pure=False)
+    two = gl.inline_asm(load_rows(P, 1 % STEPS), LOAD, [head, first + 1 // STEPS * STRIDE], W, is_pure=False)
+    _final_norm(base, words, gain, tag, flag, deadline, P)
+    for tile in range(first, TILES, STRIDE):
+        acc = gl.zeros([P.warps, 32, 4], gl.float32, R4)
+        for s in gl.static_range(STEPS):
+            three = gl.inline_asm(
+                load_rows(P, (s + 2) % STEPS), LOAD, [head, tile + (s + 2) // STEPS * STRIDE], W, is_pure=False
+            )
+            acc = gl.inline_asm(dot_rows(P, s), dot_constraints(P), [acc, one, base + P.at_tokens], A, is_pure=False)
+            one, two = two, three
+        row = (tile + warp) * 16 + lane // 4 + item // 2 * 8
+        token = lane % 4 * 2 + item % 2
+        where = logits + token.to(gl.int64) * P.shape.vocab + row
+        gl.store(where, acc.to(logits.dtype.element_ty), mask=(row < P.shape.vocab) & (token < P.batch))
+
+
+@gluon.jit
+def _step(
+    tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits,
+    x, y, qkv, parts, parts_m, attended, attended_m, hidden, table, timeout, slots, max_length, P: gl.constexpr,
+):  # fmt: skip
+    D: gl.constexpr = P.d_model
+    V1: gl.constexpr = gl.BlockedLayout([1], [32], [P.warps], [0])
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    pid = gl.program_id(0)
+    flag = state + 1
+    # Triton wants powers of two. The three allocations are all there is and stand side by side, in some order.
+    a = gl.allocate_shared_memory(gl.int32, [P.pieces[0]], FLAT)
+    b = gl.allocate_shared_memory(gl.int32, [P.pieces[1]], FLAT)
+    c = gl.allocate_shared_memory(gl.int32, [P.pieces[2]], FLAT)
+    base = gl.inline_asm(_LOWEST, "=&r,r,r,r,~{memory}", [a, b, c], gl.int32, is_pure=False)
+    deadline = gl.inline_asm(_DEADLINE, "=&l,l,~{memory}", [timeout], gl.int64, is_pure=False)
+    epoch = gl.load(state)
+
+    my_qkv, my_rows, my_hidden = share(P.qkv.all_tiles, P), share(P.o.all_tiles, P), share(P.gate_up.all_tiles, P)
+    longest = _longest(lengths, max_length, P)
+    embed(base, my_rows, tokens, embedding, x, epoch & 255, P)
+    gl.inline_asm(_START, "r,r,~{memory}", [base, P.barriers], (), is_pure=False)
+    args = [base + P.at_schedule, table + pid * ((P.units + 1) * 4), P.units + 1]
+    gl.inline_asm(_COPY_SCHEDULE, "r,l,r,~{memory}", args, (), is_pure=False)
+    barrier()
+    following = fetch(base, gl.zeros([32 * P.warps], gl.int32, V1), -1, weights, P)
+    rotation(base, my_qkv, lengths, max_length, cos, sin, P)
+    barrier()
+    splits, part = _split_context(longest, P)
+    has_item = P.programs - 1 - pid < P.batch * P.groups * splits
+    mine = item_of(gl.where(has_item, P.programs - 1 - pid, 0), lengths, max_length, splits, part, P)
+    end = gl.where(has_item, mine[4], 0)
+    # One copy request brings all of its tokens to L2, so that later loads of long parts do not wait for memory.
+    ahead = gl.maximum(end - mine[3], 0) * (2 * P.head_size)
+    cached = mine[6] * slots * P.head_size
+    gain = _load_norm(norms, P)
+    unit = 0
+    for layer in range(P.layers):
+        tag = (epoch + layer + 1) & 255
+        keys = gl.load(caches + 2 * layer).to(gl.pointer_type(gl.bfloat16))
+        values = gl.load(caches + 2 * layer + 1).to(gl.pointer_type(gl.bfloat16))
+        # Keys and values that B needs first: their loads run while A computes.
+        gl.inline_asm(PREFETCH, "l,r", [keys + cached + mine[3] * P.head_size, ahead], (), is_pure=False)
+        gl.inline_asm(PREFETCH, "l,r", [values + cached + mine[3] * P.head_size, ahead], (), is_pure=False)
+        kv = load_cache_tokens(keys + cached, values + cached, mine[3], end, mine[5], P)
+        # A
+        if my_qkv[1] > 0:
+            _normalize_and_quantize(base, x, gain, (epoch + layer) & 255, flag, deadline, P)
+            for start in range(0, my_qkv[1], P.qkv.tiles):
+                place, count = unit_place(base, unit, P), gl.minimum(P.qkv.tiles, my_qkv[1] - start)
+                following = fetch(base, following, unit - 1, weights, P)
+                multiply(base, place, count, unit, flag, deadline, P, P.qkv)
+                write_qkv(base, place, qkv, keys, values, my_qkv, start, count, slots, tag, P)
+                barrier()
+                unit += 1
+        # B
+        now = epoch + layer + 1
+        _attention(base, kv, mine, qkv, keys, values, lengths, max_length, slots, parts, parts_m, attended, attended_m,
+                   splits, part, now, flag, deadline, P)  # fmt: skip
+        if splits > P.direct_parts:
+            _merge(base, parts, parts_m, attended, attended_m, splits, now, flag, deadline, P)
+        # C
+        gain = _load_norm(norms + (2 * layer + 1) * D, P)
+        if my_rows[1] > 0:
+            _quantize_attention(base, attended, attended_m, now, flag, deadline, P)
+            for start in range(0, my_rows[1], P.o.tiles):
+                place, count = unit_place(base, unit, P), gl.minimum(P.o.tiles, my_rows[1] - start)
+                if not P.early_o:
+                    following = fetch(base, following, unit - 1, weights, P)
+                multiply(base, place, count, unit, flag, deadline, P, P.o)
+                add_to_residual(base, place, y, my_rows, start, count, tag, P, P.o)
+                barrier()
+                unit += 1
+        # D
+        _normalize_and_quantize(base, y, gain, tag, flag, deadline, P)
+        for start in range(0, my_hidden[1], P.gate_up.tiles):
+            place, count = unit_place(base, unit, P), gl.minimum(P.gate_up.tiles, my_hidden[1] - start)
+            following = fetch(base, following, unit - 1, weights, P)
+            multiply(base, place, count, unit, flag, deadline, P, P.gate_up)
+            write_hidden(base, place, hidden, my_hidden, start, count, tag, P)
+            barrier()
+            unit += 1
+        # E
+        gain = _load_norm(norms + (2 * layer + 2) * D, P)
+        if my_rows[1] > 0:
+            _quantize(base, hidden, tag, flag, deadline, P, P.d_ffn)
+            for start in range(0, my_rows[1], P.down.tiles):
+                place, count = unit_place(base, unit, P), gl.minimum(P.down.tiles, my_rows[1] - start)
+                following = fetch(base, following, unit - 1, weights, P)
+                multiply(base, place, count, unit, flag, deadline, P, P.down)
+                add_to_residual(base, place, x, my_rows, start, count, tag, P, P.down)
+                barrier()
+                unit += 1
+    last = epoch + P.layers
+    # Program 0 has waited for all others in every layer, so all have read what changes here.
+    if pid == 0:  # noqa: SIM102 - with `and` every program would load the flag
+        if gl.load(flag, volatile=True) == 0:
+            gl.store(state, last + 1)
+            BATCH: gl.constexpr = P.batch
+            for n in gl.static_range(BATCH):
+                gl.store(lengths + n, gl.minimum(gl.load(lengths + n) + 1, max_length))
+    if P.batch <= 2:
+        _head_of_few(base, head, logits, gain, x, last & 255, flag, deadline, P)
+    else:
+        _head(base, head, logits, gain, x, last & 255, flag, deadline, P)
+
+
+@gluon.jit(do_not_specialize=("timeout", "slots", "max_length"))
+def decode_step_kernel(
+    tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits,
+    x, y, qkv, parts, parts_m, attended, attended_m, hidden, table, timeout, slots, max_length, P: gl.constexpr,
+):  # fmt: skip
+    """One token for each sequence.
+
+    Args:
+        tokens: Token ids, int64 ``[batch]``.
+        lengths: Tokens of each sequence so far, int64 ``[batch]``; incremented, up to ``max_length``.
+        state: int32: epoch, error flag.
+        caches: Addresses of each layer's keys and values, int64 ``[layers, 2]``.
+        cos: float32 ``[positions, head_size]``.
+        sin: As ``cos``; the first half of a head has the opposite sign.
+        embedding: bfloat16 ``[vocab, d_model]``.
+        weights: Packed layers, int32.
+        norms: bfloat16 ``[2 layers + 1, d_model]``: attention's, the MLP's, ..., the last one.
+        head: bfloat16 ``[vocab, d_model]``.
+        logits: ``[batch, vocab]``, bfloat16 or float32.
+        x: Words ``[batch, d_model]``, int32.
+        y: The same after attention.
+        qkv: Words ``[batch, heads + 2 kv_heads, head_size]``.
+        parts: Pairs ``[splits, batch, heads, head_size]``, int64.
+        parts_m: Their maxima and sums, pairs ``[splits, batch, heads, 2]``, int64.
+        attended: Words ``[direct_parts, batch, heads, head_size]``, int32.
+        attended_m: As ``parts_m``, ``[direct_parts, batch, heads, 2]``.
+        hidden: Words ``[batch, d_ffn]``.
+        table: The schedule, int32 ``[programs, units + 1, 4]``.
+        timeout: Nanoseconds after which a step gives up.
+        slots: Tokens that a cache has room for.
+        max_length: Tokens that a sequence can have; at most ``slots``.
+        P: The plan.
+    """
+    if gl.load(state + 1) == 0:
+        _step(tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits,
+              x, y, qkv, parts, parts_m, attended, attended_m, hidden, table, timeout, slots, max_length,
+              P)  # fmt: skip

@@ -1,0 +1,236 @@
+"""The host's side of the decode step: buffers, launch, CUDA graph, deadline and recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sbn_kernels.decode.step.plan import SHARED_BYTES, Plan, Shape, refusal
+from sbn_kernels.decode.step.planner import make_plan
+from sbn_kernels.decode.step.schedule import schedule
+from sbn_kernels.decode.step.weights import PackedWeights
+from sbn_kernels.runtime.capability import Needs, UnsupportedError, multiprocessors
+
+NEEDS = Needs("decode step", only=(9, 0), gluon=True)
+_FIRST_EPOCH = 1  # fresh buffers hold zeros, and no word of the first layer may look like a zero
+
+
+class StepUnavailableError(UnsupportedError):
+    """The device cannot run the kernel; the message says why."""
+
+
+class StepTimeoutError(RuntimeError):
+    """A step waited longer than its deadline. The results of the step are wrong; the device is not harmed."""
+
+
+def supports(shape: Shape, batch: int, device: torch.device, activation_bits: int | None = 8) -> str | None:
+    """Why the decode step cannot compute a model on a device.
+
+    Args:
+        shape: The shape of the model.
+        batch: The number of sequences.
+        device: The device that holds the model.
+        activation_bits: The activation bits of the model's ternary layers.
+
+    Returns:
+        The reason in one line, or None if the step can compute the model.
+    """
+    reason = refusal(shape, batch, activation_bits)
+    if reason is not None:
+        return reason
+    if device.type != "cuda":
+        return f"needs a model on a CUDA GPU, not on the {device.type.upper()}"
+    index = _index(device) if torch.cuda.is_available() else None
+    reason = NEEDS.missing(index)
+    if index is None or reason is not None:
+        return reason
+    try:
+        make_plan(shape, batch, multiprocessors(index))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+class DecodeStep:
+    """Adds one token to each of ``batch`` sequences, from the embedding to the logits, with one kernel.
+
+    The caller owns the caches and fills them for the prompts. ``lengths`` has the number of tokens of each row. A step
+    writes the keys and values of the next token behind the tokens of the row, and adds one to ``lengths``. A row of
+    ``max_length`` tokens does not grow: its last token is replaced.
+
+    The programs of the grid wait for each other, so the launch is cooperative: the device runs all programs at the same
+    time or refuses the launch. Every wait has a deadline. A step that passes the deadline ends, sets an error flag, and
+    leaves wrong results; :meth:`check` reads the flag.
+
+    Args:
+        weights: The packed weights of the model.
+        caches: The keys and values of each layer, bfloat16 ``[batch, kv_heads, slots, head_size]``, contiguous. Their
+            addresses must not change.
+        max_length: The number of tokens that a row can have; at most ``slots`` and the positions of the rotary tables.
+        lengths: The number of tokens of each row, int64 ``[batch]`` on the device, shared with the caller; zeros if not
+            given.
+        logits_dtype: The dtype of the logits: ``torch.bfloat16``, as the model under autocast, or ``torch.float32``.
+        programs: The number of programs of the grid; one for each multiprocessor if not given.
+        timeout: The deadline of a step in seconds.
+        cuda_graph: Whether to replay the launch from a CUDA graph.
+
+    Attributes:
+        tokens: The token ids that a step reads, int64 ``[batch]``. :meth:`step` copies its argument here.
+        logits: The logits that a step writes, ``[batch, vocab]``.
+        lengths: The number of tokens of each row, int64 ``[batch]``.
+        plan: The plan of the kernel.
+
+    Raises:
+        StepUnavailableError: If the device cannot run the kernel, or refuses to run all programs at the same time.
+        ValueError: If the caches do not fit the model.
+    """
+
+    def __init__(
+        self,
+        weights: PackedWeights,
+        caches: Sequence[tuple[Tensor, Tensor]],
+        max_length: int,
+        *,
+        lengths: Tensor | None = None,
+        logits_dtype: torch.dtype = torch.bfloat16,
+        programs: int | None = None,
+        timeout: float = 2.0,
+        cuda_graph: bool = True,
+    ) -> None:
+        shape, device = weights.shape, weights.words.device
+        self.batch = batch = caches[0][0].shape[0]
+        reason = supports(shape, batch, device)
+        if reason is not None:
+            raise StepUnavailableError(f"{NEEDS.op}: {reason}")
+        self.weights, self.caches, self.max_length, self.device = weights, list(caches), max_length, device
+        self.slots = self._check_caches()
+        count = multiprocessors(_index(device)) if programs is None else programs
+        self.plan: Plan = make_plan(shape, batch, count, SHARED_BYTES)
+        self.timeout = timeout
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device) if lengths is None else lengths
+        self.logits = torch.zeros(batch, shape.vocab, dtype=logits_dtype, device=device)
+        self._make_buffers()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        with torch.cuda.device(device):
+            self._try_launch()
+            if cuda_graph:
+                self._capture()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Adds a token to each row.
+
+        The call does not wait for the device. Call :meth:`check` before the results are used. A step after a failed
+        step does nothing.
+
+        Args:
+            tokens: The token ids, int64 ``[batch]``. Passing :attr:`tokens` itself saves a copy.
+
+        Returns:
+            The logits of the token after these, ``[batch, vocab]``. The next step overwrites them.
+        """
+        if tokens.data_ptr() != self.tokens.data_ptr():
+            self.tokens.copy_(tokens)
+        if self._graph is None:
+            with torch.cuda.device(self.device):
+                self._launch()
+        else:
+            self._graph.replay()
+        return self.logits
+
+    def check(self) -> None:
+        """Waits for the device and checks that no step failed.
+
+        Raises:
+            StepTimeoutError: If a step since the last :meth:`recover` has passed its deadline.
+        """
+        if int(self._state[1]):
+            raise StepTimeoutError(
+                f"a decode step waited longer than timeout={self.timeout} seconds for its own programs. Its logits and "
+                "cache entries are wrong: call recover(), set lengths, and repeat the step"
+            )
+
+    def recover(self) -> None:
+        """Makes the next step independent of a failed step. The caller sets ``lengths`` again."""
+        for buffer in (
+            self._x,
+            self._y,
+            self._qkv,
+            self._parts,
+            self._parts_m,
+            self._attended,
+            self._attended_m,
+            self._hidden,
+            self._state,
+        ):
+            buffer.zero_()
+        self._state[0] = _FIRST_EPOCH
+
+    def _check_caches(self) -> int:
+        s = self.weights.shape
+        slots = self.caches[0][0].shape[2]
+        if len(self.caches) != s.layers:
+            raise ValueError(f"there are caches for {len(self.caches)} layers, the model has {s.layers}")
+        for tensor in (tensor for pair in self.caches for tensor in pair):
+            if tuple(tensor.shape) != (self.batch, s.kv_heads, slots, s.head_size):
+                raise ValueError(f"a cache is {list(tensor.shape)}, not [batch, kv_heads, slots, head_size]")
+            if tensor.dtype != torch.bfloat16 or not tensor.is_contiguous():
+                raise ValueError(f"a cache is {tensor.dtype}, strides {tensor.stride()}: need bfloat16, contiguous")
+        positions = self.weights.cos.shape[0]
+        if not 1 <= self.max_length <= min(slots, positions):
+            raise ValueError(f"max_length={self.max_length} is outside 1 to {min(slots, positions)}")
+        return slots
+
+    def _make_buffers(self) -> None:
+        p = self.plan
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*size, dtype=dtype, device=self.device)
+
+        self._x, self._y = zeros(p.batch, p.d_model), zeros(p.batch, p.d_model)
+        self._qkv, self._hidden = zeros(p.batch, p.qkv_heads, p.head_size), zeros(p.batch, p.d_ffn)
+        self._parts = zeros(p.splits, p.batch, p.heads, p.head_size, dtype=torch.int64)
+        self._parts_m = zeros(p.splits, p.batch, p.heads, 2, dtype=torch.int64)
+        self._attended = zeros(p.direct_parts, p.batch, p.heads, p.head_size)
+        self._attended_m = zeros(p.direct_parts, p.batch, p.heads, 2, dtype=torch.int64)
+        self._state = zeros(2)
+        self._state[0] = _FIRST_EPOCH
+        addresses = [[keys.data_ptr(), values.data_ptr()] for keys, values in self.caches]
+        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=self.device)
+        self._table = torch.tensor(schedule(p), dtype=torch.int32, device=self.device)
+
+    def _launch(self) -> None:
+        from sbn_kernels.decode.step.kernel import decode_step_kernel
+
+        w = self.weights
+        decode_step_kernel[(self.plan.programs,)](
+            self.tokens, self.lengths, self._state, self._addresses, w.cos, w.sin, w.embedding, w.words, w.norms,
+            w.head, self.logits, self._x, self._y, self._qkv, self._parts, self._parts_m, self._attended,
+            self._attended_m, self._hidden, self._table,
+            int(self.timeout * 1e9), self.slots, self.max_length, self.plan,
+            num_warps=self.plan.warps, maxnreg=255, enable_fp_fusion=False, launch_cooperative_grid=True,
+        )  # fmt: skip
+
+    def _try_launch(self) -> None:
+        """Compiles and launches the kernel with the error flag set, so that it does nothing."""
+        self._state[1] = 1
+        try:
+            self._launch()
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise StepUnavailableError(
+                f"the device does not run {self.plan.programs} programs of the decode step at the same time: {error}"
+            ) from error
+        self._state[1] = 0
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._launch()
+        self._graph = graph

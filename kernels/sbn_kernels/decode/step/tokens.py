@@ -1,0 +1,346 @@
+"""Inline PTX that reads a token's vector as it arrives, normalises and quantises it into shared memory.
+
+Every multiprocessor does this for every vector that it needs, although the others do the same: reading 6 KB and
+quantising it takes less time than one more hand-over. ``warps_per_token`` warps work on a token: 8 where there is one
+token, 1 where there are eight. A thread holds *chunks* of four neighbouring values.
+
+The arithmetic is that of the model under bfloat16 autocast. RMSNorm: ``n = bf16(weight * (rstd * x))``, sums in
+float32. Quantisation: ``s = max(max|n|, 1e-5) / 127`` and ``round(n / s)`` with IEEE division, halves to even. One
+reduction serves both: ``max|n|`` is taken to be ``bf16(rstd * max|weight * x|)``. Rounding is monotonic, so this is the
+maximum itself, except where a boundary of bfloat16 lies within a last bit of float32 of it (one vector in about 10^4).
+
+Registers of the PTX below: ``x{c}_k`` value k of chunk c, ``g{c}_k`` two weights of the norm, ``am`` the bits of the
+largest magnitude, ``ss`` the sum of squares, ``s`` the scale, ``ns`` its negative, ``inv`` its reciprocal, ``total``
+the sum of this thread's codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from triton.experimental import gluon
+
+from sbn_kernels.decode.step.plan import Plan
+from sbn_kernels.decode.step.ptx import (
+    BF16_HIGH,
+    VALUE,
+    add_across,
+    assembly,
+    exact_quotient,
+    f32,
+    helper,
+    poll_pairs,
+    poll_words,
+)
+
+_KEPT = 40  # chunks that a thread keeps in registers; a longer vector is read twice, the second time from L2
+_AT_ONCE = 16  # chunks that a thread polls together
+_PARTS_AT_ONCE = 6  # the same for the two parts of attention
+
+
+@helper
+def _threads(p: Plan) -> list[str]:
+    """tid, warp, lane, the token of this thread, and its number ``lt`` among the token's threads."""
+    wpt = p.warps_per_token
+    return [
+        ".reg .u32 tid, warp, lane, token, lt; .reg .pred act;",
+        "mov.u32 tid, %tid.x; shr.u32 warp, tid, 5; and.b32 lane, tid, 31;",
+        f"shr.u32 token, warp, {wpt.bit_length() - 1}; and.b32 lt, tid, {32 * wpt - 1};",
+        f"setp.lt.u32 act, token, {p.batch};",
+        ".reg .b32 am, mb, q0, q1, q2, q3, h0, h1, total; .reg .f32 ss, q, e;",
+        ".reg .u32 xw; .reg .u64 src; .reg .pred in;",
+        "mov.b32 am, 0; mov.b32 total, 0; mov.f32 ss, 0f00000000;",
+    ]
+
+
+@helper
+def _chunks(p: Plan, values: int) -> tuple[list[str], list[str | None]]:
+    """PTX that sets the predicates of a thread's chunks, and the predicates (None: always)."""
+    step = 128 * p.warps_per_token
+    lines: list[str] = []
+    predicates: list[str | None] = []
+    for c in range(-(-values // step)):
+        if values >= step * (c + 1):
+            predicates.append(None if p.batch == p.batch_slots else "act")
+        else:
+            lines.append(f".reg .pred in{c}; setp.lt.and.u32 in{c}, lt, {(values - step * c) // 4}, act;")
+            predicates.append(f"in{c}")
+    return lines, predicates
+
+
+@helper
+def _norm_weights(p: Plan, gains: Sequence[str], count: int) -> list[str]:
+    """The norm's weights of every chunk, two bfloat16 a register."""
+    lines = [".reg .b32 gb; .reg .f32 gl, t0, t1;"]
+    for c in range(count):
+        lines += [f".reg .b32 g{c}_<2>; mov.b32 g{c}_0, {gains[2 * c]}; mov.b32 g{c}_1, {gains[2 * c + 1]};"]
+    return lines
+
+
+@gluon.constexpr_function
+def load_norm(p):
+    """PTX: weights of a norm -> this thread's, two registers a chunk; zeros beyond the vector.
+
+    Loaded a phase ahead of their use: they come from memory, and a thread's loads may return in order, so a poll behind
+    them would wait for them.
+    """
+
+    def asm(outs, ins):
+        (regs,) = outs
+        ((norm,),) = ins
+        inside, predicates = _chunks(p, p.d_model)
+        lines = ["{", *_threads(p), *inside, ".reg .u64 ga;", f"mad.wide.u32 ga, lt, 8, {norm};"]
+        lines += [f"mov.b32 {r}, 0;" for r in regs]
+        for c, predicate in enumerate(predicates):
+            on = f"@{predicate} " if predicate else ""
+            where = 256 * p.warps_per_token * c
+            lines += [f"{on}ld.global.nc.v2.b32 {{{regs[2 * c]}, {regs[2 * c + 1]}}}, [ga+{where}];"]
+        return "\n".join([*lines, "}"])
+
+    return assembly(asm)
+
+
+@helper
+def _half(target: str, pair: str, k: int) -> str:
+    """bfloat16 number ``k`` of the register ``pair`` as float32."""
+    return f"{f'shl.b32 gb, {pair}, 16;' if k == 0 else f'and.b32 gb, {pair}, {BF16_HIGH};'} mov.b32 {target}, gb;"
+
+
+@helper
+def _largest(at: int, norm: bool) -> list[str]:
+    """Updates ``am``, and with a norm ``ss``, with a chunk's values."""
+    lines = []
+    for k in range(4):
+        x = f"x{at}_{k}"
+        if norm:
+            lines += [_half("gl", f"g{at}_{k // 2}", k % 2)]
+            lines += [f"fma.rn.f32 ss, {x}, {x}, ss; mul.rn.f32 t0, {x}, gl; mov.b32 mb, t0;"]
+        else:
+            lines += [f"mov.b32 mb, {x};"]
+        lines += ["and.b32 mb, mb, 0x7fffffff; max.u32 am, am, mb;"]
+    return lines
+
+
+@helper
+def _reduce(p: Plan, red: str, square_sum: bool) -> list[str]:
+    """Maximum of ``am`` and sum of ``ss`` over the warps of a token, with one barrier."""
+    wpt = p.warps_per_token
+    lines = [".reg .u32 ra, rl; .reg .f32 rs; .reg .b32 rb; .reg .pred first;"]
+    lines += ["redux.sync.max.u32 am, am, 0xffffffff; setp.eq.u32 first, lane, 0;"]
+    if square_sum:
+        lines += add_across("ss", "rs", (16, 8, 4, 2, 1))
+    if wpt == 1:
+        return lines
+    lines += [f"mad.lo.u32 ra, warp, 8, {red}; mov.b32 rb, ss; @first st.shared.v2.b32 [ra], {{am, rb}}; bar.sync 0;"]
+    lines += [f"and.b32 rl, lane, {wpt - 1}; mad.lo.u32 rl, token, {wpt}, rl; mad.lo.u32 ra, rl, 8, {red};"]
+    lines += ["ld.shared.v2.b32 {am, rb}, [ra]; redux.sync.max.u32 am, am, 0xffffffff;"]
+    if square_sum:
+        lines += ["mov.b32 ss, rb;", *add_across("ss", "rs", [d for d in (4, 2, 1) if d < wpt])]
+    return lines
+
+
+@helper
+def _rstd(p: Plan, values: int) -> list[str]:
+    return [
+        ".reg .f32 rstd;",
+        f"fma.rn.f32 ss, ss, {f32(1.0 / values)}, {f32(p.eps)}; rsqrt.approx.f32 rstd, ss;",
+    ]
+
+
+@helper
+def _scale(norm: bool) -> list[str]:
+    """am -> the scale, its negative and its reciprocal."""
+    lines = [".reg .f32 s, ns, inv, top;", "mov.b32 top, am;"]
+    if norm:
+        lines += [f"mul.rn.f32 top, top, rstd; cvt.rn.bf16x2.f32 am, top, top; and.b32 am, am, {BF16_HIGH};"]
+    # Compared as bits, where a NaN is the largest.
+    lines += ["max.u32 am, am, 0x3727C5AC; mov.b32 top, am;"]
+    lines += exact_quotient("s", "top", f32(-127.0), f32(1 / 127), "inv")
+    return [*lines, "rcp.rn.f32 inv, s; neg.f32 ns, s;"]
+
+
+@helper
+def _normalise(at: int) -> list[str]:
+    """A chunk's values -> four bfloat16 results in ``h0`` and ``h1``."""
+    lines = []
+    for k in range(4):
+        t = f"t{k % 2}"
+        lines += [_half("gl", f"g{at}_{k // 2}", k % 2)]
+        lines += [f"mul.rn.f32 {t}, x{at}_{k}, rstd; mul.rn.f32 {t}, {t}, gl;"]
+        if k % 2:
+            lines += [f"cvt.rn.bf16x2.f32 h{k // 2}, t1, t0;"]
+    return lines
+
+
+@helper
+def _store_codes(p: Plan, c: int, at: int, values: int, norm: bool) -> list[str]:
+    """Quantises chunk ``c``, in the registers number ``at``, into a word of shared memory at ``xw``."""
+    step = 128 * p.warps_per_token
+    lines = []
+    if norm:
+        lines += [*_normalise(at), *(_half(f"x{at}_{k}", f"h{k // 2}", k % 2) for k in range(4))]
+    for k in range(4):
+        lines += exact_quotient("q", f"x{at}_{k}", "ns", "inv", "e")
+        if norm:  # the scale may be one rounding below the largest value
+            lines += [f"min.f32 q, q, {f32(127.0)}; max.f32 q, q, {f32(-128.0)};"]
+        lines += [f"add.rn.f32 q, q, {f32(12582912.0)}; mov.b32 q{k}, q;"]  # 1.5 * 2^23: the low byte is the code
+    lines += ["prmt.b32 q0, q0, q1, 0x0040; prmt.b32 q2, q2, q3, 0x0040; prmt.b32 q0, q0, q2, 0x5410;"]
+    lines += ["dp4a.s32.s32 total, q0, 0x01010101, total;"]
+    left = -(-values // 128) * 128 - step * c
+    if left >= step:
+        return [*lines, f"st.shared.b32 [xw+{step * c}], q0;"]
+    # Beyond the vector the values are zero, and so are the codes that fill up the last 128.
+    return [*lines, f"setp.lt.u32 in, lt, {left // 4}; @in st.shared.b32 [xw+{step * c}], q0;"]
+
+
+@helper
+def _finish_codes(red: str) -> list[str]:
+    """Sums of codes by warp, scales by token, and the barrier after which all of it can be read."""
+    return [
+        "redux.sync.add.s32 total, total, 0xffffffff;",
+        f"mad.lo.u32 ra, warp, 4, {red}; @first st.shared.b32 [ra+64], total;",
+        f"setp.eq.u32 in, lt, 0; mad.lo.u32 ra, token, 4, {red}; @in st.shared.f32 [ra+96], s;",
+        "bar.sync 0;",
+    ]
+
+
+@helper
+def _read(
+    p: Plan, chunks: Sequence[int], kept: bool, predicates: Sequence[str | None], wait: Sequence[str]
+) -> list[str]:
+    """Polls the words of some chunks; their values are then in ``x{at}_k``, at = c, or c % _AT_ONCE if not kept."""
+    at = {c: c if kept else c % _AT_ONCE for c in chunks}
+    groups = [
+        (f"src+{512 * p.warps_per_token * c}", predicates[c], [f"w{at[c]}_{k}" for k in range(4)]) for c in chunks
+    ]
+    lines = ["{", *poll_words(groups, *wait, p.missing_only)]
+    for c in chunks:
+        lines += [f"and.b32 w{at[c]}_{k}, w{at[c]}_{k}, {VALUE}; mov.b32 x{at[c]}_{k}, w{at[c]}_{k};" for k in range(4)]
+    return [*lines, "}"]
+
+
+@gluon.constexpr_function
+def quantize_words(p, values, norm):
+    """PTX: words, tag, xq, red, flag, deadline, weights of the norm if any -> codes, their sums, scales."""
+
+    def asm(outs, ins):
+        (words,), (tag,), (xq,), (red,), (flag,), (deadline,) = ins[:6]
+        wait = (tag, flag, deadline)
+        inside, predicates = _chunks(p, values)
+        count = len(predicates)
+        kept = norm or count <= _KEPT
+        lines = ["{", *_threads(p), *inside]
+        lines += [f"mad.lo.u32 xw, token, {p.x_stride(values)}, {xq}; mad.lo.u32 xw, lt, 4, xw;"]
+        lines += [f"mad.wide.u32 src, token, {4 * values}, {words}; mad.wide.u32 src, lt, 16, src;"]
+        lines += [f".reg .b32 w{c}_<4>; .reg .f32 x{c}_<4>;" for c in range(count if kept else _AT_ONCE)]
+        if norm:
+            lines += _norm_weights(p, ins[6], count)
+        else:
+            lines += [".reg .b32 gb;"]
+        batches = [range(c, min(c + _AT_ONCE, count)) for c in range(0, count, _AT_ONCE)]
+        for batch in batches:
+            lines += _read(p, batch, kept, predicates, wait)
+            for c in batch:
+                lines += _largest(c if kept else c % _AT_ONCE, norm)
+        lines += _reduce(p, red, norm)
+        if norm:
+            lines += _rstd(p, values)
+        lines += _scale(norm)
+        for batch in batches:
+            if not kept:
+                lines += _read(p, batch, kept, predicates, wait)
+            for c in batch:
+                lines += _store_codes(p, c, c if kept else c % _AT_ONCE, values, norm)
+        return "\n".join([*lines, *_finish_codes(red), "}"])
+
+    return assembly(asm)
+
+
+@gluon.constexpr_function
+def quantize_attention(p):
+    """PTX: words and statistics of two parts, epoch, xq, red, flag, deadline -> as :func:`quantize_words`.
+
+    A part is a result ``o`` with the maximum ``m`` and the sum ``l`` of its exponentials (base 2). The whole is
+    ``sum 2^(m - M) l o / sum 2^(m - M) l``, rounded to bfloat16.
+    """
+
+    def asm(outs, ins):
+        (words,), (statistics,), (epoch,), (xq,), (red,), (flag,), (deadline,) = ins
+        values, wpt = p.d_attention, p.warps_per_token
+        inside, predicates = _chunks(p, values)
+        lines = ["{", *_threads(p), *inside, ".reg .b32 gb, tag; .reg .u32 hd;", f"and.b32 tag, {epoch}, 255;"]
+        lines += [f"mad.lo.u32 xw, token, {p.x_stride(values)}, {xq}; mad.lo.u32 xw, lt, 4, xw;"]
+        lines += [f"mad.wide.u32 src, token, {4 * values}, {words}; mad.wide.u32 src, lt, 16, src;"]
+        lines += [f".reg .f32 x{c}_<4>;" for c in range(len(predicates))]
+        lines += [".reg .f32 M, L, w0, w1, o; .reg .pred all; setp.eq.u32 all, tid, tid;"]
+        for start in range(0, len(predicates), _PARTS_AT_ONCE):
+            batch = range(start, min(start + _PARTS_AT_ONCE, len(predicates)))
+            lines += ["{"]
+            groups, pairs = [], []
+            for c in batch:
+                on = predicates[c] or "all"
+                lines += [f".reg .u64 st{c}; add.u32 hd, lt, {32 * wpt * c};"]
+                lines += [
+                    f"shr.u32 hd, hd, {(p.head_size // 4).bit_length() - 1}; mad.lo.u32 hd, token, {p.heads}, hd;"
+                ]
+                lines += [f"mad.wide.u32 st{c}, hd, 16, {statistics};"]
+                for i in range(2):
+                    lines += [f".reg .b32 w{c}_{i}_<4>, m{c}_{i}_<4>; mov.b32 m{c}_{i}_0, 0; mov.b32 m{c}_{i}_2, 0;"]
+                    where = 4 * p.batch * values * i + 512 * wpt * c
+                    groups.append((f"src+{where}", on, [f"w{c}_{i}_{k}" for k in range(4)]))
+                    where = 16 * p.batch * p.heads * i
+                    pairs.append((f"st{c}+{where}", on, [f"m{c}_{i}_{k}" for k in range(4)]))
+            lines += poll_words(groups, "tag", flag, deadline) + poll_pairs(pairs, epoch, flag, deadline)
+            for c in batch:
+                lines += [f"mov.b32 w0, m{c}_0_0; mov.b32 w1, m{c}_1_0; max.f32 M, w0, w1;"]
+                lines += ["sub.f32 w0, w0, M; ex2.approx.f32 w0, w0; sub.f32 w1, w1, M; ex2.approx.f32 w1, w1;"]
+                lines += [f"mov.b32 M, m{c}_0_2; mul.f32 w0, w0, M; mov.b32 M, m{c}_1_2; mul.f32 w1, w1, M;"]
+                # A thread without a chunk has L = 0; it must not make a NaN of it.
+                lines += [f"add.f32 L, w0, w1; max.f32 L, L, {f32(1e-30)}; rcp.approx.f32 L, L;"]
+                lines += ["mul.f32 w0, w0, L; mul.f32 w1, w1, L;"]
+                for k in range(4):
+                    lines += [f"and.b32 w{c}_{i}_{k}, w{c}_{i}_{k}, {VALUE};" for i in range(2)]
+                    lines += [f"mov.b32 o, w{c}_0_{k}; mul.f32 x{c}_{k}, w0, o;"]
+                    lines += [f"mov.b32 o, w{c}_1_{k}; fma.rn.f32 x{c}_{k}, w1, o, x{c}_{k};"]
+                for k in (0, 2):
+                    lines += [f"cvt.rn.bf16x2.f32 h0, x{c}_{k + 1}, x{c}_{k};"]
+                    lines += [_half(f"x{c}_{k}", "h0", 0), _half(f"x{c}_{k + 1}", "h0", 1)]
+            lines += ["}"]
+        for c in range(len(predicates)):
+            lines += _largest(c, False)
+        lines += _reduce(p, red, False) + _scale(False)
+        for c in range(len(predicates)):
+            lines += _store_codes(p, c, c, values, False)
+        return "\n".join([*lines, *_finish_codes(red), "}"])
+
+    return assembly(asm)
+
+
+@gluon.constexpr_function
+def normalize_words(p):
+    """PTX: words, tag, target, red, flag, deadline, weights of the norm -> the final norm in bfloat16, see Plan."""
+
+    def asm(outs, ins):
+        (words,), (tag,), (target,), (red,), (flag,), (deadline,), gains = ins
+        values, step = p.d_model, 256 * p.warps_per_token
+        inside, predicates = _chunks(p, values)
+        lines = ["{", *_threads(p), *inside]
+        lines += [f"mad.lo.u32 xw, token, {p.head_stride}, {target}; mad.lo.u32 xw, lt, 8, xw;"]
+        lines += [f"mad.wide.u32 src, token, {4 * values}, {words}; mad.wide.u32 src, lt, 16, src;"]
+        lines += [f".reg .b32 w{c}_<4>; .reg .f32 x{c}_<4>;" for c in range(len(predicates))]
+        lines += _norm_weights(p, gains, len(predicates))
+        lines += _read(p, range(len(predicates)), True, predicates, (tag, flag, deadline))
+        for c in range(len(predicates)):
+            lines += _largest(c, True)
+        lines += _reduce(p, red, True) + _rstd(p, values)
+        for c in range(len(predicates)):
+            lines += _normalise(c)
+            left = 2 * p.head_columns - step * c  # beyond d_model there are zeros, up to a multiple of 128 columns
+            on = ""
+            if left < step:
+                lines += [f"setp.lt.u32 in, lt, {left // 8};"]
+                on = "@in "
+            lines += [f"{on}st.shared.v2.b32 [xw+{step * c}], {{h0, h1}};"]
+        return "\n".join([*lines, "bar.sync 0;", "}"])
+
+    return assembly(asm)

@@ -1,0 +1,119 @@
+"""The persistent decode step for a model of ours: why a model cannot use it, its tensors, and the step on its caches.
+
+The kernel (:mod:`sbn_kernels.decode.step`) takes plain tensors and knows no modules. Here is what knows both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.transformer import TernaryTransformer
+
+if TYPE_CHECKING:
+    from sbn_kernels.decode.step import DecodeStep, Layer, Shape, Ternary, Weights
+
+
+def shape_of(config: TransformerConfig) -> Shape:
+    """The shape of a model, as the kernel wants it."""
+    from sbn_kernels.decode.step import Shape
+
+    return Shape(
+        config.n_layers,
+        config.d_model,
+        config.d_ffn,
+        config.n_heads,
+        config.n_kv_heads,
+        config.head_size,
+        config.vocab_size,
+        config.norm_eps,
+    )
+
+
+def refusal(model: TernaryTransformer, batch_size: int) -> str | None:
+    """Why the persistent step cannot continue ``batch_size`` sequences of a model, in one line; None: it can."""
+    from sbn_kernels.decode.step import supports
+
+    config = model.config
+    if config.linear != "ternary":
+        return f"needs ternary layers, not linear={config.linear!r}"
+    return supports(shape_of(config), batch_size, model.embed.weight.device, config.activation_bits)
+
+
+def _ternary(layer: Any) -> Ternary:
+    """The codes and scales of a layer with latent weights, or of a layer that was loaded packed."""
+    from sbn_kernels.decode.step import Ternary
+
+    if hasattr(layer, "prepare"):
+        layer.prepare()
+        return Ternary(layer._prepared.codes, layer._prepared.row_scale, layer.bias)
+    return Ternary(layer.codes, layer.row_scale, layer.bias)
+
+
+def _layers(model: TernaryTransformer) -> Iterator[Layer]:
+    from sbn_kernels.decode.step import Layer
+
+    for block in model.blocks:
+        yield Layer(
+            block.attention_norm.weight,
+            _ternary(block.attention.qkv),
+            _ternary(block.attention.o),
+            block.mlp_norm.weight,
+            _ternary(block.mlp.gate_up),
+            _ternary(block.mlp.down),
+        )
+
+
+@torch.no_grad()
+def gather_weights(model: TernaryTransformer) -> Weights:
+    """Collects the tensors of a model with ternary layers; the layers are prepared one by one as they are read."""
+    from sbn_kernels.decode.step import Weights
+
+    return Weights(
+        shape_of(model.config),
+        _layers(model),
+        model.norm.weight,
+        model.embed.weight,
+        model.lm_head.weight,
+        model.cos,
+        model.sin,
+    )
+
+
+def persistent_step(
+    model: TernaryTransformer,
+    caches: Sequence[tuple[Tensor, Tensor]],
+    max_length: int,
+    lengths: Tensor,
+    *,
+    cuda_graph: bool,
+) -> DecodeStep:
+    """Packs a model's weights and makes the step on a decoder's caches.
+
+    Args:
+        model: The model. Changes of its weights after this call do not reach the step.
+        caches: The keys and values of each layer, ``[B, K, slots, E]``.
+        max_length: The number of tokens that a sequence can have.
+        lengths: The number of tokens of each sequence, int64 ``[B]``. The step counts up in place.
+        cuda_graph: Whether the step replays a CUDA graph.
+
+    Raises:
+        ConfigError: If the model computes in another dtype than bfloat16, or the device refuses the launch.
+    """
+    from sbn_kernels.decode.step import DecodeStep, StepUnavailableError, pack
+
+    dtype = caches[0][0].dtype
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f'step="persistent" computes in bfloat16, and this model\'s keys and values are {dtype}: cast the model to '
+            'bfloat16, or use step="graph"'
+        )
+    try:
+        return DecodeStep(pack(gather_weights(model)), caches, max_length, lengths=lengths, cuda_graph=cuda_graph)
+    except StepUnavailableError as error:
+        raise ConfigError(f'step="persistent" cannot be used: {error}; use step="graph"') from error

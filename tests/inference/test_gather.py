@@ -1,0 +1,101 @@
+"""The reference of the persistent step on a model's tensors, against the model's own decoder; and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sbn_kernels.decode.step import reference
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.formats.assemble import cast_model
+from sbn_lightning.inference import Decoder, generate
+from sbn_lightning.inference.gather import gather_weights, persistent_step, refusal
+from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.transformer import TernaryTransformer
+
+CASES = {"biases, tied, 2:4": {"qkv_bias": True, "pattern": "2:4"}, "untied, 6:8": {"tie_embeddings": False}}
+SHAPE = {"vocab_size": 512, "d_model": 256, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_ffn": 512}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_continues_as_the_decoder_does(name: str) -> None:
+    torch.manual_seed(0)
+    config = TransformerConfig(**SHAPE, max_sequence_length=64, init_std=0.08, **CASES[name])
+    model = TernaryTransformer(config)
+    for block in model.blocks:
+        if block.attention.qkv.bias is not None:
+            block.attention.qkv.bias.data.normal_(0, 0.1)
+    cast_model(model, torch.bfloat16)
+    decoder = Decoder(model.eval().requires_grad_(False), 2, 32)
+    tokens = decoder.prefill([[1, 2, 3, 4, 5], [7, 8, 9]]).argmax(-1)
+    weights = gather_weights(model)
+    layers = list(weights.layers)
+    lengths = decoder.lengths.clone()
+    caches = [(layer.keys.clone(), layer.values.clone()) for layer in decoder._layers]
+    for _ in range(10):
+        expected = decoder.step(tokens).float()
+        logits = reference.decode_step(weights, layers, tokens, lengths, caches)
+        # The decoder rounds the SwiGLU's result to bfloat16, which moves some of the integers after it.
+        assert float((logits - expected).norm() / expected.norm()) < 0.05
+        # Its most likely token is the decoder's, or as good as that.
+        chosen = expected.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
+        assert bool((expected.max(-1).values - chosen <= 0.1 * expected.std()).all())
+        lengths, tokens = lengths + 1, expected.argmax(-1)
+    assert torch.equal(caches[0][0], decoder._layers[0].keys)
+
+
+def make(**changes: object) -> TernaryTransformer:
+    return TernaryTransformer(TransformerConfig(**SHAPE, max_sequence_length=64, **changes)).eval()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch", "reason"),
+    [
+        ({}, 1, "needs a model on a CUDA GPU, not on the CPU"),
+        ({}, 9, "takes 1 to 8 sequences, not 9"),
+        ({"linear": "dense"}, 1, "needs ternary layers, not linear='dense'"),
+        ({"activation_bits": 4}, 1, "needs activation_bits=8, not 4"),
+    ],
+    ids=str,
+)
+def test_a_decoder_says_why_it_cannot_use_the_persistent_step(
+    changes: dict[str, object], batch: int, reason: str
+) -> None:
+    model = make(**changes)
+    assert refusal(model, batch) == reason
+    with pytest.raises(ConfigError, match=f'{reason}; use step="graph"'):
+        Decoder(model, batch, 8, step="persistent")
+    with pytest.raises(ConfigError, match=reason):
+        generate(model, [[1]] * batch, decode_step="persistent")
+
+
+def test_other_steps_and_other_dtypes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="step='fast' is none of 'graph', 'persistent'"):
+        Decoder(make(), 1, 8, step="fast")  # type: ignore[arg-type]
+    caches = [(torch.zeros(1, 2, 64, 64),) * 2]
+    with pytest.raises(ConfigError, match=r"keys and values are torch\.float32: cast the model to bfloat16"):
+        persistent_step(make(), caches, 64, torch.zeros(1, dtype=torch.int64), cuda_graph=False)
+    Decoder(make(), 1, 8).check()  # nothing to wait for
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+def test_a_decoder_with_the_persistent_step_gives_the_logits_of_the_graph() -> None:
+    from sbn_lightning.inference.opening import use_backend
+
+    torch.manual_seed(0)
+    model = make(qkv_bias=True, pattern="2:4", init_std=0.08).cuda().requires_grad_(False)
+    cast_model(model, torch.bfloat16)
+    use_backend(model, "sparse", torch.bfloat16)
+    theirs, ours = Decoder(model, 2, 32), Decoder(model, 2, 32, step="persistent")
+    for prompts in ([[1, 2, 3, 4, 5], [7, 8, 9]], [[3], [4, 5]]):  # a decoder may start again
+        tokens = theirs.prefill(prompts).argmax(-1)
+        ours.prefill(prompts)
+        for _ in range(10):
+            expected, logits = theirs.step(tokens).float(), ours.step(tokens).float()
+            ours.check()
+            assert float((logits - expected).norm() / expected.norm()) < 0.05
+            tokens = expected.argmax(-1)
+        assert torch.equal(ours.lengths, theirs.lengths)
+    assert len(generate(model, [[1, 2]], max_new_tokens=20, decode_step="persistent")[0]) == 20
