@@ -41,8 +41,9 @@ class MaskedWeightDecay(RunCallback):
 
     def decay_at(self, trainer: Run) -> float:
         """Return the decay of the optimiser step that comes next."""
-        length = schedule_length(self, trainer, self.total_steps) if self.schedule.needs_length else 1
-        return self.schedule.decay_at(trainer.global_step, length)
+        if not self.schedule.needs_length:
+            return self.decay
+        return self.schedule.decay_at(trainer.global_step, schedule_length(self, trainer, self.total_steps))
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         """Check that the decay can work here."""

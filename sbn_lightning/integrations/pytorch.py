@@ -19,12 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.backends.selection import BACKENDS, BackendName, choose, table
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.candidates import name_matches
 from sbn_lightning.layers.conversion import (
     ConversionReport,
     _switch_fused_inference,
     as_patterns,
     convert_linears,
-    name_matches,
     revert_linears,
 )
 from sbn_lightning.layers.experts import convert_experts, expert_modules, fused_weights, revert_experts, why_not
@@ -105,16 +105,30 @@ def convert_by_name(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -
     """
     for name, options in layers.items():
         layer = model.get_submodule(name)
-        only = nn.Module()  # holds this one layer under its whole name, so that no other layer can match
-        only._modules[name] = layer
+        only = _alone(name, layer)
         given = {key: value for key, value in options.items() if key != "split_sizes"}
         convert_linears(only, include=("*",), exclude=(), **given)
-        if (split_sizes := options.get("split_sizes")) is not None and isinstance(layer, SparseBitLinear):
-            layer.sparsity = replace(layer.sparsity, split_sizes=tuple(split_sizes))
+        sizes = options.get("split_sizes")
+        wanted = None if sizes is None else tuple(sizes)
+        if (
+            isinstance(layer, SparseBitLinear) and layer.split_sizes != wanted
+        ):  # conversion guesses where none are given
+            layer.sparsity = replace(layer.sparsity, split_sizes=wanted)
     _switch_fused_inference(model, on=False)
 
 
 _seed_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
+
+
+def _alone(name: str, layer: nn.Module) -> nn.Module:
+    """Return a module that holds this one layer under its whole name, so that no other layer can match."""
+    *parents, last = name.split(".")
+    root = place = nn.Module()
+    for parent in parents:
+        place._modules[parent] = nn.Module()
+        place = place.get_submodule(parent)
+    place._modules[last] = layer
+    return root
 
 
 def use_kernels(

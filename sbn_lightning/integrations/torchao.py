@@ -21,7 +21,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.integrations.pytorch import convert_by_name
-from sbn_lightning.layers.conversion import name_matches
+from sbn_lightning.layers.candidates import name_matches
 from sbn_lightning.layers.packed import packed_layer
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
@@ -59,7 +59,7 @@ def linear_except(*patterns: str) -> Callable[[nn.Module, str], bool]:
     return wanted
 
 
-@register_quantize_module_handler(TernarySparseConfig)
+@register_quantize_module_handler(TernarySparseConfig)  # type: ignore[untyped-decorator]
 def _transform(module: nn.Module, config: TernarySparseConfig) -> nn.Module:
     if config.step == "convert":
         return packed_layer(module) if isinstance(module, SparseBitLinear) else module

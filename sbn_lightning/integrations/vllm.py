@@ -153,7 +153,7 @@ class SBNLinearMethod(LinearMethodBase):
         in_features, rows = layer.sbn_shape  # type: ignore[misc]
         ternary = PackedTernaryLinear(
             unpack_codes(layer.codes.data, in_features),  # type: ignore[arg-type, union-attr]
-            layer.gamma.data.float(),  # type: ignore[union-attr, operator]
+            layer.gamma.data.float(),  # type: ignore[union-attr, operator, arg-type]
             pattern=self.pattern,
             split_sizes=rows if len(rows) > 1 else None,
             activation_bits=self.activation_bits,

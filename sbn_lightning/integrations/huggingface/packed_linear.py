@@ -20,8 +20,10 @@ from sbn_lightning.formats.huggingface.sbn import pack_codes, unpack_codes
 from sbn_lightning.layers.packed import PackedTernaryLinear
 
 
-class TernaryLinear2Bit(PackedTernaryLinear, nn.Linear):
+class TernaryLinear2Bit(PackedTernaryLinear, nn.Linear):  # type: ignore[misc]  # its bias is a buffer
     """:class:`PackedTernaryLinear` with 2-bit codes in its state dict. Made by :meth:`empty` only."""
+
+    _name: str
 
     @classmethod
     def empty(cls, linear: nn.Module, name: str, options: dict[str, Any]) -> TernaryLinear2Bit:
@@ -43,7 +45,7 @@ class TernaryLinear2Bit(PackedTernaryLinear, nn.Linear):
         layer.__class__ = cls
         assert isinstance(layer, cls)
         layer.codes = torch.empty(out_features, -(-in_features // 4), dtype=torch.uint8, device="meta")
-        layer._name = name
+        vars(layer)["_name"] = name
         layer._is_hf_initialized = True  # type: ignore[assignment]
         return layer
 

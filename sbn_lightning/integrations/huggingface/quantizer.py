@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sbn_lightning.core.errors import ConfigError, DataError
@@ -70,7 +70,7 @@ class SBNConfig(QuantizationConfigMixin):
             raise DataError(f"the folder has version {version} of the format {METHOD!r}; this program reads {VERSION}")
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise ConfigError(f"SBNConfig has no option {unknown[0]!r}; it has {', '.join(OPTIONS)}")
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.pattern, self.activation_bits = str(pattern), activation_bits
         self.include, self.exclude = list(include), list(exclude)
         self.form, self.version = form, version
@@ -192,7 +192,7 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in sparse_layers(model).items():
         if isinstance(layer, TernaryLinear2Bit):
             continue
-        codes, gamma = layer.ternary()  # type: ignore[union-attr]
+        codes, gamma = layer.ternary()  # type: ignore[union-attr, operator]
         for own in [key for key in state if key.startswith(f"{name}.") and key != f"{name}.bias"]:
             del state[own]
         state[f"{name}.codes"], state[f"{name}.gamma"] = pack_codes(codes), gamma.float().clone()
@@ -232,7 +232,7 @@ def save_packed(
             del model.config.quantization_config
         else:
             model.config.quantization_config = saved
-    codes = [layer.ternary()[0] for layer in sparse_layers(model).values()]  # type: ignore[union-attr]
+    codes = [layer.ternary()[0] for layer in sparse_layers(model).values()]  # type: ignore[union-attr, operator]
     facts = {
         "architecture": type(model).__name__,
         "pattern": config.pattern,
