@@ -84,6 +84,15 @@ class MaskTracker:
         self._remember(weight, training, changed)
         return self.changes
 
+    def weight_is_new(self, weight: Tensor, training: bool) -> None:
+        """Takes the weight for changed without comparing, so the host does not wait.
+
+        Args:
+            weight: The parameter of the layer.
+            training: The mode of the layer.
+        """
+        self._remember(weight, training, True)
+
     def is_stale(self, weight: Tensor, training: bool, density: Density) -> bool:
         """Whether the layer must compute the mask anew before it uses the mask.
 

@@ -205,11 +205,12 @@ class MaskedLinear(nn.Linear):
         elif self.hold_mask:  # a compiled graph reads a held mask as it is
             self._sync_mask()
 
-    @torch.no_grad()
     def refresh_mask(self) -> None:
         """Recomputes the mask from the weight as it is now."""
-        self.tracker.look(self._weight(), self.training)
-        self._set_mask(self._fresh_mask())
+        # Everything is made anew, so nobody asks whether the weight has changed: on a GPU the host would wait for the
+        # answer, here or in the next forward.
+        self.tracker.weight_is_new(self._weight(), self.training)
+        self._make_mask()
 
     def keep_mask(self) -> None:
         """Lets the present mask stay with the present weight until the weight changes, as after loading both."""
@@ -274,6 +275,11 @@ class MaskedLinear(nn.Linear):
     def _fresh_mask(self) -> Tensor:
         return self.backend.fresh_mask(self._mask_scores(), self.pattern, self._keep())
 
+    @torch.no_grad()
+    def _make_mask(self) -> None:
+        """Computes the mask from the weight as the tracker last saw it."""
+        self._set_mask(self._fresh_mask())
+
     def _set_mask(self, bits: Tensor) -> None:
         """Takes over a mask that was computed from the weight as the tracker last saw it."""
         if self.mask_bits.is_inference() and not torch.is_inference_mode_enabled():
@@ -299,7 +305,7 @@ class MaskedLinear(nn.Linear):
 
     def _sync_mask(self) -> None:
         if self._mask_is_stale():
-            self.refresh_mask()
+            self._make_mask()
 
     def _gradient_mask(self, mask_bits: Tensor) -> Tensor | None:
         return None if self.regrow and self.gradient == "dense" else unpack_mask(mask_bits, self.in_features)

@@ -107,7 +107,7 @@ class SparseBitLinear(MaskedLinear):
     def prepare(self) -> None:
         stale = self._mask_is_stale()
         if stale and self.sparsity.mask_source != "latent":
-            self.refresh_mask()
+            self._make_mask()
             stale = False
         if not stale and self._prepared_key() == self._prepared_of:
             return

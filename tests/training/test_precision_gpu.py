@@ -205,6 +205,10 @@ def test_the_reference_does_not_synchronise(kind):
     options = {"split_sizes": (100, 92)} if kind is SparseBitLinear else {}
     layer = kind(256, 192, pattern="2:4", **options).cuda()
     x = torch.randn(8, 256, device="cuda", requires_grad=True)
+    # A layer that no optimiser owns waits: it asks the GPU whether somebody has written into its weight.
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(x).sum().backward()
+    optimizer.step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
