@@ -186,7 +186,8 @@ class TernaryLinearFunction(torch.autograd.Function):
             y = float32_mm(quantized.to(dtype), codes.to(dtype).t()) * (scale * row_scale)
         ctx.save_for_backward(quantized, scale, codes, row_scale, gradient_mask)
         ctx.dtype, ctx.x_dtype, ctx.weight_dtype = dtype, x.dtype, weight.dtype
-        return y.to(dtype)
+        # torch 2.11 compiles a function that returns a cast to the same dtype into one without gradients.
+        return y if y.dtype == dtype else y.to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
