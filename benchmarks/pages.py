@@ -113,6 +113,15 @@ ALL = (
         decode,
     ),
     Page(
+        "decode_step",
+        "A decode step as one kernel",
+        "Microseconds of a whole decode step, embedding to logits, as one persistent kernel: "
+        '`Decoder(step="persistent")`. The weights are random, and the choice of a token is not part of the time. '
+        "These rows were measured beside the tests of the kernel, on packed random weights without the model around "
+        "them. BF16 was not measured in the same run, so there is no ratio.",
+        render,
+    ),
+    Page(
         "gradients",
         "One layer, backward",
         "Milliseconds of one layer's backward pass. Exact gradients use bfloat16 products; int8 gradients round the "

@@ -58,6 +58,7 @@ def _ternary(layer: Any) -> Ternary:
 def _layers(model: TernaryTransformer) -> Iterator[Layer]:
     from sbn_kernels.decode.step import Layer
 
+    block: Any
     for block in model.blocks:
         yield Layer(
             block.attention_norm.weight,

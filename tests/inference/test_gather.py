@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sbn_kernels.decode.step import reference
+from sbn_kernels.decode.step import pack, reference
+from sbn_kernels.decode.step.planner import make_plan
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.assemble import cast_model
@@ -42,6 +43,14 @@ def test_the_reference_continues_as_the_decoder_does(name: str) -> None:
         assert bool((expected.max(-1).values - chosen <= 0.1 * expected.std()).all())
         lengths, tokens = lengths + 1, expected.argmax(-1)
     assert torch.equal(caches[0][0], decoder._layers[0].keys)
+
+
+def test_gathered_weights_are_packed() -> None:
+    packed = pack(gather_weights(make(qkv_bias=True)))
+    plan = make_plan(packed.shape, 1, 8)
+    assert packed.words.shape == (3, plan.layer_bytes // 4)
+    assert packed.norms.shape == (7, 256)
+    assert {t.dtype for t in (packed.norms, packed.embedding, packed.head)} == {torch.bfloat16}
 
 
 def make(**changes: object) -> TernaryTransformer:

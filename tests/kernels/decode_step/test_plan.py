@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sbn_kernels.decode.step.pack import gate_up_order, pack_tiles, qkv_order, unpack_tiles
+from sbn_kernels.decode.step.packing import gate_up_order, pack_tiles, qkv_order, unpack_tiles
 from sbn_kernels.decode.step.plan import Shape, refusal, share
 from sbn_kernels.decode.step.planner import make_plan
 from sbn_kernels.decode.step.schedule import schedule

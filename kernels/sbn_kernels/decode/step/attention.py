@@ -283,8 +283,8 @@ def finish_attention(p):
 def merge_parts(p):
     """PTX that joins the parts of one head.
 
-    Inputs: parts and statistics of the head, their count, epoch, shared memory, flag, deadline, and the addresses of the
-    result's words and statistics. ``E / 4`` lanes read a part; a lane reads all of its parts at once.
+    Inputs: parts and statistics of the head, their count, epoch, shared memory, flag, deadline, and the addresses of
+    the result's words and statistics. ``E / 4`` lanes read a part; a lane reads all of its parts at once.
     """
 
     def asm(outs, ins):

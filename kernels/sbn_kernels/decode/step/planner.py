@@ -73,7 +73,8 @@ def make_plan(shape: Shape, batch: int, programs: int, shared_bytes: int = SHARE
             sum(-(-share(f.all_tiles, programs, i)[1] // f.tiles) for f in phases.values()) for i in range(programs)
         )
         plan = Plan(
-            s, batch, slots, programs, group, splits, **phases, units=units, barriers=64, early_o=False,
+            s, batch, slots, programs, group, splits, qkv=phases["qkv"], o=phases["o"], gate_up=phases["gate_up"],
+            down=phases["down"], units=units, barriers=64, early_o=False,
             ring_bytes=0, pieces=pieces, digest=source_digest(),
         )  # fmt: skip
         ring = room - plan.at_ring

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sbn_kernels.decode.step.pack import gate_up_order, pack_tiles, qkv_order
+from sbn_kernels.decode.step.packing import gate_up_order, pack_tiles, qkv_order
 from sbn_kernels.decode.step.plan import Shape
 
 
