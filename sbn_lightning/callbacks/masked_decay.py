@@ -49,11 +49,11 @@ class MaskedWeightDecay(RunCallback):
         """Check that the decay can work here."""
         if not self.decay_at(trainer):  # also asks now for the length that a schedule needs
             return
+        self.schedule.check(require_masked_layers(self, pl_module), trainer.optimizers)
         if getattr(precision_of(trainer), "scaler", None) is not None:
             raise ConfigError(
                 "MaskedWeightDecay: the scaler of 16-mixed leaves optimiser steps out, not the decay; use bf16-mixed"
             )
-        self.schedule.check(require_masked_layers(self, pl_module), trainer.optimizers)
 
     def on_before_optimizer_step(self, trainer: Run, pl_module: nn.Module, optimizer: torch.optim.Optimizer) -> None:  # type: ignore[override]
         """Shrink the masked weights that the optimiser is about to update."""
