@@ -10,10 +10,12 @@ from sbn_kernels.decode.step.planner import make_plan
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.assemble import cast_model
 from sbn_lightning.inference import Decoder, generate
+from sbn_lightning.inference import decoder as decoder_module
 from sbn_lightning.inference.gather import gather_weights, persistent_step, refusal
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
 
+Caches = list[tuple[torch.Tensor, torch.Tensor]]
 CASES = {"biases, tied, 2:4": {"qkv_bias": True, "pattern": "2:4"}, "untied, 6:8": {"tie_embeddings": False}}
 SHAPE = {"vocab_size": 512, "d_model": 256, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_ffn": 512}
 
@@ -43,6 +45,51 @@ def test_the_reference_continues_as_the_decoder_does(name: str) -> None:
         assert bool((expected.max(-1).values - chosen <= 0.1 * expected.std()).all())
         lengths, tokens = lengths + 1, expected.argmax(-1)
     assert torch.equal(caches[0][0], decoder._layers[0].keys)
+
+
+class ReferenceStep:
+    """Stands for the kernel on a CPU: the reference on the decoder's own caches and lengths."""
+
+    made = checks = 0
+
+    def __init__(
+        self, model: TernaryTransformer, caches: Caches, max_length: int, lengths: torch.Tensor, *, cuda_graph: bool
+    ) -> None:
+        assert not cuda_graph  # a decoder on a CPU captures none
+        ReferenceStep.made += 1
+        self.weights, self.caches, self.max_length, self.lengths = gather_weights(model), caches, max_length, lengths
+        self.layers = list(self.weights.layers)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        now = self.lengths.clamp(max=self.max_length - 1)
+        logits = reference.decode_step(self.weights, self.layers, tokens, now, self.caches)
+        self.lengths.add_(1).clamp_(max=self.max_length)
+        return logits
+
+    def check(self) -> None:
+        ReferenceStep.checks += 1
+
+
+def test_a_decoder_steps_on_with_the_persistent_step_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ReferenceStep.made = 0
+    monkeypatch.setattr(decoder_module, "persistent_step", ReferenceStep)
+    monkeypatch.setattr(decoder_module, "refusal", lambda model, batch_size: None)
+    torch.manual_seed(0)
+    model = make(qkv_bias=True, init_std=0.08).requires_grad_(False)
+    cast_model(model, torch.bfloat16)
+    theirs, ours = Decoder(model, 2, 12), Decoder(model, 2, 12, step="persistent")
+    for prompts in ([[1, 2, 3, 4, 5], [7, 8, 9]], [[3], [4, 5]]):
+        tokens = theirs.prefill(prompts).argmax(-1)
+        ours.prefill(prompts)
+        for _ in range(9):  # the first sequence becomes full
+            expected, logits = theirs.step(tokens).float(), ours.step(tokens)
+            assert float((logits - expected).norm() / expected.norm()) < 0.05
+            tokens = expected.argmax(-1)
+        assert torch.equal(ours.lengths, theirs.lengths)
+    assert ReferenceStep.made == 2  # each prefill forgets the step, which has copies of weights
+    ReferenceStep.checks = 0
+    assert len(generate(model, [[1, 2]], max_new_tokens=20, decode_step="persistent")[0]) == 20
+    assert ReferenceStep.checks == 1
 
 
 def test_gathered_weights_are_packed() -> None:

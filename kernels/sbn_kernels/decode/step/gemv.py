@@ -3,7 +3,7 @@
 The weights are 2 bits each: ``u = t + 1`` for a code ``t`` in {-1, 0, 1}. Masking bits ``2 j`` and ``2 j + 1`` of every
 byte of a word leaves four unsigned bytes ``u 4^j``, so one logical instruction gives an operand register, and
 ``sum t x = sum u x - sum x``. The four ``j`` are summed apart and joined as ``64 c0 + 16 c1 + 4 c2 + c3``, which is 64
-times the sum. All of it is integers: exact below 131,072 columns.
+times the sum. All sums are 32-bit integers, and exact below 131,072 columns.
 
 A tile is 16 rows. A *step* is 128 columns of a tile: 512 bytes, 16 for each lane of a warp. Lane ``(g, t)`` =
 ``(lane / 4, lane % 4)`` holds, of rows ``g`` and ``g + 8``, the 32 columns ``32 t ..``: word ``2 h + r`` has row

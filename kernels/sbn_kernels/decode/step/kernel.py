@@ -1,7 +1,7 @@
 """The device code: one decode step of a ternary transformer as one persistent kernel, for NVIDIA Hopper.
 
-Each program runs on its own multiprocessor, and all of them at the same time (a cooperative launch). A layer is five
-phases; between two phases, every program needs what all of the last phase's programs have made:
+Each program runs on its own multiprocessor, and all programs run at the same time (a cooperative launch). A layer has
+five phases. Between two phases every program needs the results of all programs of the phase before:
 
     A  norm, quantisation, product with q, k and v, bias, rotation, write to the cache
     B  attention, by key/value head and part of the context; for long contexts a second phase joins the parts
@@ -9,15 +9,15 @@ phases; between two phases, every program needs what all of the last phase's pro
     D  norm, quantisation, product with gate and up, SwiGLU
     E  quantisation, product with down, residual
 
-A program owns tiles of 16 rows of each matrix, in every layer the same. Weights, which wait for nothing, flow through a
-ring in shared memory, several phases ahead of their use (``plan.schedule``). What is handed over are vectors of a few
-thousand words that carry their layer's tag (``ptx``). No buffer is overwritten before all have read it: whoever writes
-a vector has waited, directly or through others, for results that every reader of the vector's last contents could only
-make after reading them. (D's readers of y make h; E waits for all of h; and so on around the layer.)
+A program owns tiles of 16 rows of each matrix, the same rows in every layer. Weights wait for nothing: they flow
+through a ring in shared memory, several phases ahead of their use (``schedule``). The programs hand over vectors of a
+few thousand words, which carry the tag of their layer (``ptx``). No program overwrites a vector that another still has
+to read: the writer has waited for results, and each reader of the old vector made its part of those results after
+reading. For example, the readers of y in phase D make the hidden vector, and phase E waits for the whole hidden vector.
 
 Position, step and lengths come from memory, so one CUDA graph serves all steps. Every wait has a deadline. A wait that
-passes it sets an error flag and goes on; the others see the flag and go on as well, and the kernel ends with nonsense
-in its outputs but without a trap. A step that finds the flag set does nothing.
+passes the deadline sets an error flag and goes on. The other programs see the flag and go on too, so the kernel ends
+with wrong outputs and without a trap. A step that finds the flag set does nothing.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _DEADLINE = gl.constexpr("mov.u64 $0, %globaltimer; add.u64 $0, $0, $1;")
 
 @gluon.jit
 def _longest(lengths, max_length, P: gl.constexpr):
-    """Longest context of this step, the new token included."""
+    """The longest context of this step, the new token included."""
     longest = 0
     BATCH: gl.constexpr = P.batch
     for b in gl.static_range(BATCH):
@@ -74,7 +74,7 @@ def _longest(lengths, max_length, P: gl.constexpr):
 
 @gluon.jit
 def _split_context(longest, P: gl.constexpr):
-    """Number of parts of the context, and tokens of a part: a multiple of 128, which is 16 for each of 8 warps."""
+    """The number of parts of the context, and the tokens of a part: a multiple of 128, which is 16 for each warp."""
     blocks = (longest + 127) // 128
     most = gl.where(longest <= P.direct_tokens, P.direct_parts, gl.maximum(P.splits, P.direct_parts))
     part = (blocks + most - 1) // most
@@ -84,7 +84,7 @@ def _split_context(longest, P: gl.constexpr):
 @gluon.jit
 def _attend_item(base, kv, item, qkv, keys, values, slots, parts, parts_m, attended, attended_m, splits, epoch,
                  flag, deadline, P: gl.constexpr):  # fmt: skip
-    """Attention of one group to one part of the context; ``kv`` holds the part's first 128 tokens."""
+    """Computes the attention of one group to one part of the context; ``kv`` holds the part's first 128 tokens."""
     E: gl.constexpr = P.head_size
     V1: gl.constexpr = gl.BlockedLayout([1], [32], [P.warps], [0])
     RO: gl.constexpr = gl.BlockedLayout([1, 1, E // 4], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
@@ -116,7 +116,7 @@ def _attend_item(base, kv, item, qkv, keys, values, slots, parts, parts_m, atten
 @gluon.jit
 def _attention(base, kv, mine, qkv, keys, values, lengths, max_length, slots, parts, parts_m, attended, attended_m,
                splits, part, epoch, flag, deadline, P: gl.constexpr):  # fmt: skip
-    """Phase B: this program's items. ``mine`` is the first of them, and ``kv`` holds its first 128 tokens."""
+    """Computes phase B for the items of this program; ``kv`` holds the first 128 tokens of the first item, ``mine``."""
     first = P.programs - 1 - gl.program_id(0)
     count = P.batch * P.groups * splits
     if first < count:
@@ -133,7 +133,7 @@ def _attention(base, kv, mine, qkv, keys, values, lengths, max_length, slots, pa
 
 @gluon.jit
 def _load_norm(norm, P: gl.constexpr):
-    """This thread's weights of a norm."""
+    """Loads this thread's weights of a norm."""
     COUNT: gl.constexpr = (P.d_model + 128 * P.warps_per_token - 1) // (128 * P.warps_per_token)
     REGS: gl.constexpr = (
         2 if COUNT == 1 else 4 if COUNT == 2 else 8 if COUNT <= 4 else 16 if COUNT <= 8 else 32 if COUNT <= 16 else 64
@@ -152,7 +152,7 @@ def _quantize(base, words, tag, flag, deadline, P: gl.constexpr, VALUES: gl.cons
 
 @gluon.jit
 def _normalize_and_quantize(base, words, gain, tag, flag, deadline, P: gl.constexpr):
-    """The same for the residual stream, behind a norm."""
+    """Waits for the residual stream, applies a norm, and leaves the codes in shared memory."""
     constraints: gl.constexpr = "l,r,r,r,l,l," + "r," * gain.shape[2] + "~{memory}"
     args = [words, tag, base + P.at_tokens, base + P.at_small, flag, deadline, gain]
     gl.inline_asm(quantize_words(P, P.d_model, True), constraints, args, (), is_pure=False)
@@ -160,7 +160,7 @@ def _normalize_and_quantize(base, words, gain, tag, flag, deadline, P: gl.conste
 
 @gluon.jit
 def _quantize_attention(base, attended, attended_m, epoch, flag, deadline, P: gl.constexpr):
-    """The same for the result of attention, which may come in two parts."""
+    """Waits for the result of attention, which may come in two parts, and leaves the codes in shared memory."""
     if P.direct_parts == 1:
         _quantize(base, attended, epoch & 255, flag, deadline, P, P.d_attention)
     else:
@@ -170,7 +170,7 @@ def _quantize_attention(base, attended, attended_m, epoch, flag, deadline, P: gl
 
 @gluon.jit
 def _final_norm(base, words, gain, tag, flag, deadline, P: gl.constexpr):
-    """The last norm; leaves bfloat16 hidden states in shared memory."""
+    """Applies the last norm and leaves bfloat16 hidden states in shared memory."""
     constraints: gl.constexpr = "l,r,r,r,l,l," + "r," * gain.shape[2] + "~{memory}"
     args = [words, tag, base + P.at_tokens, base + P.at_small, flag, deadline, gain]
     gl.inline_asm(normalize_words(P), constraints, args, (), is_pure=False)
@@ -178,7 +178,7 @@ def _final_norm(base, words, gain, tag, flag, deadline, P: gl.constexpr):
 
 @gluon.jit
 def _merge(base, parts, parts_m, attended, attended_m, splits, epoch, flag, deadline, P: gl.constexpr):
-    """Joins the parts of long contexts, one head an item."""
+    """Joins the parts of a long context; an item is one head."""
     E: gl.constexpr = P.head_size
     for item in range(P.programs - 1 - gl.program_id(0), P.batch * P.heads, P.programs):
         args = [parts + item * E, parts_m + item * 2, splits, epoch, base + P.at_tokens, flag, deadline,
@@ -188,7 +188,7 @@ def _merge(base, parts, parts_m, attended, attended_m, splits, epoch, flag, dead
 
 @gluon.jit
 def _head_of_few(base, head, logits, gain, words, tag, flag, deadline, P: gl.constexpr):
-    """Final norm and head for one or two tokens. The first rows are on their way before the hidden states are there."""
+    """Computes the final norm and the head for one or two tokens. The first rows are loaded ahead of the norm."""
     REGS: gl.constexpr = (P.d_model + 255) // 256 * 4
     AHEAD: gl.constexpr = 96 // REGS if REGS <= 48 else 2
     PADDED: gl.constexpr = 16 if REGS <= 16 else 32 if REGS <= 32 else 64
@@ -221,7 +221,7 @@ def _head_of_few(base, head, logits, gain, words, tag, flag, deadline, P: gl.con
 
 @gluon.jit
 def _head(base, head, logits, gain, words, tag, flag, deadline, P: gl.constexpr):
-    """Final norm and head for several tokens, as :func:`_head_of_few`."""
+    """Computes the final norm and the head for three tokens or more."""
     R32: gl.constexpr = gl.BlockedLayout([1, 1, 32], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
     R4: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
     W: gl.constexpr = gl.distributed_type(gl.int32, [P.warps, 32, 32], R32)
@@ -363,32 +363,32 @@ def decode_step_kernel(
     tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits,
     x, y, qkv, parts, parts_m, attended, attended_m, hidden, table, timeout, slots, max_length, P: gl.constexpr,
 ):  # fmt: skip
-    """One token for each sequence.
+    """Adds one token to each sequence.
 
     Args:
-        tokens: Token ids, int64 ``[batch]``.
-        lengths: Tokens of each sequence so far, int64 ``[batch]``; incremented, up to ``max_length``.
-        state: int32: epoch, error flag.
-        caches: Addresses of each layer's keys and values, int64 ``[layers, 2]``.
-        cos: float32 ``[positions, head_size]``.
-        sin: As ``cos``; the first half of a head has the opposite sign.
-        embedding: bfloat16 ``[vocab, d_model]``.
-        weights: Packed layers, int32.
-        norms: bfloat16 ``[2 layers + 1, d_model]``: attention's, the MLP's, ..., the last one.
-        head: bfloat16 ``[vocab, d_model]``.
-        logits: ``[batch, vocab]``, bfloat16 or float32.
-        x: Words ``[batch, d_model]``, int32.
-        y: The same after attention.
-        qkv: Words ``[batch, heads + 2 kv_heads, head_size]``.
-        parts: Pairs ``[splits, batch, heads, head_size]``, int64.
-        parts_m: Their maxima and sums, pairs ``[splits, batch, heads, 2]``, int64.
-        attended: Words ``[direct_parts, batch, heads, head_size]``, int32.
-        attended_m: As ``parts_m``, ``[direct_parts, batch, heads, 2]``.
-        hidden: Words ``[batch, d_ffn]``.
+        tokens: The token ids, int64 ``[batch]``.
+        lengths: The number of tokens of each sequence, int64 ``[batch]``; the kernel adds one, up to ``max_length``.
+        state: The epoch and the error flag, int32 ``[2]``.
+        caches: The addresses of each layer's keys and values, int64 ``[layers, 2]``.
+        cos: The cosines of the rotation, float32 ``[positions, head_size]``.
+        sin: The sines, shaped as ``cos``; those of the first half of a head have the opposite sign.
+        embedding: The embedding, bfloat16 ``[vocab, d_model]``.
+        weights: The packed layers, int32.
+        norms: The weights of the norms, bfloat16 ``[2 layers + 1, d_model]``: attention, MLP, ..., the last norm.
+        head: The weight of the head, bfloat16 ``[vocab, d_model]``.
+        logits: The result ``[batch, vocab]``, bfloat16 or float32.
+        x: The residual stream before attention: words, int32 ``[batch, d_model]``.
+        y: The residual stream after attention: words, int32 ``[batch, d_model]``.
+        qkv: Queries, keys and values: words, int32 ``[batch, heads + 2 kv_heads, head_size]``.
+        parts: Attention's parts: pairs, int64 ``[splits, batch, heads, head_size]``.
+        parts_m: The maxima and sums of the parts: pairs, int64 ``[splits, batch, heads, 2]``.
+        attended: Attention's result: words, int32 ``[direct_parts, batch, heads, head_size]``.
+        attended_m: The maxima and sums of the result: pairs, int64 ``[direct_parts, batch, heads, 2]``.
+        hidden: The hidden vector of the MLP: words, int32 ``[batch, d_ffn]``.
         table: The schedule, int32 ``[programs, units + 1, 4]``.
-        timeout: Nanoseconds after which a step gives up.
-        slots: Tokens that a cache has room for.
-        max_length: Tokens that a sequence can have; at most ``slots``.
+        timeout: The deadline of a step, in nanoseconds.
+        slots: The number of tokens that a cache has room for.
+        max_length: The number of tokens that a sequence can have; at most ``slots``.
         P: The plan.
     """
     if gl.load(state + 1) == 0:

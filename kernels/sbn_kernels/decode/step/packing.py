@@ -1,10 +1,10 @@
 """Packs ternary weights for the decode step, in plain PyTorch: the definition that the kernel is tested against.
 
-Dense 2-bit codes serve every N:M pattern. For 2:4 the training layout (one bit of code and one of position) has just as
-many bytes, and the step is bound by latency and by bytes, not by multiplications; one layout for all patterns is then
-the better one. It differs from ``sbn_kernels.packing`` in three ways: a code ``t`` is stored as ``t + 1``, which is
-what lets one logical instruction unpack four of them; a lane's columns are neighbours, so that tokens need no
-permutation; and the scales and biases of 16 rows stand behind their codes, so that one copy brings all of it.
+Dense 2-bit codes serve every N:M pattern. The layout for 2:4 in ``sbn_kernels.common.packing`` has as many bytes, and
+bytes and latency limit the step, not multiplications. So there is one layout for all patterns. The layout differs from
+``sbn_kernels.common.packing`` in three ways. A code ``t`` is stored as ``t + 1``, so one logical instruction unpacks
+four codes. The columns of a lane are neighbours, so tokens need no permutation. The scales and biases of 16 rows stand
+behind the codes, so one copy brings codes, scales and biases.
 
 A tile is 16 rows: ``[steps, 32 lanes, 4 words]`` of codes as described in ``gemv.py``, then, for h = 0 to 7, the
 float32 scales of rows h and h + 8 and their biases. A layer is the tiles of q, k and v, of o, of gate and up, and of
@@ -25,13 +25,13 @@ from sbn_kernels.decode.step.plan import STEP, TILE_ROWS
 
 
 def qkv_order(heads: int, head_size: int, device: torch.device | str) -> Tensor:
-    """Row numbers of ``heads`` heads (queries, keys and values) in the order of the tiles, int64."""
+    """The row numbers of ``heads`` heads (queries, keys and values) in the order of the tiles, int64."""
     rows = torch.arange(heads * head_size, device=device).view(heads, 2, head_size // 16, 8)
     return rows.transpose(1, 2).flatten()
 
 
 def gate_up_order(d_ffn: int, device: torch.device | str) -> Tensor:
-    """Row numbers of ``[gate; up]`` in the order of the tiles, int64."""
+    """The row numbers of ``[gate; up]`` in the order of the tiles, int64."""
     return torch.arange(2 * d_ffn, device=device).view(2, d_ffn // 8, 8).transpose(0, 1).flatten()
 
 
@@ -39,13 +39,13 @@ def pack_tiles(codes: Tensor, row_scale: Tensor, bias: Tensor | None = None, ord
     """Packs one matrix.
 
     Args:
-        codes: int8 {-1, 0, 1} ``[rows, columns]``, rows a multiple of 16.
-        row_scale: float32 ``[rows]``.
-        bias: ``[rows]`` or None.
-        order: Permutation of the rows, or None.
+        codes: The ternary codes, int8 ``[rows, columns]``; the number of rows is a multiple of 16.
+        row_scale: The scale of each row, float32 ``[rows]``.
+        bias: The bias ``[rows]``, or None.
+        order: A permutation of the rows, or None.
 
     Returns:
-        int32 ``[rows / 16, words of a tile]``.
+        The tiles, int32 ``[rows / 16, words of a tile]``.
     """
     rows = codes.shape[0]
     bias = torch.zeros_like(row_scale) if bias is None else bias.float()
@@ -62,7 +62,7 @@ def pack_tiles(codes: Tensor, row_scale: Tensor, bias: Tensor | None = None, ord
 
 
 def unpack_tiles(tiles: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse of :func:`pack_tiles` without an order: codes int8 ``[rows, columns]``, scales and biases ``[rows]``."""
+    """Reverses :func:`pack_tiles` without an order: codes int8 ``[rows, columns]``, scales and biases ``[rows]``."""
     steps = -(-columns // STEP)
     words, tail = tiles[:, : steps * 128].contiguous(), tiles[:, steps * 128 :].contiguous().view(torch.float32)
     by_byte = words.view(torch.uint8).view(len(tiles), steps, 8, 4, 2, 2, 4)  # tile, step, g, t, h, r, b

@@ -1,9 +1,9 @@
 """Building blocks of the inline PTX in this package: waits with a bound, reductions, floating-point literals.
 
-Every function here returns lines of PTX. Triton evaluates the generators of inline PTX while it compiles, and it hashes
-what they refer to. Plain Python helpers are therefore marked with :func:`helper`, which tells Triton to call them as
-they are. Triton's cache then cannot see a change in a helper, so the kernel takes a digest of this package's sources as
-a constant (:func:`sbn_kernels.decode.step.plan.source_digest`).
+Every function here returns lines of PTX. Triton runs the generators of inline PTX while it compiles, and hashes the
+functions that a generator calls. :func:`helper` marks plain Python functions, so that Triton calls them unchanged.
+Triton's cache then cannot see a change in a helper, so the kernel takes a digest of this package's sources as a
+constant (:func:`sbn_kernels.decode.step.plan.source_digest`).
 
 Vectors travel between multiprocessors as *words*: 32 bits, of which the upper 24 are a float32 cut to 15 bits of
 mantissa (a bfloat16 fits exactly) and the lower 8 are the tag of the layer that wrote it. A reader polls the words

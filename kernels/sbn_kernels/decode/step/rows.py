@@ -1,4 +1,4 @@
-"""Device helpers of the decode step: shares and items of work, results of a product, and what becomes of them.
+"""Device helpers of the decode step: shares and items of work, the results of a product, and their use.
 
 A program's threads share the results of a unit in *items*: (tile, row 0 to 7, token); a thread with an item has the
 results of rows ``h`` and ``h + 8`` of the tile. All results are rounded to bfloat16 where the model's layers under
@@ -20,19 +20,19 @@ _STORE2 = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.shared.v2.b3
 
 @gluon.jit
 def _publish(words, bits, tag, inside):
-    """Hands words over: ``bits`` of a float32 whose lower 8 make room for the tag."""
+    """Writes words for other programs: the upper 24 of ``bits``, which are a float32, and the tag."""
     gl.inline_asm(_PUBLISH, "l,r,r,~{memory}", [words, (bits & -256) | tag, inside.to(gl.int32)], (), is_pure=False)
 
 
 @gluon.jit
 def _bits(value):
-    """A bfloat16 as the bits of the same float32."""
+    """Converts a bfloat16 to the bits of the same float32."""
     return value.to(gl.float32).to(gl.int32, bitcast=True)
 
 
 @gluon.jit
 def share(tiles: gl.constexpr, P: gl.constexpr):
-    """First tile and number of tiles of this program, as ``plan.share``."""
+    """The first tile and the number of tiles of this program; ``plan.share`` computes the same on the host."""
     pid = gl.program_id(0)
     base: gl.constexpr = tiles // P.programs
     extra: gl.constexpr = tiles % P.programs
@@ -41,7 +41,7 @@ def share(tiles: gl.constexpr, P: gl.constexpr):
 
 @gluon.jit
 def _item(j: gl.constexpr, P: gl.constexpr):
-    """A thread's work number ``j`` on a unit: (tile, row 0 to 7 of it, token)."""
+    """Item number ``j`` of a thread in a unit: tile, row 0 to 7 of the tile, token."""
     V1: gl.constexpr = gl.BlockedLayout([1], [32], [P.warps], [0])
     i = gl.arange(0, 32 * P.warps, V1) + j * 32 * P.warps
     return i // (8 * P.batch_slots), i % 8, i // 8 % P.batch_slots
@@ -49,7 +49,7 @@ def _item(j: gl.constexpr, P: gl.constexpr):
 
 @gluon.jit
 def unit_place(base, unit, P: gl.constexpr):
-    """Address of a unit's weights in shared memory."""
+    """The address of a unit's weights in shared memory."""
     at = gl.inline_asm(
         "ld.shared.b32 $0, [$1];", "=r,r,~{memory}", [base + P.at_schedule + 16 * unit], gl.int32, is_pure=False
     )
@@ -58,7 +58,7 @@ def unit_place(base, unit, P: gl.constexpr):
 
 @gluon.jit
 def multiply(base, place, count, unit, flag, deadline, P: gl.constexpr, F: gl.constexpr):
-    """Waits for a unit's weights and multiplies; partial sums are then in shared memory."""
+    """Waits for a unit's weights, multiplies, and leaves partial sums in shared memory."""
     barrier = base + 8 * (unit % P.barriers)
     args = [place, count, base + P.at_tokens, base + P.at_sums, barrier, unit // P.barriers % 2, flag, deadline]
     gl.inline_asm(multiply_tiles(P, F), "r,r,r,r,r,r,l,l,~{memory}", args, (), is_pure=False)
@@ -66,7 +66,7 @@ def multiply(base, place, count, unit, flag, deadline, P: gl.constexpr, F: gl.co
 
 @gluon.jit
 def _two_rows(base, place, count, j: gl.constexpr, P: gl.constexpr, F: gl.constexpr):
-    """Results of rows h and h + 8 of a thread's tile for its token, bias included, bfloat16."""
+    """The results of rows h and h + 8 of a thread's tile for the thread's token, with bias, bfloat16."""
     V1: gl.constexpr = gl.BlockedLayout([1], [32], [P.warps], [0])
     I1: gl.constexpr = gl.distributed_type(gl.int32, [32 * P.warps], V1)
     F1: gl.constexpr = gl.distributed_type(gl.float32, [32 * P.warps], V1)
@@ -92,8 +92,8 @@ def _two_rows(base, place, count, j: gl.constexpr, P: gl.constexpr, F: gl.conste
 def fetch(base, following, used, weights, P: gl.constexpr):
     """Starts the copies that are possible once unit ``used`` and all before it have been used.
 
-    This is called when a vector has arrived and before its product, not when the last product is done: then everybody
-    waits for a hand-over, which the burst of copies would slow down.
+    The kernel calls this when a vector has arrived, before the product. After a product all programs wait for the next
+    vector, and a burst of copies would slow that vector down.
     """
     args = [following, base + P.at_schedule, used, base, base + P.at_ring, weights]
     return gl.inline_asm(fetch_weights(P), "=&r,r,r,r,r,r,l,~{memory}", args, following.type, is_pure=False)
@@ -101,13 +101,13 @@ def fetch(base, following, used, weights, P: gl.constexpr):
 
 @gluon.jit
 def barrier():
-    """All threads of the program; ends the use of a unit and of its partial sums."""
+    """Waits for all threads of the program, which ends the use of a unit and of the unit's partial sums."""
     gl.inline_asm("bar.sync 0;", "~{memory}", [], (), is_pure=False)
 
 
 @gluon.jit
 def add_to_residual(base, place, words, first, start, count, tag, P: gl.constexpr, F: gl.constexpr):
-    """The residual stream of this program's rows, rounded to bfloat16 after each addition; handed over in ``words``."""
+    """Adds a product to the residual stream of this program's rows, rounds to bfloat16, and writes ``words``."""
     V1: gl.constexpr = gl.BlockedLayout([1], [32], [P.warps], [0])
     F1: gl.constexpr = gl.distributed_type(gl.float32, [32 * P.warps], V1)
     ROUNDS: gl.constexpr = (F.tiles * 8 * P.batch_slots + 32 * P.warps - 1) // (32 * P.warps)
@@ -131,7 +131,7 @@ def add_to_residual(base, place, words, first, start, count, tag, P: gl.constexp
 
 @gluon.jit
 def rotation(base, first, position_of, max_length, cos, sin, P: gl.constexpr):
-    """Cosines and sines of this program's rows of q and k, the same in all layers, to shared memory; 1 and 0 for v."""
+    """Writes the cosines and sines of this program's rows to shared memory, for all layers; 1 and 0 for rows of v."""
     E: gl.constexpr = P.head_size
     TILES: gl.constexpr = (P.qkv.all_tiles + P.programs - 1) // P.programs
     ROUNDS: gl.constexpr = (TILES * 8 * P.batch_slots + 32 * P.warps - 1) // (32 * P.warps)
@@ -156,7 +156,7 @@ def rotation(base, first, position_of, max_length, cos, sin, P: gl.constexpr):
 
 @gluon.jit
 def embed(base, first, tokens, embedding, words, tag, P: gl.constexpr):
-    """Starts the residual stream of this program's rows and hands it over, as if a layer had made it."""
+    """Starts the residual stream of this program's rows with the embedding, and writes ``words``."""
     TILES: gl.constexpr = (P.o.all_tiles + P.programs - 1) // P.programs
     ROUNDS: gl.constexpr = (TILES * 8 * P.batch_slots + 32 * P.warps - 1) // (32 * P.warps)
     for j in gl.static_range(ROUNDS):
@@ -174,7 +174,7 @@ def embed(base, first, tokens, embedding, words, tag, P: gl.constexpr):
 
 @gluon.jit
 def write_qkv(base, place, words, keys, values, first, start, count, slots, tag, P: gl.constexpr):
-    """Rotates a unit's rows of q, k and v; hands them over and writes k and v to the cache."""
+    """Rotates a unit's rows of q and k, writes the words of q, k and v, and writes k and v to the cache."""
     V1: gl.constexpr = gl.BlockedLayout([1], [32], [P.warps], [0])
     F1: gl.constexpr = gl.distributed_type(gl.float32, [32 * P.warps], V1)
     I1: gl.constexpr = gl.distributed_type(gl.int32, [32 * P.warps], V1)
@@ -207,7 +207,7 @@ def write_qkv(base, place, words, keys, values, first, start, count, slots, tag,
 
 @gluon.jit
 def write_hidden(base, place, words, first, start, count, tag, P: gl.constexpr):
-    """SwiGLU of a unit's gates and ups, in float32, handed over with 15 bits of mantissa."""
+    """Computes the SwiGLU of a unit's gates and ups in float32, and writes words with 15 bits of mantissa."""
     ROUNDS: gl.constexpr = (P.gate_up.tiles * 8 * P.batch_slots + 32 * P.warps - 1) // (32 * P.warps)
     for j in gl.static_range(ROUNDS):
         tile, h, token = _item(j, P)

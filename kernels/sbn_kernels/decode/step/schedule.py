@@ -1,7 +1,7 @@
 """When the weights of a decode step are copied into the ring in shared memory, and where.
 
-The order in which a program uses weights is known in advance, so the host computes the whole schedule, as a
-first-in-first-out allocator would behave, and the kernel only follows it. Usually a program has a layer's weights ahead
+The order in which a program uses weights is known in advance. So the host computes the whole schedule with a
+first-in-first-out allocator, and the kernel follows the schedule. Usually a program has a layer's weights ahead
 of their use. For a large model or a small grid there is room for a part of a layer only; the kernel is the same.
 
 A *unit* is what a program multiplies at a time: up to a few tiles of one matrix, one contiguous copy.
@@ -16,7 +16,7 @@ from sbn_kernels.decode.step.plan import Plan, share
 
 
 def _program_units(plan: Plan, program: int) -> list[tuple[int, int]]:
-    """Units of one layer of a program, in the order of use: offset in the layer, and size, in bytes."""
+    """The units of one layer of a program in the order of use: offset in the layer and size, in bytes."""
     units, base = [], 0
     for f in plan.phases:
         first, count = share(f.all_tiles, plan.programs, program)
@@ -28,7 +28,7 @@ def _program_units(plan: Plan, program: int) -> list[tuple[int, int]]:
 
 
 def _ahead(units: int) -> int:
-    """How many units before its use a unit is copied: a layer; two units at least, so that one is always on its way."""
+    """How many units ahead of use a unit is copied: one layer, and at least two, so that one copy is always running."""
     return max(units, 2)
 
 

@@ -1,10 +1,10 @@
 """Inline PTX that reads a token's vector as it arrives, normalises and quantises it into shared memory.
 
-Every multiprocessor does this for every vector that it needs, although the others do the same: reading 6 KB and
-quantising it takes less time than one more hand-over. ``warps_per_token`` warps work on a token: 8 where there is one
-token, 1 where there are eight. A thread holds *chunks* of four neighbouring values.
+Every multiprocessor quantises every vector that it needs, although the others do the same work. Reading and quantising
+6 KB takes less time than one more exchange between multiprocessors. ``warps_per_token`` warps work on a token: 8 where
+there is one token, 1 where there are eight. A thread holds *chunks* of four neighbouring values.
 
-The arithmetic is that of the model under bfloat16 autocast. RMSNorm: ``n = bf16(weight * (rstd * x))``, sums in
+The kernel computes as the model does under bfloat16 autocast. RMSNorm: ``n = bf16(weight * (rstd * x))``, sums in
 float32. Quantisation: ``s = max(max|n|, 1e-5) / 127`` and ``round(n / s)`` with IEEE division, halves to even. One
 reduction serves both: ``max|n|`` is taken to be ``bf16(rstd * max|weight * x|)``. Rounding is monotonic, so this is the
 maximum itself, except where a boundary of bfloat16 lies within a last bit of float32 of it (one vector in about 10^4).
