@@ -69,6 +69,7 @@ class Backend(Protocol):
         gradient_mask: Tensor | None,
         activation_bits: int | None,
         swiglu: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Multiplies, with gradients for ``x`` and ``latent``: ``[..., in_features]`` -> ``[..., out_features]``.
 
@@ -80,6 +81,7 @@ class Backend(Protocol):
             gradient_mask: The weights that get a gradient, bool; None: all.
             activation_bits: Bits of a quantised token, 8 or 4; None: tokens are not quantised.
             swiglu: Whether ``x`` holds gates and ups.
+            dtype: The dtype of the result; None: the dtype of ``x``.
         """
 
 

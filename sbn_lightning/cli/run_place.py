@@ -12,8 +12,8 @@ from pydoc import locate
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from sbn_lightning.checkpoints.io import say
 from sbn_lightning.checkpoints.lock import RunLock

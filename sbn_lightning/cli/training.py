@@ -1,9 +1,8 @@
-"""LightningCLI over :class:`SparseBitNet` and :class:`TokenDataModule`.
+"""The commands that train: a LightningCLI over :class:`SparseBitNet` and :class:`TokenDataModule`.
 
 Each callback of the project is a group of its own in a recipe (``mask_refresh:``, ``ramp:`` and so on), not an entry
-of ``trainer.callbacks``. So recipes are flat, a misspelt key is one line of error, and two configuration files merge
-key by key. ``trainer.callbacks`` is free for callbacks of other people. The groups are those of
-``sbn_lightning.callbacks.RECIPE_GROUPS``.
+of ``trainer.callbacks``. So recipes are flat, a misspelt key gives a one-line error, and two recipes merge key by key.
+``trainer.callbacks`` is free for other people's callbacks. ``sbn_lightning.callbacks.RECIPE_GROUPS`` lists the groups.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from jsonargparse.typing import register_type
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -58,16 +57,21 @@ from sbn_lightning.training.module import SparseBitNet
 
 register_type(NMPattern, serializer=str, deserializer=NMPattern.parse)
 
-CALLBACK_GROUPS = RECIPE_GROUPS  # their name in version 0.1.0
+CALLBACK_GROUPS = RECIPE_GROUPS  # Version 0.1.0 exported the groups under this name.
 NEEDS_MASKED_LAYERS = tuple(kind for kind in RECIPE_GROUPS.values() if getattr(kind, "needs_masked_layers", False))
 
 
+def is_first_process() -> bool:
+    """Whether this process has rank 0, also before a Trainer exists."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 class TrainingParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser with errors in one line."""
+    """LightningCLI's parser, which reports an error in one line."""
 
 
 class RecipeFile(ActionConfigFile):
-    """``--config``: a YAML file, or the name of a recipe that comes with the package."""
+    """The option ``--config``. Its value is a YAML file, or the name of a recipe that comes with the package."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         super().__call__(parser, cfg, recipes.find(values), option_string)
@@ -113,14 +117,14 @@ class SBNCLI(LightningCLI):
             parser.add_lightning_class_args(callback, group)
 
     def _parse_ckpt_path(self) -> None:
-        """Does nothing: LightningCLI would let the checkpoint's hyperparameters override the command line."""
+        """Do nothing. LightningCLI's method would let the checkpoint's hyperparameters override the command line."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         training = self._trains()
-        lock = self.lock if training and rank_zero_only.rank == 0 else None  # one process of a run takes it
+        lock = self.lock if training and is_first_process() else None  # One process locks a run.
         run_place.expand_paths(config)
-        if config.get("ckpt_path") in ("last", "hpc"):  # hpc is Lightning's word for what its Slurm handler saved
+        if config.get("ckpt_path") in ("last", "hpc"):  # Lightning calls its Slurm checkpoint "hpc".
             run_place.continue_last(config, training=training, lock=lock)
         elif path := config.get("ckpt_path"):
             check_can_be_read(path, training=training, weights_only=config.get("weights_only"))
@@ -132,11 +136,11 @@ class SBNCLI(LightningCLI):
         return self.subcommand in ("fit", "fabric")
 
     def _take_run(self, config: dict[str, Any]) -> Path | None:
-        """Makes sure that no other process writes to the folder of checkpoints; returns the folder if it is known."""
+        """Lock the folder of checkpoints against other processes. Return the folder, or None if it is not known."""
         dirpath = self.config[self.subcommand].get("checkpoint.dirpath")
         while True:
             folder = run_place.folder_of_checkpoints(config, dirpath)
-            if folder is None or not self._trains() or rank_zero_only.rank != 0:
+            if folder is None or not self._trains() or not is_first_process():
                 return folder
             try:
                 self.lock.acquire(folder)
@@ -150,13 +154,14 @@ class SBNCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            if (told := what_is_wrong(str(error))) != str(error):  # a class's own words, lost among other types
+            if (told := what_is_wrong(str(error))) != str(error):  # The message of the class itself.
                 raise ConfigError(told) from error
             raise
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.config[subcommand].get("ckpt_path"):
-            self.model.init_from = None  # its weights would be overwritten, and the file may be gone
+            # The checkpoint's weights replace those of init_from, and the file of init_from may be gone.
+            self.model.init_from = None
         if isinstance(self.trainer, Trainer):
             check_checkpoint(self.config[subcommand].get("ckpt_path"), self.trainer.strategy)
         try:
@@ -188,7 +193,7 @@ class SBNCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in (*plugins, checkpoint_io_of(config["strategy"]))):
             config["plugins"] = [*plugins, DurableCheckpointIO()]
         if config["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in own):
-            # One line, whether or not rich happens to be installed.
+            # Lightning would show a bar of several lines if rich happens to be installed.
             callbacks = [*callbacks, LossProgressBar()]
         folder = self._take_run(config)
         try:
@@ -203,10 +208,10 @@ class SBNCLI(LightningCLI):
 
 
 def why_refused(error: Exception, config: dict[str, Any]) -> str:
-    """Lightning's words on a Trainer, or a Fabric, that it does not make, in one line with a way out.
+    """Say in one line why Lightning could not make a Trainer or a Fabric, and give a way out.
 
     Args:
-        error: As raised.
+        error: The exception that Lightning raised.
         config: The trainer's options.
     """
     words = " ".join(str(error).split()).rstrip("!.") or type(error).__name__
@@ -216,11 +221,17 @@ def why_refused(error: Exception, config: dict[str, Any]) -> str:
 
 
 def explain(error: Exception, data: TokenDataModule) -> None:
-    """Raises the error in words of its own if it is one that a run meets from outside.
+    """Raise a clearer error if the cause lies outside of the program: lost data, a full disk, or a SIGTERM.
+
+    Any other error is left to the caller.
+
+    Args:
+        error: The exception that ended the run.
+        data: The data of the run, whose shards are looked for.
 
     Raises:
         DataError: If a shard is gone, or a disk is full.
-        SystemExit: If a SIGTERM to the whole group of processes stopped the data's workers first.
+        SystemExit: If a SIGTERM to the whole process group stopped the data loader's workers first.
     """
     for source, meta in (data._metas or {}).items():
         if not folders.is_remote(source):
@@ -239,50 +250,56 @@ def explain(error: Exception, data: TokenDataModule) -> None:
 
 
 class SaveConfigWithoutSecrets(SaveConfigCallback):
-    """Writes ``config.yaml`` next to the logs, without passwords and tokens."""
+    """Write ``config.yaml`` next to the logs, without passwords and tokens."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
         super().__init__(parser, without_secrets(config), *args, **kwargs)
 
 
 class RecipeCheck(SBNCLI):
-    """Reads a recipe of model, data, trainer and callbacks, and makes nothing of it; its ``parser`` then reads others.
+    """Check a recipe as ``fit`` does, without making the model, the data or the trainer.
+
+    Other recipes can be read with the ``parser`` of the object afterwards.
+
+    Args:
+        recipe: The recipe: the groups ``model``, ``data``, ``trainer`` and those of the callbacks.
 
     Raises:
-        ConfigError: If ``fit`` would not know an option, or its value is of another type.
+        ConfigError: If ``fit`` does not have an option of the recipe, or a value has the wrong type.
     """
 
     def __init__(self, recipe: dict[str, Any]) -> None:
-        with warnings.catch_warnings():  # of arguments that are not the process's own
+        with warnings.catch_warnings():  # LightningCLI warns when arguments come from Python.
             warnings.simplefilter("ignore")
             super().__init__(recipe, run=False)
 
     def _set_seed(self) -> None:
-        """Not before training."""
+        """Do nothing: a check must not touch the random state."""
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is made."""
+        """Do nothing: no object is made."""
 
     def instantiate_classes(self) -> None:
-        """Nothing is made."""
+        """Do nothing: no object is made."""
 
 
 class FabricTrainer(Trainer):
-    """Lends the ``fabric`` command the options of a Trainer; none is ever made."""
+    """Give the ``fabric`` command the options of a Trainer. No object of this class is ever made."""
 
     def fabric(self, model: SparseBitNet, datamodule: TokenDataModule, ckpt_path: str | None = None) -> None:
-        """Trains in the loop of ``sbn_lightning.fabric.loop``.
+        """Train with the loop of ``sbn_lightning.fabric.loop``.
 
         Args:
-            model: What to train.
-            datamodule: On what.
-            ckpt_path: Checkpoint to continue from, of this command or of ``fit``; ``last`` is the newest run's, if any.
+            model: The module to train.
+            datamodule: The data to train on.
+            ckpt_path: The checkpoint to continue from. ``fabric`` and ``fit`` continue each other's checkpoints. The
+                value ``last`` takes the newest checkpoint of the newest run, and starts a new run if there is none.
         """
         raise NotImplementedError
 
 
 class FabricCLI(SBNCLI):
-    """The command ``fabric``: a recipe's options, and the loop of :mod:`sbn_lightning.fabric.loop` in place of a Trainer."""
+    """The command ``fabric``, which trains a recipe with the loop of :mod:`sbn_lightning.fabric.loop`."""
 
     def __init__(self, args: list[str] | None) -> None:
         super().__init__(args, FabricTrainer)
@@ -292,28 +309,39 @@ class FabricCLI(SBNCLI):
         return {"fabric": {"model", "datamodule"}}
 
     def fabric(self, model: SparseBitNet, datamodule: TokenDataModule, ckpt_path: str | None = None) -> None:
-        """Runs the command."""
+        """Train ``model`` on ``datamodule``; see :meth:`FabricTrainer.fabric` for the arguments."""
         run = cast(FabricRun, self.trainer)
-        if os.environ.get("LT_CLI_USED", "0") == "0":  # else `fabric run` has launched the processes
+        if os.environ.get("LT_CLI_USED", "0") == "0":  # Otherwise `fabric run` has launched the processes.
             run.fabric.launch()
         train(run, model, datamodule, ckpt_path)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
-        self.trainer_class = cast(Any, fabric_run)  # from here on it only makes what is called the trainer
+        self.trainer_class = cast(Any, fabric_run)  # LightningCLI calls it as the class.
         return super()._instantiate_trainer(config, callbacks)
 
 
 def run(args: list[str]) -> SBNCLI:
-    """Runs a training command; ``args`` starts with the command's name."""
+    """Run a training command.
+
+    Args:
+        args: The words of the command line, starting with the command's name.
+
+    Returns:
+        The command line object, after the command has run.
+
+    Raises:
+        SBNError: If an option, a file or the data cannot be used.
+        SIGTERMException: If a SIGTERM stopped the training. Its code becomes the exit status.
+    """
     torch.set_float32_matmul_precision("high")
-    # Lightning 2.6 with newer versions of torch; nothing a user can do about it.
+    # Lightning 2.6 calls a deprecated class of newer torch versions. A user cannot change that.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     command = FabricCLI if args[0] == "fabric" else SBNCLI
-    # LightningCLI warns of arguments given from within Python, also when they are the process's own.
+    # LightningCLI warns when it is given arguments. With None it reads the same arguments from sys.argv.
     try:
         return command(None if args == sys.argv[1:] else args)
     except SIGTERMException as error:
-        if error.code is None:  # raised by Lightning, which takes it for a success
+        if error.code is None:  # Lightning raised it without a status, and the process would end with status 0.
             say("SIGTERM: stopped, nothing saved; --ckpt_path last continues from the last checkpoint, if there is one")
             error.code = SIGTERM_STATUS
         raise

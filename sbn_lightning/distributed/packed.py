@@ -18,7 +18,8 @@ The layers know nothing of this. Their backend is wrapped in :class:`PackedRows`
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -69,7 +70,7 @@ class PackedRows:
 
     def rows(self, weight: Tensor) -> Tensor:
         """This rank's rows of a tensor that is sharded, or of one that every rank has."""
-        return weight.detach().to_local() if isinstance(weight, DTensor) else self.cut.mine(weight)
+        return local_rows(weight) if isinstance(weight, DTensor) else self.cut.mine(weight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedRows:
         # The copy is for evaluation, like an average of weights: its leaf sends no gradient anywhere.
@@ -140,6 +141,11 @@ class PackedRows:
         return codes, unpack_mask(bits, columns)
 
 
+def local_rows(weight: Tensor) -> Tensor:
+    """The rows of a sharded weight that this rank has, without their gradient."""
+    return cast(DTensor, weight.detach()).to_local()
+
+
 def shard_packed(
     module: nn.Module, mesh: DeviceMesh, *, reduce_dtype: torch.dtype = torch.float32
 ) -> set[nn.Parameter]:
@@ -165,9 +171,10 @@ def shard_packed(
         weight = nn.Parameter(
             distribute_tensor(latent, sharding, [Shard(0)], src_data_rank=None), layer.weight.requires_grad
         )
-        leaf = stand_in(*latent.shape, reduce_dtype, weight.to_local().device)
+        rows, columns = latent.shape
+        leaf = stand_in(rows, columns, reduce_dtype, local_rows(weight).device)
         scatter.attach(leaf, weight, cut)
         layer.weight = weight
-        layer.wrap_backend(lambda inner, cut=cut, leaf=leaf: PackedRows(inner, cut, group, leaf))
+        layer.wrap_backend(partial(PackedRows, cut=cut, group=group, leaf=leaf))
         weights.add(weight)
     return weights
