@@ -37,7 +37,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         try:
-            # One process of a run writes its checkpoints: what is left of an earlier write belongs to a killed one.
+            # Only one process of a run writes checkpoints. So a temporary file here was left by a killed process.
             remove_leftovers(path)
             with atomic_stream(path) as stream:
                 torch.save(checkpoint, stream)
@@ -50,5 +50,5 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print a line, on one process."""
+    """Print a line. Only one process of a distributed run prints."""
     print(text, flush=True)

@@ -1,9 +1,9 @@
-"""Checkpoints of Lightning as plain files: read and written without Lightning.
+"""Read and write Lightning's checkpoint files without Lightning.
 
 A checkpoint of ``fit`` holds the weights under ``state_dict`` with the prefix ``model.``, the configuration under
-``hyper_parameters``, and the tokenizer and its like under ``text_files``. An imported checkpoint holds these three,
-which are what ``load_model``, ``init_from`` and ``SparseBitNet.load_from_checkpoint`` need. It has no optimiser state
-to continue from.
+``hyper_parameters``, and the tokenizer and the other text files under ``text_files``. ``load_model``, ``init_from`` and
+``SparseBitNet.load_from_checkpoint`` need only these three entries, and an imported checkpoint holds only them. An
+imported checkpoint has no optimiser state, so ``--ckpt_path`` cannot continue from one.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from sbn_lightning.models.config import TransformerConfig
 NO_TEXT = TextFiles()
 PREFIX = "model."
 ZIP = b"PK\x03\x04"
-HUGGING_FACE = "hugging_face"  # the key of a configuration of transformers, in place of the fields of our own
+# A checkpoint of a transformers model holds its configuration under this key. Ours holds the fields themselves.
+HUGGING_FACE = "hugging_face"
 ACCEPTED = "a .ckpt, the folder of a run, a packed or a Hugging Face folder, or a .gguf file"
 
 
 def is_one(path: Path) -> bool:
-    """Whether a file begins as torch's checkpoints do, which are ZIP archives. Of other files torch says much.
+    """Return whether a file begins like a ZIP archive, as every checkpoint of torch does.
+
+    The check comes before ``torch.load``, whose message about any other file is many lines long.
 
     Raises:
         DataError: If the file cannot be read.
@@ -44,18 +47,21 @@ def is_one(path: Path) -> bool:
 
 
 def is_last(path: Path) -> bool:
-    """Whether it has a name that ``ModelCheckpoint`` gives to a run's last checkpoint."""
+    """Return whether a file has a name that ``ModelCheckpoint`` gives to a run's last checkpoint."""
     return re.fullmatch(r"last(-v\d+)?", path.stem) is not None
 
 
 def damaged_record(path: Path) -> str | None:
-    """The first part of a checkpoint that does not have its checksum; None above ``CHECKSUM_LIMIT`` bytes."""
+    """Return the name of the first record whose content does not match its checksum; None if there is none.
+
+    A file of more than ``CHECKSUM_LIMIT`` bytes is not checked, and gives None.
+    """
     with ZipFile(path) as file:
         return file.testzip() if path.stat().st_size <= CHECKSUM_LIMIT else None
 
 
 class Saved(NamedTuple):
-    """What a checkpoint of this project holds of a model.
+    """The model in a checkpoint of this project.
 
     Attributes:
         config: The configuration of the model.
@@ -69,14 +75,14 @@ class Saved(NamedTuple):
 
 
 def read(path: Path) -> Saved:
-    """Reads the model of a checkpoint of this project.
+    """Read the model in a checkpoint of this project.
 
     Raises:
         DataError: If the file is damaged, or is not a checkpoint of this project.
     """
     if not is_one(path):
         raise DataError(f"{path} is no checkpoint; give {ACCEPTED}")
-    if not is_zipfile(path):  # which looks for its end
+    if not is_zipfile(path):  # The table of a ZIP archive is at its end, which a file cut short has lost.
         raise DataError(f"{path} is damaged: its end is missing")
     try:
         if record := damaged_record(path):
@@ -84,11 +90,11 @@ def read(path: Path) -> Saved:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except DataError:
         raise
-    except UnpicklingError as error:  # in which torch advises to trust the file
+    except UnpicklingError as error:  # torch's own message would advise the user to trust the file.
         raise DataError(
             f"{path} was changed, or is not this project's: it holds other than tensors and plain values"
         ) from error
-    except Exception as error:  # a damaged file can make torch raise anything
+    except Exception as error:  # A damaged file can make torch raise anything.
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(f"{path} is damaged: {reason}") from error
     config = config_of(saved, path)
@@ -106,7 +112,7 @@ def holds_hugging_face(path: Path) -> bool:
         return False
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # a damaged file can make torch raise anything; `read` says what is wrong with the file
+    except Exception:  # A damaged file can make torch raise anything. `read` says what is wrong with the file.
         return False
     hyper_parameters = saved.get("hyper_parameters") if isinstance(saved, dict) else None
     values = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
@@ -114,7 +120,7 @@ def holds_hugging_face(path: Path) -> bool:
 
 
 def config_of(saved: Any, path: Path) -> TransformerConfig:
-    """The configuration of the model in a checkpoint that was loaded.
+    """Return the configuration of the model in a checkpoint that was loaded.
 
     Args:
         saved: The contents of the checkpoint.
@@ -140,17 +146,23 @@ def config_of(saved: Any, path: Path) -> TransformerConfig:
 
 
 def write(config: TransformerConfig, state: dict[str, Tensor], path: Path, text: TextFiles = NO_TEXT) -> None:
-    """Writes :func:`contents`.
+    """Write a checkpoint with the entries of :func:`contents`.
+
+    Args:
+        config: The configuration of the model.
+        state: The state dict of the model.
+        path: The file to write.
+        text: The text files of the model.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     with atomic_stream(path) as stream:
         torch.save(contents(config, state, text), stream)
 
 
 def contents(config: TransformerConfig, state: dict[str, Tensor], text: TextFiles = NO_TEXT) -> dict[str, Any]:
-    """What to save so that ``fit`` with ``init_from``, ``validate`` and ``load_model`` can read it."""
+    """Return a checkpoint that ``fit`` with ``init_from``, ``validate`` and ``load_model`` can read."""
     try:
         lightning = version("lightning")
     except PackageNotFoundError:

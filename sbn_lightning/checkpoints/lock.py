@@ -53,7 +53,7 @@ class RunLock:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             while not self._take(file, folder):
-                pass  # the file was removed while this process opened it
+                pass  # The file was removed while this process opened it.
         except OSError as error:
             raise DataError(
                 f"cannot write to {folder.parent}: {error.strerror or error}; give another folder, such as "
@@ -87,7 +87,7 @@ class RunLock:
                 os.close(descriptor)
 
     def release(self) -> None:
-        """Lets another process have the run. Does nothing if this lock holds none."""
+        """Lets another process have the run. Does nothing if this lock holds no run."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.unlink()
@@ -107,7 +107,7 @@ def _is_held(descriptor: int) -> bool | None:
 def _read(descriptor: int) -> dict[str, object]:
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
-    except ValueError:  # half written
+    except ValueError:  # The file is only half written.
         return {}
     return holder if isinstance(holder, dict) else {}
 
@@ -122,6 +122,6 @@ def _may_live(holder: dict[str, object]) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it lives, and belongs to somebody else
+    except PermissionError:  # The process lives, and belongs to another user.
         return True
     return pid != os.getpid()

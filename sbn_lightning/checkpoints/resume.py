@@ -1,4 +1,4 @@
-"""``--ckpt_path``: which checkpoint training continues from, and what is wrong with one that cannot be read.
+"""``--ckpt_path``: choose the checkpoint that training continues from, or say why a checkpoint cannot be read.
 
 ``last`` means the newest state of the run that the command names; :mod:`sbn_lightning.checkpoints.search` finds it.
 This module decides what follows from the search: to continue, to start anew and say so, or to refuse.
@@ -46,7 +46,7 @@ def newest_state(
         place: Where the command's runs keep their checkpoints.
         tell: Takes the lines to print.
         training: Whether training is to continue. Otherwise nothing is put aside.
-        lock: What takes the run for this process, before anything in its folder is looked at. None takes nothing.
+        lock: The lock to take for this process before the run's folder is searched. None takes no lock.
 
     Returns:
         The newest state; None if there is none and training starts anew.
@@ -83,9 +83,9 @@ def newest_state(
 def _put_aside(damaged: Path) -> Path:
     """Gives a damaged checkpoint another name, so that the next save does not have to avoid the name it had."""
     aside = damaged.with_name(f"{damaged.name}.damaged")
-    if aside.is_dir():  # from before; a folder cannot take its place
+    if aside.is_dir():  # A damaged folder was put aside before, and a rename cannot replace a folder with files.
         aside = next(free for i in count(2) if not (free := Path(f"{aside}-{i}")).exists())
-    with suppress(FileNotFoundError):  # another process of the same run may be faster
+    with suppress(FileNotFoundError):  # Another process of the same run may be faster.
         damaged.replace(aside)
     return aside
 

@@ -134,7 +134,7 @@ def is_meant_to_continue(path: Path) -> bool:
 
 def written(path: Path) -> float:
     """When a checkpoint was written, in seconds since 1970; 0 if another process of the run has put it aside."""
-    rest = path / sharded.REST  # a folder's own time does not tell when its files were written
+    rest = path / sharded.REST  # A folder's own time does not tell when its files were written.
     try:
         return (rest if rest.is_file() else path).stat().st_mtime
     except FileNotFoundError:
@@ -158,7 +158,7 @@ def _contents(path: Path) -> dict[str, Any]:
     try:
         file = path / sharded.REST if path.is_dir() else path
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # a damaged file can make torch raise anything; whoever reads the file says what is wrong
+    except Exception:  # A damaged file can make torch raise anything. The reader of the file reports the error.
         return {}
     return saved if isinstance(saved, dict) else {}
 
@@ -185,14 +185,14 @@ def why_unreadable(path: Path, training: bool = False) -> str:
                 return f"is a folder of checkpoints, such as {found[0]}"
             if missing := sharded.what_is_missing(path):
                 return f"is not complete (it has no {missing})"
-            torch.load(path / sharded.REST, map_location="cpu", weights_only=True)  # written last
+            torch.load(path / sharded.REST, map_location="cpu", weights_only=True)  # This file is written last.
             return ""
         if not path.stat().st_size:
             return "is empty"
         if record := lightning_file.damaged_record(path):
             return f"is damaged (in {record})"
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file can make torch raise anything
+    except Exception as error:  # A damaged file can make torch raise anything.
         return f"is damaged ({(str(error) or type(error).__name__).splitlines()[0].rstrip('.')})"
     if not isinstance(saved, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(saved):
         return "is no checkpoint of Lightning"
@@ -206,17 +206,17 @@ def _on_stderr(line: str) -> None:
 
 
 def locate(path: str | Path, tell: Callable[[str], None] = _on_stderr) -> Path:
-    """The checkpoint that a path means to a command that reads one.
+    """Return the checkpoint that a user means by a path.
 
     Args:
-        path: A file, which is taken as it is. Or a folder: a sharded checkpoint, a folder of checkpoints, the folder of
-            one version of a run, of all versions, or the ``save_dir`` above them. Of a folder the newest state of the
-            newest run is taken that can be read.
+        path: A file or a folder. A file is taken as it is. A folder may be a sharded checkpoint, a folder of
+            checkpoints, the folder of one version of a run, the folder of all versions, or the ``save_dir`` above them.
+            In a folder, the newest state of the newest run is taken, unless it cannot be read.
         tell: Takes a line for each checkpoint that is damaged and therefore passed over.
 
     Returns:
-        A file, or the folder of a sharded checkpoint. Also one that is damaged, if no other is there: the reader says
-        what is wrong with it.
+        A file, or the folder of a sharded checkpoint. If every checkpoint is damaged, one of them is returned, and its
+        reader says what is wrong.
 
     Raises:
         DataError: If the folder holds no checkpoint, or runs of several names.
@@ -251,5 +251,5 @@ def _runs_below(folder: Path) -> dict[Path, list[Path]]:
         raise DataError(f"{folder} holds several runs: give one of {', '.join(names)}")
     if runs:
         return runs
-    inside = checkpoints_in(folder)  # all of them in sub-folders
+    inside = checkpoints_in(folder)  # This is one run, and all its checkpoints are in sub-folders.
     return {folder: inside} if inside else {}

@@ -21,8 +21,8 @@ from sbn_lightning.core.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-KEY = "text_files"  # in a checkpoint
-CONFIG = "config.json"  # of which only the token ids are kept: the rest describes the weights
+KEY = "text_files"  # The entry of a checkpoint that holds the files.
+CONFIG = "config.json"  # Only the token ids in this file are stored. The rest describes the weights.
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -58,7 +58,7 @@ class TextFiles:
 
         try:
             tokenizer = Tokenizer.from_str(self.contents[TOKENIZER])
-        except Exception as error:  # the library raises bare Exception for every malformed file
+        except Exception as error:  # The library raises bare Exception for every malformed file.
             reason = str(error).splitlines()[0]
             raise DataError(f"{self.source} is not a Hugging Face tokenizer.json: {reason}") from error
         # Truncation and padding make batches of one length. Here they would cut prompts, or fill them up.
@@ -105,7 +105,7 @@ class TextFiles:
         if CHAT_TEMPLATE in self.contents:
             return self.contents[CHAT_TEMPLATE]
         found = self.tokenizer_config.get("chat_template")
-        if isinstance(found, list):  # several templates by name
+        if isinstance(found, list):  # The model has several templates, each with a name.
             named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
             found = named.get("default")
         return found if isinstance(found, str) else None
@@ -160,7 +160,7 @@ def text_of_run(carried: TextFiles, data: Any) -> TextFiles:
         if TOKENIZER not in carried.contents and (tokenizer := getattr(data, "tokenizer", None)) is not None:
             carried = replace(carried, contents={**carried.contents, TOKENIZER: tokenizer.to_str(pretty=True)})
         return carried.ending_with(eos_id)
-    except DataError as error:  # a save must not fail for the tokenizer
+    except DataError as error:  # A bad tokenizer must not make a save fail.
         warnings.warn(f"checkpoints are saved without a tokenizer: {error}", stacklevel=2)
         return carried
 
@@ -198,7 +198,7 @@ def find_text_files(model: Path, own: TextFiles, given: str | Path | None) -> Te
         given: A ``tokenizer.json``, or a folder with one, that the user named.
 
     Raises:
-        DataError: If what was given is not a tokenizer, or one that was found is damaged.
+        DataError: If ``given`` is not a tokenizer, or a tokenizer that was found is damaged.
     """
     if given is not None:
         file = Path(given)

@@ -1,4 +1,4 @@
-"""The names of tokenizer files, and whether two tokenizers are the same."""
+"""Find the tokenizer of a checkpoint, and compare two tokenizers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ TOKENIZER = "tokenizer.json"
 
 
 def beside(checkpoint: Path) -> Path:
-    """The tokenizer that belongs to one checkpoint file: ``qwen2.5.ckpt`` -> ``qwen2.5.tokenizer.json``."""
+    """Return the tokenizer file that belongs to a checkpoint file: ``qwen2.5.ckpt`` -> ``qwen2.5.tokenizer.json``."""
     return checkpoint.with_name(f"{checkpoint.name.removesuffix('.ckpt')}.{TOKENIZER}")
 
 
 def data_folders_of_run(file: Path) -> list[Path]:
-    """The folders of prepared data that a run's ``config.yaml`` names, relative to the current folder."""
+    """Return the folders of prepared data that a run's ``config.yaml`` names, as they are written there.
+
+    A relative path is relative to the current folder. URLs are left out.
+
+    Args:
+        file: The path of the ``config.yaml``. A file that does not exist names no folder.
+
+    Raises:
+        DataError: If the file is not YAML in UTF-8.
+    """
     if not file.is_file():
         return []
     import yaml
@@ -37,18 +46,24 @@ def data_folders_of_run(file: Path) -> list[Path]:
 
 
 def difference(weights: Tokenizer, data: Tokenizer, eos_id: int) -> str | None:
-    """What tells two tokenizers apart; None if nothing of what follows does.
+    """Return the first difference that matters between two tokenizers; None if there is none.
 
-    Vocabularies must be equal, and so must what splits a text into them: normalizer, pre-tokenizer, and the model's
-    kind, merges, ``ignore_merges`` and ``byte_fallback``. Of tokens added to a vocabulary, the data may have more than
-    the weights know, and may name special ones otherwise: ``prepare`` writes no special token but the one that ends a
-    document, which the weights must know. Nothing else is compared, such as scores of a Unigram model, or how files
-    are written.
+    The vocabularies must be equal. So must the parts that split a text into tokens: the normalizer, the pre-tokenizer,
+    and the model's kind, merges, ``ignore_merges`` and ``byte_fallback``.
+
+    Tokens that were added to the vocabulary may differ in two ways. The data's tokenizer may have more of them than the
+    weights' tokenizer, and a special token may have another name. Both are harmless, because the only special token
+    that ``prepare`` writes is the one that ends a document, and the weights must know this token.
+
+    Nothing else is compared: not the scores of a Unigram model, for example, and not the form of the files.
 
     Args:
-        weights: Of the checkpoint.
-        data: Of the prepared folder.
-        eos_id: What ends a document in the data.
+        weights: The tokenizer of the checkpoint.
+        data: The tokenizer of the prepared folder.
+        eos_id: The id of the token that ends a document in the data.
+
+    Returns:
+        The difference, as the text of a message that calls ``weights`` the first and ``data`` the second.
     """
     token = _first_other_token(weights, data, eos_id)
     if token is not None:
@@ -59,7 +74,7 @@ def difference(weights: Tokenizer, data: Tokenizer, eos_id: int) -> str | None:
 
 
 def _first_other_token(weights: Tokenizer, data: Tokenizer, eos_id: int) -> int | None:
-    """The lowest token id that does not mean the same in both."""
+    """Return the lowest token id that has different meanings in the two tokenizers; None if there is none."""
     known, used = ({i: token for token, i in t.get_vocab(with_added_tokens=True).items()} for t in (weights, data))
     ids = {i for t in (weights, data) for i in t.get_vocab(with_added_tokens=False).values()} | {eos_id}
     ids |= {i for i, token in data.get_added_tokens_decoder().items() if i in known and not token.special}
@@ -67,8 +82,9 @@ def _first_other_token(weights: Tokenizer, data: Tokenizer, eos_id: int) -> int 
 
 
 def _rules(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What splits a text into tokens, by its name for a user."""
-    # Written by one version of the library: in files, merges are "a b" or ["a", "b"], and defaults may be left out.
+    """Return the parts of a tokenizer that split a text into tokens, by the names that a message uses."""
+    # Both tokenizers are serialised by the installed library. The files themselves come from several versions of the
+    # library: a merge may be "a b" or ["a", "b"], and a default may be left out.
     contents = json.loads(tokenizer.to_str())
     model = contents["model"]
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
@@ -83,7 +99,10 @@ def _rules(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _without_offsets(part: Any) -> Any:
-    """A part of a tokenizer without ``trim_offsets``, which says where tokens lie in the text, not which they are."""
+    """Return a part of a tokenizer without ``trim_offsets``.
+
+    ``trim_offsets`` changes which positions in the text a token is reported at, and not the tokens themselves.
+    """
     if isinstance(part, list):
         return [_without_offsets(item) for item in part]
     if isinstance(part, dict):

@@ -1,4 +1,4 @@
-"""The command line: which command, and errors in one line.
+"""Find the command that the user typed, run it, and print errors in one line.
 
 Commands that train go to a LightningCLI. The others are plain functions whose signature and docstring make their
 command line; they must not wait for Lightning's import, so nothing heavy is imported here.
@@ -153,11 +153,11 @@ def print_without_secrets(kind: type[BaseException], error: BaseException, trace
 
 
 def _reader_is_gone() -> bool:
-    """Return whether nobody reads the output any more, as behind ``| head``. Later output then goes nowhere."""
+    """Return whether nobody reads the output any more, as after ``| head``. Later output is then thrown away."""
     ends = select.poll()
-    ends.register(sys.stdout, 0)  # what is always told: errors
+    ends.register(sys.stdout, 0)  # With mask 0 poll reports errors only.
     gone = bool(ends.poll(0))
-    if gone:  # else Python's flush at its end complains as well
+    if gone:  # Otherwise Python prints another error when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return gone
 
@@ -172,7 +172,7 @@ def _run_tool(command: str, argv: list[str]) -> None:
         _find_research(command)
     function = getattr(import_module(module), name)
     parameters = inspect.signature(function).parameters
-    if [*parameters] == ["argv"]:  # a command with words of its own, such as `recipes copy NAME`
+    if [*parameters] == ["argv"]:  # The command parses its words itself, as `recipes copy NAME` does.
         function(argv)
         return
     kinds = {name: str(about.annotation) for name, about in parameters.items()}
@@ -194,14 +194,15 @@ def _find_research(command: str) -> None:
 
 
 def _gather_lists(argv: list[str], takes_list: dict[str, bool], flags: Collection[str] = ()) -> list[str]:
-    """``--input a b`` or ``--input a --input b`` -> ``--input=["a", "b"]``, as jsonargparse reads a list.
+    """Turn ``--input a b`` and ``--input a --input b`` into ``--input=["a", "b"]``, which jsonargparse reads as a list.
 
-    The first is what a shell makes of ``*.txt``. A single value of an option that takes a list becomes one too: read as
-    YAML, the prompt ``# sorts a list`` would be nothing at all. Of any other option the last value counts.
+    A shell turns ``--input *.txt`` into the first form. An option that takes a list gets one for a single value too,
+    because jsonargparse reads a bare value as YAML, and the prompt ``# sorts a list`` is a comment in YAML. Any other
+    option gets its last value.
 
     Args:
-        argv: Arguments as typed; names of options may be cut short.
-        takes_list: Whether an option takes a list, by its name.
+        argv: The arguments as typed. The name of an option may be cut short.
+        takes_list: Whether an option takes a list, by the option's name.
         flags: The names of the options that are true or false; such an option without a value is true.
     """
     gathered: dict[str, list[str]] = {}
@@ -225,15 +226,16 @@ def _gather_lists(argv: list[str], takes_list: dict[str, bool], flags: Collectio
     for name, values in gathered.items():
         if not values and name[2:] in flags:
             values.append("true")
-        # With "=": a value may begin with dashes.
+        # Name and value are joined with "=", because a value may begin with dashes.
         rest.append(f"{name}={_quoted(values) if takes_list.get(name[2:]) else values[0]}" if values else name)
     return rest
 
 
 def _quoted(values: list[str]) -> str:
-    """Values, or the one that is a JSON list already, as JSON that YAML reads alike.
+    """Return values as a JSON list that a YAML parser reads the same way. A single value may be a JSON list already.
 
-    YAML knows no pairs of escapes for one character, and wants escapes for what cannot be printed.
+    JSON can write one character as two escapes, and YAML cannot read that. YAML demands an escape for a character that
+    cannot be printed.
     """
     if len(values) == 1 and values[0].startswith("["):
         with suppress(ValueError):

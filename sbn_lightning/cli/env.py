@@ -63,7 +63,7 @@ def report() -> str:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    versions["torch"] = torch.__version__  # with the build, such as +cu130
+    versions["torch"] = torch.__version__  # The version includes the build, such as +cu130.
     versions["CUDA of torch"] = torch.version.cuda or "none: torch is built without CUDA"
     versions["NVIDIA driver"] = _driver()
     versions["CPU"] = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"

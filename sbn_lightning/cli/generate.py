@@ -71,7 +71,8 @@ def generate_text(
     stops = stop_ids(opened, stop_token)
     ids = [encode_prompt(opened, text, chat=chat) for text in prompts]
     limit = opened.config.max_sequence_length
-    for i, given in enumerate(ids, start=1):  # before the first batch: a result is not lost to a later prompt
+    # All prompts are checked before the first batch runs, so that a bad prompt does not lose earlier results.
+    for i, given in enumerate(ids, start=1):
         if len(given) >= limit:
             raise ConfigError(
                 f"prompt {i} of {len(ids)} has {len(given)} tokens, which leaves no room in the model's context of "

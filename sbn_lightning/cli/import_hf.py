@@ -40,7 +40,7 @@ def import_hf(input: str, output: str, overwrite: bool = False) -> None:
     from sbn_lightning.layers.packed import PackedTernaryLinear
 
     print(f"reading {source}", flush=True)
-    loaded = load_model(source)  # checks names and shapes
+    loaded = load_model(source)  # Loading checks the names and shapes of tensors.
     if any(isinstance(layer, PackedTernaryLinear) for layer in loaded.model.modules()):
         raise ConfigError(
             f"{source} holds packed ternary weights, which are not copied into a checkpoint; give the folder itself to "
@@ -62,7 +62,7 @@ def import_hf(input: str, output: str, overwrite: bool = False) -> None:
         template = "with" if loaded.text.chat_template else "no"
         print(f"tokenizer: {beside(target)}, {template} chat template, stop tokens {loaded.text.stop_ids or 'unknown'}")
     else:
-        beside(target).unlink(missing_ok=True)  # it belonged to the checkpoint that was replaced
+        beside(target).unlink(missing_ok=True)  # An old tokenizer would belong to the replaced checkpoint.
         other = (source / "tokenizer.model").is_file()
         way = "; AutoTokenizer.save_pretrained of transformers makes one of its tokenizer.model" if other else ""
         print(f"note: {source} has no {TOKENIZER}{way}")
@@ -83,5 +83,5 @@ def _local(source: str) -> Path:
     print(f"getting {source} from the Hugging Face hub", flush=True)
     try:
         return Path(snapshot_download(source, allow_patterns=PATTERNS))
-    except Exception as error:  # no network, no such model, no access: each has its own class
+    except Exception as error:  # A missing model, network or permission has its own class.
         raise DataError(f"{source} is no folder here, and the hub gives: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""Which LightningModule a training command builds: the recipe's ``model`` section tells.
+"""Choose the LightningModule that a training command builds, from the ``model`` section of the recipe.
 
 A section with ``source`` asks for a Hugging Face model, and any other for :class:`SparseBitNet`. The choice is made
 before the parser exists, because the parser's options are those of the class.
@@ -46,10 +46,10 @@ def _recipes_in(arguments: Sequence[str]) -> list[str]:
 
 
 def _read(file: str) -> Any:
-    """Return what a recipe holds; None where the parser will say what is wrong with the file."""
+    """Return the contents of a recipe; None if the file cannot be read. The parser will say why."""
     try:
         return yaml.safe_load(Path(recipes.find(file)).read_text(encoding="utf-8"))
-    except Exception:  # a missing file, a folder, no YAML: each has its message from the parser
+    except Exception:  # The parser has a message for a missing file, a folder, or bad YAML.
         return None
 
 

@@ -20,9 +20,9 @@ OPTION = "model.config"
 def take_shape(config: Namespace, arguments: Sequence[str]) -> None:
     """Sets the fields of ``model.config`` that come with the weights of ``model.init_from``.
 
-    A field that the command line names keeps the value given there; if it does not fit the weights, loading them says
-    so. A recipe's value gives way, with a line that tells. A run that continues from a checkpoint takes the fields from
-    the checkpoint, because the weights it started from may be gone.
+    A field that the command line names keeps its value there. If this value does not fit the weights, loading them
+    raises the error. A value from a recipe is replaced, and a printed line says so. A run that continues from a
+    checkpoint takes the fields from the checkpoint, because the weights that the run started from may be gone.
 
     Args:
         config: The options of a training command; changed in place.
@@ -59,7 +59,7 @@ def _config_of_weights(path: str) -> TransformerConfig | None:
 
 
 def _config_of_checkpoint(path: str) -> TransformerConfig | None:
-    """The configuration in a checkpoint to continue from; None for one that is not on this machine."""
+    """Return the configuration in a checkpoint; None if the checkpoint is not on this machine."""
     file = Path(path)
     file = file / sharded.REST if file.is_dir() else file
     if not file.is_file():

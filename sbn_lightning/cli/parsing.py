@@ -1,4 +1,4 @@
-"""Errors of the command line in one line, with the option that was probably meant."""
+"""Report a wrong option in one line, with the option that the user probably meant."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jsonargparse import ArgumentParser
 
 from sbn_lightning.core.errors import ConfigError
 
-# Endings of NMPattern's own messages: among the attempts that a union of types lists, theirs says what is wrong.
+# Finds the message of NMPattern. jsonargparse lists one error for each type of a union, and only this one helps.
 _PATTERN_MESSAGE = re.compile(r"pattern[: ][^\n]*?(?:quote it, pattern: \"\S+\"|example \"6:8\"|N <= M <= \d+)")
 _UNION = "Does not validate against any of the Union subtypes"
-# What the other attempts of a union say: that the value is of another type.
+# Matches the errors that only say that the value does not have one of the other types of a union.
 _OTHER_TYPE = re.compile(
     rf"{_UNION}|Expected an? (<class|path|collections)|Not a valid subclass|a class path \(|a dict with"
     r"|Import path \S+ does not correspond to a subclass"
@@ -23,7 +23,7 @@ _OTHER_TYPE = re.compile(
 
 
 class OneLineErrors(ArgumentParser):
-    """Raises a one-line :class:`ConfigError` where jsonargparse would print its usage and every alternative."""
+    """A parser that raises a one-line :class:`ConfigError`; jsonargparse would print its usage and all alternatives."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         found = _PATTERN_MESSAGE.search(message)
@@ -39,7 +39,18 @@ class OneLineErrors(ArgumentParser):
 
 
 def what_is_wrong(message: str) -> str:
-    """A message of jsonargparse, of a union's attempts only those that got anywhere."""
+    """Shorten a message of jsonargparse about a union of types.
+
+    jsonargparse tries each type of the union and lists one error for each. Errors that only say that the value has
+    another type are dropped.
+
+    Args:
+        message: The message of jsonargparse.
+
+    Returns:
+        The errors that remain, after the key they are about. The whole message, if it is not about a union or no error
+        remains.
+    """
     if _UNION not in message:
         return message
     attempts: list[str] = []
@@ -54,7 +65,7 @@ def what_is_wrong(message: str) -> str:
 
 
 def _suggestion_for_class(message: str) -> str:
-    """For an option that a class of ``class_path`` does not have."""
+    """Suggest a name for an option that the class at a ``class_path`` does not have; empty if there is none."""
     wrong = re.search(r"Option '(\w+)' is not accepted", message)
     kinds = [locate(path) for path in set(re.findall(r"class_path'?[=:] ?'([\w.]+)'", message))] if wrong else []
     known = [name for kind in kinds if isinstance(kind, type) for name in inspect.signature(kind).parameters]

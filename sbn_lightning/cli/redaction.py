@@ -18,9 +18,9 @@ HIDDEN = "***"
 def without_secrets(value: Any, key: str = "", known: frozenset[str] | None = None) -> Any:
     """Return a copy of a configuration with ``***`` in the place of secrets.
 
-    Secrets are the user and password in a URL; what a URL's query calls a key, token or signature; every value whose
-    key ends in ``token``, ``password``, ``api_key`` or the like; and the value of an environment variable with such a
-    name.
+    These values are secrets: the user and password in a URL; a parameter in a URL's query that is named as a key, token
+    or signature; a value whose key ends in ``token``, ``password``, ``api_key`` or the like; and the value of an
+    environment variable with such a name.
     """
     if known is None:
         known = frozenset(v for k, v in os.environ.items() if SECRET_VARIABLE.search(k) and len(v) >= 8)

@@ -154,7 +154,7 @@ class SBNCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            if (told := what_is_wrong(str(error))) != str(error):  # The message of the class itself.
+            if (told := what_is_wrong(str(error))) != str(error):  # Errors about other types were dropped.
                 raise ConfigError(told) from error
             raise
 
@@ -193,7 +193,7 @@ class SBNCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in (*plugins, checkpoint_io_of(config["strategy"]))):
             config["plugins"] = [*plugins, DurableCheckpointIO()]
         if config["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in own):
-            # Lightning would show a bar of several lines if rich happens to be installed.
+            # Lightning's own choice of a bar depends on whether rich is installed. This bar is always one line.
             callbacks = [*callbacks, LossProgressBar()]
         folder = self._take_run(config)
         try:

@@ -100,7 +100,7 @@ def read(run: RunState, path: str) -> dict[str, Any]:
         checkpoint: dict[str, Any] = load(path, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist") from error
-    except Exception as error:  # a damaged file can make torch raise anything
+    except Exception as error:  # A damaged file can make torch raise anything.
         raise DataError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
     missing = {"state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers"} - set(checkpoint)
     if missing:

@@ -93,11 +93,11 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
     run.connect_loaders(train_loader, val_loader)
     if checkpoint:
         fabric_checkpoint.restore_position(run, checkpoint)
-    del checkpoint  # release memory
+    del checkpoint  # Its tensors would stay in memory for the whole run.
 
     run.call("on_fit_start")
     run.log_hyperparameters()
-    if not ckpt_path:  # fails now rather than at the first validation
+    if not ckpt_path:  # An error in validation shows now, and not hours later.
         evaluate(fabric, module, val_loader, min(run.num_sanity_val_steps, run.num_val_batches))
     model.train()
     run.call("on_train_start")
@@ -148,7 +148,7 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
                     shown = {key: f"{float(value):.4g}" for key, value in (run.in_bar | metrics).items()}
                     bar.set_postfix(shown, refresh=False)
                 if run.validation_is_due:
-                    if run.is_step:  # gradients take no memory meanwhile
+                    if run.is_step:  # Gradients would take memory during the validation.
                         optimizer.zero_grad()
                     run.call("on_validation_start")
                     run.call("on_validation_epoch_start")

@@ -1,4 +1,4 @@
-"""What the Fabric loop makes of a recipe's ``trainer:`` options. An option that changes training is never ignored."""
+"""Read a recipe's ``trainer:`` options for the Fabric loop. An option that changes training is never ignored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.fabric.run import FabricRun
 from sbn_lightning.training.precision import SparseTernaryPrecision
 
-# The keys of a recipe's ``trainer:``, by what the Fabric loop makes of them. Any other key must have its default value.
+# The keys of a recipe's ``trainer:``, grouped by what happens to them. Any other key must have its default value.
 FABRIC_TAKES = ("accelerator", "strategy", "devices", "num_nodes", "precision", "plugins")
 LOOP_TAKES = (
     "max_steps",
@@ -50,7 +50,7 @@ def fabric_run(**config: Any) -> FabricRun:
     """Make a :class:`FabricRun` from the options of a Trainer.
 
     Args:
-        **config: The options, with classes made.
+        **config: The options. Classes in them are instantiated already.
 
     Raises:
         ConfigError: If an option that changes training cannot be honoured.
@@ -74,7 +74,7 @@ def fabric_run(**config: Any) -> FabricRun:
 
 
 def check_fabric_options(config: dict[str, Any]) -> None:
-    """Warn of options that the ``fabric`` command does without, and put Fabric's DDP strategy in place of a Trainer's.
+    """Warn of options that the ``fabric`` command does not use, and replace a Trainer's DDP strategy by Fabric's.
 
     Args:
         config: The options of a Trainer; changed in place.

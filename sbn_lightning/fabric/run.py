@@ -55,7 +55,7 @@ class FabricRun(RunState):
         if self.fabric.is_global_zero:
             storage, checkpoint = self.fabric.strategy.checkpoint_io, dump(self, bool(weights_only))
             write = storage.save_checkpoint
-            if "://" in str(path) or isinstance(storage, DurableCheckpointIO):  # which writes aside itself
+            if "://" in str(path) or isinstance(storage, DurableCheckpointIO):  # A URL has no file to rename.
                 write(checkpoint, path)
             else:
                 with atomic_file(path) as aside:

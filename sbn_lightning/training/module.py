@@ -65,14 +65,14 @@ class SparseBitNet(LightningModule):
         init_from: str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(config, dict):  # read back from a checkpoint, which holds only plain values
+        if isinstance(config, dict):  # A checkpoint holds the configuration as plain values.
             config = TransformerConfig(**config)
         self.save_hyperparameters(ignore=["config", "optimizer", "init_from"])
         self.save_hyperparameters({"config": config.to_dict()})
         self.config = config
         self.model = TernaryTransformer(config)
         self.init_from = init_from
-        self.text_files = TextFiles()  # tokenizer, chat template, stop tokens: saved with every checkpoint
+        self.text_files = TextFiles()  # Every checkpoint holds tokenizer, chat template, stop tokens.
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
         self._make_optimizer = optimizer
@@ -81,8 +81,8 @@ class SparseBitNet(LightningModule):
         """Check strategy and data against the model.
 
         Raises:
-            ConfigError: If the strategy cannot keep masks, the data are tokens of another tokenizer than that of
-                ``init_from``, the tokenizer has more tokens than the embedding has rows, or sequences are too long.
+            ConfigError: If the strategy cannot keep masks, the data were made with another tokenizer than the weights
+                of ``init_from``, the tokenizer has more tokens than the embedding has rows, or sequences are too long.
         """
         refuse_plain_averaging(self.trainer.callbacks)  # type: ignore[attr-defined]
         check_strategy(self.trainer.strategy)

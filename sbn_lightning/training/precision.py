@@ -44,7 +44,7 @@ class _Model:
     """A converted module. References are weak, because Fabric tears nothing down: a plugin may outlive its models."""
 
     module: weakref.ref[nn.Module]
-    device: torch.device | None = None  # the device that the backends of the layers were chosen for
+    device: torch.device | None = None  # The backends were chosen for this device.
     layers: list[weakref.ref[SparseBitLinear]] = field(default_factory=list)
 
     def ternary_layers(self) -> list[SparseBitLinear]:
@@ -190,7 +190,7 @@ class SparseTernaryPrecision(Precision):
         """Gives each layer a seed of its own for this pass and this process.
 
         The seeds are new tensors, because a backward that is still to come may hold the old ones. Processes must not
-        share seeds: gradients that are rounded by the same draw err alike, and their mean would err as much as one.
+        share seeds. Gradients that are rounded by the same draw have the same error, and averaging would not reduce it.
         """
         rank, processes = _place()
         count = len(layers)
