@@ -32,7 +32,11 @@ MOVED: dict[str, tuple[str, ...]] = {
     "sbn_lightning.checkpoint.import_command": ("sbn_lightning.cli.import_hf",),
     "sbn_lightning.checkpoint.init": ("sbn_lightning.formats.init_from",),
     "sbn_lightning.checkpoint.lightning_file": ("sbn_lightning.checkpoints.lightning_file",),
-    "sbn_lightning.checkpoint.load": ("sbn_lightning.formats.load", "sbn_lightning.formats.assemble"),
+    "sbn_lightning.checkpoint.load": (
+        "sbn_lightning.formats.load",
+        "sbn_lightning.formats.assemble",
+        "sbn_lightning.formats.recognise",
+    ),
     "sbn_lightning.checkpoint.packed": ("sbn_lightning.formats.packed",),
     "sbn_lightning.checkpoint.packed_layer": ("sbn_lightning.layers.packed",),
     "sbn_lightning.checkpoint.tokenizers": (

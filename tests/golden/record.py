@@ -2,7 +2,8 @@
 
 ``python -m tests.golden.record`` writes the files beside this module. ``test_golden.py`` makes the same things again
 and compares them. Record only on purpose: a new file is a decision that behaviour changes, and needs an entry in
-CHANGELOG.md. ``public_names.json`` was written once, by hand, from version 0.1.0.
+CHANGELOG.md. ``public_names.json`` was written once, from version 0.1.0. A helper that something else has replaced is no longer
+in the file.
 """
 
 from __future__ import annotations
