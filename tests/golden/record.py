@@ -2,8 +2,8 @@
 
 ``python -m tests.golden.record`` writes the files beside this module. ``test_golden.py`` makes the same things again
 and compares them. Record only on purpose: a new file is a decision that behaviour changes, and needs an entry in
-CHANGELOG.md. ``public_names.json`` was written once, from version 0.1.0. A helper that something else has replaced is no longer
-in the file.
+CHANGELOG.md. ``public_names.json`` was written once, from version 0.1.0. A helper that something else has replaced is not
+in the file any more.
 """
 
 from __future__ import annotations
