@@ -1,10 +1,13 @@
 """N:M patterns and masks.
 
-A pattern "N:M" keeps at most N of every M consecutive weights along ``in_features``. Groups are ranked rather than
-thresholded: a weight's rank in its group (0 = largest magnitude, the lower index first on a tie) does not depend on N,
-so one ranking serves every step of a ramp that walks over N, and rows with different N.
-Masks are stored one bit a weight, least significant bit first, each row padded to whole bytes: a row never shares a
-byte with the next, which keeps sharding along ``out_features`` simple.
+A pattern "N:M" keeps at most N of every M consecutive weights along ``in_features``. Such M weights are a group.
+
+A mask is made from ranks, not from a threshold. The rank of a weight in its group is 0 for the largest magnitude and
+M - 1 for the smallest. On a tie the lower index comes first. A rank does not depend on N, so one ranking is enough for
+rows that have different N, as in the middle of a ramp.
+
+A mask is stored with one bit for each weight, least significant bit first. Each row is padded to whole bytes. Two rows
+never share a byte, so a mask can be sharded along ``out_features``.
 """
 
 from __future__ import annotations
@@ -26,11 +29,11 @@ class NMPattern:
     """At most ``n`` non-zeros in every ``m`` consecutive weights of a row; ``m:m`` is dense.
 
     Args:
-        n: Weights kept in a group, ``1 <= n <= m``.
-        m: Weights in a group, ``1 <= m <= 32``.
+        n: The number of weights that a group keeps, ``1 <= n <= m``.
+        m: The number of weights in a group, ``1 <= m <= 32``.
 
     Raises:
-        ConfigError: If ``n`` and ``m`` are not such numbers.
+        ConfigError: If ``n`` or ``m`` is not an integer in its range.
     """
 
     n: int
@@ -48,8 +51,8 @@ class NMPattern:
         """Reads ``"N:M"``.
 
         Raises:
-            ConfigError: If the value is anything else. YAML 1.1 reads an unquoted ``6:8`` as the number 368
-                (base 60), so a number gets a message that says to quote it.
+            ConfigError: If the value is neither a pattern nor such a string. YAML 1.1 reads an unquoted ``6:8`` as the
+                number 368, in base 60. For a number the message therefore says to quote the pattern.
         """
         if isinstance(value, NMPattern):
             return value
@@ -73,14 +76,18 @@ class NMPattern:
 
     @property
     def density(self) -> float:
-        """Share of weights kept, ``n / m``."""
+        """The share of weights that the mask keeps, ``n / m``."""
         return self.n / self.m
 
     def check_divides(self, in_features: int, layer: str) -> None:
         """Checks that rows of ``in_features`` weights split into whole groups.
 
+        Args:
+            in_features: The number of weights in a row.
+            layer: The name of the layer, for the message.
+
         Raises:
-            ConfigError: Naming ``layer``, if they do not.
+            ConfigError: If M does not divide ``in_features``. The message names the layer.
         """
         if in_features % self.m:
             raise ConfigError(
@@ -93,12 +100,12 @@ def group_ranks(weight: Tensor, m: int) -> Tensor:
     """Ranks each weight's magnitude within its group of ``m``.
 
     Args:
-        weight: ``[..., in_features]``, ``in_features`` a multiple of ``m``.
-        m: Group size.
+        weight: The weights, ``[..., in_features]``; ``in_features`` is a multiple of ``m``.
+        m: The size of a group.
 
     Returns:
-        uint8, the shape of ``weight``: 0 for the largest magnitude of a group, ``m - 1`` for the smallest;
-        equal magnitudes rank in index order.
+        The ranks, uint8 in the shape of ``weight``: 0 for the largest magnitude of a group, ``m - 1`` for the smallest.
+        Equal magnitudes rank in the order of their indices.
     """
     groups = weight.detach().abs().unflatten(-1, (-1, m))
     if m <= 8 and groups.is_cuda:
@@ -111,7 +118,7 @@ def group_ranks(weight: Tensor, m: int) -> Tensor:
 
 
 def _ranks_by_pairs(members: Tensor) -> Tensor:
-    """Ranks by comparing every pair, ``[m, ...]`` -> ``[m, ...]``: 2 to 4 times faster than sorting small groups."""
+    """Ranks groups ``[m, ...]`` by comparing every pair, which is 2 to 4 times faster than sorting small groups."""
     members = members.contiguous()
     ranks = torch.zeros_like(members, dtype=torch.uint8)
     for i in range(len(members)):
@@ -123,7 +130,10 @@ def _ranks_by_pairs(members: Tensor) -> Tensor:
 
 
 def _ranks_at_once(groups: Tensor) -> Tensor:
-    """The same, ``[..., m]`` -> ``[..., m]``, in five operations on ``m`` times the memory: launches cost GPUs more."""
+    """Ranks groups ``[..., m]`` in five operations that use ``m`` times the memory.
+
+    On a GPU this is faster than a loop over pairs, because each operation costs a launch.
+    """
     mine, other = groups.unsqueeze(-1), groups.unsqueeze(-2)
     earlier = torch.ones(groups.shape[-1], groups.shape[-1], dtype=torch.bool, device=groups.device).tril(-1)
     return torch.where(earlier, ~(mine > other), other > mine).sum(-1, dtype=torch.uint8)
@@ -133,13 +143,13 @@ def top_n_mask(weight: Tensor, pattern: NMPattern, keep: Tensor | int | None = N
     """The mask that keeps the ``n`` largest magnitudes of each group.
 
     Args:
-        weight: ``[out_features, in_features]``.
-        pattern: The pattern; its ``m`` sets the groups.
-        keep: Weights kept a group if other than ``pattern.n``: a number, or an integer tensor ``[out_features]``
-            with one number a row (a ramp in which only some rows are sparse yet).
+        weight: The weights, ``[out_features, in_features]``.
+        pattern: The pattern. Its ``m`` is the size of a group.
+        keep: The number of weights that a group keeps; None for ``pattern.n``. An integer tensor ``[out_features]`` has
+            one number for each row, for a ramp in which only some rows are sparse so far.
 
     Returns:
-        bool, the shape of ``weight``. On a tie the lower index is kept.
+        The mask, bool in the shape of ``weight``. On a tie the mask keeps the lower index.
     """
     if keep is None:
         keep = pattern.n
@@ -150,18 +160,19 @@ def top_n_mask(weight: Tensor, pattern: NMPattern, keep: Tensor | int | None = N
 
 
 def nonzeros_per_group(values: Tensor, m: int) -> Tensor:
-    """Counts non-zeros (or True) in each group of ``m``: ``[..., in_features]`` -> int64 ``[..., in_features / m]``."""
+    """Counts the values that are not zero in each group: ``[..., in_features]`` -> int64 ``[..., in_features / m]``."""
     return values.unflatten(-1, (-1, m)).count_nonzero(dim=-1)
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Packs bool ``[..., in_features]`` (1 or more) into uint8 ``[..., ceil(in_features / 8)]``, lowest bit first."""
+    """Packs a mask, bool ``[..., in_features]``, into uint8 ``[..., ceil(in_features / 8)]``, lowest bit first."""
     padded = F.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
-    # Eight bytes of 0 or 1 as one integer, lowest first: the factor takes byte i to bit 56 + i, and nothing else there.
+    # Eight bytes of 0 or 1 are read as one integer, lowest byte first. Multiplying by the factor moves byte i to bit
+    # 56 + i, and moves nothing else to the top eight bits.
     return (padded.contiguous().view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
 def unpack_mask(packed: Tensor, in_features: int) -> Tensor:
-    """Inverse of :func:`pack_mask`: uint8 ``[..., ceil(in_features / 8)]`` -> bool ``[..., in_features]``."""
+    """The inverse of :func:`pack_mask`: uint8 ``[..., ceil(in_features / 8)]`` -> bool ``[..., in_features]``."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :in_features].bool()

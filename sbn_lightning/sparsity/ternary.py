@@ -2,18 +2,19 @@
 
 Formulas: Sparse-BitNet (arXiv 2603.05168) and BitNet b1.58 (arXiv 2402.17764). With latent weight W and tokens x::
 
-    gamma = max(mean|W|, 1e-5)                          weight scale, over the whole dense W (see GammaOver)
+    gamma = max(mean|W|, 1e-5)                          weight scale, over all of W (``over`` in weight_scale)
     T     = clamp(round(W / gamma), -1, 1) * mask       ternary codes, int8
-    s     = max(max|x|, 1e-5) / 127                     activation scale, one a token
+    s     = max(max|x|, 1e-5) / 127                     activation scale, one for each token
     x8    = clamp(round(x / s), -128, 127)              int8
     y     = (x8 @ T^T) * s * gamma (+ bias)             the inner product is an exact integer
-    dW    = dy^T @ (x8 * s)                             straight-through: every position, masked ones too
+    dW    = dy^T @ (x8 * s)                             straight-through: masked positions get one too
     dx    = dy @ (gamma * T)
 
 The usual "fake quantisation" rounds, scales back and multiplies in floating point. Here the integers are multiplied
-first and both scales applied to the sum: the same mathematics with one rounding instead of three, and bit for bit what
-an integer tensor core gives. Integers up to 127 are exact in bfloat16 and TF32 too, so this file stays exact there as
-long as sums accumulate in fp32 and stay below 2^24 (in_features up to 132,104).
+first, and both scales are applied to the sum. The mathematics is the same, with one rounding instead of three, and the
+result is bit for bit that of an integer tensor core. Integers up to 127 are exact in bfloat16 and in TF32. So the inner
+product is exact in these dtypes too, as long as sums accumulate in float32 and stay below 2^24 (``in_features`` up to
+132,104).
 """
 
 from __future__ import annotations
@@ -40,14 +41,19 @@ def weight_scale(
     """gamma, the scale of ternary weights: a mean of absolute values, at least 1e-5.
 
     Args:
-        weight: Latent weight ``[out_features, in_features]``.
-        split_sizes: Rows of each part of a fused weight (q, k, v); one gamma each. None: one part.
-        over: ``"dense"``: mean over all weights (the paper). ``"kept"``: mean over weights the mask keeps.
-            ``"masked"``: mean over all positions with masked weights counted as zero ("sparsify before quantising").
-        mask: bool, the shape of ``weight``; needed unless ``over`` is ``"dense"``.
+        weight: The latent weight, ``[out_features, in_features]``.
+        split_sizes: The rows of each part of a fused weight (q, k, v). Each part has its own gamma. None means that the
+            weight is one part.
+        over: The weights whose magnitudes are averaged. ``"dense"``: all weights, as in the paper. ``"kept"``: the
+            weights that the mask keeps. ``"masked"``: all weights, where masked weights count as zero ("sparsify before
+            quantising").
+        mask: The mask, bool in the shape of ``weight``. Only ``over="dense"`` does without one.
 
     Returns:
-        ``[len(split_sizes)]``, float32 (float64 for a float64 weight).
+        gamma of each part, ``[parts]``, float32 (float64 for a float64 weight).
+
+    Raises:
+        ValueError: If ``over`` needs a mask and there is none.
     """
     magnitude = _wide(weight.detach()).abs()
     if over != "dense":
@@ -66,17 +72,19 @@ def weight_scale(
 def ternary_weight(
     weight: Tensor, mask: Tensor, split_sizes: tuple[int, ...] | None = None, gamma_over: GammaOver = "dense"
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scale of a latent weight.
+    """The ternary codes and the scale of a latent weight.
 
     Args:
-        weight: Latent weight ``[out_features, in_features]``.
-        mask: bool, the shape of ``weight``.
-        split_sizes: As in :func:`weight_scale`.
-        gamma_over: As there, or ``"nonzero"``: codes by gamma over all weights, then a scale over those that are not
-            zero, which is the least-squares one for these codes (Ternary Weight Networks, arXiv 1605.04711, eq. 5).
+        weight: The latent weight, ``[out_features, in_features]``.
+        mask: The mask, bool in the shape of ``weight``.
+        split_sizes: The rows of each part of a fused weight; see :func:`weight_scale`.
+        gamma_over: The weights whose magnitudes gamma averages; see ``over`` in :func:`weight_scale`. ``"nonzero"``
+            makes the codes with gamma over all weights, and then takes the mean over the weights whose code is not
+            zero. That mean is the least-squares scale for these codes (Ternary Weight Networks, arXiv 1605.04711,
+            eq. 5).
 
     Returns:
-        int8 codes, the shape of ``weight``, and the scale of each row ``[out_features]``.
+        The codes, int8 in the shape of ``weight``, and the scale of each row, ``[out_features]``.
     """
     over: Literal["dense", "kept", "masked"] = "dense" if gamma_over == "nonzero" else gamma_over
     gamma = weight_scale(weight, split_sizes, over=over, mask=mask)
@@ -87,22 +95,22 @@ def ternary_weight(
 
 
 def expand_scale(gamma: Tensor, split_sizes: tuple[int, ...] | None, out_features: int) -> Tensor:
-    """One gamma a part -> one a row: ``[parts]`` -> ``[out_features]``."""
+    """Repeats gamma of each part for all rows of the part: ``[parts]`` -> ``[out_features]``."""
     if split_sizes is None:
         return gamma.expand(out_features)
     return torch.cat([part.expand(rows) for part, rows in zip(gamma.split(1), split_sizes, strict=True)])
 
 
 def ternary_codes(weight: Tensor, row_scale: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``clamp(round(W / gamma), -1, 1) * mask``.
+    """The ternary codes ``clamp(round(W / gamma), -1, 1) * mask``.
 
     Args:
-        weight: Latent weight ``[out_features, in_features]``.
+        weight: The latent weight, ``[out_features, in_features]``.
         row_scale: gamma of each row, ``[out_features]``.
-        mask: bool, the shape of ``weight``; None keeps everything.
+        mask: The mask, bool in the shape of ``weight``; None keeps all weights.
 
     Returns:
-        int8 codes in {-1, 0, 1}, the shape of ``weight``. Halves round to even, so ``|W| = gamma / 2`` gives 0.
+        The codes in {-1, 0, 1}, int8 in the shape of ``weight``. Halves round to even, so ``|W| = gamma / 2`` gives 0.
     """
     codes = (_wide(weight.detach()) / row_scale.unsqueeze(-1)).round_().clamp_(-1, 1)
     if mask is not None:
@@ -117,17 +125,20 @@ def quantize_activations(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     4 bits: ``s = max(mean|x|, 1e-5) / sqrt(7)``, integers in [-8, 7].
 
     Args:
-        x: ``[..., features]``.
-        bits: 8 or 4.
+        x: The tokens, ``[..., features]``.
+        bits: The number of bits, 8 or 4.
 
     Returns:
-        int8 integers, the shape of ``x``, and the scale ``s`` ``[..., 1]``, float32 (float64 for float64 tokens):
-        the integers times the scale approximate ``x``.
+        The integers, int8 in the shape of ``x``, and the scale ``s`` ``[..., 1]``, float32 (float64 for float64
+        tokens). The integers times the scale approximate ``x``.
+
+    Raises:
+        ValueError: If ``bits`` is neither 8 nor 4.
     """
     x = _wide(x.detach())
-    # Divided by tensors: CUDA multiplies by a Python number's reciprocal, and a scale that is off by its last bit turns
-    # the many exact halves among bfloat16 tokens (max|x| = 127/32, say) into neighbouring integers. A compiler may
-    # still divide in its own way.
+    # The divisors are tensors, not Python numbers: CUDA would multiply by the reciprocal of a Python number, which can
+    # change the last bit of the scale. Many bfloat16 tokens lie exactly between two integers (for example if
+    # max|x| = 127/32), and such a change rounds them to the other integer. A compiler may still divide in its own way.
     if bits == 8:
         scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS) / x.new_full((), 127)
         low, high = -128, 127
@@ -140,18 +151,18 @@ def quantize_activations(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def apply_swiglu(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` of gates and ups side by side, ``[..., 2 features]`` -> ``[..., features]``."""
+    """``silu(gate) * up``, where gate and up lie side by side: ``[..., 2 features]`` -> ``[..., features]``."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Scales and roundings are computed in float32, or float64 where the input is."""
+    """Returns ``x`` in the dtype for scales and roundings: float64 if ``x`` is float64, and float32 otherwise."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def float32_mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` with the sum kept in float32: a bfloat16 sum would lose the integers above 256."""
+    """``a @ b`` with a float32 result, or float64 for float64 input. bfloat16 cannot hold all integers above 256."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
     if a.is_cuda and torch.version.hip is None:
@@ -160,7 +171,10 @@ def float32_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 class TernaryLinearFunction(torch.autograd.Function):
-    """Forward and straight-through backward of the module's formulas. Saves tokens as int8, half of bfloat16."""
+    """The forward and the straight-through backward of this module's formulas.
+
+    Quantised tokens are saved for the backward as int8, which takes half the memory of bfloat16.
+    """
 
     @staticmethod
     def forward(
@@ -173,10 +187,10 @@ class TernaryLinearFunction(torch.autograd.Function):
         activation_bits: int | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Computes ``y [tokens, out_features]`` in ``dtype``, of ``x [tokens, in_features]``.
+        """Multiplies tokens ``x [tokens, in_features]`` into ``y [tokens, out_features]`` in ``dtype``.
 
-        ``weight`` is the latent weight: only its gradient is computed here, from ``codes`` and ``row_scale``.
-        ``gradient_mask`` (bool, or None for all) says which of its positions get one.
+        The product reads ``codes`` and ``row_scale``. ``weight`` is the latent weight; it is an argument only to get a
+        gradient. ``gradient_mask`` (bool, or None for all) selects the positions of the weight that get a gradient.
         """
         if activation_bits is None:
             quantized, scale = x.to(dtype), None
@@ -186,7 +200,7 @@ class TernaryLinearFunction(torch.autograd.Function):
             y = float32_mm(quantized.to(dtype), codes.to(dtype).t()) * (scale * row_scale)
         ctx.save_for_backward(quantized, scale, codes, row_scale, gradient_mask)
         ctx.dtype, ctx.x_dtype, ctx.weight_dtype = dtype, x.dtype, weight.dtype
-        # torch 2.11 compiles a function that returns a cast to the same dtype into one without gradients.
+        # A cast to the same dtype is left out: where a function returns one, torch 2.11 compiles it without gradients.
         return y if y.dtype == dtype else y.to(dtype)
 
     @staticmethod
@@ -229,8 +243,8 @@ def ternary_linear(
     Returns:
         ``[..., out_features]``.
     """
-    # Reshaped outside the function: autograd forbids an in-place change of a view that a function returns, and an
-    # activation after the layer may work in place.
+    # The reshape happens outside of the autograd function. Autograd forbids in-place changes of a view that such a
+    # function returns, and an activation after the layer may work in place.
     tokens = x.reshape(-1, x.shape[-1])
     y: Tensor = TernaryLinearFunction.apply(
         tokens, weight, codes, row_scale, gradient_mask, activation_bits, dtype or x.dtype
@@ -241,13 +255,13 @@ def ternary_linear(
 class MaskedLinearFunction(torch.autograd.Function):
     """``y = x @ (W * mask)^T`` with the straight-through gradient ``dW = dy^T x`` at every position.
 
-    The layer of the BF16 baseline: sparse, not quantised. Under autograd alone the product ``W * mask`` would give
-    masked weights no gradient, and they could never come back.
+    This is the product of the BF16 baseline, which is sparse and not quantised. Plain autograd of ``W * mask`` would
+    give masked weights no gradient, and the mask could never take them back.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, gradient_mask: Tensor | None) -> Tensor:
-        """Returns ``y [..., out_features]`` in the dtype of ``x``; ``mask`` is bool ``[out_features, in_features]``."""
+        """Returns ``y [..., out_features]`` in the dtype of ``x``. Both masks are bool, in the shape of ``weight``."""
         effective = (weight * mask).to(x.dtype)
         ctx.save_for_backward(x, effective, gradient_mask)
         ctx.weight_dtype = weight.dtype
