@@ -1,4 +1,4 @@
-"""The shape and arithmetic of a model, as plain values: what a recipe says and a checkpoint stores."""
+"""The shape and the arithmetic of a model, as plain values that fit into a recipe and into a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ QWEN2_5_SHAPES: dict[str, dict[str, int]] = {
 
 @dataclass
 class RopeScaling:
-    """Rotary positions of Llama 3.1 to 3.3 (``rope_type: llama3`` of transformers).
+    """The scaling of rotary positions in Llama 3.1 to 3.3 (``rope_type: llama3`` in transformers).
+
+    A wave is the rotation of one pair of features. :func:`~sbn_lightning.models.rope.rope_stretch` has the formula.
 
     Args:
         factor: How many times longer the slowest waves become; 1 or more.
-        low_freq_factor: Waves that turn less often than this in the original context get all of ``factor``.
-        high_freq_factor: Waves that turn more often than this in it stay as they are.
-        original_max_position_embeddings: The original context, in tokens.
+        low_freq_factor: A number of turns. Waves that turn less often in the original context are stretched by
+            ``factor``.
+        high_freq_factor: A number of turns. Waves that turn more often in the original context stay as they are.
+        original_max_position_embeddings: The length of the original context, in tokens.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -57,30 +60,31 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class TransformerConfig(SparsityOptions):
-    """Shape and arithmetic of a :class:`TernaryTransformer`.
+    """The shape and the arithmetic of a :class:`TernaryTransformer`.
 
-    The options of the ternary and masked layers are fields as well: those of :class:`SparsityOptions`. A config does
-    not change; ``dataclasses.replace`` makes another one.
+    The options of the ternary and masked layers are fields as well; :class:`SparsityOptions` describes them. A config
+    does not change; ``dataclasses.replace`` makes another one.
 
     Args:
-        vocab_size: Rows of the embedding; at least the size of the tokenizer's vocabulary.
-        d_model: Width of the residual stream.
-        n_layers: Number of blocks.
-        n_heads: Query heads; divides ``d_model`` into heads of an even size.
-        n_kv_heads: Key/value heads; divides ``n_heads``.
-        d_ffn: Width of the SwiGLU hidden layer.
-        max_sequence_length: Longest sequence, in tokens.
-        rope_theta: Base of the rotary frequencies.
+        vocab_size: The number of rows of the embedding; at least the size of the tokenizer's vocabulary.
+        d_model: The width of the residual stream.
+        n_layers: The number of blocks.
+        n_heads: The number of query heads. ``d_model / n_heads`` must be an even number.
+        n_kv_heads: The number of key/value heads; divides ``n_heads``.
+        d_ffn: The width of the SwiGLU hidden layer.
+        max_sequence_length: The length of the longest sequence, in tokens.
+        rope_theta: The base of the rotary frequencies.
         rope_scaling: Slower rotary frequencies for long contexts, as in Llama 3.1 to 3.3; see :class:`RopeScaling`.
-        norm_eps: Epsilon of RMSNorm.
+        norm_eps: The epsilon of RMSNorm.
         qkv_bias: Whether q, k and v have a bias, as in Qwen2.5.
-        tie_embeddings: Whether the head shares the embedding's weight.
-        init_std: Standard deviation of initial weights; those that write to the residual stream get
+        tie_embeddings: Whether the head and the embedding share one weight.
+        init_std: The standard deviation of initial weights. Layers that write to the residual stream get
             ``init_std / sqrt(2 n_layers)``.
-        linear: Linear layers of the blocks: ``"ternary"``, ``"masked"`` (sparse, not quantised) or ``"dense"``.
-        activation_checkpointing: Recompute each block in the backward pass instead of saving its activations. What
-            kernels have quantised is kept, and goes with the first backward pass through it.
-        loss: Implementation of head and cross-entropy; see :mod:`sbn_lightning.models.loss`.
+        linear: The kind of the blocks' linear layers: ``"ternary"``, ``"masked"`` (sparse, not quantised) or
+            ``"dense"``.
+        activation_checkpointing: Whether the backward pass recomputes each block, so that its activations need not be
+            saved. Tokens that kernels have quantised are saved all the same. They are freed in the first backward pass.
+        loss: How the head and the cross-entropy are computed; see :mod:`sbn_lightning.models.loss`.
 
     Raises:
         ConfigError: If the numbers do not fit together.
@@ -127,11 +131,16 @@ class TransformerConfig(SparsityOptions):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TransformerConfig:
-        """The shape of a published model: ``"qwen2.5-0.5b"``, ``"qwen2.5-1.5b"`` or ``"qwen2.5-3b"``.
+        """Returns the config of a published model: ``"qwen2.5-0.5b"``, ``"qwen2.5-1.5b"`` or ``"qwen2.5-3b"``.
+
+        All three have a vocabulary of 151,936 tokens, biases for q, k and v, tied embeddings and the rotary base 1e6.
 
         Args:
-            name: One of the above; all have 151,936 tokens, q/k/v biases, tied embeddings and rotary base 1e6.
-            **changes: Fields to set otherwise, for example ``pattern="2:4"``.
+            name: One of the three names above.
+            **changes: Fields that get other values, for example ``pattern="2:4"``.
+
+        Raises:
+            ConfigError: If there is no preset of that name, or a changed field cannot work.
         """
         if name not in QWEN2_5_SHAPES:
             raise ConfigError(f"preset {name!r} is not one of {', '.join(QWEN2_5_SHAPES)}")
@@ -152,10 +161,10 @@ class TransformerConfig(SparsityOptions):
 
     @property
     def head_size(self) -> int:
-        """Features of one attention head."""
+        """The number of features of one attention head."""
         return self.d_model // self.n_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: what goes into a checkpoint; ``TransformerConfig(**d)`` reads it back."""
+        """Returns plain values for a checkpoint; ``TransformerConfig(**values)`` reads them back."""
         values = dataclasses.asdict(self) | {"pattern": str(self.pattern)}
         return {name: values[name] for name in inspect.signature(type(self)).parameters}

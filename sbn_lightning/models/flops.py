@@ -1,8 +1,8 @@
-"""Model FLOPs: what training is worth in floating-point operations of the dense model, whatever it really runs on.
+"""Model FLOPs: the floating-point operations that training would take with a dense model, however a run computes.
 
-Counted as in the field (PaLM, arXiv 2204.02311, appendix B): 6 FLOPs a token for each weight that multiplies tokens (2
-forward, 4 backward), embeddings left out, and causal attention's ``6 n_layers d_model T``. Recomputation does not
-count, and neither sparsity nor int8 make the count smaller.
+The count follows PaLM (arXiv 2204.02311, appendix B). Each weight that multiplies tokens costs 6 FLOPs for each token:
+2 in the forward and 4 in the backward. Embeddings do not count. Causal attention adds ``6 n_layers d_model T`` for each
+token, where T is the sequence length. Recomputation adds nothing, and sparsity and int8 take nothing away.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import nn
 
 from sbn_lightning.models.transformer import TernaryTransformer
 
-# Dense BF16 tensor FLOP/s with float32 sums, from the makers' data sheets (half of the figures "with sparsity"). First
-# match wins. Not Lightning's table (2.6): it has sparse figures for H200 and H100 NVL, rates without tensor cores for
-# GeForce cards, A6000 and A40, L4's for L40, and neither GH200 nor Blackwell.
+# Peak FLOP/s of tensor cores for dense BF16 with float32 sums. The values are from the makers' data sheets (half of the
+# figures "with sparsity"). The first name that matches wins. Lightning 2.6 has such a table too, but some of its values
+# do not fit here: figures with sparsity for H200 and H100 NVL, rates without tensor cores for GeForce cards, A6000 and
+# A40, and the value of L4 for L40. GH200 and Blackwell are missing there.
 PEAK_FLOPS = (
     ("GB200", 2500e12),
     ("B200", 2250e12),
@@ -42,7 +43,7 @@ PEAK_FLOPS = (
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense BF16 FLOP/s of a GPU by its name; None for others."""
+    """The dense BF16 FLOP/s of a GPU, found by its name; None for unknown GPUs and for other devices."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -50,12 +51,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def flops_per_token(model: nn.Module, sequence_length: int) -> float:
-    """Model FLOPs of training on one token, forward and backward.
+    """The model FLOPs of training on one token, forward and backward.
 
     Args:
-        model: Exact for a :class:`TernaryTransformer` (or a module that holds one); for others 6 for each parameter of
-            a linear layer, attention left out.
-        sequence_length: T, tokens a sequence.
+        model: The model. The count is complete for a :class:`TernaryTransformer` and for a module that holds one. For
+            other models only the weights of linear layers count, and attention is left out.
+        sequence_length: T, the number of tokens in a sequence.
     """
     linear = sum(
         6.0 * layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, nn.Linear)

@@ -1,16 +1,19 @@
 """Cross-entropy of a linear head without holding all logits at once.
 
-With a vocabulary of 150k the logits of 16k tokens take 5 GB in bfloat16, and their gradient as much again. Fused
-implementations work through the tokens in chunks; which one is used:
+With a vocabulary of 150k the logits of 16k tokens take 5 GB in bfloat16, and their gradient takes as much again. Fused
+implementations work through the tokens in chunks. There is a choice of implementations:
 
-* ``"chunked"``: here, any device: loss and gradients of a chunk in one go, chunks of a gigabyte of logits, and the host
-  never waits. Liger's chunks shrink as the vocabulary grows (128 tokens for Qwen2.5-0.5B); reading and writing the
-  gradient of the head for each of them then takes longer than the products;
-* ``"liger"``: Liger-Kernel (Triton, CUDA only), the extra ``[liger]``: the least memory;
-* ``"torch"``: ``torch.nn.functional.linear_cross_entropy``, in newer versions of PyTorch, every device;
-* ``"plain"``: logits, then ``cross_entropy``: without compilation, good enough for a small vocabulary;
-* ``"auto"``: on CUDA ``chunked`` from :data:`CHUNKED_VOCABULARY` classes; elsewhere ``torch``, if it is there, from
-  :data:`FUSED_VOCABULARY`; ``plain`` below.
+* ``"chunked"`` is the one in this file, and runs on any device. It computes the loss and the gradients of a chunk in
+  one go. A chunk has about a gigabyte of logits, and the host never waits for the device. (Liger's chunks shrink as the
+  vocabulary grows, to 128 tokens for Qwen2.5-0.5B. The gradient of the head is read and written once for each chunk,
+  which then takes longer than the products.)
+* ``"liger"`` is Liger-Kernel (Triton, CUDA only), from the extra ``[liger]``. It takes the least memory.
+* ``"torch"`` is ``torch.nn.functional.linear_cross_entropy`` of newer versions of PyTorch, on any device.
+* ``"plain"`` computes all logits and then ``cross_entropy``. It compiles nothing, and is good enough for a small
+  vocabulary.
+* ``"auto"`` chooses. On CUDA it takes ``"chunked"`` for a vocabulary of :data:`CHUNKED_VOCABULARY` classes or more.
+  Elsewhere it takes ``"torch"``, if PyTorch has it, for :data:`FUSED_VOCABULARY` classes or more. For a smaller
+  vocabulary it takes ``"plain"``.
 """
 
 from __future__ import annotations
@@ -28,16 +31,24 @@ from sbn_lightning.sparsity.ternary import float32_mm
 
 LossImplementation = Literal["auto", "chunked", "liger", "torch", "plain"]
 
-FUSED_VOCABULARY = 16384  # classes from which torch's fused loss is faster than logits, on a CPU
-CHUNKED_VOCABULARY = 4096  # the same for the chunks on CUDA: loss and gradient in one compiled pass
-CHUNK_BYTES = 5 * 2**28  # of logits; 4,096 tokens at 152k classes in bfloat16
+# The number of classes from which torch's fused loss is faster than "plain" on a CPU.
+FUSED_VOCABULARY = 16384
+# The number of classes from which "chunked" is faster than "plain" on CUDA.
+CHUNKED_VOCABULARY = 4096
+# The number of bytes that the logits of a chunk may take. With 152k classes in bfloat16 a chunk has 4,096 tokens.
+CHUNK_BYTES = 5 * 2**28
 
 
 def choose_loss(implementation: LossImplementation, vocab_size: int, device: torch.device) -> LossImplementation:
-    """Resolves ``"auto"`` and checks that what was asked for is there.
+    """Chooses an implementation for ``"auto"``, and checks that any other one can run here.
+
+    Args:
+        implementation: The name of an implementation, or ``"auto"``.
+        vocab_size: The number of classes.
+        device: The device that computes the loss.
 
     Raises:
-        ConfigError: If the asked-for implementation cannot run here, with what would make it run.
+        ConfigError: If the implementation is unknown or cannot run here. The message says what to do.
     """
     has_liger = device.type == "cuda" and find_spec("liger_kernel") is not None
     has_torch = hasattr(nn, "LinearCrossEntropyOptions")
@@ -63,13 +74,16 @@ def linear_cross_entropy(
     """Mean cross-entropy of ``hidden @ weight^T`` against ``target``, in nats.
 
     Args:
-        hidden: ``[tokens, d_model]``.
-        weight: Head weight ``[vocab_size, d_model]``.
-        target: int64 ``[tokens]``.
-        implementation: See the module.
+        hidden: The hidden states, ``[tokens, d_model]``.
+        weight: The weight of the head, ``[vocab_size, d_model]``.
+        target: The classes to predict, int64 ``[tokens]``.
+        implementation: The implementation; the docstring of this module lists them.
 
     Returns:
-        A float32 scalar.
+        The mean over tokens, a float32 scalar.
+
+    Raises:
+        ConfigError: If the implementation cannot run here.
     """
     device = hidden.device.type
     chosen = choose_loss(implementation, weight.shape[0], hidden.device)
@@ -95,17 +109,18 @@ def linear_cross_entropy(
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of ``hidden [tokens, d_model]`` times ``weight [vocab_size, d_model]``, in chunks of tokens.
 
-    The forward computes the gradients too: with ``P`` the softmax and ``Y`` the one-hot targets, ``dH = (P - Y) W / n``
-    and ``dW = (P - Y)^T H / n``. Products are taken in the dtype of ``hidden``, ``dW`` is summed in float32.
+    The forward computes the gradients too. With the softmax ``P``, the one-hot targets ``Y`` and ``n`` tokens they are
+    ``dH = (P - Y) W / n`` and ``dW = (P - Y)^T H / n``. Products are computed in the dtype of ``hidden``, and ``dW`` is
+    summed in float32.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, differentiate: bool) -> Tensor:
-        """Without ``differentiate`` the loss alone is computed. ``weight`` may be wider than ``hidden``."""
+        """Computes the loss, and with ``differentiate`` the gradients. Casts ``weight`` to the dtype of ``hidden``."""
         need_dh, need_dw = (differentiate and needed for needed in ctx.needs_input_grad[:2])
         head = weight.to(hidden.dtype)
         most = max(256, CHUNK_BYTES // (head.shape[0] * head.element_size()))
-        rows = 1 << (most.bit_length() - 1)  # a power of two, for chunks of a common batch to be equal
+        rows = 1 << (most.bit_length() - 1)  # A power of two divides the tokens of a common batch into equal chunks.
         scale = 1.0 / max(len(hidden), 1)
         run = _compiled() if hidden.is_cuda else _loss_and_gradient
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -133,12 +148,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         dh, dw = ctx.saved_tensors
         (dy,) = grad_outputs
-        # The gradients are ours alone, and a float32 head is large: they are scaled where they are.
+        # Nobody else holds these gradients, and that of a float32 head is large, so both are scaled in place.
         return None if dh is None else dh.mul_(dy), None if dw is None else dw.mul_(dy).to(ctx.dtype), None, None
 
 
 def _loss_and_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropy over tokens, and ``(softmax - one-hot) * scale`` in the dtype of the logits."""
+    """Returns the cross-entropy summed over tokens, and ``(softmax - one-hot) * scale`` in the dtype of the logits."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     log_sum = wide.logsumexp(-1, keepdim=True)
     loss = (log_sum - wide.gather(-1, target.unsqueeze(-1))).sum()

@@ -1,13 +1,14 @@
-"""A decoder-only transformer of the Qwen2.5 kind whose linear layers are ternary, masked or plain.
+"""A decoder-only transformer like Qwen2.5 whose linear layers are ternary, masked or plain.
 
-Pre-norm blocks: RMSNorm, grouped-query attention with rotary positions, RMSNorm, SwiGLU. Embedding, norms and head stay
-dense and in high precision. q, k and v share one fused layer, so do gate and up: the tokens are quantised once for all
-of them, and each part keeps its own gamma (``split_sizes``).
+A pre-norm block has an RMSNorm, grouped-query attention with rotary positions, another RMSNorm and a SwiGLU. The
+embedding, the norms and the head stay dense and in high precision. q, k and v share one fused layer, and so do gate and
+up. The tokens are then quantised once for all parts of the layer, and each part has its own gamma (``split_sizes``).
 
-Shapes are written as suffixes of names: B batch, T tokens, D d_model, H heads, K key/value heads, E head size.
+The suffix of a tensor's name is its shape: B batch, T tokens, D d_model, H heads, K key/value heads, E head size.
 
-Who generates text needs other positions than 0, 1, 2, ... and keys and values kept from one call to the next. Both come
-in as arguments (:class:`Attend`); what a cache looks like is :mod:`sbn_lightning.inference`'s business.
+Generation needs positions that do not start at 0, and it keeps keys and values from one call to the next. Positions and
+attention are therefore arguments of :meth:`TernaryTransformer.hidden`, and :mod:`sbn_lightning.inference` has the
+caches.
 """
 
 from __future__ import annotations
@@ -42,28 +43,40 @@ def _linear(config: TransformerConfig, in_features: int, splits: tuple[int, ...]
 
 
 class RMSNorm(nn.RMSNorm):
-    """``nn.RMSNorm`` in the dtype of its input, with float32 sums: PyTorch fuses no mixture of dtypes."""
+    """``nn.RMSNorm`` that casts its weight to the dtype of the input. PyTorch's fused norm needs one dtype for both.
+
+    Sums are float32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attend(Protocol):
-    """What queries attend to."""
+    """A function that computes attention, for example with a cache of keys and values."""
 
     def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-        """Rotated queries and keys, and values, of the tokens at hand -> ``[B, H, T, E]``."""
+        """Computes attention for the tokens of this call.
+
+        Args:
+            q_BHTE: The queries, rotated by position.
+            k_BKTE: The keys, rotated by position.
+            v_BKTE: The values.
+
+        Returns:
+            The outputs of all heads, ``[B, H, T, E]``.
+        """
 
 
 def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-    """Each token attends to itself and those before it."""
+    """Attention in which each token attends to itself and to the tokens before it."""
     return F.scaled_dot_product_attention(
         q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=q_BHTE.shape[1] != k_BKTE.shape[1]
     )
 
 
 class Attention(nn.Module):
-    """Grouped-query attention, causal unless told otherwise."""
+    """Grouped-query attention; causal, unless the caller passes another :class:`Attend`."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -82,7 +95,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))``."""
+    """The feed-forward layer ``down(silu(gate(x)) * up(x))``."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -92,7 +105,7 @@ class SwiGLU(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate_up = self.gate_up(x_BTD)
         if isinstance(self.down, MaskedLinear):
-            out: Tensor = self.down(gate_up, swiglu=True)  # its backend may fuse the two
+            out: Tensor = self.down(gate_up, swiglu=True)  # The backend may fuse SwiGLU with the quantisation.
         else:
             out = self.down(apply_swiglu(gate_up))
         return out
@@ -117,7 +130,7 @@ _QUANTIZING_OPS = ("sbn_kernels.quantize_tokens.default", "sbn_kernels.swiglu_qu
 
 
 def _keep_quantized_tokens() -> tuple[Any, Any]:
-    """What activation checkpointing saves besides a block's input: int8 tokens from kernels, not quantised twice."""
+    """Contexts for activation checkpointing that also save int8 tokens, so that kernels do not quantise them twice."""
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if str(op) in _QUANTIZING_OPS else CheckpointPolicy.PREFER_RECOMPUTE
@@ -126,7 +139,7 @@ def _keep_quantized_tokens() -> tuple[Any, Any]:
 
 
 def _checkpoint(block: nn.Module, x_BTD: Tensor, *rope: Tensor) -> Tensor:
-    """``block(x, *rope)``, recomputed in the backward pass."""
+    """Computes ``block(x, *rope)`` without saving activations; the backward pass computes the block again."""
     options: dict[str, Any] = {"use_reentrant": False}
     if any(layer.backend is not REFERENCE for layer in ternary_layers(block).values()):
         options["context_fn"] = _keep_quantized_tokens
@@ -135,10 +148,10 @@ def _checkpoint(block: nn.Module, x_BTD: Tensor, *rope: Tensor) -> Tensor:
 
 
 class TernaryTransformer(nn.Module):
-    """Token ids in, logits or loss out.
+    """The whole model: token ids go in, and logits or a loss come out.
 
     Args:
-        config: Shape and arithmetic.
+        config: The shape and the arithmetic of the model.
     """
 
     cos: Tensor
@@ -161,7 +174,7 @@ class TernaryTransformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws new weights: normal, biases zero, norms one."""
+        """Draws new weights from a normal distribution, and sets biases to zero."""
         std = self.config.init_std
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -173,15 +186,16 @@ class TernaryTransformer(nn.Module):
                 module.weight.normal_(0.0, std)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compiles each block with ``torch.compile`` in place; names in the state dict stay as they are.
+        """Compiles each block with ``torch.compile`` in place. The names in the state dict stay as they are.
 
-        Turns torch's ``optimize_ddp`` off, in the whole process.
+        This turns torch's ``optimize_ddp`` off for the whole process.
 
         Args:
-            **options: For ``torch.compile``.
+            **options: Arguments of ``torch.compile``.
         """
-        # A block is a graph by itself, and DDP reduces its gradients while the next one's are computed. torch would cut
-        # each graph again at DDP's buckets of 25 MB: less to fuse, more to compile.
+        # Each block is a graph of its own, so DDP can reduce the gradients of one block while the backward of the next
+        # one runs. With optimize_ddp torch would cut each graph again at DDP's buckets of 25 MB. That leaves less to
+        # fuse and more to compile.
         torch._dynamo.config.optimize_ddp = False
         for block in self.blocks:
             block.compile(**options)
@@ -195,10 +209,10 @@ class TernaryTransformer(nn.Module):
         """Token ids int64 ``[B, T]`` -> final hidden states ``[B, T, D]``.
 
         Args:
-            tokens_BT: The tokens.
-            positions_BT: Where they stand in their sequences, int64, each below ``max_sequence_length``; 0 to T - 1 if
-                not given.
-            attend: How each block attends; causally if not given.
+            tokens_BT: The token ids.
+            positions_BT: The positions of the tokens in their sequences, int64, each below ``max_sequence_length``.
+                None means 0 to T - 1.
+            attend: The attention of each block. None means causal attention.
 
         Raises:
             ConfigError: If the sequence is longer than ``max_sequence_length``.
@@ -211,13 +225,14 @@ class TernaryTransformer(nn.Module):
         if self.is_compiled:
             prepare_layers(self)
         x_BTD = self.embed(tokens_BT)
-        if torch.is_autocast_enabled(x_BTD.device.type):  # the residual stream too: most of the memory traffic
+        if torch.is_autocast_enabled(x_BTD.device.type):
+            # The residual stream gets autocast's dtype as well, because it is most of the memory traffic.
             x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
         if positions_BT is None:
             rope = self.cos[:length], self.sin[:length]
         else:
             rope = self.cos[positions_BT].unsqueeze(1), self.sin[positions_BT].unsqueeze(1)
-        # In evaluation the layers would each compare their weights with those of the last forward; here all do at once.
+        # In evaluation each layer would look by itself whether its weight has changed. Here one look serves all layers.
         traced_or_trained = torch.compiler.is_compiling() or torch.is_grad_enabled()
         with nullcontext() if traced_or_trained else weights_stay(self):
             for i, block in enumerate(self.blocks):
@@ -236,6 +251,11 @@ class TernaryTransformer(nn.Module):
         return logits
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of predicting ``targets`` (the tokens, shifted by one), float32 scalar."""
+        """The mean cross-entropy in nats, a float32 scalar.
+
+        Args:
+            tokens_BT: The token ids, int64 ``[B, T]``.
+            targets_BT: The token that follows each token, int64 ``[B, T]``.
+        """
         hidden = self.hidden(tokens_BT).flatten(0, 1)
         return linear_cross_entropy(hidden, self.lm_head.weight, targets_BT.flatten(), self.config.loss)
