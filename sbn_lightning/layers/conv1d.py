@@ -1,8 +1,8 @@
 """Masked layers with the transposed weight ``[in_features, out_features]`` of GPT-2's ``Conv1D`` (``transformers``).
 
-The parameter stays what it was, transposed storage and all, so optimisers, state dicts and ``save_pretrained`` notice
-nothing. Only reading ``layer.weight`` differs: it gives the transposed view ``[out_features, in_features]`` that
-everything which works on masked layers expects. Groups therefore run along the input, as in any other layer.
+The parameter stays as it was and keeps its transposed storage, so optimisers, state dicts and ``save_pretrained``
+notice nothing. Only the attribute ``layer.weight`` differs: it is a transposed view ``[out_features, in_features]``,
+the shape that all code for masked layers expects. Groups therefore run along the input, as in any other masked layer.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class _TransposedWeight(MaskedLinear):
 
 
 class SparseBitConv1D(_TransposedWeight, SparseBitLinear):
-    """:class:`SparseBitLinear` in place of a ``Conv1D``. Made by conversion only."""
+    """A :class:`SparseBitLinear` that was a ``Conv1D``. Only a conversion makes one."""
 
 
 class SparseConv1D(_TransposedWeight, SparseLinear):
-    """:class:`SparseLinear` in place of a ``Conv1D``. Made by conversion only."""
+    """A :class:`SparseLinear` that was a ``Conv1D``. Only a conversion makes one."""
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is exactly a ``Conv1D`` of ``transformers``, told without importing that package."""
+    """Whether ``module`` is exactly a ``Conv1D`` of ``transformers``. The check does not import that package."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"

@@ -1,8 +1,8 @@
-"""What can be said of a masked layer at one moment: its zeros, and how much changed since the last look.
+"""Statistics of masked layers: how many weights are zero and why, and how much changed since the last look.
 
-A zero is *natural* if the weight rounds to zero by itself (``|W| < gamma / 2``), *enforced* if only the mask makes it
-one. Flip rates are shares of mask bits, or of ternary codes, that differ between two looks. They vary far less between
-seeds than losses do, which makes them the sharp test of an implementation.
+A zero is *natural* if the weight rounds to zero by itself (``|W| <= gamma / 2``). A zero is *enforced* if only the mask
+makes the weight zero. A flip rate is the share of mask bits, or of ternary codes, that differ between two looks. Flip
+rates vary far less between seeds than losses do, so they are the sharper test of an implementation.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class Snapshot(NamedTuple):
 
     @classmethod
     def of(cls, layer: MaskedLinear) -> Snapshot:
-        """Takes one."""
+        """Takes a snapshot of a layer."""
         values = layer.values()
         return cls(layer.packed_mask().clone(), pack_mask(values != 0), pack_mask(values < 0))
 
 
 @dataclass
 class Counts:
-    """Counts of weights in a layer, or summed over layers.
+    """Counts of weights in one layer, or summed over layers.
 
     Attributes:
-        weights: All of them.
-        kept: Kept by the mask.
-        natural: Zero by themselves.
-        enforced: Zero only because of the mask.
-        mask_flips: Mask bits that changed since the last look.
-        code_flips: Ternary codes that changed since the last look; always 0 in a layer that is not quantised.
+        weights: The number of all weights.
+        kept: The number of weights that the mask keeps.
+        natural: The number of weights that are zero by themselves.
+        enforced: The number of weights that are zero only because of the mask.
+        mask_flips: The number of mask bits that changed since the last look.
+        code_flips: The number of ternary codes that changed since the last look; 0 in a layer that is not quantised.
     """
 
     weights: float = 0
@@ -56,7 +56,7 @@ class Counts:
         return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def shares(self) -> dict[str, float]:
-        """As shares of all weights, by metric name."""
+        """Returns the counts as shares of all weights, by metric name."""
         total = max(self.weights, 1)
         return {
             "zeros": (self.natural + self.enforced) / total,
@@ -72,14 +72,14 @@ class Counts:
 def count(
     layers: dict[str, MaskedLinear], before: dict[str, Snapshot]
 ) -> tuple[dict[str, Counts], dict[str, Snapshot]]:
-    """Looks at every layer.
+    """Looks at every layer, and counts its zeros and what changed since the last look.
 
     Args:
-        layers: By name.
-        before: Snapshots of the last look; a layer without one counts no flips.
+        layers: The layers by name.
+        before: The snapshots of the last look, by layer. A layer without a snapshot counts no flips.
 
     Returns:
-        Counts by layer, moved from the device in one transfer, and the snapshots for the next look.
+        The counts by layer, and the snapshots for the next look. All counts leave the device in one transfer.
     """
     rows, after = [], {}
     for name, layer in layers.items():
@@ -100,12 +100,12 @@ def count(
 
 
 def kind_of(name: str) -> str:
-    """The kind of layer a name tells: its last component that is not a number, ``blocks.3.mlp.down`` -> ``down``."""
+    """The kind of a layer: the last part of its name that is not a number, ``blocks.3.mlp.down`` -> ``down``."""
     return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
 
 
 def by_kind(counts: dict[str, Counts]) -> dict[str, Counts]:
-    """Sums counts over layers of a kind."""
+    """Sums the counts of all layers of the same kind; see :func:`kind_of`."""
     kinds: dict[str, Counts] = {}
     for name, item in counts.items():
         kinds[kind_of(name)] = kinds.get(kind_of(name), Counts()) + item
