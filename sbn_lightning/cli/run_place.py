@@ -1,4 +1,4 @@
-"""Where a training command keeps its run, as its options say: the part of ``--ckpt_path`` that knows the parser.
+"""Find the place where a training command keeps its run, from the options of the command.
 
 ``~`` and ``$VARIABLE`` in a recipe's paths are expanded here, once, before anything is made. Lightning expands them for
 event files and not for checkpoints, which would then lie in a folder named ``~``.
@@ -21,7 +21,7 @@ from sbn_lightning.checkpoints.resume import newest_state
 from sbn_lightning.checkpoints.search import FOLDER, Place
 from sbn_lightning.core.errors import ConfigError
 
-# The options that are paths, and those of a logger.
+# The options whose values are paths, first those of the command and then those of a logger.
 PATHS = (
     "ckpt_path",
     "checkpoint.dirpath",
@@ -31,7 +31,7 @@ PATHS = (
     "trainer.default_root_dir",
 )
 LOGGER_PATHS = ("save_dir", "name", "version", "sub_dir")
-LOGGER = "lightning.pytorch.loggers.TensorBoardLogger"  # what a Trainer makes if no logger is given
+LOGGER = "lightning.pytorch.loggers.TensorBoardLogger"  # A Trainer without a logger makes this one.
 
 
 def expand_paths(config: Namespace) -> None:
@@ -66,7 +66,7 @@ def continue_last(config: Namespace, *, training: bool, lock: RunLock | None) ->
     Args:
         config: The options of the command, with paths expanded; changed in place.
         training: Whether the command trains.
-        lock: What takes the run for this process; None if another process of the same run does.
+        lock: The lock to take for this process. None takes no lock: another process of the same run takes it.
 
     Raises:
         ConfigError: If the place of the checkpoints is not known, if there is no checkpoint and the command does not
@@ -120,7 +120,7 @@ def place_of(config: Namespace) -> Place:
     loggers = _loggers(config)
     version = loggers[0].init_args.get("version") if loggers else None
     if version is not None and not isinstance(version, str):
-        version = f"version_{version}"  # as Lightning names the folder
+        version = f"version_{version}"  # Lightning names the folder like this.
     return Place(folder, version, slurm=root, formerly=_unexpanded(config))
 
 
@@ -138,7 +138,7 @@ def _root_of(config: Namespace) -> Path | None:
 
 
 def _unexpanded(config: Namespace) -> Path | None:
-    """The folder in which version 0.1.0 kept the checkpoints of a ``save_dir`` with ``~``: one of that very name."""
+    """Return the folder in which version 0.1.0 kept checkpoints, which did not expand a ``~`` in ``save_dir``."""
     folder = _root_of(config)
     home = Path.home()
     if folder is None or not folder.is_relative_to(home):
@@ -163,7 +163,7 @@ def _continue_in(config: Namespace, folder: Path) -> None:
     version = folder.parent.name
     loggers = _loggers(config)
     if not loggers and config.trainer.get("logger") in (None, True):
-        # The very path that the Trainer took: ModelCheckpoint forgets what it saved if the path changes.
+        # The path must be the one that the Trainer took, because ModelCheckpoint forgets its files if the path changes.
         init_args = Namespace(save_dir=config.trainer.get("default_root_dir") or os.getcwd(), name="lightning_logs")
         config.trainer.logger = Namespace(class_path=LOGGER, init_args=init_args)
         loggers = [config.trainer.logger]
@@ -173,10 +173,10 @@ def _continue_in(config: Namespace, folder: Path) -> None:
 
 
 def folder_of_checkpoints(trainer_options: dict[str, Any], dirpath: str | None) -> Path | None:
-    """The local folder that a run saves to; None if that cannot be told without asking somebody else.
+    """Return the local folder that a run saves to; None if the options do not tell, or the folder is remote.
 
     Args:
-        trainer_options: What a Trainer is to be made of, loggers included.
+        trainer_options: The options of the Trainer, with instantiated loggers.
         dirpath: The folder that the checkpoint callback was given, or None.
     """
     if dirpath is not None:

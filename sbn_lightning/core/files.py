@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHECKSUM_LIMIT = 2 << 30  # bytes; reading a larger file only to check it would take too long
+CHECKSUM_LIMIT = 2 << 30  # In bytes. Checking the checksum of a larger file would take too long.
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def atomic_stream(target: str | Path) -> Iterator[BinaryIO]:
         A stream with ``write`` and ``flush``. It cannot seek.
 
     Raises:
-        OSError: If the file cannot be written, also where the code in the block raises an error of its own instead:
+        OSError: If the file cannot be written. It replaces an error that the block raised for this reason, because
             ``torch.save`` reports a full disk as a ``RuntimeError`` without the reason.
     """
     with atomic_file(target) as aside, aside.open("wb") as file:
@@ -148,7 +148,7 @@ def _replace_folder(place: Path, new: Path) -> None:
 def remove_leftovers(target: str | Path) -> None:
     """Delete the temporary files that killed processes left beside ``target``.
 
-    Call it only where no other process can be writing ``target`` at the same time.
+    Call this function only where no other process can be writing ``target`` at the same time.
 
     Args:
         target: The path that the killed processes were writing.

@@ -84,7 +84,8 @@ class HarnessModel(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self.add_special_tokens = add_special_tokens
         self._device = self.model.embed.weight.device
-        self._batches_drawn = 0  # the seed of the next batch: with one seed all batches would draw alike
+        # The seed of the next batch. With one seed for all batches, every batch would draw alike.
+        self._batches_drawn = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -114,7 +115,8 @@ class HarnessModel(TemplateLM):
             # The last token is predicted and not read, so one more fits. A text that is too long loses its beginning.
             rows.append((context + continuation)[-(self.max_length + 1) :])
         results: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        # Long rows first: neighbours have about one length, which saves padding, and memory runs out at once or never.
+        # Rows are sorted by length, longest first. Neighbours then need little padding, and if memory does not suffice,
+        # the first batch shows it.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         with tqdm(total=len(rows), desc="loglikelihood", disable=disable_tqdm) as bar:
             for start in range(0, len(order), self.batch_size):

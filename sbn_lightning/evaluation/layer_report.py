@@ -26,8 +26,9 @@ class LayerReport:
         pattern: The pattern, "N:M"; None for a dense layer.
         activation_bits: The bits of the activations of a ternary layer; None if they are not quantised.
         zeros: The share of weights that are zero.
-        natural: The share of weights that round to zero by themselves; None for packed weights, which do not tell.
-        enforced: The share of weights that only the mask makes zero; None for packed weights.
+        natural: The share of weights that round to zero by themselves. None for packed weights, which do not show why
+            a code is zero.
+        enforced: The share of weights that only the mask makes zero. None for packed weights.
         most_in_group: The most non-zero weights in a group of M. More than N means that the run had not yet reached
             the pattern. None for a dense layer.
         gamma: The weight scale of each part of a ternary layer; empty for other layers.

@@ -72,7 +72,7 @@ def measure(
     return results
 
 
-run = measure  # its name in version 0.1
+run = measure  # Version 0.1 exported the function under this name.
 
 
 def _perplexity(
@@ -119,7 +119,7 @@ def _perplexity(
 
 
 def _check_tokenizer(loaded: LoadedModel, data: str) -> None:
-    if loaded.tokenizer is None:  # the tokens of the folder are scored as they are
+    if loaded.tokenizer is None:  # The tokens of the folder are scored as they are.
         return
     found = difference(loaded.tokenizer, load_tokenizer_of(data), load_meta(data, None)["eos_id"])
     if found is not None:
@@ -160,7 +160,7 @@ def _run_tasks(
         )
     except SBNError:
         raise
-    except Exception as error:  # the harness, datasets and the templates of tasks raise classes of their own
+    except Exception as error:  # The harness, datasets and task templates raise their own classes.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"tasks {', '.join(names)} failed in the lm-evaluation-harness: {reason}") from error
     print("\n" + make_table(results))

@@ -63,7 +63,7 @@ def finish_model(
         model.lm_head.weight = model.embed.weight
     model.cos, model.sin = rope_tables(model.config)
     for _, layer in masked_layers(model):
-        layer.hold_mask = True  # the mask that was saved, also where a ramp had not ended
+        layer.hold_mask = True  # The saved mask stays, even if it is from the middle of a ramp.
     return model
 
 

@@ -4,8 +4,9 @@ A group of M weights of which at most N are non-zero has ``S = sum_k C(M, k) 2^k
 groups are the digits, base S, of one number, and the number is stored in B whole bytes. G and B are chosen for the
 fewest bits a weight among ``S^G <= 256^B`` with B <= 7, so that a number fits an int64.
 
-Two familiar cases: single weights (N = M = 1, S = 3) give five trits a byte, 1.6 bits a weight. 2:4 (S = 33) gives
-eleven groups in seven bytes, 1.273 bits a weight. Six bits for each group would be 1.5, and the entropy bound is 1.261.
+Two cases are familiar. Single weights (N = M = 1, S = 3) give five trits a byte, which is 1.6 bits a weight. 2:4
+(S = 33) gives eleven groups in seven bytes, which is 1.273 bits a weight. Six bits for each 2:4 group would take 1.5
+bits a weight, and the entropy bound is 1.261.
 
 The mask is not stored: it is where the codes are not zero. Groups run along ``in_features``. The last number of a
 tensor may be filled up with zero digits.

@@ -42,7 +42,7 @@ SHAPE = tuple(name for name in FIXED if name not in ("rope_theta", "rope_scaling
 def load_weights(model: TernaryTransformer, path: str) -> TextFiles:
     """Copies the weights of another model; masks are made from them.
 
-    The latent weights of a packed model are gone. In their place come ``gamma * codes``, with a warning.
+    A packed model has lost its latent weights. ``gamma * codes`` takes their place, and a warning says so.
 
     Args:
         model: The model to fill. Its dtypes and its device stay.
@@ -99,7 +99,7 @@ def check_tokenizer(path: str, data: Any) -> None:
     Nothing is checked if the weights come without a tokenizer, or if ``data`` is not prepared tokens.
 
     Args:
-        path: As for :func:`load_weights`.
+        path: The model with the weights, as for :func:`load_weights`.
         data: The data of the run; a :class:`~sbn_lightning.data.TokenDataModule` is checked.
 
     Raises:
@@ -109,7 +109,7 @@ def check_tokenizer(path: str, data: Any) -> None:
     if not all(hasattr(data, name) for name in ("sources", "eos_id")):
         return
     place = Path(path)
-    if not place.exists():  # `load_weights` says so in its own words
+    if not place.exists():  # `load_weights` raises the error.
         return
     text = read_text(place)
     if text.tokenizer is None:
@@ -117,7 +117,7 @@ def check_tokenizer(path: str, data: Any) -> None:
     folder = next(iter(data.sources))
     try:
         theirs = data.tokenizer
-    except DataError as error:  # tokens can be read without it
+    except DataError as error:  # Prepared tokens can be read without their tokenizer.
         warnings.warn(f"init_from: cannot compare the tokenizer of {path} with that of {folder}: {error}", stacklevel=2)
         return
     found = difference(text.tokenizer, theirs, data.eos_id)

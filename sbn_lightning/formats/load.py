@@ -35,9 +35,9 @@ def load_model(
     """Reads a model.
 
     Args:
-        path: A checkpoint of this project (``.ckpt``) or the folder of a run (its ``last.ckpt``), a packed folder, the
-            Hugging Face folder of a Qwen2 or Llama model, packed by ``hf-bitnet`` or not, or a GGUF file of such a
-            model. The content decides what it is.
+        path: The file or folder of the model: a checkpoint of this project (``.ckpt``), the folder of a run (its
+            ``last.ckpt`` is read), a packed folder, a Hugging Face folder of a Qwen2 or Llama model (unquantised or
+            packed by ``hf-bitnet``), or a GGUF file of such a model. The content decides which of these it is.
         device: The device to put the model on.
         dtype: The dtype of embeddings, norms, biases, the head and unquantised layers; None keeps the stored dtypes.
             Latent weights of ternary layers keep theirs: rounding them would change the codes.
@@ -53,7 +53,7 @@ def load_model(
         cast_model(model, dtype)
     model.to(device).eval().requires_grad_(False)
     text = find_text_files(found.place, text, tokenizer)
-    _ = text.tokenizer  # a damaged tokenizer is found now, and not after minutes of work
+    _ = text.tokenizer  # A damaged tokenizer is found now, and not after minutes of work.
     return LoadedModel(model, model.config, found.format, found.place, text)
 
 

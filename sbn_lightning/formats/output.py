@@ -1,4 +1,4 @@
-"""Where an export or an import may write: a free place, or one that holds nothing but an earlier export."""
+"""Check where an export or an import may write: to a free place, or in place of an earlier export."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def output_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder to write into; it becomes ``target`` when the block ends without an error.
 
     Raises:
-        ConfigError: As :func:`check_output`, or if ``target`` is a file.
+        ConfigError: If :func:`check_output` refuses ``target``, or ``target`` is a file.
         DataError: If the folder cannot be written.
     """
     check_output(target, overwrite)

@@ -34,7 +34,7 @@ StepKind = Literal["graph", "persistent"]
 
 # The length of the cache is a multiple of this: attention kernels want the rows of a mask aligned.
 _SLOTS = 64
-_WARM_UP = 2  # steps before a CUDA graph is captured
+_WARM_UP = 2  # How many steps run before a CUDA graph is captured.
 
 
 class _PromptAttention:
@@ -171,11 +171,11 @@ class Decoder:
             lengths_B: The lengths of the prompts, int64 ``[B]``.
         """
         prepare_layers(self.model)
-        self._persistent = None  # the step has a copy of weights that may have changed
+        self._persistent = None  # The weights may have changed since the step copied them.
         if self._graph is not None and any(
             now is not then for now, then in zip(self._weights(), self._recorded, strict=True)
         ):
-            self._graph = None  # the graph reads weights that have been replaced
+            self._graph = None  # The graph reads weights that have been replaced.
         attend = [_PromptAttention() for _ in self.model.blocks]
         hidden = self.model.hidden(tokens_BT, attend=attend)
         if not self._layers:
@@ -227,7 +227,7 @@ class Decoder:
         return logits
 
     def check(self) -> None:
-        """Checks that the steps so far are valid. The persistent step waits for the device; a graph cannot fail so.
+        """Checks that the steps so far are valid. The persistent step waits for the device. A graph has no deadline.
 
         Raises:
             StepTimeoutError: If a persistent step passed its deadline. The logits since the last check are wrong; the
@@ -255,8 +255,8 @@ class Decoder:
         return logits
 
     def _capture(self) -> None:
-        # At their first call kernels are compiled, chosen and given workspaces, which a graph cannot record. To repeat
-        # a step does no harm: it writes the same keys and values into the same slots.
+        # At their first call kernels are compiled, chosen and given workspaces, which a graph cannot record. Repeating
+        # a step does no harm, because the step writes the same keys and values into the same slots.
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):

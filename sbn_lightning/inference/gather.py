@@ -1,6 +1,7 @@
-"""The persistent decode step for a model of ours: why a model cannot use it, its tensors, and the step on its caches.
+"""Connect a model of ours to the persistent decode step of the kernels.
 
-The kernel (:mod:`sbn_kernels.decode.step`) takes plain tensors and knows no modules. Here is what knows both.
+The kernel (:mod:`sbn_kernels.decode.step`) takes plain tensors and knows no modules. This file says whether a model can
+use the kernel, collects the tensors of the model, and makes the step on the caches of a decoder.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def shape_of(config: TransformerConfig) -> Shape:
 
 
 def refusal(model: TernaryTransformer, batch_size: int) -> str | None:
-    """Why the persistent step cannot continue ``batch_size`` sequences of a model, in one line; None: it can."""
+    """Say in one line why the persistent step cannot continue ``batch_size`` sequences of a model; None if it can."""
     from sbn_kernels.decode.step import supports
 
     config = model.config

@@ -1,4 +1,4 @@
-"""Load a model onto the device it runs on, with dtype and backend by name, as the command line gives them.
+"""Load a model onto its device, and choose dtype and backend by the names that the command line uses.
 
 A model in training gets its kernels from the precision plugin. A model that is loaded to be run has no Trainer, and
 gets the same kernels here, by the same choice.
@@ -71,10 +71,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # "meta" exists and holds no values
+        torch.empty(1, device=device).item()  # The device "meta" exists and holds no values.
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # some kernels and graphs run on the current device
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            torch.cuda.set_device(device)  # Some kernels and graphs run on the current device.
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError.
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used here ({reason}); use auto, cpu or cuda") from error
     return device

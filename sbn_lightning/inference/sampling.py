@@ -22,8 +22,8 @@ class Sampling:
 
     Args:
         temperature: The number that divides the logits; 0 takes the most likely token.
-        top_p: The probability that the tokens to draw from must sum to: the smallest set of most likely tokens that
-            reaches it is kept (nucleus sampling, arXiv 1904.09751). 1 keeps all tokens.
+        top_p: A probability. Tokens are drawn from the smallest set of most likely tokens whose probabilities sum to
+            at least this value (nucleus sampling, arXiv 1904.09751). 1 draws from all tokens.
         top_k: The number of most likely tokens to draw from; None draws from all.
 
     Raises:

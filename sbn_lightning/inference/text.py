@@ -33,9 +33,10 @@ class TextStream:
         """Starts without any token."""
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._start = 0  # the first token that is decoded: tokens already printed are the context of those after them
-        self._printed = 0  # characters that were returned of the text from self._start on
-        self._ids_printed = 0  # tokens whose text was returned as a whole
+        # The first token that is decoded. Some tokens that were returned already are the context of the next ones.
+        self._start = 0
+        self._printed = 0  # How many characters of the text from self._start on were returned.
+        self._ids_printed = 0  # How many tokens have had their whole text returned.
 
     def push(self, token: int) -> str:
         """Adds a token; returns the text that is certain now, which may be none."""

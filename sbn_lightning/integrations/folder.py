@@ -1,4 +1,4 @@
-"""A converted model of anybody's, in a folder.
+"""Save a converted PyTorch model to a folder, and load it.
 
 The folder holds two files. ``model.safetensors`` has the tensors. ``config.json`` is the manifest: which layers are
 sparse, their options, and a checksum of each file and of the manifest itself. There are two forms:
@@ -95,7 +95,7 @@ def save_sparse(model: nn.Module, directory: str | Path, form: Form = "packed", 
         if not isinstance(value, Tensor):
             raise ConfigError(f"save_sparse: {name} of the model's state dict is a {type(value).__name__}, no tensor")
         place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else name
-        if place in first:  # tied weights are stored once
+        if place in first:  # Tied weights are stored once.
             aliases[name] = first[place]
         else:
             first[place] = name

@@ -112,7 +112,7 @@ def convert_by_name(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -
         wanted = None if sizes is None else tuple(sizes)
         if (
             isinstance(layer, SparseBitLinear) and layer.split_sizes != wanted
-        ):  # conversion guesses where none are given
+        ):  # Conversion guesses split sizes if none are given.
             layer.sparsity = replace(layer.sparsity, split_sizes=wanted)
     _switch_fused_inference(model, on=False)
 

@@ -38,7 +38,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 
 class SBNConfig(QuantizationConfig):
-    """Which layers of a folder are ternary, for vLLM.
+    """Tell vLLM which layers of a folder are ternary.
 
     Args:
         modules: The options of each ternary layer, by its name in the folder.
@@ -63,12 +63,12 @@ class SBNConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Return the oldest GPU: our portable kernels need sm_80."""
+        """Return the oldest compute capability that our portable kernels run on: 80, for sm_80."""
         return 80
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:
-        """Return no file: everything is in config.json."""
+        """Return an empty list, because ``config.json`` holds everything."""
         return []
 
     @classmethod
@@ -86,7 +86,7 @@ class SBNConfig(QuantizationConfig):
         return cls({name: common | own for name, own in config["modules"].items()})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """Return what computes a layer, by the layer's name."""
+        """Return the method that computes the layer with a name."""
         if not isinstance(layer, LinearBase):
             return None
         parent, _, last = prefix.rpartition(".")

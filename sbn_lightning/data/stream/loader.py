@@ -175,7 +175,8 @@ class TokenLoader(StreamingDataLoader):  # type: ignore[misc, unused-ignore]
             "input_dir_url": self.dataset.input_dir.url,
             "cache_dir_path": self.dataset.cache_dir.path,
         }
-        # litdata moves this on from its present value. A state is loaded twice, from Lightning's copy and from ours.
+        # litdata counts this number up from its present value. A state is loaded twice, from Lightning's copy and from
+        # ours, so the number has to start anew.
         self._worker_idx = None
         super().load_state_dict({**obj, "dataset": {**saved, **paths}})
         self._resume_next_epoch = True

@@ -63,7 +63,7 @@ def find_files(inputs: Iterable[str], pattern: str, output: Path) -> tuple[list[
             )
         taken = set(found.values())
         for path, name in hits:
-            # Two inputs may hold the same relative path; the same file twice is the same file once.
+            # Two inputs may hold different files with the same relative path. A file that is found twice is read once.
             found.setdefault(path.resolve(), f"{index}/{name}" if name in taken else name)
     return sorted(((path, name) for path, name in found.items()), key=lambda hit: hit[1]), skipped
 

@@ -69,7 +69,7 @@ def plan_hf(name: str, options: dict[str, Any], max_bytes: int | None, segment_b
 
 
 def describe_hf(name: str, options: dict[str, Any]) -> list[Any]:
-    """Return what the fingerprint knows of a dataset: its name, its length and hashes of three rows."""
+    """Return what the fingerprint covers of a dataset: its name, its length and hashes of three rows."""
     dataset = load_hf(name, options["subset"], options["split"])
     ends = [dataset[i][options["text_key"]] for i in (0, len(dataset) // 2, len(dataset) - 1)] if len(dataset) else []
     return [name, len(dataset), [share(str(text)) for text in ends]]

@@ -1,4 +1,4 @@
-"""Decide by looking at a file how it is read, or why it is not.
+"""Look at a file, and decide how to read it or why to leave it out.
 
 The suffix says what a file should be. Its first records show whether it holds text under the wanted key. A file that
 is not text (a picture, a ``meta.json`` beside the data) is left out with the reason. A file that is damaged stops
@@ -41,7 +41,7 @@ _FORMAT_OF = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-# How much of a file is looked at, and how many records: enough to meet a record that has text where there are some.
+# How many bytes and records of a file are looked at. A file with texts very likely has a text among them.
 _SAMPLE_BYTES = 1 << 20
 _SAMPLE_RECORDS = 100
 _HUGE_FIELD = 1 << 30

@@ -42,9 +42,9 @@ from sbn_lightning.data.tokenizer import (
 DEFAULT_VOCAB_SIZE = 4096
 # What a finished folder holds.
 RESULTS = ("meta.json", "tokenizer.json", "train", "val")
-# Marks that all of the old data are out of the way.
+# A file with this name says that all of the old data have been moved away.
 _WHOLE = "whole"
-# The version of the files in the work folder. Work of another version is not taken up.
+# The version of the files in the work folder. Unfinished work of another version is dropped.
 _WORK_VERSION = 2
 
 
@@ -242,7 +242,7 @@ class _Preparation:
         sizes = [sum(part.size for part in segment) for segment in segments]
         todo = [i for i in range(len(segments)) if not (self.work / f"{i:06d}.json").is_file()]
         start = sum(sizes) - sum(sizes[i] for i in todo)
-        # A bar is for a terminal: a log file has the lines of `_say`.
+        # Only a terminal shows the bar. A log file gets the lines of `_say`.
         with tqdm(
             total=sum(sizes),
             initial=start,
@@ -298,11 +298,11 @@ class _Preparation:
         """Exchange what an earlier ``prepare`` wrote for the new data, which are whole on the disk by now."""
         old = self.work / "old"
         old.mkdir(exist_ok=True)
-        for name in RESULTS:  # meta.json first: from here on the folder does not count as finished,
+        for name in RESULTS:  # meta.json moves first, so that the folder does not count as finished meanwhile.
             if (self.out / name).exists():
                 (self.out / name).replace(old / name)
         (old / _WHOLE).touch()
-        for name in reversed(RESULTS):  # until meta.json is back.
+        for name in reversed(RESULTS):  # The new meta.json comes last, and makes the folder a finished one.
             if (assembled / name).exists():
                 (assembled / name).replace(self.out / name)
         sync(self.out)
@@ -313,7 +313,7 @@ class _Preparation:
         old = self.work / "old"
         if (self.out / "meta.json").exists() or not (old / "meta.json").exists():
             return
-        if (old / _WHOLE).exists():  # Else no new file is in its place yet.
+        if (old / _WHOLE).exists():  # Without this file no new data were put in place.
             for name in RESULTS:
                 new = self.out / name
                 shutil.rmtree(new) if new.is_dir() else new.unlink(missing_ok=True)

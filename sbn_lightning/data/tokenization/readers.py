@@ -125,7 +125,7 @@ def _read_text(part: Part, tally: Tally) -> Iterator[Piece]:
     held = ""
     with open_unpacked(part.path) as stream:
         start = position = _seek_line(stream, part.start)
-        # The next part starts after the first newline at or past `stop - 1`: read up to there and no further.
+        # The next part starts after the first newline at or past `stop - 1`. This part reads up to there, and no more.
         closing = position < part.stop
         while closing and (block := stream.read(PIECE)):
             if position + len(block) >= part.stop:
@@ -183,7 +183,7 @@ def _read_jsonl(part: Part, tally: Tally) -> Iterator[Record]:
         position = _seek_line(stream, part.start)
         while position < part.stop and (line := stream.readline()):
             start, position = position, position + len(line)
-            line = line.removeprefix(BOM)  # Files that were laid end to end have one in the middle.
+            line = line.removeprefix(BOM)  # Files that were laid end to end have a byte order mark in the middle.
             if not line.strip():
                 continue
 

@@ -136,7 +136,7 @@ def _parts_of(path: Path, name: str, format: str, segment_bytes: int, left: int 
         return
     size = path.stat().st_size
     if split_suffix(path)[1]:
-        # One part: the middle of a packed file cannot be reached without unpacking what comes before.
+        # A packed file is one part, because its middle cannot be reached without unpacking everything before it.
         if content := unpacked_size(path, 1 if left is None else left):
             yield Part(str(path), name, format, 0, _ENDLESS if left is None else content, size)
         return
@@ -145,7 +145,7 @@ def _parts_of(path: Path, name: str, format: str, segment_bytes: int, left: int 
     if format in ("text", "jsonl"):
         yield from cut(whole, segment_bytes, closes=True)
     elif stop:
-        # One part: where a row of a table or an item of an array begins shows only from the start.
+        # The file is one part, because only a reader that begins at the start knows where a row or an item begins.
         yield whole
 
 
@@ -223,9 +223,9 @@ def group(parts: Iterable[Part], segment_bytes: int) -> list[list[Part]]:
 
 
 def describe_files(parts: Iterable[Part]) -> list[list[Any]]:
-    """What the fingerprint knows of each input file: name, size, and a checksum (dates above 2 GiB in all)."""
+    """Return what the fingerprint covers of each file: its name, its size, and its checksum or its date."""
     files = {(part.name, part.path) for part in parts if part.format != "hf"}
-    # Above this size in all, a fingerprint knows a file by its date instead of its checksum.
+    # If all files together are larger than this, checksums would take too long, and dates take their place.
     full = sum(os.path.getsize(path) for _, path in files) <= CHECKSUM_LIMIT
     described: list[list[Any]] = []
     for name, path in sorted(files):

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 NAMED = 3
-# The name of the decoders' error handler. The tally that was made last counts: a process fills one at a time.
+# The name of the decoders' error handler. Only the newest tally of a process counts replacements, because a process
+# fills one tally at a time.
 ERRORS = "sbn_count_replacements"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 

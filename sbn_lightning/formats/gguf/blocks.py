@@ -1,9 +1,9 @@
-"""Ternary weights as blocks of llama.cpp: which types there are, what they fit, and their bytes.
+"""Ternary weights as blocks of llama.cpp: the types of blocks, the widths that each type fits, and the bytes.
 
 A block is a scale ``d`` in float16 and the codes of some weights of one row. Every type here can hold ``gamma * T``
-exactly, with gamma rounded to float16; what differs is the length of a block and the bits for each code. Blocks are put
-together from the codes. The usual quantisers start from floats and look for a scale of their own: that of Q4_0 maps
-the largest magnitude to -8, and its result would be another one.
+exactly, with gamma rounded to float16. The types differ in the length of a block and in the bits for each code. Blocks
+are put together from the codes. The usual quantisers start from floats and compute another scale: for example, the
+quantiser of Q4_0 maps the largest magnitude to -8.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class BlockType(NamedTuple):
     Attributes:
         id: The number of the type in ggml (``ggml_type``).
         file_type: The number of a file that is mostly of this type (``llama_ftype``).
-        weights: Weights of a row that share a scale.
-        bytes: Bytes of a block.
+        weights: The number of weights of a row that share a scale.
+        bytes: The size of a block in bytes.
     """
 
     id: int

@@ -1,4 +1,4 @@
-"""How llama.cpp cuts text into words, and which of its ways a tokenizer uses.
+"""The ways in which llama.cpp cuts text into words, and how we find the one that a tokenizer uses.
 
 llama.cpp knows a way to cut text by its name, not by its regular expression: each name stands for a list of expressions
 in ``llm_tokenizer_bpe`` of its ``src/llama-vocab.cpp`` (read at llama-cpp-python 0.3.36). Each expression in turn cuts
@@ -151,7 +151,7 @@ def pre_tokenizer_of(way: Way) -> Any:
     """The pre-tokenizer of the ``tokenizers`` library that cuts text in a way and turns bytes into characters."""
     from tokenizers import Regex, pre_tokenizers
 
-    ends_with_gpt_2 = way.patterns[-1] == GPT_2  # which ByteLevel has built in
+    ends_with_gpt_2 = way.patterns[-1] == GPT_2  # ByteLevel has this expression built in.
     patterns = way.patterns[:-1] if ends_with_gpt_2 else way.patterns
     steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=ends_with_gpt_2))

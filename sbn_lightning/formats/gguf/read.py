@@ -1,9 +1,12 @@
 """Read a GGUF file of a Llama or Qwen2 model: weights, configuration, tokenizer and chat template.
 
-The ``gguf`` package turns any type it knows back into float32. llama.cpp turns neighbours among the rows of a head
-against each other where this project turns the two halves, so the rows of q and k of architecture ``llama`` are put
-back in order. A file with scaled positions holds one divisor for each frequency and not the options that gave them; the
-options of Llama 3.1 to 3.3 are tried.
+The ``gguf`` package turns every type that it knows back into float32.
+
+The rotary positions pair up rows of q and k. llama.cpp pairs neighbouring rows of a head, and this project pairs row i
+of the first half with row i of the second half. So the rows of architecture ``llama`` are put back in order.
+
+A file with scaled positions holds one divisor for each frequency, and not the options that the divisors were computed
+from. The options of Llama 3.1 to 3.3 are tried.
 """
 
 from __future__ import annotations
@@ -83,7 +86,7 @@ def _reading(file: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     try:
         reader = gguf.GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # a damaged file can make the package raise anything
+    except Exception as error:  # A damaged file can make the package raise anything.
         refuse_pointer(file)
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         if "is not a valid GGMLQuantizationType" in reason:
@@ -114,7 +117,7 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], file: Path) -> Tran
             d_ffn=fields[f"{kind}.feed_forward_length"],
             max_sequence_length=fields[f"{kind}.context_length"],
             rope_theta=round(float(fields.get(f"{kind}.rope.freq_base", 10000.0)), 3),
-            # A float32 in the file: 1e-5 is 9.999999747378752e-06 there.
+            # The file holds a float32, so 1e-5 is read as 9.999999747378752e-06. Rounding restores 1e-5.
             norm_eps=float(f"{fields[f'{kind}.attention.layer_norm_rms_epsilon']:.6g}"),
             qkv_bias="blk.0.attn_q.bias" in tensors,
             tie_embeddings="output.weight" not in tensors,
@@ -132,7 +135,7 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], file: Path) -> Tran
 
 
 def _name_there(name: str) -> str:
-    """The name of a tensor in Hugging Face's models; an unknown name stays, and is refused as left over."""
+    """The name of a tensor in Hugging Face's models. An unknown name stays, and is later refused as left over."""
     if name in OUTER:
         return OUTER[name]
     block, _, rest = name.removeprefix("blk.").partition(".")

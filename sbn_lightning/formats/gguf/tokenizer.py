@@ -1,10 +1,12 @@
 """A ``tokenizer.json`` as the metadata of a GGUF file, and back.
 
-llama.cpp has two kinds of tokenizers that a ``tokenizer.json`` can be. ``gpt2`` is a byte-level BPE; how it cuts text
-into words is a name (:mod:`~sbn_lightning.formats.gguf.pre_tokenizers`). Without merges every way to cut gives the same
-tokens. ``llama`` is a BPE model of SentencePiece, as Llama 2 and Mistral have: spaces become ``▁``, bytes stand for
-unknown characters, and of two neighbours those with the highest score merge first. A ``tokenizer.json`` has ranked
-merges in place of the scores, so a token's score is minus the rank of its first merge.
+A ``tokenizer.json`` can become one of two kinds of tokenizers in llama.cpp.
+
+* ``gpt2`` is a byte-level BPE. A name says how llama.cpp cuts text into words; see
+  :mod:`~sbn_lightning.formats.gguf.pre_tokenizers`. If the tokenizer has no merges, every cut gives the same tokens.
+* ``llama`` is a BPE model of SentencePiece, as Llama 2 and Mistral have. Spaces become ``▁``, and bytes stand for
+  unknown characters. The pair of neighbours with the highest score merges first. A ``tokenizer.json`` ranks its merges
+  and has no scores, so a token's score is minus the rank of its first merge.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ KEYS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], str]:
-    """Checks that llama.cpp can be told of a tokenizer.
+    """Checks that llama.cpp can make the tokens of a tokenizer.
 
     Returns:
         The contents of the ``tokenizer.json``, and llama.cpp's name for how it cuts text; ``"spm"`` for SentencePiece.
@@ -50,7 +52,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], str]:
         _scores(values)
         return values, "spm"
     normalizer = (values["normalizer"] or {}).get("type", "NFC")
-    if normalizer != "NFC":  # Qwen2's, which llama.cpp leaves out
+    if normalizer != "NFC":  # Qwen2 has the normalizer NFC, and llama.cpp leaves it out.
         raise ConfigError(f"llama.cpp does not change text before it cuts it, this tokenizer does ({normalizer})")
     _check_start(tokenizer)
     return values, name_of(tokenizer, bool(model.get("ignore_merges"))) if model["merges"] else "gpt-2"
@@ -107,12 +109,13 @@ def add_tokenizer(writer: Any, text: TextFiles, vocab_size: int) -> None:
     stops = text.stop_ids or [find_eos(tokenizer, None)[1]]
     if is_spm:
         scores = _scores(values)
-        lowest = -float(len(scores) + 1)  # of a single character: no merge makes it
+        lowest = -float(len(scores) + 1)  # The score of a single character, which no merge makes.
         writer.add_token_scores([scores.get(token, lowest) for token in tokens])
         writer.add_add_space_prefix(tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith(UNDERLINE))
     else:
         merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in values["model"]["merges"]]
-        # llama.cpp insists on a list and the writer leaves out an empty one: a merge that no text can call for.
+        # llama.cpp needs a list of merges, and the writer leaves out an empty list. So an empty list becomes one merge
+        # that no text can cause.
         end = tokenizer.id_to_token(stops[0])
         writer.add_token_merges(merges or [f"{end} {end}"])
     # llama.cpp stops at the end of a text, of a turn and of a message; each is one token.
@@ -121,7 +124,7 @@ def add_tokenizer(writer: Any, text: TextFiles, vocab_size: int) -> None:
         add(token)
     start = _check_start(tokenizer)
     bos = start[0] if start else text.bos_id
-    writer.add_bos_token_id(stops[0] if bos is None else bos)  # without one llama.cpp takes a number of its own
+    writer.add_bos_token_id(stops[0] if bos is None else bos)  # Otherwise llama.cpp takes a default.
     writer.add_add_bos_token(bool(start))
     if text.pad_id is not None:
         writer.add_pad_token_id(text.pad_id)
@@ -206,7 +209,7 @@ def _byte_level(fields: dict[str, Any], source: Path) -> Tokenizer:
     for merge in fields.get("tokenizer.ggml.merges", []):
         at = merge.index(" ", 1)
         pair = merge[:at], merge[at + 1 :]
-        if {*pair, "".join(pair)} <= vocabulary.keys():  # a file without merges holds one that never happens
+        if {*pair, "".join(pair)} <= vocabulary.keys():  # A file may hold one merge that never applies.
             merges.append(pair)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=way.ignores_merges))
     tokenizer.pre_tokenizer = pre_tokenizer_of(way)

@@ -3,9 +3,9 @@
 The format gives each tensor a type of its own. A layer whose width the chosen type does not divide gets Q4_0, and the
 other layers keep the chosen type; :mod:`~sbn_lightning.formats.gguf.blocks` has the layouts.
 
-A model with q/k/v biases becomes architecture ``qwen2``, one without becomes ``llama``. llama.cpp turns neighbours
-among the rows of a ``llama`` head against each other, so q and k are reordered for it. Scaled positions come as
-``rope_freqs.weight``, one divisor for each frequency. llama.cpp quantises activations by block and not by token, so
+A model with q/k/v biases becomes architecture ``qwen2``, one without becomes ``llama``. For ``llama``, the rows of q
+and k are reordered, because llama.cpp's rotary positions pair neighbouring rows of a head. Scaled positions are written
+as ``rope_freqs.weight``, one divisor for each frequency. llama.cpp quantises activations by block and not by token, so
 its logits are close to ours and not equal.
 """
 
@@ -70,14 +70,14 @@ def write_gguf(loaded: LoadedModel, folder: Path, quantization: str, embedding_b
     add_tokenizer(writer, loaded.text, config.vocab_size)
     _add_other_tensors(writer, loaded, embedding_bits, sizes)
     layers = ternary_layers(loaded.model)
-    others: dict[str, int] = {}  # width -> how many tensors the fallback took
+    others: dict[str, int] = {}  # Width -> number of tensors that got the fallback type.
     for part in tqdm(list(linear_parts(config)), desc="quantising", unit="layer", disable=None):
         layer = layers[part.ours]
         codes, gamma = layer.ternary()
         rows = part.rows or (layer.out_features,)
         biases = (None,) * len(rows) if layer.bias is None else layer.bias.detach().split(rows)
         kind = type_for(layer.in_features, quantization)
-        assert kind is not None  # check_gguf has refused such a width
+        assert kind is not None  # check_gguf has refused a width that no type fits.
         if kind != quantization:
             others[str(layer.in_features)] = others.get(str(layer.in_features), 0) + len(rows)
         for name, piece, scale, bias in zip(part.theirs, codes.split(rows), gamma, biases, strict=True):
@@ -85,7 +85,8 @@ def write_gguf(loaded: LoadedModel, folder: Path, quantization: str, embedding_b
             if architecture == "llama" and module in ("q_proj", "k_proj"):
                 piece = interleave_halves(piece, config.head_size)
             data = blocks(piece, scale, kind)
-            # As int8, so that the writer takes the shape given: a gguf package may not know the type.
+            # The data are passed as int8, so that the writer takes the shape that is given. An older gguf package may
+            # not know the type.
             writer.add_tensor(
                 f"blk.{i}.{NAMES[module]}.weight",
                 data.view(np.int8),

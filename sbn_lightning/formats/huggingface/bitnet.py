@@ -29,8 +29,8 @@ from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
 
-SBN = "sbn"  # the entry in config.json for what transformers does not know
-DENSE = "8:8"  # the pattern of weights that follow none
+SBN = "sbn"  # The entry in config.json for options that transformers does not know.
+DENSE = "8:8"  # The pattern for weights that follow no pattern.
 
 
 def read_hf_bitnet(folder: Path) -> tuple[TernaryTransformer, TextFiles]:
@@ -89,7 +89,7 @@ def bitnet_config(values: dict[str, Any], source: str) -> TransformerConfig:
 def _layer(
     part: Part, config: TransformerConfig, read: Read, names: set[str], divides: bool, source: str
 ) -> PackedTernaryLinear:
-    """One linear layer here, of the packed tensors that it is made of."""
+    """Build one linear layer of ours from the packed tensors of transformers that it consists of."""
     codes, gammas, biases = [], [], []
     for name in part.theirs:
         for kind in ("weight", "weight_scale"):

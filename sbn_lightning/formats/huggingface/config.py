@@ -87,7 +87,8 @@ def _rope(values: dict[str, Any], source: str) -> tuple[float, RopeScaling | Non
     theta = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
     if kind == "default":
         return theta, None
-    # As transformers does: the model's original context, else that of the scaling, else the present context.
+    # transformers looks for the original context in the model's fields, then in the scaling's fields, and otherwise
+    # takes the present context.
     name = "original_max_position_embeddings"
     original = values.get(name, rope.get(name, values["max_position_embeddings"]))
     factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))

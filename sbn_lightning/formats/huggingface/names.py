@@ -15,7 +15,7 @@ from torch import Tensor
 from sbn_lightning.core.errors import DataError
 from sbn_lightning.models.config import TransformerConfig
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # fp8 and int8 weights come with scales
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # fp8 and int8 weights would need their scales.
 
 
 class Part(NamedTuple):
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 
 def linear_parts(config: TransformerConfig) -> Iterator[Part]:
-    """The linear layers of all blocks, named without ``.weight``: ``blocks.0.attention.qkv`` and so on."""
+    """The linear layers of all blocks. Names come without ``.weight``, like ``blocks.0.attention.qkv``."""
     kv = config.n_kv_heads * config.head_size
     for i in range(config.n_layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
@@ -46,7 +46,7 @@ def linear_parts(config: TransformerConfig) -> Iterator[Part]:
 
 
 def other_parts(config: TransformerConfig) -> Iterator[Part]:
-    """Embedding, norms, and the head if it is not tied: full names."""
+    """The embedding, the norms, and the head if it is not tied. Names are complete."""
     yield Part("embed.weight", ("model.embed_tokens.weight",), None)
     for i in range(config.n_layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
@@ -58,7 +58,7 @@ def other_parts(config: TransformerConfig) -> Iterator[Part]:
 
 
 def all_parts(config: TransformerConfig) -> Iterator[Part]:
-    """Every tensor of a dense model, full names."""
+    """Every tensor of a dense model. Names are complete."""
     yield from other_parts(config)
     for part in linear_parts(config):
         for kind in ("weight", "bias") if config.qkv_bias and part.ours.endswith("qkv") else ("weight",):

@@ -158,7 +158,7 @@ def _save(loaded: LoadedModel, folder: Path, tensors: dict[str, Tensor], more: d
         described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         described["clean_up_tokenization_spaces"] = False
         stops = text.stop_ids
-        with suppress(ConfigError):  # a tokenizer may name no token that ends a document
+        with suppress(ConfigError):  # A tokenizer may name no token that ends a document.
             stops = stops or [find_eos(loaded.tokenizer, None)[1]]
             config["eos_token_id"] = config["eos_token_id"] if text.stop_ids else stops[0]
             described["eos_token"] = loaded.tokenizer.id_to_token(stops[0])
@@ -171,8 +171,8 @@ def _summary(folder: Path, tensors: dict[str, Tensor], linear: str) -> str:
     """The size of the file, and of its parts."""
     sizes = Sizes()
     for name, tensor in tensors.items():
-        packed = tensor.dtype == torch.uint8  # four ternary weights a byte
-        scale = name.endswith("weight_scale")  # belongs to the weights, and is no weight
+        packed = tensor.dtype == torch.uint8  # A byte holds four ternary weights.
+        scale = name.endswith("weight_scale")  # A scale adds bytes, and is not counted as a weight.
         weights = 0 if scale else tensor.numel() * (4 if packed else 1)
         sizes.add(_part_of(name, linear), weights, tensor.numel() * tensor.element_size())
     return f"{(folder / WEIGHTS).stat().st_size / 1e6:.2f} MB\n{sizes.table()}"

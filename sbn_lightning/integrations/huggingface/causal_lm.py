@@ -31,7 +31,7 @@ class Shape:
     """What data and callbacks ask of a model's configuration.
 
     Attributes:
-        vocab_size: The rows of the embedding.
+        vocab_size: The number of rows of the embedding.
         max_sequence_length: The longest sequence, in tokens.
         linear: ``"ternary"``, ``"masked"`` or ``"dense"``.
         hugging_face: The configuration of the network, as plain values.
@@ -106,14 +106,14 @@ class CausalLM(SparseBitNet):
         include: Name patterns of the layers to convert.
         exclude: Name patterns of the layers to leave alone.
         activation_bits: The number of bits of activations: 8, 4, or None for no quantisation.
-        mask_source: What ranks a group: ``"latent"`` weights or ``"ternary"`` codes.
+        mask_source: The numbers that rank the weights of a group: ``"latent"`` weights or ``"ternary"`` codes.
         gradient: The straight-through gradient, for all positions (``"dense"``) or kept ones only (``"masked"``).
         gamma_over: The weights that gamma averages; see :class:`SparseBitLinear`.
         optimizer: Makes the optimiser from parameter groups. Norms, biases and embeddings get no weight decay.
         schedule: The learning rate after the warm-up: ``"cosine"``, ``"linear"`` or ``"constant"``.
-        warmup_steps: The optimiser steps of linear warm-up.
+        warmup_steps: The number of optimiser steps of linear warm-up.
         final_learning_rate: The share of the peak learning rate at the last step.
-        schedule_steps: The optimiser steps until the schedule ends; the trainer's ``max_steps`` if not given.
+        schedule_steps: The number of optimiser steps until the schedule ends; the trainer's ``max_steps`` if not given.
         compile: Whether to compile each block with ``torch.compile``.
 
     Raises:
@@ -172,7 +172,7 @@ class CausalLM(SparseBitNet):
         """Refuse a checkpoint of another architecture.
 
         Raises:
-            ConfigError: Naming both architectures.
+            ConfigError: If the architectures differ; the message names both.
         """
         saved = checkpoint.get("hyper_parameters", {}).get("config", {}).get("hugging_face", {})
         before, now = saved.get("model_type"), self.config.hugging_face.get("model_type")  # type: ignore[attr-defined]
@@ -236,7 +236,7 @@ def _context(config: Any) -> int:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if isinstance(length := getattr(config, name, None), int):
             return length
-    return 1 << 30  # relative positions: no limit of its own
+    return 1 << 30  # A model with relative positions has no limit.
 
 
 def _no_text_files() -> Any:

@@ -1,11 +1,12 @@
-"""A packed ternary layer as transformers and PEFT want to see one: an ``nn.Linear`` with 2 bits a weight in its file.
+"""A packed ternary layer for transformers and PEFT: an ``nn.Linear`` that stores 2 bits a weight.
 
 transformers builds a model without storage, sets tensors one by one, and only then hands the model back. So the layer
 starts with empty 2-bit codes, and :meth:`TernaryLinear2Bit.finish` unpacks the codes that arrived. The state dict
 always holds 2-bit codes, which makes loading and saving exact inverses.
 
-PEFT adds LoRA to any ``nn.Linear``. The layer is one for that reason, without a weight of its own: reading ``weight``
-gives ``gamma * codes``, and writing to it is an error, since ternary codes cannot take in a LoRA update.
+PEFT adds LoRA to any ``nn.Linear``, so the layer is an ``nn.Linear``. It has no weight tensor of its own. Reading
+``weight`` computes ``gamma * codes``. Writing to ``weight`` is an error, because ternary codes cannot take in a LoRA
+update.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class TernaryLinear2Bit(PackedTernaryLinear, nn.Linear):  # type: ignore[misc]  
         """Unpack the codes that were loaded.
 
         Raises:
-            DataError: If they were not loaded.
+            DataError: If no codes were loaded.
         """
         for tensor in (self.codes, self.gamma):
             if not getattr(tensor, "_is_hf_initialized", False):
@@ -66,7 +67,7 @@ class TernaryLinear2Bit(PackedTernaryLinear, nn.Linear):  # type: ignore[misc]  
         self.codes = unpack_codes(packed, self.in_features)
         self.gamma = gamma.float()
         self.row_scale = expand_scale(self.gamma, self.split_sizes, self.out_features).clone()
-        self._settle()  # now, so that no compiled graph has to break for it
+        self._settle()  # The kernel is chosen now, because choosing it later would break a compiled graph.
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

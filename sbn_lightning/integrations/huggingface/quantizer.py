@@ -1,4 +1,4 @@
-"""The quantisation method ``"sbn"`` of transformers: ternary N:M layers in any architecture.
+"""The quantisation method ``"sbn"`` for transformers: ternary N:M layers in any architecture.
 
 There are three ways in:
 
@@ -38,7 +38,7 @@ Form = Literal["packed", "latent"]
 
 
 class SBNConfig(QuantizationConfigMixin):
-    """Which layers are sparse, and how.
+    """The sparse layers of a model and their options.
 
     Args:
         pattern: The pattern "N:M".
@@ -102,7 +102,7 @@ class SBNQuantizer(HfQuantizer):
             if config.form == "packed":
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, TernaryLinear2Bit.empty(layer, name, config.of(name)))
-            else:  # a place for the mask that is loaded with the weight; the layer is converted when both are there
+            else:  # This buffer receives the mask. The layer is converted after its weight and mask are loaded.
                 shape = _shape_of(layer)
                 mask_bits = torch.empty(shape[0], -(-shape[1] // 8), dtype=torch.uint8, device="meta")
                 layer.register_buffer("mask_bits", mask_bits)
@@ -160,7 +160,7 @@ class SBNQuantizer(HfQuantizer):
         return True
 
 
-if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a reload of this module would register it twice
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # Registering twice, after a reload, is an error.
     register_quantization_config(METHOD)(SBNConfig)
     register_quantizer(METHOD)(SBNQuantizer)
 
@@ -177,7 +177,7 @@ def config_of(model: nn.Module, form: Form) -> SBNConfig:
         if form == "packed" and not isinstance(layer, SparseBitLinear | PackedTernaryLinear):
             raise ConfigError(f"{name} is sparse, but not ternary: it has no codes; save form='latent' instead")
         modules[name] = {option: value for option, value in describe(layer).items() if option in OPTIONS}
-        if form == "packed":  # the other options tell how to train
+        if form == "packed":  # The other options matter for training only.
             modules[name] = {key: modules[name][key] for key in ("pattern", "activation_bits", "split_sizes")}
         if modules[name].get("split_sizes") is None:
             modules[name].pop("split_sizes", None)

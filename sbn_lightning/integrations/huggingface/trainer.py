@@ -19,9 +19,9 @@ class SparsityCallback(TrainerCallback):
     """Runs a :class:`SparsitySchedule` in ``transformers.Trainer``, and adds its statistics to the logs.
 
     Args:
-        refresh: When masks are recomputed, or just the interval.
+        refresh: The options of the mask refresh, or only its interval in optimiser steps.
         ramp: The way from dense to the pattern; None trains at the pattern from the start.
-        masked_decay: The decay of masked weights, or just its strength.
+        masked_decay: The options of the decay of masked weights, or only its strength.
         total_steps: The number of optimiser steps that the schedule spans; None takes the Trainer's ``max_steps``.
         log_statistics: Whether to log shares of zeros and flip rates, as ``sparsity/...``, at each of the Trainer's
             logging steps.
@@ -48,7 +48,7 @@ class SparsityCallback(TrainerCallback):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if optimizer is None:
             raise ConfigError("SparsityCallback: the Trainer has no optimizer yet at the start of training")
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimiser
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the optimiser.
         self.schedule = SparsitySchedule(
             _unwrapped(model),
             inner,
