@@ -30,12 +30,12 @@ class Audit:
         sparse_parameters: The number of weights in layers with a mask or ternary codes, masked ones included.
         linear_flops: The multiplications and additions of linear layers in the example forward. Without an example:
             those for one token, if each linear parameter multiplies each token once.
-        sparse_flops: The part of them that layers with a mask or ternary codes did.
+        sparse_flops: The part of ``linear_flops`` that falls to layers with a mask or ternary codes.
         measured: Whether the FLOPs are those of an example forward.
         skipped: The reason for each layer or parameter that is not sparse.
-        bypassed: Layers with a mask whose latent weight the example forward used without calling the layer: what it
-            computed there is neither sparse nor ternary.
-        not_called: Layers with a mask that the example forward did not use at all.
+        bypassed: The layers with a mask whose latent weight the example forward used without calling the layer. Such a
+            product is neither sparse nor ternary.
+        not_called: The layers with a mask that the example forward did not use at all.
     """
 
     parameters: int = 0
@@ -50,12 +50,12 @@ class Audit:
 
     @property
     def parameter_share(self) -> float:
-        """The share of all parameters that is in sparse layers, 0 to 1."""
+        """The share of all parameters that are in sparse layers, 0 to 1."""
         return self.sparse_parameters / max(self.parameters, 1)
 
     @property
     def linear_share(self) -> float:
-        """The share of the linear parameters that is in sparse layers, 0 to 1."""
+        """The share of the linear parameters that are in sparse layers, 0 to 1."""
         return self.sparse_parameters / max(self.linear_parameters, 1)
 
     @property
@@ -85,12 +85,12 @@ def audit(model: nn.Module, forward: Callable[[], Any] | None = None) -> Audit:
 
     Args:
         model: Any model, converted or not. It is not changed.
-        forward: Runs the model once, for example ``lambda: model(tokens)``. With it FLOPs are counted as they happen,
-            and layers that the model bypasses are found, as in the fused inference of ``nn.TransformerEncoder`` or in
-            timm's SwinV2. It runs without gradients.
+        forward: A function that runs the model once, for example ``lambda: model(tokens)``. The audit then counts the
+            FLOPs that happen in this run. It also finds layers that the model bypasses, as the fused inference of
+            ``nn.TransformerEncoder`` and timm's SwinV2 do. The function runs without gradients.
 
     Returns:
-        The findings; ``print(audit(model))`` shows them.
+        The audit; ``print(audit(model))`` shows it.
     """
     found = Audit()
     sparse: dict[str, nn.Module] = {}
@@ -140,7 +140,8 @@ def _measure(
         finally:
             inside.remove(name)
 
-    # Not by hooks: PyTorch turns its fused inference off where it finds one, and there would be nothing to see.
+    # Forward methods are replaced because hooks would not do: PyTorch turns its fused inference off for layers with
+    # hooks, and the audit could not see it.
     before = {name: vars(module).get("forward") for name, module in layers.items()}
     for name, module in layers.items():
         vars(module)["forward"] = partial(watched, name, module.forward)
@@ -175,7 +176,7 @@ class _WatchWeights(TorchDispatchMode):
         self.used: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not any(result.alias_info for result in func._schema.returns):  # a view computes nothing
+        if not any(result.alias_info for result in func._schema.returns):  # A view computes nothing.
             for value in torch.utils._pytree.tree_leaves((args, kwargs)):
                 if isinstance(value, Tensor) and not value.is_meta:
                     name = self.latent.get(value.untyped_storage().data_ptr())

@@ -25,7 +25,9 @@ _HEADS = {
     "visual_projection", "text_projection", "class_labels_classifier", "bbox_predictor",
 }  # fmt: skip
 _ROUTERS = {"gate", "gating", "gate_network", "wg"}
-_ROUTER_RATIO = 8  # a layer called "gate" that has this many times fewer rows than features chooses, and does not gate
+# A layer called "gate" is taken for a router if it has this many times fewer rows than input features. The gate of a
+# gated MLP has more rows.
+_ROUTER_RATIO = 8
 _LORA = {"lora_A", "lora_B", "lora_down", "lora_up", "lora_magnitude_vector"}
 
 
@@ -40,7 +42,7 @@ def name_matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """Features in and out of a linear layer or a ``Conv1D``."""
+    """The number of input and of output features of a linear layer or a ``Conv1D``."""
     if is_conv1d(module):
         return cast(int, module.nx), cast(int, module.nf)
     return cast(int, module.in_features), cast(int, module.out_features)
@@ -64,7 +66,7 @@ def left_alone(model: nn.Module, name: str, module: nn.Module) -> str | None:
     chooses = last in _ROUTERS and (out_features * _ROUTER_RATIO <= in_features or _has_experts(model, parts))
     if "router" in last or chooses:
         return "a router, which chooses experts"
-    # The name of a head says so only outside of the numbered blocks: within them a "head" is one of attention.
+    # Only outside of the numbered blocks is a "head" an output head. Within a block it is an attention head.
     numbered = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
     outside = parts[:numbered]
     if (_HEADS - {"heads"}) & set(outside) or (outside == parts and last in _HEADS):
@@ -79,11 +81,11 @@ def _has_experts(model: nn.Module, parts: list[str]) -> bool:
 
 
 def guess_split_sizes(model: nn.Module, name: str, module: nn.Module) -> tuple[int, ...] | None:
-    """The rows of each part of a fused layer, where the class that holds the layer is known; None elsewhere.
+    """The rows of each part of a fused layer, if the class that holds the layer is known; None otherwise.
 
-    Known are q, k and v side by side in timm, litgpt, Phi-3 and its relatives in transformers, and GPT-2; gate and up
-    side by side in transformers and timm. A layout that mixes the rows of q, k and v head by head (GPT-NeoX, BLOOM,
-    Falcon) has no such parts.
+    The known layouts are q, k and v side by side (timm, litgpt, GPT-2, and Phi-3 and its relatives in transformers),
+    and gate and up side by side (transformers). Some models mix the rows of q, k and v head by head (GPT-NeoX, BLOOM,
+    Falcon). Their layers cannot be split into such parts.
 
     Args:
         model: The whole model.
@@ -119,14 +121,14 @@ def _query_key_value(rows: int, groups: object, head_size: object) -> tuple[int,
 
 
 def not_linear(name: str, module: nn.Module) -> dict[str, str]:
-    """Reasons for the matrices of a module that is not a linear layer; vectors and embeddings are no candidates.
+    """Why the matrices of a module that is not a linear layer stay dense. Vectors and embeddings need no reason.
 
     Args:
         name: The name of the module in the model.
         module: The module.
 
     Returns:
-        For each name the reason: by the name of the module, or the name of a parameter that the module only holds.
+        The reasons by name. For a convolution the name is that of the module, and otherwise that of the parameter.
     """
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return {}

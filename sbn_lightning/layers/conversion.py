@@ -1,17 +1,17 @@
 """Turns the ``nn.Linear`` layers of any model into masked ones, and back.
 
-A layer is changed in place, by changing its class: parameter objects, hooks, references from elsewhere in the model
-and an optimiser that already exists all stay valid. Only exact ``nn.Linear`` instances are taken, and GPT-2's
-``Conv1D``, which is one with a transposed weight. A subclass may be used in ways that its class hides
-(``nn.MultiheadAttention`` reads the weight of its ``out_proj`` and never calls it).
+A layer is changed in place: it gets another class. Parameter objects, hooks, references from elsewhere in the model
+and an existing optimiser therefore stay valid. A conversion takes only exact ``nn.Linear`` instances, and GPT-2's
+``Conv1D``, which is a linear layer with a transposed weight. A subclass of ``nn.Linear`` may be used in another way:
+``nn.MultiheadAttention`` reads the weight of its ``out_proj`` and never calls the layer.
 
 A conversion first checks every layer and computes every mask, and only then changes the first layer. A reversion first
 computes every ternary weight. So both happen as a whole or not at all.
 
-Convolutions are left alone. The quantiser scales each token, and a convolution with a window larger than 1x1 has none:
-a pixel takes part in many windows, and each window has a maximum of its own. A 1x1 convolution is a linear layer over
-channels, and can be written as one. The patch embedding of a vision model is an input layer, which is best kept in
-high precision anyway.
+Convolutions are left alone. The quantiser scales each token, and a convolution with a window larger than 1x1 has no
+tokens: a pixel takes part in many windows, and each window has a maximum of its own. A 1x1 convolution is a linear
+layer over channels, and can be written as an ``nn.Linear``. The patch embedding of a vision model is an input layer,
+which is best kept in high precision anyway.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from sbn_lightning.sparsity.config import Kind, SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
 
 # In evaluation these modules of PyTorch hand the weights of their linear layers to one fused kernel and never call the
-# layers: the latent, dense weights would be used. The switch that turns the fused kernel off, and its "off".
+# layers, so the kernel would use the dense latent weights. Each entry is the attribute that switches the fused kernel,
+# and the value that turns the kernel off.
 _FUSED_INFERENCE: dict[type[nn.Module], tuple[str, int]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
-# The class of a converted layer by its kind: in place of an ``nn.Linear``, and of a ``Conv1D``.
+# The classes of converted layers by kind: the class for an ``nn.Linear``, and the class for a ``Conv1D``.
 _CLASSES: dict[Kind, tuple[type[MaskedLinear], type[MaskedLinear]]] = {
     "ternary": (SparseBitLinear, SparseBitConv1D),
     "masked": (SparseLinear, SparseConv1D),
@@ -53,17 +54,18 @@ _EXCLUDED = "excluded by name"
 class ConversionReport:
     """What a conversion did.
 
-    Linear parameters are those of linear layers and all other parameters with two dimensions or more that are not
+    Linear parameters are those of linear layers, and all other parameters that have two dimensions or more and are not
     embeddings.
 
     Attributes:
         converted: The names of the converted layers.
-        skipped: The reason for each layer or parameter that was skipped. A parameter that its module only holds goes by
-            its own name (``attention.in_proj_weight``).
-        split_sizes: The rows of each part of converted layers that are fused.
+        skipped: The reason for each layer or parameter that was skipped, by name. A parameter that belongs to no linear
+            layer goes by its own name, for example ``attention.in_proj_weight``.
+        split_sizes: The rows of each part of the fused layers that were converted, by layer.
         converted_parameters: The number of weights in converted layers.
         linear_parameters: The number of linear parameters in the model.
-        wanted_parameters: The same, without what the caller excluded by name and without output heads.
+        wanted_parameters: The number of linear parameters without those that the caller excluded by name, and without
+            those of output heads.
         parameters: The number of all parameters of the model.
     """
 
@@ -77,7 +79,7 @@ class ConversionReport:
 
     @property
     def warning(self) -> str | None:
-        """One line if the conversion reached less than half of the linear parameters that it was to reach."""
+        """A line of warning if less than half of the wanted parameters were converted; None otherwise."""
         if not self.converted or 2 * self.converted_parameters >= self.wanted_parameters:
             return None
         share = self.converted_parameters / self.wanted_parameters
@@ -108,7 +110,7 @@ class ConversionReport:
 
 @dataclass
 class _Planned:
-    """A layer that is to be converted, and what it will be."""
+    """A layer that is to be converted, with its new options and its first mask."""
 
     name: str
     module: nn.Module
@@ -117,7 +119,7 @@ class _Planned:
 
 
 def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """A tuple, also of a single pattern: its letters would be patterns too, which match nothing."""
+    """Returns patterns as a tuple. A single string is one pattern, not a sequence of one-letter patterns."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
@@ -133,26 +135,26 @@ def convert_linears(
     """Converts every ``nn.Linear`` (and ``Conv1D``) that the name patterns select.
 
     Output heads, routers, gates with one row and the matrices of a LoRA are skipped (:func:`left_alone`) unless
-    ``include`` names them with a pattern other than ``"*"``. A warning says so if less than half of the linear
-    parameters became sparse.
+    ``include`` names them with a pattern other than ``"*"``. If less than half of the linear parameters became sparse,
+    a warning says so.
 
     Args:
         model: The model, changed in place: as a whole or, on an error, not at all.
         sparsity: The options of the new layers: a :class:`SparsityConfig`, or only a pattern.
-        include: Shell-style pattern or patterns of names to convert (see :func:`name_matches`).
-        exclude: Patterns of names to leave alone; wins over ``include``.
+        include: One shell-style pattern or several, for the names of layers to convert (see :func:`name_matches`).
+        exclude: The patterns for layers to leave alone. ``exclude`` wins over ``include``.
         split_sizes: The rows of each part of fused layers, by name pattern, for example
-            ``{"*.qkv": (64, 32, 32)}``. None in place of the rows says that a layer is one part. Without an entry the
-            rows are guessed where the architecture is known (:func:`guess_split_sizes`).
+            ``{"*.qkv": (64, 32, 32)}``. None in place of the rows says that a layer is one part. The rows of a layer
+            without an entry are guessed if its architecture is known (:func:`guess_split_sizes`).
         **options: Single fields of :class:`SparsityConfig`, for example ``kind="masked"``.
 
     Returns:
-        What was converted and what was skipped, with reasons. A layer whose ``in_features`` the pattern does not
-        divide, and one that shares its weight with another module (a tied head), is skipped.
+        A report of what was converted and what was skipped, with reasons. A layer is skipped if M does not divide its
+        ``in_features``, or if another module shares its weight (a tied head).
 
     Raises:
-        ConfigError: If nothing was converted although no layer is masked yet, a selected layer is masked already with
-            other options, an entry of ``split_sizes`` fits no layer, or an option cannot work.
+        ConfigError: If the model has no masked layer and nothing can be converted, if a selected layer is already
+            masked with other options, if an entry of ``split_sizes`` fits no layer, or if an option cannot work.
     """
     report = convert_quietly(model, sparsity, include=include, exclude=exclude, split_sizes=split_sizes, **options)
     if report.warning is not None:
@@ -169,7 +171,7 @@ def convert_quietly(
     split_sizes: Mapping[str, tuple[int, ...] | None] | None = None,
     **options: Any,
 ) -> ConversionReport:
-    """Does what :func:`convert_linears` does, without its warning: for callers who warn in their own way."""
+    """Converts layers as :func:`convert_linears` does, but does not warn. The caller shows ``report.warning``."""
     sparsity = SparsityConfig.make(sparsity, **options)
     include, exclude = as_patterns(include), as_patterns(exclude)
     given = dict(split_sizes or {})
@@ -228,22 +230,23 @@ def convert_quietly(
 def revert_linears(model: nn.Module) -> list[str]:
     """Turns masked layers back into the plain layers they were, which now hold the effective weight.
 
-    Parameter objects stay the same. Activations are no longer quantised, so outputs of ternary layers move by that
-    rounding; convert with ``activation_bits=None`` where this matters. A Hugging Face model should be reverted before
-    ``save_pretrained``: until then its weights are latent ones, which ``from_pretrained`` would use as they are.
-    A LoRA that is merged into a masked layer (``merge_and_unload``) becomes part of the latent weight and is rounded
-    away with it: revert first.
+    Parameter objects stay the same. The plain layers do not quantise their tokens, so the outputs of ternary layers
+    change by the size of that rounding. Convert with ``activation_bits=None`` if this matters.
+
+    Revert a Hugging Face model before ``save_pretrained``. Until then its weights are latent weights, and
+    ``from_pretrained`` would use them as they are. Revert also before a LoRA is merged (``merge_and_unload``): in a
+    masked layer it would become part of the latent weight and be rounded away.
 
     Args:
         model: The model, changed in place: as a whole or, on an error, not at all.
 
     Returns:
-        Names of the layers.
+        The names of the layers.
     """
     layers = [(name, module) for name, module in named_modules(model) if isinstance(module, MaskedLinear)]
     with torch.no_grad():
         for _, layer in layers:
-            layer.prepare()  # whatever can go wrong goes wrong here, before the first layer is changed
+            layer.prepare()  # Raises whatever can go wrong, before the first layer is changed.
         for _, layer in layers:
             _revert(layer)
     _switch_fused_inference(model, on=True)
@@ -256,9 +259,9 @@ def convert_to_match(
     sparsity: SparsityConfig | NMPattern | str | None = None,
     **options: Any,
 ) -> list[str]:
-    """Converts exactly the layers that were converted when a state dict was saved: the way back from a checkpoint.
+    """Converts exactly the layers that have a mask in a saved state dict.
 
-    Load the state dict afterwards::
+    The state dict can be loaded afterwards::
 
         state = torch.load("converted.ckpt")["state_dict"]
         convert_to_match(module, state)
@@ -268,15 +271,15 @@ def convert_to_match(
         model: A model with plain layers, changed in place.
         state_dict: The state dict of a converted model.
         sparsity: The options of the layers, for a state dict that does not carry them. ``state_dict()`` keeps options
-            in its metadata, which survive ``torch.save`` and are lost in safetensors and sharded checkpoints.
+            in its metadata. ``torch.save`` saves the metadata; safetensors and sharded checkpoints lose it.
         **options: Single fields of :class:`SparsityConfig`.
 
     Returns:
         The names of the converted layers.
 
     Raises:
-        ConfigError: If the state dict has no masks, or the model lacks a layer that has one, or neither the state dict
-            nor the caller says what the options are.
+        ConfigError: If the state dict has no masks, if it has a mask for a layer that the model lacks, or if neither
+            the state dict nor the caller says what the options are.
     """
     names = [name.removesuffix(".mask_bits") for name in state_dict if name.endswith(".mask_bits")]
     if not names:
@@ -299,7 +302,7 @@ def convert_to_match(
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a model, without the component that the wrapper of ``torch.compile`` adds to names."""
+    """The modules of a model with their names, without the part that ``torch.compile`` adds to names."""
     for name, module in model.named_modules():
         yield name.replace("_orig_mod.", ""), module
 
@@ -331,7 +334,7 @@ def _describe(sparsity: SparsityConfig) -> str:
 
 
 def _unsuitable(module: nn.Module, owners: Counter[int], pattern: NMPattern) -> str | None:
-    """Why a linear layer cannot be converted."""
+    """Why a linear layer cannot be converted; None if it can."""
     weight = module._parameters.get("weight")
     if not is_conv1d(module) and type(module) is not nn.Linear:
         return f"{type(module).__name__} is a subclass of nn.Linear that may be used differently"
@@ -357,7 +360,11 @@ def _sizes_given(name: str, given: Mapping[str, tuple[int, ...] | None], used: s
 
 
 def _first_mask(name: str, module: nn.Module, sparsity: SparsityConfig) -> Tensor:
-    """The mask of a layer that is to be converted; raises before anything is changed if there cannot be one."""
+    """The first mask of a layer that is to be converted. The layer itself is not changed.
+
+    Raises:
+        ConfigError: If the options do not fit the shape of the layer.
+    """
     in_features, out_features = shape_of(module)
     sparsity.check_fits(in_features, out_features, name)
     weight = cast(Tensor, module._parameters["weight"])
@@ -374,7 +381,7 @@ def _convert(planned: _Planned) -> None:
     module = planned.module
     transposed = is_conv1d(module)
     if transposed:
-        # nx and nf stay as they are; the class is remembered for the way back.
+        # A reversion needs the class. Conv1D's own attributes nx and nf stay as they are.
         in_features, out_features = shape_of(module)
         vars(module).update(converted_from=type(module), in_features=in_features, out_features=out_features)
     module.__class__ = _CLASSES[planned.sparsity.kind][transposed]
@@ -386,7 +393,7 @@ def _revert(layer: MaskedLinear) -> None:
     layer.tracker.let_go()
     transposed = "converted_from" in vars(layer)
     plain = vars(layer).pop("converted_from", nn.Linear)
-    own = _CLASSES[layer.sparsity.kind][0]  # a Conv1D of ours is made by conversion only
+    own = _CLASSES[layer.sparsity.kind][0]  # Not the class for a Conv1D: only a conversion can make one.
     ours = set(vars(own(1, 1, sparsity="1:1", device="meta"))) - set(vars(nn.Linear(1, 1, device="meta")))
     for extra in ours | ({"in_features", "out_features"} if transposed else set()):
         vars(layer).pop(extra, None)

@@ -1,7 +1,7 @@
 """Ternary N:M experts: the fused 3-D weights of a mixture of experts, as transformers 5 holds them.
 
-transformers keeps the experts of a block in one parameter ``[experts, out_features, in_features]``, which no linear
-layer ever sees. Here each of these parameters moves into an :class:`ExpertsWeight`, a :class:`SparseBitLinear` that
+transformers keeps the experts of a block in one parameter ``[experts, out_features, in_features]`` that belongs to no
+linear layer. Here each of these parameters moves into an :class:`ExpertsWeight`, a :class:`SparseBitLinear` that
 views it as one matrix ``[experts * out_features, in_features]`` with a gamma for each expert (and for gate and up).
 Masks, schedules, statistics and optimisers therefore treat experts like any other layer. The state dict keeps the
 parameter's old name, so checkpoints fit in both directions.
@@ -9,8 +9,8 @@ parameter's old name, so checkpoints fit in both directions.
 The forward loops over the experts that got tokens, and calls the layer's backend once for each. Routers stay dense:
 they are small, and a rounded router sends tokens to other experts.
 
-A converted block has a class that is made when it is converted. Save state dicts: ``torch.save`` of a whole model fails
-to pickle that class.
+The class of a converted block is made at the moment of the conversion, and cannot be pickled. So save the state dict:
+``torch.save`` of the whole model fails.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _UP, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 
 
 class ExpertsWeight(SparseBitLinear):
-    """One fused weight of a mixture of experts. Made by :func:`convert_experts` only."""
+    """One fused weight of a mixture of experts. Only :func:`convert_experts` makes one."""
 
     experts: int
 
@@ -42,7 +42,7 @@ class ExpertsWeight(SparseBitLinear):
         return parameter.flatten(0, 1)
 
     def by_expert(self) -> list[tuple[Tensor, Any, Tensor | None]]:
-        """Return latent weight, prepared weight and gradient mask of each expert, up to date."""
+        """Return the latent weight, the prepared weight and the gradient mask of each expert, all up to date."""
         self.prepare()
         parameter = self._parameters["weight"]
         assert parameter is not None
@@ -68,7 +68,15 @@ class ExpertsWeight(SparseBitLinear):
         return self._experts
 
     def multiply(self, x: Tensor, one: tuple[Tensor, Any, Tensor | None]) -> Tensor:
-        """``x [tokens, in_features]`` -> ``[tokens, out]`` of one expert, a member of :meth:`by_expert`."""
+        """Multiply the tokens of one expert.
+
+        Args:
+            x: The tokens, ``[tokens, in_features]``.
+            one: The expert's entry in the list that :meth:`by_expert` returns.
+
+        Returns:
+            The products, ``[tokens, out]``.
+        """
         latent, prepared, mask = one
         return self.backend.linear(x, latent, prepared, mask, self.activation_bits)
 
@@ -81,13 +89,13 @@ class ExpertsWeight(SparseBitLinear):
 
 
 class SparseExperts(nn.Module):
-    """What a converted block of experts computes; mixed into the block's own class."""
+    """The forward of a converted block of experts. A conversion mixes it into the block's own class."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Send tokens through their experts.
 
         Args:
-            hidden_states: Tokens ``[tokens, hidden]``.
+            hidden_states: The tokens, ``[tokens, hidden]``.
             top_k_index: The experts of each token, int64 ``[tokens, k]``. Numbers from ``num_experts`` on are skipped.
             top_k_weights: The weights of the experts' outputs, ``[tokens, k]``.
         """
@@ -155,8 +163,8 @@ def convert_experts(module: nn.Module, sparsity: SparsityConfig) -> list[str]:
     """Make the fused experts of one module ternary and sparse, in place.
 
     Args:
-        module: A block of experts for which :func:`why_not` has no objection.
-        sparsity: The options. Each expert gets a gamma of its own, and gate and up get one each.
+        module: A block of experts for which :func:`why_not` returns None.
+        sparsity: The options of the new layers. Each expert gets a gamma of its own, and gate and up get one each.
 
     Returns:
         The names of the converted weights.

@@ -25,10 +25,10 @@ class SparsityOptions:
     """The options that all sparse layers of a model share. :class:`SparsityConfig` has the options of one layer.
 
     Args:
-        pattern: The pattern "N:M": in each group of M weights at most N are not zero. In YAML it must be quoted.
+        pattern: The pattern "N:M": in each group of M weights at most N are not zero. Quote the pattern in YAML.
         activation_bits: The number of bits of a quantised token: 8, 4, or null to leave tokens as they are.
-        mask_source: What ranks the weights of a group: the ``"latent"`` weights, or their ``"ternary"`` codes. The
-            second is an ablation of the paper and clearly worse.
+        mask_source: What ranks the weights of a group: the ``"latent"`` weights, or their ``"ternary"`` codes. Ranking
+            by codes is an ablation of the paper, and clearly worse.
         gradient: Which weights get the straight-through gradient: all of them (``"dense"``), or only the weights that
             the mask keeps (``"masked"``).
         gamma_over: The weights whose mean magnitude is gamma. ``"dense"``: all weights, as in the paper. ``"kept"``:
@@ -96,11 +96,11 @@ class SparsityConfig(SparsityOptions):
 
         Args:
             sparsity: A whole config, or a pattern; None stands for the default pattern.
-            **options: Single options. Beside a whole config an option that has its default value is ignored, because
-                the command line fills in every default; any other value replaces the one of the config.
+            **options: Single options. If there is a whole config too, an option with its default value is ignored,
+                because the command line fills in every default. Any other value replaces the value in the config.
 
         Raises:
-            ConfigError: If an option has a value that cannot work, or the pattern is given twice.
+            ConfigError: If an option has a value that cannot work, or if two different patterns are given.
             TypeError: If there is no such option.
         """
         if isinstance(sparsity, SparsityConfig):
@@ -120,7 +120,7 @@ class SparsityConfig(SparsityOptions):
         Args:
             in_features: The features of a token.
             out_features: The rows of the weight.
-            layer: What the message calls the layer.
+            layer: The name of the layer, for the message.
 
         Raises:
             ConfigError: If M does not divide ``in_features``, or ``split_sizes`` do not add up to ``out_features``.
