@@ -35,19 +35,19 @@ def evaluate(
         data: A folder that `prepare` wrote, for the perplexity of one of its splits.
         text: Text files in UTF-8, for the perplexity of all of them, end to end.
         split: The split of data: val or train.
-        window: How many tokens the model sees at a time. Not given, its max_sequence_length, at most 1024.
-        stride: How many tokens lie between the starts of two windows. Not given, half a window.
+        window: How many tokens the model sees at a time. The default is its max_sequence_length, at most 1024.
+        stride: How many tokens lie between the starts of two windows. The default is half a window.
         max_tokens: How many tokens to take at most from the beginning of data or text.
         tasks: Names of tasks of the lm-evaluation-harness; needs pip install "sbn-lightning[eval]".
         tasks_folder: A folder with tasks of your own, as YAML.
-        num_fewshot: How many examples the prompts of tasks have. Not given, as each task says.
+        num_fewshot: How many examples the prompts of tasks have. The default is each task's own number.
         limit: How many examples of each task to take at most, to try things out.
         output: A JSON file to write the results to.
         batch_size: How many sequences run at a time.
         tokenizer: A tokenizer.json, or a folder that holds one, if there is none with the model.
         device: "auto" takes a GPU if there is one; or cpu, cuda, cuda:1.
         dtype: The dtype of everything but ternary weights; "auto" is bfloat16 on a GPU and float32 on a CPU.
-        backend: What ternary layers compute with; "auto" measures on a GPU and is the reference on a CPU.
+        backend: The kernels for ternary layers. "auto" measures on a GPU, and is the reference on a CPU.
 
     Returns:
         The results, as they are written to ``output``.

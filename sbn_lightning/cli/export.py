@@ -27,24 +27,24 @@ def export(
 ) -> None:
     """Write a model in a format to run it from.
 
-    packed: the format of this project, the smallest one. hf: a Hugging Face Qwen2 or Llama model, for models that are
-    not ternary. hf-bitnet: a Hugging Face model with 2-bit weights, for transformers. hf-sbn: the same with this
-    project's own quantisation method, for transformers and vLLM. gguf: for llama.cpp.
+    packed is the format of this project, and the smallest one. hf is a Hugging Face Qwen2 or Llama model, for models
+    that are not ternary. hf-bitnet is a Hugging Face model with 2-bit weights, for transformers. hf-sbn is a Hugging
+    Face model with this project's own quantisation method, for transformers and vLLM. gguf is for llama.cpp.
 
     Args:
         checkpoint: A checkpoint (.ckpt), the folder of a run, a packed or a Hugging Face folder, or a GGUF file.
         output: The folder to write.
         format: packed, hf, hf-bitnet, hf-sbn or gguf.
-        dtype: The dtype of everything but ternary weights. Not given, weights keep the dtype of the checkpoint, except
+        dtype: The dtype of everything but ternary weights. By default weights keep the dtype of the checkpoint, except
             that packed and gguf store embeddings, the head and masked weights in 16 bits.
-        tokenizer: A tokenizer.json or the folder that holds it. Not given, the one that comes with the checkpoint.
+        tokenizer: A tokenizer.json or the folder that holds it. The default is the tokenizer of the checkpoint.
         linear_class: hf-bitnet: bitlinear keeps weights packed in memory; autobitlinear unpacks them once and is
             faster.
         quantization: gguf: TQ2_0 (2.06 bits a weight, faster), TQ1_0 (1.69 bits), Q2_0 (2.25 bits, blocks of 64, needs
             a llama.cpp of 2026) or Q4_0 (4.5 bits, blocks of 32). A layer whose width the type does not fit gets Q4_0.
         overwrite: Replace what is in the output folder.
-        embedding_bits: packed and gguf: 8, 16 or 32 bits for each weight of embeddings and head. Not given, those of
-            dtype, or 16.
+        embedding_bits: packed and gguf: 8, 16 or 32 bits for each weight of embeddings and head. The default is 16, or
+            the bits of dtype if dtype is given.
 
     Raises:
         ConfigError: The model does not fit the format, or the folder is taken.

@@ -32,7 +32,8 @@ def generate_text(
 ) -> None:
     """Continue prompts with a trained model.
 
-    One prompt is printed as it comes; several, in blocks. Speed goes to stderr.
+    The text of a single prompt is printed as it is generated. Several prompts are printed in blocks. The speed goes to
+    stderr.
 
     Args:
         checkpoint: A .ckpt, the folder of a run, a packed folder, a Hugging Face folder, or a GGUF file.
@@ -43,15 +44,15 @@ def generate_text(
         top_p: Draw from the most likely tokens whose probabilities sum to this.
         top_k: Draw from this many most likely tokens.
         seed: The seed of the draws.
-        stop_token: Special tokens that end a text. Not given, those that the model's own config names; without a
-            config, the end-of-document and end-of-turn tokens of the tokenizer.
+        stop_token: Special tokens that end a text. The default is the tokens that the model's own config names. If the
+            config names none, it is the end-of-document and end-of-turn tokens of the tokenizer.
         stream: Print one prompt's text as it comes.
-        json: Print a JSON list with prompt, text, number of tokens and what ended each.
+        json: Print a JSON list. Each entry has the prompt, the text, the number of tokens and what ended the text.
         batch_size: How many prompts run at a time.
         tokenizer: A tokenizer.json, or a folder that holds one, if there is none with the model.
         device: "auto" takes a GPU if there is one; or cpu, cuda, cuda:1.
         dtype: The dtype of everything but ternary weights; "auto" is bfloat16 on a GPU and float32 on a CPU.
-        backend: What ternary layers compute with; "auto" measures on a GPU and is the reference on a CPU.
+        backend: The kernels for ternary layers. "auto" measures on a GPU, and is the reference on a CPU.
         compile: Compile blocks with torch.compile: a slower start, faster steps on a GPU.
         chat: Take each prompt for a message to a chat model, and write it with the model's chat template.
     """
@@ -96,7 +97,7 @@ def generate_text(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         this = Speed()
-        # Each batch has a seed of its own: with one seed all batches would draw alike.
+        # Each batch has a seed of its own. With one seed for all batches, every batch would draw alike.
         new = generate(opened.model, ids[part], seed=seed + start, speed=this, **options)  # type: ignore[arg-type]
         for before, given, tokens in zip(prompts[part], ids[part], new, strict=True):
             room = min(max_new_tokens, limit - len(given))
@@ -125,13 +126,13 @@ def _prompts(prompt: str | list[str] | None, prompts_file: str | None) -> list[s
     for i, text in enumerate(prompts, start=1):
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError as error:  # Python marks bytes of an argument that are not UTF-8
+        except UnicodeEncodeError as error:  # Python marks bytes of an argument that are not UTF-8.
             raise ConfigError(f"prompt {i} of {len(prompts)} is not UTF-8: {error.reason}") from error
     return prompts
 
 
 def _lines(text: str) -> list[str]:
-    # Not splitlines(), which also cuts at a form feed and at U+2028, in the middle of a prompt.
+    # splitlines() would also cut at a form feed and at U+2028, in the middle of a prompt.
     return text.removesuffix("\n").split("\n") if text else []
 
 

@@ -17,8 +17,8 @@ PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", *NAMES]
 def import_hf(input: str, output: str, overwrite: bool = False) -> None:
     """Turn a Hugging Face Qwen2 or Llama model, or a GGUF file of one, into a checkpoint that training can start from.
 
-    The checkpoint carries the tokenizer, the chat template and the stop tokens of the model. The tokenizer is written
-    beside it as well, as NAME.tokenizer.json for `prepare --tokenizer`.
+    The checkpoint carries the tokenizer, the chat template and the stop tokens of the model. The tokenizer is also
+    written to a file beside the checkpoint, NAME.tokenizer.json, for `prepare --tokenizer`.
 
     Args:
         input: A folder with config.json and safetensors, a .gguf file, or the name of a model on the Hugging Face hub,

@@ -5,8 +5,8 @@ From Python: ``lm_eval.simple_evaluate(model=HarnessModel(checkpoint), tasks=[..
 
     python -m sbn_lightning.evaluation.harness run --model sbn_lightning --model_args checkpoint=DIR --device cpu ...
 
-The harness finds a model in a registry of the process, so its own ``lm-eval`` does not know the name. It always passes
-a device, and takes a GPU unless told otherwise.
+The harness looks a model's name up in a registry. Only this module adds the name, so the plain ``lm-eval`` command does
+not know the name. The harness always passes a device, and takes a GPU if no ``--device`` is given.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ class RunState:
 
     @property
     def is_step(self) -> bool:
-        """Whether the optimiser steps with this micro-batch: at the end of a window, and of an epoch."""
+        """Whether the optimiser steps after this micro-batch, the last of an accumulation or of an epoch."""
         return self.batches_done % self.accumulate_grad_batches == 0 or self.is_last_batch
 
     @property
@@ -189,7 +189,7 @@ class RunState:
             self.current_epoch, self.batches_done = self.current_epoch + 1, 0
 
     def end_epoch(self) -> None:
-        """End the epoch, also if the loader had fewer batches than its length says."""
+        """End the epoch, even if the loader had fewer batches than its length says."""
         self.batches_done = self.num_training_batches
 
     def begin_batch(self) -> None:
@@ -207,7 +207,7 @@ class RunState:
 
         Args:
             train_loader: The loader of training batches; it has a length.
-            val_loader: The loader of validation batches, or nothing.
+            val_loader: The loader of validation batches; None or an empty list if there is no validation.
 
         Raises:
             ConfigError: If the limits and the lengths do not fit together.

@@ -1,4 +1,4 @@
-"""What a user may choose about an export, by name."""
+"""The names of the choices that a user has for an export."""
 
 from typing import Literal
 

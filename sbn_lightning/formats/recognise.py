@@ -1,4 +1,4 @@
-"""What kind of model a path holds. The content decides, and the message names what is there instead of a model."""
+"""Find out from the content which kind of model is at a path. If there is none, the error says what is there."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _recognise_folder(folder: Path) -> Found:
         quantization = values.get("quantization_config")
         is_bitnet = isinstance(quantization, dict) and quantization.get("quant_method") == "bitnet"
         return Found("hf-bitnet" if is_bitnet else "hf", folder)
-    # The folder of a run, or the folder of all runs of a recipe. A run that continued may have written last-v1.ckpt.
+    # The folder may be that of one run or of all runs of a recipe. A run that continued may have written last-v1.ckpt.
     for place in ("", "checkpoints/", "version_*/checkpoints/"):
         found = [file for file in folder.glob(f"{place}last*.ckpt") if lightning_file.is_last(file) and file.exists()]
         if found:
@@ -82,7 +82,7 @@ def _recognise_folder(folder: Path) -> Found:
 
 
 def _what_is_there(folder: Path, ggufs: list[Path]) -> str:
-    """Why a folder is not a model, and the way out."""
+    """Say why a folder is not a model, and give the way out."""
     if ggufs:
         return f"it has {len(ggufs)} GGUF files; give one of them, such as {ggufs[0]}"
     if weights := sorted(folder.glob("*.safetensors")):

@@ -37,7 +37,7 @@ def write_model(loaded: LoadedModel, folder: Path, format: ExportFormat, options
         loaded: The model and its text files.
         folder: The folder to write to; it exists and is empty.
         format: The format to write.
-        options: What the user chose.
+        options: The choices of the user.
 
     Returns:
         What was written, for the user: a line, and the size of each part.

@@ -10,8 +10,8 @@
 * :mod:`~sbn_lightning.inference.prompts` turns prompts into token ids.
 * :mod:`~sbn_lightning.inference.chat` writes a prompt as a turn of a chat.
 
-The command ``sbn generate`` is in :mod:`~sbn_lightning.cli.generate`. Only ``gather`` knows a kernel; elsewhere the
-layers of the model know what they compute with.
+The command ``sbn generate`` is in :mod:`~sbn_lightning.cli.generate`. Only ``gather`` uses a kernel by name. The other
+modules leave the choice of kernels to the layers of the model.
 """
 
 from __future__ import annotations

@@ -86,7 +86,18 @@ class SBNConfig(QuantizationConfig):
         return cls({name: common | own for name, own in config["modules"].items()})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """Return the method that computes the layer with a name."""
+        """Return the method that computes a layer: ours for a ternary layer, vLLM's own for another linear layer.
+
+        Args:
+            layer: The layer of vLLM.
+            prefix: The name of the layer in the model.
+
+        Returns:
+            The method; None for a layer that is not linear.
+
+        Raises:
+            ConfigError: If the parts of a fused layer differ, or the folder stores the layer fused.
+        """
         if not isinstance(layer, LinearBase):
             return None
         parent, _, last = prefix.rpartition(".")

@@ -8,9 +8,9 @@ One class serves ``Trainer(plugins=...)`` and ``Fabric(plugins=...)``. Both call
 different arguments: a Trainer passes its LightningModule, so that the module's own hooks run around the backward pass;
 Fabric has none to pass. The arguments show which of the two is calling.
 
-Dtypes are those of Lightning's own ``"bf16-mixed"``: autocast inside the forward, and under Fabric floating-point
-outputs of the forward in float32, so that a loss outside of the model is computed in float32. Inputs are left as they
-are: autocast rounds them where a layer multiplies in bfloat16.
+The dtypes are those of Lightning's own ``"bf16-mixed"``. The forward runs under autocast. Under Fabric, floating-point
+outputs of the forward become float32, so that a loss outside of the model is computed in float32. Inputs keep their
+dtype, because autocast rounds them where a layer multiplies in bfloat16.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class SparseTernaryPrecision(Precision):
     """Runs ternary layers on integer tensor cores, and everything else in ``dtype``.
 
     The forward equals the reference up to rounding, whatever the backend: weights and tokens are integers, and their
-    product is exact. Parameters keep their dtype. With float32, small updates are not rounded away.
+    product is exact. Parameters keep their dtype. They should be float32, because bfloat16 would round away small
+    updates.
 
     Args:
         backend: ``"auto"``: for each layer the fastest backend that gives the dense result, measured at the start; on

@@ -1,6 +1,6 @@
 """Batches of token blocks, with a position that a run can continue from exactly.
 
-``TokenLoader`` is litdata's ``StreamingDataLoader`` with four faults of its resume mended:
+``TokenLoader`` is litdata's ``StreamingDataLoader``. It fixes four faults in the way litdata resumes:
 
 * litdata stays in its resuming state until the epoch's iterator is exhausted. Lightning can end an epoch earlier
   (``limit_train_batches``, a checkpoint saved after validation), and the next epoch would then replay the end of the
@@ -42,8 +42,8 @@ _PATH_KEYS = ("input_dir_path", "input_dir_url", "cache_dir_path")
 class Collate:
     """Stack blocks into a ``torch.long`` tensor [batch, block], and check the ids against the vocabulary.
 
-    On a GPU an id beyond the embedding table is a crash without a message. The check costs one maximum for each batch,
-    in the worker process.
+    Without the check, an id beyond the embedding table makes a GPU program crash without a clear message. The check
+    costs one maximum for each batch, in the worker process.
 
     Attributes:
         vocab_size: The number of entries of the vocabulary.

@@ -107,7 +107,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _seek_line(stream: BinaryIO, start: int) -> int:
-    """Go to the first line that starts at or after ``start``, in blocks: a line may be longer than memory."""
+    """Go to the first line that starts at or after ``start``. Reading in blocks allows lines longer than memory."""
     if start == 0:
         return 0
     skip(stream, start - 1)

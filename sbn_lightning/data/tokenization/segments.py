@@ -41,7 +41,7 @@ def describe_os_error(error: OSError) -> str:
 
 
 class SegmentTokenizer:
-    """What a process needs to turn segment numbers into token files.
+    """Turn segments, given by number, into token files.
 
     Args:
         work: The work folder. It holds ``plan.json`` and ``tokenizer.json``, and receives the segments.

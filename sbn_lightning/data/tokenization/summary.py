@@ -1,4 +1,4 @@
-"""What ``prepare`` prints when it is done: counts, and by name what it left out."""
+"""Write the lines that ``prepare`` prints when it is done: counts, and the names of what was left out."""
 
 from __future__ import annotations
 

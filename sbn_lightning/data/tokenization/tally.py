@@ -1,4 +1,4 @@
-"""What a process met while it read text: what it replaced, and which records it left out."""
+"""Count what a process replaces and leaves out while it reads text."""
 
 from __future__ import annotations
 
