@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-# Two threads on matrices this small wait for each other more than they compute.
+# On matrices this small, two threads spend more time waiting for each other than computing.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory):
-    """A prepared folder: part of the standard library as bytes."""
+    """A folder that ``prepare`` wrote: part of the standard library, with the byte tokenizer."""
     from sbn_lightning.data import prepare
 
     folder = tmp_path_factory.mktemp("tokens") / "stdlib"
@@ -19,11 +19,11 @@ def tokens(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _in_tmp_path(tmp_path, monkeypatch):
-    """Logs and checkpoints of a test land in its own folder."""
+    """Each test writes its logs and checkpoints to a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled():
-    """torch compiles a function eight times a process, then runs it as it is: tests would depend on their order."""
+    """Reset torch.compile. torch compiles a function at most eight times a process, so tests would depend on order."""
     torch._dynamo.reset()

@@ -122,7 +122,7 @@ def test_a_batch_that_fails_does_not_end_the_run(
 
 
 def test_summary_of_generation(tmp_path: Path) -> None:
-    """The CSV in the repository with rows added to it: all batches of both phases, in order, the newest of each."""
+    """Add rows to the CSV of the repository: the table has every batch of both phases in order, with the newest row."""
     render = importlib.import_module("render")
     rows = read(BENCHMARKS / "results" / "generation.csv")
 
@@ -136,7 +136,7 @@ def test_summary_of_generation(tmp_path: Path) -> None:
         add("prefill", batch, "2:4", 2000 * batch, "2")
     add("prefill", 64, "bf16 dense", 64000, "1")
     add("prefill", 64, "transformers generate", 32000, "")
-    add("decode", 1, "bf16 dense", 7, "1", measured="2026")  # older, but further down
+    add("decode", 1, "bf16 dense", 7, "1", measured="2026")  # an older row that comes later in the file
     path = tmp_path / "generation.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -158,7 +158,7 @@ def test_summary_of_generation(tmp_path: Path) -> None:
 
 
 def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches by shape unless given, the link where there is one, no ratio without a run on one GPU."""
+    """The shape sets the batch by default; rows name the link if there is one; a ratio needs a run on one GPU."""
     scaling = importlib.import_module("scaling")
     commands: list[list[str]] = []
 

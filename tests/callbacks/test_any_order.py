@@ -1,4 +1,4 @@
-"""Any order of callbacks is the same run, also when it is interrupted and resumed at any step."""
+"""The order of callbacks does not change a run, even if the run is interrupted and resumed at any step."""
 
 from itertools import combinations
 
@@ -19,7 +19,7 @@ from sbn_lightning import (
 from sbn_lightning.layers.masked_linear import masked_layers
 from tests.helpers import ForeignModule, quiet_trainer, regression_loader
 
-INTERVAL, STEPS = 3, 7  # two refresh periods, and one step more
+INTERVAL, STEPS = 3, 7  # two refresh intervals and one more step
 MAKE = {
     "refresh": lambda: MaskRefresh(interval=INTERVAL),
     "ramp": lambda: DenseToSparseRamp("step", start=0.6),
@@ -39,7 +39,7 @@ GROUPS = [
 
 
 def same_batches():
-    """Equal batches: Lightning begins a plain loader again when a run resumes."""
+    """Batches that are all equal, because Lightning starts a plain loader from its beginning when a run resumes."""
     x, y = next(iter(regression_loader()))
     return DataLoader(TensorDataset(x.repeat(10, 1), y.repeat(10, 1)), batch_size=len(x))
 
@@ -50,7 +50,7 @@ class Decaying(ForeignModule):
 
 
 def train(names, folder, resume_at=None):
-    """The end of a run: weights, masks, densities and weight decay. A checkpoint is saved after every step."""
+    """Train, save a checkpoint after every step, and return the final weights, masks, densities and weight decay."""
     module = Decaying()
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     callbacks = [MAKE[name]() for name in names] + ([saving] if resume_at is None else [])
@@ -75,7 +75,7 @@ def assert_equal(expected, got, what):
 def test_both_orders_resumed_at_every_step(names, tmp_path):
     expected = None
     for order in (names, names[::-1]):
-        # The conversion comes last, then first: it has to work in any place too.
+        # The conversion comes last, then first: its place must not matter either.
         whole = (*order, "conversion") if order == names else ("conversion", *order)
         folder = tmp_path / "-".join(whole).replace(" ", "_")
         end = train(whole, folder)

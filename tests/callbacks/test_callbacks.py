@@ -24,7 +24,7 @@ from tests.helpers import ForeignModule, quiet_trainer, regression_loader, small
 
 
 class Recorder(Callback):
-    """Weights, masks and gradients of one layer at each micro-batch."""
+    """Records weights, masks and gradients of one layer at each micro-batch."""
 
     def __init__(self, name="model.blocks.0.mlp.down"):
         self.name = name
@@ -209,7 +209,7 @@ def test_weight_decay_of_a_second_run_is_that_of_its_optimiser():
 
 
 def test_without_anything_that_costs_time():
-    """``barebones`` has no logging at all."""
+    """A ``barebones`` Trainer has no logging at all."""
     callbacks = [MaskRefresh(), DenseToSparseRamp(), WeightDecaySchedule(), SparsityPatternLogger(2)]
     trainer = Trainer(barebones=True, accelerator="cpu", max_steps=4, callbacks=callbacks)
     trainer.fit(small_module(), token_loader())
@@ -253,7 +253,7 @@ def test_logged_numbers_equal_a_count_by_hand(tmp_path):
 
     trainer = quiet_trainer([logger, recorder, Codes()], max_steps=5, logger=CSVLogger(tmp_path))
     trainer.fit(small_module(pattern="2:4"), token_loader())
-    counts = logger.counts[recorder.name]  # the look at the end, after 5 steps; the one before was after 4
+    counts = logger.counts[recorder.name]  # logged at the end, after 5 steps, and before that after 4
     layer = dict(masked_layers(trainer.lightning_module))[recorder.name]
     final, free = layer.ternary()[0], layer.values(masked=False)
     assert counts.weights == final.numel()
@@ -303,7 +303,7 @@ def test_a_nan_in_a_histogram_does_not_end_a_training(tmp_path, recwarn, kind):
     trainer.fit(Spoils(), regression_loader())
     assert trainer.global_step == 4
     told = [str(warning.message) for warning in recwarn if "histograms are left out" in str(warning.message)]
-    assert len(told) == 2  # once for each layer
+    assert len(told) == 2  # one call for each layer
     assert "the weight of net.0 has a value that is NaN or infinite at step 2" in told[0]
 
 
@@ -319,7 +319,7 @@ def test_any_logger_will_do(tmp_path):
 
 
 def test_the_logger_looks_at_a_second_run_as_at_the_first():
-    """With ``max_steps`` of both: the second run's steps were behind the last look of the first."""
+    """With ``max_steps``, the second run starts at step 0 again, before the step at which the first run last logged."""
     looks = []
 
     class Noted(SparsityPatternLogger):

@@ -1,4 +1,4 @@
-"""``TernarySparseConversion`` in runs of modules that know nothing of it."""
+"""``TernarySparseConversion`` in training runs of modules that do not mention it."""
 
 import os
 import subprocess

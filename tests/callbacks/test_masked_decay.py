@@ -1,4 +1,4 @@
-"""MaskedWeightDecay: masked weights shrink, once an optimiser step, and nothing else does."""
+"""MaskedWeightDecay shrinks masked weights, once an optimiser step, and changes nothing else."""
 
 import itertools
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ LAYER = "model.blocks.0.mlp.down"
 
 
 class Recorder(RunCallback):
-    """Weights and masks of one layer after each optimiser step."""
+    """Records weights and masks of one layer after each optimiser step."""
 
     def __init__(self):
         self.weights, self.masks = [], []
@@ -59,7 +59,7 @@ def test_it_shrinks_what_the_mask_drops_and_nothing_else(decay, factor, dtype):
 
 
 def run(loop, decay, until=None, **options):
-    """Weights and masks of a run whose gradients are all zero: only decays move anything."""
+    """Return weights and masks of a run whose gradients are all zero, so that only decays change weights."""
     recorder = Recorder()
     callbacks = [recorder, MaskedWeightDecay(decay, until), MaskRefresh()]
     module = small_module(pattern="2:4")
@@ -88,17 +88,17 @@ def test_once_an_optimiser_step_in_both_loops(loop):
     shares = [(d[~mask] / w[~mask]).mean().item() for d, w in zip(decayed.weights, without.weights, strict=True)]
     assert shares[0] == 1
     assert all(after < before - 1e-3 for before, after in itertools.pairwise(shares))
-    assert shares[-1] > 1 - 3 * 0.01 * 5.0 - 1e-6  # three steps of at most lr * decay
+    assert shares[-1] > 1 - 3 * 0.01 * 5.0 - 1e-6  # three steps, each of which shrinks by at most lr * decay
 
 
 @pytest.mark.parametrize("loop", ["trainer", "fabric"])
 def test_it_ends_where_it_is_told(loop):
-    """Two of four steps: whole in the first, half in the second."""
+    """The decay lasts for two of four steps: in full in the first, by half in the second."""
     without, whole, half = run(loop, 0.0), run(loop, 5.0), run(loop, 5.0, 0.5)
     mask = whole.masks[0]
 
     def kept(recorder, step):
-        """Share of masked weights that a step's decay leaves."""
+        """The factor by which the decay of one step multiplies masked weights."""
         after, before = (recorder.weights[i][~mask] / without.weights[i][~mask] for i in (step + 1, step))
         return (after / before).mean().item()
 

@@ -1,6 +1,6 @@
 """Six things that Lightning's own ModelPruning gets wrong and the callbacks here get right.
 
-What ModelPruning does today is printed (``pytest -rP``) and recorded, not asserted: it may get better.
+What ModelPruning does is printed (``pytest -rP``) and recorded but not asserted, because a new version may improve.
 """
 
 import pytest
@@ -16,11 +16,11 @@ from sbn_lightning.layers.sparse_linear import masked_layers
 from sbn_lightning.sparsity.pattern import nonzeros_per_group, top_n_mask
 from tests.helpers import ForeignModule, quiet_trainer, regression_loader
 
-BATCHES = 4  # in an epoch
+BATCHES = 4  # steps in an epoch
 
 
 class Module(ForeignModule):
-    """Has everything that could be pruned: linear weights, biases, an embedding."""
+    """A module with everything that could be pruned: linear weights, biases, an embedding."""
 
     def configure_model(self):
         if self.net is None:
@@ -34,7 +34,7 @@ class Module(ForeignModule):
 
 
 class Zeros(Callback):
-    """Share of zeros in what the first layer multiplies with, at the start of each batch; the masks of ours."""
+    """Records the share of zeros in the first layer's effective weight at the start of each batch, and our masks."""
 
     def __init__(self):
         self.shares, self.masks, self.keys = [], [], []
@@ -73,7 +73,7 @@ def percent(shares):
 
 @pytest.fixture
 def observe(record_property):
-    """Prints and records what ModelPruning does; its errors are findings, not failures."""
+    """Print and record what ModelPruning does. An error of ModelPruning is a finding, and does not fail the test."""
 
     def run(question, look):
         try:
@@ -90,7 +90,7 @@ def test_n_of_m_from_the_first_step_of_a_single_epoch_with_regrowth(observe):
     module, seen, _ = fit(ours(), BATCHES)
     assert seen.shares == [0.5] * BATCHES
     assert all((nonzeros_per_group(mask, 4) == 2).all() for mask in [*seen.masks, module.net[0].mask])
-    assert (module.net[0].mask & ~seen.masks[0]).any()  # grown back
+    assert (module.net[0].mask & ~seen.masks[0]).any()  # weights that have grown back
 
     def look():
         module, seen, _ = fit([pruning()], BATCHES)
@@ -120,7 +120,7 @@ def test_a_model_built_in_configure_model(observe):
 
 
 class Swapping(Precision):
-    """Replaces linear layers by layers of its own: all of them, or only those of exactly the type it knows."""
+    """Replaces linear layers by its own layers: all linear layers, or only layers of exactly type ``nn.Linear``."""
 
     def __init__(self, exact):
         self.exact = exact
@@ -158,8 +158,9 @@ def test_masks_are_saved_and_a_resumed_run_goes_on_with_them(observe):
     trainer.save_checkpoint("sparse.ckpt")
     saved = torch.load("sparse.ckpt", weights_only=True)
     latent = before.net[0].weight
-    assert torch.equal(saved["state_dict"]["net.0.weight"], latent)  # not the masked product
-    assert not torch.equal(before.net[0].mask, top_n_mask(latent, before.net[0].pattern))  # held: not recomputable
+    assert torch.equal(saved["state_dict"]["net.0.weight"], latent)  # the parameter itself, not the masked product
+    # a held mask cannot be computed again from the weight
+    assert not torch.equal(before.net[0].mask, top_n_mask(latent, before.net[0].pattern))
     assert saved["callbacks"]["MaskRefresh"]["last_refresh"] == BATCHES
     _, seen, _ = fit(held(), 3 * BATCHES, ckpt_path="sparse.ckpt")
     assert seen.shares == [0.5] * BATCHES

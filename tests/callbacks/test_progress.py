@@ -1,4 +1,4 @@
-"""A step of a Trainer fetches nothing from the device; the progress bar does, when it draws."""
+"""A training step fetches no value from the device. The progress bar fetches the loss, but only when it draws."""
 
 import traceback
 from contextlib import ExitStack
@@ -12,7 +12,7 @@ from tests.helpers import quiet_trainer, small_module, token_loader
 
 
 class Fetches(TorchDispatchMode):
-    """Where values of tensors become numbers. torch's optimisers keep their step counts on the CPU."""
+    """Records each place that turns a tensor into a number. Step counts of torch's optimisers are on the CPU anyway."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +27,7 @@ class Fetches(TorchDispatchMode):
 
 
 class Watch(Callback):
-    """From the third step on."""
+    """Starts to record at the third step."""
 
     def __init__(self):
         self.fetches, self.stack = Fetches(), ExitStack()
@@ -67,7 +67,7 @@ class FetchingModule(Callback):
 
 
 def test_what_lightning_shows_is_fetched_after_every_batch():
-    """The reason for the bar of our own; if Lightning stops doing this, it can go."""
+    """This is why the project has a progress bar of its own. If Lightning changes this, our bar can be removed."""
     assert len(places(FetchingModule())) >= 8
 
 
@@ -87,7 +87,7 @@ def test_it_is_lightnings_bar():
 
 
 def test_the_bar_has_a_total_after_a_resume():
-    """Also where ``max_steps`` ends the run inside an epoch, with two micro-batches in a step."""
+    """The same holds where ``max_steps`` ends the run inside an epoch, with two micro-batches in a step."""
     totals = []
 
     class Total(Callback):

@@ -1,4 +1,4 @@
-"""A new callback is one file and one entry in a table: a toy that counts zeros, from a recipe to the checkpoint."""
+"""A new callback needs one file and one entry in a table. The test follows a toy from a recipe to the checkpoint."""
 
 import sys
 from pathlib import Path

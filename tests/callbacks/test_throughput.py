@@ -27,7 +27,7 @@ def test_count_tokens():
 
 
 class Clock:
-    """Time that passes only when told to."""
+    """A clock that stands still until a test advances it."""
 
     now = 0.0
 
@@ -36,7 +36,7 @@ class Clock:
 
 
 class Slow(Callback):
-    """Each batch takes a second, and each validation and checkpoint a minute."""
+    """Advances the clock: a second for each batch, a minute for each validation and each checkpoint."""
 
     def __init__(self, clock):
         self.clock = clock
@@ -107,6 +107,6 @@ def test_throughput_names_what_is_not_positive(option):
 def test_peaks_are_the_dense_ones(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0)) == peak
-    # Where Lightning's table is dense and of tensor cores, too, the two agree.
+    # Where Lightning's table also lists the dense peak of tensor cores, both tables agree.
     if name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA L4"):
         assert peak == pytest.approx(get_available_flops(torch.device("cuda", 0), torch.bfloat16), rel=1e-3)

@@ -16,7 +16,7 @@ DECAY = 0.8
 
 
 class Validated(ForeignModule):
-    """Validates too, and has a buffer to average."""
+    """A module with a validation step, and with a buffer to average."""
 
     def configure_model(self):
         super().configure_model()
@@ -32,7 +32,7 @@ class Validated(ForeignModule):
 
 
 class Witness(Callback):
-    """Averages the weights itself; compares what validation and training see."""
+    """Computes the average itself, and compares it with the weights that validation and training see."""
 
     def __init__(self):
         self.average, self.seen, self.training_masks = None, 0, []
@@ -59,7 +59,7 @@ class Witness(Callback):
 
     @staticmethod
     def check_codes(layer):
-        large = layer.weight.abs() > layer.weight.abs().mean() / 2  # what rounds to 1 or -1
+        large = layer.weight.abs() > layer.weight.abs().mean() / 2  # weights that round to 1 or -1
         assert torch.equal(layer.values() != 0, large & layer.mask)
 
 

@@ -1,4 +1,4 @@
-"""Runs that go on with other options than they began with, and steps that are not counted one by one."""
+"""Runs that continue with other options, and runs whose ``global_step`` does not grow by one."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ RUN = Path("logs/sparse_pretrain/version_0/checkpoints")
 
 @pytest.mark.parametrize("command", ["fit", "fabric"])
 def test_another_pattern_makes_masks_anew(tokens, recwarn, command):
-    """Also one whose M differs, with the recipe's ramp, and masks that are frozen by then."""
+    """The new pattern may have another M. The recipe's ramp is on, and masks are frozen when the run continues."""
     more = ["--mask_refresh.freeze_after=1"]
     words = [command, "--config", str(RECIPE), *small(tokens, *more)]
     assert main(words) == 0
@@ -68,7 +68,7 @@ def test_the_optimisers_options_are_the_checkpoints_and_a_warning_says_so(tokens
 
 
 def test_the_newest_of_a_runs_last_checkpoints_is_the_one(tokens):
-    """ModelCheckpoint writes last-v1.ckpt beside the last.ckpt of a run with other options of its own."""
+    """ModelCheckpoint writes last-v1.ckpt beside the last.ckpt of a run whose ModelCheckpoint had other options."""
     assert fit(tokens) == 0
     assert fit(tokens, "--ckpt_path=last", "--trainer.max_steps=3", "--checkpoint.every_n_train_steps=3") == 0
     assert (RUN / "last-v1.ckpt").is_file()
@@ -101,7 +101,7 @@ def test_training_by_epochs_needs_no_length_where_nothing_depends_on_it(tokens):
 
 
 class TwoOptimisers(LightningModule):
-    """The second rests in the first batch: ``global_step`` goes 1, 3, 5."""
+    """The second optimiser does not step in the first batch, so ``global_step`` is 1, 3, 5."""
 
     def __init__(self):
         super().__init__()
@@ -139,7 +139,7 @@ def test_conversion_in_a_fabric_loop_of_ones_own():
     fabric = Fabric(accelerator="cpu", callbacks=[TernarySparseConversion("2:4"), DenseToSparseRamp("walk", end=1.0)])
     run = FabricRun(fabric, max_steps=4, module=module, optimizers=[])
     run.call("setup", stage="fit")
-    module.configure_model()  # where a module has one, it is converted there
+    module.configure_model()  # a module with configure_model is converted in that hook
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     run.optimizers = [optimizer]
     run.call("on_train_start")

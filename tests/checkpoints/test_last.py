@@ -60,7 +60,7 @@ SLURM = {"JOB_ID": "1", "NTASKS": "1", "JOB_NAME": "t", "PROCID": "0", "LOCALID"
 
 def test_another_runs_slurm_checkpoint_is_never_taken(tokens, capsys, monkeypatch):
     assert fit(tokens, f"{NAME}A") == 0
-    shutil.copy("logs/A/version_0/checkpoints/last.ckpt", "hpc_ckpt_1.ckpt")  # as Lightning does at SIGUSR1
+    shutil.copy("logs/A/version_0/checkpoints/last.ckpt", "hpc_ckpt_1.ckpt")  # Lightning does the same at SIGUSR1
     for name, value in (SLURM | {"NODELIST": "localhost"}).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     for more in ([LAST], []):
@@ -116,7 +116,7 @@ def test_loggers_of_other_kinds(tokens, capsys):
 
 
 class AskedBySlurm(RunCallback):
-    """Saves as Lightning's Slurm handler does, after the first step."""
+    """Saves a checkpoint after the first step, in the way of Lightning's Slurm handler."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == 1:

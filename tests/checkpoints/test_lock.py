@@ -1,4 +1,4 @@
-"""One process writes a run, whatever happened to the one before."""
+"""Only one process writes a run, however the process before it ended."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_a_lock_that_says_nothing_is_taken_over(left):
     FILE.write_bytes(left)
     lock = RunLock()
     lock.acquire(FOLDER)
-    lock.acquire(FOLDER)  # again: it has the run
+    lock.acquire(FOLDER)  # a second call: this process holds the lock already
     lock.release()
     lock.release()
 

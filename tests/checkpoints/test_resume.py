@@ -62,7 +62,7 @@ def run(tokens, steps, refresh, ramp, workers, accumulate, interrupt_at=None, ck
         (3, 2, 1, {}, {}),  # inside the first epoch
         (6, 0, 1, {}, {}),  # at the end of an epoch
         (8, 2, 1, {"interval": 3}, {"shape": "rows", "end": 0.7}),  # inside the second epoch, masks held, rows ramping
-        (4, 0, 2, {"interval": 3, "freeze_after": 9}, {"shape": "walk"}),  # in the second epoch of 3 steps each
+        (4, 0, 2, {"interval": 3, "freeze_after": 9}, {"shape": "walk"}),  # in the second epoch; an epoch has 3 steps
         (5, 2, 2, {}, {"shape": "step", "start": 0.5}),
     ],
 )
@@ -70,7 +70,7 @@ def test_resumed_run_equals_an_undisturbed_one(tokens, stop, workers, accumulate
     steps = 14
     expected, state, counts = run(tokens, steps, refresh, ramp, workers, accumulate)
     assert len(expected) == steps * accumulate
-    assert len({row[3] for row in expected}) == len(expected)  # no sample twice in so few epochs
+    assert len({row[3] for row in expected}) == len(expected)  # so few epochs repeat no sample
     before, _, _ = run(tokens, steps, refresh, ramp, workers, accumulate, interrupt_at=stop)
     after, resumed_state, resumed_counts = run(
         tokens, steps, refresh, ramp, workers, accumulate, ckpt_path=f"checkpoints/step={stop}.ckpt"

@@ -14,7 +14,7 @@ NOW = 1_700_000_000
 
 
 def save(path, step, age=0, saves_to=None):
-    """Writes what the search reads of a checkpoint; ``age`` is in seconds before ``NOW``."""
+    """Write the parts of a checkpoint that the search reads. ``age`` is in seconds before ``NOW``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     callbacks = {"ModelCheckpoint{}": {"dirpath": str(saves_to)}} if saves_to else {}
@@ -45,7 +45,7 @@ def test_a_given_version_is_that_one_and_what_is_passed_over_is_named():
     assert f"passed over {old.parent} (another folder than" in line
     new = save("logs/v/job8/checkpoints/last.ckpt", 2, age=100)
     assert continued(Place(Path("logs/v"), "job8")) == (new, [])
-    assert continued(Place(Path("logs/v"))) == (old, [])  # the newest
+    assert continued(Place(Path("logs/v"))) == (old, [])  # the newest file
 
 
 def test_metric_names_with_slashes_make_sub_folders():
@@ -90,7 +90,7 @@ def test_slurm_checkpoints_belong_to_the_run_that_wrote_them():
 
 
 def test_the_file_that_was_written_last_is_the_newest_state():
-    """Also of a run that went back to an earlier step, and of one that stopped saving ``last.ckpt``."""
+    """The same holds if a run went back to an earlier step, or stopped saving ``last.ckpt``."""
     folder = Path("logs/v/version_0/checkpoints")
     far = save(folder / "step=10.ckpt", 10, age=60)
     back = save(folder / "last.ckpt", 6)
@@ -143,7 +143,7 @@ def test_a_reader_passes_over_what_is_damaged_and_touches_nothing():
     assert told == [f"{bad} is empty; looking for an older state of the run"]
     assert bad.exists()
     good.unlink()
-    assert locate("logs/v", told.append) == bad  # the reader says what is wrong
+    assert locate("logs/v", told.append) == bad  # the function that reads the file reports what is wrong
 
 
 def test_a_folder_of_several_runs_is_refused_with_their_names():
@@ -154,7 +154,7 @@ def test_a_folder_of_several_runs_is_refused_with_their_names():
     Path("none").mkdir()
     with pytest.raises(DataError, match="none holds no checkpoint"):
         locate("none")
-    assert locate("nowhere") == Path("nowhere")  # the reader says that it is not there
+    assert locate("nowhere") == Path("nowhere")  # the function that reads the file reports that the file is missing
 
 
 def test_steps_of_a_file_that_cannot_be_read():

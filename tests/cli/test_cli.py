@@ -128,7 +128,7 @@ def test_last_without_a_run_is_an_error_where_nothing_is_trained(tokens, capsys)
 
 
 def test_last_as_a_sharded_checkpoint(tokens, capsys):
-    """Half a folder is put aside; a whole one is refused on one process, with the command that makes a file of it."""
+    """Half a folder is put aside. One process refuses a whole folder, and names the command that makes a file of it."""
     assert fit(tokens) == 0
     last = Path("logs/sparse_pretrain/version_0/checkpoints/last.ckpt")
     for attempt, kept in ((3, "last.ckpt.damaged"), (4, "last.ckpt.damaged-2")):
@@ -335,7 +335,7 @@ def test_debug_shows_the_traceback(tokens, monkeypatch):
 
 @pytest.mark.parametrize("debug", ["", "1"])
 def test_no_error_prints_a_password(tmp_path, debug):
-    """Neither the one line nor a traceback; a process of its own, for what it prints when it dies."""
+    """Neither the one line nor a traceback shows it. A separate process shows what is printed when a process dies."""
     words = ["prepare", "--input", "https://somebody:hunter22@host.invalid/texts", "--output", str(tmp_path / "out")]
     environment = os.environ | {"SBN_DEBUG": debug, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, ROOT / "cli.py", *words], capture_output=True, text=True, env=environment)

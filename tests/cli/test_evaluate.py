@@ -27,7 +27,7 @@ DOCUMENTS = ["def f(x):\n    return x\n" * 12, "é = 'naïve 🙂'\n" * 9, "last
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A prepared folder of bytes in several small shards."""
+    """A folder that ``prepare`` wrote with the byte tokenizer, in several small shards."""
     root = tmp_path_factory.mktemp("evaluate")
     for i in range(40):
         (root / f"{i:02d}.txt").write_text(DOCUMENTS[i % 3] + f"# {i}\n", encoding="utf-8")
@@ -82,7 +82,7 @@ def test_a_prepared_folder_is_read_whole(folder):
     assert len(index["chunks"]) > 2
     text = text_of_folder(str(folder), "val")
     assert meta["splits"]["val"]["tokens"] - len(text.tokens) < 64
-    # Each document of the split is there as it was written.
+    # Each document of the split appears exactly as it was written.
     decoded = byte_tokenizer().decode(text.tokens.tolist(), skip_special_tokens=False)
     documents = decoded.split("<|endoftext|>")
     written = {(folder.parent / f"{i:02d}.txt").read_text(encoding="utf-8") for i in range(40)}
@@ -196,7 +196,7 @@ def test_layer_reports(linear):
     assert (report.pattern, report.most_in_group, report.follows_pattern) == ("2:4", 2, True)
     assert report.gamma == (layer.ternary()[1].tolist() if linear == "ternary" else [])
     assert report.activation_bits == (8 if linear == "ternary" else None)
-    layer.set_density(4)  # as in a ramp that has not arrived
+    layer.set_density(4)  # as in the middle of a ramp
     if linear == "masked":
         report = layer_reports(model)[4]
         assert (report.most_in_group, report.follows_pattern) == (4, False)

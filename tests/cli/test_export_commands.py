@@ -1,4 +1,4 @@
-"""What the two commands share with every tool: they start at once."""
+"""The two export commands start quickly, as every tool does."""
 
 import pytest
 

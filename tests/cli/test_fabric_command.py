@@ -1,4 +1,4 @@
-"""``sbn fabric``: what it takes from a recipe, and what it refuses."""
+"""``sbn fabric``: which keys of a recipe it uses, and what it refuses."""
 
 import sys
 import warnings
@@ -42,7 +42,7 @@ def test_fabric_and_fit_take_the_same_recipe_and_continue_each_other(tokens, cap
     assert set(ours) == set(theirs)
     assert ours["hyper_parameters"] == theirs["hyper_parameters"]
     ours, theirs = (yaml.safe_load((folder / f"version_{i}/config.yaml").read_text()) for i in range(2))
-    assert ours == {key: value for key, value in theirs.items() if key != "weights_only"}  # an option of fit's own
+    assert ours == {key: value for key, value in theirs.items() if key != "weights_only"}  # an option that only fit has
     assert fabric_command(tokens, "--trainer.max_steps=3", "--ckpt_path=last") == 0
     assert main([*fit, *small(tokens, "--trainer.max_steps=4", "--ckpt_path=last")]) == 0
     last = folder / "version_1/checkpoints/last.ckpt"
@@ -70,7 +70,7 @@ def test_what_the_loop_cannot_honour_is_one_line(tokens, capsys, options, messag
 
 def test_fabric_run_launches_and_conflicts_are_one_line(tokens, capsys, monkeypatch):
     for name, value in {"CLI_USED": "1", "ACCELERATOR": "cpu", "DEVICES": "1", "NUM_NODES": "1"}.items():
-        monkeypatch.setenv(f"LT_{name}", value)  # as `fabric run` does
+        monkeypatch.setenv(f"LT_{name}", value)  # `fabric run` sets this
     assert fabric_command(tokens, "--trainer.max_steps=1") == 0
     assert "conflicts with the value `--devices=1`" in error_of(capsys, fabric_command(tokens, "--trainer.devices=2"))
 

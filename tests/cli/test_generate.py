@@ -85,7 +85,7 @@ def test_json_prompts_empty_prompt_and_stop_token(model, checkpoint, capsys, tmp
 
 @pytest.mark.parametrize(
     "prompts",
-    # Most of them are something else in YAML, nothing for example.
+    # YAML would read most of these texts as something else, for example as null.
     [["# sorts a list"], ["null"], ["~"], ["- a"], ["[x]"], ["a: b"], ["  x "], ["🙂", "\x7f", "a\n"]],
 )
 def test_prompts_are_taken_as_they_are_typed(checkpoint, capsys, prompts):
@@ -96,7 +96,7 @@ def test_prompts_are_taken_as_they_are_typed(checkpoint, capsys, prompts):
 
 
 def test_options_stand_in_any_order(checkpoint, capsys):
-    """Repeated ones too: of those that take a list all values count, of others the last."""
+    """Options may be repeated. An option that takes a list collects all values; for others the last value counts."""
     arguments = ["--checkpoint", "nowhere", "--prompt", "a", "--max_new", "1", "--prompt", "b", "c", "--json=true"]
     status, out, _ = run(capsys, *arguments, "--checkpoint", checkpoint, "--max_new_tokens", "2", "--device", "cpu")
     assert status == 0
@@ -225,7 +225,7 @@ def test_a_packed_folder_is_refused_a_backend_in_the_words_of_its_checkpoint(che
     ],
 )
 def test_packed_weights_and_sparse_tensor_cores(monkeypatch, pattern, engine, message):
-    """As on a machine that has them."""
+    """The test pretends that the machine has sparse tensor cores."""
     from sbn_kernels.runtime.capability import Needs
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,4 +1,4 @@
-"""Every recipe parses, says what it is, comments its keys, and trains two steps of a shrunken copy."""
+"""Every recipe parses, begins with a description, comments its keys, and trains a shrunken copy for two steps."""
 
 import re
 import sys
@@ -54,7 +54,8 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_two_steps_of_a_shrunken_copy(recipe, tokens, capsys):
     shrunken = SHRUNKEN | {"data.path": tokens}
-    if "source" in yaml.safe_load(recipe.read_text())["model"]:  # another class: tests/integrations/test_recipe.py
+    # tests/integrations/test_recipe.py trains the recipe that has another model class
+    if "source" in yaml.safe_load(recipe.read_text())["model"]:
         return
     if "init_from" in yaml.safe_load(recipe.read_text())["model"]:
         shrunken["model.init_from"] = shrunken_weights(recipe)
@@ -66,7 +67,7 @@ def test_two_steps_of_a_shrunken_copy(recipe, tokens, capsys):
 
 
 def shrunken_weights(recipe):
-    """A dense checkpoint of a recipe's shrunken shape, as ``import-hf`` writes it."""
+    """A dense checkpoint in the form that ``import-hf`` writes, with the shrunken shape of a recipe."""
     config = yaml.safe_load(recipe.read_text())["model"]["config"]
     shape = {key.split(".")[-1]: value for key, value in SHRUNKEN.items() if key.startswith("model.config.")}
     model = TernaryTransformer(TransformerConfig(**(config | shape | {"linear": "dense"})))
@@ -86,7 +87,7 @@ def test_recipe_is_what_it_says(recipe):
         name = Path(values["model"].get("init_from", recipe.stem.replace("_", "-", 1))).name
         published = TransformerConfig.preset(re.match(r"qwen2\.5-[\d.]+b", name)[0])
         published = replace(published, activation_checkpointing=config.activation_checkpointing)
-        if "init_from" in values["model"]:  # the weights bring their shape
+        if "init_from" in values["model"]:  # the shape comes with the weights
             assert not set(FIXED) & set(values["model"]["config"])
             config = replace(config, **{name: getattr(published, name) for name in FIXED})
         assert config == published

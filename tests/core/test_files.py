@@ -1,4 +1,4 @@
-"""Files and folders are whole or not there, whatever happens while they are written."""
+"""A file or folder is either complete or absent, whatever happens while it is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sbn_lightning.core import files
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file may grow over 10,000 bytes: the system's answer is that of a full disk."""
+    """Limit files to 10,000 bytes. Beyond that the system reports the error of a full disk."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     yield

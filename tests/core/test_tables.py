@@ -1,4 +1,4 @@
-"""Text tables."""
+"""The text tables that commands print."""
 
 from __future__ import annotations
 

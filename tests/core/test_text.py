@@ -1,4 +1,4 @@
-"""Text files are read the same way everywhere."""
+"""Every part of the project reads text files by the same rules."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_packed_files_read_like_plain_ones(tmp_path: Path, suffix: str) -> None:
     with open_unpacked(file) as stream:
         skip(stream, 12)
         assert stream.readline() == "second é 🙂\n".encode()
-    file.write_bytes(file.read_bytes() * 2)  # As `cat a.gz b.gz` makes: several packed files in one.
+    file.write_bytes(file.read_bytes() * 2)  # Several compressed files in one, as `cat a.gz b.gz` makes.
     assert read_text(file, "text") == TEXT * 2
 
 

@@ -17,7 +17,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """The corpus as bytes, in several shards. Do not change it: copy it."""
+    """The corpus, prepared with the byte tokenizer in several shards. Do not change this folder: copy it."""
     output = tmp_path_factory.mktemp("prepared") / "bytes"
     prepare_small(corpus, output)
     return output

@@ -24,7 +24,7 @@ from tests.data.test_data_prepare import both, documents
 BOM = b"\xef\xbb\xbf"
 LINES = [f"paragraph {i} about tea" for i in range(40)]
 JSONL = "".join(json.dumps({"text": text}) + "\n" for text in LINES)
-# Without the capability to pass over them, permissions count for root too.
+# Root ignores permissions by a capability. Without the capability, permissions count for root too.
 AS_USER = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
 
 
@@ -139,7 +139,7 @@ def test_one_json_record_over_several_lines(tmp_path: Path) -> None:
     assert read(tmp_path, "a.json", record, val_fraction=0)[1] == ["alone"]
 
 
-# Names of tests hold these bytes: without a time in them, every process collects the same names.
+# The names of tests contain these bytes, so no time may be in them: every process has to collect the same names.
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -197,7 +197,7 @@ def test_packed_files_give_the_same_documents(tmp_path: Path, suffix: str, pack:
         plain = read(place, name, data)[1]
         texts = read(place, name + suffix, pack(data.encode()), segment_bytes=100)[1]
         assert len(texts) == count
-        if name == "a.txt":  # The border of a lone file's validation text is where a line ends.
+        if name == "a.txt":  # The validation text of a lone file begins at the start of a line.
             assert [documents(place / "out", split) for split in ("train", "val")] == [[texts[0]], [texts[1]]]
         assert texts == plain
         limited = read(place, name + suffix, pack(data.encode()), max_bytes=300, val_fraction=0)[0]["splits"]["train"]
@@ -295,7 +295,7 @@ def test_an_output_inside_the_input_never_reads_itself(tmp_path: Path, monkeypat
 
 
 class Died(BaseException):
-    """Stands for the end of the process."""
+    """An exception that stands for the end of the process."""
 
 
 @pytest.mark.parametrize("when", range(8))
@@ -317,7 +317,7 @@ def test_overwrite_loses_nothing_wherever_it_dies(
         patch.setattr(Path, "replace", replace)
         with pytest.raises(Died):
             prepare_small(corpus, out, val_fraction=0.5, overwrite=True)
-    # The former command finds its data again, from before the exchange or back from it.
+    # The first command finds its data again, whether the crash came before or after the exchange.
     prepare_small(corpus, out)
     assert contents(out) == before
     prepare_small(corpus, out, val_fraction=0.5, overwrite=True)
@@ -347,7 +347,8 @@ def test_bpe_time_grows_linearly_without_spaces(alphabet: str) -> None:
         tokenizer = train_bpe([text], 300)
         times.append(time.process_time() - start)
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    assert times[1] < 8 * max(times[0], 0.1)  # Four times the text; sixteen times the time if it were quadratic.
+    # Four times the text would take sixteen times as long if the time were quadratic.
+    assert times[1] < 8 * max(times[0], 0.1)
 
 
 def test_ctrl_c_stops_bpe_training_at_once(tmp_path: Path) -> None:

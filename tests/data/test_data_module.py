@@ -1,4 +1,4 @@
-"""``TokenDataModule``: what it hands out, on how many ranks, from where; and what it says of bad data."""
+"""``TokenDataModule``: the batches of each rank, local and remote data, and the errors for bad data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_batches(prepared: Path) -> None:
     unshuffled = module(prepared, shuffle=False)
     assert sorted(rows(unshuffled.train_dataloader()))[:1]
     assert rows(unshuffled.train_dataloader()) != rows(batches)
-    # The whole validation split, the last incomplete batch too.
+    # The whole validation split, with the last, incomplete batch.
     index = json.loads((prepared / "val" / "index.json").read_text())
     blocks = sum(chunk["dim"] // 64 for chunk in index["chunks"])
     for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
@@ -56,7 +56,7 @@ def test_batches(prepared: Path) -> None:
 
 
 class Seen(LightningModule):
-    """Keeps the samples of its batches; trains nothing worth mentioning."""
+    """Keeps the samples of its batches. Its one parameter is there only so that the Trainer has something to train."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ for path in sys.argv[1:]:
 
 
 def test_ranks_share_the_data_evenly(tmp_path: Path) -> None:
-    # litdata takes a path with "vast" in it for a network file system, and would deal out whole chunks: with one
+    # litdata takes a path with "vast" in it for a network file system, and would hand out whole chunks: with one
     # chunk and two ranks, everything to the first.
     paths = [tmp_path / "plain", tmp_path / "vast"]
     prepare_small(write_corpus(tmp_path / "in"), paths[0], chunk_bytes="64MB", val_fraction=0.3)

@@ -1,4 +1,4 @@
-"""``prepare``: what it reads, what it writes, how it fails, and that nothing can leave half a result."""
+"""``prepare``: what it reads and writes, how it fails, and that no failure leaves half a result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.data.helpers import contents, prepare_small, write_corpus
 
 
 def tokens(folder: Path, split: str) -> np.ndarray:
-    """All tokens of a split, read back by litdata itself, one token a block."""
+    """All tokens of a split. litdata itself reads them back, one token at a time."""
     from sbn_lightning.data.stream.loader import open_split
 
     dataset = open_split(str(folder / split), 1, shuffle=False, drop_last=False, seed=0)
@@ -150,7 +150,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(("workers", "kill"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGINT)])
 def test_killed_and_run_again_gives_the_same(tmp_path: Path, workers: int, kill: int) -> None:
-    # Some hundred segments: on a busy machine the signal may come many of them late.
+    # Some hundred segments, because on a busy machine the signal may come many segments late.
     corpus = write_corpus(tmp_path / "large", size=20_000)
     command = [sys.executable, "-c", SCRIPT, str(corpus)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
@@ -159,7 +159,7 @@ def test_killed_and_run_again_gives_the_same(tmp_path: Path, workers: int, kill:
         [*command, str(out), str(workers)],
         env=environment,
         stderr=subprocess.DEVNULL,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells start background jobs without it
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells ignore SIGINT in background jobs
     )
     while process.poll() is None and not list(work.glob("0*.json")):
         time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""An interrupted run sees the same samples as an undisturbed one, to the last."""
+"""An interrupted run sees exactly the samples of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mark(batch: torch.Tensor) -> int:
 
 
 class Recorder(LightningModule):
-    """Notes each batch it trains on."""
+    """Records each batch that it trains on."""
 
     def __init__(self, asks_for_steps: bool = False) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Recorder(LightningModule):
 
 
 class StopAfter(Callback):
-    """An interruption: the trainer goes down right after an optimiser step, having saved as it does."""
+    """An interruption: the training stops with an error right after an optimiser step and its checkpoint."""
 
     class Down(Exception):
         pass
@@ -104,7 +104,7 @@ def per_epoch(prepared: Path) -> int:
 
 @pytest.fixture(scope="module")
 def straight(prepared: Path, per_epoch: int, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[int]]:
-    """What uninterrupted runs see, by number of workers."""
+    """The samples of uninterrupted runs, by number of workers."""
     steps = 3 * per_epoch + 2
     return {w: fit(prepared, tmp_path_factory.mktemp("r"), steps, num_workers=w).seen for w in (0, 2)}
 
@@ -168,7 +168,7 @@ def test_resume_when_the_schedule_asks_for_the_number_of_steps(
     prepared: Path, tmp_path: Path, straight: dict[int, list[int]], per_epoch: int
 ) -> None:
     at, steps = per_epoch // 2, per_epoch + 3
-    # Only with a limit on epochs does Lightning make the loader early, and lose its state.
+    # Lightning makes the loader early, and loses its state, only if the number of epochs is limited.
     options: dict[str, Any] = {"asks_for_steps": True, "max_epochs": 10}
     head = fit(prepared, tmp_path, steps, down_after=at, **options).seen
     tail = fit(prepared, tmp_path, steps, tmp_path / f"step={at}.ckpt", **options).seen

@@ -1,4 +1,4 @@
-"""Tokenizers lose nothing."""
+"""Text that a tokenizer encodes and decodes comes back unchanged."""
 
 from __future__ import annotations
 
