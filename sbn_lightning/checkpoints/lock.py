@@ -1,4 +1,4 @@
-"""One process writes a run. :class:`RunLock` refuses a second one, and says which process and host the first one is.
+"""Let only one process write a run. :class:`RunLock` refuses a second process, and names the first and its host.
 
 The lock is a file beside the run's folder of checkpoints. The process that trains holds a POSIX record lock on that
 file, which the kernel gives up when the process ends, also after ``kill -9``. What the file says (process, host, since

@@ -38,13 +38,13 @@ def newest_state(
 ) -> Newest | None:
     """The newest state of a command's run that can be read.
 
-    Without any checkpoint, training starts anew and says so: a job that is stopped before its first checkpoint is
-    started again by the same command. A checkpoint that cannot be read is put aside, and the next older one takes its
-    place.
+    Without any checkpoint, training starts anew and a line says so. A job that was stopped before its first checkpoint
+    can then be started again with the same command. A checkpoint that cannot be read is put aside, and the next older
+    one takes its place.
 
     Args:
         place: Where the command's runs keep their checkpoints.
-        tell: Takes the lines to print.
+        tell: A function that prints a line.
         training: Whether training is to continue. Otherwise nothing is put aside.
         lock: The lock to take for this process before the run's folder is searched. None takes no lock.
 

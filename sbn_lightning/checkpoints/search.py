@@ -1,16 +1,16 @@
-"""Where the checkpoints of a run are, and which of them is its newest state. One search serves every command.
+"""Find the checkpoints of a run, and the newest state among them. One search serves every command.
 
 A run keeps its checkpoints in one folder: ``SAVE_DIR/NAME/VERSION/checkpoints``, as Lightning's loggers name it, or the
 folder that ``checkpoint.dirpath`` gives. Files may lie in sub-folders of that folder, because a metric such as
 ``val/loss`` in a file name has a slash. :class:`Place` says where the runs of one command are, and :func:`locate`
 turns the path that a user gave (``logs``, ``logs/NAME``, one version, one folder, one file) into one checkpoint.
 
-Lightning's Slurm handler saves ``hpc_ckpt_N.ckpt`` outside of the run's folder, in the current folder, whichever run is
-training there. Such a file says in the state of its ``ModelCheckpoint`` which folder its run saves to. It counts as a
-state of that run, and of no other.
+Lightning's Slurm handler saves ``hpc_ckpt_N.ckpt`` in the current folder, outside of the run's folder. Several runs may
+save there. The state of ``ModelCheckpoint`` in such a file names the folder of the run that wrote the file. So the file
+counts as a state of this run only.
 
-The newest state is the file that was written last. Copying a folder can shuffle these times, so a ``last.ckpt`` that
-is further in training than the youngest file goes before that file.
+The newest state is the file that was written last. Copying a folder can shuffle the times of its files. So a
+``last.ckpt`` with more training steps than the youngest file counts as newer than that file.
 
 This module imports torch, and not Lightning: commands that only read a model use it too.
 """
@@ -80,7 +80,7 @@ class Place:
         return None
 
     def passed_over(self) -> list[str]:
-        """What looks like a state of the run, and is not used because the command names another place."""
+        """Files and folders that look like a state of the run and are not used, each with the reason."""
         told = []
         for folder in (self.root, self.formerly):
             if folder is not None:

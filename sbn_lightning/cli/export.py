@@ -83,7 +83,7 @@ def export(
             f"{loaded.tokenizer_path} has {size} tokens, the model's vocab_size is {loaded.config.vocab_size}; give "
             "its own with --tokenizer"
         )
-    bits = 32 if dtype is not None else 16  # 32: as the dtype that was asked for
+    bits = 32 if dtype is not None else 16  # 32 keeps the dtype that was asked for.
     options = WriteOptions(linear_class, quantization, embedding_bits or bits, bits)
     with output_folder(target, overwrite) as folder:
         summary = write_model(loaded, folder, format, options)

@@ -1,4 +1,4 @@
-"""``sbn recipes``: the recipes that come with the package, and a copy of one to edit.
+"""``sbn recipes``: list the recipes that come with the package, or copy one to edit.
 
 A recipe is a YAML file that ``sbn fit --config`` reads. A clone of the repository has the recipes in ``recipes/``; an
 installed package has the same files in its own folder ``recipes``. ``--config`` takes a path, or the name of one of

@@ -103,7 +103,7 @@ def place_of(config: Namespace) -> Place:
     """Where the runs of a command keep their checkpoints.
 
     Raises:
-        ConfigError: If the options do not tell.
+        ConfigError: If the place does not follow from the options.
     """
     root = Path(config.trainer.get("default_root_dir") or ".")
     fixed = config.get("checkpoint.dirpath")
@@ -173,7 +173,7 @@ def _continue_in(config: Namespace, folder: Path) -> None:
 
 
 def folder_of_checkpoints(trainer_options: dict[str, Any], dirpath: str | None) -> Path | None:
-    """Return the local folder that a run saves to; None if the options do not tell, or the folder is remote.
+    """Return the folder that a run saves to; None if the folder is not known yet or not on this machine.
 
     Args:
         trainer_options: The options of the Trainer, with instantiated loggers.

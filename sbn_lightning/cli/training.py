@@ -262,7 +262,7 @@ class RecipeCheck(SBNCLI):
     Other recipes can be read with the ``parser`` of the object afterwards.
 
     Args:
-        recipe: The recipe: the groups ``model``, ``data``, ``trainer`` and those of the callbacks.
+        recipe: The recipe, a mapping with the groups ``model``, ``data``, ``trainer`` and one for each callback.
 
     Raises:
         ConfigError: If ``fit`` does not have an option of the recipe, or a value has the wrong type.

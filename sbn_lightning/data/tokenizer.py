@@ -184,5 +184,5 @@ class Encoder:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return ``uint16`` where the vocabulary fits, else ``int32``: the two that the shards can hold."""
+    """Return ``uint16`` if the vocabulary fits, and ``int32`` otherwise. Shards can hold these two dtypes."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)

@@ -94,7 +94,7 @@ def _with_latent_weight(state: dict[str, Tensor], name: str, layer: PackedTernar
 
 
 def check_tokenizer(path: str, data: Any) -> None:
-    """Checks that the data were prepared with the tokenizer of the weights, as far as :func:`difference` tells.
+    """Checks with :func:`difference` that the data were prepared with the tokenizer of the weights.
 
     Nothing is checked if the weights come without a tokenizer, or if ``data`` is not prepared tokens.
 

@@ -52,7 +52,7 @@ def output_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def write_errors_named(target: Path) -> Iterator[None]:
-    """Turn an ``OSError`` of the block, which writes ``target`` as a whole, into one line.
+    """Turn an ``OSError`` of the block into an error of one line. The block writes ``target`` as a whole.
 
     Raises:
         DataError: If the block raises ``OSError``.

@@ -125,9 +125,9 @@ def write_packed(
 
 
 def in_16_bits(tensor: Tensor) -> Tensor:
-    """The tensor in bfloat16 if it holds more than 16 bits, else as it is.
+    """Return a tensor in bfloat16 if its dtype has more than 16 bits; otherwise the tensor itself.
 
-    bfloat16 is what a GPU computes with (``--dtype auto``): there the rounded weights give the same logits.
+    A GPU computes in bfloat16 by default (``--dtype auto``), so the rounded weights give the same logits there.
     """
     return tensor.bfloat16() if tensor.dtype in (torch.float32, torch.float64) else tensor
 

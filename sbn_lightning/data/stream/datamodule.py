@@ -45,8 +45,8 @@ class TokenDataModule(LightningDataModule):
     Args:
         path: The folder that ``prepare`` wrote, or its URL (s3://, gs://, ...). The default is prepared on first use.
         batch_size: The number of blocks in a batch, on each rank.
-        sequence_length: The number of inputs in a block, which has one token more. It is chosen here, not by
-            ``prepare``.
+        sequence_length: The number of inputs in a block. A block has one token more. Prepared data work with any
+            sequence length.
         num_workers: The number of loader processes for training, on each rank; 0 loads in the training process.
         seed: The seed of the order of samples.
         shuffle: Whether the training data have another order in every epoch.

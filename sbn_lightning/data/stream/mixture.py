@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.data.stream.loader import check_same_data, end_with_this_process
 
-# The most times that a source is read in one epoch. It keeps the orders of one epoch apart from those of the next.
+# The most times that a source is read in one epoch. Each reading gets a number of its own, (epoch - 1) * _CYCLES +
+# cycle, so that no two readings have the same order.
 _CYCLES = 1 << 16
 
 
 class MixedTokens(IterableDataset[np.ndarray]):
-    """An endless stream of samples of several datasets, drawn by weight. The loader cuts it to length.
+    """An endless stream of samples of several datasets, drawn by weight. The loader ends the stream after an epoch.
 
     Args:
         datasets: The datasets that ``open_split`` returned.

@@ -124,7 +124,7 @@ def _kind_of_json(path: Path, head: bytes, text_key: str) -> Kind:
 
 
 def _kind_of_records(kind: Kind, text_key: str, records: Iterator[Any], lack: str = "has no") -> Kind:
-    """Return ``kind`` if a record has the key, or if there are no records to tell; else why the file is left out."""
+    """Return ``kind`` if a record has the key or there are no records; otherwise the reason to leave the file out."""
     sample = list(islice(records, _SAMPLE_RECORDS))
     if not sample or any(isinstance(r, str) or (isinstance(r, dict) and text_key in r) for r in sample):
         return kind

@@ -8,8 +8,9 @@ the number of processes nor an interruption changes the result.
 A document belongs to the part in which it starts. Text files and JSON lines are read in blocks, so memory stays
 bounded however large a file is. A JSON array is parsed from memory as a whole.
 
-Train and validation: a text file goes to one side as a whole, by a hash of its relative path. A record goes to one
-side by a hash of its file and its position. Only a lone text file is cut: its end is the validation text.
+A hash decides what is training data and what is validation data. A text file goes to one side as a whole, by a hash of
+its relative path. A record goes to one side by a hash of its file and its position. Only if there is a single text file
+and nothing else, the file is cut, and its end becomes the validation text.
 """
 
 from __future__ import annotations
@@ -181,10 +182,10 @@ def _parquet_parts(path: Path, name: str, segment_bytes: int, budget: int) -> It
 
 
 def assign_splits(parts: list[Part], val_fraction: float) -> list[Part]:
-    """Give every text file a side. A handful of files always has one on each side; a lone one is cut in two."""
+    """Give every text file a side. If there are only text files, each side gets one; a single file is cut in two."""
     files = sorted({part.name for part in parts if part.format == "text"})
     if not files or len(files) != len({part.name for part in parts}):
-        # Records bring their own split: no text file has to be forced into validation.
+        # Records are split one by one, so validation gets data without forcing a text file into it.
         val = {name for name in files if share(name) < val_fraction}
     elif len(files) == 1 and val_fraction > 0:
         return _cut_lone_file(parts, val_fraction)

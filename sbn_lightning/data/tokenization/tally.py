@@ -44,7 +44,7 @@ class Tally:
         return codecs.getincrementaldecoder("utf-8")(ERRORS)
 
     def mend(self, text: str) -> str:
-        """Replace halves of surrogate pairs, which have no UTF-8, in a text that a parser made."""
+        """Replace halves of surrogate pairs in a text that a parser made. UTF-8 cannot encode such a half."""
         if text.isascii() or not _SURROGATE.search(text):
             return text
         text, count = _SURROGATE.subn("\ufffd", text)

@@ -7,8 +7,8 @@ for code of their own (kimi-k2, afmoe, superbpe, tiny_aya), that do not work on 
 or whose tokenizers change the text first (youtu, deepseek-llm, spark2_5).
 
 Which name fits a ``tokenizer.json`` is found by trial: the tokenizer and each way cut a text that has everything in
-which the ways differ, and the pieces must be equal. A tokenizer may write the same cut in another form; a
-trial finds it all the same.
+which the ways differ, and the pieces must be equal. So a tokenizer that writes the same cut in another form is
+recognised too.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ PROBE = (
 
 
 def name_of(tokenizer: Tokenizer, ignores_merges: bool) -> str:
-    """llama.cpp's name for the way in which a byte-level BPE tokenizer cuts text.
+    """Return llama.cpp's name for the way in which a byte-level BPE tokenizer cuts text.
 
     Args:
         tokenizer: The tokenizer.

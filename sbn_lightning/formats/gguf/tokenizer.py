@@ -71,7 +71,7 @@ def _scores(values: dict[str, Any]) -> dict[str, float]:
     """The score of each merged token of a SentencePiece model.
 
     Raises:
-        ConfigError: If scores cannot say in which order the merges come.
+        ConfigError: If no scores give the merges in their order.
     """
     first: dict[str, int] = {}
     last: dict[str, int] = {}

@@ -108,7 +108,7 @@ def write_gguf(loaded: LoadedModel, folder: Path, quantization: str, embedding_b
 
 
 def _note(others: dict[str, int], quantization: str) -> str:
-    """Which widths got the fallback, and which type would fit them."""
+    """Say which widths got the fallback type, and which type would fit them."""
     if not others:
         return ""
     told = ", ".join(f"{count} tensors of width {width}" for width, count in others.items())
