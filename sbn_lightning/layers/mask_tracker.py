@@ -1,7 +1,7 @@
-"""``MaskTracker``: how a mask follows its weight. A layer owns one and asks it two questions.
+"""``MaskTracker``: how a mask follows its weight. Each layer owns a tracker and asks it two questions.
 
-This file knows when a weight has changed. It does not compute masks: the layer does, when the tracker says that the
-mask is stale.
+This file knows when a weight has changed. It does not compute masks: the layer computes a mask when the tracker says
+that the present one is stale.
 """
 
 from __future__ import annotations
@@ -32,23 +32,25 @@ class MaskTracker:
 
     *Has the weight changed since I last looked?* (:meth:`look`) Four signs say so, from the cheapest to the dearest:
 
-    1. It is another parameter, has another dtype, or its version counter moved. In-place operations move the counter.
+    1. The layer has another parameter, the parameter has another dtype, or its version counter moved. In-place
+       operations move the counter.
     2. An optimiser that owns the weight took a step. Fused optimisers do not move the counter.
-    3. FSDP2 shows a forward another tensor than the one that the optimiser owns. There every step of an optimiser with
-       sharded weights counts.
-    4. Its :func:`fingerprint` is another one. This finds what the first three miss: code that writes through
+    3. Some optimiser with sharded weights took a step. Under FSDP2 a forward sees another tensor than the one that the
+       optimiser owns, so there is no telling whose step it was.
+    4. The :func:`fingerprint` of the weight has changed. This finds what the first three miss: code that writes through
        ``weight.data`` (averages of weights, momentum teachers, hand-written optimisers, initialisation loops).
 
-    The fingerprint reads the weight once, and on a GPU the host waits for the result. On a CPU it is always compared.
-    On a GPU it is compared unless the weight belongs to an optimiser, a gradient is wanted and the layer is in the same
-    mode and memory as at the last look: a training loop never waits. So one change stays unseen there: a write through
-    ``.data`` between two micro-batches of one step. Call ``layer.refresh_mask()`` after such a write.
+    Computing the fingerprint reads the weight once, and on a GPU the host waits for the result. On a CPU the
+    fingerprints are always compared. On a GPU the comparison is left out if the weight belongs to an optimiser, a
+    gradient is wanted, and the layer is in the same mode and memory as at the last look. A training loop therefore
+    never waits. In exchange the tracker misses one change on a GPU: a write through ``.data`` between two micro-batches
+    of one step. Call ``layer.refresh_mask()`` after such a write.
 
     *Is the mask stale?* (:meth:`is_stale`) The answer depends on how the mask came about:
 
     * A mask that was **computed** is stale once the weight has changed, or once another density is asked for.
-    * A mask that was **loaded** or copied may be older than its weight, or come from the middle of a ramp. It stays
-      until an optimiser that owns the weight takes a step, or the weight changes in another way.
+    * A mask that was **loaded** or copied may be older than its weight, or come from the middle of a ramp. Such a mask
+      stays until an optimiser that owns the weight takes a step, or the weight changes in another way.
     * A mask that is **held** stays until someone refreshes it. ``MaskRefresh`` holds masks between its refreshes. Only
       another density makes a held mask stale.
 
@@ -56,8 +58,8 @@ class MaskTracker:
         hold: Whether the mask is held.
         loaded: Whether the mask was loaded or copied and stays for now.
         fingerprint: The fingerprint of the weight at the last look; None if the weight has none.
-        changes: How many changes of the weight were seen. What is derived from a weight is true to it as long as this
-            number is the same.
+        changes: How many changes of the weight the tracker has seen. Values that were derived from the weight are valid
+            as long as this number stays the same.
     """
 
     def __init__(self) -> None:
@@ -68,7 +70,7 @@ class MaskTracker:
         self._weight: tuple[Any, ...] | None = None  # number, version and dtype at the last look
         self._steps = 0
         self._circumstances: tuple[Any, ...] | None = None
-        self._mask_of: tuple[int, Density] | None = None  # `changes` and density that the mask was made for
+        self._mask_of: tuple[int, Density] | None = None  # the values of `changes` and of density that the mask is for
         self._loaded_sharded = False
 
     def look(self, weight: Tensor, training: bool) -> int:
@@ -85,7 +87,7 @@ class MaskTracker:
         return self.changes
 
     def weight_is_new(self, weight: Tensor, training: bool) -> None:
-        """Takes the weight for changed without comparing, so the host does not wait.
+        """Counts a change of the weight without comparing anything, so the host does not wait.
 
         Args:
             weight: The parameter of the layer.
@@ -99,7 +101,7 @@ class MaskTracker:
         Args:
             weight: The parameter of the layer.
             training: The mode of the layer.
-            density: What the mask is to keep.
+            density: How much the mask is to keep.
         """
         changes = self.look(weight, training)
         if self._mask_of is None or density != self._mask_of[1]:
@@ -136,7 +138,7 @@ class MaskTracker:
     def _changed(self, weight: Tensor, training: bool) -> bool | None:
         """Whether the weight has changed, as far as the cheap signs tell; None if only the fingerprint tells."""
         if _is_capturing(weight) and not _trusting.depth:
-            return True  # what a CUDA graph does not record would be as old as the graph at every replay
+            return True  # A replay repeats only what the graph recorded, so the graph must record the derivation.
         if _identity(weight) != self._weight:
             return True
         if weight.requires_grad and _steps.taken != self._steps and (weight in _owned or _steps.sharded):
@@ -156,7 +158,7 @@ class MaskTracker:
         if changed:
             self.changes += 1
             self.fingerprint = fingerprint(weight) if _has_fingerprint(weight) else None
-            # What a graph computes is not what the next forward outside of the graph may use.
+            # Values that a graph computes must not be used by the next forward outside of the graph.
             self._weight = None if _is_capturing(weight) else _identity(weight)
         self._steps = _steps.taken
         self._circumstances = _circumstances(weight, training)
@@ -166,15 +168,15 @@ class MaskTracker:
 
 
 def look_at_all(weights: Iterable[tuple[MaskTracker, Tensor, bool]]) -> None:
-    """Does what :meth:`MaskTracker.look` does, for many layers: on a GPU the host waits once for all of them.
+    """Calls :meth:`MaskTracker.look` for many layers at once. On a GPU the host waits once for all of them.
 
     Args:
-        weights: The tracker of each layer, with the arguments of ``look``.
+        weights: For each layer its tracker, and the arguments of ``look``: the weight and the mode.
     """
     waiting: dict[torch.device, list[tuple[MaskTracker, Tensor, bool]]] = {}
     for tracker, weight, training in weights:
         if _is_capturing(weight):
-            continue  # the host cannot wait for a graph that is being captured
+            continue  # The host cannot wait for a graph that is being captured.
         if tracker._changed(weight, training) is None and weight.device.type != "cpu":
             waiting.setdefault(weight.device, []).append((tracker, weight, training))
         else:
@@ -186,10 +188,11 @@ def look_at_all(weights: Iterable[tuple[MaskTracker, Tensor, bool]]) -> None:
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """Sums the bits of each row, taken as integers of 8 bytes where a row divides into such: int64 ``[rows]``.
+    """Reads the bits of each row as integers, and sums them: int64 ``[rows]``.
 
-    The sum is exact, so a change of a single bit shows. It reads the weight once and is as fast as memory. Two weights
-    that differ only in the order of the numbers within rows can have the same fingerprint.
+    The integers have 8 bytes if a row divides into 8 bytes, and otherwise the size of one weight. The sum is exact, so
+    a change of a single bit shows. Computing the sum takes as long as reading the weight once. Two weights that differ
+    only in the order of the numbers within rows can have the same fingerprint.
     """
     weight = weight.detach().contiguous()
     size = weight.element_size()
@@ -202,13 +205,13 @@ def fingerprint(weight: Tensor) -> Tensor:
 
 
 def version(tensor: Tensor) -> int:
-    """The version counter of a tensor; 0 for a tensor of inference mode, which counts no version."""
+    """The version counter of a tensor; 0 for a tensor of inference mode, which has no counter."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
 def trust_weights() -> Iterator[None]:
-    """Within the block no layer compares fingerprints: the caller has looked, and changes no weight meanwhile."""
+    """A context in which no layer compares fingerprints. The caller has looked before, and changes no weight inside."""
     _trusting.depth += 1
     try:
         yield
@@ -234,10 +237,14 @@ class _Steps:
 
 _trusting = _Trusting()
 _steps = _Steps()
-_optimizers: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # those that stepped, and their weights' number
-_owned = WeakIdKeyDictionary()  # the weights of these optimisers
+# Optimisers that have taken a step -> how many weights they have.
+_optimizers: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+# The weights of these optimisers. Only the keys matter.
+_owned = WeakIdKeyDictionary()
+# The trackers whose masks were loaded or copied.
 _loaded_masks: WeakSet[MaskTracker] = WeakSet()
-_numbers = WeakIdKeyDictionary()  # weight -> number; id() is not enough: Python reuses the id of a deleted object
+# Weight -> number. id() is not enough: Python reuses the id of a deleted object.
+_numbers = WeakIdKeyDictionary()
 _next_number = count(1)
 
 

@@ -1,16 +1,17 @@
-"""``MaskedLinear``: what linear layers with an N:M mask share.
+"""``MaskedLinear``: the base class of linear layers with an N:M mask.
 
 State lives here, time does not. A layer knows its latent weight, its mask and how many weights a group keeps at the
 moment. The callbacks decide *when* any of these change.
 
-The weight is a plain ``nn.Parameter`` and the mask a packed ``uint8`` buffer, so checkpoints, optimisers, DDP and
-``torch.compile`` need to know nothing. The mask and everything else that is derived from the weight is computed again
-after the weight has changed, and only then: :class:`~sbn_lightning.layers.mask_tracker.MaskTracker` tells. That makes
-the layer correct in any training loop, and under gradient accumulation the work is done once an optimiser step.
+The weight is a plain ``nn.Parameter`` and the mask is a packed ``uint8`` buffer, so checkpoints, optimisers, DDP and
+``torch.compile`` treat the layer like any other. The mask and all other values that are derived from the weight are
+computed again after the weight has changed, and only then.
+:class:`~sbn_lightning.layers.mask_tracker.MaskTracker` says when the weight has changed. So the layer is correct in any
+training loop, and under gradient accumulation the work is done once in an optimiser step.
 
-Inside ``torch.compile`` nobody can ask whether a weight has changed. There the derived values are part of the graph and
-computed at each forward, unless an owner promises to call :func:`prepare_layers` before each forward
-(``TernaryTransformer`` does).
+A graph of ``torch.compile`` cannot ask whether a weight has changed. There the derived values are part of the graph and
+are computed in each forward. An owner of layers can avoid this if it calls :func:`prepare_layers` before each forward,
+as ``TernaryTransformer`` does.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def config_option(name: str) -> Any:
-    """An attribute of a layer that stands for a field of ``layer.sparsity``."""
+    """Makes a property of a layer that reads and writes one field of ``layer.sparsity``."""
 
     def read(layer: Any) -> Any:
         return getattr(layer.sparsity, name)
@@ -47,10 +48,14 @@ def config_option(name: str) -> Any:
 
 
 def check_tokens(x: Tensor, layer: str) -> None:
-    """Refuses tokens that are no floating-point numbers, as ``nn.Linear`` does.
+    """Refuses tokens that are not floating-point numbers, as ``nn.Linear`` does.
+
+    Args:
+        x: The tokens.
+        layer: The name of the layer, for the message.
 
     Raises:
-        ConfigError: Naming the layer and the dtype.
+        ConfigError: If the tokens are of another dtype. The message names the layer and the dtype.
     """
     if not x.is_floating_point():
         raise ConfigError(
@@ -71,10 +76,11 @@ class MaskedLinear(nn.Linear):
         **options: Single fields of :class:`SparsityConfig`.
 
     Attributes:
-        tracker: What knows whether the mask still belongs to the weight.
-        regrow: If False masked positions get no gradient for now, even with ``gradient="dense"``.
+        tracker: The object that knows whether the mask still belongs to the weight.
+        regrow: If False, masked positions get no gradient for now, even with ``gradient="dense"``.
         mask_bits: The packed mask, uint8 ``[out_features, ceil(in_features / 8)]``; part of the state dict.
-        owner_prepares: Set by an owner that calls :func:`prepare_layers` before each compiled forward.
+        owner_prepares: Whether an owner of the layer calls :func:`prepare_layers` before each compiled forward. The
+            owner sets this attribute.
     """
 
     kind: ClassVar[Kind]
@@ -109,17 +115,20 @@ class MaskedLinear(nn.Linear):
 
     @classmethod
     def own(cls, sparsity: SparsityConfig) -> SparsityConfig:
-        """The options with the kind of this class.
+        """Returns the options with the kind of this class.
+
+        Args:
+            sparsity: The options. The default kind, ``"ternary"``, fits every class.
 
         Raises:
-            ConfigError: If the options are explicitly those of the other kind.
+            ConfigError: If the options say ``"masked"`` and this class is ternary.
         """
         if sparsity.kind == "masked" and cls.kind == "ternary":
             raise ConfigError('kind="masked" is SparseLinear')
         return replace(sparsity, kind=cls.kind)
 
     def _init_mask(self, sparsity: SparsityConfig, mask_bits: Tensor | None = None) -> None:
-        """Makes a plain linear layer one with a mask.
+        """Adds a mask to a plain linear layer.
 
         Args:
             sparsity: The options, which have been checked.
@@ -142,7 +151,7 @@ class MaskedLinear(nn.Linear):
 
     @property
     def sparsity(self) -> SparsityConfig:
-        """The options of the layer. Another config takes effect at once, or is refused."""
+        """The options of the layer. Other options can be assigned; they take effect at once or are refused."""
         return self._sparsity
 
     @sparsity.setter
@@ -161,7 +170,7 @@ class MaskedLinear(nn.Linear):
 
     @property
     def hold_mask(self) -> bool:
-        """If True the mask changes only in :meth:`refresh_mask`; otherwise the mask follows the weight."""
+        """Whether the mask is held. A held mask changes only in :meth:`refresh_mask` and at another density."""
         return self.tracker.hold
 
     @hold_mask.setter
@@ -174,24 +183,28 @@ class MaskedLinear(nn.Linear):
         return unpack_mask(self.packed_mask(), self.in_features)
 
     def packed_mask(self) -> Tensor:
-        """``mask_bits``, brought up to date."""
+        """Brings ``mask_bits`` up to date and returns them."""
         self._sync_mask()
         return self.mask_bits
 
     @property
     def density(self) -> tuple[int, float]:
-        """``(keep_n, sparse_share)`` as last given to :meth:`set_density`; ``(pattern.n, 1.0)`` in a new layer."""
+        """The last arguments of :meth:`set_density`, ``(keep_n, sparse_share)``. A new layer has ``(N, 1.0)``."""
         return self._keep_n, self._sparse_share
 
     def set_density(self, keep_n: int, sparse_share: float = 1.0, *, refresh: bool = True) -> None:
-        """Changes how much the mask keeps; takes effect at the mask's next use, also while the mask is held.
+        """Changes how much the mask keeps. The mask changes at its next use, even while it is held.
 
         Args:
-            keep_n: Weights kept in each group of a sparse row, from ``pattern.n`` to ``pattern.m``.
-            sparse_share: Share of rows that are sparse, 0 to 1; the others keep everything. Rows become sparse in a
-                fixed order that spreads evenly (multiples of the golden ratio), and none turns dense again while
-                the share grows.
-            refresh: If False the present mask is taken to have this density already, as in a run that resumes.
+            keep_n: The number of weights that each group of a sparse row keeps, from ``pattern.n`` to ``pattern.m``.
+            sparse_share: The share of rows that are sparse, 0 to 1. The other rows keep all weights. Rows become sparse
+                in a fixed order that spreads evenly (multiples of the golden ratio). While the share grows, no row
+                turns dense again.
+            refresh: Whether the mask has to change. False means that the present mask has this density already, as in
+                a run that resumes.
+
+        Raises:
+            ConfigError: If a value is out of range.
         """
         if not self.pattern.n <= keep_n <= self.pattern.m:
             raise ConfigError(
@@ -202,13 +215,14 @@ class MaskedLinear(nn.Linear):
         self._keep_n, self._sparse_share = keep_n, float(sparse_share)
         if not refresh:
             self.tracker.mask_has(self.density)
-        elif self.hold_mask:  # a compiled graph reads a held mask as it is
+        elif self.hold_mask:
+            # A compiled graph reads a held mask as it is, so the mask must be right before the next forward.
             self._sync_mask()
 
     def refresh_mask(self) -> None:
         """Recomputes the mask from the weight as it is now."""
-        # Everything is made anew, so nobody asks whether the weight has changed: on a GPU the host would wait for the
-        # answer, here or in the next forward.
+        # The mask is computed in any case, so there is no need to find out whether the weight has changed. On a GPU the
+        # host would wait for the answer, here or in the next forward.
         self.tracker.weight_is_new(self._weight(), self.training)
         self._make_mask()
 
@@ -217,26 +231,39 @@ class MaskedLinear(nn.Linear):
         self.tracker.mask_is_loaded(self._weight(), self.training, self.density)
 
     def values(self, masked: bool = True) -> Tensor:
-        """What the layer multiplies with, up to a scale: ternary codes, or the weight where it is not quantised.
+        """The values that the layer multiplies with, up to a scale: ternary codes, or the weight of a masked layer.
 
         Args:
-            masked: If False, as if there were no mask: tells zeros of quantisation from zeros of the mask.
+            masked: Whether the mask is applied. Without the mask, zeros of quantisation can be told from zeros of the
+                mask.
 
         Returns:
-            ``[out_features, in_features]``.
+            The values, ``[out_features, in_features]``.
         """
         raise NotImplementedError
 
     def effective_weight(self) -> Tensor:
-        """The weight of the equivalent plain linear layer, ``[out_features, in_features]``, dtype of the weight."""
+        """The weight of the equivalent plain linear layer, ``[out_features, in_features]``, in the weight's dtype."""
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Brings everything derived from the weight up to date; free if the weight has not changed."""
+        """Brings all derived values up to date. Computes nothing if the weight has not changed."""
         self._sync_mask()
 
     def forward(self, input: Tensor, swiglu: bool = False) -> Tensor:
-        """``input [..., in_features]``; or with ``swiglu`` ``[..., 2 in_features]``, for ``silu(gate) * up``."""
+        """Multiplies tokens with the sparse weight, and adds the bias.
+
+        Args:
+            input: The tokens, ``[..., in_features]``; with ``swiglu`` gate and up side by side,
+                ``[..., 2 in_features]``.
+            swiglu: Whether the layer first computes ``silu(gate) * up``, which gives its tokens.
+
+        Returns:
+            ``[..., out_features]``, in the dtype of ``input``, or in autocast's dtype where autocast is on.
+
+        Raises:
+            ConfigError: If the tokens are not floating-point numbers.
+        """
         if not input.is_floating_point():
             check_tokens(input, f"{type(self).__name__}({self.in_features}, {self.out_features})")
         device = input.device.type
@@ -246,28 +273,28 @@ class MaskedLinear(nn.Linear):
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _multiply(self, x: Tensor, swiglu: bool, dtype: torch.dtype) -> Tensor:
-        """``forward`` without the bias; the result has ``dtype``."""
+        """Computes the forward without the bias, in ``dtype``."""
         raise NotImplementedError
 
     def latent(self) -> Tensor:
-        """The latent weight, whole: gathered from its shards where FSDP2 has sharded it (on every rank at once)."""
+        """The whole latent weight. If FSDP2 has sharded the weight, all ranks must call this together."""
         weight = self.weight.detach()
         return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
     @property
     def backend(self) -> Backend:
-        """What the layer computes with; assign another to change it."""
+        """The backend that computes the product. A :class:`SparseBitLinear` takes another one by assignment."""
         return REFERENCE
 
     def _mask_scores(self) -> Tensor:
         return self.latent()
 
     def _keep(self) -> Keep:
-        """What a fresh mask keeps in each group."""
+        """How many weights a fresh mask keeps in a group: one number, or an integer tensor with one for each row."""
         if not 0 < self._sparse_share < 1:
             return self._keep_n if self._sparse_share > 0 else self.pattern.m
         device = self.weight.device
-        where = "cpu" if device.type == "mps" else device  # which has no float64
+        where = "cpu" if device.type == "mps" else device  # MPS has no float64.
         rows = torch.arange(1, self.out_features + 1, dtype=torch.float64, device=where)
         sparse = ((rows * _GOLDEN_RATIO).frac() < self._sparse_share).to(device)
         return torch.where(sparse, self._keep_n, self.pattern.m)
@@ -283,14 +310,14 @@ class MaskedLinear(nn.Linear):
     def _set_mask(self, bits: Tensor) -> None:
         """Takes over a mask that was computed from the weight as the tracker last saw it."""
         if self.mask_bits.is_inference() and not torch.is_inference_mode_enabled():
-            self.mask_bits = bits  # a tensor of inference mode cannot be written outside of it
+            self.mask_bits = bits  # Outside of inference mode, a tensor made in it cannot be written to.
         elif bits is not self.mask_bits:
             self.mask_bits.copy_(bits)
         self.tracker.mask_is_fresh(self.density)
         self._most_kept = self._keep_n if self._sparse_share == 1 else self.pattern.m
 
     def _weight(self) -> Tensor:
-        """The parameter itself: a subclass may show another view of it as its weight."""
+        """The parameter itself. The attribute ``weight`` of a subclass may be a view of the parameter."""
         weight = self._parameters.get("weight")
         if weight is None:
             raise ConfigError(
@@ -311,7 +338,7 @@ class MaskedLinear(nn.Linear):
         return None if self.regrow and self.gradient == "dense" else unpack_mask(mask_bits, self.in_features)
 
     def _graph_mask(self) -> Tensor:
-        """The packed mask inside a compiled graph, which cannot ask the tracker."""
+        """The packed mask for a compiled graph. The graph cannot ask the tracker whether the mask is stale."""
         if self.hold_mask or self.owner_prepares:
             return self.mask_bits
         expected = self.tracker.fingerprint
@@ -321,13 +348,13 @@ class MaskedLinear(nn.Linear):
         return torch.where(same, self.mask_bits, self._fresh_mask())
 
     def _mask_stays(self) -> bool:
-        """Whether the mask stays what it is for now, as far as a compiled graph can see."""
+        """Whether the mask was held or loaded when the graph was compiled, so that the graph may not make a new one."""
         return self.tracker.hold or self.tracker.loaded
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLinear:
         weight = self._parameters.get("weight")
         if weight is not None and self.tracker.loaded:
-            self._sync_mask()  # before the move, which would hide a change from the tracker
+            self._sync_mask()  # This comes before the move, because the move would hide a change from the tracker.
         super()._apply(fn, recurse)
         weight = self._parameters.get("weight")
         if weight is not None:
@@ -337,7 +364,8 @@ class MaskedLinear(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._sync_mask()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):  # beside torch's own version number; the keys stay what they are
+        if hasattr(destination, "_metadata"):
+            # The options go into the metadata, beside torch's version number, so the keys stay as they are.
             destination._metadata[prefix[:-1]]["sparsity"] = self.sparsity.to_dict()
 
     def _load_from_state_dict(
@@ -350,7 +378,7 @@ class MaskedLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes the saved mask as it is. A dense checkpoint has none: its weights get a fresh mask.
+        """Loads the saved mask as it is, or computes a mask if the checkpoint is dense and has none.
 
         A mask of another pattern is refused, and the layer stays as it was.
         """
@@ -374,19 +402,19 @@ class MaskedLinear(nn.Linear):
             self.refresh_mask()
 
     def _kept_in_groups(self, mask_bits: Tensor) -> Tensor:
-        """How many weights a packed mask keeps in each group, ``[out_features, in_features / M]``."""
+        """Counts the weights that a packed mask keeps in each group, ``[out_features, in_features / M]``."""
         return unpack_mask(mask_bits, self.in_features).unflatten(-1, (-1, self.pattern.m)).sum(-1)
 
     def _unfit(self, mask_bits: Any, metadata: dict[str, Any]) -> str | None:
-        """Why a saved mask is not one of this layer's pattern; None if it is, or if nothing tells."""
+        """Why a saved mask does not have this layer's pattern; None if it has, or if that cannot be known."""
         if not isinstance(mask_bits, Tensor) or mask_bits.shape != self.mask_bits.shape or mask_bits.is_meta:
-            return None  # torch reports other shapes by itself
+            return None  # torch itself reports a shape that does not fit.
         saved = metadata.get("sparsity", {}).get("pattern")
         if saved is not None and saved != str(self.pattern):
             return f"the saved mask is of the pattern {saved}, and the layer has {self.pattern}"
         if isinstance(mask_bits, DTensor) or self.pattern.is_dense:
             return None
-        # Also in the middle of a ramp every group of a row keeps the same number of weights.
+        # Even in the middle of a ramp, all groups of a row keep the same number of weights.
         kept = self._kept_in_groups(mask_bits)
         fewest, most = kept.amin(-1), kept.amax(-1)
         if bool((fewest == most).all()) and int(fewest.min()) >= self.pattern.n:
@@ -397,23 +425,23 @@ class MaskedLinear(nn.Linear):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: with the mask as it is to be, which a copy then holds for its own weight."""
+        """Returns the state for copies and pickles, after the mask was brought up to date."""
         self._sync_mask()
         return vars(self).copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.keep_mask()  # before, it was that of the weight that was copied
+        self.keep_mask()  # The tracker still referred to the weight that was copied. The mask belongs to this one now.
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}"
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
-    """Names and layers of a model that carry a mask, in the model's order."""
+    """The layers of a model that have a mask, with their names, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, MaskedLinear):
-            # torch.compile's wrapper adds a component to every name below it.
+            # The wrapper of torch.compile adds "_orig_mod" to every name below it.
             yield name.replace("_orig_mod.", ""), module
 
 
@@ -426,13 +454,13 @@ def prepare_layers(model: nn.Module) -> None:
 
 @contextmanager
 def weights_stay(model: nn.Module) -> Iterator[None]:
-    """Looks once whether weights of ``model`` have changed; within the block its layers do not look again.
+    """A context that looks once whether weights have changed. Inside, the layers do not look again.
 
-    On a GPU this saves waiting: outside of such a block each layer of a model that is evaluated compares a fingerprint
-    of its weight by itself. Nobody may write into a weight within the block.
+    On a GPU this saves waiting. In evaluation each layer would otherwise compare the fingerprint of its own weight, and
+    the host would wait for each comparison. Nobody may write to a weight inside the context.
 
     Args:
-        model: The model whose masked layers are looked at.
+        model: The model with the masked layers.
     """
     look_at_all(
         (layer.tracker, layer._weight(), layer.training)
