@@ -212,7 +212,7 @@ def locate(path: str | Path, tell: Callable[[str], None] = _on_stderr) -> Path:
         path: A file or a folder. A file is taken as it is. A folder may be a sharded checkpoint, a folder of
             checkpoints, the folder of one version of a run, the folder of all versions, or the ``save_dir`` above them.
             In a folder, the newest state of the newest run is taken, unless it cannot be read.
-        tell: Takes a line for each checkpoint that is damaged and therefore passed over.
+        tell: A function that prints a line. It gets a line for each damaged checkpoint that is passed over.
 
     Returns:
         A file, or the folder of a sharded checkpoint. If every checkpoint is damaged, one of them is returned, and its

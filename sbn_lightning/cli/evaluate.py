@@ -37,11 +37,11 @@ def evaluate(
         split: The split of data: val or train.
         window: How many tokens the model sees at a time. The default is its max_sequence_length, at most 1024.
         stride: How many tokens lie between the starts of two windows. The default is half a window.
-        max_tokens: How many tokens to take at most from the beginning of data or text.
+        max_tokens: The largest number of tokens to take, from the beginning of data or text.
         tasks: Names of tasks of the lm-evaluation-harness; needs pip install "sbn-lightning[eval]".
         tasks_folder: A folder with tasks of your own, as YAML.
         num_fewshot: How many examples the prompts of tasks have. The default is each task's own number.
-        limit: How many examples of each task to take at most, to try things out.
+        limit: The largest number of examples of each task, for a quick trial.
         output: A JSON file to write the results to.
         batch_size: How many sequences run at a time.
         tokenizer: A tokenizer.json, or a folder that holds one, if there is none with the model.

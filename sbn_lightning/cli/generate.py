@@ -39,22 +39,22 @@ def generate_text(
         checkpoint: A .ckpt, the folder of a run, a packed folder, a Hugging Face folder, or a GGUF file.
         prompt: The text to continue; more than one with --prompt again, or as a JSON list. "" begins a new document.
         prompts_file: A file with prompts: one a line, or a JSON list in a file that ends in .json.
-        max_new_tokens: How many tokens to add at most.
+        max_new_tokens: The largest number of tokens to add to each prompt.
         temperature: 0 takes the most likely token; 1 draws from the model's distribution.
-        top_p: Draw from the most likely tokens whose probabilities sum to this.
-        top_k: Draw from this many most likely tokens.
+        top_p: A probability. Tokens are drawn from the most likely ones whose probabilities sum to this value.
+        top_k: The number of most likely tokens to draw from. By default there is no limit.
         seed: The seed of the draws.
         stop_token: Special tokens that end a text. The default is the tokens that the model's own config names. If the
             config names none, it is the end-of-document and end-of-turn tokens of the tokenizer.
-        stream: Print one prompt's text as it comes.
-        json: Print a JSON list. Each entry has the prompt, the text, the number of tokens and what ended the text.
+        stream: Whether to print the text of a single prompt while it is generated.
+        json: Whether to print a JSON list. An entry has the prompt, the text, the number of tokens and what ended it.
         batch_size: How many prompts run at a time.
         tokenizer: A tokenizer.json, or a folder that holds one, if there is none with the model.
         device: "auto" takes a GPU if there is one; or cpu, cuda, cuda:1.
         dtype: The dtype of everything but ternary weights; "auto" is bfloat16 on a GPU and float32 on a CPU.
         backend: The kernels for ternary layers. "auto" measures on a GPU, and is the reference on a CPU.
-        compile: Compile blocks with torch.compile: a slower start, faster steps on a GPU.
-        chat: Take each prompt for a message to a chat model, and write it with the model's chat template.
+        compile: Whether to compile blocks with torch.compile. The start is slower, and steps on a GPU are faster.
+        chat: Whether prompts are messages to a chat model. They are then written with the model's chat template.
     """
     prompts = _prompts(prompt, prompts_file)
     if batch_size < 1:

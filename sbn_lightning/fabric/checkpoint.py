@@ -1,8 +1,8 @@
 """Checkpoints of the Fabric loop, in the Trainer's format.
 
-Both loops write the Trainer's format, because other tools read it too. Whatever the moment of a save, the checkpoint
-has the progress of a Trainer in ``on_train_batch_end``: the micro-batch counts as done, and the validation after it
-does not. A Trainer continues from there with the next micro-batch.
+Both loops write the Trainer's format, because other tools read it too. Every checkpoint has the progress that a Trainer
+has in ``on_train_batch_end``, no matter when it is saved: the micro-batch counts as done, and the validation after the
+micro-batch does not. A Trainer continues from there with the next micro-batch.
 """
 
 from __future__ import annotations

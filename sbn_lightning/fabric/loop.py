@@ -1,10 +1,10 @@
 """The same training on Lightning Fabric: a loop that reads from top to bottom, for people who want to own it.
 
-:func:`train` is the whole loop. Copy it and change what you like. On one process it gives the losses, masks and weights
-of a ``Trainer`` with the same recipe to the last bit, and each continues the checkpoints of the other.
+:func:`train` is the whole loop. Copy the function and change what you like. On one process the loop gives the losses,
+masks and weights of a ``Trainer`` with the same recipe to the last bit. Both can continue each other's checkpoints.
 
-The callbacks are the Trainer's own, and they work in any other Fabric loop too. A :class:`FabricRun` answers what they
-would ask a ``Trainer``, and calls their hooks::
+The callbacks are the Trainer's own, and they work in any other Fabric loop too. A :class:`FabricRun` takes the place of
+the ``Trainer``: the callbacks read its attributes, and it calls their hooks::
 
     fabric = Fabric(callbacks=[MaskRefresh(interval=3), DenseToSparseRamp("walk")])
     run = FabricRun(fabric, max_steps=1000, module=module, optimizers=[optimizer])
@@ -204,7 +204,7 @@ def evaluate(fabric: Fabric, module: SparseBitNet, loader: Iterable[Tensor], bat
 
 
 def check(run: FabricRun) -> None:
-    """Find out early what cannot work.
+    """Refuse what cannot work before the training starts.
 
     Raises:
         ConfigError: If strategy, a callback or a setting does not fit the loop.

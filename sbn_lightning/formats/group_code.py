@@ -33,7 +33,7 @@ class GroupCode:
     """How groups are stored.
 
     Attributes:
-        n: How many weights of a group are non-zero at most.
+        n: The largest number of non-zero weights in a group.
         m: How many weights a group has.
         groups: How many groups one number holds.
         bytes: How many bytes one number takes.

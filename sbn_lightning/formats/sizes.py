@@ -13,7 +13,7 @@ class PartSize:
     Attributes:
         name: The name of the part, for the user.
         weights: How many numbers the part holds.
-        bytes: How many bytes they take.
+        bytes: How many bytes the part takes.
     """
 
     name: str

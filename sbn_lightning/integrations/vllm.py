@@ -1,14 +1,14 @@
 """A vLLM plugin: ``vllm serve FOLDER`` for a Hugging Face folder with 2-bit ternary weights.
 
-vLLM finds :func:`register` by the entry point ``vllm.general_plugins`` and this class by ``quant_method: "sbn"`` in
-``config.json``, so nothing has to be set. vLLM fuses q, k, v and gate, up into one layer each. The 2-bit codes of the
-parts are loaded into slices of one tensor, and gamma has one entry for each part, as in a fused layer of this project.
-After loading, each layer becomes a :class:`PackedTernaryLinear`, which asks the same registry for its kernels as every
-other part of this project.
+The user has no option to set. vLLM finds :func:`register` by the entry point ``vllm.general_plugins``, and
+:class:`SBNConfig` by ``quant_method: "sbn"`` in ``config.json``. vLLM fuses q, k and v into one layer, and gate and up
+into another. The 2-bit codes of the parts are loaded into slices of one tensor, and gamma has one entry for each part,
+as in a fused layer of this project. After loading, each layer becomes a :class:`PackedTernaryLinear`, which takes its
+kernels from the registry that the whole project uses.
 
-With tensor parallelism, a column-parallel layer (qkv, gate_up) computes what one process would. A row-parallel layer
-(o, down) sees a slice of each token and scales that slice by the slice's own maximum. Its result is as accurate, but
-not the same bits as on one process.
+With tensor parallelism, a column-parallel layer (qkv, gate_up) computes exactly what one process would. A row-parallel
+layer (o, down) sees a slice of each token, and quantises the slice by the slice's own maximum. The result is as
+accurate as on one process, but differs in its rounding.
 
 vLLM is imported with this file, and nothing else in this project imports this file.
 """
@@ -160,7 +160,7 @@ class SBNLinearMethod(LinearMethodBase):
         layer.sbn_shape = (input_size_per_partition, tuple(output_partition_sizes))  # type: ignore[assignment]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Turn what was loaded into a packed layer, and settle its kernel before vLLM compiles or captures anything."""
+        """Turn the loaded codes into a packed layer, and choose its kernel before vLLM compiles or captures a graph."""
         in_features, rows = layer.sbn_shape  # type: ignore[misc]
         ternary = PackedTernaryLinear(
             unpack_codes(layer.codes.data, in_features),  # type: ignore[arg-type, union-attr]

@@ -51,7 +51,7 @@ def read_part(part: Part, options: dict[str, Any], tally: Tally) -> Iterator[Pie
         part: The part to read.
         options: The options of ``prepare``: ``text_key``, ``val_fraction``, and for Hugging Face datasets ``subset``
             and ``split``.
-        tally: Counts what is replaced and what is left out.
+        tally: The tally that counts what is replaced and what is left out.
 
     Raises:
         DataError: The file is damaged; the message names the file and the line.

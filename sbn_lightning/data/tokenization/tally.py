@@ -55,8 +55,8 @@ class Tally:
         """Count a record that is left out.
 
         Args:
-            where: Returns the place of the record. It is called only for records that get named, because finding a
-                line's number means reading the file up to the line.
+            where: A function that returns the place of the record. It is called only for records that get named,
+                because finding a line's number means reading the file up to the line.
             reason: Why the record is left out.
         """
         self.skipped += 1

@@ -1,8 +1,8 @@
 """Folders in the packed layout of transformers' bitnet: 2-bit codes and one scale for each tensor.
 
 ``hf-bitnet`` exports of this project are read back to the same codes, and to the same gamma up to rounding. Qwen2 and
-Llama models that others packed this way are read as well. A ``config.json`` does not say which N:M pattern the weights
-follow. Exports of this project add it under ``sbn``; for other models the pattern is taken to be dense.
+Llama models that others packed this way are read as well. transformers has no field for the N:M pattern of the weights.
+Exports of this project add the pattern to ``config.json`` under ``sbn``. Other models are taken to be dense.
 
 transformers' ``bitlinear`` divides by ``weight_scale`` and ``autobitlinear`` multiplies by it; see
 :mod:`sbn_lightning.formats.huggingface.write`.

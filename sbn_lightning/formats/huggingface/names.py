@@ -72,7 +72,7 @@ def from_hf_state(
 
     Args:
         config: The configuration of the model.
-        read: Returns a tensor of the other model by its name.
+        read: A function that returns a tensor of the other model by its name.
         names: The names of all tensors of the other model.
         source: The file or folder of the tensors, for messages.
 

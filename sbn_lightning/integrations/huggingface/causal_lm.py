@@ -109,7 +109,8 @@ class CausalLM(SparseBitNet):
         mask_source: The numbers that rank the weights of a group: ``"latent"`` weights or ``"ternary"`` codes.
         gradient: The straight-through gradient, for all positions (``"dense"``) or kept ones only (``"masked"``).
         gamma_over: The weights that gamma averages; see :class:`SparseBitLinear`.
-        optimizer: Makes the optimiser from parameter groups. Norms, biases and embeddings get no weight decay.
+        optimizer: A function that makes the optimiser from parameter groups. Norms, biases and embeddings get no weight
+            decay.
         schedule: The learning rate after the warm-up: ``"cosine"``, ``"linear"`` or ``"constant"``.
         warmup_steps: The number of optimiser steps of linear warm-up.
         final_learning_rate: The share of the peak learning rate at the last step.
