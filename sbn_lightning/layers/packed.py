@@ -1,8 +1,9 @@
-"""A ternary linear layer without a latent weight: for models that are run, not trained.
+"""A ternary linear layer without a latent weight, for models that are run and not trained.
 
-The reference path makes the same calls as :class:`SparseBitLinear` in evaluation, so its output has the same bits. The
-kernel path keeps the weight packed, 2 bits a weight, and never unpacks it: one copy serves prefill and decode. Which
-path is taken is settled before the first forward on a device, outside of any compiled graph.
+The layer has two paths. The reference path makes the same calls as :class:`SparseBitLinear` in evaluation, so its
+output has the same bits. The kernel path packs the weight at 2 bits for each weight and never unpacks it, so prefill
+and decode share one copy. The layer chooses its path before its first forward on a device, outside of any compiled
+graph.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ class PackedTernaryLinear(nn.Module):
     """``y = (x8 @ T^T) * s * gamma (+ bias)`` from ternary codes and gamma alone.
 
     Args:
-        codes: int8 ``[out_features, in_features]`` in {-1, 0, 1}.
-        gamma: Weight scale of each part, float32 ``[parts]``.
-        bias: ``[out_features]`` or None.
+        codes: The ternary codes in {-1, 0, 1}, int8 ``[out_features, in_features]``.
+        gamma: The weight scale of each part, float32 ``[parts]``.
+        bias: The bias, ``[out_features]``, or None.
         sparsity: The options that the weight was trained with: a :class:`SparsityConfig`, or only a pattern.
         **options: Single fields of :class:`SparsityConfig`.
 
     Attributes:
-        backend: ``"reference"``: plain PyTorch, any device. ``"kernels"``: packed weights and the kernels of
-            ``sbn_kernels``, on sparse tensor cores where device and pattern allow; an error where no kernel can run.
-            ``"int8"``: the same on dense tensor cores. ``"auto"`` (the default): as ``"kernels"`` on a GPU that has
-            them, for activations of 8 or 4 bits; the reference elsewhere.
+        backend: What computes the product. ``"reference"`` is plain PyTorch on any device. ``"kernels"`` takes packed
+            weights and the kernels of ``sbn_kernels``, on sparse tensor cores where device and pattern allow, and
+            raises an error where no kernel can run. ``"int8"`` takes the kernels for dense tensor cores. ``"auto"``
+            (the default) takes kernels if the GPU has them and tokens have 8 or 4 bits, and otherwise the reference.
 
     Shape:
         x ``[..., in_features]`` -> y ``[..., out_features]`` in the dtype of x, or autocast's where autocast is on.
@@ -71,22 +72,23 @@ class PackedTernaryLinear(nn.Module):
             "row_scale", expand_scale(gamma, self.split_sizes, self.out_features).clone(), persistent=False
         )
         self.register_buffer("bias", bias)
-        self._packed: Tensor | None = None  # what the kernels read; None: the codes, or the reference computes
-        self._layout = "none"  # the form of _packed
-        self._kernel: str | None = None  # the kernel for many tokens; None: the reference
+        # The weight in the form that the kernel reads. None if the kernel reads the codes, or there is no kernel.
+        self._packed: Tensor | None = None
+        self._layout = "none"  # The form of the packed weight.
+        self._kernel: str | None = None  # The kernel for many tokens; None for the reference.
         self._settled_for: tuple[object, ...] | None = None
 
     def ternary(self) -> tuple[Tensor, Tensor]:
-        """Returns int8 codes ``[out_features, in_features]`` and gamma, one a part, float32."""
+        """Returns the codes, int8 ``[out_features, in_features]``, and gamma of each part, float32 ``[parts]``."""
         return self.codes, self.gamma
 
     def effective_weight(self) -> Tensor:
-        """``gamma * T``, ``[out_features, in_features]``, float32."""
+        """The effective weight ``gamma * T``, float32 ``[out_features, in_features]``."""
         return self.codes * self.row_scale.unsqueeze(-1)
 
     @property
     def mask(self) -> Tensor:
-        """Where weights are not zero, bool ``[out_features, in_features]``."""
+        """The positions of the weights that are not zero, bool ``[out_features, in_features]``."""
         return self.codes != 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,13 +98,13 @@ class PackedTernaryLinear(nn.Module):
         if self._settled_for != (self.backend, self.codes.device):
             self._settle()
         with torch.autocast(device, enabled=False):
-            wants_gradient = torch.is_grad_enabled() and x.requires_grad  # which kernels have not
+            wants_gradient = torch.is_grad_enabled() and x.requires_grad  # The kernels have no backward.
             by_kernels = self._kernel is not None and x.dtype in KERNEL_DTYPES and not wants_gradient
             y = self._by_kernels(x, dtype) if by_kernels else self._by_reference(x, dtype)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _by_reference(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        # The second argument tells a backward pass the dtype of a latent weight's gradient; there is none here.
+        # The second argument is for the latent weight, of which only the dtype is read. This layer has none.
         return ternary_linear(x, self.gamma, self.codes, self.row_scale, None, self.activation_bits, dtype)
 
     def _by_kernels(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,7 +118,7 @@ class PackedTernaryLinear(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _settle(self) -> None:
-        """Asks for a kernel, or the reference, and packs the weight for the kernels of its device."""
+        """Chooses a kernel or the reference, and packs the weight for the kernel."""
         self._packed, self._layout, self._kernel = None, "none", None
         if self.backend != "reference":
             from sbn_lightning.backends.selection import choose_packed, pack_for
@@ -134,7 +136,7 @@ class PackedTernaryLinear(nn.Module):
         return self.in_features % 4 == 0 and int(nonzeros_per_group(self.codes, 4).max()) <= 2
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedTernaryLinear:
-        """Moves everything; a cast leaves gamma as it is, whose digits are few enough."""
+        """Moves all tensors to another device. A cast to another dtype leaves gamma in float32."""
         gamma, row_scale = self.gamma, self.row_scale
         super()._apply(fn, recurse)
         self.gamma, self.row_scale = gamma.to(self.gamma.device), row_scale.to(self.row_scale.device)
@@ -153,13 +155,13 @@ class PackedTernaryLinear(nn.Module):
 
 
 def pack_layers(model: nn.Module, backend: InferenceBackend = "auto") -> nn.Module:
-    """Replaces every :class:`SparseBitLinear` of a model by what it computes with in evaluation, in place.
+    """Replaces every :class:`SparseBitLinear` of a model by a :class:`PackedTernaryLinear`, in place.
 
-    Latent weights are dropped: 4 bytes a weight become 1 and, with kernels, a quarter more.
+    Latent weights are dropped, so a weight takes 1 byte in place of 4. With kernels it takes a quarter of a byte more.
 
     Args:
         model: Any model.
-        backend: For the new layers; see :class:`PackedTernaryLinear`.
+        backend: The backend of the new layers; see :class:`PackedTernaryLinear`.
 
     Returns:
         ``model``.
@@ -174,7 +176,7 @@ def pack_layers(model: nn.Module, backend: InferenceBackend = "auto") -> nn.Modu
 
 
 def packed_layer(layer: SparseBitLinear) -> PackedTernaryLinear:
-    """A layer without latent weights that computes what ``layer`` does in evaluation."""
+    """Makes a layer without latent weights that computes what ``layer`` computes in evaluation."""
     codes, gamma = layer.ternary()
     bias = None if layer.bias is None else layer.bias.detach()
     return PackedTernaryLinear(

@@ -29,7 +29,8 @@ class SparseBitLinear(MaskedLinear):
         **options: Single fields of :class:`SparsityConfig`, for example ``pattern="2:4"``.
 
     Shape:
-        x ``[..., in_features]`` -> y ``[..., out_features]`` in the dtype of x, or autocast's where autocast is on.
+        x ``[..., in_features]`` -> y ``[..., out_features]`` in the dtype of x, or in autocast's dtype if autocast is
+        on.
 
     Raises:
         ConfigError: If an option cannot work. The message names the layer.
@@ -54,11 +55,12 @@ class SparseBitLinear(MaskedLinear):
         self._forget_prepared()
 
     def wrap_backend(self, wrap: Callable[[Backend], Backend]) -> None:
-        """Puts a wrapper around the present backend, and around each one that is assigned later.
+        """Puts a wrapper around the present backend, and around each backend that is assigned later.
 
         Args:
-            wrap: Makes a backend around another, for example one for a weight that is sharded by rows. A wrapper with a
-                method ``rows`` gets what that method makes of the weight, in place of the whole latent weight.
+            wrap: A function that makes a backend from another one, for example a backend for a weight that is sharded
+                by rows. If the new backend has a method ``rows``, the layer calls ``rows(weight)`` and gives the result
+                to the backend in place of the whole latent weight.
         """
         self._wrap_backend = wrap
         self.backend = self._backend
@@ -80,11 +82,11 @@ class SparseBitLinear(MaskedLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseBitLinear:
         super()._apply(fn, recurse)
         if self._prepared is not None and self._prepared.codes.device != self.weight.device:
-            self._forget_prepared()  # it holds memory of the device that the layer has left
+            self._forget_prepared()  # The prepared weight takes memory on the old device.
         return self
 
     def ternary(self) -> tuple[Tensor, Tensor]:
-        """Returns int8 codes ``[out_features, in_features]`` in {-1, 0, 1} and gamma, one a split, float32."""
+        """Returns the codes in {-1, 0, 1}, int8 ``[out_features, in_features]``, and gamma of each part, float32."""
         self.prepare()
         starts = [0]
         for rows in (self.split_sizes or (self.out_features,))[:-1]:
@@ -111,7 +113,8 @@ class SparseBitLinear(MaskedLinear):
             stale = False
         if not stale and self._prepared_key() == self._prepared_of:
             return
-        # A validation loop runs in inference mode; tensors made there could not be used in the next training step.
+        # A validation loop may run in inference mode. Tensors made in that mode could not be used in the next training
+        # step.
         with torch.inference_mode(False), torch.no_grad():
             keep = self._keep() if stale else self._most_kept
             bits = None if stale else self.mask_bits
@@ -121,7 +124,7 @@ class SparseBitLinear(MaskedLinear):
         self._prepared_of = self._prepared_key()
 
     def _prepared_key(self) -> tuple[Any, ...]:
-        """What the codes depend on: the weight, where it is, and the mask (its buffer's version counts refreshes)."""
+        """A key that changes with the weight, its device and the mask. The buffer's version counts mask refreshes."""
         return (self.tracker.changes, self.weight.device, id(self.mask_bits), version(self.mask_bits))
 
     def _multiply(self, x: Tensor, swiglu: bool, dtype: torch.dtype) -> Tensor:
@@ -139,22 +142,26 @@ class SparseBitLinear(MaskedLinear):
         bits = self.activation_bits
         if bits is None:
             x = x.to(dtype)
-        # Tokens are quantised in the precision that they come in: rounding them to bfloat16 first would double the
-        # error. Only the product has the dtype of autocast.
+        # Tokens are quantised in the precision that they come in, because rounding them to bfloat16 first would double
+        # the error. Only the product has the dtype of autocast.
         return self._backend.linear(x, self.weight, prepared, gradient_mask, bits, swiglu, dtype)
 
     def _mask_scores(self) -> Tensor:
         return self._for_backend(None if self.sparsity.mask_source == "latent" else self._dense_codes())
 
     def _for_backend(self, whole: Tensor | None = None) -> Tensor:
-        """The latent weight, or another tensor of its rows, as the backend takes it: all rows or this rank's."""
+        """Returns the rows that the backend needs: all rows, or this rank's rows if the weight is sharded by rows.
+
+        Args:
+            whole: A tensor that has one row for each row of the weight. None takes the latent weight.
+        """
         rows = getattr(self._backend, "rows", None)
         if rows is not None:
             return cast(Tensor, rows(self.weight if whole is None else whole))
         return self.latent() if whole is None else whole
 
     def _dense_codes(self) -> Tensor:
-        """Codes of all weights, masked or not, by the dense gamma; a kernel's own may differ in its last bit."""
+        """The codes of all weights, as if nothing were masked. A kernel's own gamma may differ in its last bit."""
         weight = self.latent()
         gamma = weight_scale(weight, self.split_sizes)
         return ternary_codes(weight, expand_scale(gamma, self.split_sizes, self.out_features))

@@ -11,7 +11,7 @@ from sbn_lightning.sparsity.config import Gradient, MaskSource
 from sbn_lightning.sparsity.pattern import unpack_mask
 from sbn_lightning.sparsity.ternary import MaskedLinearFunction, apply_swiglu
 
-# The names besides SparseLinear lived here in version 0.1.0.
+# In version 0.1.0 the other names of this list were defined in this file.
 __all__ = [
     "Gradient",
     "MaskSource",
@@ -31,7 +31,7 @@ class SparseLinear(MaskedLinear):
         in_features: The features of a token; a multiple of the pattern's M.
         out_features: The features of a result.
         bias: Whether the layer adds a bias.
-        sparsity: The options of the layer: a :class:`SparsityConfig`, or only a pattern. Options of quantisation have
+        sparsity: The options of the layer: a :class:`SparsityConfig`, or only a pattern. Options for quantisation have
             no effect here.
         device: The device of the parameters.
         dtype: The dtype of the parameters.
