@@ -1,4 +1,4 @@
-"""Several processes: sharding, masks that equal one process's, optimiser states by name."""
+"""Training on several processes: sharding, masks that equal those of one process, and optimiser states by name."""
 
 from __future__ import annotations
 

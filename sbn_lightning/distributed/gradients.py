@@ -1,9 +1,9 @@
-"""Gradients of weights that every rank computes whole and keeps by rows.
+"""Gradients of sharded weights: every rank computes the whole gradient, and keeps its own rows.
 
-The backward of a layer needs no latent weight, only codes. So a layer's gradient is accumulated into a leaf tensor
-without storage (:func:`stand_in`), and a hook sends each gradient on its way as soon as autograd has it: a
-reduce-scatter that runs beside the backward of the layers before. When the backward has ended, the rows of this rank
-are added to ``weight.grad``.
+The backward of a layer needs the codes and not the latent weight. So autograd accumulates a layer's gradient into a
+leaf tensor without storage (:func:`stand_in`). As soon as a gradient is there, a hook starts a reduce-scatter, which
+runs while autograd computes the backward of the earlier layers. At the end of the backward, the rows of this rank are
+added to ``weight.grad``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.distributed.tensor import DTensor
 
 from sbn_lightning.distributed.rows import RowCut
 
-# The name of the collective in newer versions of torch, and the one that they deprecate.
+# Newer versions of torch have the first name, and deprecate the second one.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-IN_FLIGHT = 2  # gradients of whole weights that wait for their reduce-scatter at a time
+IN_FLIGHT = 2  # The number of whole gradients that may be in memory at a time, each in its reduce-scatter.
 
 
 def stand_in(rows: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A leaf of autograd in the shape of a weight that takes no memory; only its gradient does."""
+    """Makes a leaf of autograd in the shape of a weight. The leaf takes no memory, only its gradient does."""
     return torch.empty((), dtype=dtype, device=device).expand(rows, in_features).requires_grad_()
 
 
@@ -34,7 +34,7 @@ def stand_in(rows: int, in_features: int, dtype: torch.dtype, device: torch.devi
 class _Sent:
     weight: nn.Parameter
     work: dist.Work | None
-    whole: Tensor | None  # alive until the collective has read it
+    whole: Tensor | None  # The gradient must stay alive until the collective has read it.
     mine: Tensor
     cut: RowCut
 
@@ -44,7 +44,7 @@ class GradientScatter:
 
     Args:
         shard_group: The ranks that share the rows of a weight.
-        replicate_group: The ranks that hold the same rows, in hybrid sharding; None: there are none.
+        replicate_group: The ranks that hold the same rows, in hybrid sharding. None means that there are none.
         average: The number of ranks that a gradient is averaged over.
     """
 
@@ -54,7 +54,13 @@ class GradientScatter:
         self._waits_for_end = False
 
     def attach(self, leaf: Tensor, weight: nn.Parameter, cut: RowCut) -> None:
-        """From now on the gradient of ``leaf`` goes to ``weight.grad``, by rows."""
+        """Makes the gradient of ``leaf`` go to ``weight.grad``, by rows.
+
+        Args:
+            leaf: The tensor that takes the place of the weight in autograd.
+            weight: The sharded weight.
+            cut: The rows of the weight that each rank has.
+        """
 
         def send(leaf: Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
@@ -78,7 +84,7 @@ class GradientScatter:
 
     def _wait(self, sent: _Sent) -> None:
         assert sent.work is not None
-        sent.work.wait()  # on a GPU: the stream waits, not the host
+        sent.work.wait()  # On a GPU the stream waits here, not the host.
         sent.work = sent.whole = None
         if self.replicate_group is not None:
             sent.work = dist.all_reduce(sent.mine, group=self.replicate_group, async_op=True)

@@ -1,18 +1,20 @@
 """Ternary layers whose latent weights are sharded by rows, and whose codes every rank holds whole.
 
-FSDP2 gathers a parameter in full precision for every forward and every backward. A ternary layer needs none of that:
-its products read codes, 2 bits a weight, which change once an optimiser step. So here
+FSDP2 gathers a parameter in full precision for every forward and every backward. A ternary layer does not need this:
+its products read codes, which take 2 bits for each weight and change once in an optimiser step. So training works like
+this:
 
-* latent weights, gradients and optimiser states are sharded by rows (``DTensor``, ``Shard(0)``), and FSDP2 leaves them
-  alone (``ignored_params``). Embeddings, norms and the head are FSDP2's as before;
-* each rank makes mask and codes of its own rows. gamma is a mean over the whole weight: the ranks exchange what the
-  mean is taken of (a float a row, on kernels), and every rank computes gamma from all of it, in the order that one
-  process has. So gamma, masks and codes equal those of one process to the last bit;
-* codes and masks travel at 2 bits a weight (:mod:`~sbn_lightning.distributed.rows`) once an optimiser step, and stay
-  whole on every rank until the next one: neither the backward nor further micro-batches gather anything;
-* gradients are reduce-scattered as the backward makes them (:mod:`~sbn_lightning.distributed.gradients`).
+* Latent weights, gradients and optimiser states are sharded by rows (``DTensor``, ``Shard(0)``), and FSDP2 leaves them
+  alone (``ignored_params``). FSDP2 still shards embeddings, norms and the head.
+* Each rank computes the mask and the codes of its own rows. gamma is a mean over the whole weight, so the ranks
+  exchange the terms of that mean (with kernels, one float for each row). Every rank then sums all terms in the order in
+  which one process would sum them. So gamma, masks and codes equal those of one process to the last bit.
+* Codes and masks travel once in an optimiser step, at 2 bits for each weight
+  (:mod:`~sbn_lightning.distributed.rows`). They stay whole on every rank until the next step, so neither the backward
+  nor further micro-batches gather anything.
+* Gradients are reduce-scattered as the backward computes them (:mod:`~sbn_lightning.distributed.gradients`).
 
-The layers know nothing of this. Their backend is wrapped in :class:`PackedRows`, which is a backend itself.
+The layers do not know about any of this. Their backend is wrapped in :class:`PackedRows`, which is a backend itself.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ class PackedRows:
 
     Args:
         inner: The backend that computes: the reference or the integer kernels.
-        cut: Where the rows of the layer are.
+        cut: The rows of the layer that each rank has.
         group: The ranks that share the rows.
-        leaf: Takes the place of the latent weight in autograd
+        leaf: The tensor that takes the place of the latent weight in autograd
             (:func:`~sbn_lightning.distributed.gradients.stand_in`).
     """
 
@@ -61,7 +63,7 @@ class PackedRows:
 
     @property
     def seed(self) -> Tensor | None:
-        """The seed of stochastic rounding; the inner backend's."""
+        """The inner backend's seed for stochastic rounding."""
         return getattr(self.inner, "seed", None)
 
     @seed.setter
@@ -69,11 +71,11 @@ class PackedRows:
         self.inner.seed = seed  # type: ignore[attr-defined]
 
     def rows(self, weight: Tensor) -> Tensor:
-        """This rank's rows of a tensor that is sharded, or of one that every rank has."""
+        """Returns this rank's rows of a weight. The weight is either sharded or whole on every rank."""
         return local_rows(weight) if isinstance(weight, DTensor) else self.cut.mine(weight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedRows:
-        # The copy is for evaluation, like an average of weights: its leaf sends no gradient anywhere.
+        # A copy is for evaluation only, for example an average of weights. So its leaf sends no gradient anywhere.
         return PackedRows(deepcopy(self.inner, memo), self.cut, self.group, self.leaf.detach())
 
     def fresh_mask(self, scores: Tensor, pattern: NMPattern, keep: Keep) -> Tensor:
@@ -85,12 +87,12 @@ class PackedRows:
         return self.inner.fresh_mask(scores, pattern, self._keep(keep))
 
     def prepare(self, latent: Tensor, mask_bits: Tensor | None, keep: Keep, sparsity: SparsityConfig) -> Any:
-        """As any backend's, from this rank's rows alone.
+        """Prepares the weight like any backend, but from the latent weights of this rank's rows alone.
 
         Args:
             latent: The latent weights of this rank's rows, ``[cut.count, in_features]``.
-            mask_bits: The whole packed mask; None for a fresh one.
-            keep: What a fresh mask keeps, for all rows.
+            mask_bits: The whole packed mask; None for a fresh mask.
+            keep: How many weights a fresh mask keeps in a group, for all rows.
             sparsity: The options of the layer.
         """
         columns, over = latent.shape[1], sparsity.gamma_over
@@ -124,7 +126,7 @@ class PackedRows:
         return self.cut.mine(keep) if isinstance(keep, Tensor) else keep
 
     def _gamma(self, rows: Tensor, mask_bits: Tensor | None, over: Over, sparsity: SparsityConfig) -> Tensor:
-        """gamma of each part of the whole weight, as one process computes it."""
+        """Computes gamma of each part of the whole weight, with the bits that one process would get."""
         terms = self.maker.gamma_terms(rows, mask_bits, over)
         whole = [gather_rows(term, self.cut, self.group) for term in terms]
         return self.maker.gamma(whole, over, rows.shape[1], sparsity)
@@ -132,7 +134,7 @@ class PackedRows:
     def _codes(
         self, rows: Tensor, mask_bits: Tensor | None, keep: Keep, gamma: Tensor, sparsity: SparsityConfig
     ) -> tuple[Tensor, Tensor]:
-        """int8 codes and the bool mask of this rank's rows."""
+        """Computes the codes, int8, and the mask, bool, of this rank's rows."""
         columns = rows.shape[1]
         if self.cut.count == 0:
             return rows.new_empty(0, columns, dtype=torch.int8), rows.new_empty(0, columns, dtype=torch.bool)
@@ -149,12 +151,12 @@ def local_rows(weight: Tensor) -> Tensor:
 def shard_packed(
     module: nn.Module, mesh: DeviceMesh, *, reduce_dtype: torch.dtype = torch.float32
 ) -> set[nn.Parameter]:
-    """Shards the latent weights of a model's ternary layers by rows; FSDP2 is to leave them alone.
+    """Shards the latent weights of a model's ternary layers by rows. FSDP2 must leave these weights alone.
 
     Args:
         module: The whole model, with equal weights on all ranks; changed in place.
-        mesh: One dimension: the ranks that share the rows. Two: the ranks that hold the same rows, then those that
-            share them (hybrid sharding).
+        mesh: The ranks. In a mesh of one dimension all ranks share the rows. A mesh of two dimensions is for hybrid
+            sharding: the ranks of the first dimension hold the same rows, those of the second share the rows.
         reduce_dtype: The dtype in which gradients travel: float32 or bfloat16.
 
     Returns:

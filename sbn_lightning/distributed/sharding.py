@@ -1,8 +1,8 @@
 """Masked layers on several processes.
 
-DDP keeps a whole copy on every rank: masks are a deterministic function of weights that are equal, so there is nothing
-to send. Sharding cuts each weight by rows and leaves the packed masks (1/32 of a float32 weight) whole. Rows are never
-cut, so a group of M never spans two ranks.
+DDP keeps a whole copy of the model on every rank. The weights of all copies are equal, and a mask depends on its weight
+alone, so no mask has to be sent. Sharding cuts each weight by rows and leaves the packed masks whole (1/32 of a float32
+weight). No row is cut in two, so a group of M never spans two ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sbn_lightning.layers.sparse_linear import masked_layers
 
 
 def keep_masks_out_of_broadcasts(module: nn.Module) -> None:
-    """Tells DDP not to broadcast masks: by default it sends every buffer from rank 0 before each forward."""
+    """Tells DDP not to broadcast masks. By default DDP sends every buffer from rank 0 before each forward."""
     names = [name for name, _ in module.named_buffers() if name.endswith("mask_bits")]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
@@ -38,22 +38,26 @@ def shard(
 ) -> None:
     """Shards a model over the ranks of a mesh, in plain PyTorch or under Lightning's ``ModelParallelStrategy``.
 
-    Latent weights of ternary layers are sharded by rows, and the ranks exchange 2-bit codes once an optimiser step
-    (:mod:`sbn_lightning.distributed.packed`). Everything else is FSDP2's, block by block, then the rest.
+    Latent weights of ternary layers are sharded by rows, and the ranks exchange 2-bit codes once in an optimiser step
+    (:mod:`sbn_lightning.distributed.packed`). FSDP2 shards all other parameters: first block by block, then the rest.
 
     Args:
         module: The whole model, with equal weights on all ranks; changed in place, once.
-        blocks: The transformer blocks of the model: FSDP2 gathers what it has of a block when the block runs.
-        mesh: A mesh of one dimension, of two (the ranks that hold the same rows, then those that share them), or
-            Lightning's, with dimensions ``data_parallel`` and ``tensor_parallel``, of which only the first may be used.
-        methods: Names of methods of ``module`` that compute, besides ``forward``: FSDP2 gathers weights for them too.
-        packed: If False FSDP2 shards the latent weights as well, and gathers them in full precision.
+        blocks: The transformer blocks of the model. FSDP2 gathers the parameters of a block when the block runs.
+        mesh: The ranks. In a mesh of one dimension all ranks share the rows. In a mesh of two dimensions the ranks of
+            the first hold the same rows, and those of the second share the rows. Lightning's mesh has the dimensions
+            ``data_parallel`` and ``tensor_parallel``; the size of ``tensor_parallel`` must be 1.
+        methods: The names of the methods of ``module``, besides ``forward``, for which FSDP2 must gather weights.
+        packed: Whether latent weights are sharded by rows. If False, FSDP2 shards them as well, and gathers them in
+            full precision.
         reduce_dtype: The dtype in which gradients of latent weights travel, float32 or bfloat16.
-        policy: The dtypes in which FSDP2 gathers its parameters and reduces their gradients; None: as they are.
+        policy: The dtypes in which FSDP2 gathers its parameters and reduces their gradients. None keeps the dtypes of
+            the parameters.
 
     Raises:
-        ConfigError: If ranks are left for tensor parallelism (Lightning's own default gives it all GPUs of a node,
-            which would then train apart, unnoticed), or a layer of FSDP2's has fewer rows than there are ranks.
+        ConfigError: If the mesh has ranks for tensor parallelism, or if a layer that FSDP2 shards has fewer rows than
+            there are ranks. (Lightning gives all GPUs of a node to tensor parallelism by default. Each of them would
+            then train a model of its own, unnoticed.)
     """
     if isinstance(module, FSDPModule):
         return

@@ -1,4 +1,4 @@
-"""Which of Lightning's strategies keep groups of M whole, and which checkpoints each of them reads."""
+"""Which of Lightning's strategies keep groups of M whole, which checkpoints they read, and ``ShardedStrategy``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ from sbn_lightning.core.errors import ConfigError
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuses strategies that flatten weights into one vector: groups of M and gamma would be lost.
+    """Refuses strategies that flatten all weights into one vector, because groups of M and gamma would be lost.
+
+    Args:
+        strategy: The strategy of a Trainer.
 
     Raises:
-        ConfigError: For FSDP1 and DeepSpeed, naming what works instead.
+        ConfigError: If the strategy is FSDP1 or DeepSpeed. The message says which strategies work.
     """
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise ConfigError(
@@ -33,21 +36,23 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def check_checkpoint(path: str | Path | None, strategy: Any) -> None:
-    """Refuses what a strategy would not read, or read wrongly.
+    """Refuses a checkpoint that a strategy cannot read, or would read wrongly.
 
     Args:
-        path: A checkpoint to continue from; None, and what is not there, is nobody's business here.
-        strategy: Lightning's or Fabric's.
+        path: The checkpoint to continue from. Nothing is checked if the path is None or does not exist.
+        strategy: The strategy of a Trainer or of a Fabric.
 
     Raises:
-        ConfigError: For a sharded checkpoint without ``ModelParallelStrategy``; or for optimiser states without names
-            with it (files of version 0.1.0, or of a module that does not call :func:`name_optimizer_states`).
+        ConfigError: If the checkpoint is sharded and the strategy is not ``ModelParallelStrategy``. Also if the
+            strategy is ``ModelParallelStrategy`` and the optimiser states have several parameter groups and no names,
+            as in files of version 0.1.0 or of a module that does not call :func:`name_optimizer_states`.
     """
     if path is None:
         return
     path, sharding = Path(path), isinstance(strategy, ModelParallelStrategy)
     if path.is_dir() and not sharding:
-        # To read it here would run what it contains: torch.distributed.checkpoint unpickles its metadata.
+        # The checkpoint is not read here, because torch.distributed.checkpoint unpickles its metadata. Unpickling can
+        # run code that the file contains.
         raise ConfigError(
             f"{path} is a sharded checkpoint, which only ModelParallelStrategy reads; if you trust it, make one file "
             f"of it: sbn consolidate --checkpoint {path} --output {path.with_suffix('.whole.ckpt')}"
@@ -66,14 +71,16 @@ def check_checkpoint(path: str | Path | None, strategy: Any) -> None:
 class ShardedStrategy(ModelParallelStrategy):
     """Shards latent weights, gradients and optimiser states over all GPUs: ``trainer.strategy: sbn_fsdp2``.
 
-    ``ModelParallelStrategy`` gives all GPUs of a node to tensor parallelism by default, which these models do not use.
+    This strategy uses all GPUs for data parallelism. ``ModelParallelStrategy`` would give all GPUs of a node to tensor
+    parallelism by default, which these models do not use.
 
     Args:
         reduce_dtype: The dtype in which gradients of latent weights travel.
-        gather: ``"packed_step"``: 2-bit codes once an optimiser step, which every rank then has whole (a quarter of a
-            byte a weight). ``"latent"``: FSDP2 gathers latent weights, 4 bytes each, in every forward and backward.
-        save_distributed_checkpoint: If True every rank saves its shard, and a checkpoint is a folder. If False a
-            checkpoint is one file, which every strategy reads.
+        gather: What the ranks gather. ``"packed_step"``: 2-bit codes, once in an optimiser step. Every rank then has
+            all codes, a quarter of a byte for each weight. ``"latent"``: FSDP2 gathers latent weights, 4 bytes each, in
+            every forward and backward.
+        save_distributed_checkpoint: Whether every rank saves its own shard, so that a checkpoint is a folder. If False,
+            a checkpoint is one file that every strategy reads.
         **options: The other options of ``ModelParallelStrategy``.
     """
 
