@@ -37,7 +37,7 @@ class RunLock:
         self._descriptor = -1
 
     def acquire(self, folder: Path) -> None:
-        """Takes the run that saves to ``folder``, and releases the one that this lock had.
+        """Take the run that saves to ``folder``, and release the run that this lock held.
 
         Args:
             folder: The folder of checkpoints. The folder above it is made if it is not there.
@@ -87,7 +87,7 @@ class RunLock:
                 os.close(descriptor)
 
     def release(self) -> None:
-        """Lets another process have the run. Does nothing if this lock holds no run."""
+        """Give the run up, so that another process can take it. Do nothing if this lock holds no run."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.unlink()
@@ -96,7 +96,7 @@ class RunLock:
 
 
 def _is_held(descriptor: int) -> bool | None:
-    """Tries to lock an open file; returns whether another process has it, or None if that cannot be told."""
+    """Try to lock an open file; return whether another process has it, or None if that cannot be told."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

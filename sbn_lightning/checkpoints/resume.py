@@ -81,7 +81,7 @@ def newest_state(
 
 
 def _put_aside(damaged: Path) -> Path:
-    """Gives a damaged checkpoint another name, so that the next save does not have to avoid the name it had."""
+    """Give a damaged checkpoint another name, so that the next save does not have to avoid the name it had."""
     aside = damaged.with_name(f"{damaged.name}.damaged")
     if aside.is_dir():  # A damaged folder was put aside before, and a rename cannot replace a folder with files.
         aside = next(free for i in count(2) if not (free := Path(f"{aside}-{i}")).exists())
@@ -91,7 +91,7 @@ def _put_aside(damaged: Path) -> Path:
 
 
 def check_can_be_read(path: str, *, training: bool, weights_only: bool | None = None) -> None:
-    """Finds out before anything is made whether there is a checkpoint to read.
+    """Find out before anything is made whether there is a checkpoint to read.
 
     Args:
         path: The value of ``--ckpt_path``. What Lightning looks up elsewhere passes: a URL, ``registry:...``.

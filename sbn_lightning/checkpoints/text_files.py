@@ -121,7 +121,7 @@ class TextFiles:
         return replace(self, contents={**self.contents, **changed})
 
     def write(self, folder: Path) -> None:
-        """Writes the files into a folder, except for ``config.json``: each format has its own.
+        """Write the files into a folder, except for ``config.json``: each format has its own.
 
         Raises:
             OSError: If a file cannot be written.
@@ -171,7 +171,7 @@ def only_token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_folder(folder: Path, token_ids: Mapping[str, Any] | None = None) -> TextFiles:
-    """Reads the text files of a folder.
+    """Read the text files of a folder.
 
     Args:
         folder: The folder.

@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def escape_what_cannot_be_printed() -> None:
-    r"""Makes output in an encoding that lacks a character print an escape such as ``\u00e9`` in its place.
+    r"""Make output in an encoding that lacks a character print an escape such as ``\u00e9`` in its place.
 
     The escapes are those of JSON, so that what a command prints as JSON stays JSON.
     """

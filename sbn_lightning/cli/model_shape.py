@@ -18,7 +18,7 @@ OPTION = "model.config"
 
 
 def take_shape(config: Namespace, arguments: Sequence[str]) -> None:
-    """Sets the fields of ``model.config`` that come with the weights of ``model.init_from``.
+    """Set the fields of ``model.config`` that come with the weights of ``model.init_from``.
 
     A field that the command line names keeps its value there. If this value does not fit the weights, loading them
     raises the error. A value from a recipe is replaced, and a printed line says so. A run that continues from a

@@ -62,7 +62,7 @@ def find(config: str) -> str:
 
 
 def copy(name: str, to: str = ".") -> Path:
-    """Copies a recipe.
+    """Copy a recipe.
 
     Args:
         name: The recipe's name, with or without ``.yaml``.
@@ -106,7 +106,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def recipes(argv: Sequence[str]) -> None:
-    """Lists the recipes, or copies one.
+    """List the recipes, or copy one.
 
     Args:
         argv: The words after ``sbn recipes``.

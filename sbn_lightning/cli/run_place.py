@@ -35,7 +35,7 @@ LOGGER = "lightning.pytorch.loggers.TensorBoardLogger"  # A Trainer without a lo
 
 
 def expand_paths(config: Namespace) -> None:
-    """Replaces ``~`` and ``$VARIABLE`` in the paths of a command's options."""
+    """Replace ``~`` and ``$VARIABLE`` in the paths of a command's options."""
     for option in PATHS:
         if isinstance(value := config.get(option), str):
             config[option] = expanded(value)
@@ -59,7 +59,7 @@ def resume_last_run(config: Namespace, training: bool = True) -> None:
 
 
 def continue_last(config: Namespace, *, training: bool, lock: RunLock | None) -> None:
-    """Makes ``--ckpt_path last`` continue the newest state of the run that the command names, in the run's own folder.
+    """Make ``--ckpt_path last`` continue the newest state of the run that the command names, in the run's own folder.
 
     By itself Lightning would open a new version folder, find no checkpoint there, and start anew with a warning.
 
@@ -80,7 +80,7 @@ def continue_last(config: Namespace, *, training: bool, lock: RunLock | None) ->
 
 
 def continue_after_requeue(config: Namespace, lock: RunLock | None) -> None:
-    """Does for a job that Slurm has requeued what Lightning would do, but only with a checkpoint of the job's own run.
+    """Continue a job that Slurm has requeued, but only from a checkpoint of the job's own run.
 
     Without ``--ckpt_path`` Lightning takes the ``hpc_ckpt_N.ckpt`` with the highest number in the current folder,
     whichever run wrote it.
@@ -159,7 +159,7 @@ def _loggers(config: Namespace) -> list[Namespace]:
 
 
 def _continue_in(config: Namespace, folder: Path) -> None:
-    """Makes the logger write to the folder of the run that goes on."""
+    """Make the logger write to the folder of the run that is continued."""
     version = folder.parent.name
     loggers = _loggers(config)
     if not loggers and config.trainer.get("logger") in (None, True):

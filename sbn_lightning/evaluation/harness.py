@@ -30,7 +30,7 @@ from sbn_lightning.inference.sampling import Sampling
 
 @register_model("sbn_lightning")
 class HarnessModel(TemplateLM):
-    """Scores and continues texts for the harness.
+    """Score and continue texts for the harness.
 
     Args:
         checkpoint: A model in any format that ``sbn evaluate`` reads, or a loaded model.
@@ -62,7 +62,7 @@ class HarnessModel(TemplateLM):
         tokenizer: str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
-        """Loads the model, unless it was loaded before."""
+        """Load the model, unless it was loaded before."""
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"batch_size={batch_size!r} is not a number from 1 upwards")
@@ -98,7 +98,7 @@ class HarnessModel(TemplateLM):
         return str(self.loaded.tokenizer_path)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Turns a text into token ids."""
+        """Turn a text into token ids."""
         special = self.add_special_tokens if add_special_tokens is None else add_special_tokens
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=special).ids
         return ids
@@ -130,7 +130,7 @@ class HarnessModel(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Computes the log-likelihood of whole texts. Their first token follows the end-of-document token."""
+        """Compute the log-likelihood of whole texts. Their first token follows the end-of-document token."""
         windows: list[tuple[None, list[int], list[int]]] = []
         counts = []
         for request in requests:
@@ -151,7 +151,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continues texts up to the first of a task's stop strings, which is left out."""
+        """Continue texts up to the first of a task's stop strings, which is left out."""
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):

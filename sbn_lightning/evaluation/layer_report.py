@@ -61,7 +61,7 @@ class LayerReport:
 
 @torch.no_grad()
 def layer_reports(model: nn.Module) -> list[LayerReport]:
-    """Describes every linear layer of a model, in the order of the model.
+    """Describe every linear layer of a model, in the order of the model.
 
     A head that shares the weight of the embedding is left out.
 
@@ -126,7 +126,7 @@ def _share_of_zeros(values: Tensor) -> float:
 
 
 def as_table(reports: list[LayerReport]) -> str:
-    """Writes the layers as a table with a row for each kind: ``blocks.3.mlp.down`` counts as ``down``."""
+    """Write the layers as a table with a row for each kind: ``blocks.3.mlp.down`` counts as ``down``."""
     groups: dict[tuple[str, str, str], list[LayerReport]] = {}
     for report in reports:
         groups.setdefault((kind_of(report.name), report.kind, report.pattern or ""), []).append(report)

@@ -43,7 +43,7 @@ def measure(
     dtype: DTypeName,
     backend: BackendName,
 ) -> dict[str, Any]:
-    """Measures a model; the arguments are those of :func:`~sbn_lightning.cli.evaluate.evaluate`.
+    """Measure a model; the arguments are those of :func:`~sbn_lightning.cli.evaluate.evaluate`.
 
     Returns:
         The results, as they are written to ``output``.

@@ -18,7 +18,7 @@ LOGITS = 1 << 27
 
 @torch.no_grad()
 def score(model: TernaryTransformer, tokens_BT: Tensor, first: int = 1) -> tuple[Tensor, Tensor]:
-    """Scores tokens given all tokens before them.
+    """Score tokens given all tokens before them.
 
     Args:
         model: The model, on the device of the tokens.
@@ -39,7 +39,7 @@ def score(model: TernaryTransformer, tokens_BT: Tensor, first: int = 1) -> tuple
 def score_ends(
     model: TernaryTransformer, rows: Sequence[Sequence[int]], counts: Sequence[int]
 ) -> list[tuple[float, bool]]:
-    """Scores the ends of sequences of different lengths, as one batch.
+    """Score the ends of sequences of different lengths, as one batch.
 
     Args:
         model: The model, on the device to use.
@@ -64,7 +64,7 @@ def score_ends(
 
 
 def _compare(model: TernaryTransformer, hidden_ND: Tensor, wanted_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes the log-probability of each wanted token after its hidden state, and whether it is the most likely."""
+    """Compute the log-probability of each wanted token after its hidden state, and whether it is the most likely."""
     size = max(1, LOGITS // model.config.vocab_size)
     log_probabilities, greedy = [], []
     for part, wanted in zip(hidden_ND.split(size), wanted_N.split(size), strict=True):

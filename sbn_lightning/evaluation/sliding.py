@@ -71,7 +71,7 @@ class Perplexity:
 
 
 def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yields the windows over a text.
+    """Yield the windows over a text.
 
     Args:
         tokens: The number of tokens in the text.
@@ -99,7 +99,7 @@ def perplexity(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Perplexity:
-    """Computes the perplexity of a model on a text.
+    """Compute the perplexity of a model on a text.
 
     Args:
         model: The model, on the device to use.

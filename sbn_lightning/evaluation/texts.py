@@ -34,7 +34,7 @@ class Text(NamedTuple):
 
 
 def text_of_files(files: Sequence[str], tokenizer: Tokenizer, max_tokens: int | None = None) -> Text:
-    """Reads files and lays them end to end, with an end-of-document token between them, as in training.
+    """Read files and lay them end to end, with an end-of-document token between them, as in training.
 
     Args:
         files: The paths of the files.
@@ -58,7 +58,7 @@ def text_of_files(files: Sequence[str], tokenizer: Tokenizer, max_tokens: int | 
 
 
 def text_of_folder(folder: str, split: str, max_tokens: int | None = None) -> Text:
-    """Reads a split of a prepared folder, its documents end to end.
+    """Read a split of a prepared folder, its documents end to end.
 
     litdata reads the split in blocks that do not cross shards. Up to :data:`_BLOCK` tokens at the very end can be left
     out.

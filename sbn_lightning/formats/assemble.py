@@ -16,7 +16,7 @@ from sbn_lightning.models.transformer import TernaryTransformer
 
 
 def build_model(config: TransformerConfig, state: dict[str, Any], source: str) -> TernaryTransformer:
-    """Builds a model around tensors that exist already; nothing is initialised or copied.
+    """Build a model around tensors that exist already; nothing is initialised or copied.
 
     Args:
         config: The configuration of the model.
@@ -37,7 +37,7 @@ def build_model(config: TransformerConfig, state: dict[str, Any], source: str) -
 
 
 def empty_model(config: TransformerConfig) -> TernaryTransformer:
-    """Builds a model without storage, for ``load_state_dict(assign=True)`` to fill."""
+    """Build a model without storage, for ``load_state_dict(assign=True)`` to fill."""
     with torch.device("meta"):
         return TernaryTransformer(config)
 
@@ -45,7 +45,7 @@ def empty_model(config: TransformerConfig) -> TernaryTransformer:
 def finish_model(
     model: TernaryTransformer, missing: list[str], unexpected: list[str], source: str
 ) -> TernaryTransformer:
-    """Adds to a model what a state dict does not bring: the tied head, the rotary tables, and masks that stay.
+    """Complete a model whose state dict was loaded: tie the head, make the rotary tables, and hold the masks.
 
     Args:
         model: A model whose state dict was loaded.
@@ -68,7 +68,7 @@ def finish_model(
 
 
 def cast_model(model: TernaryTransformer, dtype: torch.dtype) -> None:
-    """Casts a model in place. Latent weights of ternary layers, gamma and the rotary tables keep their dtypes.
+    """Cast a model in place. Latent weights of ternary layers, gamma and the rotary tables keep their dtypes.
 
     Args:
         model: The model.

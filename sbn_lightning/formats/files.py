@@ -25,7 +25,7 @@ def beginning(file: Path, size: int = 64) -> bytes:
 
 
 def refuse_pointer(file: Path) -> None:
-    """Checks that a file holds its content and is not the pointer that git-LFS leaves in its place.
+    """Check that a file holds its content and is not the pointer that git-LFS leaves in its place.
 
     Raises:
         DataError: If the file is a pointer, or cannot be read.
@@ -35,7 +35,7 @@ def refuse_pointer(file: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Read a JSON object.
 
     Raises:
         DataError: If the file is missing, or does not hold an object.

@@ -40,7 +40,7 @@ SHAPE = tuple(name for name in FIXED if name not in ("rope_theta", "rope_scaling
 
 
 def load_weights(model: TernaryTransformer, path: str) -> TextFiles:
-    """Copies the weights of another model; masks are made from them.
+    """Copy the weights of another model, and make masks from the copied weights.
 
     A packed model has lost its latent weights. ``gamma * codes`` takes their place, and a warning says so.
 
@@ -94,7 +94,7 @@ def _with_latent_weight(state: dict[str, Tensor], name: str, layer: PackedTernar
 
 
 def check_tokenizer(path: str, data: Any) -> None:
-    """Checks with :func:`difference` that the data were prepared with the tokenizer of the weights.
+    """Check with :func:`difference` that the data were prepared with the tokenizer of the weights.
 
     Nothing is checked if the weights come without a tokenizer, or if ``data`` is not prepared tokens.
 

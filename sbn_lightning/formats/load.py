@@ -32,7 +32,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
 ) -> LoadedModel:
-    """Reads a model.
+    """Read a model.
 
     Args:
         path: The file or folder of the model: a checkpoint of this project (``.ckpt``), the folder of a run (its
@@ -58,7 +58,7 @@ def load_model(
 
 
 def read_config(path: str | Path) -> TransformerConfig:
-    """Reads the configuration of a model without its weights.
+    """Read the configuration of a model without its weights.
 
     Args:
         path: As for :func:`load_model`.
@@ -88,7 +88,7 @@ def read_config(path: str | Path) -> TransformerConfig:
 
 
 def read_text(path: str | Path) -> TextFiles:
-    """Reads the text files of a model without its weights.
+    """Read the text files of a model without its weights.
 
     Args:
         path: As for :func:`load_model`.

@@ -45,7 +45,7 @@ class LoadedModel:
         return self.text.source
 
     def need_tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer.
+        """Return the tokenizer.
 
         Raises:
             DataError: If the model has no tokenizer; the message says how to pass one.

@@ -62,7 +62,7 @@ def ternary_layers(model: nn.Module) -> dict[str, SparseBitLinear | PackedTernar
 def write_packed(
     model: TernaryTransformer, folder: Path, text: TextFiles, embedding_bits: int = 16, value_bits: int = 16
 ) -> Sizes:
-    """Writes weights, text files and configuration into an existing folder.
+    """Write weights, text files and configuration into an existing folder.
 
     Args:
         model: A ternary or a masked model.
@@ -135,7 +135,7 @@ def in_16_bits(tensor: Tensor) -> Tensor:
 def _pack_ternary(
     name: str, layer: SparseBitLinear | PackedTernaryLinear, tensors: dict[str, Tensor], sizes: Sizes
 ) -> dict[str, Any]:
-    """Adds the tensors of a ternary layer; returns what ``config.json`` says of the layer."""
+    """Add the tensors of a ternary layer; return what ``config.json`` says of the layer."""
     codes, gamma = (tensor.detach().cpu() for tensor in layer.ternary())
     code = choose_code(codes, layer.pattern.m)
     tensors[f"{name}.codes"] = encode(codes, code)
@@ -157,7 +157,7 @@ def _pack_ternary(
 def _pack_masked(
     name: str, layer: SparseLinear, tensors: dict[str, Tensor], sizes: Sizes, value_bits: int
 ) -> dict[str, Any]:
-    """Adds the tensors of a masked layer; returns what ``config.json`` says of the layer."""
+    """Add the tensors of a masked layer; return what ``config.json`` says of the layer."""
     mask = layer.packed_mask().detach().cpu()
     values = layer.weight.detach().cpu()[unpack_mask(mask, layer.in_features)]
     tensors[f"{name}.values"] = in_16_bits(values) if value_bits == 16 else values
@@ -177,7 +177,7 @@ def _to_int8(name: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 def read_packed(folder: Path) -> tuple[TernaryTransformer, TextFiles]:
-    """Reads a packed folder. Ternary layers become :class:`PackedTernaryLinear`.
+    """Read a packed folder. Ternary layers become :class:`PackedTernaryLinear`.
 
     Raises:
         DataError: If a file is missing, cut short or changed; the message names the file.
@@ -191,7 +191,7 @@ def read_packed(folder: Path) -> tuple[TernaryTransformer, TextFiles]:
 
 
 def read_packed_config(folder: Path) -> TransformerConfig:
-    """Reads the configuration of a packed folder; the weights are not looked at.
+    """Read the configuration of a packed folder; the weights are not looked at.
 
     Raises:
         DataError: If ``config.json`` is damaged.
@@ -200,7 +200,7 @@ def read_packed_config(folder: Path) -> TransformerConfig:
 
 
 def read_packed_text(folder: Path) -> TextFiles:
-    """Reads the text files of a packed folder; the weights are not looked at.
+    """Read the text files of a packed folder; the weights are not looked at.
 
     Raises:
         DataError: If ``config.json`` or a text file is damaged.

@@ -28,7 +28,7 @@ class Found(NamedTuple):
 
 
 def recognise(path: Path) -> Found:
-    """Finds out which model is at ``path``.
+    """Find out which model is at ``path``.
 
     Args:
         path: A file, the folder of a model, or the folder of a run.

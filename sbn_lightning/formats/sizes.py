@@ -27,14 +27,14 @@ class PartSize:
 
 
 class Sizes:
-    """Adds up the parts of a file while the file is written."""
+    """Add up the parts of a file while the file is written."""
 
     def __init__(self) -> None:
-        """Starts without any part."""
+        """Start without any part."""
         self._parts: dict[str, PartSize] = {}
 
     def add(self, part: str, weights: int, size: int) -> None:
-        """Counts one tensor.
+        """Count one tensor.
 
         Args:
             part: The name of the part that the tensor belongs to.
@@ -46,11 +46,11 @@ class Sizes:
         found.bytes += size
 
     def __iter__(self) -> Iterator[PartSize]:
-        """Iterates over the parts, in the order in which they were added."""
+        """Iterate over the parts, in the order in which they were added."""
         return iter(self._parts.values())
 
     def __getitem__(self, part: str) -> PartSize:
-        """Returns the part with a name."""
+        """Return the part with a name."""
         return self._parts[part]
 
     @property

@@ -31,7 +31,7 @@ class WriteOptions:
 
 
 def write_model(loaded: LoadedModel, folder: Path, format: ExportFormat, options: WriteOptions) -> str:
-    """Writes a model.
+    """Write a model.
 
     Args:
         loaded: The model and its text files.

@@ -16,7 +16,7 @@ from sbn_lightning.core.errors import ConfigError, DataError
 
 
 def as_chat(text: TextFiles, message: str) -> str:
-    """Writes a message of the user as a chat that waits for the model's answer.
+    """Write a message of the user as a chat that waits for the model's answer.
 
     Args:
         text: The model's text files.

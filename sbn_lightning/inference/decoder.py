@@ -112,7 +112,7 @@ class Decoder:
         cuda_graph: bool | None = None,
         step: StepKind = "graph",
     ) -> None:
-        """Checks the sizes; memory for the cache is allocated by the first prompt."""
+        """Check the sizes; memory for the cache is allocated by the first prompt."""
         limit = model.config.max_sequence_length
         if not 1 <= max_length <= limit:
             raise ConfigError(f"max_length={max_length} is outside 1 to the model's max_sequence_length={limit}")
@@ -143,7 +143,7 @@ class Decoder:
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Reads prompts, one for each row of the batch; what was in the cache is forgotten.
+        """Read prompts, one for each row of the batch; what was in the cache is forgotten.
 
         Args:
             prompts: The token ids of each prompt: ``batch_size`` prompts, none empty.
@@ -164,7 +164,7 @@ class Decoder:
 
     @torch.no_grad()
     def prefill_padded(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        """Does what :meth:`prefill` does for prompts on the model's device, without checks.
+        """Start sequences as :meth:`prefill` does, from prompts on the model's device, without checks.
 
         Args:
             tokens_BT: The prompts, padded at their ends with any token, int64 ``[B, T]``.
@@ -195,7 +195,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens_B: Tensor) -> Tensor:
-        """Adds a token to each sequence.
+        """Add a token to each sequence.
 
         A sequence of ``max_length`` tokens does not grow: its last token is replaced.
 
@@ -227,7 +227,7 @@ class Decoder:
         return logits
 
     def check(self) -> None:
-        """Checks that the steps so far are valid. The persistent step waits for the device. A graph has no deadline.
+        """Check that the steps so far are valid. The persistent step waits for the device. A graph has no deadline.
 
         Raises:
             StepTimeoutError: If a persistent step passed its deadline. The logits since the last check are wrong; the

@@ -73,7 +73,7 @@ def _layers(model: TernaryTransformer) -> Iterator[Layer]:
 
 @torch.no_grad()
 def gather_weights(model: TernaryTransformer) -> Weights:
-    """Collects the tensors of a model with ternary layers; the layers are prepared one by one as they are read."""
+    """Collect the tensors of a model with ternary layers; the layers are prepared one by one as they are read."""
     from sbn_kernels.decode.step import Weights
 
     return Weights(
@@ -95,7 +95,7 @@ def persistent_step(
     *,
     cuda_graph: bool,
 ) -> DecodeStep:
-    """Packs a model's weights and makes the step on a decoder's caches.
+    """Pack a model's weights and make the step on a decoder's caches.
 
     Args:
         model: The model. Changes of its weights after this call do not reach the step.

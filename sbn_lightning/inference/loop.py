@@ -44,7 +44,7 @@ class Speed:
     sequences: int = 0
 
     def __add__(self, other: Speed) -> Speed:
-        """Adds up two batches."""
+        """Add up two batches."""
         return Speed(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ def generate(
     decode_step: StepKind = "graph",
     speed: Speed | None = None,
 ) -> list[list[int]]:
-    """Continues a batch of prompts, which may differ in length.
+    """Continue a batch of prompts, which may differ in length.
 
     With a greedy choice each prompt gets the tokens that it would get alone and without a cache, as far as the device
     computes the same sums in a batch.
@@ -131,7 +131,7 @@ def stream(
     cuda_graph: bool | None = None,
     speed: Speed | None = None,
 ) -> Iterator[int]:
-    """Continues one prompt, token by token; the arguments and the tokens are those of :func:`generate`.
+    """Continue one prompt, token by token; the arguments and the tokens are those of :func:`generate`.
 
     Yields:
         The new token ids, as they come.
@@ -158,7 +158,7 @@ def _start(
     cuda_graph: bool | None,
     decode_step: StepKind = "graph",
 ) -> tuple[list[int], Decoder]:
-    """Computes how many new tokens each prompt has room for, and makes a decoder that holds them all."""
+    """Compute how many new tokens each prompt has room for, and make a decoder that holds them all."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} is below 1")
     if not prompts:
@@ -178,7 +178,7 @@ def _start(
 def _tokens(
     decoder: Decoder, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, seed: int
 ) -> Iterator[Tensor]:
-    """Yields the next token of each sequence, ``count`` times, int64 ``[B]``; the device may still compute them."""
+    """Yield the next token of each sequence, ``count`` times, int64 ``[B]``; the device may still compute them."""
     generator = torch.Generator(decoder.device).manual_seed(seed)
     logits = decoder.prefill(prompts)
     for i in range(count):
@@ -189,7 +189,7 @@ def _tokens(
 
 
 def _late(tokens: Iterator[Tensor], device: torch.device) -> Iterator[int]:
-    """Yields the first sequence's tokens on the host; each is read after the device was given the next step."""
+    """Yield the first sequence's tokens on the host; each is read after the device was given the next step."""
     if device.type != "cuda":
         for step in tokens:
             yield int(step[0])

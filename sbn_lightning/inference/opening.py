@@ -32,7 +32,7 @@ def open_model(
     backend: BackendName = "auto",
     compile: bool = False,
 ) -> LoadedModel:
-    """Loads a model and makes it ready to run.
+    """Load a model and make it ready to run.
 
     Args:
         checkpoint: The model, in any format that :func:`~sbn_lightning.formats.load_model` reads.
@@ -59,7 +59,7 @@ def open_model(
 
 
 def choose_device(name: str) -> torch.device:
-    """Finds a device by its name.
+    """Find a device by its name.
 
     Args:
         name: The name, such as ``"cuda:1"``; ``"auto"`` takes a GPU if there is one.
@@ -81,7 +81,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def use_backend(model: nn.Module, backend: BackendName, dtype: torch.dtype, tokens: int = 2048) -> str:
-    """Gives the ternary layers of a model a backend.
+    """Give the ternary layers of a model a backend.
 
     With ``"auto"``, layers that hold packed weights choose their kernel by the pattern, without measuring.
 

@@ -12,7 +12,7 @@ ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>", 
 
 
 def stop_ids(opened: LoadedModel, stop_token: str | list[str] | None) -> set[int]:
-    """Finds the ids of the tokens that end a text.
+    """Find the ids of the tokens that end a text.
 
     Args:
         opened: The model.
@@ -36,7 +36,7 @@ def stop_ids(opened: LoadedModel, stop_token: str | list[str] | None) -> set[int
 
 
 def encode_prompt(opened: LoadedModel, prompt: str, *, chat: bool = False) -> list[int]:
-    """Turns a prompt into token ids, at least one.
+    """Turn a prompt into token ids, at least one.
 
     Args:
         opened: The model.

@@ -35,7 +35,7 @@ class Sampling:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
+        """Check the ranges."""
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature={self.temperature} is not a number from 0 (greedy) upwards")
         if not 0 < self.top_p <= 1:
@@ -44,7 +44,7 @@ class Sampling:
             raise ConfigError(f"top_k={self.top_k} is below 1; leave it out to draw from all tokens")
 
     def __call__(self, logits_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Chooses a token for each row.
+        """Choose a token for each row.
 
         Args:
             logits_BV: The logits, ``[B, vocab_size]``.

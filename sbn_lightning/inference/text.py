@@ -23,14 +23,14 @@ _REPLACEMENT = "\ufffd"
 
 
 class TextStream:
-    """Turns a stream of token ids into a stream of text.
+    """Turn a stream of token ids into a stream of text.
 
     Args:
         tokenizer: The tokenizer that made the ids. Special tokens are left out of the text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Starts without any token."""
+        """Start without any token."""
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         # The first token that is decoded. Some tokens that were returned already are the context of the next ones.
@@ -39,7 +39,7 @@ class TextStream:
         self._ids_printed = 0  # How many tokens have had their whole text returned.
 
     def push(self, token: int) -> str:
-        """Adds a token; returns the text that is certain now, which may be none."""
+        """Add a token; return the text that is certain now, which may be none."""
         self._ids.append(token)
         text = self._decode(self._start, len(self._ids))
         end = max(len(text.rstrip(_REPLACEMENT)), self._printed)
@@ -51,7 +51,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """Returns what was held back; no more tokens come."""
+        """Return what was held back; no more tokens come."""
         piece = self._decode(self._start, len(self._ids))[self._printed :]
         self._printed += len(piece)
         return piece

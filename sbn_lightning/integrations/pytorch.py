@@ -191,7 +191,7 @@ def use_kernels(
 
 
 class _SeedEachPass:
-    """Gives each layer a fresh seed before each forward that needs gradients, as int8 gradients require.
+    """Give each layer a fresh seed before each forward that needs gradients, as int8 gradients require.
 
     Ranks of a distributed run draw different seeds. With equal seeds their rounding errors would be equal too, and
     averaging the gradients would not reduce them.

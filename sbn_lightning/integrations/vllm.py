@@ -115,7 +115,7 @@ class SBNConfig(QuantizationConfig):
 
 @register_weight_loader_v2_supported_method
 class SBNLinearMethod(LinearMethodBase):
-    """Loads and computes one linear layer.
+    """Load and compute one linear layer.
 
     Args:
         pattern: The pattern "N:M".

@@ -53,7 +53,7 @@ class _Model:
 
 
 class SparseTernaryPrecision(Precision):
-    """Runs ternary layers on integer tensor cores, and everything else in ``dtype``.
+    """Run ternary layers on integer tensor cores, and everything else in ``dtype``.
 
     The forward equals the reference up to rounding, whatever the backend: weights and tokens are integers, and their
     product is exact. Parameters keep their dtype. They should be float32, because bfloat16 would round away small
@@ -110,7 +110,7 @@ class SparseTernaryPrecision(Precision):
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Notes ``module``. Its layers get their backends before the first forward, when their device is known.
+        """Note ``module``. Its layers get their backends before the first forward, when their device is known.
 
         Raises:
             ConfigError: If ``module`` has no ternary layer.
@@ -139,7 +139,7 @@ class SparseTernaryPrecision(Precision):
             rank_zero_info(f"gradients stay exact in the {exact} layers on the reference backend")
 
     def _agreed_choices(self, layers: dict[str, SparseBitLinear], device: torch.device) -> dict[str, Choice]:
-        """Makes the choices once for all ranks, because timings differ between ranks."""
+        """Make the choices once for all ranks, because timings differ between ranks."""
         rank, processes = _place()
         agreed: list[dict[str, Choice] | None] = [None]
         if self.backend != "auto" or rank == 0:
@@ -156,7 +156,7 @@ class SparseTernaryPrecision(Precision):
 
     @override
     def teardown(self) -> None:
-        """Puts the layers back on the reference backend, because Lightning moves the module to the CPU at the end."""
+        """Put the layers back on the reference backend, because Lightning moves the module to the CPU at the end."""
         for model in self._models:
             for layer in model.ternary_layers():
                 layer.backend = REFERENCE
@@ -167,7 +167,7 @@ class SparseTernaryPrecision(Precision):
     @override
     @contextmanager
     def forward_context(self) -> Generator[None, None, None]:
-        """Sets autocast, draws seeds, and gives a backend to layers that are new or have moved to another device."""
+        """Set autocast, draw seeds, and give a backend to layers that are new or have moved to another device."""
         layers = []
         for model in self._models:
             module, known = model.module(), model.ternary_layers()
@@ -182,13 +182,13 @@ class SparseTernaryPrecision(Precision):
 
     @override
     def convert_output(self, data: Any) -> Any:
-        """Gives floating-point outputs of a forward the default dtype. Fabric calls this hook; a Trainer does not."""
+        """Give floating-point outputs of a forward the default dtype. Fabric calls this hook; a Trainer does not."""
         if self.dtype != "bf16":
             return data
         return apply_to_collection(data, Tensor, _in_default_dtype)
 
     def _draw_seeds(self, layers: list[SparseBitLinear]) -> None:
-        """Gives each layer a seed of its own for this pass and this process.
+        """Give each layer a seed of its own for this pass and this process.
 
         The seeds are new tensors, because a backward that is still to come may hold the old ones. Processes must not
         share seeds. Gradients that are rounded by the same draw have the same error, and averaging would not reduce it.

@@ -41,7 +41,7 @@ _JSON_NAMES = {dict: "an object", list: "a list", bool: "a truth value", int: "a
 
 
 class _TooDeep:
-    """Stands for a record that Python's parser cannot read because it is nested too deeply."""
+    """The stand-in for a record that is nested too deeply for Python's parser."""
 
 
 def read_part(part: Part, options: dict[str, Any], tally: Tally) -> Iterator[Piece]:

@@ -24,7 +24,7 @@ ROPE_DIVISORS = "rope_freqs.weight"
 
 
 def interleave_halves(weight: Tensor, head_size: int) -> Tensor:
-    """Reorders the rows of ``[heads * head_size, ...]`` so that the two halves of a head alternate."""
+    """Reorder the rows of ``[heads * head_size, ...]`` so that the two halves of a head alternate."""
     return weight.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
 
 

@@ -35,7 +35,7 @@ LLAMA_3 = tuple(RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
 
 
 def read_gguf(file: Path) -> tuple[TransformerConfig, dict[str, Tensor], TextFiles]:
-    """Reads a model.
+    """Read a model.
 
     Returns:
         A dense configuration; the state dict of a :class:`TernaryTransformer`, in float32; the text files.
@@ -63,13 +63,13 @@ def read_gguf(file: Path) -> tuple[TransformerConfig, dict[str, Tensor], TextFil
 
 
 def read_gguf_config(file: Path) -> TransformerConfig:
-    """Reads the configuration alone; the errors are those of :func:`read_gguf`."""
+    """Read the configuration alone; the errors are those of :func:`read_gguf`."""
     with _reading(file) as (fields, tensors):
         return _config(fields, tensors, file)
 
 
 def read_gguf_text(file: Path) -> TextFiles:
-    """Reads the text files alone; the errors are those of :func:`read_gguf`."""
+    """Read the text files alone; the errors are those of :func:`read_gguf`."""
     with _reading(file) as (fields, _):
         return read_tokenizer(fields, file)
 

@@ -33,7 +33,7 @@ KEYS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], str]:
-    """Checks that llama.cpp can make the tokens of a tokenizer.
+    """Check that llama.cpp can make the tokens of a tokenizer.
 
     Returns:
         The contents of the ``tokenizer.json``, and llama.cpp's name for how it cuts text; ``"spm"`` for SentencePiece.
@@ -90,7 +90,7 @@ def _scores(values: dict[str, Any]) -> dict[str, float]:
 
 
 def add_tokenizer(writer: Any, text: TextFiles, vocab_size: int) -> None:
-    """Writes the vocabulary, the merges or scores, the special tokens and the chat template.
+    """Write the vocabulary, the merges or scores, the special tokens and the chat template.
 
     Args:
         writer: A ``gguf.GGUFWriter``.
@@ -159,7 +159,7 @@ def _is_byte(token: str) -> bool:
 
 
 def read_tokenizer(fields: dict[str, Any], source: Path) -> TextFiles:
-    """Makes the text files of a model from the metadata of its GGUF file.
+    """Make the text files of a model from the metadata of its GGUF file.
 
     Args:
         fields: The metadata by name.
@@ -257,7 +257,7 @@ def _used(fields: dict[str, Any]) -> dict[str, int]:
 
 
 def _add_tokens(tokenizer: Tokenizer, fields: dict[str, Any]) -> None:
-    """Marks the tokens that are found in a text before it is cut."""
+    """Mark the tokens that are found in a text before it is cut."""
     from tokenizers import AddedToken
 
     for token, kind in zip(fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type", []), strict=False):
@@ -266,7 +266,7 @@ def _add_tokens(tokenizer: Tokenizer, fields: dict[str, Any]) -> None:
 
 
 def _add_start(tokenizer: Tokenizer, fields: dict[str, Any], default: bool) -> None:
-    """Lets the tokenizer add the token that begins a text, if the file says so."""
+    """Let the tokenizer add the token that begins a text, if the file says so."""
     from tokenizers import processors
 
     bos = fields.get("tokenizer.ggml.bos_token_id")

@@ -39,7 +39,7 @@ __all__ = ["check_gguf", "interleave_halves", "write_gguf"]
 
 
 def write_gguf(loaded: LoadedModel, folder: Path, quantization: str, embedding_bits: int = 16) -> str:
-    """Writes ``model-QUANTIZATION.gguf``.
+    """Write ``model-QUANTIZATION.gguf``.
 
     Args:
         loaded: A ternary model and its text files.
@@ -125,7 +125,7 @@ def _note(others: dict[str, int], quantization: str) -> str:
 
 
 def check_gguf(loaded: LoadedModel, quantization: str) -> None:
-    """Checks a model before anything is written.
+    """Check a model before anything is written.
 
     Args:
         loaded: The model and its text files.
@@ -175,7 +175,7 @@ def _add_config(writer: Any, config: TransformerConfig, file_type: int) -> None:
 
 
 def _add_other_tensors(writer: Any, loaded: LoadedModel, embedding_bits: int, sizes: Sizes) -> None:
-    """Adds embedding and head, the norms, and the divisors of frequencies. llama.cpp wants norms in float32."""
+    """Add embedding and head, the norms, and the divisors of frequencies. llama.cpp wants norms in float32."""
     state = loaded.model.state_dict()
     large = {"embed.weight": ("token_embd.weight", "embeddings")}
     if not loaded.config.tie_embeddings:
@@ -197,7 +197,7 @@ _NORMS = {"attn_norm": "attention_norm", "ffn_norm": "mlp_norm"}
 
 
 def _add_large(writer: Any, name: str, tensor: Tensor, bits: int) -> int:
-    """Adds embedding or head; returns how many bytes it takes."""
+    """Add embedding or head; return how many bytes it takes."""
     import gguf
 
     if bits == 8:

@@ -34,7 +34,7 @@ DENSE = "8:8"  # The pattern for weights that follow no pattern.
 
 
 def read_hf_bitnet(folder: Path) -> tuple[TernaryTransformer, TextFiles]:
-    """Reads a model with packed ternary weights.
+    """Read a model with packed ternary weights.
 
     Raises:
         ConfigError: If the model has a feature that is not supported.
@@ -59,12 +59,12 @@ def read_hf_bitnet(folder: Path) -> tuple[TernaryTransformer, TextFiles]:
 
 
 def read_bitnet_config(folder: Path) -> TransformerConfig:
-    """Reads the configuration of a folder with packed ternary weights; the errors are those of the model's reader."""
+    """Read the configuration of a folder with packed ternary weights; the errors are those of the model's reader."""
     return bitnet_config(read_json(folder / CONFIG), str(folder / CONFIG))
 
 
 def bitnet_config(values: dict[str, Any], source: str) -> TransformerConfig:
-    """Reads the ``config.json`` of a model with packed ternary weights.
+    """Read the ``config.json`` of a model with packed ternary weights.
 
     Args:
         values: The contents of the file.

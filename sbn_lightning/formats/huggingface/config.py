@@ -21,7 +21,7 @@ ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
 def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
-    """Reads a ``config.json``.
+    """Read a ``config.json``.
 
     Args:
         values: The contents of the file.
@@ -74,7 +74,7 @@ def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
 
 
 def _rope(values: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
-    """Reads the base of the rotary frequencies and their scaling; transformers 5 keeps both in ``rope_parameters``."""
+    """Read the base of the rotary frequencies and their scaling; transformers 5 keeps both in ``rope_parameters``."""
     # rope_scaling is the older name of the same dictionary. Where a file has both, transformers takes rope_scaling.
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
@@ -126,7 +126,7 @@ def architecture(config: TransformerConfig) -> str:
 
 
 def to_hf(config: TransformerConfig, dtype: str) -> dict[str, Any]:
-    """Writes the contents of a ``config.json``; the ids of special tokens are left empty.
+    """Write the contents of a ``config.json``; the ids of special tokens are left empty.
 
     Args:
         config: The configuration of the model.

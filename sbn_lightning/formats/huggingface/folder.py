@@ -26,7 +26,7 @@ Read = Callable[[str], Tensor]
 
 
 def read_hf(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor], TextFiles]:
-    """Reads an unquantised Qwen2 or Llama model.
+    """Read an unquantised Qwen2 or Llama model.
 
     Returns:
         A dense configuration; the state dict of a :class:`TernaryTransformer`, in the stored dtypes; the text files.
@@ -41,18 +41,18 @@ def read_hf(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor], TextFil
 
 
 def read_hf_config(folder: Path) -> TransformerConfig:
-    """Reads the configuration of a Hugging Face folder; the errors are those of :func:`read_hf`."""
+    """Read the configuration of a Hugging Face folder; the errors are those of :func:`read_hf`."""
     return from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
 
 
 def read_hf_text(folder: Path) -> TextFiles:
-    """Reads the text files of a Hugging Face folder, with the token ids of its ``config.json``."""
+    """Read the text files of a Hugging Face folder, with the token ids of its ``config.json``."""
     return read_folder(folder, only_token_ids(read_json(folder / CONFIG)))
 
 
 @contextmanager
 def open_weights(folder: Path) -> Iterator[tuple[set[str], Read]]:
-    """Opens all files with weights.
+    """Open all files with weights.
 
     Yields:
         The names of all tensors, and a function that reads a tensor by its name.

@@ -68,7 +68,7 @@ def all_parts(config: TransformerConfig) -> Iterator[Part]:
 def from_hf_state(
     config: TransformerConfig, read: Callable[[str], Tensor], names: set[str], source: str
 ) -> dict[str, Tensor]:
-    """Collects the state dict of a dense :class:`TernaryTransformer`.
+    """Collect the state dict of a dense :class:`TernaryTransformer`.
 
     Args:
         config: The configuration of the model.

@@ -39,7 +39,7 @@ WEIGHTS = "model.safetensors"
 
 
 def write_hf(loaded: LoadedModel, folder: Path) -> str:
-    """Writes an unquantised model. A masked model is written with its zeros in place.
+    """Write an unquantised model. A masked model is written with its zeros in place.
 
     Returns:
         What was written, for the user.
@@ -67,7 +67,7 @@ def write_hf(loaded: LoadedModel, folder: Path) -> str:
 
 
 def write_hf_bitnet(loaded: LoadedModel, folder: Path, linear_class: LinearClass) -> str:
-    """Writes a ternary model for ``transformers`` (which needs ``accelerate`` to read it).
+    """Write a ternary model for ``transformers`` (which needs ``accelerate`` to read it).
 
     Args:
         loaded: The model.
@@ -113,7 +113,7 @@ def write_hf_bitnet(loaded: LoadedModel, folder: Path, linear_class: LinearClass
 
 
 def check_ternary(loaded: LoadedModel, format: str) -> None:
-    """Checks that a model computes what the readers of a format compute.
+    """Check that a model computes what the readers of a format compute.
 
     Args:
         loaded: The model.

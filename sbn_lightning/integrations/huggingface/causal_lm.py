@@ -94,7 +94,7 @@ class Network(nn.Module):
 
 
 class CausalLM(SparseBitNet):
-    """Trains any ``AutoModelForCausalLM`` on next-token prediction, ternary and N:M sparse.
+    """Train any ``AutoModelForCausalLM`` on next-token prediction, ternary and N:M sparse.
 
     A batch is int64 ``[batch, sequence_length + 1]``: inputs and, shifted by one, targets.
 

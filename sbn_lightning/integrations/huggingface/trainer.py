@@ -16,7 +16,7 @@ from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh, SparsitySchedule
 
 
 class SparsityCallback(TrainerCallback):
-    """Runs a :class:`SparsitySchedule` in ``transformers.Trainer``, and adds its statistics to the logs.
+    """Run a :class:`SparsitySchedule` in ``transformers.Trainer``, and add its statistics to the logs.
 
     Args:
         refresh: The options of the mask refresh, or only its interval in optimiser steps.
