@@ -84,8 +84,8 @@ class MaskedDecay:
 
         Args:
             layers: The masked layers by name.
-            optimizer: The optimiser that is about to step. A frozen layer, or another optimiser's, stays as it is.
-            decay: What :meth:`decay_at` returned.
+            optimizer: The optimiser that is about to step. Layers whose weights it does not hold stay as they are.
+            decay: The decay of this step, as :meth:`decay_at` returns it.
         """
         rates = _rates(optimizer) if decay else {}
         for layer in layers.values():
@@ -98,7 +98,7 @@ class MaskedDecay:
 
 
 def _held(weight: DTensor) -> tuple[Tensor, slice]:
-    """Return what this rank holds of a weight, and the rows it holds. FSDP2 shards weights, but not masks."""
+    """Return this rank's part of a weight, and which rows these are. FSDP2 shards weights, but not masks."""
     local = weight.to_local()
     # torch has no public function that gives the offset; its own checkpoints use this one.
     _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)

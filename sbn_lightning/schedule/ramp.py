@@ -1,4 +1,4 @@
-"""From dense to the target pattern inside one run."""
+"""How a run goes from dense weights to the target pattern."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Ramp:
 
     Args:
         shape: One of the four shapes above.
-        start: The share of training at which the ramp leaves dense, 0 to 1.
+        start: The share of training at which the weights stop being dense, 0 to 1.
         end: The share of training at which the ramp arrives at N:M. The shape ``"step"`` does not use it.
         curve: ``"linear"``, or ``"cubic"`` for ``1 - (1 - p)^3``, which is fast first and slow at the end
             (Zhu and Gupta, arXiv 1710.01878).
@@ -72,12 +72,12 @@ class Ramp:
         return p if self.curve == "linear" else 1 - (1 - p) ** 3
 
     def density(self, progress: float, pattern: NMPattern, index: int, count: int) -> Density:
-        """Return what layer ``index`` of ``count`` layers keeps, as arguments of its ``set_density``."""
+        """Return the density of layer ``index`` of ``count`` layers, as arguments of its ``set_density``."""
         if self.shape == "rows":
             return pattern.n, progress
         if self.shape == "layers":
             return pattern.n, float(index < progress * count)
-        # The small term keeps 0.1 + 0.2 style rounding from delaying a stage by a step.
+        # Without the small term, a rounding error as in 0.1 + 0.2 could delay a stage by one step.
         return pattern.m - int(progress * (pattern.m - pattern.n) + 1e-9), 1.0
 
     def apply(self, layers: Sequence[MaskedLinear], step: int, total_steps: int) -> list[Density]:
@@ -90,10 +90,10 @@ class Ramp:
 
     @staticmethod
     def restore(layers: Sequence[MaskedLinear], densities: Sequence[Density]) -> None:
-        """Tell layers that were loaded which densities their masks have; the masks stay as they are.
+        """Tell layers that were loaded which densities their masks have. The masks stay as they are.
 
-        Nothing happens if the number of layers is another one. A layer whose pattern does not fit its old density gets
-        a fresh mask at the next :meth:`apply`.
+        Nothing happens if the number of densities is not the number of layers. A layer whose pattern does not fit its
+        old density gets a fresh mask at the next :meth:`apply`.
         """
         if len(densities) != len(layers):
             return

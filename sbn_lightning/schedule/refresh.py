@@ -55,7 +55,7 @@ class Refresh:
 
     @property
     def warning(self) -> str | None:
-        """What a user should know about these values, or None."""
+        """A warning about these values for the user, or None."""
         if self.stale_gradient == "masked" or (self.interval == 1 and self.freeze_after is None):
             return None
         return (
@@ -65,7 +65,7 @@ class Refresh:
 
     @property
     def holds_masks(self) -> bool:
-        """Whether masks change at refreshes only, instead of following the weights at every use."""
+        """Whether masks change only at refreshes. Otherwise they follow the weights at every use."""
         return self.interval > 1 or self.freeze_after is not None
 
     def is_due(self, step: int) -> bool:
@@ -73,7 +73,9 @@ class Refresh:
         return step % self.interval == 0 and (self.freeze_after is None or step <= self.freeze_after)
 
     def apply(self, layers: Iterable[MaskedLinear], step: int, before: int) -> bool:
-        """Bring the masks of ``layers`` to where they belong after ``step`` optimiser steps.
+        """Refresh the masks of ``layers`` if that is due after ``step`` optimiser steps.
+
+        The layers also learn whether their masks are held, and whether masked weights get gradients.
 
         Args:
             layers: The layers whose masks this schedule decides about.

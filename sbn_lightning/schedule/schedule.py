@@ -44,8 +44,8 @@ class SparsitySchedule:
         refresh: When masks are recomputed, or just the interval. The default follows the weights at every step.
         ramp: The way from dense to the pattern. None trains at the pattern from the start.
         masked_decay: The decay of masked weights, or just its strength. None means no decay.
-        steps: The number of optimiser steps that the model has behind it, for a run that resumes without
-            :meth:`load_state_dict`. The masks that were loaded then stay as they are until a refresh is due.
+        steps: The number of optimiser steps that the model has already taken, for a run that resumes without
+            :meth:`load_state_dict`. The loaded masks then stay as they are until a refresh is due.
 
     Attributes:
         steps: The number of optimiser steps that the schedule has counted.
@@ -111,13 +111,13 @@ class SparsitySchedule:
             self._apply(before)
 
     def statistics(self, per_layer: bool = False) -> dict[str, float]:
-        """Return shares of zeros, of kept weights, and of masks and codes that changed since the last call.
+        """Return the shares of zeros, of kept weights, and of mask bits and codes that changed since the last call.
 
         Args:
             per_layer: Whether to add the same numbers for each layer, as ``"zeros/<layer>"`` and so on.
 
         Returns:
-            Numbers by the names that the Lightning logger uses. The first call has no flip rates.
+            The shares, under the names that :class:`SparsityPatternLogger` uses. The first call has no flip rates.
         """
         is_first = not self._snapshots
         counts, self._snapshots = count(self._layers(), self._snapshots)
