@@ -1,9 +1,9 @@
-"""Gradient accumulation under FSDP2 that communicates once in an optimiser step.
+"""Gradient accumulation under FSDP2 with one communication for each optimiser step.
 
 ``ModelParallelStrategy`` treats each micro-batch like a step of its own: it gathers the weights for the forward,
 gathers them again for the backward, and then reduces the gradients. But between two optimiser steps the weights do not
 change, and gradients can be summed before they are reduced, as DDP does under Lightning. The price is memory: each rank
-keeps what it does not send.
+keeps whole weights and whole gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class UnshardedAccumulation(Callback):
     """
 
     def __init__(self) -> None:
-        # What the flags were set to last. Setting them walks over all modules.
+        # The last value of the flags, which are set only when it changes: setting them walks over all modules.
         self._last: bool | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,7 +65,7 @@ class UnshardedAccumulation(Callback):
 
 
 def _roots(module: nn.Module) -> list[FSDPModule]:
-    """Return the outermost modules that FSDP2 shards. What is set on one of them holds for the modules inside."""
+    """Return the outermost modules that FSDP2 shards. A flag on one of them also applies to the modules inside."""
     if isinstance(module, FSDPModule):
         return [module]
     return [root for child in module.children() for root in _roots(child)]

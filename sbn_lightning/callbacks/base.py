@@ -1,13 +1,13 @@
-"""What the callbacks share: one interface for two kinds of run, and each optimiser step exactly once.
+"""The base classes of the callbacks: one interface for two kinds of run, and one action for each optimiser step.
 
-A callback here is a Lightning ``Callback`` that asks its trainer for little. :data:`Run` is either a ``Trainer`` or a
-:class:`LoopRun`, which has the same things under the same names. Hooks keep Lightning's names and parameter names, so
-``fabric.call(hook, trainer=run, pl_module=module, ...)`` reaches them by keyword.
+A callback here is a Lightning ``Callback`` that uses only a few attributes of its trainer. :data:`Run` is either a
+``Trainer`` or a :class:`LoopRun`, which has these attributes under the same names. Hooks keep Lightning's names and
+parameter names, so ``fabric.call(hook, trainer=run, pl_module=module, ...)`` can call them with keywords.
 
 ``on_train_batch_end`` fires for every micro-batch, but the optimiser steps only at the end of an accumulation window.
-``trainer.global_step`` tells the two apart. At that hook the weights are updated, and checkpointing and validation come
-later, so both see what a callback did. What a callback decides at that hook is a pure function of the step count. A run
-that resumes at any step therefore decides the same.
+``trainer.global_step`` tells the two apart. When this hook fires, the weights are updated. Checkpoints and validation
+come later, so both see the changes that a callback made. The decision of a callback at this hook is a pure function of
+the step count, so a run that resumes at any step decides the same.
 
 The order of callbacks does not matter. When training starts, every :class:`StepCallback` first puts its saved state
 back (:meth:`StepCallback.restore`), and only then does the first of them act (:meth:`StepCallback.on_step`).
@@ -30,7 +30,7 @@ from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 
 
 class LoopRun(Protocol):
-    """What callbacks ask of a loop that is not a ``Trainer``: the same things under the same names.
+    """The attributes that a loop other than a ``Trainer`` must have, under the names that a ``Trainer`` uses.
 
     :class:`sbn_lightning.fabric.FabricRun` has them.
     """
@@ -72,11 +72,11 @@ def require_masked_layers(callback: Callback, module: nn.Module) -> dict[str, Ma
     """Return the masked layers of ``module`` by name.
 
     Args:
-        callback: The callback that needs them, for the message.
+        callback: The callback that needs masked layers, for the message.
         module: The model.
 
     Raises:
-        ConfigError: If there is none: training would be dense without anyone noticing.
+        ConfigError: If the model has no masked layer. Training would be dense without anyone noticing.
     """
     layers = dict(masked_layers(module))
     if not layers:
@@ -90,8 +90,8 @@ def require_masked_layers(callback: Callback, module: nn.Module) -> dict[str, Ma
 def schedule_length(callback: Callback, trainer: Run, total_steps: int | None) -> int:
     """Return the number of optimiser steps that a schedule spans.
 
-    ``trainer.estimated_stepping_batches`` is not used here: it sets up the data loaders early, which loses a resumed
-    loader's position.
+    ``trainer.estimated_stepping_batches`` is not used here. It sets up the data loaders early, and a resumed loader
+    would lose its position.
 
     Args:
         callback: The callback that has the schedule, for the message.
@@ -99,7 +99,7 @@ def schedule_length(callback: Callback, trainer: Run, total_steps: int | None) -
         total_steps: The length that the user gave, or None.
 
     Raises:
-        ConfigError: If neither is given.
+        ConfigError: If neither says how long training is.
     """
     steps = total_steps if total_steps is not None else trainer.max_steps
     if steps < 1:
@@ -111,12 +111,12 @@ def schedule_length(callback: Callback, trainer: Run, total_steps: int | None) -
 
 
 def is_step(trainer: Run) -> bool:
-    """Whether the optimiser steps with the micro-batch under way: at the end of a window, and of an epoch."""
+    """Whether the present micro-batch ends with an optimiser step, as at the end of a window or of an epoch."""
     return is_optimizer_step(trainer) if isinstance(trainer, Trainer) else trainer.is_step
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` was used on a model or a part of it."""
+    """Whether ``torch.compile`` was used on a model or on a part of the model."""
     return any(map(is_compiled_module, model.modules()))
 
 
@@ -124,7 +124,7 @@ def show(trainer: Run, module: nn.Module, name: str, value: float, *, logger: bo
     """Put a value in the progress bar, and in the logs unless ``logger`` is False."""
     if isinstance(trainer, Trainer):
         assert isinstance(module, LightningModule)
-        # A tensor on the CPU: a number would be copied to the device, and the host would wait for the copy.
+        # The value is a tensor on the CPU. Lightning would copy a number to the device, and the host would wait.
         module.log(name, torch.tensor(float(value)), prog_bar=True, logger=logger)
     else:
         trainer.show(name, value, logger=logger)

@@ -1,4 +1,4 @@
-"""Turns the linear layers of an existing LightningModule ternary and sparse, before its optimiser exists."""
+"""``TernarySparseConversion``: makes an existing LightningModule ternary and sparse, before its optimiser exists."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ from sbn_lightning.sparsity.pattern import NMPattern
 
 
 class TernarySparseConversion(Callback):
-    """Swaps ``nn.Linear`` for :class:`SparseBitLinear` (or :class:`SparseLinear`) by name patterns.
+    """Turns ``nn.Linear`` layers into :class:`SparseBitLinear` (or :class:`SparseLinear`), selected by name patterns.
 
-    Works on modules built in ``__init__`` and in ``configure_model``; in both cases layers are converted before a
-    checkpoint is loaded and before ``configure_optimizers``. What was converted, and what was skipped and why, is
-    logged and kept in :attr:`report`.
+    A model may build its layers in ``__init__`` or in ``configure_model``. In both cases they are converted before a
+    checkpoint is loaded and before ``configure_optimizers``. The attribute ``report`` says which layers were converted,
+    and which were skipped and why. The report is logged too.
 
-    The way back is :meth:`revert`. A model whose layers were reverted is converted again only by a new callback.
+    :meth:`revert` turns the layers back. Only a new callback converts a reverted model again.
 
     Args:
         sparsity: The options of the new layers: a :class:`SparsityConfig`, or only a pattern.
-        include: Shell-style pattern or patterns of layer names to convert; one also matches everything below a module.
-        exclude: Patterns of layers to leave alone; wins over ``include``.
+        include: One shell-style pattern or several, for the names of layers to convert. A pattern that matches a module
+            also matches all layers inside.
+        exclude: The patterns for layers to leave alone. ``exclude`` wins over ``include``.
         split_sizes: The rows of each part of fused layers, by name pattern; see :func:`convert_linears`.
         **options: Single fields of :class:`SparsityConfig`. A recipe writes them beside ``include``, for example
             ``pattern: "2:4"``.
@@ -73,14 +74,14 @@ class TernarySparseConversion(Callback):
 
     @staticmethod
     def revert(module: nn.Module) -> list[str]:
-        """Turns the masked layers of ``module`` into plain layers with the effective weight; returns their names."""
+        """Turns the masked layers of ``module`` into plain layers with effective weights, and returns their names."""
         return revert_linears(module)
 
     @staticmethod
     def load(module: nn.Module, path: str | Path, **options: Any) -> list[str]:
-        """Converts a plain module as a checkpoint's was, and loads the checkpoint's weights and masks.
+        """Converts a plain module like the one in a checkpoint, and loads the checkpoint's weights and masks.
 
-        ``load_from_checkpoint`` of a class that builds plain layers cannot do this: it finds masks without layers.
+        ``load_from_checkpoint`` cannot do this for a class that builds plain layers, which have no place for masks.
 
         Args:
             module: A module with plain layers, changed in place.
@@ -109,8 +110,8 @@ class TernarySparseConversion(Callback):
         if not isinstance(pl_module, LightningModule) or not is_overridden("configure_model", pl_module):
             self._convert(pl_module)
             return
-        # The model may be built in configure_model, which runs after this hook and before everything that must see
-        # the converted layers; there is no hook in between.
+        # The model may build its layers in configure_model. That runs after this hook, and no other hook fires before
+        # the code that must see converted layers. So configure_model itself is wrapped.
         build = pl_module.configure_model
 
         @wraps(build)
@@ -132,8 +133,9 @@ class TernarySparseConversion(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A model may pass the weight of a layer to some function and never call the layer. Whether it does shows in
-        # the first backward pass: a gradient without a call. A compiled model is not watched, it would compile twice.
+        # A model may pass the weight of a layer to some function and never call the layer. The first backward pass
+        # shows this: the weight gets a gradient although the layer was not called. A compiled model is not watched,
+        # because the hooks would make it compile twice.
         if not is_compiled(pl_module):
             for name, layer in masked_layers(pl_module):
                 self._not_called[name] = layer.register_forward_pre_hook(partial(self._note_call, name))

@@ -1,11 +1,12 @@
-"""A checkpoint when the process is told to stop, and folders of shards that are never lost.
+"""``DurableCheckpoint``: saves when the process is told to stop, and never loses the last complete folder of shards.
 
-Lightning raises at the end of the micro-batch during which a SIGTERM arrives, or wherever Ctrl-C meets it. That may be
+After a SIGTERM, Lightning raises at the end of the present micro-batch. After Ctrl-C it raises at once. Both may happen
 inside an accumulation window, whose gradients are in no checkpoint. Here training goes on to the end of the optimiser
-step, saves as after any step, and ends the process with the status that a shell gives to the signal: 143 or 130.
+step, and saves as after any step. Then the process ends with the status that a shell reports for the signal: 143 or
+130.
 
-A sharded checkpoint is a folder whose files torch overwrites one by one. The folder that was there first gets another
-name (``last.before.ckpt``), and is deleted when the new one is complete.
+A sharded checkpoint is a folder whose files torch overwrites one by one. So the old folder first gets another name
+(``last.before.ckpt``), and is deleted when the new one is complete.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from sbn_lightning.callbacks.base import Run
 
-# What a shell reports of a process that a signal ended.
+# The exit statuses that a shell reports for processes that these signals ended.
 SIGTERM_STATUS = 128 + signal.SIGTERM
 SIGINT_STATUS = 128 + signal.SIGINT
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
@@ -44,24 +45,24 @@ class DurableCheckpoint(ModelCheckpoint):
     Training goes on to the end of the optimiser step, saves ``last.ckpt``, and ends the process with status 143
     (SIGTERM) or 130 (Ctrl-C). A second Ctrl-C stops at once, without saving.
 
-    A validation may last longer than a scheduler waits, so it is cut short at once, and the next start leaves it out,
-    as after a crash in a validation. Where several processes must agree, and inside an accumulation window, the
-    validation is waited for.
+    A validation may last longer than a scheduler waits, so a signal cuts it short at once. The next start leaves out
+    this validation, as after a crash in a validation. With several processes, and inside an accumulation window, the
+    validation runs to its end first.
 
-    The arguments, and the state in a checkpoint, are those of ``ModelCheckpoint``.
+    The arguments and the saved state are those of ``ModelCheckpoint``.
     """
 
-    _signal: signal.Signals | None = None  # the one that told the process to stop
-    _when = "to another process"
-    _run: Run | None = None  # set while a validation may be cut short
-    _loops: dict[str, Any] | None = None
-    _before: dict[signal.Signals, Any] | None = None  # the handlers that this callback has replaced
-    _seen = 0
-    _stepped = False  # whether the last micro-batch ended in an optimiser step
+    _signal: signal.Signals | None = None  # The signal that told the process to stop.
+    _when = "to another process"  # The moment at which the signal came, for the message.
+    _run: Run | None = None  # The run, while a validation may be cut short; otherwise None.
+    _loops: dict[str, Any] | None = None  # The state of the fit loop from before the validation.
+    _before: dict[signal.Signals, Any] | None = None  # The handlers that this callback has replaced.
+    _seen = 0  # The last optimiser step that this callback has seen.
+    _stepped = False  # Whether the last micro-batch ended with an optimiser step.
 
     @property
     def state_key(self) -> str:
-        """The key of ``ModelCheckpoint``, so that either reads the other's state."""
+        """The key of ``ModelCheckpoint``, so that each of the two classes can read the state of the other."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
@@ -75,7 +76,7 @@ class DurableCheckpoint(ModelCheckpoint):
         other = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
         if threading.current_thread() is threading.main_thread() and not isinstance(other, DurableCheckpoint):
             self._before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_signal)}
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if somebody ignores Ctrl-C
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # A program may ignore Ctrl-C.
                 self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -86,20 +87,20 @@ class DurableCheckpoint(ModelCheckpoint):
         if self._run is not None:
             self._save_and_exit(self._run)
         if number == signal.SIGINT:
-            # Not print: the signal may have come in the middle of one.
+            # print() is not safe here: the signal may have interrupted another print().
             os.write(2, b"\nCtrl-C: saving when the step is done; once more stops at once, without saving\n")
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves and ends the process if a signal has come and the optimiser has stepped."""
+        """Saves, and ends the process, if a signal has come and the optimiser has taken a step."""
         super().on_train_batch_end(cast(Any, trainer), cast(Any, pl_module), outputs, batch, batch_idx)
         self._stepped = trainer.global_step > self._seen
         if self._stepped:
             self._seen = trainer.global_step
             stop = self._signal is not None
             if trainer.world_size > 1:
-                # One process may get the signal a step before another.
+                # One process may get the signal one step before another.
                 stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
             if stop:
                 self._save_and_exit(trainer)
@@ -109,8 +110,9 @@ class DurableCheckpoint(ModelCheckpoint):
             super()._save_checkpoint(trainer, filepath)
 
     def on_validation_start(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
-        """Lets a signal cut the validation short, where that loses nothing."""
-        # Gradients of half a window are in no checkpoint, and processes must agree.
+        """Lets a signal cut the validation short, if that loses nothing."""
+        # Inside a window the gradients would be lost, because no checkpoint has them. Several processes would have to
+        # agree.
         if trainer.sanity_checking or not self._before or not self._stepped or trainer.world_size > 1:
             return
         if isinstance(trainer, Trainer):
@@ -120,27 +122,27 @@ class DurableCheckpoint(ModelCheckpoint):
             self._save_and_exit(trainer)
 
     def on_validation_end(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
-        """Goes back to waiting for the end of a step."""
+        """Lets a signal wait for the end of a step again."""
         self._run = self._loops = None
         super().on_validation_end(cast(Any, trainer), cast(Any, pl_module))
 
     def on_save_checkpoint(self, trainer: Run, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
-        """Puts the progress from before the validation into a checkpoint that is saved within the validation."""
+        """Gives a checkpoint that is saved within a validation the progress from before the validation."""
         if self._loops is not None:
             checkpoint["loops"]["fit_loop"] = self._loops
 
     def on_train_end(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
-        """Gives the signals back."""
+        """Restores the signal handlers from before training."""
         self._stop_listening()
         super().on_train_end(cast(Any, trainer), cast(Any, pl_module))
 
     def on_exception(self, trainer: Run, pl_module: nn.Module, exception: BaseException) -> None:  # type: ignore[override]
-        """Gives the signals back."""
+        """Restores the signal handlers from before training."""
         self._stop_listening()
         super().on_exception(cast(Any, trainer), cast(Any, pl_module), exception)
 
     def teardown(self, trainer: Run, pl_module: nn.Module, stage: str) -> None:  # type: ignore[override]
-        """Gives the signals back."""
+        """Restores the signal handlers from before training."""
         self._stop_listening()
 
     def _stop_listening(self) -> None:
@@ -151,14 +153,14 @@ class DurableCheckpoint(ModelCheckpoint):
 
     def _save_and_exit(self, trainer: Run) -> None:
         for number in self._before or {}:
-            signal.signal(number, signal.SIG_IGN)  # a second one must not cut this short
+            signal.signal(number, signal.SIG_IGN)  # A second signal must not interrupt the saving.
         path = self.last_model_path
         is_saved = self._last_global_step_saved == trainer.global_step and last_saved(self) == path
         if not is_saved or self.save_weights_only:
             path = self.format_checkpoint_name(self._monitor_candidates(cast(Any, trainer)), self.CHECKPOINT_NAME_LAST)
             self.last_model_path = path
             with folder_of_before_kept(trainer, path):
-                trainer.save_checkpoint(path)  # never the weights alone: training is to continue from this file
+                trainer.save_checkpoint(path)  # Never the weights alone, because training continues from this file.
         number = self._signal or signal.SIGTERM
         say(
             f"{NAMES[number]}: saved step {trainer.global_step} to {path}; --ckpt_path last continues from there "
@@ -169,9 +171,9 @@ class DurableCheckpoint(ModelCheckpoint):
 
 @contextmanager
 def folder_of_before_kept(trainer: Run, path: str) -> Iterator[None]:
-    """Keeps a sharded checkpoint, as ``*.before.ckpt``, until the one that is saved in its place is complete.
+    """Keeps the old sharded checkpoint as ``*.before.ckpt`` until the new one in its place is complete.
 
-    Does nothing for checkpoints that are files.
+    Checkpoints that are single files need no such care, so nothing happens for them.
 
     Args:
         trainer: The run that saves.
@@ -180,7 +182,7 @@ def folder_of_before_kept(trainer: Run, path: str) -> Iterator[None]:
     folder = Path(path)
     before = folder.with_suffix(".before.ckpt")
     if writes_shards(trainer.strategy):
-        # A folder that is not complete, after a crash, must not replace the complete one before it.
+        # After a crash the folder may be incomplete. Then it must not replace the complete one from before.
         if trainer.is_global_zero and folder.is_dir() and not sharded.what_is_missing(folder):
             shutil.rmtree(before, ignore_errors=True)
             folder.replace(before)

@@ -1,7 +1,7 @@
-"""Everything of Lightning's private state that this project reads or changes. No other file does.
+"""All access to Lightning's private state. No other file of this project reads or changes it.
 
-Each function here exists because Lightning has no public name for what it gives. When a new version of Lightning
-breaks one of them, this file is the place to look, and each docstring says what the function must keep true.
+Each function here exists because Lightning has no public name for its result. When a new version of Lightning breaks
+one of them, this file is the place to look, and the docstring says what the function must return or do.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import nn
 
 
 def is_optimizer_step(trainer: Trainer) -> bool:
-    """Whether the optimiser steps with the micro-batch under way: at the end of a window, and of an epoch."""
+    """Whether the present micro-batch ends with an optimiser step, as at the end of a window or of an epoch."""
     return not trainer.fit_loop._should_accumulate()
 
 
 def batches_done_in_epoch(trainer: Trainer) -> int:
-    """The number of micro-batches of the present epoch that training has seen, also before a resume."""
+    """The number of micro-batches of the present epoch that training has seen. Those from before a resume count."""
     return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 def is_compiled_module(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` was used on this very module, by itself or by Lightning."""
+    """Whether ``torch.compile`` was used on exactly this module, by the user or by Lightning."""
     return (
         module._compiled_call_impl is not None
         or hasattr(module, "_orig_mod")
@@ -39,13 +39,14 @@ def fit_loop_before_validation(trainer: Trainer) -> dict[str, Any]:
     """The state of the fit loop as it was in ``on_train_batch_end``, before the validation that starts.
 
     A run that continues from this state goes on with the next batch, without the validation. From a state inside the
-    validation, Lightning would go on with the rest of the validation, at the first batches, and log the mean of those.
+    validation, Lightning would run the remaining number of validation batches, but from the first batch on, and log the
+    mean over these batches.
     """
     state = deepcopy(trainer.fit_loop.state_dict())
     progress = state["epoch_loop.batch_progress"]
     for count in ("total", "current"):
         progress[count]["completed"] -= 1
-    # Lightning counts what is left out from zero.
+    # The state of the validation loop is left out. Lightning then counts it from zero.
     return {key: value for key, value in state.items() if "val_loop" not in key}
 
 
@@ -75,7 +76,7 @@ def precision_of(run: Any) -> Any:
 
 
 def options_of_ddp(strategy: Any) -> dict[str, Any]:
-    """What a Trainer's ``DDPStrategy`` was made with, as arguments of Fabric's."""
+    """The arguments of a Trainer's ``DDPStrategy``, as arguments of Fabric's ``DDPStrategy``."""
     return {
         "process_group_backend": strategy.process_group_backend,
         "timeout": strategy._timeout,
@@ -85,20 +86,20 @@ def options_of_ddp(strategy: Any) -> dict[str, Any]:
 
 
 def take_next_version(logger: Any) -> None:
-    """Makes a logger with numbered versions choose again, because another process has the one it chose."""
+    """Makes a logger choose a new version number, because another process already has the number that it chose."""
     logger._version = None
 
 
 def keep_slurm_checkpoints_with_their_run(trainer: Trainer, folder: str | Path | None) -> None:
     """Stops Lightning's Slurm handler from mixing runs that share a current folder.
 
-    Lightning saves ``hpc_ckpt_N.ckpt`` to ``default_root_dir`` when Slurm is about to stop the job, and any run that
-    starts there later, without ``ckpt_path``, continues from the file with the highest number. Here the file goes to
-    the run's own folder of checkpoints, and a run without ``ckpt_path`` starts from nothing.
+    Lightning saves ``hpc_ckpt_N.ckpt`` to ``default_root_dir`` when Slurm is about to stop the job. Any later run that
+    starts there without ``ckpt_path`` continues from the file with the highest number. Here the file goes to the run's
+    own folder of checkpoints, and a run without ``ckpt_path`` starts anew.
 
     Args:
         trainer: The trainer, before ``fit``.
-        folder: The run's folder of checkpoints; None leaves the place as it is.
+        folder: The run's folder of checkpoints. None leaves the file in ``default_root_dir``.
     """
     connector = trainer._checkpoint_connector
     connector.__class__ = _OwnCheckpoints

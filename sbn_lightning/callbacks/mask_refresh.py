@@ -52,7 +52,7 @@ class MaskRefresh(StepCallback):
 
     def on_step(self, trainer: Run, module: nn.Module, step: int) -> None:
         """Recompute the masks if that is due."""
-        # With several optimisers global_step counts the steps of all of them, and may jump over one that is due.
+        # With several optimisers global_step counts the steps of all of them, so it may jump over a step that is due.
         if self.refresh.apply(require_masked_layers(self, module).values(), step, self._before):
             self.last_refresh = step
 

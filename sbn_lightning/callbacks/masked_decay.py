@@ -20,7 +20,7 @@ class MaskedWeightDecay(RunCallback):
     """Let the weights that the mask drops decay by ``lr * decay`` an optimiser step, besides any other weight decay.
 
     The mask is the one of the forward pass. ``lr`` is the learning rate of the weight's own parameter group. The
-    callback does not work with ``16-mixed``, whose scaler leaves optimiser steps out.
+    callback does not work with ``16-mixed``: its scaler skips optimiser steps, and the decay would still act.
 
     Args:
         decay: The strength, in the units of a weight decay. 0 does nothing.
@@ -47,7 +47,7 @@ class MaskedWeightDecay(RunCallback):
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         """Check that the decay can work here."""
-        if not self.decay_at(trainer):  # also asks now for the length that a schedule needs
+        if not self.decay_at(trainer):  # The call also raises now if the length of training is needed and not known.
             return
         self.schedule.check(require_masked_layers(self, pl_module), trainer.optimizers)
         if getattr(precision_of(trainer), "scaler", None) is not None:

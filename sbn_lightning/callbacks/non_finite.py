@@ -27,14 +27,15 @@ class NonFiniteGuard(RunCallback):
     """Stop training when the loss is NaN or infinite, before the optimiser carries it into the weights.
 
     The guard then runs the last micro-batch again, with hooks on every layer, and names the first layer in forward
-    order that has a value that is not finite. Earlier micro-batches of the step are gone by then. Before that nothing
-    is hooked. No checkpoint is written with a weight that is not finite.
+    order that has a value that is not finite. Earlier micro-batches of the step are not there any more, so they cannot
+    be run again. The guard hooks no layer before it has to. It refuses to save a checkpoint with a weight that is not
+    finite.
 
     Args:
         interval: The number of optimiser steps between looks at the loss. A look waits for the device once, at the last
             micro-batch of the step. None looks at every step on a CPU, and elsewhere every ``log_every_n_steps`` steps,
-            when the loss is fetched anyway. If the loss was not finite between two looks, all weights may be spoilt by
-            then and the layer cannot be found; an interval of 1 finds it.
+            when the loss is fetched anyway. If the loss stops being finite between two looks, all weights may be NaN at
+            the next look, and no layer can be found. With an interval of 1 the layer is found.
 
     Raises:
         ConfigError: If ``interval`` is less than 1.
@@ -53,8 +54,8 @@ class NonFiniteGuard(RunCallback):
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         self._finite, self._last_look = None, trainer.global_step
         if not isinstance(trainer, Trainer):
-            # A user's own loop may not call on_before_backward. A loss that is not finite leaves no gradient finite, so
-            # the gradient of the smallest parameter is enough to look at.
+            # A user's own loop may not call on_before_backward. If the loss is not finite, no gradient is finite, so a
+            # look at the gradient of the smallest parameter is enough.
             def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 if not self._sees_losses:
                     self._look(trainer, pl_module, _smallest_gradient(optimizer), steps=True)
@@ -74,7 +75,7 @@ class NonFiniteGuard(RunCallback):
     def on_save_checkpoint(self, trainer: Run, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         name = first_non_finite_weight(pl_module) if trainer.global_step else None
         stop = name is not None
-        if isinstance(trainer, Trainer) and trainer.world_size > 1:  # each process may see its own share of weights
+        if isinstance(trainer, Trainer) and trainer.world_size > 1:  # Each process may hold other weights.
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop:
             raise NonFiniteError(
@@ -93,7 +94,14 @@ class NonFiniteGuard(RunCallback):
             self._hooks.pop().remove()
 
     def _look(self, trainer: Run, module: nn.Module, value: Tensor | None, steps: bool) -> None:
-        """Note a loss or gradient, and look at it if that is due and the optimiser ``steps`` with this micro-batch."""
+        """Note whether a loss or gradient is finite, and stop the run if a look is due and it is not.
+
+        Args:
+            trainer: The run.
+            module: The model that is trained.
+            value: The loss, or a gradient in place of the loss; None if there is neither.
+            steps: Whether the optimiser steps with this micro-batch. A look is due only then.
+        """
         if value is None:
             return
         finite = value.detach().isfinite().all()
@@ -122,7 +130,7 @@ class NonFiniteGuard(RunCallback):
         when = f"in optimiser step {now}" if now <= since else f"between the optimiser steps {since} and {now}"
         text = f"the loss is NaN or infinite {when}"
         is_at_hand = not last_finite
-        if trainer.world_size > 1:  # sharded weights are gathered by all or none
+        if trainer.world_size > 1:  # All processes must run the batch again, or none: sharded weights are gathered.
             is_at_hand = trainer.strategy.reduce_boolean_decision(is_at_hand, all=False)
         origin = find_origin(trainer, module, *self._batch) if is_at_hand and self._batch is not None else ""
         if all_finite:
@@ -148,8 +156,8 @@ def first_non_finite_weight(module: nn.Module) -> str | None:
     """Return the name of the first parameter that is not finite on this process, or None. Waits for the device once."""
     local = [(name, p.to_local() if isinstance(p, DTensor) else p) for name, p in module.named_parameters()]
     named = [(name, p) for name, p in local if p.is_floating_point() and p.numel()]
-    # The smallest and the largest value are enough, because a NaN becomes both. This needs no mask of the size of the
-    # parameter.
+    # The smallest and the largest value are enough: a NaN in a tensor makes both of them NaN. This takes no temporary
+    # tensor of the size of the parameter.
     finite = [torch.stack(torch.aminmax(p.detach())).isfinite().all() for _, p in named]
     if not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
         return None
@@ -157,7 +165,7 @@ def first_non_finite_weight(module: nn.Module) -> str | None:
 
 
 def find_origin(trainer: Run, module: nn.Module, batch: Any, batch_idx: int) -> str:
-    """Run a batch again, and return a text that names the first layer, in forward order, that is not finite."""
+    """Run a batch again, and return a text that names the first layer, in forward order, with a value not finite."""
     found: list[str] = []
     with _watched(module, found), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
@@ -169,7 +177,7 @@ def find_origin(trainer: Run, module: nn.Module, batch: Any, batch_idx: int) -> 
                     step = getattr(module, "training_step", None)
                     step(batch, batch_idx) if step is not None else module(batch)
         except Exception:
-            pass  # An error of logging, say, comes after the layers, which have been seen by then.
+            pass  # For example logging may fail. By then the layers have run, and the hooks have seen their outputs.
     if found:
         return found[0]
     if name := first_non_finite_weight(module):

@@ -45,10 +45,10 @@ class LossProgressBar(TQDMProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """The number of micro-batches at which the bar ends: that of the epoch, or less if ``max_steps`` comes first.
+        """The number of micro-batches at which the bar ends: those of the epoch, or fewer if ``max_steps`` comes first.
 
-        Lightning takes the optimiser steps that are left for this number. After a resume that is fewer than the
-        micro-batches that the epoch has seen, and the bar then has no total.
+        Lightning uses the number of remaining optimiser steps here. After a resume this may be less than the number of
+        micro-batches that the epoch has already seen, and the bar then has no total.
         """
         trainer = self.trainer
         if trainer.max_epochs != -1 or trainer.max_steps <= 0:

@@ -31,7 +31,7 @@ class DenseToSparseRamp(StepCallback):
 
     Args:
         shape: One of the four shapes above.
-        start: The share of training at which the ramp leaves dense, 0 to 1.
+        start: The share of training at which the weights stop being dense, 0 to 1.
         end: The share of training at which the ramp arrives at N:M. The shape ``"step"`` does not use it.
         curve: ``"linear"``, or ``"cubic"`` for ``1 - (1 - p)^3``, which is fast first and slow at the end
             (Zhu and Gupta, arXiv 1710.01878).
@@ -62,7 +62,7 @@ class DenseToSparseRamp(StepCallback):
         return self.ramp.progress(step, total_steps)
 
     def density(self, progress: float, pattern: NMPattern, index: int, count: int) -> Density:
-        """Return what layer ``index`` of ``count`` layers keeps, as arguments of its ``set_density``."""
+        """Return the density of layer ``index`` of ``count`` layers, as arguments of its ``set_density``."""
         return self.ramp.density(progress, pattern, index, count)
 
     def restore(self, trainer: Run, module: nn.Module) -> None:

@@ -107,7 +107,7 @@ class SparsityPatternLogger(RunCallback):
         for name, layer in layers.items():
             values, sample = layer.values(), _sample(layer.weight.detach())
             if self.histograms and not (values.isfinite().all() and sample.isfinite().all()):
-                if name not in self._not_finite:  # once for each layer
+                if name not in self._not_finite:  # The warning comes once for each layer.
                     rank_zero_warn(
                         f"SparsityPatternLogger: the weight of {name} has a value that is NaN or infinite at step "
                         f"{step}: its histograms are left out (NonFiniteGuard stops a training when that happens)"
@@ -123,7 +123,7 @@ class SparsityPatternLogger(RunCallback):
                 writer.add_image(f"pattern/{name}", picture(layer), step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last look, from which flip rates are counted after a resume."""
+        """Return the last look. After a resume, flip rates are counted from this look."""
         before = {name: [part.cpu() for part in snapshot] for name, snapshot in self._before.items()}
         return {"last_look": self._last_look, "before": before}
 
@@ -142,7 +142,7 @@ def picture(layer: MaskedLinear, size: int = PICTURE_SIZE) -> Tensor:
 
 
 def _gammas(layers: dict[str, MaskedLinear]) -> dict[str, float]:
-    """Return gamma of every ternary layer, as ``gamma/<layer>`` or ``gamma/<layer>/<split>``, fetched at once."""
+    """Return gamma of every ternary layer, as ``gamma/<layer>`` or ``gamma/<layer>/<split>``, in one transfer."""
     names, values = [], []
     for name, layer in layers.items():
         if isinstance(layer, SparseBitLinear):

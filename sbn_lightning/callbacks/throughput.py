@@ -2,8 +2,8 @@
 
 Lightning's ``ThroughputMonitor`` treats a precision plugin that it does not know as float32, and for some GPUs its
 table of peaks has figures "with sparsity" or without tensor cores. Here FLOPs and peaks are those of the dense model in
-BF16 (:mod:`sbn_lightning.models.flops`), whatever a run really computes with. So a utilisation compares a run with a
-dense one, and sparse or int8 kernels can bring the value above 1.
+BF16 (:mod:`sbn_lightning.models.flops`), however a run really computes. So the utilisation compares a run with a dense
+run, and sparse or int8 kernels can bring the value above 1.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 def count_tokens(batch: Any) -> int:
     """Return the number of tokens that a batch trains on.
 
-    A tensor ``[batch, sequence_length + 1]`` holds ``batch * sequence_length`` of them. In a mapping the ``input_ids``,
-    or else the first tensor, are counted as they are.
+    A tensor ``[batch, sequence_length + 1]`` counts as ``batch * sequence_length`` tokens. In a mapping all tokens of
+    ``input_ids`` count, or all tokens of the first tensor if there are no ``input_ids``.
     """
     sequences, length = _shape(batch)
     return sequences * length
@@ -80,7 +80,7 @@ class TokenThroughput(RunCallback):
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:
         """Find out what a token costs and what the device can do."""
-        # The cost of a token is linear in the sequence length: a constant, and a term for each token of the sequence.
+        # The cost of a token is a constant, plus a term for each token of its sequence.
         self._flops_per_token = flops.flops_per_token(pl_module, 0)
         self._flops_per_pair = flops.flops_per_token(pl_module, 1) - self._flops_per_token
         device = next((parameter.device for parameter in pl_module.parameters()), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""``TrainingReport``: the table at the end of a run: quality, sparsity, places of logs and checkpoints."""
+"""``TrainingReport``: the summary at the end of a run: quality, sparsity, and the places of logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TrainingReport(RunCallback):
     """Print a summary when training ends.
 
     The summary has the validation loss and perplexity, zeros and flip rates by kind of layer, and the places of logs
-    and checkpoints. Zeros and flip rates are those of the last look of the run's :class:`SparsityPatternLogger`.
+    and checkpoints. Zeros and flip rates come from the last look of the run's :class:`SparsityPatternLogger`.
     """
 
     def on_fit_end(self, trainer: Run, pl_module: nn.Module) -> None:

@@ -28,7 +28,7 @@ def refuse_plain_averaging(callbacks: Sequence[Any]) -> None:
         callbacks: The callbacks of a run.
 
     Raises:
-        ConfigError: If one does; the message names the callback and what to use instead.
+        ConfigError: If a callback averages masks. The message names the callback and the one to use instead.
     """
     for callback in callbacks:
         if isinstance(callback, WeightAveraging) and not isinstance(callback, SparseWeightAveraging):
@@ -71,7 +71,7 @@ class SparseWeightAveraging(WeightAveraging):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._refresh_average(pl_module)
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._swapped:  # A signal can save within a validation.
+        if self._swapped:  # A signal can make DurableCheckpoint save within a validation.
             average, current = checkpoint["current_model_state"], checkpoint["state_dict"]
             checkpoint["state_dict"], checkpoint["current_model_state"] = average, current
 
