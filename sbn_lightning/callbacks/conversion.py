@@ -74,12 +74,12 @@ class TernarySparseConversion(Callback):
 
     @staticmethod
     def revert(module: nn.Module) -> list[str]:
-        """Turns the masked layers of ``module`` into plain layers with effective weights, and returns their names."""
+        """Turn the masked layers of ``module`` into plain layers with effective weights, and return their names."""
         return revert_linears(module)
 
     @staticmethod
     def load(module: nn.Module, path: str | Path, **options: Any) -> list[str]:
-        """Converts a plain module like the one in a checkpoint, and loads the checkpoint's weights and masks.
+        """Convert a plain module like the one in a checkpoint, and load the checkpoint's weights and masks.
 
         ``load_from_checkpoint`` cannot do this for a class that builds plain layers, which have no place for masks.
 

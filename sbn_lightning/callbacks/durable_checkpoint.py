@@ -66,7 +66,7 @@ class DurableCheckpoint(ModelCheckpoint):
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
-        """Starts to listen for signals."""
+        """Start to listen for signals."""
         super().on_train_start(cast(Any, trainer), cast(Any, pl_module))
         self._seen = trainer.global_step
         # Lightning begins to listen earlier, and may have noted a SIGTERM by now.
@@ -93,7 +93,7 @@ class DurableCheckpoint(ModelCheckpoint):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves, and ends the process, if a signal has come and the optimiser has taken a step."""
+        """Save, and end the process, if a signal has come and the optimiser has taken a step."""
         super().on_train_batch_end(cast(Any, trainer), cast(Any, pl_module), outputs, batch, batch_idx)
         self._stepped = trainer.global_step > self._seen
         if self._stepped:
@@ -110,7 +110,7 @@ class DurableCheckpoint(ModelCheckpoint):
             super()._save_checkpoint(trainer, filepath)
 
     def on_validation_start(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
-        """Lets a signal cut the validation short, if that loses nothing."""
+        """Let a signal cut the validation short, if that loses nothing."""
         # Inside a window the gradients would be lost, because no checkpoint has them. Several processes would have to
         # agree.
         if trainer.sanity_checking or not self._before or not self._stepped or trainer.world_size > 1:
@@ -122,27 +122,27 @@ class DurableCheckpoint(ModelCheckpoint):
             self._save_and_exit(trainer)
 
     def on_validation_end(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
-        """Lets a signal wait for the end of a step again."""
+        """Let a signal wait for the end of a step again."""
         self._run = self._loops = None
         super().on_validation_end(cast(Any, trainer), cast(Any, pl_module))
 
     def on_save_checkpoint(self, trainer: Run, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
-        """Gives a checkpoint that is saved within a validation the progress from before the validation."""
+        """Give a checkpoint that is saved within a validation the progress from before the validation."""
         if self._loops is not None:
             checkpoint["loops"]["fit_loop"] = self._loops
 
     def on_train_end(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
-        """Restores the signal handlers from before training."""
+        """Restore the signal handlers from before training."""
         self._stop_listening()
         super().on_train_end(cast(Any, trainer), cast(Any, pl_module))
 
     def on_exception(self, trainer: Run, pl_module: nn.Module, exception: BaseException) -> None:  # type: ignore[override]
-        """Restores the signal handlers from before training."""
+        """Restore the signal handlers from before training."""
         self._stop_listening()
         super().on_exception(cast(Any, trainer), cast(Any, pl_module), exception)
 
     def teardown(self, trainer: Run, pl_module: nn.Module, stage: str) -> None:  # type: ignore[override]
-        """Restores the signal handlers from before training."""
+        """Restore the signal handlers from before training."""
         self._stop_listening()
 
     def _stop_listening(self) -> None:
@@ -171,7 +171,7 @@ class DurableCheckpoint(ModelCheckpoint):
 
 @contextmanager
 def folder_of_before_kept(trainer: Run, path: str) -> Iterator[None]:
-    """Keeps the old sharded checkpoint as ``*.before.ckpt`` until the new one in its place is complete.
+    """Keep the old sharded checkpoint as ``*.before.ckpt`` until the new one in its place is complete.
 
     Checkpoints that are single files need no such care, so nothing happens for them.
 

@@ -86,12 +86,12 @@ def options_of_ddp(strategy: Any) -> dict[str, Any]:
 
 
 def take_next_version(logger: Any) -> None:
-    """Makes a logger choose a new version number, because another process already has the number that it chose."""
+    """Make a logger choose a new version number, because another process already has the number that it chose."""
     logger._version = None
 
 
 def keep_slurm_checkpoints_with_their_run(trainer: Trainer, folder: str | Path | None) -> None:
-    """Stops Lightning's Slurm handler from mixing runs that share a current folder.
+    """Stop Lightning's Slurm handler from mixing runs that share a current folder.
 
     Lightning saves ``hpc_ckpt_N.ckpt`` to ``default_root_dir`` when Slurm is about to stop the job. Any later run that
     starts there without ``ckpt_path`` continues from the file with the highest number. Here the file goes to the run's

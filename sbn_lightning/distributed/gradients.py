@@ -26,7 +26,7 @@ IN_FLIGHT = 2  # The number of whole gradients that may be in memory at a time, 
 
 
 def stand_in(rows: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Makes a leaf of autograd in the shape of a weight. The leaf takes no memory, only its gradient does."""
+    """Make a leaf of autograd in the shape of a weight. The leaf takes no memory, only its gradient does."""
     return torch.empty((), dtype=dtype, device=device).expand(rows, in_features).requires_grad_()
 
 
@@ -54,7 +54,7 @@ class GradientScatter:
         self._waits_for_end = False
 
     def attach(self, leaf: Tensor, weight: nn.Parameter, cut: RowCut) -> None:
-        """Makes the gradient of ``leaf`` go to ``weight.grad``, by rows.
+        """Make the gradient of ``leaf`` go to ``weight.grad``, by rows.
 
         Args:
             leaf: The tensor that takes the place of the weight in autograd.
@@ -101,7 +101,7 @@ class GradientScatter:
 
 
 def _accumulate(weight: nn.Parameter, mine: Tensor) -> None:
-    """Adds rows to the gradient of a sharded weight, in the weight's dtype."""
+    """Add rows to the gradient of a sharded weight, in the weight's dtype."""
     assert isinstance(weight, DTensor)
     rows = mine.to(weight.dtype)
     if weight.grad is None:

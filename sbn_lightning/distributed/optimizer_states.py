@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def name_optimizer_states(
     states: Sequence[dict[str, Any]], module: LightningModule, optimizers: Sequence[Optimizer]
 ) -> None:
-    """Keys the optimiser states of a checkpoint by parameter names, so that they load under every strategy.
+    """Key the optimiser states of a checkpoint by parameter names, so that they load under every strategy.
 
     A module needs this function if it has several parameter groups and is to continue under ``ModelParallelStrategy``.
     Call the function in the module's ``on_save_checkpoint``:

@@ -71,7 +71,7 @@ class PackedRows:
         self.inner.seed = seed  # type: ignore[attr-defined]
 
     def rows(self, weight: Tensor) -> Tensor:
-        """Returns this rank's rows of a weight. The weight is either sharded or whole on every rank."""
+        """Return this rank's rows of a weight. The weight is either sharded or whole on every rank."""
         return local_rows(weight) if isinstance(weight, DTensor) else self.cut.mine(weight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedRows:
@@ -87,7 +87,7 @@ class PackedRows:
         return self.inner.fresh_mask(scores, pattern, self._keep(keep))
 
     def prepare(self, latent: Tensor, mask_bits: Tensor | None, keep: Keep, sparsity: SparsityConfig) -> Any:
-        """Prepares the weight like any backend, but from the latent weights of this rank's rows alone.
+        """Prepare the weight like any backend, but from the latent weights of this rank's rows alone.
 
         Args:
             latent: The latent weights of this rank's rows, ``[cut.count, in_features]``.
@@ -126,7 +126,7 @@ class PackedRows:
         return self.cut.mine(keep) if isinstance(keep, Tensor) else keep
 
     def _gamma(self, rows: Tensor, mask_bits: Tensor | None, over: Over, sparsity: SparsityConfig) -> Tensor:
-        """Computes gamma of each part of the whole weight, with the bits that one process would get."""
+        """Compute gamma of each part of the whole weight, with the bits that one process would get."""
         terms = self.maker.gamma_terms(rows, mask_bits, over)
         whole = [gather_rows(term, self.cut, self.group) for term in terms]
         return self.maker.gamma(whole, over, rows.shape[1], sparsity)
@@ -134,7 +134,7 @@ class PackedRows:
     def _codes(
         self, rows: Tensor, mask_bits: Tensor | None, keep: Keep, gamma: Tensor, sparsity: SparsityConfig
     ) -> tuple[Tensor, Tensor]:
-        """Computes the codes, int8, and the mask, bool, of this rank's rows."""
+        """Compute the codes, int8, and the mask, bool, of this rank's rows."""
         columns = rows.shape[1]
         if self.cut.count == 0:
             return rows.new_empty(0, columns, dtype=torch.int8), rows.new_empty(0, columns, dtype=torch.bool)
@@ -151,7 +151,7 @@ def local_rows(weight: Tensor) -> Tensor:
 def shard_packed(
     module: nn.Module, mesh: DeviceMesh, *, reduce_dtype: torch.dtype = torch.float32
 ) -> set[nn.Parameter]:
-    """Shards the latent weights of a model's ternary layers by rows. FSDP2 must leave these weights alone.
+    """Shard the latent weights of a model's ternary layers by rows. FSDP2 must leave these weights alone.
 
     Args:
         module: The whole model, with equal weights on all ranks; changed in place.

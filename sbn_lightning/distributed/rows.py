@@ -68,7 +68,7 @@ class RowCut:
         return found
 
     def pad(self, mine: Tensor) -> Tensor:
-        """Appends rows of zeros to the rows of this rank, up to ``[padded, ...]``."""
+        """Append rows of zeros to the rows of this rank, up to ``[padded, ...]``."""
         if self.count == self.padded:
             return mine.contiguous()
         whole = mine.new_zeros(self.padded, *mine.shape[1:])
@@ -77,7 +77,7 @@ class RowCut:
 
 
 def encode(codes: Tensor, mask: Tensor) -> Tensor:
-    """Packs codes and mask, four weights a byte, the first weight in the lowest bits.
+    """Pack codes and mask, four weights a byte, the first weight in the lowest bits.
 
     Args:
         codes: The codes in {-1, 0, 1}, int8 ``[rows, in_features]``; 0 wherever ``mask`` is False.
@@ -93,7 +93,7 @@ def encode(codes: Tensor, mask: Tensor) -> Tensor:
 
 
 def decode(words: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
-    """Unpacks codes and mask; the inverse of :func:`encode`.
+    """Unpack codes and mask; the inverse of :func:`encode`.
 
     Args:
         words: The packed values, uint8 ``[rows, ceil(in_features / 4)]``.
@@ -110,7 +110,7 @@ def decode(words: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
 
 
 def gather_rows(mine: Tensor, cut: RowCut, group: dist.ProcessGroup) -> Tensor:
-    """Gathers the rows of all ranks, in order: ``[count, ...]`` on each rank -> ``[rows, ...]`` on every rank."""
+    """Gather the rows of all ranks, in order: ``[count, ...]`` on each rank -> ``[rows, ...]`` on every rank."""
     padded = cut.pad(mine)
     whole = padded.new_empty(cut.padded * cut.ranks, *padded.shape[1:])
     _all_gather(whole, padded, group=group)

@@ -21,7 +21,7 @@ from sbn_lightning.layers.sparse_linear import masked_layers
 
 
 def keep_masks_out_of_broadcasts(module: nn.Module) -> None:
-    """Tells DDP not to broadcast masks. By default DDP sends every buffer from rank 0 before each forward."""
+    """Tell DDP not to broadcast masks. By default DDP sends every buffer from rank 0 before each forward."""
     names = [name for name, _ in module.named_buffers() if name.endswith("mask_bits")]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
@@ -36,7 +36,7 @@ def shard(
     reduce_dtype: torch.dtype = torch.float32,
     policy: MixedPrecisionPolicy | None = None,
 ) -> None:
-    """Shards a model over the ranks of a mesh, in plain PyTorch or under Lightning's ``ModelParallelStrategy``.
+    """Shard a model over the ranks of a mesh, in plain PyTorch or under Lightning's ``ModelParallelStrategy``.
 
     Latent weights of ternary layers are sharded by rows, and the ranks exchange 2-bit codes once in an optimiser step
     (:mod:`sbn_lightning.distributed.packed`). FSDP2 shards all other parameters: first block by block, then the rest.

@@ -20,7 +20,7 @@ from sbn_lightning.core.errors import ConfigError
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuses strategies that flatten all weights into one vector, because groups of M and gamma would be lost.
+    """Refuse strategies that flatten all weights into one vector, because groups of M and gamma would be lost.
 
     Args:
         strategy: The strategy of a Trainer.
@@ -36,7 +36,7 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def check_checkpoint(path: str | Path | None, strategy: Any) -> None:
-    """Refuses a checkpoint that a strategy cannot read, or would read wrongly.
+    """Refuse a checkpoint that a strategy cannot read, or would read wrongly.
 
     Args:
         path: The checkpoint to continue from. Nothing is checked if the path is None or does not exist.

@@ -81,7 +81,7 @@ class Audit:
 
 
 def audit(model: nn.Module, forward: Callable[[], Any] | None = None) -> Audit:
-    """Says how much of a model is sparse.
+    """Say how much of a model is sparse.
 
     Args:
         model: Any model, converted or not. It is not changed.

@@ -119,7 +119,7 @@ class _Planned:
 
 
 def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """Returns patterns as a tuple. A single string is one pattern, not a sequence of one-letter patterns."""
+    """Return patterns as a tuple. A single string is one pattern, not a sequence of one-letter patterns."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
@@ -132,7 +132,7 @@ def convert_linears(
     split_sizes: Mapping[str, tuple[int, ...] | None] | None = None,
     **options: Any,
 ) -> ConversionReport:
-    """Converts every ``nn.Linear`` (and ``Conv1D``) that the name patterns select.
+    """Convert every ``nn.Linear`` (and ``Conv1D``) that the name patterns select.
 
     Output heads, routers, gates with one row and the matrices of a LoRA are skipped (:func:`left_alone`) unless
     ``include`` names them with a pattern other than ``"*"``. If less than half of the linear parameters became sparse,
@@ -171,7 +171,7 @@ def convert_quietly(
     split_sizes: Mapping[str, tuple[int, ...] | None] | None = None,
     **options: Any,
 ) -> ConversionReport:
-    """Converts layers as :func:`convert_linears` does, but does not warn. The caller shows ``report.warning``."""
+    """Convert layers as :func:`convert_linears` does, but without a warning. The caller shows ``report.warning``."""
     sparsity = SparsityConfig.make(sparsity, **options)
     include, exclude = as_patterns(include), as_patterns(exclude)
     given = dict(split_sizes or {})
@@ -228,7 +228,7 @@ def convert_quietly(
 
 
 def revert_linears(model: nn.Module) -> list[str]:
-    """Turns masked layers back into the plain layers they were, which now hold the effective weight.
+    """Turn masked layers back into the plain layers they were, which now hold the effective weight.
 
     Parameter objects stay the same. The plain layers do not quantise their tokens, so the outputs of ternary layers
     change by the size of that rounding. Convert with ``activation_bits=None`` if this matters.
@@ -259,7 +259,7 @@ def convert_to_match(
     sparsity: SparsityConfig | NMPattern | str | None = None,
     **options: Any,
 ) -> list[str]:
-    """Converts exactly the layers that have a mask in a saved state dict.
+    """Convert exactly the layers that have a mask in a saved state dict.
 
     The state dict can be loaded afterwards::
 
@@ -313,7 +313,7 @@ def _count(report: ConversionReport, parameters: int, wanted: bool) -> None:
 
 
 def _check_same(name: str, layer: MaskedLinear, sparsity: SparsityConfig, given: Mapping[str, Any]) -> None:
-    """Refuses to convert a masked layer to other options."""
+    """Refuse to convert a masked layer to other options."""
     if given or sparsity.split_sizes is not None:
         wanted = replace(sparsity, split_sizes=_sizes_given(name, given, set()) if given else sparsity.split_sizes)  # type: ignore[arg-type]
         if wanted.split_sizes == "guess":  # type: ignore[comparison-overlap]

@@ -36,7 +36,7 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def config_option(name: str) -> Any:
-    """Makes a property of a layer that reads and writes one field of ``layer.sparsity``."""
+    """Make a property of a layer that reads and writes one field of ``layer.sparsity``."""
 
     def read(layer: Any) -> Any:
         return getattr(layer.sparsity, name)
@@ -48,7 +48,7 @@ def config_option(name: str) -> Any:
 
 
 def check_tokens(x: Tensor, layer: str) -> None:
-    """Refuses tokens that are not floating-point numbers, as ``nn.Linear`` does.
+    """Refuse tokens that are not floating-point numbers, as ``nn.Linear`` does.
 
     Args:
         x: The tokens.
@@ -115,7 +115,7 @@ class MaskedLinear(nn.Linear):
 
     @classmethod
     def own(cls, sparsity: SparsityConfig) -> SparsityConfig:
-        """Returns the options with the kind of this class.
+        """Return the options with the kind of this class.
 
         Args:
             sparsity: The options. The default kind, ``"ternary"``, fits every class.
@@ -128,7 +128,7 @@ class MaskedLinear(nn.Linear):
         return replace(sparsity, kind=cls.kind)
 
     def _init_mask(self, sparsity: SparsityConfig, mask_bits: Tensor | None = None) -> None:
-        """Adds a mask to a plain linear layer.
+        """Add a mask to a plain linear layer.
 
         Args:
             sparsity: The options, which have been checked.
@@ -166,7 +166,7 @@ class MaskedLinear(nn.Linear):
         self.refresh_mask()
 
     def _check_change(self, sparsity: SparsityConfig, label: str) -> None:
-        """Raises a :class:`ConfigError` if the layer cannot take other options as it is now."""
+        """Raise a :class:`ConfigError` if the layer cannot take other options as it is now."""
 
     @property
     def hold_mask(self) -> bool:
@@ -183,7 +183,7 @@ class MaskedLinear(nn.Linear):
         return unpack_mask(self.packed_mask(), self.in_features)
 
     def packed_mask(self) -> Tensor:
-        """Brings ``mask_bits`` up to date and returns them."""
+        """Bring ``mask_bits`` up to date, and return them."""
         self._sync_mask()
         return self.mask_bits
 
@@ -193,7 +193,7 @@ class MaskedLinear(nn.Linear):
         return self._keep_n, self._sparse_share
 
     def set_density(self, keep_n: int, sparse_share: float = 1.0, *, refresh: bool = True) -> None:
-        """Changes how much the mask keeps. The mask changes at its next use, even while it is held.
+        """Change how much the mask keeps. The mask changes at its next use, even while it is held.
 
         Args:
             keep_n: The number of weights that each group of a sparse row keeps, from ``pattern.n`` to ``pattern.m``.
@@ -220,14 +220,14 @@ class MaskedLinear(nn.Linear):
             self._sync_mask()
 
     def refresh_mask(self) -> None:
-        """Recomputes the mask from the weight as it is now."""
+        """Recompute the mask from the weight as it is now."""
         # The mask is computed in any case, so there is no need to find out whether the weight has changed. On a GPU the
         # host would wait for the answer, here or in the next forward.
         self.tracker.weight_is_new(self._weight(), self.training)
         self._make_mask()
 
     def keep_mask(self) -> None:
-        """Lets the present mask stay with the present weight until the weight changes, as after loading both."""
+        """Let the present mask stay with the present weight until the weight changes, as after loading both."""
         self.tracker.mask_is_loaded(self._weight(), self.training, self.density)
 
     def values(self, masked: bool = True) -> Tensor:
@@ -247,11 +247,11 @@ class MaskedLinear(nn.Linear):
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Brings all derived values up to date. Computes nothing if the weight has not changed."""
+        """Bring all derived values up to date. Nothing is computed if the weight has not changed."""
         self._sync_mask()
 
     def forward(self, input: Tensor, swiglu: bool = False) -> Tensor:
-        """Multiplies tokens with the sparse weight, and adds the bias.
+        """Multiply tokens with the sparse weight, and add the bias.
 
         Args:
             input: The tokens, ``[..., in_features]``; with ``swiglu`` gate and up side by side,
@@ -273,7 +273,7 @@ class MaskedLinear(nn.Linear):
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _multiply(self, x: Tensor, swiglu: bool, dtype: torch.dtype) -> Tensor:
-        """Computes the forward without the bias, in ``dtype``."""
+        """Compute the forward without the bias, in ``dtype``."""
         raise NotImplementedError
 
     def latent(self) -> Tensor:
@@ -304,11 +304,11 @@ class MaskedLinear(nn.Linear):
 
     @torch.no_grad()
     def _make_mask(self) -> None:
-        """Computes the mask from the weight as the tracker last saw it."""
+        """Compute the mask from the weight as the tracker last saw it."""
         self._set_mask(self._fresh_mask())
 
     def _set_mask(self, bits: Tensor) -> None:
-        """Takes over a mask that was computed from the weight as the tracker last saw it."""
+        """Take over a mask that was computed from the weight as the tracker last saw it."""
         if self.mask_bits.is_inference() and not torch.is_inference_mode_enabled():
             self.mask_bits = bits  # Outside of inference mode, a tensor made in it cannot be written to.
         elif bits is not self.mask_bits:
@@ -378,7 +378,7 @@ class MaskedLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Loads the saved mask as it is, or computes a mask if the checkpoint is dense and has none.
+        """Load the saved mask as it is, or compute a mask if the checkpoint is dense and has none.
 
         A mask of another pattern is refused, and the layer stays as it was.
         """
@@ -402,7 +402,7 @@ class MaskedLinear(nn.Linear):
             self.refresh_mask()
 
     def _kept_in_groups(self, mask_bits: Tensor) -> Tensor:
-        """Counts the weights that a packed mask keeps in each group, ``[out_features, in_features / M]``."""
+        """Count the weights that a packed mask keeps in each group, ``[out_features, in_features / M]``."""
         return unpack_mask(mask_bits, self.in_features).unflatten(-1, (-1, self.pattern.m)).sum(-1)
 
     def _unfit(self, mask_bits: Any, metadata: dict[str, Any]) -> str | None:
@@ -425,7 +425,7 @@ class MaskedLinear(nn.Linear):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state for copies and pickles, after the mask was brought up to date."""
+        """Return the state for copies and pickles, after the mask was brought up to date."""
         self._sync_mask()
         return vars(self).copy()
 
@@ -446,7 +446,7 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
 
 
 def prepare_layers(model: nn.Module) -> None:
-    """Calls :meth:`MaskedLinear.prepare` on every layer of ``model``."""
+    """Call :meth:`MaskedLinear.prepare` on every layer of ``model``."""
     with weights_stay(model):
         for _, layer in masked_layers(model):
             layer.prepare()

@@ -79,7 +79,7 @@ class PackedTernaryLinear(nn.Module):
         self._settled_for: tuple[object, ...] | None = None
 
     def ternary(self) -> tuple[Tensor, Tensor]:
-        """Returns the codes, int8 ``[out_features, in_features]``, and gamma of each part, float32 ``[parts]``."""
+        """Return the codes, int8 ``[out_features, in_features]``, and gamma of each part, float32 ``[parts]``."""
         return self.codes, self.gamma
 
     def effective_weight(self) -> Tensor:
@@ -118,7 +118,7 @@ class PackedTernaryLinear(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _settle(self) -> None:
-        """Chooses a kernel or the reference, and packs the weight for the kernel."""
+        """Choose a kernel or the reference, and pack the weight for the kernel."""
         self._packed, self._layout, self._kernel = None, "none", None
         if self.backend != "reference":
             from sbn_lightning.backends.selection import choose_packed, pack_for
@@ -136,7 +136,7 @@ class PackedTernaryLinear(nn.Module):
         return self.in_features % 4 == 0 and int(nonzeros_per_group(self.codes, 4).max()) <= 2
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedTernaryLinear:
-        """Moves all tensors to another device. A cast to another dtype leaves gamma in float32."""
+        """Move all tensors to another device. A cast to another dtype leaves gamma in float32."""
         gamma, row_scale = self.gamma, self.row_scale
         super()._apply(fn, recurse)
         self.gamma, self.row_scale = gamma.to(self.gamma.device), row_scale.to(self.row_scale.device)
@@ -155,7 +155,7 @@ class PackedTernaryLinear(nn.Module):
 
 
 def pack_layers(model: nn.Module, backend: InferenceBackend = "auto") -> nn.Module:
-    """Replaces every :class:`SparseBitLinear` of a model by a :class:`PackedTernaryLinear`, in place.
+    """Replace every :class:`SparseBitLinear` of a model by a :class:`PackedTernaryLinear`, in place.
 
     Latent weights are dropped, so a weight takes 1 byte in place of 4. With kernels it takes a quarter of a byte more.
 
@@ -176,7 +176,7 @@ def pack_layers(model: nn.Module, backend: InferenceBackend = "auto") -> nn.Modu
 
 
 def packed_layer(layer: SparseBitLinear) -> PackedTernaryLinear:
-    """Makes a layer without latent weights that computes what ``layer`` computes in evaluation."""
+    """Make a layer without latent weights that computes what ``layer`` computes in evaluation."""
     codes, gamma = layer.ternary()
     bias = None if layer.bias is None else layer.bias.detach()
     return PackedTernaryLinear(

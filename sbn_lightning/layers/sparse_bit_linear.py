@@ -55,7 +55,7 @@ class SparseBitLinear(MaskedLinear):
         self._forget_prepared()
 
     def wrap_backend(self, wrap: Callable[[Backend], Backend]) -> None:
-        """Puts a wrapper around the present backend, and around each backend that is assigned later.
+        """Put a wrapper around the present backend, and around each backend that is assigned later.
 
         Args:
             wrap: A function that makes a backend from another one, for example a backend for a weight that is sharded
@@ -86,7 +86,7 @@ class SparseBitLinear(MaskedLinear):
         return self
 
     def ternary(self) -> tuple[Tensor, Tensor]:
-        """Returns the codes in {-1, 0, 1}, int8 ``[out_features, in_features]``, and gamma of each part, float32."""
+        """Return the codes in {-1, 0, 1}, int8 ``[out_features, in_features]``, and gamma of each part, float32."""
         self.prepare()
         starts = [0]
         for rows in (self.split_sizes or (self.out_features,))[:-1]:
@@ -150,7 +150,7 @@ class SparseBitLinear(MaskedLinear):
         return self._for_backend(None if self.sparsity.mask_source == "latent" else self._dense_codes())
 
     def _for_backend(self, whole: Tensor | None = None) -> Tensor:
-        """Returns the rows that the backend needs: all rows, or this rank's rows if the weight is sharded by rows.
+        """Return the rows that the backend needs: all rows, or this rank's rows if the weight is sharded by rows.
 
         Args:
             whole: A tensor that has one row for each row of the weight. None takes the latent weight.

@@ -27,7 +27,7 @@ class Snapshot(NamedTuple):
 
     @classmethod
     def of(cls, layer: MaskedLinear) -> Snapshot:
-        """Takes a snapshot of a layer."""
+        """Take a snapshot of a layer."""
         values = layer.values()
         return cls(layer.packed_mask().clone(), pack_mask(values != 0), pack_mask(values < 0))
 
@@ -56,7 +56,7 @@ class Counts:
         return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def shares(self) -> dict[str, float]:
-        """Returns the counts as shares of all weights, by metric name."""
+        """Return the counts as shares of all weights, by metric name."""
         total = max(self.weights, 1)
         return {
             "zeros": (self.natural + self.enforced) / total,
@@ -72,7 +72,7 @@ class Counts:
 def count(
     layers: dict[str, MaskedLinear], before: dict[str, Snapshot]
 ) -> tuple[dict[str, Counts], dict[str, Snapshot]]:
-    """Looks at every layer, and counts its zeros and what changed since the last look.
+    """Look at every layer, and count its zeros and what changed since the last look.
 
     Args:
         layers: The layers by name.
@@ -105,7 +105,7 @@ def kind_of(name: str) -> str:
 
 
 def by_kind(counts: dict[str, Counts]) -> dict[str, Counts]:
-    """Sums the counts of all layers of the same kind; see :func:`kind_of`."""
+    """Sum the counts of all layers of the same kind; see :func:`kind_of`."""
     kinds: dict[str, Counts] = {}
     for name, item in counts.items():
         kinds[kind_of(name)] = kinds.get(kind_of(name), Counts()) + item

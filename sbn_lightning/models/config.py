@@ -131,7 +131,7 @@ class TransformerConfig(SparsityOptions):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TransformerConfig:
-        """Returns the config of a published model: ``"qwen2.5-0.5b"``, ``"qwen2.5-1.5b"`` or ``"qwen2.5-3b"``.
+        """Return the config of a published model: ``"qwen2.5-0.5b"``, ``"qwen2.5-1.5b"`` or ``"qwen2.5-3b"``.
 
         All three have a vocabulary of 151,936 tokens, biases for q, k and v, tied embeddings and the rotary base 1e6.
 
@@ -165,6 +165,6 @@ class TransformerConfig(SparsityOptions):
         return self.d_model // self.n_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for a checkpoint; ``TransformerConfig(**values)`` reads them back."""
+        """Return plain values for a checkpoint; ``TransformerConfig(**values)`` reads them back."""
         values = dataclasses.asdict(self) | {"pattern": str(self.pattern)}
         return {name: values[name] for name in inspect.signature(type(self)).parameters}

@@ -40,7 +40,7 @@ CHUNK_BYTES = 5 * 2**28
 
 
 def choose_loss(implementation: LossImplementation, vocab_size: int, device: torch.device) -> LossImplementation:
-    """Chooses an implementation for ``"auto"``, and checks that any other one can run here.
+    """Choose an implementation for ``"auto"``, and check that any other one can run here.
 
     Args:
         implementation: The name of an implementation, or ``"auto"``.
@@ -116,7 +116,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, differentiate: bool) -> Tensor:
-        """Computes the loss, and with ``differentiate`` the gradients. Casts ``weight`` to the dtype of ``hidden``."""
+        """Compute the loss, and with ``differentiate`` the gradients. ``weight`` may be wider than ``hidden``."""
         need_dh, need_dw = (differentiate and needed for needed in ctx.needs_input_grad[:2])
         head = weight.to(hidden.dtype)
         most = max(256, CHUNK_BYTES // (head.shape[0] * head.element_size()))
@@ -153,7 +153,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Returns the cross-entropy summed over tokens, and ``(softmax - one-hot) * scale`` in the dtype of the logits."""
+    """Return the cross-entropy summed over tokens, and ``(softmax - one-hot) * scale`` in the dtype of the logits."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     log_sum = wide.logsumexp(-1, keepdim=True)
     loss = (log_sum - wide.gather(-1, target.unsqueeze(-1))).sum()

@@ -60,7 +60,7 @@ def rope_tables(config: TransformerConfig) -> tuple[Tensor, Tensor]:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates ``x [B, heads, T, E]`` by position; ``cos`` and ``sin`` are ``[T, E]``, or ``[B, 1, T, E]``.
+    """Rotate ``x [B, heads, T, E]`` by position; ``cos`` and ``sin`` are ``[T, E]``, or ``[B, 1, T, E]``.
 
     A roll swaps the two halves of a head, and a compiler turns a roll into one load in the forward and in the backward.
     Two slices and a concatenation would become two loads with conditions, and the backward of q, k and v would nest

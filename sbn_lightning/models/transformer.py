@@ -56,7 +56,7 @@ class Attend(Protocol):
     """A function that computes attention, for example with a cache of keys and values."""
 
     def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-        """Computes attention for the tokens of this call.
+        """Compute attention for the tokens of this call.
 
         Args:
             q_BHTE: The queries, rotated by position.
@@ -139,7 +139,7 @@ def _keep_quantized_tokens() -> tuple[Any, Any]:
 
 
 def _checkpoint(block: nn.Module, x_BTD: Tensor, *rope: Tensor) -> Tensor:
-    """Computes ``block(x, *rope)`` without saving activations; the backward pass computes the block again."""
+    """Compute ``block(x, *rope)`` without saving activations; the backward pass computes the block again."""
     options: dict[str, Any] = {"use_reentrant": False}
     if any(layer.backend is not REFERENCE for layer in ternary_layers(block).values()):
         options["context_fn"] = _keep_quantized_tokens
@@ -174,7 +174,7 @@ class TernaryTransformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws new weights from a normal distribution, and sets biases to zero."""
+        """Draw new weights from a normal distribution, and set biases to zero."""
         std = self.config.init_std
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -186,7 +186,7 @@ class TernaryTransformer(nn.Module):
                 module.weight.normal_(0.0, std)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compiles each block with ``torch.compile`` in place. The names in the state dict stay as they are.
+        """Compile each block with ``torch.compile`` in place. The names in the state dict stay as they are.
 
         This turns torch's ``optimize_ddp`` off for the whole process.
 

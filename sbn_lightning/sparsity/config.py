@@ -92,7 +92,7 @@ class SparsityConfig(SparsityOptions):
 
     @classmethod
     def make(cls, sparsity: SparsityConfig | NMPattern | str | None = None, **options: Any) -> SparsityConfig:
-        """Makes a config from whatever a caller gave: a whole config, a pattern, single options, or a mixture.
+        """Make a config from whatever a caller gave: a whole config, a pattern, single options, or a mixture.
 
         Args:
             sparsity: A whole config, or a pattern; None stands for the default pattern.
@@ -115,7 +115,7 @@ class SparsityConfig(SparsityOptions):
         return replace(config, pattern=pattern)
 
     def check_fits(self, in_features: int, out_features: int, layer: str) -> None:
-        """Checks that a layer of this shape can have these options.
+        """Check that a layer of this shape can have these options.
 
         Args:
             in_features: The features of a token.
@@ -130,11 +130,11 @@ class SparsityConfig(SparsityOptions):
             raise ConfigError(f"{layer}: split_sizes={self.split_sizes} do not add up to out_features={out_features}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for JSON or a checkpoint; ``SparsityConfig(**values)`` reads them back."""
+        """Return plain values for JSON or a checkpoint; ``SparsityConfig(**values)`` reads them back."""
         return asdict(self) | {"pattern": str(self.pattern)}
 
 
 def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raises a :class:`ConfigError` if ``value`` is not one of ``choices``. True is not 1, and 8.0 is not 8."""
+    """Raise a :class:`ConfigError` if ``value`` is not one of ``choices``. True is not 1, and 8.0 is not 8."""
     if not any(value == choice and type(value) is type(choice) for choice in choices):
         raise ConfigError(f"{option}={value!r} is not one of {', '.join(map(repr, choices))}")

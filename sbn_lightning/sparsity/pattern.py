@@ -48,7 +48,7 @@ class NMPattern:
 
     @classmethod
     def parse(cls, value: NMPattern | str) -> NMPattern:
-        """Reads ``"N:M"``.
+        """Read ``"N:M"``.
 
         Raises:
             ConfigError: If the value is neither a pattern nor such a string. YAML 1.1 reads an unquoted ``6:8`` as the
@@ -80,7 +80,7 @@ class NMPattern:
         return self.n / self.m
 
     def check_divides(self, in_features: int, layer: str) -> None:
-        """Checks that rows of ``in_features`` weights split into whole groups.
+        """Check that rows of ``in_features`` weights split into whole groups.
 
         Args:
             in_features: The number of weights in a row.
@@ -97,7 +97,7 @@ class NMPattern:
 
 
 def group_ranks(weight: Tensor, m: int) -> Tensor:
-    """Ranks each weight's magnitude within its group of ``m``.
+    """Rank each weight's magnitude within its group of ``m``.
 
     Args:
         weight: The weights, ``[..., in_features]``; ``in_features`` is a multiple of ``m``.
@@ -118,7 +118,7 @@ def group_ranks(weight: Tensor, m: int) -> Tensor:
 
 
 def _ranks_by_pairs(members: Tensor) -> Tensor:
-    """Ranks groups ``[m, ...]`` by comparing every pair, which is 2 to 4 times faster than sorting small groups."""
+    """Rank groups ``[m, ...]`` by comparing every pair, which is 2 to 4 times faster than sorting small groups."""
     members = members.contiguous()
     ranks = torch.zeros_like(members, dtype=torch.uint8)
     for i in range(len(members)):
@@ -130,7 +130,7 @@ def _ranks_by_pairs(members: Tensor) -> Tensor:
 
 
 def _ranks_at_once(groups: Tensor) -> Tensor:
-    """Ranks groups ``[..., m]`` in five operations that use ``m`` times the memory.
+    """Rank groups ``[..., m]`` in five operations that use ``m`` times the memory.
 
     On a GPU this is faster than a loop over pairs, because each operation costs a launch.
     """
@@ -160,12 +160,12 @@ def top_n_mask(weight: Tensor, pattern: NMPattern, keep: Tensor | int | None = N
 
 
 def nonzeros_per_group(values: Tensor, m: int) -> Tensor:
-    """Counts the values that are not zero in each group: ``[..., in_features]`` -> int64 ``[..., in_features / m]``."""
+    """Count the values that are not zero in each group: ``[..., in_features]`` -> int64 ``[..., in_features / m]``."""
     return values.unflatten(-1, (-1, m)).count_nonzero(dim=-1)
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Packs a mask, bool ``[..., in_features]``, into uint8 ``[..., ceil(in_features / 8)]``, lowest bit first."""
+    """Pack a mask, bool ``[..., in_features]``, into uint8 ``[..., ceil(in_features / 8)]``, lowest bit first."""
     padded = F.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
     # Eight bytes of 0 or 1 are read as one integer, lowest byte first. Multiplying by the factor moves byte i to bit
     # 56 + i, and moves nothing else to the top eight bits.

@@ -95,7 +95,7 @@ def ternary_weight(
 
 
 def expand_scale(gamma: Tensor, split_sizes: tuple[int, ...] | None, out_features: int) -> Tensor:
-    """Repeats gamma of each part for all rows of the part: ``[parts]`` -> ``[out_features]``."""
+    """Repeat gamma of each part for all rows of the part: ``[parts]`` -> ``[out_features]``."""
     if split_sizes is None:
         return gamma.expand(out_features)
     return torch.cat([part.expand(rows) for part, rows in zip(gamma.split(1), split_sizes, strict=True)])
@@ -119,7 +119,7 @@ def ternary_codes(weight: Tensor, row_scale: Tensor, mask: Tensor | None = None)
 
 
 def quantize_activations(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantises each token (last dimension) to signed integers.
+    """Quantise each token (last dimension) to signed integers.
 
     8 bits: ``s = max(max|x|, 1e-5) / 127``, integers in [-128, 127].
     4 bits: ``s = max(mean|x|, 1e-5) / sqrt(7)``, integers in [-8, 7].
@@ -157,7 +157,7 @@ def apply_swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Returns ``x`` in the dtype for scales and roundings: float64 if ``x`` is float64, and float32 otherwise."""
+    """Return ``x`` in the dtype for scales and roundings: float64 if ``x`` is float64, and float32 otherwise."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -187,7 +187,7 @@ class TernaryLinearFunction(torch.autograd.Function):
         activation_bits: int | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Multiplies tokens ``x [tokens, in_features]`` into ``y [tokens, out_features]`` in ``dtype``.
+        """Multiply tokens ``x [tokens, in_features]`` into ``y [tokens, out_features]`` in ``dtype``.
 
         The product reads ``codes`` and ``row_scale``. ``weight`` is the latent weight; it is an argument only to get a
         gradient. ``gradient_mask`` (bool, or None for all) selects the positions of the weight that get a gradient.
@@ -261,7 +261,7 @@ class MaskedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, gradient_mask: Tensor | None) -> Tensor:
-        """Returns ``y [..., out_features]`` in the dtype of ``x``. Both masks are bool, in the shape of ``weight``."""
+        """Return ``y [..., out_features]`` in the dtype of ``x``. Both masks are bool, in the shape of ``weight``."""
         effective = (weight * mask).to(x.dtype)
         ctx.save_for_backward(x, effective, gradient_mask)
         ctx.weight_dtype = weight.dtype
