@@ -1,4 +1,4 @@
-"""Models and trainers of the tests."""
+"""Small models, trainers and callbacks that many tests use."""
 
 import subprocess
 import sys
@@ -60,7 +60,7 @@ def quiet_trainer(callbacks=(), **options):
 
 
 class ForeignModule(LightningModule):
-    """A user's own module that knows nothing of this package."""
+    """A module of a user that does not mention this package."""
 
     def __init__(self, in_configure_model=False):
         super().__init__()
@@ -88,7 +88,7 @@ def regression_loader(seed=0, batch_size=8):
 
 
 def imported(code, names, **options):
-    """Which of the modules ``names`` a fresh interpreter has imported after ``code``, and what it printed."""
+    """Run ``code`` in a fresh interpreter; return which of ``names`` were imported, and what was printed."""
     code += f"\nimport sys; print('IMPORTED', *sorted({set(names)!r} & set(sys.modules)))"
     command = [sys.executable, "-c", code]
     output = subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
@@ -97,13 +97,13 @@ def imported(code, names, **options):
 
 
 def imported_by_help(command, names):
-    """As :func:`imported`, of a command's ``--help``."""
+    """Return the same as :func:`imported`, for the ``--help`` of a command."""
     code = f"import sys; sys.argv = ['sbn', '{command}', '--help']; from sbn_lightning.cli import main\n"
     return imported(code + "try: main()\nexcept SystemExit: pass", names)
 
 
 class Losses(Callback):
-    """Keeps the loss of every micro-batch."""
+    """Records the loss of every micro-batch."""
 
     def __init__(self):
         self.values = []
@@ -117,7 +117,7 @@ class Interrupted(Exception):
 
 
 class Witness(RunCallback):
-    """Notes place, samples, masks and loss of every micro-batch; goes down before the step ``interrupt_at``."""
+    """Records place, samples, masks and loss of each micro-batch; raises an error before step ``interrupt_at``."""
 
     def __init__(self, interrupt_at=None):
         self.interrupt_at = interrupt_at

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from sbn_lightning.distributed.packed import shard_packed
 from sbn_lightning.layers import SparseBitLinear
 
-# Rows that ranks do not divide, fewer rows than ranks, cuts through the parts of a fused weight.
+# The number of ranks does not divide the rows; fewer rows than ranks; ranks that cut the parts of a fused weight.
 CASES = [
     {"out": 16, "pattern": "2:4"},
     {"out": 7, "pattern": "6:8"},
@@ -29,7 +29,7 @@ CASES = [
 
 
 def check(case: dict[str, object], ranks: int, held: bool, share: float) -> None:
-    """A layer before and after an optimiser step, with two micro-batches, against the same layer in one process."""
+    """Compare a layer with the same layer in one process, before and after an optimiser step of two micro-batches."""
     options = dict(case)
     torch.manual_seed(3)
     alone = nn.Sequential(nn.Linear(8, 32), SparseBitLinear(32, options.pop("out"), **options))
@@ -50,12 +50,12 @@ def check(case: dict[str, object], ranks: int, held: bool, share: float) -> None
             for output in outputs:
                 output.square().sum().backward()
         with torch.no_grad():
-            for parameter in sharded[0].parameters():  # what DDP or FSDP2 would do for the plain layer
+            for parameter in sharded[0].parameters():  # DDP or FSDP2 would do this for the plain layer
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= ranks
-        # Three equal gradients, added and divided by three, are rounded twice.
+        # The sum of three equal gradients, divided by three, is rounded twice.
         torch.testing.assert_close(sharded[1].weight.grad.full_tensor(), alone[1].weight.grad, rtol=1e-5, atol=1e-5)
-        with torch.no_grad():  # an average over three ranks is rounded: the next step starts from equal weights
+        with torch.no_grad():  # Use equal gradients, because an average over three ranks is rounded.
             sharded[1].weight.grad.to_local().copy_(
                 torch.distributed.tensor.distribute_tensor(
                     alone[1].weight.grad, sharded[1].weight.device_mesh, sharded[1].weight.placements

@@ -1,4 +1,4 @@
-"""Runs of accumulated steps under FSDP2: ``torchrun steps_worker.py FOLDER`` records there what each rank saw."""
+"""Run accumulated steps under FSDP2. ``torchrun steps_worker.py FOLDER`` writes what each rank saw to FOLDER."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.helpers import quiet_trainer, small_module, token_loader
 
 ACCUMULATE = 2
 LAYER = "model.blocks.0.mlp.down"
-# In which micro-batches of the step, by rank, a layer's output is not a number.
+# For each rank, the micro-batches of the step in which the output of a layer is NaN.
 NON_FINITE = {
     "first of one": ([0], []),
     "last of one": ([1], []),
@@ -41,7 +41,7 @@ class Spoilt(Callback):
 
 
 class Whole(Callback):
-    """Notes before each micro-batch which weights are whole (none, some or all), and after it the loss."""
+    """Records before each micro-batch which weights are whole (none, some or all), and the loss after it."""
 
     def __init__(self):
         self.whole, self.losses = [], []
@@ -55,7 +55,7 @@ class Whole(Callback):
 
 
 def fit(callbacks, **options):
-    # The collective that another rank does not join fails soon.
+    # With a short timeout, a collective that another rank does not join fails soon.
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, timeout=timedelta(seconds=30))
     options = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False} | options
     trainer = quiet_trainer(callbacks, accumulate_grad_batches=ACCUMULATE, **options)

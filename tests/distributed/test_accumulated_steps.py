@@ -19,7 +19,7 @@ ERRORS = {
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """By rank."""
+    """What each rank saw."""
     folder = tmp_path_factory.mktemp("steps")
     launch([str(ROOT / "tests/distributed/steps_worker.py"), str(folder)], folder, timeout=120)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
@@ -32,7 +32,7 @@ def test_a_nan_on_one_rank_stops_all_and_each_says_what_it_knows(name, seen):
 
 
 def test_weights_stay_whole_within_a_step_and_sharded_between(seen):
-    """Whether or not a validation comes there."""
+    """The same holds if a validation comes inside or between steps."""
     for rank in seen:
         plain, unsharded = rank["validated"]["sharded"], rank["validated"]["unsharded"]
         assert unsharded["whole"] == [[False], [True]] * 2

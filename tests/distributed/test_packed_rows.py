@@ -1,4 +1,4 @@
-"""Latent weights sharded by rows: what every rank computes equals one process's, to the last bit."""
+"""Latent weights are sharded by rows. Every rank computes what one process computes, to the last bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_cut_is_that_of_a_dtensor(rows, ranks):
     whole = torch.arange(rows)
     cuts = [RowCut(rows, rank, ranks) for rank in range(ranks)]
-    chunks = list(whole.chunk(ranks)) + [whole[:0]] * ranks  # torch.chunk leaves empty ones out
+    chunks = list(whole.chunk(ranks)) + [whole[:0]] * ranks  # torch.chunk returns no empty chunks
     for cut, chunk in zip(cuts, chunks, strict=False):
         assert torch.equal(cut.mine(whole), chunk)
         assert len(cut.pad(cut.mine(whole))) == cut.padded

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two CPU processes against one process, and checkpoints that go from each to the others."""
+"""DDP and FSDP2 on two CPU processes, compared with one process; each continues the checkpoints of the others."""
 
 import json
 import os
@@ -35,10 +35,10 @@ ONWARD = [
     ("packed", "auto"),
     ("packed", "packed"),
     ("sharded", "sharded"),
-    ("sharded", "auto"),  # through one file, as the error of the command line says
+    ("sharded", "auto"),  # by way of one file, as the error of the command line advises
     ("sharded", "fsdp2"),
 ]
-# Name, strategy, options of the precision plugin, whether rank 0 has measured, how near losses are to one process's.
+# Name, strategy, options of the precision plugin, whether rank 0 has measured, relative bound for the losses.
 # Kernels run in Triton's interpreter.
 PLUGINS = [
     ("plugin fsdp2 auto", "fsdp2", {}, False, 1e-5),
@@ -56,7 +56,7 @@ ACCUMULATED = [
 
 @pytest.fixture(scope="module")
 def counting(tmp_path_factory):
-    """Numbers in order, so that every block of tokens is another one."""
+    """A folder of tokens that count upwards, so that no two blocks of tokens are equal."""
     folder = tmp_path_factory.mktemp("counting")
     for i in range(8):
         (folder / f"{i}.txt").write_text(" ".join(str(n) for n in range(i * 5000, i * 5000 + 300)))
@@ -73,7 +73,7 @@ def epoch(counting):
 
 @pytest.fixture(scope="module")
 def runs(counting, epoch, tmp_path_factory):
-    """What each rank saw, by the run's name; whole runs, runs of half an epoch, and what goes on from either."""
+    """What each rank saw, by the name of the run: whole runs, runs of half an epoch, and runs that continue them."""
     folder = tmp_path_factory.mktemp("runs")
     first, onward = {}, {"refused": {"strategy": "tensor-parallel", "steps": 1}}
     data = {"tokens": str(counting)}
@@ -131,7 +131,7 @@ def test_two_processes_equal_one(strategy, runs):
             for rank in ranks:
                 assert torch.equal(rank["masks"][step][name], mask)
                 torch.testing.assert_close(rank["gammas"][step][name], single["gammas"][step][name], rtol=1e-5, atol=0)
-        # No rank sees another's samples, and together they see the single process's.
+        # No two ranks see the same sample. Together the ranks see the samples of the single process.
         together = [tuple(row) for rank in ranks for row in rank["samples"][step].tolist()]
         assert set(together) == {tuple(row) for row in single["samples"][step].tolist()}
         assert len(set(together)) == len(together)
@@ -142,7 +142,7 @@ def test_two_processes_equal_one(strategy, runs):
 
 @pytest.mark.parametrize(("before", "after"), ONWARD)
 def test_a_checkpoint_goes_on_under_another_strategy(before, after, runs):
-    """With its optimiser states, to the last bit, and the losses of a run that nothing disturbed."""
+    """Optimiser states continue to the last bit, and losses equal those of an undisturbed run."""
     first, rest, (single,) = runs[before][0], runs[f"{before} to {after}"], runs["auto"]
     parameters = len(single["moments"][-1])
     for rank in rest:
@@ -158,7 +158,7 @@ def test_a_checkpoint_goes_on_under_another_strategy(before, after, runs):
 
 @pytest.mark.parametrize(("before", "after"), ONWARD)
 def test_a_run_resumes_on_another_number_of_processes(before, after, runs, epoch):
-    """No sample twice; what an epoch leaves out at its end is less than two batches."""
+    """No sample comes twice. An epoch leaves out less than two batches at its end."""
     rest = runs[f"{before} to {after} rest"]
     seen = rows(runs[f"{before} half"]) + rows(rest)
     assert len(seen) == (epoch - 2) * GLOBAL_BATCH
@@ -168,12 +168,12 @@ def test_a_run_resumes_on_another_number_of_processes(before, after, runs, epoch
 
 @pytest.mark.parametrize(("name", "strategy", "plugin", "measured", "near"), PLUGINS)
 def test_the_precision_plugin_on_two_processes(name, strategy, plugin, measured, near, runs):
-    """Losses of one process, masks alike, the same backends on every rank, and a run that resumes to the last bit."""
+    """Losses are those of one process, ranks have equal masks and backends, and resuming is exact to the last bit."""
     ranks, (single,) = runs[name], runs["plugin alone"]
     for step in range(PLUGIN_STEPS):
         for layer, mask in single["masks"][step].items():
             assert all(torch.equal(rank["masks"][step][layer], ranks[0]["masks"][step][layer]) for rank in ranks)
-            if near == 1e-5 or step == 0:  # later ones follow weights that other roundings have moved
+            if near == 1e-5 or step == 0:  # later losses depend on weights that were rounded differently
                 assert torch.equal(ranks[0]["masks"][step][layer], mask)
     assert ranks[0]["losses"] == pytest.approx(single["losses"], rel=near)
     expected = "int8" if measured or plugin.get("backend") == "int8" else "reference"
@@ -182,7 +182,7 @@ def test_the_precision_plugin_on_two_processes(name, strategy, plugin, measured,
     for rank, rest in zip(ranks, runs[f"{name} rest"], strict=True):
         assert rest["losses"] == rank["losses"][TINY_EPOCH:]
         assert rest["seeds"] == rank["seeds"][TINY_EPOCH:]
-    # Roundings of the same draws would err alike on every rank: no seed is used twice.
+    # Equal draws would give every rank the same rounding error, so no seed may be used twice.
     seeds = [seed for rank in ranks for step in rank["seeds"] for seed in step]
     assert len(set(seeds)) == len(seeds) == (2 * PLUGIN_STEPS * layers if "gradients" in plugin else 0)
 
@@ -202,7 +202,7 @@ def test_masked_weights_decay_on_every_rank(strategy, runs):
 
 
 def test_accumulation_without_resharding(runs):
-    """The same training, for half of the reductions and fewer than half of the gathers."""
+    """The training is the same, with half of the reductions and less than half of the gathers."""
     (single,), plain, unsharded = runs["accumulated alone"], runs["accumulated"], runs["accumulated unsharded"]
     assert plain[0]["losses"] == pytest.approx(single["losses"], rel=1e-5)
     for rank in unsharded:
@@ -219,14 +219,14 @@ def test_unsharded_accumulation_without_shards_is_refused(runs):
 
 
 def test_what_a_strategy_would_misread_is_refused(runs):
-    """Each with a way out; the folder's is a command."""
+    """Each error names a way out. For a folder the way out is a command."""
     folder = runs["folder"] / f"sharded/step={EPOCH}.ckpt"
     file = runs["folder"] / f"auto/step={EPOCH}.ckpt"
     with pytest.raises(ConfigError, match=f"sbn consolidate --checkpoint {folder} --output .*step=4.whole.ckpt"):
         check_checkpoint(folder, "auto")
     check_checkpoint(folder, ModelParallelStrategy())
     check_checkpoint(file, ModelParallelStrategy())
-    # As torch numbers them: by parameter group.
+    # Number the states as torch does, by parameter group.
     saved = torch.load(file, weights_only=True)
     state = saved["optimizer_states"][0]
     numbers = iter(range(len(state["state"])))
@@ -239,7 +239,7 @@ def test_what_a_strategy_would_misread_is_refused(runs):
 
 
 def test_a_sharded_checkpoint_that_is_replaced_stays_until_the_new_one_is_whole(runs, tmp_path):
-    """`last.ckpt` was saved three times under that name."""
+    """The run saved `last.ckpt` three times."""
     assert not list((runs["folder"] / "sharded").glob("*.before.ckpt"))
     last = tmp_path / "last.ckpt"
     shutil.copytree(runs["folder"] / "sharded/last.ckpt", last)
@@ -254,7 +254,7 @@ def test_a_sharded_checkpoint_that_is_replaced_stays_until_the_new_one_is_whole(
             (last / ".metadata").write_bytes(b"half")
             raise Interrupted
 
-    for _ in range(2):  # the second time, what the first left behind is in its way
+    for _ in range(2):  # the second time, the file that the first left behind is in the way
         with pytest.raises(Interrupted):
             save()
         assert why_unreadable(last) == "is not complete (it has no meta.pt)"

@@ -1,8 +1,8 @@
-"""Trains a small model under a strategy and records what it saw.
+"""Train a small model under a strategy and record what each rank saw.
 
-``torchrun worker.py JOBS`` works off a JSON file of jobs, ``{output folder: arguments of train}``: processes take far
-longer to start than to train. Without a folder of tokens the ranks share random batches in a fixed way, so that
-together they see what a single process sees.
+``torchrun worker.py JOBS`` runs all jobs of a JSON file, ``{output folder: arguments of train}``, because processes
+take far longer to start than to train. Without a folder of tokens the ranks share random batches in a fixed way, so
+that together they see what a single process sees.
 """
 
 import json
@@ -38,8 +38,8 @@ from sbn_lightning.training import precision
 from tests.helpers import quiet_trainer, small_module, token_loader
 
 GLOBAL_BATCH = 8
-EPOCH = 4  # random batches
-TINY = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 16}  # for Triton's interpreter
+EPOCH = 4  # no folder of tokens: random batches
+TINY = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 16}  # kernels run in Triton's interpreter
 TINY_EPOCH = 2
 sharding = partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
 STRATEGIES = {
@@ -84,7 +84,7 @@ def whole(tensor):
 
 
 def measure_on_rank_0_only():
-    """In place of what ``auto`` measures on a GPU, where ranks may well come to other choices."""
+    """Replace the measurement of ``auto`` on a GPU, where the ranks may choose differently."""
 
     def choose(layers, wanted, *_):
         assert int(os.environ["RANK"]) == 0
@@ -93,7 +93,7 @@ def measure_on_rank_0_only():
     precision.choose = choose
 
 
-# What FSDP2 sends with, in torch up to 2.14 and after.
+# The functions with which FSDP2 sends, in torch up to 2.14 and in later versions.
 COLLECTIVES = {
     "gathers": ("all_gather_into_tensor", "all_gather_single"),
     "reductions": ("reduce_scatter_tensor", "reduce_scatter_single"),
@@ -102,7 +102,7 @@ COLLECTIVES = {
 
 @contextmanager
 def counted_collectives():
-    """How often each kind is called."""
+    """Count the calls of each kind of collective."""
     counts = Counter()
     functions = {name: (kind, getattr(dist, name, None)) for kind, names in COLLECTIVES.items() for name in names}
 
@@ -121,7 +121,7 @@ def counted_collectives():
 
 
 def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None, accumulate=1, unsharded=False, decay=0.0):
-    """Saves after every second step, or a run on tokens at its end; returns what the rank saw."""
+    """Train, save after every second step (a run on tokens: at its end), and return what the rank saw."""
     world = 1 if strategy == "auto" else 2
     options = {"strategy": STRATEGIES[strategy](), "devices": world, "use_distributed_sampler": False}
     options["logger"] = TensorBoardLogger(f"{output}.logs") if tokens is None else False

@@ -40,5 +40,5 @@ def test_it_runs(path, tmp_path):
         if cell.cell_type == "code":
             cell.outputs = []
     client = NotebookClient(notebook, timeout=500, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
-    client.execute()  # raises at the first cell that fails
+    client.execute()  # execute raises an error at the first cell that fails
     assert pictures(notebook) == expected

@@ -1,4 +1,4 @@
-"""What README and documentation say exists: names, recipes, environment variables, commands."""
+"""Everything that README and documentation name exists: names, recipes, environment variables, commands."""
 
 import ast
 import re
@@ -13,9 +13,9 @@ import sbn_lightning
 from sbn_lightning.cli.app import TOOLS, TRAINING
 
 ROOT = Path(__file__).parents[2]
-# The log keeps what was true when an entry was written.
+# An entry of the log may name what existed only when the entry was written.
 PAGES = [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name != "LOG.md")]
-HOSTS = ("torchao", "transformers", "vllm")  # of integrations, which need not be installed
+HOSTS = ("torchao", "transformers", "vllm")  # hosts of integrations, which need not be installed
 SOURCES = [path for folder in ("sbn_lightning", "kernels/sbn_kernels") for path in (ROOT / folder).rglob("*.py")]
 
 
@@ -27,7 +27,7 @@ def blocks(page, *languages):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_on_a_page_imports_names_that_exist(page):
     for block in blocks(page, "python"):
-        code = re.sub(r"^\s+\.\.\.$", "", block, flags=re.M)  # what a page leaves out inside brackets
+        code = re.sub(r"^\s+\.\.\.$", "", block, flags=re.M)  # "..." stands for what a page leaves out inside brackets
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("sbn_lightning", "sbn_kernels"):
                 try:
@@ -64,7 +64,7 @@ def test_every_callback_is_described():
     callbacks = import_module("sbn_lightning.callbacks")
     for name in set(callbacks.__all__) & set(sbn_lightning.__all__):
         assert f"::: sbn_lightning.callbacks.{name}\n" in api
-        assert name in guide or name == "SparseWeightAveraging"  # the guide has the one of its two classes
+        assert name in guide or name == "SparseWeightAveraging"  # the guide names only one of the two averaging classes
 
 
 def test_every_environment_variable_is_described():

@@ -90,7 +90,7 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     model = TernaryTransformer(small_config(vocab_size=257, init_std=0.3, max_sequence_length=48))
     with torch.no_grad():
-        model.embed.weight.mul_(0.05)  # a new model repeats its last token otherwise
+        model.embed.weight.mul_(0.05)  # otherwise an untrained model repeats its last token
     torch.save(contents(model.config, model.state_dict()), folder / "model.ckpt")
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     return str(folder / "model.ckpt")
@@ -102,7 +102,7 @@ def loaded(checkpoint):
 
 
 def log_probability(model, before, after):
-    """From whole logits, one sequence at a time."""
+    """The log probability, from the logits of one whole sequence at a time."""
     ids = [*before, *after]
     with torch.no_grad():
         logs = F.log_softmax(model(torch.tensor([ids[:-1]]))[0].double(), -1)
@@ -147,7 +147,7 @@ def test_log_likelihoods(loaded):
     found = harness.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
     for (before, after), (total, _) in zip(pairs, found, strict=True):
         context = list(before.encode()) or [256]
-        room = 49 - len(after)  # the last token is not read, only predicted
+        room = 49 - len(after)  # the model predicts the last token but does not read it
         assert total == pytest.approx(log_probability(loaded.model, context[-room:], after.encode()), rel=1e-4)
     with pytest.raises(ConfigError, match="49 tokens"):
         harness.loglikelihood(requests("loglikelihood", ("a", "y" * 49)), disable_tqdm=True)
@@ -156,7 +156,7 @@ def test_log_likelihoods(loaded):
 def test_a_text_longer_than_the_context_is_scored_once(loaded):
     from sbn_lightning.evaluation.harness import HarnessModel
 
-    text = "0123456789" * 7  # 70 tokens, 48 fit
+    text = "0123456789" * 7  # 70 tokens, of which 48 fit
     found = HarnessModel(loaded, batch_size=4).loglikelihood_rolling(requests("loglikelihood_rolling", (text,)), True)
     ids = list(text.encode())
     expected = log_probability(loaded.model, [256], ids[:48])
@@ -183,7 +183,7 @@ def test_texts_end_at_a_stop_string(loaded):
     assert sampled != [whole]
     options = {"max_gen_toks": 8, "temperature": 5.0, "do_sample": True}
     repeated = harness.generate_until(requests("generate_until", *[("abc", options)] * 4), disable_tqdm=True)
-    assert len(set(repeated)) == 4  # two batches of two, each with draws of its own
+    assert len(set(repeated)) == 4  # two batches of two texts; each text has draws of its own
     with pytest.raises(ConfigError, match="leaves no context"):
         harness.generate_until(requests("generate_until", ("abc", {"max_gen_toks": 48})), disable_tqdm=True)
 
@@ -197,7 +197,7 @@ def test_texts_end_at_a_stop_string(loaded):
     ],
 )
 def test_errors_are_one_line(checkpoint, tasks, capsys, arguments, message, monkeypatch):
-    # The harness reads its own ten thousand tasks to say that a name is none of them.
+    # Without this, the harness would read its ten thousand own tasks only to report an unknown name.
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     arguments = [str(tasks) if word == "TASKS" else word for word in arguments]
     assert main(["evaluate", "--checkpoint", checkpoint, "--device", "cpu", *arguments]) == 1
@@ -205,7 +205,7 @@ def test_errors_are_one_line(checkpoint, tasks, capsys, arguments, message, monk
 
 
 def test_the_harness_makes_the_model_by_its_name(checkpoint):
-    """As its own command does, with the arguments that it adds."""
+    """The harness's own command does this too, with arguments that it adds."""
     from lm_eval.api.registry import get_model
 
     from sbn_lightning.evaluation.harness import HarnessModel

@@ -1,4 +1,4 @@
-"""Perplexity against the procedure of transformers' guide, run here with transformers' own model and loss."""
+"""Perplexity equals that of the guide of transformers, which runs here with transformers' own model and loss."""
 
 import math
 
@@ -20,7 +20,7 @@ TEXT = np.random.default_rng(0).integers(0, 128, 301).astype(np.uint16)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A model of transformers', and ours read from its files."""
+    """A model of transformers, and our model read from its files."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def models(tmp_path_factory):
 
 @torch.no_grad()
 def guide(model, tokens, window, stride, labels_of_a_window):
-    """The guide's loop. ``labels_of_a_window(valid, whole)`` is the weight of a window's mean loss."""
+    """The loop of the guide. ``labels_of_a_window(valid, whole)`` weighs the mean loss of a window."""
     ids = torch.tensor(tokens.astype(np.int64))[None]
     total, count, previous = 0.0, 0, 0
     for begin in range(0, ids.shape[1], stride):
@@ -61,7 +61,7 @@ def guide(model, tokens, window, stride, labels_of_a_window):
 @pytest.mark.parametrize(("window", "stride"), [(64, 32), (64, 64), (32, 1), (20, 7), (64, 63), (2, 1)])
 def test_equals_the_guide(models, window, stride):
     published, ours = models
-    # A window whose labels are all valid loses the first of them to the shift.
+    # If all labels of a window are valid, the shift drops the first label.
     expected, count = guide(published, TEXT, window, stride, lambda valid, whole: valid - (valid == whole))
     result = perplexity(ours, TEXT, window=window, stride=stride, batch_size=3)
     assert result.perplexity == pytest.approx(expected, rel=1e-4)
@@ -74,7 +74,7 @@ def test_differs_from_the_guides_own_weights_by_little(models):
     published, ours = models
     as_printed, _ = guide(published, TEXT, 64, 32, lambda valid, whole: valid - 1)
     assert perplexity(ours, TEXT, window=64, stride=32).perplexity == pytest.approx(as_printed, rel=0.01)
-    # In one window, and where windows do not overlap, there is no difference.
+    # With a single window, and with windows that do not overlap, there is no difference.
     for tokens, stride in ((TEXT[:60], 32), (TEXT, 64)):
         as_printed, _ = guide(published, tokens, 64, stride, lambda valid, whole: valid - 1)
         assert perplexity(ours, tokens, window=64, stride=stride).perplexity == pytest.approx(as_printed, rel=1e-4)

@@ -1,4 +1,4 @@
-"""The Fabric loop against the Trainer: same numbers to the last bit, and each continues the other's checkpoints."""
+"""The Fabric loop gives the Trainer's numbers to the last bit, and each continues the checkpoints of the other."""
 
 import csv
 from functools import partial
@@ -32,7 +32,7 @@ STEPS = 10
 
 
 def train_by(loop, tokens, refresh, ramp, accumulate, stop=None, ckpt_path=None, precision="32-true", more=()):
-    """A run of the Trainer or of the Fabric loop; all else is equal. ``stop`` interrupts it before that step."""
+    """Train with the Trainer or with the Fabric loop, all else being equal. ``stop``: interrupt before this step."""
     torch.manual_seed(7)
     module = SparseBitNet(
         small_config(pattern="4:8", n_layers=1),
@@ -83,8 +83,8 @@ def train_by(loop, tokens, refresh, ramp, accumulate, stop=None, ckpt_path=None,
     return witness.seen, module.state_dict(), sparsity.counts, logged
 
 
-# Validation is every 4 micro-batches. Steps of the first epoch: 1 to 6; with accumulation 1 to 3; in the last case 1
-# and 2, the second window of an epoch being shorter than the first.
+# A validation comes every 4 micro-batches. The first epoch has steps 1 to 6, or 1 to 3 with accumulation. In the last
+# case it has steps 1 and 2, because the second window of an epoch is shorter than the first.
 CASES = {
     "plain": ({}, {}, 1),
     "held masks, walk": ({"interval": 3}, {"shape": "walk", "end": 0.8}, 1),
@@ -95,7 +95,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def undisturbed(tokens, tmp_path_factory):
-    """The Trainer's whole run of a case, made once."""
+    """The uninterrupted run of the Trainer for a case, made once."""
     runs = {}
 
     def get(case):
@@ -119,10 +119,10 @@ def assert_same(expected, seen, state, counts):
 def test_fabric_equals_the_trainer(tokens, undisturbed, case):
     expected = undisturbed(case)
     seen, state, counts, logged = train_by("fabric", tokens, *CASES[case])
-    assert seen[-1][0] >= 1  # an epoch has ended
+    assert seen[-1][0] >= 1  # at least one epoch has ended
     assert_same(expected, seen, state, counts)
     for row, wanted in zip(logged, expected[3], strict=True):
-        # A Trainer rounds what it logs to float32.
+        # The Trainer rounds logged values to float32.
         assert float(row.pop("learning_rate") or 0) == pytest.approx(float(wanted["learning_rate"] or 0), rel=1e-6)
         assert row == {key: value for key, value in wanted.items() if key != "learning_rate"}
 
@@ -132,7 +132,7 @@ def test_fabric_equals_the_trainer(tokens, undisturbed, case):
     [
         ("plain", "trainer", "fabric", 6),  # at the end of an epoch
         ("plain", "fabric", "trainer", 6),
-        ("held masks, walk", "trainer", "fabric", 8),  # validation was due, inside the second epoch
+        ("held masks, walk", "trainer", "fabric", 8),  # a validation was due, inside the second epoch
         ("held masks, walk", "fabric", "trainer", 8),
         ("accumulation, rows", "trainer", "fabric", 4),
         ("accumulation, rows", "fabric", "trainer", 5),
@@ -156,7 +156,7 @@ def test_the_same_under_autocast(tokens):
 
 
 class Listener(RunCallback):
-    """Notes the hooks that are called; with a loss, or the sum of the gradients as they are then."""
+    """Records each hook that is called, with the loss or with the sum of the gradients at that moment."""
 
     def __init__(self):
         self.heard = []
@@ -258,12 +258,12 @@ def test_a_failed_save_leaves_the_file_of_before():
     assert torch.load(path, weights_only=True)["global_step"] == 0
 
 
-# A loop of one's own
+# A loop of the user's own
 
 
 def test_callbacks_work_in_any_fabric_loop():
     class Plain:
-        """No Lightning callback: takes the keywords that it likes."""
+        """Not a Lightning callback: its hook takes the keywords it chooses."""
 
         def __init__(self):
             self.steps = []
@@ -293,7 +293,7 @@ def test_callbacks_work_in_any_fabric_loop():
         run.call("on_train_batch_end")
     run.call("on_train_end")
     assert plain.steps == [*range(1, 9)]
-    assert all(mask.all() for mask in masks[:2])  # dense for a quarter of the steps
+    assert all(mask.all() for mask in masks[:2])  # the model is dense for a quarter of the steps
     for step, refreshed_at in {2: 2, 3: 3, 4: 3, 5: 3, 6: 6, 7: 6}.items():
         assert torch.equal(masks[step], top_n_mask(weights[refreshed_at], NMPattern(2, 8)))
     assert optimizer.param_groups[0]["weight_decay"] == 0

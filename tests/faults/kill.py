@@ -1,10 +1,11 @@
-"""Trains a tiny recipe with the command line, kills it with SIGKILL again and again, and compares with peace.
+"""Train a tiny recipe on the command line, kill it with SIGKILL again and again, and compare with an undisturbed run.
 
     python tests/faults/kill.py --kills 20 --loop fit
 
 Every start is the same command, with ``--ckpt_path last``. One kill in three waits for a checkpoint to be half
-written, one in five comes while the process is starting, the others at random moments of training. In the end losses,
-samples and masks of every micro-batch, and the last checkpoint's weights and optimiser, are compared to the last bit.
+written, one in five comes while the process is starting, and the others come at random moments of training. At the end
+losses, samples and masks of every micro-batch, and weights and optimiser of the last checkpoint, are compared to the
+last bit.
 """
 
 import argparse
@@ -61,16 +62,16 @@ def command(tokens, steps, loop="fit", *more):
 
 
 def start(words, folder):
-    """Starts it in ``folder``; what it prints is added to ``log.txt`` there."""
+    """Start the command in ``folder``, and append its output to ``log.txt`` there."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(folder / "log.txt", "ab") as log:
         output = {"stdout": log, "stderr": subprocess.STDOUT}
-        # A process group of its own, to be signalled as a whole.
+        # A process group of its own, so that a signal reaches all its processes.
         return subprocess.Popen(words, cwd=folder, env=environment, start_new_session=True, **output)
 
 
 def wait_for(process, condition, pause=0.002, limit=120):
-    """Waits for ``condition``, or the end of the process; returns whether it still runs."""
+    """Wait for ``condition`` or for the end of the process. Return whether the process still runs."""
     end = time.monotonic() + limit
     while process.poll() is None and not condition():
         assert time.monotonic() < end, "nothing happens"
@@ -88,7 +89,7 @@ def last_checkpoint(folder):
 
 
 def kill_once(words, folder, kind, rng, longest):
-    """Starts the command and kills it; returns whether it was still running then."""
+    """Start the command and kill it. Return whether the command was still running at the kill."""
     record = folder / "record.txt"
     before = size(record)
     process = start(words, folder)
@@ -102,13 +103,13 @@ def kill_once(words, folder, kind, rng, longest):
     running = process.poll() is None
     process.kill()
     process.wait()
-    # It may have finished, but not ended in any other way.
+    # The process may have finished before the kill, but may not have failed.
     assert running or process.returncode == 0, (folder / "log.txt").read_text()[-2000:]
     return running
 
 
 def compare(calm, killed):
-    """Asserts that two finished runs are the same to the last bit; returns the number of micro-batches."""
+    """Assert that two finished runs are the same to the last bit. Return the number of micro-batches."""
     expected, got = read(calm / "record.txt"), read(killed / "record.txt")
     assert got == expected, f"differ at {sorted(key for key in expected if got.get(key) != expected[key])[:5]}"
     a, b = last_checkpoint(calm), last_checkpoint(killed)
@@ -129,7 +130,7 @@ def same(a, b):
 
 
 def run(folder, tokens, kills, steps, loop="fit", seed=0, longest=0.5, report=print):
-    """Trains once in peace and once under fire, and compares.
+    """Train once undisturbed and once with kills, and compare the two runs.
 
     Returns:
         How many kills met a running process.

@@ -1,4 +1,4 @@
-"""Notes every micro-batch in a file that outlives the process."""
+"""Record every micro-batch in a file that remains after the process has died."""
 
 import os
 import zlib
@@ -8,7 +8,7 @@ from sbn_lightning.layers.sparse_linear import masked_layers
 
 
 class Recorder(RunCallback):
-    """Appends a line a micro-batch: number, loss to the last bit, checksums of samples and masks.
+    """Appends one line for each micro-batch: number, loss to the last bit, checksums of samples and masks.
 
     Args:
         path: The file.
@@ -23,14 +23,14 @@ class Recorder(RunCallback):
         samples = zlib.crc32(batch.numpy().tobytes())
         step, window = trainer.global_step, trainer.accumulate_grad_batches
         line = f"{step} {batch_idx % window} {outputs['loss'].item().hex()} {samples:08x} {masks:08x}\n"
-        # One write of a few bytes is whole or not there, whatever happens to the process.
+        # One write of a few bytes is either complete or absent, whatever happens to the process.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.write(descriptor, line.encode())
         os.close(descriptor)
 
 
 def read(path):
-    """What was recorded, by number of the micro-batch; the last entry of each wins."""
+    """The record by number of the micro-batch. If a number was recorded several times, the last entry counts."""
     entries = {}
     with open(path) as stream:
         for line in stream:

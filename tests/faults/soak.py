@@ -1,4 +1,4 @@
-"""Trains a tiny model for 2,000 steps with every callback, and prints the memory before and after.
+"""Train a tiny model for 2,000 steps with every callback, and print the memory before and after.
 
 python tests/faults/soak.py --loop fabric
 """
@@ -35,13 +35,13 @@ from tests.helpers import quiet_trainer, small_config
 
 
 def resident():
-    """Memory of this process in RAM, MiB."""
+    """The resident memory of this process, in MiB."""
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 class Memory(RunCallback):
-    """Notes memory and the number of tensors at the steps given."""
+    """Records memory and the number of tensors at the given steps."""
 
     def __init__(self, steps):
         self.steps, self.seen = steps, {}
@@ -55,7 +55,7 @@ class Memory(RunCallback):
 
 
 def soak(folder, steps=2000, loop="fit", workers=0):
-    """Trains; returns memory (MiB) and tensors alive, by step."""
+    """Train, and return memory (MiB) and the number of live tensors, by step."""
     torch.manual_seed(1)
     prepare(input="stdlib", output=f"{folder}/tokens", tokenizer="byte", max_bytes=200_000, num_workers=1)
     optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)

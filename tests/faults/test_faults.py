@@ -1,4 +1,4 @@
-"""What can go wrong while training: nothing is lost, and the message says what happened."""
+"""Faults while training: nothing saved is lost, and the message says what happened."""
 
 import errno
 import io
@@ -51,7 +51,7 @@ def cli(loop, tokens, *more):
 
 
 class FullDisk(io.FileIO):
-    """Takes ``room`` bytes, then has none left."""
+    """A disk that takes ``room`` bytes and is then full."""
 
     room = 1000
 
@@ -127,7 +127,7 @@ def cut(path):
 
 
 def flip(path):
-    """Changes bytes inside a tensor, which torch would not notice."""
+    """Change bytes inside a tensor. torch would load them without an error."""
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
     data[middle : middle + 8] = bytes(255 - byte for byte in data[middle : middle + 8])
@@ -149,7 +149,7 @@ def test_last_falls_back_to_a_checkpoint_that_can_be_read(tokens, capsys, loop, 
     expected = read("record.txt")
     damage(FOLDER / "last.ckpt")
     (FOLDER / "last.ckpt.tmp").write_bytes(b"left over")
-    # Step 2 went the same way: back to step 1.
+    # The checkpoint of step 2 is damaged too, so the run continues from step 1.
     cut(FOLDER / "epoch=0-step=2.ckpt")
     capsys.readouterr()
     assert cli(loop, tokens, *more, "--ckpt_path=last") == 0
@@ -192,7 +192,7 @@ def test_kill_9(tokens, tmp_path):
 @pytest.mark.parametrize(("loop", "window"), [("fit", 3), ("fabric", 2)])
 def test_sigterm_saves_after_the_step_and_the_next_start_continues(tokens, capsys, loop, window):
     more = [f"--trainer.accumulate_grad_batches={window}", "--checkpoint.every_n_train_steps=100", *RECORD]
-    # A validation is inside the window that gets the signal, where nothing can be saved.
+    # A validation falls inside the accumulation window that gets the signal. Nothing can be saved inside a window.
     more += ["--trainer.max_steps=6", f"--trainer.val_check_interval={2 * window + 1}"]
     assert cli(loop, tokens, *more, "--trainer.logger.init_args.name=calm") == 0
     expected = read("record.txt")
@@ -223,7 +223,7 @@ def test_sigterm_in_a_validation_does_not_wait_for_its_end(tokens, capsys, loop,
         cli(loop, tokens, *more, *first)
     assert stopped.value.code == 143
     assert "SIGTERM: saved step 4" in capsys.readouterr().out
-    # It is the checkpoint of the step before, not of half a validation.
+    # The checkpoint is that of the step before the validation, not of half a validation.
     saved = torch.load(FOLDER / "last.ckpt", weights_only=True)["loops"]["fit_loop"]
     usual = torch.load("logs/calm/version_0/checkpoints/last.ckpt", weights_only=True)["loops"]["fit_loop"]
     for key in ("epoch_loop.state_dict", "epoch_loop.batch_progress", "epoch_progress", "state_dict"):
@@ -260,11 +260,9 @@ def test_ctrl_c_twice_stops_at_once(tokens, capsys, loop):
 
 
 class Terminator(RunCallback):
-    """Sends its own process a signal: after step ``at``, or in the ``batch``-th batch of a validation."""
+    """Sends a signal to its own process: after step ``at``, or in the ``batch``-th batch of a validation."""
 
-    def __init__(
-        self, at: int = -1, validation: int = -1, batch: int = 1, number: int = 15, twice: bool = False
-    ):
+    def __init__(self, at: int = -1, validation: int = -1, batch: int = 1, number: int = 15, twice: bool = False):
         self.at, self.validation, self.batch, self.sent, self.evaluations = at, validation, batch, False, 0
         self.number, self.twice = number, twice
 
@@ -275,7 +273,7 @@ class Terminator(RunCallback):
     def on_validation_start(self, trainer, pl_module):
         self.evaluations += 1
         if self.evaluations == self.validation:
-            # In the forward of a batch, where the Fabric loop has no hook.
+            # Send the signal inside the forward of a batch, where the Fabric loop has no hook.
             pl_module.model.blocks[0].register_forward_pre_hook(lambda *_: self._in_batch())
 
     def _in_batch(self):
@@ -292,7 +290,7 @@ class Terminator(RunCallback):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_as_a_process_meets_it(tokens, tmp_path, workers):
-    """Status and message of a real process; the signal comes from outside, to its loader workers too."""
+    """A real process gives status and message. The signal comes from outside, and reaches loader workers too."""
     options = ("--checkpoint.every_n_train_steps=1000", f"--data.num_workers={workers}")
     words = kill.command(tokens, 2000, "fit", *options)
     process = kill.start(words, tmp_path)
@@ -306,9 +304,9 @@ def test_sigterm_as_a_process_meets_it(tokens, tmp_path, workers):
     assert max(read(tmp_path / "record.txt"))[0] == step
 
 
-@pytest.mark.parametrize("start", ["fork", "forkserver"])  # the default up to Python 3.13, and after it
+@pytest.mark.parametrize("start", ["fork", "forkserver"])  # the defaults of Python up to 3.13, and of later versions
 def test_a_loader_process_ends_with_its_parent_and_with_nobody_else(tokens, start):
-    """A signal from outside does not end it; a script that leaves an iterator behind does not wait for it for ever."""
+    """A signal from outside does not end the loader process, and a script that leaves an iterator behind still ends."""
     script = (
         "import subprocess\n"
         "from multiprocessing import active_children, set_start_method\n"

@@ -1,4 +1,4 @@
-"""A loss or a weight that is not a number: found, named, not saved; and what looking for it costs."""
+"""A NaN or infinite loss or weight is found, named and not saved; and what the check costs."""
 
 import sys
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_an_activation_that_overflows_is_named_in_any_module():
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    """The guard looks at the loss too rarely to stop the run; the checkpoint must not be overwritten all the same."""
+    """The guard looks at the loss too rarely to stop the run. Even so, the checkpoint must not be overwritten."""
     callbacks = [Poison("net.0.weight"), NonFiniteGuard(interval=100)]
     checkpoint = DurableCheckpoint(tmp_path, every_n_train_steps=1, save_last=True)
     trainer = quiet_trainer([*callbacks, checkpoint], enable_checkpointing=True)
@@ -81,7 +81,7 @@ def test_a_look_now_and_then_finds_it_late_and_says_so():
 
 
 class Hot(RunCallback):
-    """Makes one micro-batch, by its number in the epoch, too large for float32."""
+    """Makes the values of one micro-batch, given by its number in the epoch, too large for float32."""
 
     def __init__(self, at):
         self.at = at
@@ -91,7 +91,7 @@ class Hot(RunCallback):
             batch[0].mul_(1e30)
 
 
-# 8 micro-batches an epoch in windows of 3: the last has 2.
+# An epoch has 8 micro-batches in windows of 3, so the last window has 2.
 @pytest.mark.parametrize(("at", "step"), [(0, 1), (1, 1), (2, 1), (4, 2), (6, 3), (7, 3)])
 def test_a_nan_in_any_micro_batch_stops_its_step(at, step):
     module = ForeignModule()
@@ -117,7 +117,7 @@ def test_hooks_exist_only_when_a_layer_is_looked_for():
 @pytest.mark.parametrize("loop", ["trainer", "fabric"])
 @pytest.mark.parametrize(("interval", "looks"), [(1, 4), (2, 2)])
 def test_the_guard_fetches_once_a_step_it_looks_at(tokens, loop, interval, looks):
-    """Four steps of 3 micro-batches, and of 2 at the end of the epoch of 11."""
+    """An epoch of 11 micro-batches has four steps: three of 3 micro-batches, and the last of 2."""
     fetches, guard, module = Fetches(), NonFiniteGuard(interval), small_module()
     options = {"max_steps": 4, "accumulate_grad_batches": 3, "limit_train_batches": 11}
     with fetches:

@@ -4,10 +4,11 @@
     python cli.py export --checkpoint RUN --format gguf --output out
     python tests/formats/by_hand_llama.py RUN out/model-TQ2_0.gguf
 
-Twice: along a real text, where both choose the next token at every place of it, and greedily from short prompts, where
-what is written follows from what was. llama.cpp rounds activations in blocks of 256 features and not by token, so where
-two tokens are about as likely it may choose the other; how far apart they were is printed, in standard deviations of
-the logits. Exits with 1 unless both tokenizers agree and every difference is such a near tie.
+The script compares twice. Along a real text, both programs choose the next token at every place. From short prompts,
+both generate greedily, so that each token depends on those before. llama.cpp rounds activations in blocks of 256
+features and not by token, so it may choose the other token where two tokens are about equally likely. The script prints
+how far apart the two tokens were, in standard deviations of the logits. Exits with 1 unless both tokenizers agree and
+every difference is such a near tie.
 """
 
 import sys
@@ -34,7 +35,7 @@ def main(checkpoint: str, gguf: str) -> int:
     theirs = Llama(gguf, n_ctx=length, n_batch=length, logits_all=True, verbose=False)
 
     def compare(tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Our choices, theirs, and by how much their choice is behind ours in our logits."""
+        """Return our choices, theirs, and by how much their choice is below ours in our logits."""
         theirs.reset()
         theirs.eval(tokens)
         other = torch.from_numpy(np.array(theirs.scores[: len(tokens)]))

@@ -1,11 +1,11 @@
-"""By hand: does llama.cpp cut text as the names that we write say?
+"""By hand: does llama.cpp cut text in the way that we name in the GGUF file?
 
     pip install llama-cpp-python          # builds llama.cpp; a C++ compiler, about 20 minutes on 2 cores
     python -m tests.formats.by_hand_ways
 
-For each way to cut text a small tokenizer is trained, exported in a GGUF file with a model of one layer, and loaded
-into llama.cpp, and so is the tokenizer of SentencePiece of the tests. Exits with 1 unless all texts give the same
-tokens.
+For each way to cut text, the script trains a small tokenizer, exports it in a GGUF file with a model of one layer, and
+loads the file into llama.cpp. It does the same with the SentencePiece tokenizer of the tests. Exits with 1 unless all
+texts give the same tokens.
 """
 
 import sys
@@ -27,7 +27,7 @@ TEXTS = (PROBE, CODE, "  12  345 ab'tis it's IT'S x=1;\n\n  y\t\tz", "日本語 
 
 
 def trained(way: Way) -> Tokenizer:
-    """A small BPE tokenizer that cuts text in a way."""
+    """A small BPE tokenizer that cuts text in the given way."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=way.ignores_merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer_of(way), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -38,7 +38,7 @@ def trained(way: Way) -> Tokenizer:
 
 
 def agree(name: str, tokenizer: Tokenizer, texts: tuple[str, ...]) -> bool:
-    """Whether llama.cpp makes the same tokens of all texts."""
+    """Whether llama.cpp gives the same tokens for all texts."""
     from llama_cpp import Llama
 
     model = make_model(vocab_size=tokenizer.get_vocab_size(), pattern="2:4", n_layers=1)

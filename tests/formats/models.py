@@ -23,7 +23,7 @@ def make_model(seed=0, **changes):
 
 
 def save(model, path, tokenizer=True):
-    """As ``fit`` would leave it, with the byte tokenizer beside it."""
+    """Save a model as ``fit`` would, with the byte tokenizer beside the checkpoint."""
     torch.save(lightning_file.contents(model.config, model.state_dict()), path)
     if tokenizer:
         byte_tokenizer().save(str(beside(path)))

@@ -1,4 +1,4 @@
-"""GGUF files, read back with the gguf package. ``by_hand_llama.py`` tries them with llama.cpp."""
+"""GGUF files, read back with the gguf package. ``by_hand_llama.py`` runs such files in llama.cpp."""
 
 import struct
 
@@ -45,7 +45,7 @@ def read(path):
     ],
 )
 def test_dequantised_weights_are_ours(tmp_path, quantization, options, architecture):
-    """To the last bit, with gamma rounded to float16; a block without a weight, whose scale is 0, included."""
+    """They are equal to the last bit, with gamma rounded to float16. One block has only zeros, and its scale is 0."""
     model = make_model(**WIDE, **options)
     with torch.no_grad():
         model.blocks[0].mlp.down.weight[3, 256:] = 0
@@ -62,7 +62,7 @@ def test_dequantised_weights_are_ours(tmp_path, quantization, options, architect
         for name, piece, scale in zip(names, codes.split(rows), gamma, strict=True):
             expected = piece * scale.half().float()
             if architecture == "llama" and name in ("attn_q", "attn_k"):
-                # Rows 2j and 2j + 1 of a head there are rows j and j + E/2 here.
+                # Rows 2j and 2j + 1 of a head in the file are rows j and j + E/2 in our model.
                 order = [
                     h * head + j + half * head // 2
                     for h in range(len(piece) // head)
@@ -112,7 +112,7 @@ def test_widths_that_256_does_not_divide(tmp_path):
 
 
 def test_each_tensor_has_a_type_of_its_own(tmp_path, capsys):
-    """Where 256 does not divide one width, the others still get TQ2_0."""
+    """If 256 does not divide the width of one layer, the other layers still get TQ2_0."""
     model = make_model(d_model=256, d_ffn=320, n_layers=1)
     save(model, tmp_path / "m.ckpt")
     assert export() == 0
@@ -143,7 +143,7 @@ def test_q2_0_is_exact():
 
 
 def test_a_file_of_q2_0(tmp_path):
-    """The gguf package of today does not know the type, so its place in the file is read from the header."""
+    """The gguf package does not know the type yet, so the test reads the place of the tensor from the header."""
     model = make_model(d_model=64, d_ffn=192, n_layers=1)
     save(model, tmp_path / "m.ckpt")
     assert export("--quantization", "Q2_0", "--embedding_bits", "8") == 0
@@ -157,11 +157,11 @@ def test_a_file_of_q2_0(tmp_path):
 
 @pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"qkv_bias": True, "tie_embeddings": False}])
 def test_a_written_file_is_read_back(tmp_path, options):
-    """The weights as plain floats, and everything else as it was."""
+    """The weights come back as plain floats, and everything else comes back unchanged."""
     model = make_model(**WIDE, **options)
     save(model, tmp_path / "m.ckpt")
     assert export("--dtype", "float32") == 0
-    loaded = load_model("out")  # the folder of a single file
+    loaded = load_model("out")  # a folder that holds a single file
     assert (loaded.format, loaded.config.linear) == ("gguf", "dense")
     weight = loaded.model.blocks[0].attention.qkv.weight
     expected = model.blocks[0].attention.qkv.effective_weight()
@@ -194,7 +194,7 @@ def test_scaled_positions_come_back(tmp_path):
 
 
 def sentencepiece():
-    """A small tokenizer as Llama 2 has: spaces become an underline, bytes stand for unknown characters."""
+    """A small tokenizer like that of Llama 2: spaces become an underline, and bytes stand for unknown characters."""
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     for token in ("\u2581", "a", "b", "c", "ab", "bc", "abc", "\u2581a", "\u2581ab"):
         words[token] = len(words)
@@ -295,7 +295,7 @@ def test_a_tokenizer_is_needed(tmp_path, capsys):
 
 
 def test_a_token_before_each_text_is_known_there(tmp_path):
-    """As Llama 3's: what begins a text is not what ends it."""
+    """The tokenizer is like that of Llama 3: different tokens begin and end a text."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(["<start>"])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -357,7 +357,7 @@ def test_ways_to_cut_text_are_known_by_name():
 
 @pytest.mark.parametrize("way", PRE_TOKENIZERS, ids=lambda way: way.name)
 def test_each_way_to_cut_is_told_from_the_others_and_comes_back(way):
-    """By its name, and by any other name that llama.cpp has for the same cut."""
+    """The way comes back by its own name, and by any other name that llama.cpp has for the same cut."""
     tokenizer = merged(pre_tokenizer_of(way), ignore_merges=way.ignores_merges)
     assert name_of(tokenizer, way.ignores_merges) == way.name
     assert all(way_named(name) is way for name in (way.name, *way.also))

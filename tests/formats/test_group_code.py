@@ -48,7 +48,7 @@ def test_every_group_of_2_4_survives():
 
 def test_five_trits_a_byte_is_plain_base_three():
     codes = torch.tensor([[0, 1, -1, 1, 0]], dtype=torch.int8)
-    # States in the order 0, +1, -1, first weight in the lowest digit.
+    # The digits 0, 1, 2 stand for 0, +1, -1. The first weight is the lowest digit.
     assert encode(codes, best_code(1, 1)).tolist() == [0 + 1 * 3 + 2 * 9 + 1 * 27 + 0 * 81]
 
 
@@ -56,7 +56,7 @@ def test_five_trits_a_byte_is_plain_base_three():
     ("n", "m", "pattern_m", "expected"),
     [
         (2, 4, 4, (2, 4)),
-        (6, 8, 8, (1, 1)),  # 5,281 states fit no better than single weights do
+        (6, 8, 8, (1, 1)),  # 5,281 states take no fewer bits than single weights
         (4, 8, 8, (4, 8)),
         (4, 4, 4, (1, 1)),  # in the middle of a ramp to 2:4
         (8, 16, 16, (1, 1)),  # too large for a table

@@ -1,4 +1,4 @@
-"""In from Hugging Face's Qwen2 and Llama and out again; the other side is transformers itself."""
+"""Import of Qwen2 and Llama from Hugging Face, and export back; transformers itself writes and reads the other side."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ KINDS = {"qwen2": ("Qwen2Config", "Qwen2ForCausalLM"), "llama": ("LlamaConfig", 
 
 
 def make_hf(kind="qwen2", **changes):
-    """A small random model with norms and biases away from what they start as."""
+    """A small random model in which norms and biases do not have their initial values."""
     config_class, model_class = (getattr(transformers, name) for name in KINDS[kind])
     torch.manual_seed(0)
     model = model_class(config_class(**(SHAPE | {"rope_theta": 1e6, "rms_norm_eps": 1e-5} | changes)))
@@ -76,25 +76,25 @@ def test_in_and_back_out(tmp_path, kind, changes, options):
     torch.testing.assert_close(logits(loaded.model, tokens), expected, rtol=1e-4, atol=1e-4)
     assert loaded.config.rope_theta == changes.get("rope_theta", 1e6)
     assert loaded.tokenizer_path == loaded.path  # the checkpoint carries its tokenizer
-    assert beside(loaded.path).is_file()  # for `prepare`
+    assert beside(loaded.path).is_file()  # this file is for `prepare`
     assert torch.equal(logits(load_model(folder).model, tokens), logits(loaded.model, tokens))
     assert main(["export", "--checkpoint", "m.ckpt", "--output", "back", "--format", "hf"]) == 0
     back, report = getattr(transformers, KINDS[kind][1]).from_pretrained("back", output_loading_info=True)
     assert not any(report.values())
     assert torch.equal(logits(back, tokens), expected)
     assert transformers.AutoTokenizer.from_pretrained("back")("abc")["input_ids"] == [97, 98, 99]
-    # Llama's config names its own; the tokenizer says it where the config does not.
+    # The config of Llama names its end token; where a config does not, the tokenizer names it.
     assert back.config.eos_token_id == {"qwen2": 256, "llama": 2}[kind]
 
 
 def test_rotary_base_where_transformers_4_puts_it(tmp_path):
     folder = save_hf(make_hf(rope_theta=54321.0), tmp_path / "in")
     config = json.loads((folder / "config.json").read_text())
-    assert from_hf(config, "config.json").rope_theta == 54321.0  # transformers 5: rope_parameters
+    assert from_hf(config, "config.json").rope_theta == 54321.0  # transformers 5 writes rope_parameters
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
     assert from_hf(config, "config.json").rope_theta == 54321.0
     del config["rope_theta"]
-    assert from_hf(config, "config.json").rope_theta == 10000.0  # what transformers assumes
+    assert from_hf(config, "config.json").rope_theta == 10000.0  # the default of transformers
 
 
 def test_bfloat16_stays_as_it_is(tmp_path):
@@ -204,7 +204,7 @@ def test_tensors_that_have_no_place_are_refused(tmp_path, capsys):
         ("model.layers.1.mlp.down_proj.weight", lambda t: t.to(torch.float8_e4m3fn), "is of torch.float8_e4m3fn"),
         ("model.layers.1.mlp.down_proj.weight", lambda t: t.to(torch.int8), "is of torch.int8"),
         ("lm_head.weight", lambda t: torch.ones(320, 32), "and lm_head.weight is another tensor"),
-        ("lm_head.weight", None, ""),  # the embeddings again, as some tools write a tied head
+        ("lm_head.weight", None, ""),  # some tools write a tied head as a second copy of the embeddings
     ],
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path, capsys, name, change, message):
@@ -243,7 +243,7 @@ def test_import_errors_are_one_line(tmp_path, capsys, args, message):
 
 
 def test_each_checkpoint_has_the_tokenizer_of_its_model(tmp_path):
-    """Names with dots, and a checkpoint that is replaced."""
+    """Names may have dots, and a checkpoint may be replaced."""
     with_tokenizer = save_hf(make_hf(), tmp_path / "in")
     without = tmp_path / "without"
     shutil.copytree(with_tokenizer, without)
@@ -317,7 +317,7 @@ def test_no_tokenizer_is_an_error_only_where_one_is_needed(tmp_path):
 
 
 def test_lightning_reads_an_imported_checkpoint(tmp_path):
-    """As a module of its own, and as the checkpoint of ``validate``."""
+    """Lightning reads the checkpoint with ``load_from_checkpoint``, and in ``validate``."""
     theirs = make_hf(tie_word_embeddings=True)
     import_hf("--input", save_hf(theirs, tmp_path / "in"), "--output", "m.ckpt")
     module = SparseBitNet.load_from_checkpoint("m.ckpt").eval()

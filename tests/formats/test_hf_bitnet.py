@@ -18,7 +18,7 @@ pytest.importorskip("accelerate", reason="transformers needs it to load a bitnet
 
 @pytest.fixture(autouse=True)
 def _eager():
-    """transformers compiles its quantisers: half a minute, and other roundings than the eager ones."""
+    """Run the quantisers of transformers eagerly. Compiled, they take half a minute and round differently."""
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
@@ -47,7 +47,7 @@ def test_rows_are_packed_as_transformers_packs_them():
     ],
 )
 def test_logits_are_ours(tmp_path, linear_class, options, architecture):
-    """To rounding: of float32, and of one 8-bit step where ``x * (127 / max)`` and ``x / (max / 127)`` fall apart."""
+    """Equal up to float32 rounding, and one 8-bit step where ``x * (127 / max)`` is not ``x / (max / 127)``."""
     model = make_model(**options)
     save(model, tmp_path / "m.ckpt")
     assert export("--linear_class", linear_class) == 0
@@ -60,13 +60,13 @@ def test_logits_are_ours(tmp_path, linear_class, options, architecture):
     error = (actual - expected).abs().amax(-1) / expected.std()
     assert error.median() < 1e-5
     assert error.max() < 2e-2
-    # The scales of gate and up, and of q, k and v, differ: a shared one would show.
+    # Gate and up have different scales, and so have q, k and v. A scale shared by mistake would show.
     assert model.blocks[0].mlp.gate_up.ternary()[1].unique().numel() == 2
 
 
 @pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
 def test_in_bfloat16(tmp_path, linear_class):
-    """The dtype is chosen when exporting: transformers does not cast the dense part of a bitnet model."""
+    """The export chooses the dtype, because transformers does not cast the dense part of a bitnet model."""
     model = make_model(qkv_bias=True)
     save(model, tmp_path / "m.ckpt")
     assert export("--linear_class", linear_class, "--dtype", "bfloat16") == 0
@@ -77,7 +77,7 @@ def test_in_bfloat16(tmp_path, linear_class):
 
 
 def test_each_layer_is_ours(tmp_path):
-    """Where nothing before it rounds, a layer differs by float32 rounding only."""
+    """A layer by itself, without roundings before it, differs by float32 rounding only."""
     model = make_model(qkv_bias=True)
     save(model, tmp_path / "m.ckpt")
     x = torch.randint(-127, 128, (5, 32)).float()
@@ -96,7 +96,7 @@ def test_each_layer_is_ours(tmp_path):
 @pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
 @pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"qkv_bias": True, "tie_embeddings": False}])
 def test_it_is_read_back(tmp_path, linear_class, options):
-    """To the same codes; gamma and biases to float32 rounding, because the layout stores quotients."""
+    """Codes come back exactly. Gamma and biases are rounded, because the layout stores quotients."""
     model = make_model(**options)
     save(model, tmp_path / "m.ckpt")
     assert export("--linear_class", linear_class) == 0
@@ -127,7 +127,7 @@ def test_other_layouts_of_it_are_refused(tmp_path, change, message):
 
 
 def test_a_model_of_others_counts_as_dense(tmp_path):
-    """Its config says no pattern."""
+    """The config of such a model names no pattern."""
     save(make_model(pattern="2:4"), tmp_path / "m.ckpt")
     export()
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -141,7 +141,7 @@ def test_a_model_of_others_counts_as_dense(tmp_path):
     [
         ({"activation_bits": 4}, "activation_bits=4"),
         ({"linear": "masked"}, "use --format hf"),
-        # k has one head of 2 features.
+        # k has one head of 2 features, which is too few.
         ({"d_model": 24, "n_heads": 12, "n_kv_heads": 1, "d_ffn": 32}, "k_proj has 2 rows, not a multiple of 4"),
     ],
 )

@@ -80,8 +80,8 @@ def test_the_command_continues_without_the_imported_file(tmp_path, tokens, monke
     assert saved["global_step"] == 2
     loaded = load_model("logs/sparse_pretrain")
     assert torch.equal(loaded.model.embed.weight, saved["state_dict"]["model.embed.weight"])
-    assert loaded.tokenizer_path == loaded.path  # which holds the tokenizer of the data
-    assert main([*run, "--trainer.max_steps=2"]) == 1  # a new run does need it
+    assert loaded.tokenizer_path == loaded.path  # the checkpoint holds the tokenizer of the data
+    assert main([*run, "--trainer.max_steps=2"]) == 1  # a new run does need the file
 
 
 def test_validating_without_a_checkpoint_measures_what_was_imported(tmp_path):
@@ -128,7 +128,7 @@ def test_data_of_another_tokenizer_are_refused_with_the_way_out(tmp_path, tokens
     monkeypatch.setattr(sys, "argv", ["sbn"])
     path = save(make_model(linear="dense", n_layers=1), tmp_path / "m.ckpt", tokenizer=False)
     options = small_run(path, tokens)
-    assert run_fit(capsys, *options)[0] == 0  # no tokenizer, nothing to compare
+    assert run_fit(capsys, *options)[0] == 0  # without a tokenizer there is nothing to compare
     train_bpe(["some text " * 50], 270).save(str(beside(path)))
     status, errors = run_fit(capsys, *options)
     assert status == 1
@@ -136,7 +136,7 @@ def test_data_of_another_tokenizer_are_refused_with_the_way_out(tmp_path, tokens
     assert str(path) in line
     assert f"data.path {tokens}" in line
     assert f"sbn prepare --tokenizer {beside(path)} " in line
-    # The same vocabulary in a file that is written otherwise.
+    # The same vocabulary, in a file that is written differently.
     contents = json.loads((tokens / "tokenizer.json").read_text())
     contents["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
     contents["padding"] |= {"pad_type_id": 0, "pad_token": "x"}
@@ -160,7 +160,7 @@ END, PAD, TOOL = ("<end>", True), ("<pad>", True), ("<tool>", False)
         (tokenizer_of("abc", [END, PAD, TOOL]), None),
         (tokenizer_of("abc", [END]), None),
         (tokenizer_of("abc", [END, PAD, TOOL, ("<more>", False)]), None),
-        # No data hold it, so its name is all the same.
+        # No data contain this token, so its name does not matter.
         (tokenizer_of("abc", [END, ("<reserved>", True), TOOL]), None),
         (tokenizer_of("acb", [END, PAD, TOOL]), 1),
         (tokenizer_of("abcd", [END, PAD, TOOL]), 3),
@@ -182,7 +182,7 @@ def test_an_end_of_documents_that_the_weights_do_not_know():
 
 
 def split_by(normalizer=None, words=True, trim=True, merges=("a b", "b c"), **options):
-    """A tokenizer whose file has ``merges`` as they are."""
+    """A tokenizer whose file holds the given ``merges`` unchanged."""
     tokenizer = tokenizer_of(["a", "b", "c", "ab", "bc"])
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -211,7 +211,7 @@ def test_the_same_vocabulary_that_splits_texts_otherwise(data, found):
 
 
 def plain_run(path, folder, *more):
-    """A run of the recipe that says nothing of the model's shape."""
+    """A run of the recipe whose command does not set the shape of the model."""
     options = [f"--model.init_from={path}", f"--data.path={folder}", "--data.batch_size=2", "--data.num_workers=0"]
     options += ["--data.sequence_length=16", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     options += ["--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=0", "--checkpoint.save_last=true"]
@@ -227,7 +227,7 @@ def test_the_shape_comes_from_the_weights_and_a_moved_run_finds_its_tokenizer(tm
     run = Path("logs/sparse_pretrain/version_0")
     saved = load_model(run).config
     assert (saved.d_model, saved.rope_theta, saved.qkv_bias, saved.linear) == (32, 5e5, True, "ternary")
-    # The imported file may be gone when the run goes on, and the data when its checkpoint is used.
+    # The imported file may be gone when the run continues, and the data may be gone when the checkpoint is used.
     path.unlink()
     assert main(["fit", "--config", str(RECIPE), *options, "--trainer.max_steps=2", "--ckpt_path=last"]) == 0
     assert "model.config takes from logs" in capsys.readouterr().out

@@ -87,7 +87,7 @@ def test_smaller_embeddings(tmp_path):
 
 
 def test_embeddings_take_16_bits_unless_told_otherwise(tmp_path, capsys):
-    """In bfloat16, so that a model that computes in bfloat16 has the same logits."""
+    """They are stored in bfloat16, so a model that computes in bfloat16 gives the same logits."""
     model = make_model(pattern="2:4", tie_embeddings=False)
     path = save(model, tmp_path / "m.ckpt")
     assert export(path, "out") == 0
@@ -96,7 +96,7 @@ def test_embeddings_take_16_bits_unless_told_otherwise(tmp_path, capsys):
     assert (loaded.embed.weight.dtype, loaded.lm_head.weight.dtype) == (torch.bfloat16, torch.bfloat16)
     assert torch.equal(loaded.embed.weight, model.embed.weight.bfloat16())
     assert torch.equal(loaded.norm.weight, model.norm.weight)
-    assert json.loads((tmp_path / "out/config.json").read_text())["version"] == 1  # older programs read it too
+    assert json.loads((tmp_path / "out/config.json").read_text())["version"] == 1  # older versions read this file too
     tokens = some_tokens()
     expected = logits(load_model(path, dtype=torch.bfloat16).model, tokens)
     assert torch.equal(logits(load_model("out", dtype=torch.bfloat16).model, tokens), expected)
@@ -124,7 +124,7 @@ def test_a_masked_model_is_packed_to_its_values_and_its_mask(tmp_path, capsys):
     model = make_model(linear="masked", pattern="2:4", qkv_bias=True, d_model=128, d_ffn=256)
     path = save(model, tmp_path / "m.ckpt")
     assert export(path, "out") == 0
-    assert "9.000 bits a weight in the masked layers" in capsys.readouterr().out  # 16 of 2 in 4, and a bit for each
+    assert "9.000 bits a weight in the masked layers" in capsys.readouterr().out  # 16 of 2 in 4, plus a mask bit
     loaded = load_model("out")
     assert loaded.config == model.config
     tokens = some_tokens()
@@ -183,7 +183,7 @@ def test_what_cannot_be_packed_is_refused(tmp_path, capsys):
 def test_what_is_there_stays_unless_told_otherwise(tmp_path, capsys):
     path = save(make_model(), tmp_path / "m.ckpt")
     (tmp_path / "out").mkdir()
-    assert export(path, "out") == 0  # an empty folder is free
+    assert export(path, "out") == 0  # an empty folder may be written to
     before = (tmp_path / "out/model.safetensors").read_bytes()
     save(make_model(seed=1), path)
     assert export(path, "out") == 1

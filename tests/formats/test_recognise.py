@@ -1,4 +1,4 @@
-"""A path that holds no model is named for what it holds."""
+"""If a path holds no model, the error names what the path does hold."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_a_file_of_a_folder_stands_for_the_folder(tmp_path):
 
 
 def test_parts_without_an_index(tmp_path, capsys):
-    """All of them are a model; a part that is missing is named."""
+    """All parts together are a model. The error names a missing part."""
     folder = hf(tmp_path / "hf")
     weights = folder / "model.safetensors"
     weights.rename(folder / "model-00001-of-00001.safetensors")

@@ -1,4 +1,4 @@
-"""Rotary positions of Llama 3.1 to 3.3 (rope_type llama3): the formula, and through every format."""
+"""Rotary positions of Llama 3.1 to 3.3 (rope_type llama3): the formula, and the way through every format."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from tests.helpers import small_config
 
 transformers = pytest.importorskip("transformers")
 
-# Of the four waves of a head of 8, one is left as it is, one is between, two are stretched whole.
+# A head of 8 features has four wavelengths: one is unchanged, one is stretched in part, two are stretched in full.
 NUMBERS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 SCALED = {"rope_scaling": NUMBERS, "max_sequence_length": 256}
 HF = {"rope_theta": 1e4, "max_position_embeddings": 256}
@@ -73,7 +73,7 @@ def test_in_from_transformers_and_back_out(tmp_path, kind):
 
 
 def test_config_json_of_transformers_4():
-    """With ``rope_scaling``, as Llama 3.1 was published; and what is written has it for transformers 4."""
+    """The file has ``rope_scaling``, as Llama 3.1 was published. An export writes the key too, for transformers 4."""
     published = SHAPE | HF | {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", **NUMBERS}}
     config = from_hf(published, "config.json")
     assert (config.rope_theta, config.rope_scaling) == (1e4, RopeScaling(**NUMBERS))

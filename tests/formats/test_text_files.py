@@ -1,4 +1,4 @@
-"""What a model carries besides its weights goes in and comes out, in every format."""
+"""Every format imports and exports the text files that belong to a model."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ GENERATION = {"bos_token_id": TURN, "eos_token_id": [STOP, 256], "pad_token_id":
 
 
 def chat_files():
-    """The text files of a small chat model, as a hub's repository has them."""
+    """The text files of a small chat model, as in a repository of the hub."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(["<|turn|>", "<|stop|>", "<|pad|>"])
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|turn|>", "eos_token": "<|stop|>"}
@@ -53,7 +53,7 @@ def hub(tmp_path):
 
 
 def carried_by(path):
-    """The text files of a model, in a form to compare."""
+    """The text files of a model, in a form that can be compared."""
     text = load_model(path).text
     assert read_text(path).contents == text.contents
     return text
@@ -115,12 +115,12 @@ def test_transformers_reads_the_template_and_the_stop_tokens(hub):
 
 
 def test_generate_stops_where_the_config_says(hub, capsys):
-    """Not where a list of well-known names says: <|endoftext|> is in the vocabulary as well."""
+    """The config decides, not the list of well-known names: <|endoftext|> is in the vocabulary as well."""
     from sbn_lightning.inference import generate
 
     assert main(["import-hf", "--input", str(hub), "--output", "m.ckpt"]) == 0
     (row,) = generate(load_model("m.ckpt").model, [[97]], max_new_tokens=30)
-    for count in (3, 7):  # the model's own fourth and eighth token, made to be what ends a text
+    for count in (3, 7):  # take the fourth and the eighth token that the model generates as its end tokens
         stop = row[count]
         where = row.index(stop)
         saved = torch.load("m.ckpt", weights_only=True)
@@ -149,14 +149,14 @@ def test_a_prompt_as_a_chat(hub, capsys):
 
 
 def test_a_template_in_the_tokenizer_config():
-    """Where transformers 4 puts it, alone or as a list."""
+    """transformers 4 writes the template there, alone or as a list."""
     for template in (TEMPLATE, [{"name": "default", "template": TEMPLATE}, {"name": "tools", "template": "x"}]):
         text = TextFiles({"tokenizer_config.json": json.dumps({"chat_template": template})})
         assert text.chat_template == TEMPLATE
 
 
 class Data:
-    """What a run asks its data for."""
+    """The part of a data module that a run asks for."""
 
     eos_id = 256
 
@@ -180,7 +180,7 @@ def test_a_run_from_scratch_saves_the_tokenizer_of_its_data():
 
 
 def test_a_run_from_a_chat_model_stops_at_both_ends():
-    """At the chat's and at that of the documents it was trained on."""
+    """It stops at the end token of the chat and at the end token of the documents it was trained on."""
     contents = chat_files() | {
         "config.json": json.dumps({"eos_token_id": STOP}),
         "generation_config.json": json.dumps({"eos_token_id": STOP, "temperature": 0.3}),

@@ -1,4 +1,4 @@
-"""What version 0.1.0 computed and promised still holds: the files beside this module are its record.
+"""What version 0.1.0 computed and promised still holds. The files beside this module are its record.
 
 Losses are compared to the last bit where torch, its CPU capability and the processor are those of the record. Another
 build of torch adds floats in another order, so elsewhere the bound is a relative one.
@@ -17,7 +17,7 @@ from tests.golden import record
 
 LOSSES = json.loads((record.HERE / "losses.json").read_text())
 EXACT = LOSSES["environment"] == record.environment()
-RELATIVE_ERROR = 2e-3  # of a loss after at most 20 steps, on another processor or another torch
+RELATIVE_ERROR = 2e-3  # relative bound of a loss after at most 20 steps, on another processor or with another torch
 
 
 @pytest.fixture(scope="module")

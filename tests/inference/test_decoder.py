@@ -1,5 +1,6 @@
-"""The cache against a loop that has none. Models are float64: there a rounded activation falls on the same integer
-whatever the order of a sum."""
+"""Decoding with a cache equals a loop without a cache.
+
+Models are float64, so that a rounded activation is the same integer whatever the order of a sum."""
 
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ PROMPTS = [[1, 2, 3], [5], [7, 8, 9, 10, 11, 12, 200, 3, 3]]
 def make(dtype=torch.float64, **changes):
     torch.manual_seed(0)
     model = TernaryTransformer(small_config(**({"init_std": 0.3} | changes))).to(dtype).eval().requires_grad_(False)
-    model.embed.weight.mul_(0.05)  # against the tied head: a new model would repeat its last token for ever
+    model.embed.weight.mul_(0.05)  # without this a new model would repeat its last token, because the head is tied
     return model
 
 
@@ -77,7 +78,7 @@ def test_logits_equal_the_plain_forward(dtype):
 
 
 def test_a_decoder_forgets_at_the_next_prefill():
-    """Slots behind a short prompt still hold another's keys, made huge here: the mask has to keep them out."""
+    """Slots behind a short prompt still hold keys of an earlier prompt, made huge here. The mask must exclude them."""
     model = make()
     decoder = Decoder(model, 1, 60)
     fresh = Decoder(model, 1, 60)
@@ -99,7 +100,7 @@ def test_a_model_in_training_mode_that_recomputes_its_activations():
 
 
 def test_a_graph_is_recorded_again_when_weights_have_changed():
-    """It reads what ternary layers computed from the weights before."""
+    """The old graph reads codes that ternary layers made from the old weights."""
     model = make()
     decoder = Decoder(model, 1, 60)
     decoder.prefill([[1, 2]])

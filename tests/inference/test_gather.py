@@ -1,4 +1,4 @@
-"""The reference of the persistent step on a model's tensors, against the model's own decoder; and what is refused."""
+"""The reference of the persistent step agrees with the model's own decoder; and which models are refused."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_the_reference_continues_as_the_decoder_does(name: str) -> None:
     for _ in range(10):
         expected = decoder.step(tokens).float()
         logits = reference.decode_step(weights, layers, tokens, lengths, caches)
-        # The decoder rounds the SwiGLU's result to bfloat16, which moves some of the integers after it.
+        # The decoder rounds the result of the SwiGLU to bfloat16, which changes some of the integers after it.
         assert float((logits - expected).norm() / expected.norm()) < 0.05
-        # Its most likely token is the decoder's, or as good as that.
+        # The most likely token is that of the decoder, or about as likely.
         chosen = expected.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
         assert bool((expected.max(-1).values - chosen <= 0.1 * expected.std()).all())
         lengths, tokens = lengths + 1, expected.argmax(-1)
@@ -48,14 +48,14 @@ def test_the_reference_continues_as_the_decoder_does(name: str) -> None:
 
 
 class ReferenceStep:
-    """Stands for the kernel on a CPU: the reference on the decoder's own caches and lengths."""
+    """Takes the place of the kernel on a CPU: the reference, on the caches and lengths of the decoder."""
 
     made = checks = 0
 
     def __init__(
         self, model: TernaryTransformer, caches: Caches, max_length: int, lengths: torch.Tensor, *, cuda_graph: bool
     ) -> None:
-        assert not cuda_graph  # a decoder on a CPU captures none
+        assert not cuda_graph  # a decoder on a CPU captures no graph
         ReferenceStep.made += 1
         self.weights, self.caches, self.max_length, self.lengths = gather_weights(model), caches, max_length, lengths
         self.layers = list(self.weights.layers)
@@ -81,7 +81,7 @@ def test_a_decoder_steps_on_with_the_persistent_step_and_starts_again(monkeypatc
     for prompts in ([[1, 2, 3, 4, 5], [7, 8, 9]], [[3], [4, 5]]):
         tokens = theirs.prefill(prompts).argmax(-1)
         ours.prefill(prompts)
-        for _ in range(9):  # the first sequence becomes full
+        for _ in range(9):  # the cache of the first sequence becomes full
             expected, logits = theirs.step(tokens).float(), ours.step(tokens)
             assert float((logits - expected).norm() / expected.norm()) < 0.05
             tokens = expected.argmax(-1)
@@ -131,7 +131,7 @@ def test_other_steps_and_other_dtypes_are_refused() -> None:
     caches = [(torch.zeros(1, 2, 64, 64),) * 2]
     with pytest.raises(ConfigError, match=r"keys and values are torch\.float32: cast the model to bfloat16"):
         persistent_step(make(), caches, 64, torch.zeros(1, dtype=torch.int64), cuda_graph=False)
-    Decoder(make(), 1, 8).check()  # nothing to wait for
+    Decoder(make(), 1, 8).check()  # returns at once: there is nothing to wait for
 
 
 @pytest.mark.skipif(
@@ -145,7 +145,7 @@ def test_a_decoder_with_the_persistent_step_gives_the_logits_of_the_graph() -> N
     cast_model(model, torch.bfloat16)
     use_backend(model, "sparse", torch.bfloat16)
     theirs, ours = Decoder(model, 2, 32), Decoder(model, 2, 32, step="persistent")
-    for prompts in ([[1, 2, 3, 4, 5], [7, 8, 9]], [[3], [4, 5]]):  # a decoder may start again
+    for prompts in ([[1, 2, 3, 4, 5], [7, 8, 9]], [[3], [4, 5]]):  # a decoder may be used for new prompts
         tokens = theirs.prefill(prompts).argmax(-1)
         ours.prefill(prompts)
         for _ in range(10):

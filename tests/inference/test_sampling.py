@@ -14,7 +14,7 @@ def drawn_shares(sampling, probabilities, draws=40_000):
     return torch.bincount(tokens, minlength=len(probabilities)).double() / draws
 
 
-# Not sorted, so that ranks and ids differ.
+# The values are not sorted, so that rank and token id differ.
 WEIGHTS = [0.05, 0.4, 0.1, 0.15, 0.3]
 
 
@@ -25,11 +25,11 @@ WEIGHTS = [0.05, 0.4, 0.1, 0.15, 0.3]
         (Sampling(0.5), [w**2 / sum(v**2 for v in WEIGHTS) for w in WEIGHTS]),
         (Sampling(1.0, top_k=2), [0, 4 / 7, 0, 0, 3 / 7]),
         (Sampling(1.0, top_k=9), WEIGHTS),
-        # 0.4 + 0.3 reaches 0.65, so the third is out; 0.75 needs it.
+        # 0.4 + 0.3 reaches 0.65, so the third token is left out. For 0.75 the third token is needed.
         (Sampling(1.0, top_p=0.65), [0, 4 / 7, 0, 0, 3 / 7]),
         (Sampling(1.0, top_p=0.75), [0, 0.4 / 0.85, 0, 0.15 / 0.85, 0.3 / 0.85]),
         (Sampling(1.0, top_p=1e-9), [0, 1, 0, 0, 0]),
-        # top_p counts probabilities among the top_k: 4/7 alone is below 0.6.
+        # top_p uses the probabilities among the top_k tokens: 4/7 alone is below 0.6.
         (Sampling(1.0, top_p=0.6, top_k=2), [0, 4 / 7, 0, 0, 3 / 7]),
         (Sampling(1.0, top_p=0.5, top_k=2), [0, 1, 0, 0, 0]),
         (Sampling(0.0), [0, 1, 0, 0, 0]),

@@ -21,7 +21,7 @@ def test_a_character_comes_when_its_last_byte_does():
 def test_bytes_that_are_no_character_do_not_hold_up_the_rest():
     printed = pieces(BYTES, b"\xff\xfe\xf0\x9fab\xc3")
     assert "".join(printed) == BYTES.decode(list(b"\xff\xfe\xf0\x9fab\xc3"))
-    assert printed[:4] == [""] * 4  # each could still belong to a character
+    assert printed[:4] == [""] * 4  # each byte could still belong to a longer character
     assert printed[-1] == "\ufffd"
     assert "a" in printed[4]
 
@@ -50,7 +50,7 @@ def train_bpe_once():
 
 @pytest.fixture
 def with_spaces():
-    """As Llama's: a word carries the space before it, and the first one's is dropped."""
+    """A tokenizer like that of Llama: a word carries the space before it, and the first space is dropped."""
     words = {"▁hello": 0, "▁world": 1, "!": 2, "▁": 3}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="!"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -64,7 +64,7 @@ def test_spaces_between_words_stay(with_spaces):
 
 @pytest.fixture
 def with_byte_fallback():
-    """As Llama 2's: bytes stand for characters that are no token, and are decoded as long as they last."""
+    """A tokenizer like that of Llama 2: bytes stand for characters without a token, and are decoded together."""
     words = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256, "a": 257}
     tokenizer = Tokenizer(models.BPE(words, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(

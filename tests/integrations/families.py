@@ -1,4 +1,4 @@
-"""Small random models of the field's families, 37 of them: what people bring."""
+"""Small random models of 37 families of architectures that people use."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ FAMILIES = {
 
 
 def build(name):
-    """A random model of a family, the same one each time it is asked for."""
+    """A random model of a family; each call returns an equal model."""
     kind, options = FAMILIES[name]
     transformers.set_seed(0)
     values = {key: SMALL[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")} if kind == "gpt2" else SMALL

@@ -1,4 +1,4 @@
-"""The examples of this room: each is under 40 lines and does what it says."""
+"""The examples of integrations: each is under 40 lines and does what its docstring says."""
 
 import importlib
 from pathlib import Path

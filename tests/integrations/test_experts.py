@@ -1,4 +1,4 @@
-"""Fused experts: the same numbers as one layer an expert, a state dict that fits, and the way back."""
+"""Fused experts compute what one layer for each expert computes; their state dict loads; they revert."""
 
 import copy
 
@@ -86,7 +86,7 @@ def test_state_dicts_fit_both_ways_and_routers_stay_dense(name):
     assert all(torch.equal(now[key], value) for key, value in state.items())
     again = build(name)
     convert(again, "2:4")
-    again.load_state_dict(state)  # a dense checkpoint: fresh masks
+    again.load_state_dict(state)  # a dense checkpoint gives fresh masks
     again.load_state_dict(now)
     plain = build(name)
     plain.load_state_dict({key: value for key, value in now.items() if not key.endswith("mask_bits")})

@@ -1,4 +1,4 @@
-"""Any AutoModelForCausalLM trains, resumes, converts and reverts: 37 small random models of the field's families."""
+"""Any AutoModelForCausalLM trains, resumes, converts and reverts: small random models of 37 families."""
 
 import copy
 
@@ -71,7 +71,7 @@ def module(**options):
 
 
 def loader():
-    return token_loader(batches=1, batch_size=8, vocab_size=96)  # a plain loader begins each resumed run anew
+    return token_loader(batches=1, batch_size=8, vocab_size=96)  # a resumed run starts a plain loader anew
 
 
 def test_the_lightning_module_trains_and_resumes_to_the_last_bit(tmp_path):

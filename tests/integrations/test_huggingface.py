@@ -70,7 +70,7 @@ def test_a_latent_folder_keeps_weights_and_masks(name, tmp_path):
     model = ternary(name)
     for layer in model.modules():
         if isinstance(layer, SparseBitLinear):
-            layer.set_density(3)  # a mask in the middle of a ramp must come back as it is
+            layer.set_density(3)  # a mask from the middle of a ramp must come back unchanged
     expected = logits(model)
     model.config.quantization_config = config_of(model, "latent")
     model.save_pretrained(tmp_path / "latent")

@@ -1,4 +1,4 @@
-"""Plain PyTorch: kernels by one call, and folders of anybody's converted model."""
+"""Plain PyTorch: one call chooses the kernels, and any converted model can be saved to a folder."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from tests.helpers import imported
 
 
 class Net(nn.Module):
-    """A tied embedding, a buffer, a bias, a fused layer: what folders must get right."""
+    """A model with all that a folder must hold: a tied embedding, a buffer, a bias, a fused layer."""
 
     def __init__(self):
         super().__init__()

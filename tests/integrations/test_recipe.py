@@ -1,4 +1,4 @@
-"""recipes/from_hugging_face.yaml trains, resumes, and is told apart from the recipes of our own transformer."""
+"""recipes/from_hugging_face.yaml trains and resumes, and is not confused with the recipes of our own transformer."""
 
 import sys
 from pathlib import Path

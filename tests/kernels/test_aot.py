@@ -40,7 +40,7 @@ ALIGNED = ("stride", "x_stride", "w_stride", "q_stride", "d_stride", "inner", "c
 
 
 def build(kernel, constants, capability, types=None, source=ASTSource, warps=4):
-    """Compiles a kernel for pointers and strides that 16 divides; an argument that is not named is an i32."""
+    """Compile a kernel for pointers and strides that are multiples of 16. Other arguments are i32."""
     names = kernel.arg_names
     signature = {n: {**POINTERS, **(types or {})}.get(n, "i32") for n in names}
     signature.update(dict.fromkeys(constants, "constexpr"))
@@ -54,7 +54,7 @@ def build(kernel, constants, capability, types=None, source=ASTSource, warps=4):
 
 
 def spilled_bytes(compiled, folder: Path) -> int:
-    """Returns the bytes of spilled registers of a thread, stores and loads, from the report of the assembler."""
+    """Return the bytes of registers that a thread spills (stores and loads), from the report of the assembler."""
     source = folder / "kernel.ptx"
     source.write_text(compiled.asm["ptx"])
     target = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
@@ -71,7 +71,7 @@ NO_PREPARE = dict.fromkeys(("GIVEN", "KEEP", "OLD", "BITS", "CODES", "STATS"), F
 TILE = {"R": 64, "C": 128}
 PLAIN = {
     "quantize rows": (quantize.quantize_rows_kernel, {"BITS": 8, "ROWS": 1, "BLOCK": 4096, "FUSED": True}, {}, 8),
-    "quantize a column": (  # Triton makes a constant of a 1
+    "quantize a column": (  # Triton turns an argument of 1 into a constant
         quantize.quantize_rows_kernel,
         {"BITS": 4, "ROWS": 1, "BLOCK": 16, "FUSED": True, "columns": 1},
         {},
@@ -124,14 +124,14 @@ def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_pa
         pytest.skip("the same kernel as prepare 2:4, and slow to compile")
     kernel, constants, types, warps = PLAIN[name]
     compiled = build(kernel, constants, capability, types, warps=warps)
-    assert spilled_bytes(compiled, tmp_path) <= 16  # 0 with Triton 3.9; the assembler of 3.6 spills a few once
+    assert spilled_bytes(compiled, tmp_path) <= 16  # 0 with Triton 3.9; 3.6 spills a few bytes once
 
 
 @needs_gluon
 @pytest.mark.parametrize(("rows", "bias"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> None:
-    """The sparse instruction is there, nothing spills, and multiplications overlap instead of being serialised."""
+    """The sparse instruction is there, no register spills, and multiplications overlap instead of being serialised."""
     from sbn_kernels.gemm.sm90.gemm import launch_shape
     from sbn_kernels.gemm.sm90.kernels import ternary_gemm_kernel
     from sbn_kernels.runtime.descriptors import tma_layouts
@@ -165,7 +165,7 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> No
 @pytest.mark.parametrize("tile", [16, 32, 64])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_hopper_gemm_in_parts_of_k(sparse: bool, tile: int, tmp_path: Path) -> None:
-    """The same, and the program is small enough for two a multiprocessor; whole sectors go to the workspace."""
+    """The same holds; two programs fit a multiprocessor, and stores to the workspace fill whole sectors."""
     from sbn_kernels.gemm.sm90.gemm import SPLIT_STAGES
     from sbn_kernels.gemm.sm90.split_kernels import ternary_gemm_split_kernel
     from sbn_kernels.runtime.descriptors import tma_layouts
@@ -186,7 +186,7 @@ def test_hopper_gemm_in_parts_of_k(sparse: bool, tile: int, tmp_path: Path) -> N
         [TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
     ).stdout
     registers = -(-int(re.search(r"REG:(\d+)", usage)[1]) // 8) * 8
-    assert registers * 3 * 128 * 2 <= 65536  # 12 warps each
+    assert registers * 3 * 128 * 2 <= 65536  # each program has 12 warps
     assert 2 * (compiled.metadata.shared + 1024) <= 227 * 1024
     sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"(IGMMA)|WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", sass)

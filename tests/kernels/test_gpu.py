@@ -1,4 +1,4 @@
-"""Every kernel on a GPU against its twin in ``reference.py``: odd shapes, poisoned outputs, the whole int8 range."""
+"""On a GPU every kernel equals its twin in ``reference.py``: odd shapes, poisoned outputs, the whole int8 range."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def needs(op: str) -> None:
 
 
 def case(tokens: int, columns: int, out: int, sparse: bool) -> tuple[torch.Tensor, ...]:
-    """Returns tokens of the whole range (-128 often), scales, codes, mask, gamma and bias."""
+    """Return tokens of the whole int8 range (with many -128), scales, codes, mask, gamma and bias."""
     torch.manual_seed(tokens + columns + out)
     x8 = torch.randint(-128, 128, (tokens, columns), device="cuda", dtype=torch.int8)
     x8[:, ::5] = -128
@@ -44,7 +44,7 @@ def case(tokens: int, columns: int, out: int, sparse: bool) -> tuple[torch.Tenso
 
 
 def poison(tokens: int, out: int, dtype: torch.dtype) -> None:
-    """Fills the memory that the next output of this shape will take."""
+    """Fill the memory that the next output of this shape will use."""
     torch.full((tokens, out), float("nan"), device="cuda", dtype=dtype)
 
 
@@ -67,7 +67,7 @@ def test_hopper_gemm(shape: tuple[int, int, int], sparse: bool, dtype: torch.dty
 
 @pytest.mark.parametrize("sparse", [True, False])
 def test_many_tiles_a_program_and_repeated_launches(sparse: bool) -> None:
-    """More tiles than multiprocessors, so rings and phases wrap; 20 launches, because a race shows now and then."""
+    """There are more tiles than multiprocessors, so rings and phases wrap. A race shows rarely, hence 20 launches."""
     needs("sparse_gemm")
     x8, scale, codes, mask, row_scale, _ = case(4096, 640, 2048, sparse)
     packed = sk.pack_sparse24(codes, mask) if sparse else sk.pack_dense(codes)
@@ -98,7 +98,7 @@ def test_decode(tokens: int, columns: int, out: int, layout: str) -> None:
 @pytest.mark.parametrize(("columns", "out"), [(132, 8), (1000, 1001), (2304, 264), (4864, 896), (8960, 1536)])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_parts_of_k(tokens: int, columns: int, out: int, sparse: bool) -> None:
-    """Chosen and given numbers of parts, also more parts than steps; the workspace is poisoned too."""
+    """The number of parts is chosen or given, and may exceed the number of steps. The workspace is poisoned too."""
     needs("sparse_gemm")
     x8, scale, codes, mask, row_scale, bias = case(tokens, columns, out, sparse)
     gemm, packed = sk.ternary_gemm, sk.pack_dense(codes)
@@ -114,7 +114,7 @@ def test_parts_of_k(tokens: int, columns: int, out: int, sparse: bool) -> None:
 
 @pytest.mark.parametrize("sparse", [True, False])
 def test_parts_of_k_in_repeated_launches_and_in_a_graph(sparse: bool) -> None:
-    """Many launches, because a race shows now and then; a graph replays both kernels on new tokens."""
+    """A race shows rarely, hence many launches. A graph replays both kernels on new tokens."""
     needs("sparse_gemm")
     layout = "sparse24" if sparse else "dense"
     columns, out = 8960, 1536
@@ -202,7 +202,7 @@ def test_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
         (136, 896, 6, 8, "dense"),
         (70, 70, 3, 7, "dense"),
         (130, 992, 20, 32, "dense"),
-        (10, 64, 2, 4, "sparse24"),  # a split of one row: Triton makes a constant of a 1
+        (10, 64, 2, 4, "sparse24"),  # a part with one row, because Triton turns an argument of 1 into a constant
     ],
 )
 def test_prepare(dtype: torch.dtype, out: int, columns: int, n: int, m: int, layout: str) -> None:
@@ -234,7 +234,7 @@ def layer(x: torch.Tensor, packed: torch.Tensor, row_scale: torch.Tensor, out: i
 
 
 def test_cuda_graph_and_compile() -> None:
-    """A graph that is captured once and replayed on new data, and a compiled function without a break, equal eager."""
+    """A graph captured once and replayed on new data equals eager, and so does a function compiled without a break."""
     needs("sparse_gemm")
     p = sk.prepare_weight(torch.randn(264, 1000, device="cuda"), 2, 4, layout="sparse24")
     x = torch.randn(100, 1000, device="cuda", dtype=torch.bfloat16)
@@ -252,7 +252,7 @@ def test_cuda_graph_and_compile() -> None:
 
 
 def test_foreign_tokens_and_scales_are_copied_where_they_must_be() -> None:
-    """Rows that do not start on 16-byte boundaries, and scales without room after their end."""
+    """Rows that do not start on 16-byte boundaries are copied, and scales without room after their end."""
     needs("sparse_gemm")
     x8, scale, codes, mask, row_scale, _ = case(5, 1000, 9, True)
     expected = reference(x8, scale, codes, row_scale, None, torch.bfloat16)
@@ -265,7 +265,7 @@ def test_foreign_tokens_and_scales_are_copied_where_they_must_be() -> None:
 
 
 def test_no_launch_leaves_the_rounding_to_tritons_default(tmp_path: Path) -> None:
-    """Triton 3.9 warns where a launch does not say whether it fuses, because the default of 3.10 is another one."""
+    """Triton 3.9 warns if a launch does not choose about fused multiply-add: 3.10 has another default."""
     code = """
 import torch
 import sbn_kernels as sk

@@ -1,4 +1,4 @@
-"""The kernels of the backward compile without a GPU for sm_80, sm_90 and sm_100 and do not spill."""
+"""The backward kernels compile without a GPU for sm_80, sm_90 and sm_100, and spill no registers."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_pa
 @needs_gluon
 @pytest.mark.parametrize(("tile", "out"), [(256, "fp32"), (256, "bf16"), (128, "fp32")])
 def test_hopper_weight_gradient(tile: int, out: str, tmp_path: Path) -> None:
-    """Both factors come from shared memory, nothing is spilled, and the multiplications of two steps overlap."""
+    """Both factors come from shared memory, no register is spilled, and the multiplications of two steps overlap."""
     from sbn_kernels.gradients.sm90 import int8_outer_kernel
     from sbn_kernels.runtime.descriptors import tma_layouts
     from triton.experimental.gluon._runtime import GluonASTSource

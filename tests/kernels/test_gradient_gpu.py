@@ -1,4 +1,4 @@
-"""Kernels of the backward on a GPU: bit for bit against their twins, products against float64, outputs poisoned."""
+"""Backward kernels on a GPU equal their twins bit for bit, and products equal float64; outputs are poisoned."""
 
 import os
 
@@ -22,7 +22,7 @@ def seed(value: int = 1234567890123) -> Tensor:
 
 
 def gradient(tokens: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dy over seven decades, gamma of each channel, and the scale of each token."""
+    """Return dy with magnitudes over seven decades, gamma of each channel, and the scale of each token."""
     torch.manual_seed(tokens + channels)
     size = 10 ** torch.empty(tokens, 1, device="cuda").uniform_(-6, 1)
     dy = (torch.randn(tokens, channels, device="cuda") * size).to(dtype)
@@ -34,7 +34,7 @@ def int8(rows: int, columns: int) -> Tensor:
 
 
 def poison(rows: int, columns: int, dtype: torch.dtype = torch.int8) -> None:
-    """Fills the memory that the next output of this shape will take."""
+    """Fill the memory that the next output of this shape will use."""
     torch.full((rows, -(-columns // 16) * 16), 77, device="cuda", dtype=dtype)
 
 
@@ -63,7 +63,7 @@ def test_quantize_gradient(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 def test_strided_and_seen_from_far() -> None:
-    """Columns that are not contiguous, rows with a stride, and addresses beyond 2^31 elements."""
+    """The input has columns that are not contiguous, rows with a stride, or addresses beyond 2^31 elements."""
     dy, gamma, scale = gradient(40, 30, torch.bfloat16)
     expected = sk.quantize_gradient(dy, gamma, scale, seed())
     wide = torch.empty(40, 60_000_000, dtype=torch.bfloat16, device="cuda")[:, :30]
@@ -126,7 +126,7 @@ def test_weight_gradient(shape: tuple[int, int, int], dtype: torch.dtype) -> Non
 
 
 def test_weight_gradient_again_and_again() -> None:
-    """More tiles than multiprocessors, so that rings and phases wrap; 20 launches: a race shows now and then."""
+    """There are more tiles than multiprocessors, so rings and phases wrap. A race shows rarely, hence 20 launches."""
     if not sk.capabilities().can("ternary_gemm"):
         pytest.skip("Hopper only")
     torch.manual_seed(0)
@@ -140,7 +140,7 @@ def test_weight_gradient_again_and_again() -> None:
 
 
 def test_weight_gradient_beyond_int32() -> None:
-    """All factors at their largest, more tokens than an int32 sum can hold."""
+    """All factors have their largest value, and there are more tokens than an int32 sum can hold."""
     tokens = 150_000
     b8t = torch.full((24, tokens), -127, device="cuda", dtype=torch.int8)
     x8t = torch.full((40, tokens), -128, device="cuda", dtype=torch.int8)
@@ -168,7 +168,7 @@ def backward(dy: Tensor, gamma: Tensor, scale: Tensor, seed: Tensor, packed: Ten
 
 
 def test_cuda_graph_and_compile() -> None:
-    """A replayed graph and a compiled function equal eager, with new seeds and new data; and seeds matter."""
+    """A replayed graph and a compiled function equal eager, with new seeds and data. Other seeds differ."""
     if not sk.capabilities().can("ternary_gemm"):
         pytest.skip("Hopper only")
     dy, gamma, scale = gradient(100, 264, torch.bfloat16)

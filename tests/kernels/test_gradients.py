@@ -26,7 +26,7 @@ def case() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_draws_are_philox() -> None:
-    """Random123's known answer for philox4x32-7, key and counter zero: eight tokens of the first channel."""
+    """Random123 publishes the answer for philox4x32-7 with key and counter zero: eight tokens of the first channel."""
     words = torch.tensor([0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48], device=DEVICE)
     draws = sk.gradient_draws(10, 5, seed(0))
     assert torch.equal(draws[:8:2, 0], words & 0x7FFF)
@@ -34,7 +34,7 @@ def test_draws_are_philox() -> None:
 
 
 def test_draws_are_uniform_and_independent() -> None:
-    """Mean, variance and correlations of draws, within five standard errors."""
+    """Mean, variance and correlations of the draws are within five standard errors."""
     draw, stream, key = (
         sk.gradient_draws(512, 600, seed(s), n).double().flatten() / 2**15 for s, n in ((5, 2), (5, 3), (6, 2))
     )
@@ -48,7 +48,7 @@ def test_draws_are_uniform_and_independent() -> None:
 
 
 def test_unbiased() -> None:
-    """The means over many seeds of every element of both gradients are as near the truth as their variance allows."""
+    """Over many seeds, the mean of every element of both gradients is as close to the truth as its variance allows."""
     dy, gamma, scale = case()
     x8 = torch.randint(-128, 128, (36, 24), device=DEVICE).double()
     codes = torch.randint(-1, 2, (40, 24), device=DEVICE).double()
@@ -58,7 +58,7 @@ def test_unbiased() -> None:
         q = quantize(dy, gamma, scale, seed(value), 1)
         totals[0] += q.tokens.double() * q.token_scale[:, None].double()
         totals[1] += (q.channels.double() * q.channel_scale[:, None].double()).t()
-    # value, its step, and what its gradient multiplies it by: dX = a T, dW = b^T x8
+    # a value, its step, and the factor it has in the gradient: dX = a T, dW = b^T x8
     truth = (
         (dy.double() * gamma, q.token_scale[:, None].double(), lambda a: a, codes),
         (dy.double() * scale[:, None], q.channel_scale.double(), lambda b: b.t(), x8),

@@ -1,4 +1,4 @@
-"""Runs the tests in ``interpreted`` with TRITON_INTERPRET=1, in one process of their own."""
+"""Run the tests in ``interpreted`` with TRITON_INTERPRET=1, in a separate process."""
 
 import os
 import subprocess

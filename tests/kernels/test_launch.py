@@ -1,6 +1,6 @@
-"""The short way of a launcher launches what Triton's own way would: the same compiled kernel, the same arguments.
+"""The fast path of a launcher launches the same compiled kernel with the same arguments as Triton's own path.
 
-No GPU is needed: Triton compiles for a GPU that is not there, and a launch is noted and not made.
+No GPU is needed: Triton compiles for a GPU that is not there, and a launch is recorded instead of executed.
 """
 
 import os
@@ -31,13 +31,13 @@ class Utils:
 
 
 class Driver:
-    """The part of Triton's driver that a launch asks for."""
+    """The part of Triton's driver that a launch calls."""
 
     device = 0
     utils = Utils()
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        # grid and stream, then what belongs to the kernel, then its arguments
+        # grid and stream, then the properties of the kernel, then its arguments
         return lambda *a: LAUNCHES.append(
             (metadata.hash, *a[:4], *(x.data_ptr() if hasattr(x, "data_ptr") else x for x in a[9:]))
         )
@@ -77,12 +77,12 @@ CASES = [
     ((X, Y), (64, 16), (32, False), 4),
     ((X, Y), (64, 16), (32, True), 4),
     ((X, Y), (64, 16), (32, False), 8),
-    ((X, Y), (64, 1), (32, False), 4),  # 1 is compiled in
+    ((X, Y), (64, 1), (32, False), 4),  # an argument of 1 is compiled in as a constant
     ((X, Y), (64, 2), (32, False), 4),
     ((X, Y), (63, 16), (32, False), 4),
     ((X, Y), (2**40, 16), (32, False), 4),
     ((X.half(), Y), (64, 16), (32, False), 4),
-    ((X, Y[1:]), (64, 16), (32, False), 4),  # not on a boundary of 16 bytes
+    ((X, Y[1:]), (64, 16), (32, False), 4),  # memory that does not start on a 16-byte boundary
     ((X[4:], Y), (64, 16), (32, False), 4),
 ]
 
@@ -110,7 +110,7 @@ def test_the_second_launch_is_the_short_one(gpu: Driver, monkeypatch: pytest.Mon
     for _ in range(3):
         launcher((1, 1, 1), tensors, numbers, constants)
     assert (len(own), len(LAUNCHES)) == (1, 3)
-    for _ in range(3):  # misaligned: always Triton's way
+    for _ in range(3):  # misaligned memory always takes Triton's path
         launcher((1, 1, 1), (X, Y[1:]), numbers, constants)
     assert (len(own), len(LAUNCHES)) == (4, 6)
     assert all(isinstance(compiled, CompiledKernel) for compiled in launcher.compiled.values())

@@ -21,7 +21,7 @@ def test_round_trip(out: int, columns: int) -> None:
 
 
 def test_positions_of_every_mask() -> None:
-    """All masks of at most two of four: kept positions are among the two, first before second."""
+    """For all masks with at most two of four, the positions include the kept ones, the first before the second."""
     for bits in range(16):
         mask = torch.tensor([bits >> i & 1 for i in range(4)], dtype=torch.bool)
         if mask.sum() > 2:
@@ -80,7 +80,7 @@ def test_without_a_gpu_the_reason_is_given() -> None:
 
 
 def test_fake_kernels_give_the_shapes_of_the_real_ones() -> None:
-    """Shapes, dtypes and strides are those that torch.compile sees."""
+    """torch.compile sees the shapes, dtypes and strides of the fake kernels."""
     with torch._subclasses.FakeTensorMode():
         q, scale = sk.quantize_tokens(torch.empty(5, 70, dtype=torch.bfloat16))
         assert (q.shape, q.stride(), q.dtype, scale.shape) == ((5, 70), (80, 1), torch.int8, (5,))

@@ -1,6 +1,6 @@
 """The plain-PyTorch twins of the kernels: they need no Triton, and they agree with the reference that layers train on.
 
-The two references are written apart: the twins as plainly as possible, ``sbn_lightning.sparsity`` for training.
+The two references are written independently: the twins as plainly as possible, ``sbn_lightning.sparsity`` to train.
 """
 
 import subprocess
@@ -44,7 +44,7 @@ def test_tokens(bits: int) -> None:
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (6, 8), (3, 7), (5, 16)])
 def test_weights(n: int, m: int, gamma_over: str) -> None:
     torch.manual_seed(0)
-    weight = (torch.randn(30, 112) * 2).round() / 2  # with ties
+    weight = (torch.randn(30, 112) * 2).round() / 2  # magnitudes with ties
     mask = mask_reference(weight, n, m)
     assert torch.equal(mask, top_n_mask(weight, NMPattern(n, m)))
     assert torch.equal(mask_bits_reference(mask), pack_mask(mask))

@@ -1,4 +1,4 @@
-"""The registry without a GPU: which kernel serves how many tokens on which GPU, and what each one says it lacks."""
+"""The registry, without a GPU: the kernel for each number of tokens on each GPU, and why the others cannot run."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ SHAPE = LinearShape(4096, 14336, 2, 4)
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
-    """A machine with the GPU that a test wants; nothing is launched."""
+    """Pretend that the machine has the GPU that a test names. Nothing is launched."""
     machine: dict[str, object] = {"capability": (9, 0), "gluon": None, "cusparselt": True}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: machine["capability"])

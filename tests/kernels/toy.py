@@ -1,4 +1,4 @@
-"""A toy kernel: the whole of what it takes to add a kernel. ``docs/extending/kernel.md`` explains the same lines.
+"""A toy kernel shows all that is needed to add a kernel. ``docs/extending/kernel.md`` explains the same lines.
 
 The toy stores a 2:4 weight as signed bytes that are one too large, which no other kernel reads, and multiplies in
 plain PyTorch.
@@ -30,7 +30,7 @@ def multiply(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """The product; notes the number of tokens."""
+    """Compute the product, and record the number of tokens."""
     CALLS.append(len(x8))
     assert weight.shape == (out_features, x8.shape[1])
     return gemm_reference(x8, scale, weight - 1, row_scale, bias, out_dtype)

@@ -1,4 +1,4 @@
-"""What an audit says of a model."""
+"""The report of an audit of a model."""
 
 import pytest
 import torch

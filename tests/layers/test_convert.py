@@ -143,7 +143,7 @@ def test_names(name, pattern, matches):
     assert name_matches(name, [pattern]) is matches
 
 
-# As a whole, or not at all
+# A conversion changes all layers or none
 
 
 def state_of(model):
@@ -213,7 +213,7 @@ def test_a_refused_reversion_changes_nothing():
     assert torch.equal(model[0].weight, weight)
 
 
-# Another request is not passed over
+# A second conversion with other options is not ignored
 
 
 def test_a_second_conversion_to_something_else_is_refused():
@@ -239,7 +239,7 @@ def test_a_mask_of_another_pattern_is_refused_and_the_layer_stays(saved, metadat
     state, before = source.state_dict(), copy.deepcopy(model.state_dict())
     if not metadata:
         state = dict(state)
-        if saved == "3:4":  # a stage of a ramp towards 2:4, as far as the mask tells
+        if saved == "3:4":  # judged by the mask alone, this is a stage of a ramp to 2:4
             model.load_state_dict(state)
             return
     with pytest.raises(
@@ -272,7 +272,7 @@ def test_the_way_back_from_a_state_dict_of_a_converted_model(tmp_path):
         convert_to_match(model, nn.Linear(2, 2).state_dict())
 
 
-# What is left alone, and what is said in shares
+# Layers that are left dense, and the shares in the report
 
 
 class Experts(nn.Module):
@@ -316,7 +316,7 @@ def test_heads_routers_gates_and_loras_are_left_alone_unless_named():
 
 
 class Fused(nn.Module):
-    """Experts as transformers 5 has them: one parameter for all."""
+    """Experts as in transformers 5: one parameter holds the weights of all experts."""
 
     def __init__(self):
         super().__init__()

@@ -320,7 +320,7 @@ def test_fused_inference_of_torch_transformers_is_switched_off_and_back_on(paddi
 
 
 class Swapping(Precision):
-    """Replaces linear layers, as plugins for other number formats do."""
+    """Replaces linear layers, as precision plugins for other number formats do."""
 
     def convert_module(self, module):
         for parent in list(module.modules()):
@@ -373,7 +373,7 @@ def test_example(example, options, pattern, layers, monkeypatch, capsys):
     monkeypatch.syspath_prepend(Path(sbn_lightning.__file__).parents[1] / "examples")
     _, module, *_ = importlib.import_module(example).main(steps=4, **options)
     found, pattern = dict(masked_layers(module)), NMPattern.parse(pattern)
-    assert len(found) == layers  # none where the example ends with a plain model
+    assert len(found) == layers  # the list is empty if the example ends with a plain model
     assert all((nonzeros_per_group(layer.mask, pattern.m) == pattern.n).all() for layer in found.values())
     for name, linear in module.named_modules():
         if not found and "mlp" in name and hasattr(linear, "weight"):
@@ -384,7 +384,7 @@ def test_example(example, options, pattern, layers, monkeypatch, capsys):
 
 
 def test_a_converted_conv1d_follows_a_fused_optimiser():
-    """Fused updates count no version: the codes of a stale cache would never change."""
+    """A fused update does not increment the version counter, so codes from a stale cache would never change."""
     model = nn.Sequential(importlib.import_module("transformers.pytorch_utils").Conv1D(8, 16))
     convert_linears(model, "2:4")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)

@@ -1,4 +1,4 @@
-"""What code that knows nothing of these layers does with them: in-place operations, integers, autocast."""
+"""Code that does not know these layers may use in-place operations, integers or autocast."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_tokens_that_are_no_floating_point_numbers_are_refused(dtype):
 
 
 def test_float32_tokens_are_quantised_from_float32_under_autocast():
-    """As the paper's code does. Rounding the tokens to bfloat16 first would double the error."""
+    """The code of the paper does the same. Rounding the tokens to bfloat16 first would double the error."""
     torch.manual_seed(0)
     layer = SparseBitLinear(512, 256, False, pattern="6:8")
     x = torch.randn(64, 512, requires_grad=True)

@@ -78,7 +78,7 @@ def brute_force(layer, x):
 
 
 def straight_through(layer, x):
-    """The same forward as a float64 autograd graph of fake quantisation, for gradients."""
+    """The same forward as fake quantisation in float64, so that autograd gives the gradients."""
     codes, gamma = layer.ternary()
     row_scale = gamma.repeat_interleave(torch.tensor(layer.split_sizes or (layer.out_features,)))
     effective = (codes * row_scale.unsqueeze(1)).requires_grad_()
@@ -107,8 +107,8 @@ def test_forward_equals_brute_force(activation_bits, gamma_over, mask_source, sp
         dtype=torch.float64,
     )
     with torch.no_grad():
-        layer.weight[0, :6] = 0.25  # a tie over a whole group
-        layer.weight[3] *= 5  # parts of different scale
+        layer.weight[0, :6] = 0.25  # all magnitudes of a group are equal
+        layer.weight[3] *= 5  # the parts have different scales
     x = torch.randn(5, 24, dtype=torch.float64)
     y, codes, mask, gammas = brute_force(layer, x)
     assert layer.mask.tolist() == mask
@@ -196,7 +196,7 @@ def test_sparse_linear_is_the_masked_layer_with_a_dense_gradient():
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
 @pytest.mark.parametrize("make", [SparseBitLinear, SparseLinear])
 def test_mask_and_codes_follow_every_optimiser(make, options):
-    """A fused optimiser changes weights without counting a version; a stale cache would train nothing, silently."""
+    """A fused optimiser does not increment version counters. A stale cache would silently stop training."""
     torch.manual_seed(0)
     layer = make(32, 16, pattern="2:4")
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, **options)
@@ -256,7 +256,7 @@ def test_density_rows_become_sparse_evenly_and_never_turn_back():
         assert abs(sparse.float().mean().item() - share) < 0.02
         assert (sparse | ~sparse_before).all()
         sparse_before = sparse
-        # No stretch of 20 rows is far from the share.
+        # In every 20 consecutive rows the share of sparse rows is close to the target.
         assert (sparse.float().unfold(0, 20, 20).mean(-1) - share).abs().max() <= 0.1
     layer.set_density(5)
     assert (nonzeros_per_group(layer.mask, 8) == 5).all()
@@ -336,7 +336,7 @@ def test_impossible_options_name_the_layer(options, message):
 
 
 def test_another_weight_is_told_from_one_that_is_gone():
-    """Python gives the id of an object that is gone to the next one."""
+    """Python may give the id of a deleted object to the next object."""
     layer, x = SparseBitLinear(64, 8, pattern="2:4"), torch.randn(2, 64)
     for _ in range(20):
         weight = torch.randn(8, 64)

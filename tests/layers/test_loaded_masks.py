@@ -1,4 +1,4 @@
-"""Masks that were loaded or copied: how long they stay."""
+"""How long a loaded or copied mask is kept."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ from sbn_lightning.sparsity.pattern import top_n_mask, unpack_mask
 @pytest.mark.parametrize("kind", [SparseBitLinear, SparseLinear])
 def test_copies_have_the_mask_of_a_checkpoint_and_then_their_own(kind, duplicate):
     layer, other = (kind(16, 8, pattern="2:4") for _ in range(2))
-    state = layer.state_dict() | {"mask_bits": other.state_dict()["mask_bits"]}  # older than the weights
+    state = layer.state_dict() | {"mask_bits": other.state_dict()["mask_bits"]}  # the mask is older than the weights
     layer.load_state_dict(state)
     layer(torch.randn(2, 16))
     twin = duplicate(layer)
@@ -34,7 +34,7 @@ def test_copies_have_the_mask_of_a_checkpoint_and_then_their_own(kind, duplicate
 
 @pytest.fixture
 def with_a_mask_of_its_own():
-    """A layer that was loaded with a mask which its weights would not give."""
+    """A layer with a loaded mask that differs from the mask its weights would give."""
     layer, other = (SparseBitLinear(16, 8, pattern="2:4") for _ in range(2))
     layer.load_state_dict(layer.state_dict() | {"mask_bits": other.state_dict()["mask_bits"]})
     assert not torch.equal(layer.mask, top_n_mask(layer.weight, layer.pattern))
@@ -44,7 +44,7 @@ def with_a_mask_of_its_own():
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_loaded_mask_stays_while_other_models_train(with_a_mask_of_its_own, grad, compiled):
-    """As a teacher's does, frozen or not."""
+    """A teacher keeps its mask while the student trains, frozen or not."""
     layer, mask = with_a_mask_of_its_own
     forward = torch.compile(layer, backend="aot_eager") if compiled else layer
     student, x = nn.Linear(16, 8), torch.randn(4, 16)
@@ -86,7 +86,7 @@ def test_a_loaded_mask_follows_weights_that_are_set(with_a_mask_of_its_own):
 
 
 def test_a_loaded_mask_under_fsdp2(with_a_mask_of_its_own, tmp_path):
-    """Which gives forwards another parameter than the one that was loaded."""
+    """Under FSDP2 a forward sees another parameter object than the one that was loaded."""
     layer, mask = with_a_mask_of_its_own
     expected, state = layer(torch.eye(16)), {f"0.{name}": value for name, value in layer.state_dict().items()}
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA G
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_equal_the_reference(pattern, bits, dtype):
     torch.manual_seed(0)
-    in_features = 224  # not a multiple of what kernels work on at once
+    in_features = 224  # not a multiple of a tile of the kernels
     source = SparseBitLinear(in_features, 200, pattern=pattern, split_sizes=(120, 40, 40), activation_bits=bits)
     layer = packed_layer(source).cuda()
     for tokens in (1, 2, 9, 64, 65, 300):
@@ -45,7 +45,7 @@ def test_logits_of_a_packed_model(tmp_path, pattern):
         actual = logits(loaded, part.cuda()).cpu()
         wanted = expected[:, : part.shape[1]]
         error = (actual - wanted).abs().amax(-1) / wanted.std()
-        # A sum in another order may push a token over an 8-bit step.
+        # A sum in another order may change a quantised token by one 8-bit step.
         assert error.median() < 1e-3
         assert error.max() < 5e-2
     layers = [layer for layer in loaded.modules() if isinstance(layer, PackedTernaryLinear)]

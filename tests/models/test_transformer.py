@@ -96,7 +96,7 @@ def test_activation_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize("linear", ["ternary", "masked"])
 def test_compiled_blocks_train_as_eager_ones(linear):
-    """Also after masks changed, were held, and stopped regrowing; names in the state dict stay."""
+    """They also do after masks changed, were held, and stopped regrowing. Names in the state dict do not change."""
     tokens = torch.randint(320, (2, 17))
     states = []
     for compiled in (False, True):
@@ -118,7 +118,7 @@ def test_compiled_blocks_train_as_eager_ones(linear):
 
 
 def test_ddp_leaves_compiled_blocks_whole(tmp_path):
-    """torch's default cuts a graph at DDP's buckets, here of a megabyte."""
+    """By default torch cuts a compiled graph at the buckets of DDP, which here have a megabyte."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     tokens, counts = torch.randint(320, (2, 17)), []
     try:

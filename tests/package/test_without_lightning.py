@@ -22,7 +22,7 @@ BLOCKER = """
 
 
 def run(program, folder):
-    """Runs a program in an interpreter of its own; returns what the program printed."""
+    """Run a program in a fresh interpreter, and return what it printed."""
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:sbn_lightning", "-c", textwrap.dedent(program)],
         capture_output=True,
@@ -124,7 +124,7 @@ def test_a_model_is_converted_trained_saved_packed_and_exported(tmp_path):
 
 @pytest.mark.parametrize("module", ["sbn_lightning", "sbn_kernels"])
 def test_the_package_itself_imports_nothing_heavy(module, tmp_path):
-    """An import of the package must cost next to nothing; modules are counted, because times vary."""
+    """Importing the package must be cheap. The test counts modules, because times vary."""
     heavy = {"torch", "lightning", "litdata", "triton", "transformers", "torchmetrics", "jsonargparse"}
     printed = run(f"import {module}, sys; print(*sys.modules)", tmp_path).split()
     assert not heavy & set(printed)

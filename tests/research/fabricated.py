@@ -1,4 +1,4 @@
-"""Lines of results made up for tests, from a loss that the test chooses."""
+"""Made-up lines of results, from a loss that the test chooses."""
 
 import json
 import math
@@ -65,6 +65,6 @@ def write(lines, *options, grid=GRID):
 
 
 def rows(text, *start):
-    """Table rows that begin with these cells."""
+    """The table rows that begin with the given cells."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return [row for row in cells if row[: len(start)] == list(start)]

@@ -12,7 +12,7 @@ LINES = all_lines(loss_of)
 
 
 def made(pattern, loss, seed=1, rate=0.004, varied=None, family="ternary"):
-    """A line of any combination, also of factors that no grid has."""
+    """A line for any combination of factors, also one that is in no grid."""
     line = json.loads(json.dumps(LINES[0]))
     varied = varied or {}
     line["varied"] = varied
@@ -50,7 +50,7 @@ def test_the_best_rate_of_a_way():
 
 
 def test_the_goal_is_judged_by_itself():
-    """0.5 % above dense ternary is worse than it, and within the goal."""
+    """A result 0.5 % above dense ternary is worse than dense ternary, but within the goal."""
     lines = [*seeds("8:8", 2.0, spread=1e-5), *seeds("2:4", 2.005, spread=1e-5), made("6:8", 2.005)]
     assert way(lines, "2:4", "the method")["verdict"] == "reached"
     text = write(lines, "--plots", "false")[1]
@@ -83,7 +83,7 @@ def test_the_noise_is_that_of_both_sides():
 
 def test_against_the_method_at_the_same_pattern():
     lines = [*seeds("8:8", 2.0), *seeds("2:4", 2.1), *seeds("2:4", 2.05, varied={"masked_decay": "weak"})]
-    noise = 100 * math.expm1(2.776 * 0.01 * math.sqrt(2 / 3))  # of one pattern: 2 and 2 degrees of freedom, pooled
+    noise = 100 * math.expm1(2.776 * 0.01 * math.sqrt(2 / 3))  # runs of one pattern: 2 and 2 degrees of freedom, pooled
     assert way(lines, "2:4", "masked_decay: weak")["against the method"] == f"-4.9 % (±{noise:.1f} %)"
     assert way(lines, "2:4", "the method")["against the method"] == "-"
 
@@ -99,14 +99,14 @@ def test_single_runs_at_several_rates_are_recognisable():
 def test_dense_training_in_the_same_way():
     linear, both = {"schedule": "linear"}, {"schedule": "linear", "masked_decay": "weak"}
     lines = [*seeds("8:8", 2.0), *seeds("8:8", 1.9, varied=linear), *seeds("2:4", 2.0, varied=both)]
-    row = way(lines, "2:4", "masked_decay: weak, schedule: linear")  # no masked weights to decay in dense
+    row = way(lines, "2:4", "masked_decay: weak, schedule: linear")  # a dense model has no masked weights to decay
     assert row["against dense"] == "+10.5 %"
     assert row["verdict"] == "not reached"
     lines += [made("2:4", 2.1, varied={"warmup_steps": 300, "gamma_over": "kept"})]
     row = way(lines, "2:4", "gamma_over: kept, warmup_steps: 300")
     assert row["against dense"] == "+10.5 %"
     assert row["verdict"] == "not reached (one run; dense without warmup_steps: 300)"
-    lines += [made("2:4", 2.1, varied={"gamma_over": "nonzero"})]  # dense with that gamma is another model
+    lines += [made("2:4", 2.1, varied={"gamma_over": "nonzero"})]  # a dense model with that gamma is another model
     assert way(lines, "2:4", "gamma_over: nonzero")["verdict"].endswith("dense without gamma_over: nonzero)")
 
 

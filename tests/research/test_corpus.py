@@ -1,4 +1,4 @@
-"""The corpus: each text once, the same wherever the files lie."""
+"""The corpus holds each text once, and does not depend on where the files are."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def sources(tmp_path):
 
 
 def documents(output):
-    """Texts to train and validate on, and of the probe."""
+    """The texts for training, for validation and for the probe."""
     files = [output / "text" / name for name in ("documents.jsonl", "probe.jsonl")]
     return [[json.loads(line)["text"] for line in file.read_text().splitlines()] for file in files]
 

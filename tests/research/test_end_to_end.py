@@ -1,4 +1,4 @@
-"""Two real runs of a few steps; one of them, killed with its parent, continues."""
+"""Two real runs of a few steps. One of them is killed with its parent, and continues."""
 
 import email
 import json
@@ -65,7 +65,7 @@ def test_killed_and_continued(corpus):
     assert not Path("results/results.jsonl").exists()
     assert main([*words(corpus, first, "patterns/bf16-sparse-2of4-*"), "--jobs", "2"]) == 0
     log = (saved[0].parents[2] / "log.txt").read_text()
-    assert "SIGTERM: saved step" in log  # told by nobody: it saw that its parent was gone
+    assert "SIGTERM: saved step" in log  # nobody stopped the worker: it noticed that its parent was gone
     assert "Restored all states from the checkpoint" in log
     lines = [json.loads(line) for line in Path("results/results.jsonl").read_text().splitlines()]
     assert {line["factors"]["family"] for line in lines} == {"ternary", "bf16-sparse"}
@@ -78,7 +78,7 @@ def test_killed_and_continued(corpus):
         assert 0 < line["sparsity"]["flip_rate_mask"][-1][1] < 1
         assert line["probe"]["places"] > 50
         assert line["versions"]["lightning"]
-    # Every step of the continued run is in its log, from before the kill or after, but for the one that stopped.
+    # The log has every step of the continued run, from before or after the kill, except the step that was stopped.
     ternary = next(line for line in lines if line["factors"]["family"] == "ternary")
     assert ternary["continued"]
     steps = [step for step, _ in ternary["training_curve"]]

@@ -1,4 +1,4 @@
-"""A grid file becomes runs whose ids stay."""
+"""A grid file becomes runs with ids that never change."""
 
 import sys
 
@@ -29,7 +29,7 @@ FACTORS = {
 
 @pytest.fixture
 def grid(tmp_path):
-    """Writes a grid of the given groups and reads it."""
+    """Write a grid of the given groups, and read it."""
 
     def write(groups, recipe=RECIPE, overrides=(), data=None):
         (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe))
@@ -116,7 +116,7 @@ def test_errors_say_what_is_wrong(grid, groups, overrides, message):
 
 
 def test_the_shipped_grid(capsys):
-    """Its defaults are the base recipe's, every run parses by name, and all that the report needs is there."""
+    """Its defaults are those of the base recipe, every run parses by name, and the report finds every run it needs."""
     runs = read_grid(GRID).runs()
     assert len({run.id for run in runs}) == len(runs)
     assert f"{len(runs)} runs of 50 million tokens" in GRID.read_text().splitlines()[0]

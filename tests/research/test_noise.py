@@ -1,4 +1,4 @@
-"""Student's t, against tables."""
+"""Student's t agrees with printed tables."""
 
 import random
 from statistics import fmean, stdev

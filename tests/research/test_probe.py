@@ -31,7 +31,7 @@ def test_kinds_are_of_what_a_token_begins_with(brackets):
         (["{", "[", "()", "]", "}"], [(3, 1, 2), (4, 2, 4)]),
         (["f(", "[", "])"], [(2, 1, 1)]),
         ([")", "(", ")"], [(2, 0, 1)]),  # opened before the window
-        (["(", "[", ")", ")"], []),  # does not match: nothing is known of what is open
+        (["(", "[", ")", ")"], []),  # does not match, so the open brackets are unknown
         (["(", None, ")"], []),  # in another document
         ([" x"], []),
     ],
@@ -41,7 +41,7 @@ def test_places(brackets, texts, expected):
 
 
 class Answers(torch.nn.Module):
-    """Says the same token everywhere, or the true next one."""
+    """A model that predicts the same token everywhere, or always the true next token."""
 
     def __init__(self, token=None, wrong_after=None):
         super().__init__()
@@ -51,7 +51,7 @@ class Answers(torch.nn.Module):
     def forward(self, tokens):
         following = tokens.roll(-1, 1) if self.token is None else torch.full_like(tokens, self.token)
         logits = torch.nn.functional.one_hot(following, len(TEXTS)).float()
-        logits[..., IDS[" x"]] = 9.0  # closes nothing, so it does not count though it is most likely
+        logits[..., IDS[" x"]] = 9.0  # closes no bracket, so it does not count although it is the most likely
         return self.scale * logits
 
 
@@ -73,7 +73,7 @@ def test_scores(brackets):
 
 
 def test_balance_and_distance(brackets):
-    """Nine round brackets near by and a square one far away: who always says round is right nine times in ten."""
+    """Nine round brackets are near, a square one is far away. A model that always says round is right in 90 %."""
     texts = ["[", *9 * ["(", ")"], "]"]
     tokens = torch.tensor([IDS[text] for text in texts])
     always = bracket_probe(Answers(IDS[")"]), tokens, brackets, window=len(texts))

@@ -1,4 +1,4 @@
-"""The report, from results made up here."""
+"""The report of made-up results."""
 
 import json
 import math
@@ -123,7 +123,7 @@ def test_the_familys_noise_is_without_the_pattern_compared_with():
     fewer = [line for line in lines if line["factors"]["pattern"] != "2:4" or line["factors"]["seed"] < 3]
     pooled = math.sqrt((2 * 0.001**2 + 0.02**2 / 2) / 3)
     assert threshold(fewer, "7:8", "8:8") == pytest.approx(3.182 * pooled * math.sqrt(4 / 3), rel=1e-3)
-    # None beside them: they do not count twice.
+    # No further degrees of freedom: none may count twice.
     alone = [line for line in lines if line["factors"]["pattern"] != "2:4"]
     assert threshold(alone, "7:8", "8:8") == pytest.approx(4.303 * 0.001 * math.sqrt(4 / 3), rel=1e-3)
 

@@ -1,4 +1,4 @@
-"""Runs are skipped, retried and stopped; here with a stand-in for the process that trains."""
+"""Runs are skipped, retried and stopped. A small script takes the place of the process that trains."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_runs_are_spread_over_the_gpus(tmp_path, late_clock):
 
 
 def test_a_result_without_its_line_is_not_run_again(tmp_path):
-    """A crash between the end of a run and its line; and another that cut a line short."""
+    """One crash came between the end of a run and its line. Another cut a line short."""
     first, second = make("a"), make("b")
     runner.Runner(tmp_path, None, jobs=1)([first, second])
     lines = (tmp_path / "results.jsonl").read_text()
@@ -130,7 +130,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path, number):
         env=os.environ | {"PYTHONPATH": root},
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells start background jobs without it
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells ignore SIGINT in background jobs
     )
     until = time.monotonic() + 60
     while (

@@ -1,4 +1,4 @@
-"""SparsitySchedule in a plain loop: the same numbers as the Lightning callbacks, and bit-exact resuming."""
+"""SparsitySchedule in a plain loop gives the numbers of the Lightning callbacks, and resumes to the last bit."""
 
 import copy
 

@@ -62,7 +62,7 @@ def test_make_takes_a_config_a_pattern_or_options():
     whole = SparsityConfig("2:4", activation_bits=4)
     assert SparsityConfig.make(whole) is not None
     assert SparsityConfig.make(whole, gradient="masked") == dataclasses.replace(whole, gradient="masked")
-    assert SparsityConfig.make(whole, pattern="6:8", activation_bits=8) == whole  # what a command line fills in
+    assert SparsityConfig.make(whole, pattern="6:8", activation_bits=8) == whole  # the command line fills in defaults
     with pytest.raises(ConfigError, match="two patterns"):
         SparsityConfig.make("2:4", pattern="1:4")
     with pytest.raises(TypeError, match="bits"):
@@ -71,7 +71,7 @@ def test_make_takes_a_config_a_pattern_or_options():
 
 @pytest.mark.parametrize("option", [f.name for f in dataclasses.fields(SparsityConfig)])
 def test_every_option_reaches_layer_backend_and_packed_layer(option, monkeypatch):
-    """No list of options stands between a caller and the code that acts on an option."""
+    """An option needs no entry in any list between the caller and the code that acts on it."""
     seen = []
     prepare = ReferenceBackend.prepare
     monkeypatch.setattr(ReferenceBackend, "prepare", lambda self, *args: seen.append(args[-1]) or prepare(self, *args))
@@ -86,7 +86,7 @@ def test_every_option_reaches_layer_backend_and_packed_layer(option, monkeypatch
     assert {getattr(config, option) for config in seen} == {value}
     assert packed_layer(model[0]).sparsity == model[0].sparsity
     assert getattr(SparseBitLinear(16, 8, **{option: value}), option) == value
-    if option != "split_sizes":  # a conversion has them by name: layers differ
+    if option != "split_sizes":  # a conversion takes split_sizes by name, because layers differ
         assert getattr(TernarySparseConversion(**{option: value}).sparsity, option) == value
 
 

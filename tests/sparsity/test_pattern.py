@@ -22,7 +22,7 @@ def patterns(draw):
 
 
 def brute_force_mask(row, n, m):
-    """From the definition alone: sort (magnitude descending, index ascending), keep the first n of each m."""
+    """The mask from the definition alone: sort by falling magnitude, then rising index; keep the first n of each m."""
     keep = [False] * len(row)
     for start in range(0, len(row), m):
         order = sorted(range(start, start + m), key=lambda i: (-abs(row[i]), i))
@@ -60,7 +60,7 @@ def test_ranks_are_a_permutation_of_each_group(m, dtype):
 
 @pytest.mark.parametrize("m", range(1, 9))
 def test_both_ways_to_rank_agree(m):
-    """Also on ties and NaN: a run may move between the GPU's way and the CPU's."""
+    """They agree on ties and NaN too, because a run may move between GPU and CPU, which rank in different ways."""
     groups = torch.randint(3, (7, 50, m)).float()
     groups[torch.rand(groups.shape) < 0.1] = float("nan")
     ranks = pattern._ranks_by_pairs(groups.movedim(-1, 0)).movedim(0, -1)

@@ -130,7 +130,7 @@ def test_optimiser_states_have_names_and_old_checkpoints_without_still_load():
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_states_are_named_by_whoever_numbered_them(sharded):
-    """By place in the parameter groups; by ModelParallelStrategy, by place in the model and sorted."""
+    """States are numbered by parameter group, or under ModelParallelStrategy by sorted place in the model."""
     module = ForeignModule()
     weights, biases = [module.net[0].weight, module.net[2].weight], [module.net[2].bias, module.net[0].bias]
     optimizer = torch.optim.AdamW([{"params": biases, "weight_decay": 0.0}, {"params": weights}])
@@ -152,6 +152,6 @@ def test_states_are_named_by_whoever_numbered_them(sharded):
         assert torch.equal(state["state"][name]["exp_avg"], optimizer.state[parameter]["exp_avg"])
     before = {name: values["exp_avg"].clone() for name, values in state["state"].items()}
     optimizer.load_state_dict(state)
-    name_optimizer_states([state], module, [optimizer])  # named already
+    name_optimizer_states([state], module, [optimizer])  # the states have names already
     for name, parameter in module.named_parameters():
         assert torch.equal(optimizer.state[parameter]["exp_avg"], before[name])

@@ -1,4 +1,4 @@
-"""The precision plugin where there is no GPU: what it leaves unchanged, what it refuses, who may drive it."""
+"""The precision plugin without a GPU: what it leaves unchanged, what it refuses, and which loops may use it."""
 
 import gc
 import pickle
@@ -111,7 +111,7 @@ def test_fabric_gives_the_losses_of_a_loop_without_the_plugin():
 
 
 def test_outputs_of_a_forward_in_fabric_have_the_dtype_of_fabrics_own_bf16_mixed():
-    """A loss outside of the model is computed in float32 then."""
+    """A loss outside the model is then computed in float32."""
     tokens = next(iter(token_loader()))
 
     def run(**options):
@@ -185,7 +185,7 @@ def test_unknown_options_are_named(option):
 
 
 def only_this_runs(monkeypatch, op):
-    """As on a machine that has what one kernel needs, and nothing that another one does."""
+    """Pretend that the machine has what one kernel needs, and lacks what every other kernel needs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(Needs, "missing", lambda self, index: None if self.op == op else "is not here")
 

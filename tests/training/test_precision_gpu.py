@@ -1,4 +1,4 @@
-"""The precision plugin on a GPU: every backend against the reference, alone and with what people combine it with."""
+"""The precision plugin on a GPU: every backend agrees with the reference, alone and in the usual combinations."""
 
 import pytest
 import torch
@@ -189,11 +189,11 @@ def test_a_compiled_layer_is_one_graph(gradients):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_reference_quantises_alike_on_gpu_and_cpu(dtype, bits):
-    """Where max|x| is a multiple of 127 / 2^k, half of all tokens may lie on a half: a scale's last bit decides."""
+    """If max|x| is a multiple of 127 / 2^k, many values lie halfway, and the last bit of the scale decides."""
     x = torch.randint(-254, 255, (64, 512), generator=torch.Generator().manual_seed(0))
     x[:, 0] = 254
     x = (x / 2).to(dtype)
-    if bits == 4:  # sqrt(7) divides nothing evenly, and the GPU adds up in another order
+    if bits == 4:  # division by sqrt(7) always rounds, and the GPU sums in another order
         x = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     (here, scale), (there, other) = quantize_activations(x, bits), quantize_activations(x.cuda(), bits)
     torch.testing.assert_close(other.cpu(), scale, rtol=0 if bits == 8 else 1e-6, atol=0)
@@ -205,7 +205,7 @@ def test_the_reference_does_not_synchronise(kind):
     options = {"split_sizes": (100, 92)} if kind is SparseBitLinear else {}
     layer = kind(256, 192, pattern="2:4", **options).cuda()
     x = torch.randn(8, 256, device="cuda", requires_grad=True)
-    # A layer that no optimiser owns waits: it asks the GPU whether somebody has written into its weight.
+    # A layer without an optimiser waits, because it asks the GPU whether its weight was written to.
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer(x).sum().backward()
     optimizer.step()
@@ -237,7 +237,7 @@ def test_small_batches_and_generation_shapes():
 
 
 class NoWaiting(Callback):
-    """From the fourth step on the host may not wait for the device."""
+    """Raises an error if the host waits for the device, from the fourth step on."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 3:
@@ -254,7 +254,7 @@ class NoWaiting(Callback):
 @pytest.mark.parametrize(("compile", "loss"), [(False, "plain"), (True, "chunked")])
 @pytest.mark.parametrize("options", [{"gradients": "bf16"}, {"gradients": "int8"}], ids=str)
 def test_a_step_of_a_trainer_does_not_wait_for_the_gpu(options, compile, loss, tmp_path):
-    """With what the recipes have around it, but for the steps at which something is logged or looked at."""
+    """The run has the callbacks of the recipes. Only steps that log or look at the pattern may wait."""
     need("sparse")
     callbacks = [
         NoWaiting(),

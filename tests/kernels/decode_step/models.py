@@ -15,7 +15,7 @@ DEVICE = "cuda"
 def random_weights(
     shape: Shape, *, bias: bool = True, tied: bool = False, positions: int = 4096
 ) -> tuple[Weights, list[Layer]]:
-    """A model with codes of all three values in equal parts, on the GPU, and its layers."""
+    """Random weights on the GPU, and their layers; the three values of a code are equally frequent."""
     s, generator = shape, torch.Generator(DEVICE).manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -60,5 +60,5 @@ def random_caches(shape: Shape, batch: int, slots: int) -> list[tuple[Tensor, Te
 
 
 def words(buffer: Tensor) -> Tensor:
-    """The float32 values in handed-over words."""
+    """The float32 values in the words that programs hand to each other."""
     return (buffer & -256).view(torch.float32)

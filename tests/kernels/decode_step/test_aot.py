@@ -44,7 +44,7 @@ def test_the_kernel_compiles_without_spills(name: str, tmp_path: Path) -> None:
             "num_warps": plan.warps, "maxnreg": 255, "enable_fp_fusion": False, "launch_cooperative_grid": True,
         },
     )  # fmt: skip
-    # The kernel addresses the three allocations as one, so there must be nothing else.
+    # The kernel addresses the three allocations as one, so there must be no other allocation.
     assert compiled.metadata.shared == 4 * sum(plan.pieces)
     ptx = compiled.asm["ptx"]
     assert "cp.async.bulk.shared" in ptx

@@ -98,7 +98,7 @@ def test_the_last_layer_is_exact_from_its_own_inputs(shape: Shape) -> None:
 
 
 def make_step(**options: object) -> tuple[DecodeStep, torch.Tensor]:
-    """A step at position 100 and the logits of token 0 there."""
+    """Make a step at position 100, and compute the logits after token 0."""
     weights, _ = random_weights(MIDDLE)
     step = DecodeStep(pack(weights), random_caches(MIDDLE, 1, 512), 512, **options)  # type: ignore[arg-type]
     step.lengths.fill_(100)
@@ -140,7 +140,7 @@ def test_a_lost_copy_ends_the_step_and_recovery_repeats_it() -> None:
     assert 0.1 < time.perf_counter() - started < 2
     with pytest.raises(StepTimeoutError, match="recover"):
         step.check()
-    step.step(step.tokens)  # does nothing
+    step.step(step.tokens)  # this call does nothing
     assert step.lengths.tolist() == [100]
     step._table.copy_(table)
     step.recover()

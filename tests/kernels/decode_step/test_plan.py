@@ -49,7 +49,7 @@ def test_the_schedule_overwrites_no_weights_in_use(name: str, batch: int, progra
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("name", ["0.5b", "1.5b", "3b"])
 def test_the_kernel_waits_only_for_copies_that_have_started(name: str, batch: int, programs: int) -> None:
-    """Walks through a step as the kernel does: copies start before a product, but not before that with o."""
+    """Walk through a step as the kernel does: copies start before each product, except before the product with o."""
     plan = make_plan(replace(SHAPES[name], layers=4), batch, programs)
     for program, rows in enumerate(schedule(plan)):
         following = unit = 0

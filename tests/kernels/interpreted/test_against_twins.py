@@ -1,4 +1,4 @@
-"""Plain Triton kernels against their plain-PyTorch twins, in the interpreter: odd shapes, ties, extremes, poison."""
+"""Plain Triton kernels equal their plain-PyTorch twins in the interpreter: odd shapes, ties, extremes, poison."""
 
 import pytest
 import sbn_kernels as sk
@@ -12,7 +12,7 @@ from sbn_kernels.swiglu.reference import swiglu_backward_reference, swiglu_quant
 
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fixed data, and poison in every buffer that is allocated without a value."""
+    """Fix the random data, and poison every buffer that is allocated without a value."""
     torch.manual_seed(0)
     empty = torch.empty
 
@@ -24,13 +24,13 @@ def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_ties(out: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Normal weights of which a third are rounded to halves, so that groups hold equal magnitudes."""
+    """Normal weights, a third of them rounded to halves, so that groups hold equal magnitudes."""
     weight = torch.randn(out, columns)
     return torch.where(torch.rand(out, columns) < 0.3, (2 * weight).round() / 2, weight).to(dtype)
 
 
 def within_one_rounding(ours: torch.Tensor, exact: torch.Tensor) -> bool:
-    """The interpreter rounds to bfloat16 differently from the hardware, by at most one step."""
+    """Compare up to one step of bfloat16, because the interpreter rounds differently from the hardware."""
     step = exact.abs().float() * 2.0**-7 + 1e-30
     return bool(((ours.float() - exact.float()).abs() <= step).all())
 
@@ -56,7 +56,7 @@ def test_quantize(dtype: torch.dtype, tokens: int, features: int, bits: int) -> 
     if bits == 8:
         assert torch.equal(scale, twin_scale)
         assert torch.equal(q, twin_q)
-    else:  # a mean: the order of its sum differs in the last bits
+    else:  # the scale is a mean; sums in another order differ in the last bits
         torch.testing.assert_close(scale, twin_scale, rtol=1e-6, atol=0)
         assert torch.equal(q, (x.float() / scale[:, None]).round().clamp(-8, 7).to(torch.int8))
 
@@ -92,7 +92,7 @@ def test_prepare(
         assert torch.equal(prepared.row_scale, prepared.gamma.repeat_interleave(torch.tensor(splits or [out])))
         assert torch.equal(prepared.mask_bits, mask_bits_reference(mask))
         threshold = prepared.row_scale
-        if over == "nonzero":  # codes are by the dense gamma, of which the kernel's own sums decide the last bit
+        if over == "nonzero":  # codes depend on the dense gamma, whose last bit comes from the kernel's own sums
             threshold = sk.prepare_weight(weight, n, m, splits).row_scale
         codes = codes_reference(weight, threshold, mask)
         assert torch.equal(prepared.codes, codes)
@@ -129,7 +129,7 @@ def test_prepare_with_a_number_kept_for_each_row(n: int, m: int) -> None:
 
 
 def test_prepare_at_the_rounding_edge() -> None:
-    """|W| = gamma / 2 rounds to 0 (half to even), the next float above to 1, as IEEE division has it."""
+    """With IEEE division |W| = gamma / 2 rounds to 0 (half to even), and the next larger float rounds to 1."""
     gamma = torch.tensor([0.7, 1.3e-5, 3.0])
     half = (gamma / 2).repeat_interleave(4)
     above = torch.nextafter(half, torch.tensor(torch.inf))
@@ -193,7 +193,7 @@ def test_vectors_may_have_any_strides() -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("features", [40, 20000])
 def test_nan_in_a_token_comes_through(bits: int, features: int) -> None:
-    """A scale that is NaN makes the outputs NaN; those of other tokens stay what they are."""
+    """A NaN scale makes all outputs of its token NaN. Outputs of other tokens do not change."""
     x = torch.randn(3, features)
     clean = sk.quantize_tokens(x, bits)
     x[1, 3] = torch.nan
@@ -231,7 +231,7 @@ def test_swiglu(dtype: torch.dtype, tokens: int, features: int, bits: int) -> No
     twin_q, twin_scale = swiglu_quantize_reference(x, bits)
     torch.testing.assert_close(scale, twin_scale, rtol=1e-5, atol=0)
     assert (q.int() - twin_q.int()).abs().amax() <= 1 if tokens else q.shape == (0, features)
-    assert (q != twin_q).float().sum() <= 0.002 * q.numel() + 1  # exp differs in the last bit
+    assert (q != twin_q).float().sum() <= 0.002 * q.numel() + 1  # exp may differ in the last bit
     assert q.stride(0) % 16 == 0
     expected = swiglu_backward_reference(d, x)
     dx = sk.swiglu_backward(d, x)

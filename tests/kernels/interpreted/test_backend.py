@@ -1,4 +1,4 @@
-"""Layers and a whole model on the portable kernels against the reference backend, in the interpreter."""
+"""Layers and a whole model give the same on portable kernels, in the interpreter, as on the reference backend."""
 
 import copy
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from sbn_lightning.layers.sparse_linear import SparseBitLinear, ternary_layers
 from tests.helpers import Losses, quiet_trainer, small_module, token_loader
 from tests.kernels.toy import TOY
 
-TINY = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 16}  # the interpreter takes its time
+TINY = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 16}  # the interpreter is slow
 
 
 class Run(NamedTuple):
@@ -68,7 +68,7 @@ def test_a_layer_computes_what_the_reference_computes(options: dict[str, object]
 def test_a_swiglu_before_a_layer_is_the_references(
     gradients_kind: Gradients, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sbn_lightning.backends.integer.MAX_FEATURES", most)  # 39: too wide to be fused
+    monkeypatch.setattr("sbn_lightning.backends.integer.MAX_FEATURES", most)  # with 39 there is no fusion
     torch.manual_seed(0)
     layer = SparseBitLinear(40, 30, pattern="2:4")
     other = copy.deepcopy(layer)

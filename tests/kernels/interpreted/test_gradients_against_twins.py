@@ -1,4 +1,4 @@
-"""Kernels of the backward against their twins in the interpreter: odd shapes, strides, zero tokens, poison, NaN."""
+"""Backward kernels equal their twins in the interpreter: odd shapes, strides, zero tokens, poison, NaN."""
 
 import pytest
 import sbn_kernels as sk
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fixed data, and poison in every buffer that is allocated without a value."""
+    """Fix the random data, and poison every buffer that is allocated without a value."""
     torch.manual_seed(0)
     empty = torch.empty
 
@@ -89,7 +89,7 @@ def test_non_finite_gradients_stay_visible(value: float) -> None:
 
 @pytest.mark.parametrize(("tokens", "columns", "out"), [(1, 1, 1), (5, 70, 9), (131, 40, 66), (0, 8, 16)])
 def test_products(tokens: int, columns: int, out: int) -> None:
-    """dX and dW against their twins."""
+    """dX and dW equal their twins."""
     a8, x8, b8 = int8(tokens, out), int8(tokens, columns), int8(tokens, out).clamp(min=-127)
     codes = torch.randint(-1, 2, (out, columns), dtype=torch.int8)
     token_scale, channel_scale = torch.rand(tokens) + 0.1, torch.rand(out) + 0.1
@@ -100,7 +100,7 @@ def test_products(tokens: int, columns: int, out: int) -> None:
 
 
 def test_ones_for_dx() -> None:
-    """Given ones change nothing with int8 codes, and are refused with packed words, which have no use for them."""
+    """With int8 codes, given ones change nothing. With packed words, which need no ones, they are refused."""
     a8, token_scale = int8(5, 9), torch.rand(5)
     codes, ones = torch.randint(-1, 2, (70, 9), dtype=torch.int8), torch.ones(70)
     given = sk.input_gradient_gemm(a8, token_scale, codes, 70, torch.float32, unit_scale=ones)
@@ -111,7 +111,7 @@ def test_ones_for_dx() -> None:
 
 @pytest.mark.parametrize(("group", "whole"), [(1, 0), (2, 4), (4, 5), (16, 3)])
 def test_adding_parts_of_split_sums(group: int, whole: int) -> None:
-    """Tiles from ``whole`` on, in the order of bands of ``group`` row tiles; the others are not touched."""
+    """Tiles from ``whole`` on are written, in the order of bands of ``group`` row tiles. Others are not touched."""
     rows, columns = 3 * 128 + 5, 256 + 21
     order = [(r, c) for first in range(0, 4, group) for c in range(2) for r in range(first, min(4, first + group))]
     parts = torch.randint(-(2**29), 2**29, (3, 8 - whole, 128, 256), dtype=torch.int32)

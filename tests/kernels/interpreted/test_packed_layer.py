@@ -19,7 +19,7 @@ def test_packed_layer_equals_its_reference(bits: int, tokens: int) -> None:
 
 
 def test_packed_layer_passes_a_gradient_on() -> None:
-    """Kernels have none: the reference takes over where one is wanted."""
+    """The kernels compute no gradient, so the reference takes over where a gradient is needed."""
     torch.manual_seed(0)
     layer = packed_layer(SparseBitLinear(96, 72, pattern="2:4"))
     found = []

@@ -1,4 +1,4 @@
-"""The sum over K in parts, without a GPU: the adding kernel interpreted, PyTorch in the Hopper kernel's place."""
+"""The sum over K in parts, without a GPU: the adding kernel is interpreted, and PyTorch replaces the Hopper kernel."""
 
 import pytest
 import sbn_kernels as sk
@@ -13,7 +13,7 @@ from tests.kernels.interpreted.test_against_twins import _seed, gemm_case, withi
 @pytest.mark.parametrize(("tokens", "columns", "out"), [(9, 300, 70), (16, 64, 128), (17, 130, 129), (64, 1024, 9)])
 @pytest.mark.parametrize("splits", [1, 2, 5, 16])
 def test_adding_parts_of_k(tokens: int, columns: int, out: int, splits: int) -> None:
-    """Parts as the Hopper kernel leaves them: whole panels of rows, and zeros where there is no row or token."""
+    """Parts are as the Hopper kernel leaves them: whole panels of rows, with zeros where there is no row or token."""
     x8, scale, codes, row_scale, bias, exact = gemm_case(tokens, columns, out)
     parts = torch.zeros(splits, -(-out // 128) * 128, split_tile(tokens), dtype=torch.int32)
     pieces = zip(parts, x8.tensor_split(splits, 1), codes.tensor_split(splits, 1), strict=True)
@@ -27,7 +27,7 @@ def test_adding_parts_of_k(tokens: int, columns: int, out: int, splits: int) -> 
 
 
 class FakeKernel:
-    """What ``ternary_gemm_split_kernel`` writes, by its docstring; counts launches."""
+    """Writes what the docstring of ``ternary_gemm_split_kernel`` says, and counts launches."""
 
     def __init__(self) -> None:
         self.grids: list[tuple[int, int]] = []

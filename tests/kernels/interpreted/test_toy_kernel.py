@@ -1,4 +1,4 @@
-"""A kernel is added in one file and one registration: the one function chooses it, for training and packed layers."""
+"""One file and one registration add a kernel. Training layers and packed layers then use it."""
 
 import copy
 
