@@ -1,9 +1,9 @@
-"""Records what this project computes and promises, so that a change of its structure can be held against the record.
+"""Record what this project computes and promises, to compare with after a change of structure.
 
 ``python -m tests.golden.record`` writes the files beside this module. ``test_golden.py`` makes the same things again
 and compares them. Record only on purpose: a new file is a decision that behaviour changes, and needs an entry in
-CHANGELOG.md. ``public_names.json`` was written once, from version 0.1.0. A helper that something else has replaced is not
-in the file any more.
+CHANGELOG.md. ``public_names.json`` was written once, from version 0.1.0. Helpers that have been replaced since are no
+longer in the file.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHRUNKEN = {
 
 
 def environment() -> dict[str, str]:
-    """What decides the last bits of a float32 sum on a CPU."""
+    """The parts of the environment that decide the last bits of a float32 sum on a CPU."""
     names = (
         re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
     )
@@ -62,7 +62,7 @@ def environment() -> dict[str, str]:
 
 
 def run(*arguments: str) -> str:
-    """One command of the command line; returns what it printed."""
+    """Run one command, and return what it printed."""
     from sbn_lightning.cli import main
 
     printed = io.StringIO()
@@ -76,7 +76,7 @@ def run(*arguments: str) -> str:
 
 
 def prepare_tokens(folder: Path) -> None:
-    """Tokens of a text that does not change: the licence, as bytes."""
+    """Write tokens of a text that does not change: the bytes of the licence."""
     texts = folder / "texts"
     texts.mkdir()
     text = (ROOT / "LICENSE").read_text()
@@ -87,7 +87,7 @@ def prepare_tokens(folder: Path) -> None:
 
 
 def fit(folder: Path, recipe: str, *extra: str, steps: int = STEPS) -> tuple[list[float], Path]:
-    """Trains a shrunken recipe; returns the losses of all its steps and the run's folder."""
+    """Train a shrunken recipe, and return the losses of all steps and the folder of the run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     options = SHRUNKEN | {"data.path": folder / "data", "trainer.max_steps": steps}
@@ -156,9 +156,9 @@ def main() -> None:
 
 
 def export(checkpoint: Path, folder: Path) -> None:
-    """Writes ``packed`` and ``gguf`` of a checkpoint into ``folder``.
+    """Export a checkpoint to ``folder`` in the formats ``packed`` and ``gguf``.
 
-    The record is older than the default of 16-bit embeddings, so the files are asked for in float32.
+    The record is older than the default of 16-bit embeddings, so the files are exported in float32.
     """
     for form, extra in (("packed", ()), ("gguf", ("--quantization", "Q4_0"))):
         run("export", "--checkpoint", str(checkpoint), "--output", str(folder / form), "--format", form,
