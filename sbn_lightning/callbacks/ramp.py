@@ -55,7 +55,7 @@ class DenseToSparseRamp(StepCallback):
         self.ramp = Ramp(shape, start, end, curve, owner="DenseToSparseRamp")
         self.shape, self.start, self.end, self.curve, self.total_steps = shape, start, end, curve, total_steps
         self._densities: list[Density] = []
-        self._is_loaded = False  # whether _densities are those of a checkpoint that was just loaded
+        self._is_loaded = False  # Whether a checkpoint was just loaded, with its densities.
 
     def progress(self, step: int, total_steps: int) -> float:
         """Return p after ``step`` of ``total_steps`` optimiser steps, 0 to 1."""

@@ -77,7 +77,7 @@ class RowCut:
 
 
 def encode(codes: Tensor, mask: Tensor) -> Tensor:
-    """Pack codes and mask, four weights a byte, the first weight in the lowest bits.
+    """Pack codes and mask, four weights in each byte. The first weight takes the lowest bits.
 
     Args:
         codes: The codes in {-1, 0, 1}, int8 ``[rows, in_features]``; 0 wherever ``mask`` is False.

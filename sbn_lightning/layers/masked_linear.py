@@ -139,7 +139,7 @@ class MaskedLinear(nn.Linear):
         self.regrow = True
         self.owner_prepares = False
         self._keep_n, self._sparse_share = self.pattern.n, 1.0
-        self._most_kept = self.pattern.m  # in any group of the present mask
+        self._most_kept = self.pattern.m  # The most weights that a group of the present mask keeps.
         if mask_bits is not None:
             self.register_buffer("mask_bits", mask_bits)
             self.tracker.look(self._weight(), self.training)

@@ -110,7 +110,7 @@ class TransformerConfig(SparsityOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("linear", self.linear, get_args(LinearKind))
-        if isinstance(self.rope_scaling, dict):  # read back from a checkpoint, which holds only plain values
+        if isinstance(self.rope_scaling, dict):  # A checkpoint holds only plain values.
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ffn", "max_sequence_length"):
             if getattr(self, name) < 1:
