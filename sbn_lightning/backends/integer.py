@@ -1,4 +1,4 @@
-"""The backend on integer tensor cores: the training forward as the integer product that it is.
+"""The backend on integer tensor cores: the forward pass of training as an integer product.
 
 The forward quantises tokens and multiplies int8 by ternary (:mod:`sbn_kernels`). The reference computes the same sums.
 Saved for the backward are int8 tokens and their scales, half of what bfloat16 would take. Gradients come in two kinds:
@@ -11,7 +11,7 @@ Inside ``torch.compile`` the quantisation is written in plain PyTorch, so that t
 and the residual stream before it; elsewhere it is a kernel. A SwiGLU before a layer is fused by hand, because the
 compiler reads the operands of the SwiGLU twice and takes four times as long.
 
-Which kernel multiplies is said by name, and the registry (:mod:`sbn_kernels.gemm.registry`) knows the rest.
+The backend names the kernel that multiplies; the registry (:mod:`sbn_kernels.gemm.registry`) knows the rest.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class KernelBackend:
 
     Args:
         kernel: The name of a kernel of the registry. A kernel that is written for a pattern multiplies while the mask
-            keeps no more than that pattern. Before a ramp gets there, the same layer runs on the dense kernel that the
-            first one names.
+            keeps no more than that pattern. Until a ramp reaches the pattern, the layer runs on the dense kernel that
+            the first kernel names.
         gradients: The kind of gradients, see the module.
 
     Attributes:
@@ -117,7 +117,7 @@ class KernelBackend:
         kernel = self._product(n, rows, sparsity)
         packed = codes.new_empty(0)
         if (layout := _layout(kernel)) != "none":
-            # The kernel that packs a latent weight packs codes too: by a gamma of 1 they round to themselves.
+            # The kernel that packs a latent weight packs codes too: with a gamma of 1, codes round to themselves.
             one = torch.ones(1, dtype=torch.float32, device=codes.device)
             latent = codes.to(torch.bfloat16)
             packed = sk.prepare_weight(
@@ -205,7 +205,7 @@ def multiply(
         scale: float32 ``[tokens]``.
         codes: int8 ``[out, in]``.
         row_scale: float32 ``[out]``.
-        packed: The weight in the form ``form``; None: there are the codes only.
+        packed: The weight in the form ``form``; None: only the codes exist.
         form: The form of ``packed``.
         kernel: The name of the kernel for many tokens.
         dtype: The dtype of the result.

@@ -54,7 +54,7 @@ class Backend(Protocol):
         Args:
             latent: The latent weight ``[out_features, in_features]``.
             mask_bits: The packed mask; None: a fresh one is made from the latent weight.
-            keep: How many weights a fresh mask leaves in each group, or the given mask at most.
+            keep: The number of weights that a fresh mask leaves in each group, or that the given mask leaves at most.
             sparsity: The options of the layer.
 
         Returns:

@@ -1,4 +1,4 @@
-"""A ternary weight made of rows that lie on several ranks: what each backend computes of its rows, and of all of them.
+"""A ternary weight whose rows are on several ranks: what each backend computes from its own rows, and from all rows.
 
 One process makes a ternary weight in one call, :meth:`~sbn_lightning.backends.reference.Backend.prepare`. Ranks that
 hold some rows each need the same work in pieces, with an exchange between the pieces:
@@ -42,7 +42,7 @@ class RowMaker(Protocol):
             over: The weights that gamma is a mean over.
 
         Returns:
-            Tensors whose first dimension is ``rows``: the ranks' tensors one after the other are those of all rows.
+            Tensors whose first dimension is ``rows``. Concatenated over the ranks, they are the tensors of all rows.
         """
 
     def gamma(self, terms: Sequence[Tensor], over: Over, in_features: int, sparsity: SparsityConfig) -> Tensor:

@@ -3,8 +3,9 @@
 Kernels say what they need and register themselves (:mod:`sbn_kernels.gemm.registry`). :func:`choose` asks the registry
 for training, for packed layers and for decoding alike. Of the kernels of one backend ("int8" or "sparse") that can
 serve a layer, the registry's order decides. Between backends a measurement decides, if the user asked for ``"auto"``:
-the quantisation and the product are replayed as a CUDA graph, so the GPU is timed and not the host. Times that are
-level within the noise are settled by a fixed order, so two runs choose alike. Layers of one shape share a measurement.
+the quantisation and the product are replayed as a CUDA graph, so the GPU is timed and not the host. Between
+times that differ by less than the noise a fixed order decides, so two runs choose alike. Layers of one shape share a
+measurement.
 
 Every kernel is compared with the dense product before it is used, because wrong results have been reported from
 cuSPARSELt's algorithms. Whatever is chosen computes the same sums, so the choice changes speed alone.
@@ -37,8 +38,8 @@ BackendName = Literal["auto", "reference", "int8", "sparse"]
 BACKENDS: tuple[BackendName, ...] = ("auto", "reference", "int8", "sparse")
 
 WRONG = "its product differs from the dense one"
-_PREFERENCE = ("sparse", "int8", "reference")  # where measured times are level
-_CALLS = 20  # in a graph: one launch of the host for so many
+_PREFERENCE = ("sparse", "int8", "reference")  # the order that decides where measured times are level
+_CALLS = 20  # calls in a graph, which the host launches at once
 _ROUNDS, _ROUND_MS = 9, 2.0
 _LEVEL = 0.03  # times closer than this share of the best are level
 _CHECKED = 256  # tokens that are compared with the dense product
@@ -332,7 +333,7 @@ def choose_packed(
 def pack_for(kernel: str, codes: Tensor) -> tuple[Tensor | None, str]:
     """Packs the codes of a layer without latent weights for the kernels that will read them.
 
-    A kernel that reads plain codes is joined by one for few tokens that reads packed words, where there is one.
+    If the kernel reads plain codes, a kernel for few tokens that reads packed words is added, if one exists.
 
     Args:
         kernel: The name of the kernel for many tokens.
@@ -352,7 +353,7 @@ def pack_for(kernel: str, codes: Tensor) -> tuple[Tensor | None, str]:
 
 
 def _key(layer: TernaryLayer) -> tuple[object, ...]:
-    """What layers that share a measurement agree in."""
+    """The properties that are equal in layers that share a measurement."""
     sparsity = layer.sparsity
     return layer.in_features, layer.out_features, sparsity.nm, sparsity.activation_bits, sparsity.split_sizes
 
@@ -396,7 +397,7 @@ def _first_line(error: RuntimeError) -> str:
 
 
 def decide(samples: Mapping[str, list[float]]) -> tuple[str, str]:
-    """Takes the fastest backend, or the first in a fixed order of those that are level with it.
+    """Takes the fastest backend. If several backends are level with it, a fixed order decides among them.
 
     Two backends are level if their median times differ by less than 3 %, or by less than the rounds of either scatter
     (the distance between the quartiles).
@@ -436,9 +437,9 @@ class _Trial:
         generator = torch.Generator(device).manual_seed(0)
         shape = layer.out_features, layer.in_features
         self.latent = torch.randn(shape, generator=generator, device=device)
-        # Integers up to 127 times a power of two, and another power for the next token. 8 bits hold such tokens as they
-        # are, so no rounding hides a difference or feigns one, and a scale that is dropped or that belongs to another
-        # token shows.
+        # Each token is integers up to 127 times a power of two, and the next token has another power. 8 bits hold such
+        # tokens exactly, so no rounding hides or feigns a difference. A scale that is dropped, or that belongs to
+        # another token, shows.
         x = torch.randint(-127, 128, (tokens, layer.in_features), generator=generator, device=device)
         x[:, 0] = 127
         self.x = (x * 2.0 ** (torch.arange(tokens, device=device) % 7 - 3).unsqueeze(1)).to(dtype)
@@ -460,9 +461,7 @@ class _Trial:
         exact = (x8.double() @ weight.codes.double().t()) * scale.double() * row_scale
         y = self.run(backend, weight, _CHECKED).double()
         tolerance = torch.finfo(self.x.dtype).eps * exact.abs() + 1e-5 * scale.double() * row_scale
-        if (
-            self.bits == 4
-        ):  # the last bits of a mean depend on the order of its sum, and now and then so does an integer
+        if self.bits == 4:  # the last bits of a mean depend on the order of its sum, and rarely an integer does too
             tolerance += 2 * scale.double() * row_scale.max()
         return bool(((y - exact).abs() <= tolerance).all())
 
@@ -472,7 +471,7 @@ def _milliseconds(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Times calls on the GPU: each is captured in a CUDA graph several times over, and the graphs are replayed in turn.
 
-    In turn, so that a change of the clock meets all of them alike.
+    The graphs take turns, so that a change of the clock affects all of them equally.
 
     Args:
         runs: The calls by name.
@@ -500,7 +499,7 @@ def _milliseconds(
 
 
 def _capture(run: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
-    """A graph of ``_CALLS`` calls; what tunes or loads itself has done so before."""
+    """A graph of ``_CALLS`` calls. A call before the capture lets kernels tune and load themselves."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -517,7 +516,7 @@ def _capture(run: Callable[[], Tensor]) -> torch.cuda.CUDAGraph:
 
 
 def _replay(graph: torch.cuda.CUDAGraph, replays: int) -> float:
-    """Milliseconds of so many replays."""
+    """The milliseconds that ``replays`` replays take."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(replays):

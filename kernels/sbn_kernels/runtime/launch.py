@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-_MOST_COMPILED = 4096  # sizes that vary without end, as the tokens of an evaluation do, must not fill the memory
+_MOST_COMPILED = 4096  # sizes that keep changing, such as the tokens of an evaluation, must not fill the memory
 
 
 class Launcher:
@@ -38,7 +38,7 @@ class Launcher:
     def __init__(self, kernel: Any, *, enable_fp_fusion: bool, **options: Any) -> None:
         self.kernel = kernel
         self.options = {"enable_fp_fusion": enable_fp_fusion, **options}
-        self.compiles = isinstance(kernel, triton.JITFunction)  # in the interpreter the kernel is of another class
+        self.compiles = isinstance(kernel, triton.JITFunction)  # in the interpreter the kernel has another class
         self.compiled: dict[tuple[Any, ...], CompiledKernel] = {}
 
     def __call__(

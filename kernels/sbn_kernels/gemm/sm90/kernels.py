@@ -20,9 +20,10 @@ Two facts that only the compiler's report and a bit-exact test show:
   metadata register of the sparse form. So every k64 step is a commit group of its own, and the register is rewritten
   only after the wait that retires its group. Until then a real use keeps the register alive: new metadata is computed
   as ``word ^ (old & zero)``, where ``zero`` is a kernel argument that the compiler knows nothing of.
-* ptxas serialises all multiplications (C7512 and C7513 in its report; DEPBAR 0 after every IGMMA) if registers
-  are short, or if the four dense steps are spread over two asm blocks. So registers are not reallocated between the roles (ptxas
-  would give all roles the smallest share), 168 registers must do for each, and masks in the epilogue are too much.
+* ptxas serialises all multiplications (C7512 and C7513 in its report; DEPBAR 0 after every IGMMA) if registers are
+  short, or if the four dense steps are spread over two asm blocks. So registers are not reallocated between the roles,
+  because ptxas would give all roles the smallest share. Each role has 168 registers, too few for masks in the
+  epilogue.
 
 ``common/hopper_pipeline.py`` has the ring and its waits.
 """
