@@ -67,14 +67,14 @@ class MaskTracker:
         self.loaded = False
         self.fingerprint: Tensor | None = None
         self.changes = 0
-        self._weight: tuple[Any, ...] | None = None  # number, version and dtype at the last look
+        self._weight: tuple[Any, ...] | None = None  # The number, version and dtype at the last look.
         self._steps = 0
         self._circumstances: tuple[Any, ...] | None = None
-        self._mask_of: tuple[int, Density] | None = None  # the values of `changes` and of density that the mask is for
+        self._mask_of: tuple[int, Density] | None = None  # The values of `changes` and of density that the mask is for.
         self._loaded_sharded = False
 
     def look(self, weight: Tensor, training: bool) -> int:
-        """Looks whether the weight has changed, and returns :attr:`changes`.
+        """Look whether the weight has changed, and return :attr:`changes`.
 
         Args:
             weight: The parameter of the layer.
@@ -87,7 +87,7 @@ class MaskTracker:
         return self.changes
 
     def weight_is_new(self, weight: Tensor, training: bool) -> None:
-        """Counts a change of the weight without comparing anything, so the host does not wait.
+        """Count a change of the weight without comparing anything, so the host does not wait.
 
         Args:
             weight: The parameter of the layer.
@@ -111,27 +111,27 @@ class MaskTracker:
         return changes != self._mask_of[0]
 
     def mask_is_fresh(self, density: Density) -> None:
-        """Notes that the mask was computed from the weight of the last look."""
+        """Note that the mask was computed from the weight of the last look."""
         self._mask_of = (self.changes, density)
         self.let_go()
 
     def mask_has(self, density: Density) -> None:
-        """Notes that the present mask has this density already, as in a run that resumes in the middle of a ramp."""
+        """Note that the present mask has this density already, as in a run that resumes in the middle of a ramp."""
         self._mask_of = (self.changes, density)
 
     def mask_is_loaded(self, weight: Tensor, training: bool, density: Density) -> None:
-        """Notes that the present mask was loaded or copied with the present weight."""
+        """Note that the present mask was loaded or copied with the present weight."""
         self._mask_of = (self.look(weight, training), density)
         self.loaded, self._loaded_sharded = True, isinstance(weight, DTensor)
         _loaded_masks.add(self)
 
     def let_go(self) -> None:
-        """Lets a loaded mask follow its weight again."""
+        """Let a loaded mask follow its weight again."""
         self.loaded = False
         _loaded_masks.discard(self)
 
     def weight_moved(self, weight: Tensor, training: bool) -> None:
-        """Notes that the weight went to another device or dtype. A loaded mask goes with the weight and stays."""
+        """Note that the weight went to another device or dtype. A loaded mask goes with the weight and stays."""
         if self.loaded and self._mask_of is not None:
             self.mask_is_loaded(weight, training, self._mask_of[1])
 
@@ -141,7 +141,7 @@ class MaskTracker:
             return True  # A replay repeats only what the graph recorded, so the graph must record the derivation.
         if _identity(weight) != self._weight:
             return True
-        if weight.requires_grad and _steps.taken != self._steps and (weight in _owned or _steps.sharded):
+        if weight.requires_grad and _steps_of_owners(weight) != self._steps:
             return True
         if self.fingerprint is None or _trusting.depth:
             return False
@@ -160,7 +160,7 @@ class MaskTracker:
             self.fingerprint = fingerprint(weight) if _has_fingerprint(weight) else None
             # Values that a graph computes must not be used by the next forward outside of the graph.
             self._weight = None if _is_capturing(weight) else _identity(weight)
-        self._steps = _steps.taken
+        self._steps = _steps_of_owners(weight)
         self._circumstances = _circumstances(weight, training)
 
     def _owner_stepped(self, stepped: set[int], sharded: bool) -> bool:
@@ -168,7 +168,7 @@ class MaskTracker:
 
 
 def look_at_all(weights: Iterable[tuple[MaskTracker, Tensor, bool]]) -> None:
-    """Calls :meth:`MaskTracker.look` for many layers at once. On a GPU the host waits once for all of them.
+    """Call :meth:`MaskTracker.look` for many layers at once. On a GPU the host waits once for all of them.
 
     Args:
         weights: For each layer its tracker, and the arguments of ``look``: the weight and the mode.
@@ -188,7 +188,7 @@ def look_at_all(weights: Iterable[tuple[MaskTracker, Tensor, bool]]) -> None:
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """Reads the bits of each row as integers, and sums them: int64 ``[rows]``.
+    """Read the bits of each row as integers, and sum them: int64 ``[rows]``.
 
     The integers have 8 bytes if a row divides into 8 bytes, and otherwise the size of one weight. The sum is exact, so
     a change of a single bit shows. Computing the sum takes as long as reading the weight once. Two weights that differ
@@ -235,11 +235,28 @@ class _Steps:
     sharded = False
 
 
+class _OwnSteps:
+    """Steps of one optimiser.
+
+    Attributes:
+        taken: How many steps the optimiser took.
+        weights: How many weights it had at its last step.
+    """
+
+    taken = 0
+    weights = 0
+
+
+def _steps_of_owners(weight: Tensor) -> int:
+    """How many steps the optimisers that own a weight took; with sharded weights, all optimisers of the process."""
+    return _steps.taken if _steps.sharded else sum(own.taken for own in _owned.get(weight, ()))
+
+
 _trusting = _Trusting()
 _steps = _Steps()
-# Optimisers that have taken a step -> how many weights they have.
-_optimizers: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
-# The weights of these optimisers. Only the keys matter.
+# Optimisers that have taken a step -> the steps of each.
+_optimizers: WeakKeyDictionary[Optimizer, _OwnSteps] = WeakKeyDictionary()
+# Weight -> the steps of each of these optimisers that owns the weight.
 _owned = WeakIdKeyDictionary()
 # The trackers whose masks were loaded or copied.
 _loaded_masks: WeakSet[MaskTracker] = WeakSet()
@@ -251,9 +268,14 @@ _next_number = count(1)
 def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _steps.taken += 1
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    if _optimizers.get(optimizer) != len(weights):
-        _optimizers[optimizer] = len(weights)
-        _owned.update((weight, True) for weight in weights)
+    own = _optimizers.setdefault(optimizer, _OwnSteps())
+    own.taken += 1
+    if own.weights != len(weights):
+        own.weights = len(weights)
+        for weight in weights:
+            owners = _owned.setdefault(weight, [])
+            if own not in owners:
+                owners.append(own)
         _steps.sharded |= any(isinstance(weight, DTensor) for weight in weights)
     if _loaded_masks:
         stepped = {_number(weight) for weight in weights}

@@ -169,14 +169,14 @@ def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "child", child)
     args = argparse.Namespace(sequences=None, accumulate=None, gradients="int8", devices=2, steps=6)
     table = scaling.Table(tmp_path / "scaling.csv", args, 300.0)
-    table.add_singles(["qwen2.5-0.5b"])
+    table.add_singles([("qwen2.5-0.5b", "one")])
     for shape in ("qwen2.5-0.5b", "qwen2.5-3b"):
         table.add(shape, "ddp", table.measure(shape, "ddp"))
     args.accumulate = 8
-    table.measure("qwen2.5-3b", "fsdp2 unsharded")
+    table.measure("qwen2.5-3b", "fsdp2 packed")
     assert [options[:4] for options in commands[::3]] == [
         ["--run", "one", "--shapes", "qwen2.5-0.5b"],
-        ["--run", "fsdp2 unsharded", "--shapes", "qwen2.5-3b"],
+        ["--run", "fsdp2 packed", "--shapes", "qwen2.5-3b"],
     ]
     assert [" ".join(options[6:]) for options in commands] == [
         "--sequences 8 --accumulate 2 --steps 6 --devices 1",

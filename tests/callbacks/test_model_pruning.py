@@ -183,7 +183,8 @@ def test_names_stay_only_weights_are_masked_and_the_report_says_so(observe):
     assert [key for key in seen.keys if not key.endswith("mask_bits")] == names
     assert [key for key in seen.keys if key.endswith("mask_bits")] == ["net.0.mask_bits"]
     assert all(module.state_dict()[key].all() for key in ("net.0.bias", "net.2.weight", "net.2.bias", "offset.weight"))
-    assert str(callbacks[0].report) == "converted 1 layers: net.0\nskipped net.2: excluded by name"
+    shares = "(66.7% of the linear parameters, 58.7% of all)"
+    assert str(callbacks[0].report) == f"converted 1 layers: net.0 {shares}\nskipped net.2: excluded by name"
     with pytest.raises(ValueError, match=r"no layer was converted to 3:5 \(net\.0: in_features=16"):
         fit([TernarySparseConversion("3:5")], 1)
 
