@@ -17,6 +17,6 @@ setup(
     package_data={
         "sbn_lightning": ["py.typed"],
         "sbn_kernels": ["py.typed"],
-        "sbn_lightning.recipes": ["*.yaml"],
+        "sbn_lightning.recipes": ["*.yaml", "sizes/*.yaml"],
     },
 )

@@ -56,6 +56,9 @@ def find(config: str) -> str:
     named = Path(config).name.removesuffix(".yaml")
     if config.removesuffix(".yaml") in recipes:
         return str(recipes[named])
+    size = folder() / f"{config.removesuffix('.yaml')}.yaml"
+    if config.startswith("sizes/") and size.is_file():  # a part of a recipe, to be merged with a whole one
+        return str(size)
     if named in recipes:
         raise ConfigError(f"--config {config}: no such file; --config {named} reads the recipe of the package")
     raise ConfigError(f"--config {config}: no such file, and no such recipe{_suggestion(named, recipes)}")

@@ -43,6 +43,20 @@ def _no_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sbn"])
 
 
+@pytest.mark.parametrize(
+    "recipe", [path for path in RECIPES if path.stem.startswith("qwen")], ids=lambda path: path.stem
+)
+def test_one_switch_makes_a_gpu_recipe_fit_two_cpu_cores(recipe, capsys):
+    with pytest.raises(SystemExit):
+        SBNCLI(["fit", "--config", recipe.stem, "--config", "sizes/cpu", "--print_config"])
+    values = yaml.safe_load(capsys.readouterr().out)
+    assert (values["trainer"]["accelerator"], values["trainer"]["plugins"]) == ("cpu", None)
+    assert (values["model"]["config"]["d_model"], values["model"]["compile"]) == (192, False)
+    assert values["model"]["config"]["pattern"] == "6:8"  # what the size does not name stays the recipe's
+    tokens = 16 * 256
+    assert values["data"]["batch_size"] * values["data"]["sequence_length"] == tokens
+
+
 def test_there_are_recipes():
     names = {path.stem for path in RECIPES}
     assert {"sparse_pretrain", "sparse_pretrain_2_4", "dense_to_sparse"} <= names
