@@ -66,9 +66,10 @@ def test_done_runs_are_skipped_and_a_failed_one_stops_nobody(tmp_path, capfd):
     assert "runs: 3, done before: 3, at a time: 2" in capfd.readouterr().err
 
 
-def test_runs_are_spread_over_the_gpus(tmp_path, late_clock):
+def test_runs_are_spread_over_the_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "time", clock_that_jumps(tmp_path, waiting=4))
     runs = [make(f"slow{number}") for number in range(4)]
-    runner.Runner(tmp_path, None, jobs=4, gpus=["3", "GPU-5e"])(runs, stop_after=1.0)
+    runner.Runner(tmp_path, None, jobs=4, gpus=["3", "GPU-5e"])(runs, stop_after=1800)
     assert [(tmp_path / "runs" / run.id / "gpu").read_text() for run in runs] == ["3", "GPU-5e"] * 2
 
 
@@ -84,14 +85,18 @@ def test_a_result_without_its_line_is_not_run_again(tmp_path):
     assert starts(tmp_path, second) == 1
 
 
-@pytest.fixture
-def late_clock(tmp_path, monkeypatch):
-    """A clock on which an hour passes as soon as a run waits."""
+def clock_that_jumps(folder, waiting=1):
+    """A clock on which an hour passes as soon as so many runs wait."""
 
     def monotonic():
-        return time.monotonic() + 3600 * bool(list(tmp_path.glob("runs/*/waiting")))
+        return time.monotonic() + 3600 * (len(list(folder.glob("runs/*/waiting"))) >= waiting)
 
-    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
+    return SimpleNamespace(monotonic=monotonic, sleep=time.sleep)
+
+
+@pytest.fixture
+def late_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "time", clock_that_jumps(tmp_path))
 
 
 def test_time_is_up(tmp_path, late_clock, capfd):
@@ -114,7 +119,7 @@ def test_one_that_does_not_stop_is_killed(tmp_path, late_clock, monkeypatch):
 PARENT = """
 import sys
 from pathlib import Path
-from sbn_lightning.reproduce import runner
+from research.reproduce import runner
 from tests.research.test_runner import STAND_IN, make
 runner.WORKER = STAND_IN
 runner.Runner(Path(sys.argv[1]), None, jobs=2)([make("slow"), make("b"), make("c")])
