@@ -318,16 +318,18 @@ def choose_packed(
     """
     if wanted == "reference":
         return Choice("reference", None, "asked for")
-    shape = _Shape(in_features, out_features, n, m, activation_bits)
-    found, reasons, _ = candidates(shape, device, packed=True)
-    for backend in ("int8",) if wanted == "int8" else ("sparse", "int8"):
-        if backend in found:
-            return Choice(backend, found[backend], f"the first kernel that fits ({found[backend]})")
+    if activation_bits is None:  # no machine would help
+        reason = "activation_bits is null, and the kernels multiply integers"
+    else:
+        shape = _Shape(in_features, out_features, n, m, activation_bits)
+        found, reasons, _ = candidates(shape, device, packed=True)
+        for backend in ("int8",) if wanted == "int8" else ("sparse", "int8"):
+            if backend in found:
+                return Choice(backend, found[backend], f"the first kernel that fits ({found[backend]})")
+        reason = reasons["int8"]
     if wanted == "auto":
-        return Choice("reference", None, reasons["int8"])
-    raise ConfigError(
-        f"backend={wanted!r} cannot run a packed layer here: {reasons['int8']}; use 'auto' or 'reference'"
-    )
+        return Choice("reference", None, reason)
+    raise ConfigError(f"backend={wanted!r} cannot run a packed layer here: {reason}; use 'auto' or 'reference'")
 
 
 def pack_for(kernel: str, codes: Tensor) -> tuple[Tensor | None, str]:

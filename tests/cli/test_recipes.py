@@ -95,8 +95,10 @@ def test_recipe_is_what_it_says(recipe):
     lines = text.splitlines()
     assert re.match(r"# .+\.", lines[0])
     values = yaml.safe_load(text)
-    config = TransformerConfig(**values["model"]["config"])
     assert values["trainer"]["logger"]["init_args"]["name"] == recipe.stem
+    if "source" in values["model"]:  # a model of transformers, which has a configuration of its own
+        return
+    config = TransformerConfig(**values["model"]["config"])
     if recipe.stem.startswith("qwen") or "init_from" in values["model"]:
         name = Path(values["model"].get("init_from", recipe.stem.replace("_", "-", 1))).name
         published = TransformerConfig.preset(re.match(r"qwen2\.5-[\d.]+b", name)[0])
