@@ -337,12 +337,16 @@ def test_a_failed_overwrite_keeps_the_old_data(corpus: Path, tmp_path: Path, pre
 
 @pytest.mark.parametrize("alphabet", ["ACGT", "的一是不了人我在有他", "ABCDEFabcdef0123456789+/"])
 def test_bpe_cuts_text_without_spaces_into_short_pieces(alphabet: str) -> None:
-    """The time of a piece grows with the square of its length, so long pieces would take all the time."""
-    import random
+    """The time of a piece grows with the square of its length, so one long piece would take all the time.
 
-    text = "".join(random.Random(0).choices(alphabet, k=20_000))
-    tokenizer = train_bpe([text], 300)
+    Text that repeats shows the length of the pieces: each merge doubles the longest token, up to a whole piece.
+    """
+    text = alphabet * 2000
+    tokenizer = train_bpe([text], 1000)
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    longest = max(map(len, tokenizer.get_vocab(with_added_tokens=False)))  # one character of a name is one byte
+    assert longest <= 256
+    assert (longest > 64) == alphabet.isalpha()  # digits and signs end a word by themselves
 
 
 def test_ctrl_c_stops_bpe_training_at_once(tmp_path: Path) -> None:
