@@ -27,40 +27,13 @@ from torch.distributed.tensor import DTensor
 
 from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.density import check_density, kept_in_rows
 from sbn_lightning.layers.mask_tracker import MaskTracker, fingerprint, look_at_all, trust_weights
+from sbn_lightning.layers.options import check_tokens, config_option
+from sbn_lightning.layers.saved_masks import kept_in_groups, why_unfit
 from sbn_lightning.sparsity.config import Gradient, Kind, MaskSource, SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, unpack_mask
 from sbn_lightning.sparsity.ternary import GammaOver
-
-_GOLDEN_RATIO = (5**0.5 - 1) / 2
-
-
-def config_option(name: str) -> Any:
-    """Make a property of a layer that reads and writes one field of ``layer.sparsity``."""
-
-    def read(layer: Any) -> Any:
-        return getattr(layer.sparsity, name)
-
-    def write(layer: Any, value: Any) -> None:
-        layer.sparsity = replace(layer.sparsity, **{name: value})
-
-    return property(read, write, doc=f"The field ``{name}`` of ``sparsity``.")
-
-
-def check_tokens(x: Tensor, layer: str) -> None:
-    """Refuse tokens that are not floating-point numbers, as ``nn.Linear`` does.
-
-    Args:
-        x: The tokens.
-        layer: The name of the layer, for the message.
-
-    Raises:
-        ConfigError: If the tokens are of another dtype. The message names the layer and the dtype.
-    """
-    if not x.is_floating_point():
-        raise ConfigError(
-            f"{layer}: the tokens are {x.dtype}, not floating-point numbers: pass x.float(), or embed ids"
-        )
 
 
 class MaskedLinear(nn.Linear):
@@ -206,12 +179,7 @@ class MaskedLinear(nn.Linear):
         Raises:
             ConfigError: If a value is out of range.
         """
-        if not self.pattern.n <= keep_n <= self.pattern.m:
-            raise ConfigError(
-                f"keep_n={keep_n} is outside {self.pattern.n} to {self.pattern.m}, pattern {self.pattern}"
-            )
-        if not 0.0 <= sparse_share <= 1.0:
-            raise ConfigError(f"sparse_share={sparse_share} is outside 0..1")
+        check_density(self.pattern, keep_n, sparse_share)
         self._keep_n, self._sparse_share = keep_n, float(sparse_share)
         if not refresh:
             self.tracker.mask_has(self.density)
@@ -291,13 +259,7 @@ class MaskedLinear(nn.Linear):
 
     def _keep(self) -> Keep:
         """How many weights a fresh mask keeps in a group: one number, or an integer tensor with one for each row."""
-        if not 0 < self._sparse_share < 1:
-            return self._keep_n if self._sparse_share > 0 else self.pattern.m
-        device = self.weight.device
-        where = "cpu" if device.type == "mps" else device  # MPS has no float64.
-        rows = torch.arange(1, self.out_features + 1, dtype=torch.float64, device=where)
-        sparse = ((rows * _GOLDEN_RATIO).frac() < self._sparse_share).to(device)
-        return torch.where(sparse, self._keep_n, self.pattern.m)
+        return kept_in_rows(self.pattern, self._keep_n, self._sparse_share, self.out_features, self.weight.device)
 
     def _fresh_mask(self) -> Tensor:
         return self.backend.fresh_mask(self._mask_scores(), self.pattern, self._keep())
@@ -383,7 +345,8 @@ class MaskedLinear(nn.Linear):
         A mask of another pattern is refused, and the layer stays as it was.
         """
         mask_name = prefix + "mask_bits"
-        if (reason := self._unfit(state_dict.get(mask_name), local_metadata)) is not None:
+        saved, pattern = state_dict.get(mask_name), local_metadata.get("sparsity", {}).get("pattern")
+        if (reason := why_unfit(saved, pattern, self.mask_bits, self.pattern, self.in_features)) is not None:
             error_msgs.append(
                 f"{prefix[:-1] or type(self).__name__}: {reason}. Set layer.pattern to the saved pattern, or leave "
                 "the masks out of the state dict (every name that ends in .mask_bits), and masks are made anew"
@@ -394,35 +357,12 @@ class MaskedLinear(nn.Linear):
         )
         if mask_name in state_dict:
             self.keep_mask()
-            kept = self._kept_in_groups(self.mask_bits)
+            kept = kept_in_groups(self.mask_bits, self.pattern, self.in_features)
             self._most_kept = self.pattern.m if kept.is_meta else int(kept.max())
         elif prefix + "weight" in state_dict:
             if mask_name in missing_keys:
                 missing_keys.remove(mask_name)
             self.refresh_mask()
-
-    def _kept_in_groups(self, mask_bits: Tensor) -> Tensor:
-        """Count the weights that a packed mask keeps in each group, ``[out_features, in_features / M]``."""
-        return unpack_mask(mask_bits, self.in_features).unflatten(-1, (-1, self.pattern.m)).sum(-1)
-
-    def _unfit(self, mask_bits: Any, metadata: dict[str, Any]) -> str | None:
-        """Why a saved mask does not have this layer's pattern; None if it has, or if that cannot be known."""
-        if not isinstance(mask_bits, Tensor) or mask_bits.shape != self.mask_bits.shape or mask_bits.is_meta:
-            return None  # torch itself reports a shape that does not fit.
-        saved = metadata.get("sparsity", {}).get("pattern")
-        if saved is not None and saved != str(self.pattern):
-            return f"the saved mask is of the pattern {saved}, and the layer has {self.pattern}"
-        if isinstance(mask_bits, DTensor) or self.pattern.is_dense:
-            return None
-        # Even in the middle of a ramp, all groups of a row keep the same number of weights.
-        kept = self._kept_in_groups(mask_bits)
-        fewest, most = kept.amin(-1), kept.amax(-1)
-        if bool((fewest == most).all()) and int(fewest.min()) >= self.pattern.n:
-            return None
-        return (
-            f"the saved mask keeps {int(kept.min())} to {int(kept.max())} of {self.pattern.m} weights, which no mask "
-            f"of the layer's pattern {self.pattern} does"
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles, after the mask was brought up to date."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sbn_lightning.layers.masked_linear import check_tokens, config_option
+from sbn_lightning.layers.options import check_tokens, config_option
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, nonzeros_per_group

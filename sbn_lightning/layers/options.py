@@ -1,0 +1,38 @@
+"""What every layer with a :class:`~sbn_lightning.sparsity.config.SparsityConfig` shares: its options as attributes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from sbn_lightning.core.errors import ConfigError
+
+
+def config_option(name: str) -> Any:
+    """Make a property of a layer that reads and writes one field of ``layer.sparsity``."""
+
+    def read(layer: Any) -> Any:
+        return getattr(layer.sparsity, name)
+
+    def write(layer: Any, value: Any) -> None:
+        layer.sparsity = replace(layer.sparsity, **{name: value})
+
+    return property(read, write, doc=f"The field ``{name}`` of ``sparsity``.")
+
+
+def check_tokens(x: Tensor, layer: str) -> None:
+    """Refuse tokens that are not floating-point numbers, as ``nn.Linear`` does.
+
+    Args:
+        x: The tokens.
+        layer: The name of the layer, for the message.
+
+    Raises:
+        ConfigError: If the tokens are of another dtype. The message names the layer and the dtype.
+    """
+    if not x.is_floating_point():
+        raise ConfigError(
+            f"{layer}: the tokens are {x.dtype}, not floating-point numbers: pass x.float(), or embed ids"
+        )
