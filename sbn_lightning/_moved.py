@@ -100,5 +100,9 @@ MOVED: dict[str, tuple[str, ...]] = {
     "sbn_lightning.statistics": ("sbn_lightning.layers.statistics",),
     "sbn_lightning.ternary": ("sbn_lightning.sparsity.ternary",),
     "sbn_lightning.training_cli": ("sbn_lightning.cli.training",),
-    "sbn_lightning.transformer": ("sbn_lightning.models.transformer", "sbn_lightning.models.config"),
+    "sbn_lightning.transformer": (
+        "sbn_lightning.models.transformer",
+        "sbn_lightning.models.config",
+        "sbn_lightning.models.mlp",
+    ),
 }

@@ -10,9 +10,12 @@ from typing import Any, Literal, get_args
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.models.loss import LossImplementation
+from sbn_lightning.models.rope_scaling import RopeScaling
 from sbn_lightning.sparsity.config import SparsityConfig, SparsityOptions, check_choice
 
 LinearKind = Literal["ternary", "masked", "dense"]
+QKNorm = Literal["head", "projection"]
+Activation = Literal["silu", "relu2"]
 
 QWEN2_5_SHAPES: dict[str, dict[str, int]] = {
     "qwen2.5-0.5b": {"n_layers": 24, "d_model": 896, "d_ffn": 4864, "n_heads": 14, "n_kv_heads": 2},
@@ -21,41 +24,9 @@ QWEN2_5_SHAPES: dict[str, dict[str, int]] = {
 }
 
 
-@dataclass
-class RopeScaling:
-    """The scaling of rotary positions in Llama 3.1 to 3.3 (``rope_type: llama3`` in transformers).
-
-    A wave is the rotation of one pair of features. :func:`~sbn_lightning.models.rope.rope_stretch` has the formula.
-
-    Args:
-        factor: How many times longer the slowest waves become; 1 or more.
-        low_freq_factor: A number of turns. Waves that turn less often in the original context are stretched by
-            ``factor``.
-        high_freq_factor: A number of turns. Waves that turn more often in the original context stay as they are.
-        original_max_position_embeddings: The length of the original context, in tokens.
-
-    Raises:
-        ConfigError: If a number is out of range.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        if not self.factor >= 1:
-            raise ConfigError(f"rope_scaling: factor={self.factor} must be 1 or more")
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ConfigError(
-                f"rope_scaling: low_freq_factor={self.low_freq_factor} must be above 0 and below high_freq_factor="
-                f"{self.high_freq_factor}"
-            )
-        if self.original_max_position_embeddings < 1:
-            raise ConfigError(
-                f"rope_scaling: original_max_position_embeddings={self.original_max_position_embeddings} must be at "
-                "least 1"
-            )
+# Marks an option in which model families differ. Such an option says what the weights mean, so `init_from` takes its
+# value from the weights. Its default is the value of the plain blocks of Qwen2.5 and Llama.
+FAMILY_OPTION = {"family": True}
 
 
 @dataclass(frozen=True)
@@ -69,12 +40,13 @@ class TransformerConfig(SparsityOptions):
         vocab_size: The number of rows of the embedding; at least the size of the tokenizer's vocabulary.
         d_model: The width of the residual stream.
         n_layers: The number of blocks.
-        n_heads: The number of query heads. ``d_model / n_heads`` must be an even number.
+        n_heads: The number of query heads.
         n_kv_heads: The number of key/value heads; divides ``n_heads``.
-        d_ffn: The width of the SwiGLU hidden layer.
+        d_ffn: The width of the hidden layer of the feed-forward layer.
         max_sequence_length: The length of the longest sequence, in tokens.
         rope_theta: The base of the rotary frequencies.
-        rope_scaling: Slower rotary frequencies for long contexts, as in Llama 3.1 to 3.3; see :class:`RopeScaling`.
+        rope_scaling: Slower rotary frequencies for long contexts; see
+            :class:`~sbn_lightning.models.rope_scaling.RopeScaling`.
         norm_eps: The epsilon of RMSNorm.
         qkv_bias: Whether q, k and v have a bias, as in Qwen2.5.
         tie_embeddings: Whether the head and the embedding share one weight.
@@ -85,6 +57,17 @@ class TransformerConfig(SparsityOptions):
         activation_checkpointing: Whether the backward pass recomputes each block, so that its activations need not be
             saved. Tokens that kernels have quantised are saved all the same. They are freed in the first backward pass.
         loss: How the head and the cross-entropy are computed; see :mod:`sbn_lightning.models.loss`.
+        head_dim: The number of features of one head, an even number. None means ``d_model / n_heads``.
+        o_bias: Whether the output projection of attention has a bias.
+        mlp_bias: Whether the layers of the feed-forward layer have biases.
+        qk_norm: The norms of queries and keys before the rotation: over each ``"head"`` as in Qwen3, over the whole
+            ``"projection"`` as in OLMo-2, or null for none.
+        post_norm: Whether norms follow attention and the feed-forward layer, as in OLMo-2, and do not precede them.
+        activation: The function of the gate: ``"silu"``, or ``"relu2"`` (squared ReLU) as in BitNet b1.58 2B4T.
+        sub_norms: Whether norms precede the output projection and the down projection, as in BitNet b1.58 2B4T.
+        sliding_window: How many tokens a token attends to, itself included. null means all tokens before it.
+        sliding_layers: The numbers of the blocks with the sliding window. null means all blocks.
+        layers_without_rope: The numbers of the blocks whose attention has no positions, as in SmolLM3.
 
     Raises:
         ConfigError: If the numbers do not fit together.
@@ -106,10 +89,22 @@ class TransformerConfig(SparsityOptions):
     linear: LinearKind = "ternary"
     activation_checkpointing: bool = field(default=False, kw_only=True)
     loss: LossImplementation = field(default="auto", kw_only=True)
+    head_dim: int | None = field(default=None, kw_only=True, metadata=FAMILY_OPTION)
+    o_bias: bool = field(default=False, kw_only=True, metadata=FAMILY_OPTION)
+    mlp_bias: bool = field(default=False, kw_only=True, metadata=FAMILY_OPTION)
+    qk_norm: QKNorm | None = field(default=None, kw_only=True, metadata=FAMILY_OPTION)
+    post_norm: bool = field(default=False, kw_only=True, metadata=FAMILY_OPTION)
+    activation: Activation = field(default="silu", kw_only=True, metadata=FAMILY_OPTION)
+    sub_norms: bool = field(default=False, kw_only=True, metadata=FAMILY_OPTION)
+    sliding_window: int | None = field(default=None, kw_only=True, metadata=FAMILY_OPTION)
+    sliding_layers: tuple[int, ...] | None = field(default=None, kw_only=True, metadata=FAMILY_OPTION)
+    layers_without_rope: tuple[int, ...] = field(default=(), kw_only=True, metadata=FAMILY_OPTION)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("linear", self.linear, get_args(LinearKind))
+        check_choice("activation", self.activation, get_args(Activation))
+        check_choice("qk_norm", self.qk_norm, (None, *get_args(QKNorm)))
         if isinstance(self.rope_scaling, dict):  # A checkpoint holds only plain values.
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ffn", "max_sequence_length"):
@@ -118,16 +113,49 @@ class TransformerConfig(SparsityOptions):
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0 and finite")
-        if self.d_model % (2 * self.n_heads):
+        self._check_heads()
+        self._check_positions()
+        if self.linear != "dense":
+            if self.attention_width == self.d_model:
+                self.nm.check_divides(self.d_model, "layers attention.qkv, attention.o and mlp.gate_up (d_model)")
+            else:
+                self.nm.check_divides(self.d_model, "layers attention.qkv and mlp.gate_up (d_model)")
+                self.nm.check_divides(self.attention_width, "layer attention.o (n_heads * head_dim)")
+            self.nm.check_divides(self.d_ffn, "layer mlp.down (d_ffn)")
+
+    def _check_heads(self) -> None:
+        if self.head_dim is None and self.d_model % (2 * self.n_heads):
             raise ConfigError(
                 f"d_model={self.d_model} does not divide into n_heads={self.n_heads} heads of an even size "
                 "(rotary embeddings turn pairs)"
             )
+        if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
+            raise ConfigError(f"head_dim={self.head_dim} must be an even number (rotary embeddings turn pairs)")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
-        if self.linear != "dense":
-            self.nm.check_divides(self.d_model, "layers attention.qkv, attention.o and mlp.gate_up (d_model)")
-            self.nm.check_divides(self.d_ffn, "layer mlp.down (d_ffn)")
+
+    def _check_positions(self) -> None:
+        """Check the options of positions and windows, and bring lists of blocks into one form."""
+        for name in ("sliding_layers", "layers_without_rope"):
+            blocks = getattr(self, name)
+            if blocks is None:
+                continue
+            object.__setattr__(self, name, tuple(sorted(set(blocks))))
+            if wrong := [block for block in blocks if not 0 <= block < self.n_layers]:
+                raise ConfigError(f"{name}: there is no block {wrong[0]}, the model has n_layers={self.n_layers}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(f"sliding_window={self.sliding_window} must be at least 1")
+        if self.sliding_window is None and self.sliding_layers:
+            raise ConfigError("sliding_layers names blocks, and sliding_window does not say how long the window is")
+        scaling = self.rope_scaling
+        if scaling is None or scaling.rope_type != "dynamic":
+            return
+        if self.max_sequence_length > scaling.original_context:
+            raise ConfigError(
+                f"max_sequence_length={self.max_sequence_length} is beyond the original context of "
+                f"{scaling.original_context} tokens, where dynamic positions change with the length of each sequence, "
+                "which is not supported; use yarn or linear for longer sequences"
+            )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TransformerConfig:
@@ -162,9 +190,54 @@ class TransformerConfig(SparsityOptions):
     @property
     def head_size(self) -> int:
         """The number of features of one attention head."""
-        return self.d_model // self.n_heads
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint; ``TransformerConfig(**values)`` reads them back."""
-        values = dataclasses.asdict(self) | {"pattern": str(self.pattern)}
-        return {name: values[name] for name in inspect.signature(type(self)).parameters}
+    @property
+    def attention_width(self) -> int:
+        """The number of features of all query heads."""
+        return self.n_heads * self.head_size
+
+    def window(self, block: int) -> int | None:
+        """How many tokens a token attends to in a block; None if there is no sliding window."""
+        return self.sliding_window if self.sliding_layers is None or block in self.sliding_layers else None
+
+    def beyond_plain_blocks(self) -> dict[str, Any]:
+        """The options in which the blocks differ from the plain ones of Qwen2.5 and Llama, by name.
+
+        A program that knows the plain blocks only, such as a fused kernel, must refuse a model that has any.
+        """
+        plain = family_options(type(self))
+        options = {name: getattr(self, name) for name in plain}
+        if self.attention_width == self.d_model:
+            options["head_dim"] = None
+        if self.sliding_window is not None and self.sliding_window >= self.max_sequence_length:
+            options["sliding_window"] = options["sliding_layers"] = None
+        return {name: value for name, value in options.items() if value != plain[name]}
+
+    def to_dict(self, whole: bool = True) -> dict[str, Any]:
+        """Return plain values for a checkpoint; ``TransformerConfig(**values)`` reads them back.
+
+        Args:
+            whole: Whether options of model families that have their defaults are included. Versions of this program
+                that know only plain blocks can read a configuration without these options.
+        """
+        values = {name: _plain(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
+        values["pattern"] = str(self.pattern)
+        if whole:
+            return values
+        optional = family_options(type(self))
+        return {
+            name: value for name, value in values.items() if name not in optional or value != _plain(optional[name])
+        }
+
+
+def family_options(config: type[TransformerConfig] = TransformerConfig) -> dict[str, Any]:
+    """The options in which model families differ, by name, with the values of the plain blocks."""
+    return {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("family")}
+
+
+def _plain(value: Any) -> Any:
+    """A value in a form that YAML and JSON can hold."""
+    if isinstance(value, RopeScaling):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else value

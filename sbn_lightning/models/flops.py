@@ -1,8 +1,9 @@
 """Model FLOPs: the floating-point operations that training would take with a dense model, however a run computes.
 
 The count follows PaLM (arXiv 2204.02311, appendix B). Each weight that multiplies tokens costs 6 FLOPs for each token:
-2 in the forward and 4 in the backward. Embeddings do not count. Causal attention adds ``6 n_layers d_model T`` for each
-token, where T is the sequence length. Recomputation adds nothing, and sparsity and int8 take nothing away.
+2 in the forward and 4 in the backward. Embeddings do not count. Causal attention adds ``6 n_heads head_size T`` in each
+block for each token, where T is the sequence length. With a sliding window of W < T tokens, ``2 W - W^2 / T`` takes the
+place of T. Recomputation adds nothing, and sparsity and int8 take nothing away.
 """
 
 from __future__ import annotations
@@ -64,4 +65,13 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
     inner = next((module for module in model.modules() if isinstance(module, TernaryTransformer)), None)
     if inner is None:
         return linear
-    return linear + 6.0 * inner.config.n_layers * inner.config.d_model * sequence_length
+    config = inner.config
+    seen = sum(_attended(config.window(block), sequence_length) for block in range(config.n_layers))
+    return linear + 6.0 * config.attention_width * seen
+
+
+def _attended(window: int | None, sequence_length: int) -> float:
+    """Twice the number of tokens that a token attends to on average: T if there is no window."""
+    if window is None or window >= sequence_length:
+        return sequence_length
+    return 2 * window - window**2 / sequence_length

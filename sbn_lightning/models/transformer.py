@@ -1,8 +1,10 @@
-"""A decoder-only transformer like Qwen2.5 whose linear layers are ternary, masked or plain.
+"""A decoder-only transformer whose linear layers are ternary, masked or plain.
 
-A pre-norm block has an RMSNorm, grouped-query attention with rotary positions, another RMSNorm and a SwiGLU. The
-embedding, the norms and the head stay dense and in high precision. q, k and v share one fused layer, and so do gate and
-up. The tokens are then quantised once for all parts of the layer, and each part has its own gamma (``split_sizes``).
+Without further options a block is that of Qwen2.5 and Llama: an RMSNorm, grouped-query attention with rotary positions,
+another RMSNorm and a SwiGLU. Other families are the same model with other options; :mod:`sbn_lightning.models.families`
+says which options make which family. The embedding, the norms and the head stay dense and in high precision. q, k and v
+share one fused layer, and so do gate and up. The tokens are then quantised once for all parts of the layer, and each
+part has its own gamma (``split_sizes``).
 
 The suffix of a tensor's name is its shape: B batch, T tokens, D d_model, H heads, K key/value heads, E head size.
 
@@ -15,113 +17,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers, prepare_layers, weights_stay
-from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
-from sbn_lightning.layers.sparse_linear import SparseLinear
+from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers, weights_stay
+from sbn_lightning.layers.sparse_bit_linear import ternary_layers
+from sbn_lightning.models.attention import Attend, Attention, causal_attention
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.loss import linear_cross_entropy
-from sbn_lightning.models.rope import apply_rope, rope_tables
-from sbn_lightning.sparsity.ternary import apply_swiglu
+from sbn_lightning.models.mlp import GatedMLP
+from sbn_lightning.models.norm import RMSNorm
+from sbn_lightning.models.rope import rope_tables
 
 
-def _linear(config: TransformerConfig, in_features: int, splits: tuple[int, ...], *, bias: bool = False) -> nn.Linear:
-    if config.linear == "dense":
-        return nn.Linear(in_features, sum(splits), bias)
-    sparsity = replace(config.sparsity, split_sizes=splits if len(splits) > 1 else None)
-    layer = SparseLinear if config.linear == "masked" else SparseBitLinear
-    return layer(in_features, sum(splits), bias, sparsity=sparsity)
-
-
-class RMSNorm(nn.RMSNorm):
-    """``nn.RMSNorm`` that casts its weight to the dtype of the input. PyTorch's fused norm needs one dtype for both.
-
-    Sums are float32.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-class Attend(Protocol):
-    """A function that computes attention, for example with a cache of keys and values."""
-
-    def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-        """Compute attention for the tokens of this call.
-
-        Args:
-            q_BHTE: The queries, rotated by position.
-            k_BKTE: The keys, rotated by position.
-            v_BKTE: The values.
-
-        Returns:
-            The outputs of all heads, ``[B, H, T, E]``.
-        """
-
-
-def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-    """Attention in which each token attends to itself and to the tokens before it."""
-    return F.scaled_dot_product_attention(
-        q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=q_BHTE.shape[1] != k_BKTE.shape[1]
-    )
-
-
-class Attention(nn.Module):
-    """Grouped-query attention; causal, unless the caller passes another :class:`Attend`."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.head_size = config.head_size
-        self.splits = (config.d_model, config.n_kv_heads * config.head_size, config.n_kv_heads * config.head_size)
-        self.qkv = _linear(config, config.d_model, self.splits, bias=config.qkv_bias)
-        self.o = _linear(config, config.d_model, (config.d_model,))
-
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal_attention) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in self.qkv(x_BTD).split(self.splits, -1)
-        )
-        y_BHTE = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
-        out: Tensor = self.o(y_BHTE.transpose(1, 2).flatten(2))
-        return out
-
-
-class SwiGLU(nn.Module):
-    """The feed-forward layer ``down(silu(gate(x)) * up(x))``."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.gate_up = _linear(config, config.d_model, (config.d_ffn, config.d_ffn))
-        self.down = _linear(config, config.d_ffn, (config.d_model,))
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        gate_up = self.gate_up(x_BTD)
-        if isinstance(self.down, MaskedLinear):
-            out: Tensor = self.down(gate_up, swiglu=True)  # The backend may fuse SwiGLU with the quantisation.
-        else:
-            out = self.down(apply_swiglu(gate_up))
-        return out
+def make_mlp(config: TransformerConfig, index: int) -> nn.Module:
+    """Make the feed-forward layer of the block with the number ``index``."""
+    return GatedMLP(config)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block."""
+    """One transformer block: attention and a feed-forward layer, each with a norm before it or after it.
 
-    def __init__(self, config: TransformerConfig) -> None:
+    Args:
+        config: The configuration of the model.
+        index: The number of the block.
+    """
+
+    def __init__(self, config: TransformerConfig, index: int = 0) -> None:
         super().__init__()
+        self.post_norm = config.post_norm
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, index)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp = make_mlp(config, index)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal_attention) -> Tensor:
+        if self.post_norm:
+            x_BTD = x_BTD + self.attention_norm(self.attention(x_BTD, cos, sin, attend))
+            return x_BTD + self.mlp_norm(self.mlp(x_BTD))
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, attend)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
@@ -161,7 +99,7 @@ class TernaryTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         cos, sin = rope_tables(config)

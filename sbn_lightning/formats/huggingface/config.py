@@ -6,7 +6,6 @@ a ``config.json`` can ask for is refused by name, because a model that loads mus
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from sbn_lightning.core.errors import ConfigError
@@ -135,7 +134,7 @@ def to_hf(config: TransformerConfig, dtype: str) -> dict[str, Any]:
     kind = "qwen2" if config.qkv_bias else "llama"
     rope: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **asdict(config.rope_scaling)}
+        rope = {"rope_type": "llama3", **config.rope_scaling.to_dict()}
     return {
         "architectures": [architecture(config)],
         "model_type": kind,
