@@ -98,7 +98,8 @@ def write_packed(
     in_8_bits = [name for name in LARGE if name in others] if embedding_bits == 8 else []
     for name, tensor in others.items():
         if name in in_8_bits:
-            stored = _to_int8(name, tensor)
+            codes, scale = int8_rows(tensor)
+            stored = {f"{name}.codes": codes, f"{name}.scale": scale}
         else:
             stored = {name: in_16_bits(tensor) if name in LARGE and embedding_bits == 16 else tensor}
         tensors |= stored
@@ -109,7 +110,7 @@ def write_packed(
     values: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION if in_8_bits or masked else 1,
-        "config": model.config.to_dict(),
+        "config": model.config.to_dict(whole=False),
         "layers": described,
         **({"masked_layers": described_masked} if masked else {}),
         **({"int8": in_8_bits} if in_8_bits else {}),
@@ -169,11 +170,14 @@ def _pack_masked(
     return {"out_features": layer.out_features, "in_features": layer.in_features, "pattern": str(layer.pattern)}
 
 
-def _to_int8(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """A matrix as int8 codes and one scale for each row: ``weight`` is close to ``codes * scale``."""
+def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a matrix to int8 codes ``[rows, columns]`` and a float32 scale for each row.
+
+    ``weight`` is close to ``codes * scale``; the largest weight of a row becomes 127 or -127.
+    """
     scale = weight.float().abs().amax(dim=1) / 127
     codes = (weight.float() / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).round()
-    return {f"{name}.codes": codes.to(torch.int8), f"{name}.scale": scale}
+    return codes.to(torch.int8), scale
 
 
 def read_packed(folder: Path) -> tuple[TernaryTransformer, TextFiles]:

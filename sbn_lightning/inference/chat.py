@@ -8,11 +8,15 @@ model and is not trusted, so it runs in Jinja's sandbox.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 from sbn_lightning.checkpoints.text_files import TextFiles
 from sbn_lightning.core.errors import ConfigError, DataError
+
+Message = dict[str, str]
+"""One message of a chat: ``role`` (``"system"``, ``"user"`` or ``"assistant"``) and ``content``."""
 
 
 def as_chat(text: TextFiles, message: str) -> str:
@@ -29,20 +33,35 @@ def as_chat(text: TextFiles, message: str) -> str:
         ConfigError: If the model has no chat template.
         DataError: If the template does not work.
     """
+    if text.chat_template is None:
+        raise ConfigError("the model has no chat template: it is not a chat model; leave --chat out")
+    return write_chat(text, [{"role": "user", "content": message}], text.chat_template)
+
+
+def write_chat(text: TextFiles, messages: Sequence[Message], template: str) -> str:
+    """Write messages as a chat that waits for the model's answer.
+
+    Args:
+        text: The model's text files, which name the special tokens.
+        messages: The messages so far, the oldest first.
+        template: The chat template.
+
+    Returns:
+        The prompt, special tokens included.
+
+    Raises:
+        DataError: If the template does not work.
+    """
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    if text.chat_template is None:
-        raise ConfigError("the model has no chat template: it is not a chat model; leave --chat out")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     tokens = {name: _content(text.tokenizer_config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
     try:
-        return environment.from_string(text.chat_template).render(
-            messages=[{"role": "user", "content": message}], add_generation_prompt=True, **tokens
-        )
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
     except TemplateError as error:
         raise DataError(f"the model's chat template does not work: {str(error).splitlines()[0]}") from error
 

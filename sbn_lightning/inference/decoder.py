@@ -11,6 +11,9 @@ On a GPU a step is one CUDA graph: nothing in a step depends on the host, and th
 place. A step launches hundreds of kernels that run for microseconds each; without the graph the host would be the
 bottleneck. On a Hopper GPU the step can be one persistent kernel instead, where the caller asks for it
 (:mod:`sbn_lightning.inference.gather`).
+
+A row can also start while other rows go on: :meth:`Decoder.extend` reads tokens into one row. A step always computes
+all rows of the cache. So the sums of a row have the same shapes whatever the other rows do.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.inference.attention import ChunkAttention, PromptAttention, Slots, StepAttention, room_like
+from sbn_lightning.inference.buckets import PromptGraphs, bucket_of
 from sbn_lightning.inference.gather import persistent_step, refusal
 from sbn_lightning.layers.sparse_linear import prepare_layers, ternary_layers
-from sbn_lightning.models.transformer import TernaryTransformer, causal_attention
+from sbn_lightning.models.attention import in_window
+from sbn_lightning.models.transformer import TernaryTransformer
 
 if TYPE_CHECKING:
     from sbn_kernels.decode.step import DecodeStep
@@ -35,48 +40,6 @@ StepKind = Literal["graph", "persistent"]
 # The length of the cache is a multiple of this: attention kernels want the rows of a mask aligned.
 _SLOTS = 64
 _WARM_UP = 2  # How many steps run before a CUDA graph is captured.
-
-
-class _PromptAttention:
-    """Causal attention that remembers the keys and values, ``[B, K, T, E]``."""
-
-    keys: Tensor
-    values: Tensor
-
-    def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-        self.keys, self.values = k_BKTE, v_BKTE
-        return causal_attention(q_BHTE, k_BKTE, v_BKTE)
-
-
-class _Slots:
-    """The slots that the present step writes to; all layers share them.
-
-    Attributes:
-        rows: The indices of the rows, 0 to B - 1, int64 ``[B]``.
-        now: The slot of each row's token, int64 ``[B]``.
-        bias: 0 for the slots up to ``now`` and -inf for those after, ``[B, 1, 1, L]`` in the dtype of the cache.
-    """
-
-    rows: Tensor
-    now: Tensor
-    bias: Tensor
-
-
-class _StepAttention:
-    """Attention of one token in each row to the cache of one layer, the token itself included."""
-
-    def __init__(self, keys: Tensor, values: Tensor, slots: _Slots) -> None:
-        self.keys, self.values, self.slots = keys, values, slots
-
-    def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-        slots = self.slots
-        self.keys[slots.rows, :, slots.now] = k_BKTE.squeeze(2)
-        self.values[slots.rows, :, slots.now] = v_BKTE.squeeze(2)
-        # Measured on an H200, torch 2.11, one sequence, 2,048 slots, 16 query heads, 2 key heads: 7 us. With the heads
-        # of a group laid along the sequence: 44 us. As two products and a fused softmax: 10 us.
-        return F.scaled_dot_product_attention(
-            q_BHTE, self.keys, self.values, attn_mask=slots.bias, enable_gqa=q_BHTE.shape[1] != self.keys.shape[1]
-        )
 
 
 class Decoder:
@@ -95,12 +58,20 @@ class Decoder:
         step: How a step is computed. ``"graph"`` runs the layers of the model. ``"persistent"`` runs the whole step,
             embedding to logits, as one kernel of :mod:`sbn_kernels.decode.step`. The kernel needs a Hopper GPU, Triton
             3.9, a ternary model in bfloat16 with 8-bit activations, and at most 8 sequences. The kernel packs a copy of
-            the weights at the first step after each prompt. The caller has to ask for it, because we have verified the
-            kernel on H200s and with random weights only.
+            the weights at the first step after :meth:`prefill`. The caller has to ask for it, because we have verified
+            the kernel on H200s and with random weights only.
+        prefill_chunk: The largest number of tokens of a prompt that :meth:`prefill` reads at a time; None reads prompts
+            at once. Activations of a long prompt then take bounded memory. The logits are the same up to the rounding
+            of the attention's sums.
+
+    Attributes:
+        lengths: The number of tokens of each row, int64 ``[B]`` on the device.
+        growing: 1 for each row that a step makes longer and 0 for the others, int64 ``[B]`` on the device;
+            :meth:`prefill` sets ones. A row of 0 must have fewer than ``max_length`` tokens.
 
     Raises:
-        ConfigError: If ``max_length`` is beyond the model's context, if a CUDA graph is asked for without a GPU, or if
-            the model, the batch or the device cannot use the persistent step.
+        ConfigError: If ``max_length`` is beyond the model's context, if a CUDA graph is asked for without a GPU, if
+            ``prefill_chunk`` is below 1, or if the model, the batch or the device cannot use the persistent step.
     """
 
     def __init__(
@@ -111,6 +82,7 @@ class Decoder:
         *,
         cuda_graph: bool | None = None,
         step: StepKind = "graph",
+        prefill_chunk: int | None = None,
     ) -> None:
         """Check the sizes; memory for the cache is allocated by the first prompt."""
         limit = model.config.max_sequence_length
@@ -118,6 +90,8 @@ class Decoder:
             raise ConfigError(f"max_length={max_length} is outside 1 to the model's max_sequence_length={limit}")
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} is below 1")
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise ConfigError(f"prefill_chunk={prefill_chunk} is below 1; leave it out to read prompts at once")
         self.device = model.embed.weight.device
         if cuda_graph and self.device.type != "cuda":
             raise ConfigError(f"a CUDA graph needs a model on a GPU, this one is on {self.device}; use cuda_graph=None")
@@ -125,22 +99,26 @@ class Decoder:
             raise ConfigError(f"step={step!r} is none of {', '.join(map(repr, get_args(StepKind)))}")
         if step == "persistent" and (reason := refusal(model, batch_size)):
             raise ConfigError(f'step="persistent" cannot be used: {reason}; use step="graph"')
-        self._kind = step
+        self.kind: StepKind = step
         self._persistent: DecodeStep | None = None
         self.model = model
         self.batch_size = batch_size
         self.max_length = max_length
+        self.prefill_chunk = prefill_chunk
         self.slots = min(-(-max_length // _SLOTS) * _SLOTS, limit)
         self._use_graph = self.device.type == "cuda" if cuda_graph is None else cuda_graph
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._prompts: PromptGraphs | None = None
         self._recorded: list[Any] = []
         self._logits: Tensor | None = None
-        self._shared = _Slots()
+        self._shared = Slots()
         self._shared.rows = torch.arange(batch_size, device=self.device)
-        self._layers: list[_StepAttention] = []
+        self._layers: list[StepAttention] = []
+        self._windows = {block.attention.window for block in model.blocks}
         self._index = torch.arange(self.slots, device=self.device)
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        self.growing = torch.ones_like(self.lengths)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read prompts, one for each row of the batch; what was in the cache is forgotten.
@@ -170,34 +148,96 @@ class Decoder:
             tokens_BT: The prompts, padded at their ends with any token, int64 ``[B, T]``.
             lengths_B: The lengths of the prompts, int64 ``[B]``.
         """
-        prepare_layers(self.model)
+        self._prepare()
         self._persistent = None  # The weights may have changed since the step copied them.
-        if self._graph is not None and any(
-            now is not then for now, then in zip(self._weights(), self._recorded, strict=True)
-        ):
-            self._graph = None  # The graph reads weights that have been replaced.
-        attend = [_PromptAttention() for _ in self.model.blocks]
-        hidden = self.model.hidden(tokens_BT, attend=attend)
+        length, rows = tokens_BT.shape[1], self._shared.rows
+        chunk = length if self.prefill_chunk is None else self.prefill_chunk
+        last = None
+        for start in range(0, length, chunk):
+            hidden = self._read(slice(None), tokens_BT[:, start : start + chunk], start)
+            # Where a prompt ends in another chunk, the clamped position is of no use, and the row is not taken.
+            ends = lengths_B - 1 - start
+            found = hidden[rows, ends.clamp(0, hidden.shape[1] - 1)]
+            last = found if last is None else torch.where((ends >= 0).unsqueeze(1), found, last)
+        self.lengths.copy_(lengths_B)
+        self.growing.fill_(1)
+        logits: Tensor = self.model.lm_head(last)
+        return logits
+
+    @torch.no_grad()
+    def extend(self, row: int, tokens: Sequence[int], start: int) -> Tensor:
+        """Read tokens into one row, behind tokens that the row holds already; the other rows do not change.
+
+        A long prompt can be read in parts. The row does not grow in steps before ``growing[row]`` is 1.
+
+        Args:
+            row: The row, 0 to ``batch_size - 1``.
+            tokens: The token ids, at least one. They are not checked against the vocabulary.
+            start: The number of tokens that the row keeps; the new tokens stand behind them.
+
+        Returns:
+            The logits of the token after these, ``[1, vocab_size]``.
+
+        Raises:
+            ConfigError: If the tokens do not fit into the row.
+        """
+        end = start + len(tokens)
+        if not 0 <= start < end <= self.max_length:
+            raise ConfigError(f"tokens {start} to {end} do not fit into a row of {self.max_length} tokens")
+        self._prepare()
+        bucket = bucket_of(len(tokens), self.slots) if start == 0 and self._use_graph and self._layers else None
+        if bucket is None:
+            hidden = self._read(slice(row, row + 1), torch.tensor([tokens], device=self.device), start)
+            logits: Tensor = self.model.lm_head(hidden[:, -1])
+        else:
+            if self._prompts is None:
+                self._prompts = PromptGraphs(self.model, self._layers, cuda_graph=True)
+            logits = self._prompts.read(tokens, row, bucket)
+        self.lengths[row] = end
+        return logits
+
+    def _prepare(self) -> None:
+        """Prepare the weights of the layers, and drop graphs that read weights which have been replaced."""
+        prepare_layers(self.model)
+        now = self._weights()
+        if any(a is not b for a, b in zip(now, self._recorded, strict=False)):
+            self._graph = self._prompts = self._persistent = None
+        self._recorded = now
+
+    def _read(self, rows: slice, tokens_RT: Tensor, start: int) -> Tensor:
+        """Compute the hidden states of tokens that stand behind ``start`` tokens; write their keys and values.
+
+        Args:
+            rows: The rows of the cache, R of them.
+            tokens_RT: The tokens, int64 ``[R, T]``.
+            start: The number of tokens before them in each row.
+
+        Returns:
+            The hidden states, ``[R, T, D]``.
+        """
+        end = start + tokens_RT.shape[1]
+        if start:
+            chunks = [ChunkAttention(layer.keys[rows, :, :end], layer.values[rows, :, :end]) for layer in self._layers]
+            positions = torch.arange(start, end, device=self.device).expand(tokens_RT.shape)
+            return self.model.hidden(tokens_RT, positions, chunks)
+        attend = [PromptAttention() for _ in self.model.blocks]
+        hidden = self.model.hidden(tokens_RT, attend=attend)
         if not self._layers:
             # The dtype of keys and values is known only now: the model may compute in another dtype than it stores.
             for layer in attend:
-                shape = (*layer.keys.shape[:2], self.slots, layer.keys.shape[3])
-                # Zeros, because an infinity left in memory would pass the mask as 0 * inf.
-                self._layers.append(
-                    _StepAttention(layer.keys.new_zeros(shape), layer.values.new_zeros(shape), self._shared)
-                )
+                keys, values = (room_like(new, self.batch_size, self.slots) for new in (layer.keys, layer.values))
+                self._layers.append(StepAttention(keys, values, self._shared))
         for cache, layer in zip(self._layers, attend, strict=True):
-            cache.keys[:, :, : tokens_BT.shape[1]] = layer.keys
-            cache.values[:, :, : tokens_BT.shape[1]] = layer.values
-        self.lengths.copy_(lengths_B)
-        logits: Tensor = self.model.lm_head(hidden[self._shared.rows, lengths_B - 1])
-        return logits
+            cache.keys[rows, :, :end] = layer.keys
+            cache.values[rows, :, :end] = layer.values
+        return hidden
 
     @torch.no_grad()
     def step(self, tokens_B: Tensor) -> Tensor:
         """Add a token to each sequence.
 
-        A sequence of ``max_length`` tokens does not grow: its last token is replaced.
+        A sequence of ``max_length`` tokens does not grow: its last token is replaced. A row whose ``growing`` is 0
+        keeps its tokens. The step computes that row too, and its logits mean nothing.
 
         Args:
             tokens_B: The token ids, int64 ``[B]`` on the model's device.
@@ -211,8 +251,11 @@ class Decoder:
         """
         if not self._layers:
             raise ConfigError("a decoder steps on from prompts: call prefill first")
-        if self._kind == "persistent":
-            return self._persistent_step().step(tokens_B)
+        if self.kind == "persistent":
+            logits = self._persistent_step().step(tokens_B)
+            # The kernel has added one to every row. Rows that do not grow have a free slot, so they grew as well.
+            self.lengths.sub_(1 - self.growing)
+            return logits
         self._tokens.copy_(tokens_B.unsqueeze(1))
         if not self._use_graph:
             logits = self._step()
@@ -223,18 +266,20 @@ class Decoder:
             assert self._logits is not None
             self._graph.replay()
             logits = self._logits
-        self.lengths.add_(1).clamp_(max=self.max_length)
+        self.lengths.add_(self.growing).clamp_(max=self.max_length)
         return logits
 
     def check(self) -> None:
         """Check that the steps so far are valid. The persistent step waits for the device. A graph has no deadline.
 
         Raises:
-            StepTimeoutError: If a persistent step passed its deadline. The logits since the last check are wrong; the
-                next ``prefill`` starts anew.
+            StepTimeoutError: If a persistent step passed its deadline. The logits since the last check are wrong. Rows
+                that are read again start anew.
         """
-        if self._persistent is not None:
-            self._persistent.check()
+        step, self._persistent = self._persistent, None
+        if step is not None:
+            step.check()
+        self._persistent = step  # A step that has failed is not used again.
 
     def _persistent_step(self) -> DecodeStep:
         if self._persistent is None:
@@ -247,9 +292,11 @@ class Decoder:
     def _step(self) -> Tensor:
         shared, dtype = self._shared, self._layers[0].keys.dtype
         shared.now = self.lengths.clamp(max=self.max_length - 1)
-        seen = self._index <= shared.now.unsqueeze(1)
-        shared.bias = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, float("-inf"))
-        shared.bias = shared.bias[:, None, None]
+        shared.bias = {}
+        for window in self._windows:
+            seen = in_window(shared.now.unsqueeze(1), self._index, window)
+            bias = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, float("-inf"))
+            shared.bias[window] = bias[:, None, None]
         hidden = self.model.hidden(self._tokens, shared.now.unsqueeze(1), self._layers)
         logits: Tensor = self.model.lm_head(hidden[:, 0])
         return logits
@@ -266,7 +313,7 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(graph):
             self._logits = self._step()
-        self._graph, self._recorded = graph, self._weights()
+        self._graph = graph
 
     def _weights(self) -> list[Any]:
         """The prepared weights of the ternary layers. A layer prepares another object when its weight has changed."""

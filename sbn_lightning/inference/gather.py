@@ -43,6 +43,8 @@ def refusal(model: TernaryTransformer, batch_size: int) -> str | None:
     config = model.config
     if config.linear != "ternary":
         return f"needs ternary layers, not linear={config.linear!r}"
+    if not isinstance(model.lm_head, torch.nn.Linear):
+        return "needs a head in bfloat16, not in 8 bits"
     return supports(shape_of(config), batch_size, model.embed.weight.device, config.activation_bits)
 
 

@@ -68,6 +68,7 @@ def generate(
     stop_tokens: Collection[int] = (),
     cuda_graph: bool | None = None,
     decode_step: StepKind = "graph",
+    prefill_chunk: int | None = None,
     speed: Speed | None = None,
 ) -> list[list[int]]:
     """Continue a batch of prompts, which may differ in length.
@@ -84,6 +85,7 @@ def generate(
         stop_tokens: The ids that end a sequence; they are not part of the result.
         cuda_graph: Whether to capture a step as a CUDA graph; see :class:`Decoder`.
         decode_step: How a step is computed; ``step`` of :class:`Decoder`.
+        prefill_chunk: The largest number of tokens of a prompt that are read at a time; None reads prompts at once.
         speed: An object to fill in. Measuring waits twice for the device.
 
     Returns:
@@ -94,7 +96,7 @@ def generate(
             cannot use ``decode_step``.
         StepTimeoutError: If a persistent step passed its deadline.
     """
-    rooms, decoder = _start(model, prompts, max_new_tokens, cuda_graph, decode_step)
+    rooms, decoder = _start(model, prompts, max_new_tokens, cuda_graph, decode_step, prefill_chunk)
     device = decoder.device
     stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=device)
     written = torch.zeros(len(prompts), max(rooms), dtype=torch.int64, device=device)
@@ -129,6 +131,7 @@ def stream(
     seed: int = 0,
     stop_tokens: Collection[int] = (),
     cuda_graph: bool | None = None,
+    prefill_chunk: int | None = None,
     speed: Speed | None = None,
 ) -> Iterator[int]:
     """Continue one prompt, token by token; the arguments and the tokens are those of :func:`generate`.
@@ -136,7 +139,7 @@ def stream(
     Yields:
         The new token ids, as they come.
     """
-    (room,), decoder = _start(model, [prompt], max_new_tokens, cuda_graph)
+    (room,), decoder = _start(model, [prompt], max_new_tokens, cuda_graph, "graph", prefill_chunk)
     speed = Speed() if speed is None else speed
     speed.prompt_tokens, speed.new_tokens, speed.sequences = len(prompt), 0, 1
     started = time.perf_counter()
@@ -156,7 +159,8 @@ def _start(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     cuda_graph: bool | None,
-    decode_step: StepKind = "graph",
+    decode_step: StepKind,
+    prefill_chunk: int | None,
 ) -> tuple[list[int], Decoder]:
     """Compute how many new tokens each prompt has room for, and make a decoder that holds them all."""
     if max_new_tokens < 1:
@@ -172,7 +176,11 @@ def _start(
             "(max_sequence_length): shorten it"
         )
     longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
-    return rooms, Decoder(model, len(prompts), longest, cuda_graph=cuda_graph, step=decode_step)
+    if hasattr(model, "make_decoder"):  # A model that is not our own transformer brings its own cache.
+        return rooms, model.make_decoder(len(prompts), longest)
+    return rooms, Decoder(
+        model, len(prompts), longest, cuda_graph=cuda_graph, step=decode_step, prefill_chunk=prefill_chunk
+    )
 
 
 def _tokens(

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import sbn_kernels as sk
 import torch
+from sbn_kernels.decode import int8_rows
+from sbn_kernels.decode.reference import int8_rows_reference
 from sbn_kernels.gemm.reference import gemm_reference as reference
 from sbn_kernels.prepare.reference import codes_reference, gamma_reference, mask_reference
 from sbn_kernels.quantize.reference import quantize_tokens_reference
@@ -92,6 +94,21 @@ def test_decode(tokens: int, columns: int, out: int, layout: str) -> None:
         poison(tokens, out, torch.bfloat16)
         y = sk.decode_gemm(x8, scale, packed, row_scale, out, b, layout=layout, portable=portable)
         assert torch.equal(y, reference(x8, scale, codes, row_scale, b, torch.bfloat16)), (b is None, portable)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 64])
+@pytest.mark.parametrize(("columns", "out"), [(132, 8), (896, 1001), (1536, 151936)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_8_bit_head(tokens: int, columns: int, out: int, dtype: torch.dtype) -> None:
+    needs("decode")
+    x = torch.randn(tokens, columns, device="cuda").to(dtype)
+    codes = torch.randint(-127, 128, (out, columns), dtype=torch.int8, device="cuda")
+    scale = torch.rand(out, device="cuda")
+    poison(tokens, out, dtype)
+    y = int8_rows(x, codes, scale).float()
+    exact = int8_rows_reference(x.double(), codes, scale).float()
+    difference = (y - exact).square().mean().sqrt()
+    assert difference < (1e-5 if dtype == torch.float32 else 4e-3) * exact.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 16, 17, 33, 64])

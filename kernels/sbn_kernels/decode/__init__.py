@@ -6,9 +6,10 @@ from typing import Any
 _MODULE_OF = {
     "MAX_TOKENS": "triton",
     "decode_gemm": "triton",
+    "int8_rows": "head",
 }
 
-__all__ = ["MAX_TOKENS", "decode_gemm"]
+__all__ = ["MAX_TOKENS", "decode_gemm", "int8_rows"]
 
 
 def __getattr__(name: str) -> Any:

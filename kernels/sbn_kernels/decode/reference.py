@@ -1,4 +1,4 @@
-"""The product of a few tokens with packed words in plain PyTorch: unpack, then the exact product. Needs no Triton."""
+"""Products of a few tokens in plain PyTorch: with packed ternary words, and with int8 rows. Needs no Triton."""
 
 from __future__ import annotations
 
@@ -37,3 +37,18 @@ def decode_reference(
     """
     codes = unpack(packed, out_features, x8.shape[1], layout)
     return gemm_reference(x8, scale, codes, row_scale, bias, out_dtype)
+
+
+def int8_rows_reference(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """``(x @ codes^T) * scale`` with float32 sums; see :func:`sbn_kernels.decode.head.int8_rows`.
+
+    Args:
+        x: ``[tokens, in_features]``.
+        codes: int8 ``[out_features, in_features]``.
+        scale: float32 ``[out_features]``.
+
+    Returns:
+        ``[tokens, out_features]`` in the dtype of ``x``.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return ((x.to(wide) @ codes.to(wide).t()) * scale).to(x.dtype)

@@ -3,6 +3,8 @@
 import pytest
 import sbn_kernels as sk
 import torch
+from sbn_kernels.decode import int8_rows
+from sbn_kernels.decode.reference import int8_rows_reference
 from sbn_kernels.gemm.cusparselt import scale_accumulator
 from sbn_kernels.gemm.reference import gemm_reference
 from sbn_kernels.prepare.reference import codes_reference, gamma_reference, mask_bits_reference, mask_reference
@@ -167,6 +169,17 @@ def test_portable_decode(tokens: int, columns: int, out: int) -> None:
     x8, scale, codes, row_scale, bias, exact = gemm_case(tokens, columns, out)
     y = sk.decode_gemm(x8, scale, sk.pack_dense(codes), row_scale, out, bias, torch.float32)
     assert torch.equal(y, exact + bias)
+
+
+@pytest.mark.parametrize(("tokens", "columns", "out"), [(1, 64, 70), (7, 300, 129), (33, 128, 64), (0, 32, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8_bit_head(tokens: int, columns: int, out: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2 * tokens, columns).to(dtype)[::2]
+    codes = torch.randint(-127, 128, (out, columns), dtype=torch.int8)
+    scale = torch.rand(2 * out)[::2]
+    y = int8_rows(x, codes, scale)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, int8_rows_reference(x, codes, scale))
 
 
 def test_scaling_of_an_int32_product() -> None:

@@ -1,0 +1,163 @@
+"""Prompts in chunks, in single rows and in buckets give the logits and the cache of a prompt that is read at once."""
+
+import pytest
+import torch
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.inference import Decoder, generate
+from sbn_lightning.inference.buckets import PromptGraphs, bucket_of
+from tests.inference.test_decoder import PROMPTS, make, without_cache
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make(qkv_bias=True, max_sequence_length=128)
+
+
+def tokens_of(length, seed=0):
+    return torch.randint(320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 9, 100])
+def test_chunks_give_the_logits_and_the_cache_of_one_go(model, chunk):
+    whole, parts = Decoder(model, 3, 40), Decoder(model, 3, 40, prefill_chunk=chunk)
+    torch.testing.assert_close(parts.prefill(PROMPTS), whole.prefill(PROMPTS))
+    for row, prompt in enumerate(PROMPTS):
+        for a, b in zip(parts._layers, whole._layers, strict=True):
+            torch.testing.assert_close(a.keys[row, :, : len(prompt)], b.keys[row, :, : len(prompt)])
+            torch.testing.assert_close(a.values[row, :, : len(prompt)], b.values[row, :, : len(prompt)])
+    token = torch.tensor([1, 2, 3])
+    torch.testing.assert_close(parts.step(token), whole.step(token))
+
+
+@pytest.mark.parametrize("options", [{}, {"linear": "dense"}, {"n_kv_heads": 1, "pattern": "2:4"}], ids=str)
+def test_greedy_tokens_in_chunks(options):
+    model = make(**options)
+    expected = [without_cache(model, prompt, 12) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, max_new_tokens=12, prefill_chunk=4) == expected
+
+
+def test_chunks_in_compiled_blocks():
+    model = make()
+    expected = generate(model, PROMPTS, max_new_tokens=5)
+    model.compile_blocks(backend="eager")
+    assert generate(model, PROMPTS, max_new_tokens=5, prefill_chunk=3) == expected
+
+
+def test_a_row_starts_while_others_go_on(model):
+    """Rows 0 and 2 write; row 1 is read in two parts between their steps, and then writes as well."""
+    prompts = [tokens_of(9, 1), tokens_of(30, 2), tokens_of(3, 3)]
+    decoder = Decoder(model, 3, 60)
+    logits = [decoder.extend(row, prompts[row], 0)[0] for row in (0, 2)]
+    written = {row: [int(each.argmax())] for row, each in zip((0, 2), logits, strict=True)}
+    decoder.growing.copy_(torch.tensor([1, 0, 1]))
+
+    def step(rows):
+        tokens = torch.zeros(3, dtype=torch.int64)
+        for row in rows:
+            tokens[row] = written[row][-1]
+        for row, logit in enumerate(decoder.step(tokens)):
+            if row in rows:
+                written[row].append(int(logit.argmax()))
+
+    step([0, 2])
+    decoder.extend(1, prompts[1][:13], 0)
+    step([0, 2])
+    written[1] = [int(decoder.extend(1, prompts[1][13:], 13).argmax())]
+    decoder.growing.fill_(1)
+    for _ in range(5):
+        step([0, 1, 2])
+    assert decoder.lengths.tolist() == [9 + 7, 30 + 5, 3 + 7]
+    for row in range(3):
+        assert written[row] == without_cache(model, prompts[row], len(written[row]))
+
+
+def test_a_row_takes_another_prompt_behind_what_it_keeps(model):
+    beginning, one, other = tokens_of(20), [1, 2, 3], [9, 8, 7, 6]
+    decoder, fresh = Decoder(model, 1, 60), Decoder(model, 1, 60)
+    decoder.extend(0, beginning + one, 0)
+    again = decoder.extend(0, other, 20)
+    torch.testing.assert_close(again, fresh.prefill([beginning + other]))
+    token = torch.tensor([5])
+    torch.testing.assert_close(decoder.step(token), fresh.step(token))
+
+
+def test_buckets():
+    assert [bucket_of(n, 4096) for n in (1, 64, 65, 80, 81, 128, 129, 1000, 1025, 2048)] == [
+        64, 64, 80, 80, 96, 128, 160, 1024, 1280, 2048,
+    ]  # fmt: skip
+    assert bucket_of(2049, 4096) is None
+    assert bucket_of(100, 100) is None
+    for length in range(1, 2049):
+        bucket = bucket_of(length, 2048)
+        assert bucket is not None
+        assert length <= bucket <= max(64, 1.25 * length)
+    assert len({bucket_of(length, 2048) for length in range(1, 2049)}) == 21
+
+
+@pytest.mark.parametrize("length", [1, 50, 64, 70])
+def test_padding_to_a_bucket_changes_nothing(model, length):
+    """The same row, logits and further steps as without padding, although another prompt was in the row before."""
+    prompt = tokens_of(length, length)
+    padded, plain = Decoder(model, 2, 100), Decoder(model, 2, 100)
+    for decoder in (padded, plain):
+        decoder.prefill([tokens_of(90, 5), tokens_of(40, 6)])
+    graphs = PromptGraphs(model, padded._layers, cuda_graph=False)
+    bucket = bucket_of(length, padded.slots)
+    with torch.no_grad():
+        for _ in range(2):
+            logits = graphs.read(prompt, 1, bucket)
+    padded.lengths[1] = length
+    torch.testing.assert_close(logits, plain.extend(1, prompt, 0))
+    for a, b in zip(padded._layers, plain._layers, strict=True):
+        torch.testing.assert_close(a.keys[1, :, :length], b.keys[1, :, :length])
+        torch.testing.assert_close(a.values[1, :, :length], b.values[1, :, :length])
+        assert torch.equal(a.keys[0], b.keys[0])
+    for token in (3, 4):
+        tokens = torch.tensor([1, token])
+        torch.testing.assert_close(padded.step(tokens), plain.step(tokens))
+
+
+def test_a_graph_is_captured_at_the_second_prompt_of_a_bucket(model, monkeypatch):
+    decoder = Decoder(model, 1, 100)
+    decoder.prefill([[1]])
+    graphs = PromptGraphs(model, decoder._layers, cuda_graph=True)
+    captured = []
+
+    class Replay:
+        def replay(self):
+            captured.append("replay")
+
+    def capture(bucket):
+        captured.append(bucket)
+        return Replay(), torch.zeros(1, 320)
+
+    monkeypatch.setattr(graphs, "_capture", capture)
+    with torch.no_grad():
+        for length in (5, 70, 6, 64, 72):
+            graphs.read([1] * length, 0, bucket_of(length, decoder.slots))
+    assert captured == [64, "replay", "replay", 80, "replay"]
+
+
+def test_refuses(model):
+    with pytest.raises(ConfigError, match="prefill_chunk=0"):
+        Decoder(model, 1, 8, prefill_chunk=0)
+    with pytest.raises(ConfigError, match="tokens 6 to 9 do not fit into a row of 8 tokens"):
+        Decoder(model, 1, 8).extend(0, [1, 2, 3], 6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("options", [{}, {"linear": "dense", "qkv_bias": True}], ids=str)
+def test_prompt_graphs_give_the_logits_of_a_plain_prefill(options):
+    """Each bucket is read three times: without a graph, while its graph is captured, and from the graph."""
+    model = make(**options, max_sequence_length=512).cuda()
+    decoder, plain = Decoder(model, 2, 300), Decoder(model, 1, 300, cuda_graph=False)
+    decoder.prefill([[1], [2]])
+    for length in (10, 70, 20, 72, 30, 74, 200, 210, 205):
+        prompt = tokens_of(length, length)
+        expected = plain.extend(0, prompt, 0)
+        torch.testing.assert_close(decoder.extend(1, prompt, 0), expected)
+        torch.testing.assert_close(
+            decoder.step(torch.tensor([0, 3]).cuda())[1], plain.step(torch.tensor([3]).cuda())[0]
+        )
+    assert len(decoder._prompts._graphs) == 3
