@@ -37,6 +37,7 @@ TOOLS = {
     "import-hf": ("sbn_lightning.cli.import_hf", "import_hf", "start from a Hugging Face Qwen2 or Llama"),
     "export": ("sbn_lightning.cli.export", "export", "write a model to run elsewhere, or packed"),
     "generate": ("sbn_lightning.cli.generate", "generate_text", "continue prompts with a trained model"),
+    "chat": ("sbn_lightning.cli.chat", "chat", "talk with a chat model in the terminal"),
     "evaluate": ("sbn_lightning.cli.evaluate", "evaluate", "perplexity, sparsity report, lm-eval tasks"),
     "consolidate": (
         "sbn_lightning.checkpoints.sharded",
