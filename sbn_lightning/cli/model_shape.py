@@ -43,8 +43,8 @@ def take_shape(config: Namespace, arguments: Sequence[str]) -> None:
     values = found.to_dict()
     changed = {}
     for name in FIXED:
-        value = values[name]
-        if name in given or shape.get(name) == value:
+        value, present = values[name], shape.get(name)
+        if name in given or (list(present) if isinstance(present, tuple) else present) == value:
             continue
         changed[name] = value
         shape[name] = Namespace(value) if isinstance(value, dict) else value

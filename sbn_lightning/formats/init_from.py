@@ -18,6 +18,7 @@ from sbn_lightning.checkpoints.tokenizers import beside, difference
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.formats.load import load_model, read_text
 from sbn_lightning.layers.packed import PackedTernaryLinear
+from sbn_lightning.models.config import family_options
 from sbn_lightning.models.transformer import TernaryTransformer
 
 # These fields say what the weights mean, so they come with the weights. The other fields (pattern, quantisation,
@@ -34,9 +35,12 @@ FIXED = (
     "norm_eps",
     "qkv_bias",
     "tie_embeddings",
+    *family_options(),
 )
-# The fields that decide the shapes of tensors.
-SHAPE = tuple(name for name in FIXED if name not in ("rope_theta", "rope_scaling", "norm_eps"))
+# A run that continues may change these fields: tensors keep their shapes.
+_CHANGEABLE = ("rope_theta", "rope_scaling", "norm_eps", "sliding_window", "sliding_layers", "layers_without_rope")
+# The fields that decide which tensors there are, and what is computed with them.
+SHAPE = tuple(name for name in FIXED if name not in _CHANGEABLE)
 
 
 def load_weights(model: TernaryTransformer, path: str) -> TextFiles:
@@ -93,7 +97,7 @@ def _with_latent_weight(state: dict[str, Tensor], name: str, layer: PackedTernar
     return rest | {f"{name}.weight": layer.effective_weight()}
 
 
-def check_tokenizer(path: str, data: Any) -> None:
+def check_tokenizer(path: str, data: Any, option: str = "init_from") -> None:
     """Check with :func:`difference` that the data were prepared with the tokenizer of the weights.
 
     Nothing is checked if the weights come without a tokenizer, or if ``data`` is not prepared tokens.
@@ -101,6 +105,7 @@ def check_tokenizer(path: str, data: Any) -> None:
     Args:
         path: The model with the weights, as for :func:`load_weights`.
         data: The data of the run; a :class:`~sbn_lightning.data.TokenDataModule` is checked.
+        option: The option that names the model, for messages.
 
     Raises:
         ConfigError: If the tokenizers differ; the message names both and what differs.
@@ -118,7 +123,7 @@ def check_tokenizer(path: str, data: Any) -> None:
     try:
         theirs = data.tokenizer
     except DataError as error:  # Prepared tokens can be read without their tokenizer.
-        warnings.warn(f"init_from: cannot compare the tokenizer of {path} with that of {folder}: {error}", stacklevel=2)
+        warnings.warn(f"{option}: cannot compare the tokenizer of {path} with that of {folder}: {error}", stacklevel=2)
         return
     found = difference(text.tokenizer, theirs, data.eos_id)
     if found is None:
@@ -127,6 +132,6 @@ def check_tokenizer(path: str, data: Any) -> None:
     is_file = file is not None and file.suffix == ".json"
     wanted = file if is_file else f"FILE (the tokenizer.json that `sbn export --checkpoint {path}` writes)"
     raise ConfigError(
-        f"init_from: {path} has the tokenizer {file}, data.path {folder} was prepared with another one ({found}): "
+        f"{option}: {path} has the tokenizer {file}, data.path {folder} was prepared with another one ({found}): "
         f"prepare the data again with sbn prepare --tokenizer {wanted} --input FILES --output FOLDER"
     )

@@ -143,6 +143,10 @@ class TransformerConfig(SparsityOptions):
             object.__setattr__(self, name, tuple(sorted(set(blocks))))
             if wrong := [block for block in blocks if not 0 <= block < self.n_layers]:
                 raise ConfigError(f"{name}: there is no block {wrong[0]}, the model has n_layers={self.n_layers}")
+        if self.sliding_layers is not None and len(self.sliding_layers) in (0, self.n_layers):
+            if not self.sliding_layers:
+                object.__setattr__(self, "sliding_window", None)
+            object.__setattr__(self, "sliding_layers", None)
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigError(f"sliding_window={self.sliding_window} must be at least 1")
         if self.sliding_window is None and self.sliding_layers:

@@ -64,17 +64,18 @@ def rope_stretch(scaling: RopeScaling, frequencies: Tensor) -> Tensor:
 def _yarn_share(scaling: RopeScaling, frequencies: Tensor) -> Tensor:
     """How much of its old frequency each pair keeps under YaRN, from 0 to 1."""
     # Frequencies fall by the same ratio from pair to pair, so a number of turns stands for a place among the pairs.
-    step = -math.log(float(frequencies[1] / frequencies[0])) if len(frequencies) > 1 else math.inf
+    step = -(frequencies[1:2] / frequencies[:1]).log()
     first, last = (
         math.log(scaling.original_context / (turns * 2 * math.pi)) / step
         for turns in (scaling.beta_fast, scaling.beta_slow)
     )
     if scaling.truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, 2 * len(frequencies) - 1)
-    pairs = torch.arange(len(frequencies), dtype=frequencies.dtype)
+        first, last = first.floor(), last.ceil()
+    first, last = first.clamp(min=0), last.clamp(max=2 * len(frequencies) - 1)
+    pairs = torch.arange(len(frequencies), dtype=frequencies.dtype, device=frequencies.device)
     # Two borders at one place would divide by zero. transformers takes the same tiny distance.
-    return 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
+    distance = torch.where(last == first, 0.001, last - first)
+    return 1 - ((pairs - first) / distance).clamp(0, 1)
 
 
 def rope_tables(config: TransformerConfig) -> tuple[Tensor, Tensor]:

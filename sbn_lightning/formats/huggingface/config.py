@@ -1,7 +1,8 @@
-"""Translate between the ``config.json`` of Hugging Face's Qwen2 and Llama and :class:`TransformerConfig`.
+"""Translate between the ``config.json`` of Hugging Face models and :class:`TransformerConfig`.
 
-Both are the transformer of this project: Qwen2 with biases on q, k and v, Llama without any bias. Everything else that
-a ``config.json`` can ask for is refused by name, because a model that loads must compute what its authors meant.
+:mod:`sbn_lightning.models.families` has what is special to each family. This file has what all of them share: widths,
+positions, norms and the head. Everything else that a ``config.json`` can ask for is refused by name, because a model
+that loads must compute what its authors meant.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.models.config import RopeScaling, TransformerConfig
+from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.families.family import read_shared, write_shared
+from sbn_lightning.models.families.registry import FAMILIES, family_of
+from sbn_lightning.models.rope_scaling import RopeScaling, yarn_magnitude
 
-# The values that transformers assumes for fields that a config.json leaves out: its Qwen2Config and LlamaConfig.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "llama": {"max_position_embeddings": 2048},
-}
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+# The same facts under the names of version 0.1.0.
+DEFAULTS = {name: dict(family.defaults) for name, family in FAMILIES.items()}
+ARCHITECTURES = {name: family.architecture for name, family in FAMILIES.items()}
+ROPE_TYPES = ("default", "llama3", "linear", "yarn", "dynamic")
 
 
 def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
@@ -34,94 +36,104 @@ def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
             names the feature.
     """
     kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in DEFAULTS:
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
         raise ConfigError(
-            f"{source}: model_type {kind!r} is not one of qwen2, llama; a model of any other type trains in its own "
-            "classes: load it with transformers and add the callback TernarySparseConversion to the Trainer"
+            f"{source}: model_type {kind!r} is not one of {', '.join(FAMILIES)}; a model of any other type trains in "
+            "its own classes: see recipes/from_hugging_face.yaml, or load it with transformers and add the callback "
+            "TernarySparseConversion to the Trainer"
         )
     if quantization := values.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(
             f"{source}: weights are quantised ({method}); give the model they were made of, or its packed folder"
         )
-    values = DEFAULTS[kind] | {key: value for key, value in values.items() if value is not None}
+    # A field that is missing has the default of transformers. A field that is null has no value.
+    values = {key: value for key, value in {**family.defaults, **values}.items() if value is not None}
     try:
-        heads, d_model = int(values["num_attention_heads"]), int(values["hidden_size"])
-        theta, scaling = _rope(values, source)
-        _refuse_unsupported(values, kind, heads, d_model, source)
+        theta, scaling = _rope(values)
+        for option in ("num_experts", "num_local_experts"):
+            if values.get(option):
+                raise ConfigError(f"mixture of experts ({option}={values[option]}) is not supported for {kind}")
         return TransformerConfig(
             vocab_size=int(values["vocab_size"]),
-            d_model=d_model,
+            d_model=int(values["hidden_size"]),
             n_layers=int(values["num_hidden_layers"]),
-            n_heads=heads,
-            n_kv_heads=int(values.get("num_key_value_heads", heads)),
+            n_heads=int(values["num_attention_heads"]),
+            n_kv_heads=int(values.get("num_key_value_heads", values["num_attention_heads"])),
             d_ffn=int(values["intermediate_size"]),
             max_sequence_length=int(values["max_position_embeddings"]),
             rope_theta=theta,
             rope_scaling=scaling,
             norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-            qkv_bias=kind == "qwen2",
             tie_embeddings=bool(values.get("tie_word_embeddings", False)),
             linear="dense",
+            **read_shared(family, values),
         )
     except KeyError as error:
         raise ConfigError(f"{source} lacks {error.args[0]}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{source} holds a value of the wrong kind: {error}") from error
 
 
-def _rope(values: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
+def _rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Read the base of the rotary frequencies and their scaling; transformers 5 keeps both in ``rope_parameters``."""
     # rope_scaling is the older name of the same dictionary. Where a file has both, transformers takes rope_scaling.
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise ConfigError(f"{source}: rope_parameters={rope!r} is not an object")
+        raise ConfigError(f"rope_parameters={rope!r} is not an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ConfigError(f"{source}: rotary positions are scaled (rope_type {kind!r}), only llama3 is supported")
+    if kind not in ROPE_TYPES:
+        raise ConfigError(
+            f"rotary positions are scaled (rope_type {kind!r}), only {', '.join(ROPE_TYPES[1:])} are supported"
+        )
     if float(rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise ConfigError(f"{source}: partial_rotary_factor is not supported, only whole heads turn")
+        raise ConfigError("partial_rotary_factor is not supported, only whole heads turn")
     theta = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
-    if kind == "default":
-        return theta, None
+    context = int(values["max_position_embeddings"])
     # transformers looks for the original context in the model's fields, then in the scaling's fields, and otherwise
     # takes the present context.
     name = "original_max_position_embeddings"
-    original = values.get(name, rope.get(name, values["max_position_embeddings"]))
-    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    try:
-        return theta, RopeScaling(factor, low, high, int(original))
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
+    original = int(values.get(name, rope.get(name, context)))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling(float(rope["factor"]), rope_type="linear")
+    if kind == "dynamic":
+        # transformers stretches frequencies from max_position_embeddings on, wherever the model was trained first.
+        return theta, RopeScaling(float(rope["factor"]), original_max_position_embeddings=context, rope_type="dynamic")
+    if kind == "llama3":
+        factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        return theta, RopeScaling(factor, low, high, original)
+    return theta, _yarn({key: value for key, value in rope.items() if value is not None}, context, original)
 
 
-def _refuse_unsupported(values: dict[str, Any], kind: str, heads: int, d_model: int, source: str) -> None:
-    # transformers ignores sliding_window unless use_sliding_window is set; newer files list the kind of each layer.
-    sliding = values.get("use_sliding_window", False) and values.get("sliding_window")
-    others = sorted(set(values.get("layer_types", [])) - {"full_attention"})
-    if others or (sliding and "layer_types" not in values):
-        what = f" (layers of type {', '.join(others)})" if others else ""
-        raise ConfigError(f"{source}: sliding-window attention{what} is not supported")
-    head_size = int(values.get("head_dim", d_model // heads))
-    if head_size * heads != d_model:
-        raise ConfigError(
-            f"{source}: head_dim={head_size} times num_attention_heads={heads} is not hidden_size={d_model}"
-        )
-    if values.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{source}: hidden_act {values['hidden_act']!r} is not supported, only silu")
-    for option in ("attention_bias", "mlp_bias") if kind == "llama" else ():
-        if values.get(option):
-            raise ConfigError(f"{source}: {option} of Llama is not supported: o, gate, up and down have no bias here")
-    for option in ("num_experts", "num_local_experts"):
-        if values.get(option):
-            raise ConfigError(f"{source}: mixture of experts ({option}={values[option]}) is not supported")
+def _yarn(rope: dict[str, Any], context: int, original: int) -> RopeScaling:
+    factor = float(rope.get("factor", context / original))
+    magnitude = rope.get("attention_factor")
+    scale, scale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    if magnitude is None and scale and scale_all:
+        magnitude = yarn_magnitude(factor, float(scale)) / yarn_magnitude(factor, float(scale_all))
+    return RopeScaling(
+        factor,
+        original_max_position_embeddings=original,
+        rope_type="yarn",
+        attention_factor=None if magnitude is None else float(magnitude),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        truncate=bool(rope.get("truncate", True)),
+    )
 
 
 def architecture(config: TransformerConfig) -> str:
-    """The class of transformers for a model: Qwen2 if q, k and v have biases, else Llama."""
-    return ARCHITECTURES["qwen2" if config.qkv_bias else "llama"]
+    """The class of transformers for a model.
+
+    Raises:
+        ConfigError: If no class of transformers has all options of the model.
+    """
+    return family_of(config).architecture
 
 
 def to_hf(config: TransformerConfig, dtype: str) -> dict[str, Any]:
@@ -130,22 +142,25 @@ def to_hf(config: TransformerConfig, dtype: str) -> dict[str, Any]:
     Args:
         config: The configuration of the model.
         dtype: The dtype of the weights, as torch names it: ``"float32"``.
+
+    Raises:
+        ConfigError: If no class of transformers has all options of the model.
     """
-    kind = "qwen2" if config.qkv_bias else "llama"
+    family = family_of(config)
     rope: dict[str, Any] = {"rope_type": "default"}
-    if config.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **config.rope_scaling.to_dict()}
+    context = config.max_sequence_length
+    if (scaling := config.rope_scaling) is not None:
+        rope = {"rope_type": scaling.rope_type, **scaling.to_dict()}
+        if scaling.rope_type == "dynamic":  # Here transformers knows the original context by another name.
+            context = rope.pop("original_max_position_embeddings")
     return {
-        "architectures": [architecture(config)],
-        "model_type": kind,
+        "architectures": [family.architecture],
+        "model_type": family.name,
         "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
         "intermediate_size": config.d_ffn,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
+        **write_shared(config),
         "num_key_value_heads": config.n_kv_heads,
-        "max_position_embeddings": config.max_sequence_length,
-        "hidden_act": "silu",
+        "max_position_embeddings": context,
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
@@ -158,5 +173,5 @@ def to_hf(config: TransformerConfig, dtype: str) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
-        **({"use_sliding_window": False} if kind == "qwen2" else {"attention_bias": False, "mlp_bias": False}),
+        **family.write(config),
     }

@@ -1,7 +1,8 @@
-"""Translate the names of tensors between Hugging Face's Qwen2 and Llama and :class:`TernaryTransformer`.
+"""Translate the names of tensors between Hugging Face's models and :class:`TernaryTransformer`.
 
 q, k and v are separate tensors in transformers and one fused tensor here, and so are gate and up. The rows of a head
-keep their order, because both projects rotate the two halves of a head against each other.
+keep their order, because both projects rotate the two halves of a head against each other. The names depend on the
+options of a model only: a norm has one name in all families that have it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def linear_parts(config: TransformerConfig) -> Iterator[Part]:
     for i in range(config.n_layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
         qkv = tuple(f"{theirs}.self_attn.{name}_proj" for name in "qkv")
-        yield Part(f"{ours}.attention.qkv", qkv, (config.d_model, kv, kv))
+        yield Part(f"{ours}.attention.qkv", qkv, (config.attention_width, kv, kv))
         yield Part(f"{ours}.attention.o", (f"{theirs}.self_attn.o_proj",), None)
         gate_up = (f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj")
         yield Part(f"{ours}.mlp.gate_up", gate_up, (config.d_ffn, config.d_ffn))
@@ -50,18 +51,31 @@ def other_parts(config: TransformerConfig) -> Iterator[Part]:
     yield Part("embed.weight", ("model.embed_tokens.weight",), None)
     for i in range(config.n_layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
-        yield Part(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",), None)
-        yield Part(f"{ours}.mlp_norm.weight", (f"{theirs}.post_attention_layernorm.weight",), None)
+        for norm, name in norm_names(config).items():
+            yield Part(f"{ours}.{norm}.weight", (f"{theirs}.{name}.weight",), None)
     yield Part("norm.weight", ("model.norm.weight",), None)
     if not config.tie_embeddings:
         yield Part("lm_head.weight", ("lm_head.weight",), None)
 
 
+def norm_names(config: TransformerConfig) -> dict[str, str]:
+    """The norms of a block: name in this project -> name in transformers."""
+    names = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if config.post_norm:
+        names = {"attention_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
+    if config.qk_norm is not None:
+        names |= {"attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
+    if config.sub_norms:
+        names |= {"attention.sub_norm": "self_attn.attn_sub_norm", "mlp.sub_norm": "mlp.ffn_sub_norm"}
+    return names
+
+
 def all_parts(config: TransformerConfig) -> Iterator[Part]:
     """Every tensor of a dense model. Names are complete."""
     yield from other_parts(config)
+    has_bias = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
     for part in linear_parts(config):
-        for kind in ("weight", "bias") if config.qkv_bias and part.ours.endswith("qkv") else ("weight",):
+        for kind in ("weight", "bias") if has_bias[part.ours.rpartition(".")[2]] else ("weight",):
             yield Part(f"{part.ours}.{kind}", tuple(f"{name}.{kind}" for name in part.theirs), part.rows)
 
 
