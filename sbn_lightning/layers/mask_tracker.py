@@ -188,20 +188,31 @@ def look_at_all(weights: Iterable[tuple[MaskTracker, Tensor, bool]]) -> None:
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """Read the bits of each row as integers, and sum them: int64 ``[rows]``.
+    """Read the bits of a weight as integers, and sum them along each row and along each column: int64.
 
-    The integers have 8 bytes if a row divides into 8 bytes, and otherwise the size of one weight. The sum is exact, so
-    a change of a single bit shows. Computing the sum takes as long as reading the weight once. Two weights that differ
-    only in the order of the numbers within rows can have the same fingerprint.
+    The integers have 8 bytes if a row divides into 8 bytes, and otherwise the size of one weight. The sums are exact,
+    so a change of a single bit shows. Sums along the rows alone would miss columns that changed places, as in a search
+    for the permutation of channels that suits a pattern best. Computing the sums takes as long as reading the weight
+    twice.
+
+    Args:
+        weight: A weight with two dimensions or more. The last one is a row.
+
+    Returns:
+        The sums of all rows, followed by the sums of all columns.
     """
     weight = weight.detach().contiguous()
     size = weight.element_size()
     if weight.shape[-1] * size % 8:
-        return weight.view(_INTEGER_OF_SIZE[size]).sum(-1)
-    # A view with wider elements must begin at a multiple of their size. A compiler cannot ask where a tensor begins.
-    if torch.compiler.is_compiling() or weight.storage_offset() * size % 8:
-        weight = weight.clone()
-    return weight.view(torch.int64).sum(-1)
+        integers = weight.view(_INTEGER_OF_SIZE[size])
+    else:
+        # A view with wider elements must begin at a multiple of their size. A compiler cannot ask where a tensor
+        # begins.
+        if torch.compiler.is_compiling() or weight.storage_offset() * size % 8:
+            weight = weight.clone()
+        integers = weight.view(torch.int64)
+    integers = integers.flatten(0, -2)
+    return torch.cat([integers.sum(1), integers.sum(0)])
 
 
 def version(tensor: Tensor) -> int:

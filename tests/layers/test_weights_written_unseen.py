@@ -53,6 +53,10 @@ def by_swapping_rows(weight):
     weight.data.copy_(weight.data.flip(0))
 
 
+def by_moving_columns(weight):
+    weight.data.copy_(weight.data.roll(4, -1))
+
+
 def by_numpy(weight):
     weight.detach().numpy()[:] = torch.randn_like(weight).numpy()
 
@@ -68,6 +72,7 @@ WRITES = [
     by_vector,
     by_initialisation,
     by_swapping_rows,
+    by_moving_columns,
     by_numpy,
     by_the_other_sign,
 ]
@@ -200,7 +205,7 @@ def test_weights_made_in_inference_mode():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(4, 8), (4, 6), (3, 5), (1, 1)])
-def test_every_bit_and_the_order_of_rows_show_in_the_fingerprint(dtype, shape):
+def test_every_bit_and_the_order_of_rows_and_columns_show_in_the_fingerprint(dtype, shape):
     torch.manual_seed(0)
     weight = torch.randn(shape).to(dtype)
     before = fingerprint(weight)
@@ -210,6 +215,8 @@ def test_every_bit_and_the_order_of_rows_show_in_the_fingerprint(dtype, shape):
         assert not torch.equal(fingerprint(other), before)
     if shape[0] > 1:
         assert not torch.equal(fingerprint(weight.flip(0)), before)
+    for places in range(1, shape[1]):
+        assert not torch.equal(fingerprint(weight.roll(places, -1)), before)
     assert torch.equal(fingerprint(weight.t().contiguous().t()), before)
     assert torch.equal(fingerprint(torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(shape)), before)
 
