@@ -74,11 +74,11 @@ class Saved(NamedTuple):
     text_files: dict[str, str]
 
 
-def read(path: Path) -> Saved:
-    """Read the model in a checkpoint of this project.
+def load(path: Path) -> dict[str, Any]:
+    """Read the contents of a checkpoint. Its tensors are mapped from the file.
 
     Raises:
-        DataError: If the file is damaged, or is not a checkpoint of this project.
+        DataError: If the file is no checkpoint, or is damaged.
     """
     if not is_one(path):
         raise DataError(f"{path} is no checkpoint; give {ACCEPTED}")
@@ -97,6 +97,16 @@ def read(path: Path) -> Saved:
     except Exception as error:  # A damaged file can make torch raise anything.
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(f"{path} is damaged: {reason}") from error
+    return saved if isinstance(saved, dict) else {}
+
+
+def read(path: Path) -> Saved:
+    """Read the model in a checkpoint of this project.
+
+    Raises:
+        DataError: If the file is damaged, or is not a checkpoint of this project.
+    """
+    saved = load(path)
     config = config_of(saved, path)
     if not isinstance(saved.get("state_dict"), dict):
         raise DataError(f"{path} is not a checkpoint of SparseBitNet: it holds no state_dict")
@@ -136,8 +146,8 @@ def config_of(saved: Any, path: Path) -> TransformerConfig:
     if HUGGING_FACE in values:
         kind = values[HUGGING_FACE].get("model_type")
         raise DataError(
-            f"{path} holds a {kind} of transformers, which only `sbn fit` and `sbn export --format hf-sbn` read; use "
-            "transformers to run the exported folder"
+            f"{path} holds a {kind} of transformers: `sbn fit`, `generate`, `evaluate` and `export` read it, and in "
+            "Python sbn_lightning.integrations.opening.open_any"
         )
     try:
         return TransformerConfig(**values)

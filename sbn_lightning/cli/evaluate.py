@@ -69,9 +69,11 @@ def evaluate(
         raise ConfigError(f"output {output} is a folder; name a file in it, like {Path(output) / 'results.json'}")
 
     from sbn_lightning.evaluation.measure import measure
+    from sbn_lightning.integrations.opening import open_any
 
+    loaded = open_any(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend)
     return measure(
-        checkpoint,
+        loaded,
         files=[text] if isinstance(text, str) else list(text or []),
         data=data,
         split=split,

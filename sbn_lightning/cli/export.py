@@ -31,6 +31,9 @@ def export(
     that are not ternary. hf-bitnet is a Hugging Face model with 2-bit weights, for transformers. hf-sbn is a Hugging
     Face model with this project's own quantisation method, for transformers and vLLM. gguf is for llama.cpp.
 
+    A model that was trained with model.source, or any Hugging Face folder of a sparse model, goes to hf-sbn and packed
+    if it is ternary, and to hf otherwise.
+
     Args:
         checkpoint: A checkpoint (.ckpt), the folder of a run, a packed or a Hugging Face folder, or a GGUF file.
         output: The folder to write.
@@ -58,24 +61,17 @@ def export(
         )
     import torch
 
-    from sbn_lightning.checkpoints.lightning_file import holds_hugging_face
-
-    if format == "hf-sbn" and holds_hugging_face(Path(checkpoint)):
-        from sbn_lightning.integrations.huggingface.causal_lm import CausalLM
-
-        module = CausalLM.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-        with output_folder(target, overwrite) as folder:
-            module.export(folder, dtype=None if dtype is None else getattr(torch, dtype))
-        print(f"written to {target}")
-        return
-
     from sbn_lightning.data.tokenizer import vocab_size_of
-    from sbn_lightning.formats.load import load_model
     from sbn_lightning.formats.write import WriteOptions, write_model
+    from sbn_lightning.integrations.opening import load_any
+    from sbn_lightning.models.transformer import TernaryTransformer
 
-    loaded = load_model(checkpoint, dtype=None if dtype is None else getattr(torch, dtype), tokenizer=tokenizer)
+    chosen = None if dtype is None else getattr(torch, dtype)
+    loaded = load_any(checkpoint, dtype=chosen, tokenizer=tokenizer)
     if overwrite and target.resolve() in (loaded.path.resolve(), *loaded.path.resolve().parents):
         raise ConfigError(f"{target} holds the model that is to be exported; give another --output")
+    if embedding_bits is not None and not isinstance(loaded.model, TernaryTransformer):
+        raise ConfigError("embedding_bits is for models of our own transformer; use --dtype bfloat16")
     if loaded.tokenizer is None and format != "gguf":  # GGUF refuses a model without one
         print(f"note: no tokenizer found with {loaded.path}; add one with --tokenizer")
     if loaded.tokenizer is not None and (size := vocab_size_of(loaded.tokenizer)) > loaded.config.vocab_size:
@@ -86,5 +82,10 @@ def export(
     bits = 32 if dtype is not None else 16  # 32 keeps the dtype that was asked for.
     options = WriteOptions(linear_class, quantization, embedding_bits or bits, bits)
     with output_folder(target, overwrite) as folder:
-        summary = write_model(loaded, folder, format, options)
+        if isinstance(loaded.model, TernaryTransformer):
+            summary = write_model(loaded, folder, format, options)
+        else:
+            from sbn_lightning.integrations.huggingface.export import export_network
+
+            summary = export_network(loaded.model, loaded.text, folder, format, chosen)
     print(f"{summary}\nwritten to {target}")

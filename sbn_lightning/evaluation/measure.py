@@ -24,7 +24,7 @@ from sbn_lightning.inference.opening import BackendName, DTypeName, open_model
 
 
 def measure(
-    checkpoint: str,
+    checkpoint: str | LoadedModel,
     *,
     data: str | None,
     files: list[str],
@@ -45,10 +45,14 @@ def measure(
 ) -> dict[str, Any]:
     """Measure a model; the arguments are those of :func:`~sbn_lightning.cli.evaluate.evaluate`.
 
+    In place of a path, ``checkpoint`` can be a model that is loaded and ready to run.
+
     Returns:
         The results, as they are written to ``output``.
     """
-    loaded = open_model(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend)
+    if isinstance(checkpoint, str):
+        checkpoint = open_model(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend)
+    loaded = checkpoint
     results: dict[str, Any] = {
         "model": {"path": str(loaded.path), "format": loaded.format, "config": loaded.config.to_dict()},
         "device": str(loaded.model.embed.weight.device),

@@ -7,22 +7,20 @@ than its weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from sbn_lightning.checkpoints import lightning_file
-from sbn_lightning.checkpoints.text_files import TextFiles, find_text_files
+from sbn_lightning.checkpoints.text_files import KEY, TextFiles, find_text_files
 from sbn_lightning.checkpoints.tokenizers import TOKENIZER
 from sbn_lightning.formats.assemble import build_model, cast_model
 from sbn_lightning.formats.loaded import LoadedModel
 from sbn_lightning.formats.recognise import Found, recognise
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_model(
@@ -98,7 +96,7 @@ def read_text(path: str | Path) -> TextFiles:
     """
     format, place = recognise(Path(path))
     if format == "lightning":
-        own = _text_of_checkpoint(lightning_file.read(place), place)
+        own = text_of_checkpoint(lightning_file.load(place), place)
     elif format == "packed":
         from sbn_lightning.formats.packed import read_packed_text
 
@@ -114,8 +112,15 @@ def read_text(path: str | Path) -> TextFiles:
     return find_text_files(place, own, None)
 
 
-def _text_of_checkpoint(saved: lightning_file.Saved, place: Path) -> TextFiles:
-    return TextFiles(saved.text_files, place if TOKENIZER in saved.text_files else None)
+def text_of_checkpoint(saved: Mapping[str, Any], place: Path) -> TextFiles:
+    """Return the text files in the contents of a checkpoint.
+
+    Args:
+        saved: The contents of the checkpoint.
+        place: The file of the checkpoint, for messages.
+    """
+    contents = saved.get(KEY) or {}
+    return TextFiles(contents, place if TOKENIZER in contents else None)
 
 
 def _read(found: Found) -> tuple[TernaryTransformer, TextFiles]:
@@ -130,7 +135,7 @@ def _read(found: Found) -> tuple[TernaryTransformer, TextFiles]:
         return read_hf_bitnet(place)
     if format == "lightning":
         saved = lightning_file.read(place)
-        config, state, text = saved.config, saved.state, _text_of_checkpoint(saved, place)
+        config, state, text = saved.config, saved.state, text_of_checkpoint({KEY: saved.text_files}, place)
     elif format == "gguf":
         from sbn_lightning.formats.gguf.read import read_gguf
 

@@ -13,7 +13,7 @@ from sbn_lightning.core.files import atomic_folder
 # The names of the files that an export writes into a folder. A folder that holds any other file is never replaced.
 EXPORTED = re.compile(
     r"(generation_|tokenizer_)?config\.json|tokenizer\.json|(special_tokens_map|added_tokens)\.json|"
-    r"README\.md|chat_template\.jinja|model\.safetensors|model-(TQ[12]|Q[24])_0\.gguf"
+    r"README\.md|chat_template\.jinja|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|model-(TQ[12]|Q[24])_0\.gguf"
 )
 
 

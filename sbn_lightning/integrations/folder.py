@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +72,25 @@ def save_sparse(model: nn.Module, directory: str | Path, form: Form = "packed", 
         ConfigError: If no layer is sparse, the form cannot hold a layer, or the folder is taken.
         DataError: If the folder cannot be written. Nothing that was there is lost.
     """
+    target = Path(directory)
+    with output_folder(target, overwrite) as folder:
+        write_sparse(model, folder, form)
+    return target
+
+
+def write_sparse(model: nn.Module, folder: Path, form: Form, extra: Mapping[str, Any] | None = None) -> None:
+    """Write a converted model into an empty folder that is there; see :func:`save_sparse`.
+
+    Args:
+        model: The model.
+        folder: The folder.
+        form: ``"packed"`` or ``"latent"``.
+        extra: Further entries of the manifest, as plain values.
+
+    Raises:
+        ConfigError: If no layer is sparse, or the form cannot hold a layer.
+        OSError: If a file cannot be written.
+    """
     layers = sparse_layers(model)
     if not layers:
         raise ConfigError(f"save_sparse found no sparse layer in {type(model).__name__}; call convert(model) first")
@@ -100,20 +120,18 @@ def save_sparse(model: nn.Module, directory: str | Path, form: Form = "packed", 
         else:
             first[place] = name
             tensors[name] = value.detach().cpu()
-    target = Path(directory)
-    with output_folder(target, overwrite) as folder:
-        save_tensors(tensors, folder / WEIGHTS)
-        values = {
-            "format": FORMAT,
-            "version": VERSION,
-            "form": form,
-            "layers": described,
-            "aliases": aliases,
-            "sha256": {WEIGHTS: sha256(folder / WEIGHTS)},
-        }
-        values["sha256_of_this"] = _digest(values)
-        (folder / MANIFEST).write_text(json.dumps(values, indent=1), encoding="utf-8")
-    return target
+    save_tensors(tensors, folder / WEIGHTS)
+    values = {
+        "format": FORMAT,
+        "version": VERSION,
+        **(extra or {}),
+        "form": form,
+        "layers": described,
+        "aliases": aliases,
+        "sha256": {WEIGHTS: sha256(folder / WEIGHTS)},
+    }
+    values["sha256_of_this"] = _digest(values)
+    (folder / MANIFEST).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def load_sparse(model: nn.Module, directory: str | Path, *, strict: bool = True) -> list[str]:

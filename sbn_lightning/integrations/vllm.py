@@ -4,7 +4,8 @@ The user has no option to set. vLLM finds :func:`register` by the entry point ``
 :class:`SBNConfig` by ``quant_method: "sbn"`` in ``config.json``. vLLM fuses q, k and v into one layer, and gate and up
 into another. The 2-bit codes of the parts are loaded into slices of one tensor, and gamma has one entry for each part,
 as in a fused layer of this project. After loading, each layer becomes a :class:`PackedTernaryLinear`, which takes its
-kernels from the registry that the whole project uses.
+kernels from the registry that the whole project uses. vLLM calls the layer as one operator
+(:mod:`sbn_lightning.layers.packed_op`), which ``torch.compile`` and CUDA graphs take as it is.
 
 With tensor parallelism, a column-parallel layer (qkv, gate_up) computes exactly what one process would. A row-parallel
 layer (o, down) sees a slice of each token, and quantises the slice by the slice's own maximum. The result is as
@@ -32,6 +33,7 @@ from vllm.model_executor.parameter import PackedvLLMParameter, PerTensorScalePar
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.huggingface.sbn import METHOD, VERSION, unpack_codes
 from sbn_lightning.layers.packed import PackedTernaryLinear
+from sbn_lightning.layers.packed_op import run_packed
 
 # The parts of vLLM's fused layers, for models that do not name the parts themselves.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -96,21 +98,33 @@ class SBNConfig(QuantizationConfig):
             The method; None for a layer that is not linear.
 
         Raises:
-            ConfigError: If the parts of a fused layer differ, or the folder stores the layer fused.
+            ConfigError: If the parts of a fused layer differ, or the layer holds fused experts.
         """
         if not isinstance(layer, LinearBase):
+            if any(name.startswith(f"{prefix}.") for name in self.modules):
+                raise ConfigError(f"{prefix} holds the fused experts of a {type(layer).__name__}, which are not served")
             return None
+        if (fused := self.modules.get(prefix)) is not None:
+            return SBNLinearMethod(**fused)
         parent, _, last = prefix.rpartition(".")
         parts = (self.packed_modules_mapping or {}).get(last) or FUSED.get(last, (last,))
         found = [self.modules.get(f"{parent}.{part}") for part in parts]
-        if prefix in self.modules and len(parts) > 1:
-            raise ConfigError(f"{prefix} is stored fused, which this plugin does not load; store its parts")
         options = [one for one in found if one is not None]
         if not options:
             return UnquantizedLinearMethod()
         if len(options) < len(parts) or any(one != options[0] for one in options):
             raise ConfigError(f"the parts {', '.join(parts)} of {prefix} differ, and vLLM computes them as one layer")
         return SBNLinearMethod(**options[0])
+
+
+class PartScales(PerTensorScaleParameter):  # type: ignore[misc]
+    """One gamma for each part of a fused layer. The folder stores the parts one by one, or fused, as Phi-3 does."""
+
+    def _load_into_shard_id(self, loaded_weight: Tensor, shard_id: str | int, **kwargs: Any) -> None:
+        index = self._shard_id_as_int(shard_id)
+        if loaded_weight.numel() == self.data.numel():  # vLLM hands over all gammas once for each part.
+            loaded_weight = loaded_weight.flatten()[index]
+        self.data[index].copy_(loaded_weight.reshape(()))
 
 
 @register_weight_loader_v2_supported_method
@@ -120,10 +134,11 @@ class SBNLinearMethod(LinearMethodBase):
     Args:
         pattern: The pattern "N:M".
         activation_bits: The number of bits of activations, or None.
+        split_sizes: The rows of each part, for a layer that the folder stores fused.
     """
 
-    def __init__(self, pattern: str, activation_bits: int | None) -> None:
-        self.pattern, self.activation_bits = pattern, activation_bits
+    def __init__(self, pattern: str, activation_bits: int | None, split_sizes: list[int] | None = None) -> None:
+        self.pattern, self.activation_bits, self.split_sizes = pattern, activation_bits, split_sizes
 
     def create_weights(
         self,
@@ -138,8 +153,14 @@ class SBNLinearMethod(LinearMethodBase):
         """Make room for this rank's 2-bit codes and one gamma for each part.
 
         Raises:
-            ConfigError: If this rank's share of a row does not consist of whole groups and whole bytes.
+            ConfigError: If this rank's share of a row does not consist of whole groups and whole bytes, or the folder
+                has other parts than vLLM.
         """
+        if self.split_sizes is not None and len(self.split_sizes) != len(output_partition_sizes):
+            raise ConfigError(
+                f"a fused layer of {output_size} rows has {len(self.split_sizes)} parts in the folder and "
+                f"{len(output_partition_sizes)} in vLLM"
+            )
         m = int(self.pattern.split(":")[1])
         if input_size_per_partition % m or (input_size_per_partition % 4 and input_size_per_partition != input_size):
             raise ConfigError(
@@ -156,7 +177,7 @@ class SBNLinearMethod(LinearMethodBase):
                 data=codes, input_dim=1, output_dim=0, packed_dim=1, packed_factor=4, weight_loader=loader
             ),
         )
-        layer.register_parameter("gamma", PerTensorScaleParameter(data=gamma, weight_loader=loader))
+        layer.register_parameter("gamma", PartScales(data=gamma, weight_loader=loader))
         layer.sbn_shape = (input_size_per_partition, tuple(output_partition_sizes))  # type: ignore[assignment]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -175,7 +196,7 @@ class SBNLinearMethod(LinearMethodBase):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [..., in_features]`` -> ``[..., out_features]``."""
-        y: Tensor = layer.ternary(x)  # type: ignore[operator]
+        y = run_packed(layer.ternary, x)  # type: ignore[arg-type]
         return y if bias is None else y + bias.to(y.dtype)
 
 

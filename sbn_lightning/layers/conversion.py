@@ -88,6 +88,15 @@ class ConversionReport:
             "does not take. The report of the conversion names them, with the reasons"
         )
 
+    def split_lines(self) -> list[str]:
+        """Return a line for each kind of fused layer: its names, and the rows of its parts."""
+        by_sizes: dict[tuple[int, ...], set[str]] = {}
+        for name, sizes in self.split_sizes.items():
+            by_sizes.setdefault(sizes, set()).add(re.sub(r"\b\d+\b", "*", name))
+        return [
+            f"fused {', '.join(sorted(names))}: a gamma for each of {sizes} rows" for sizes, names in by_sizes.items()
+        ]
+
     def __str__(self) -> str:
         lines = [f"converted {len(self.converted)} layers: {', '.join(self.converted) or 'none'}"]
         if self.linear_parameters and self.converted:
@@ -95,12 +104,7 @@ class ConversionReport:
                 f" ({self.converted_parameters / self.linear_parameters:.1%} of the linear parameters, "
                 f"{self.converted_parameters / self.parameters:.1%} of all)"
             )
-        by_sizes: dict[tuple[int, ...], set[str]] = {}
-        for name, sizes in self.split_sizes.items():
-            by_sizes.setdefault(sizes, set()).add(re.sub(r"\b\d+\b", "*", name))
-        lines += [
-            f"fused {', '.join(sorted(names))}: a gamma for each of {sizes} rows" for sizes, names in by_sizes.items()
-        ]
+        lines += self.split_lines()
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             by_reason.setdefault(reason, []).append(name)

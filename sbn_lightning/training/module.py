@@ -106,13 +106,21 @@ class SparseBitNet(LightningModule):
     def configure_model(self) -> None:
         """Load the weights of ``init_from``, compile the blocks, and shard them under ``ModelParallelStrategy``."""
         if self.init_from is not None:
-            self.text_files = load_weights(self.model, self.init_from)
+            self.text_files = self.load_initial_weights(self.init_from)
             self.init_from = None  # Only once: a Trainer configures the model again for each of its commands.
         if self.hparams["compile"] and not self.model.is_compiled:
             self.model.compile_blocks()
         if self.device_mesh is not None:  # ModelParallelStrategy
             options = getattr(self.trainer.strategy, "sharding", {"packed": False})  # ShardedStrategy says more
             shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",), **options)
+
+    def load_initial_weights(self, path: str) -> TextFiles:
+        """Copy the weights of another model into this one, and return the text files that came with them.
+
+        Args:
+            path: The value of ``init_from``.
+        """
+        return load_weights(self.model, path)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drop masks of another pattern, so that layers make new ones, and refuse a model of another shape.

@@ -1,5 +1,6 @@
-"""recipes/from_hugging_face.yaml trains and resumes, and is not confused with the recipes of our own transformer."""
+"""recipes/from_hugging_face.yaml, from training to evaluation, text and every export."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -29,24 +30,106 @@ SHRUNKEN = {
 }
 
 
-def fit(tokens, **options):
+def run(command, tokens, **options):
     values = SHRUNKEN | {"data.path": tokens} | {key.replace("__", "."): value for key, value in options.items()}
     words = [f"--{key}={value}" for key, value in values.items()]
-    return main(["fit", "--config", str(RECIPES / "from_hugging_face.yaml"), *words])
+    return main([command, "--config", str(RECIPES / "from_hugging_face.yaml"), *words])
 
 
-def test_two_steps_and_two_more(tokens, monkeypatch):
+@pytest.fixture(scope="module")
+def last(tokens, tmp_path_factory):
+    """The checkpoint of two steps of the recipe."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sbn"])
+        patch.chdir(tmp_path_factory.mktemp("recipe"))
+        options = {"trainer__max_steps": 2, "trainer__val_check_interval": 2, "checkpoint__every_n_train_steps": 2}
+        assert run("fit", tokens, **options) == 0
+        return next(Path("logs").rglob("last.ckpt")).absolute()
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sbn"])
-    assert fit(tokens, trainer__max_steps=2, trainer__val_check_interval=2, checkpoint__every_n_train_steps=2) == 0
-    last = next(Path("logs").rglob("last.ckpt"))
+
+
+def logits(hf):
+    return hf.eval()(input_ids=torch.arange(12)[None]).logits
+
+
+def test_a_checkpoint_holds_model_and_tokenizer(last):
     model = CausalLM.load_from_checkpoint(last, weights_only=True)
     assert model.config.hugging_face["model_type"] == "qwen3"
     assert sum(type(layer).__name__ == "SparseBitLinear" for layer in model.modules()) == 14
-    assert fit(tokens, trainer__max_steps=4, trainer__val_check_interval=2, ckpt_path=last) == 0
-    assert torch.load(last, weights_only=True)["global_step"] in (2, 4)
-    assert main(["export", "--checkpoint", str(last), "--output", "folder", "--format", "hf-sbn"]) == 0
-    assert main(["export", "--checkpoint", str(last), "--output", "other", "--format", "packed"]) != 0
-    assert transformers.AutoModelForCausalLM.from_pretrained("folder").config.hidden_size == 32
+    assert model.text_files.tokenizer is not None
+
+
+def test_fit_and_fabric_continue_it(last, tokens, capsys):
+    steps = []
+    for command in ("fit", "fabric"):
+        assert run(command, tokens, trainer__max_steps=4, checkpoint__every_n_train_steps=4, ckpt_path=last) == 0
+        assert "of linear FLOPs" in capsys.readouterr().out
+        saved = [torch.load(file, weights_only=True) for file in Path("logs").rglob("*step=4*.ckpt")]
+        steps += [saved[-1]["state_dict"]]
+        assert saved[-1]["global_step"] == 4
+    assert all(torch.equal(value, steps[1][name]) for name, value in steps[0].items())
+
+
+def test_init_from_takes_weights_alone(last, tokens, capsys):
+    options = {"trainer__max_steps": 1, "checkpoint__every_n_train_steps": 1, "model__optimizer__init_args__lr": 0.0}
+    assert run("fit", tokens, model__init_from=last, model__pattern="1:4", **options) == 0
+    new = torch.load(next(Path("logs").rglob("last.ckpt")), weights_only=True)
+    old = torch.load(last, weights_only=True)
+    name = "model.hf.model.layers.0.mlp.up_proj"
+    assert new["global_step"] == 1
+    assert torch.equal(new["state_dict"][f"{name}.weight"], old["state_dict"][f"{name}.weight"])
+    assert not torch.equal(new["state_dict"][f"{name}.mask_bits"], old["state_dict"][f"{name}.mask_bits"])
+    assert run("fit", tokens, model__init_from=last, model__source__intermediate_size=32, **options) != 0
+    assert "set model.source to the configuration of the weights" in capsys.readouterr().err
+    assert run("fit", tokens, model__source=last, **options) != 0
+    assert "is a checkpoint: set model.source as it was" in capsys.readouterr().err
+
+
+def test_every_format_that_can_hold_it_gives_the_same_tokens(last, capsys):
+    places = {"checkpoint": last, "hf-sbn": Path("hf-sbn"), "packed": Path("packed")}
+    texts = {}
+    for format, place in places.items():
+        if format != "checkpoint":
+            assert main(["export", "--checkpoint", str(last), "--output", format, "--format", format]) == 0
+        capsys.readouterr()
+        words = ["--prompt", "def main(", "--prompt", "x", "--max_new_tokens", "6", "--json", "true"]
+        assert main(["generate", "--checkpoint", str(place), *words]) == 0
+        texts[format] = [row["text"] for row in json.loads(capsys.readouterr().out)]
+    assert texts["checkpoint"] == texts["hf-sbn"] == texts["packed"]
+
+    hf = transformers.AutoModelForCausalLM.from_pretrained("hf-sbn")
+    words = transformers.AutoTokenizer.from_pretrained("hf-sbn")
+    assert words("x y").input_ids == CausalLM.load_from_checkpoint(last).text_files.tokenizer.encode("x y").ids
+    assert hf.generation_config.eos_token_id == words.eos_token_id
+    assert torch.equal(logits(hf), logits(CausalLM.load_from_checkpoint(last).model.hf))
+    for format, message in [("hf", "use --format hf-sbn or packed"), ("gguf", "use --format hf-sbn, packed, hf")]:
+        assert main(["export", "--checkpoint", str(last), "--output", "other", "--format", format]) != 0
+        assert message in capsys.readouterr().err
+        assert not Path("other").exists()
+
+
+def test_evaluate_measures_it(last, tokens, capsys):
+    options = ["--data", str(tokens), "--max_tokens", "64", "--window", "16", "--output", "results.json"]
+    assert main(["evaluate", "--checkpoint", str(last), *options]) == 0
+    assert "2 x up_proj" in capsys.readouterr().out
+    results = json.loads(Path("results.json").read_text())
+    assert results["perplexity"]["scored"] == 63
+    assert 200 < results["perplexity"]["perplexity"] < 400
+    assert all(layer["follows_pattern"] for layer in results["layers"] if layer["kind"] == "ternary")
+
+
+def test_an_architecture_that_is_not_ours_is_evaluated_with_transformers(capsys):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.StableLmConfig(**shape, num_key_value_heads=4, vocab_size=96, max_position_embeddings=64)
+    transformers.StableLmForCausalLM(config).save_pretrained("dense")
+    assert main(["evaluate", "--checkpoint", "dense"]) == 0
+    shown = capsys.readouterr()
+    assert "note: transformers runs this model, our own transformer cannot" in shown.err
+    assert "down_proj" in shown.out
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sbn_lightning.checkpoints.text_files import TOKEN_IDS, TOKENIZER_CONFIG
+from sbn_lightning.checkpoints.text_files import TOKEN_IDS, TOKENIZER_CONFIG, TextFiles
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.core.files import save_tensors
 from sbn_lightning.data.tokenizer import find_eos
@@ -149,22 +149,39 @@ def _other_tensors(loaded: LoadedModel) -> dict[str, Tensor]:
 def _save(loaded: LoadedModel, folder: Path, tensors: dict[str, Tensor], more: dict[str, Any]) -> None:
     dtype = str(loaded.model.embed.weight.dtype).removeprefix("torch.")
     config = to_hf(loaded.config, dtype) | more
-    text = loaded.text
     save_tensors(tensors, folder / WEIGHTS)
+    config |= write_text_files(loaded.text, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def write_text_files(text: TextFiles, folder: Path) -> dict[str, Any]:
+    """Write the tokenizer and the other text files of a model into a Hugging Face folder.
+
+    Args:
+        text: The text files of the model.
+        folder: The folder.
+
+    Returns:
+        What ``config.json`` has to say about the tokens that begin, end and pad a text.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
     text.write(folder)
-    known = {name: text.token_ids.get(name, text.generation.get(name)) for name in TOKEN_IDS}
-    config |= {name: value for name, value in known.items() if value is not None}
-    if loaded.tokenizer is not None:
+    found = {name: text.token_ids.get(name, text.generation.get(name)) for name in TOKEN_IDS}
+    known = {name: value for name, value in found.items() if value is not None}
+    if text.tokenizer is not None:
         described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         described["clean_up_tokenization_spaces"] = False
         stops = text.stop_ids
         with suppress(ConfigError):  # A tokenizer may name no token that ends a document.
-            stops = stops or [find_eos(loaded.tokenizer, None)[1]]
-            config["eos_token_id"] = config["eos_token_id"] if text.stop_ids else stops[0]
-            described["eos_token"] = loaded.tokenizer.id_to_token(stops[0])
+            stops = stops or [find_eos(text.tokenizer, None)[1]]
+            if not text.stop_ids:
+                known["eos_token_id"] = stops[0]
+            described["eos_token"] = text.tokenizer.id_to_token(stops[0])
         if TOKENIZER_CONFIG not in text.contents:
             (folder / TOKENIZER_CONFIG).write_text(json.dumps(described, indent=2), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return known
 
 
 def _summary(folder: Path, tensors: dict[str, Tensor], linear: str) -> str:

@@ -7,90 +7,33 @@ checkpoints hold the network's configuration, so a checkpoint alone is enough to
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
-from torch.nn import functional as F
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch.optim import AdamW
 
+from sbn_lightning.checkpoints.text_files import KEY, TextFiles
 from sbn_lightning.core.errors import ConfigError, DataError
-from sbn_lightning.integrations.pytorch import convert
+from sbn_lightning.formats.init_from import check_tokenizer, without_masks
+from sbn_lightning.integrations.huggingface.network import (
+    Linear,
+    Network,
+    Shape,
+    build_network,
+    make_network,
+    text_of_source,
+)
+from sbn_lightning.integrations.opening import read_weights
+from sbn_lightning.layers.audit import audit
 from sbn_lightning.layers.masked_linear import prepare_layers
 from sbn_lightning.training.module import Perplexity, Schedule, SparseBitNet
 
-Linear = Literal["ternary", "masked", "dense"]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What data and callbacks ask of a model's configuration.
-
-    Attributes:
-        vocab_size: The number of rows of the embedding.
-        max_sequence_length: The longest sequence, in tokens.
-        linear: ``"ternary"``, ``"masked"`` or ``"dense"``.
-        hugging_face: The configuration of the network, as plain values.
-    """
-
-    vocab_size: int
-    max_sequence_length: int
-    linear: str
-    hugging_face: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint."""
-        return {"hugging_face": self.hugging_face, "linear": self.linear}
-
-
-class Network(nn.Module):
-    """A Hugging Face model with the methods that the training loop calls.
-
-    Args:
-        hf: An instance of ``AutoModelForCausalLM``.
-    """
-
-    is_compiled = False
-
-    def __init__(self, hf: nn.Module) -> None:
-        super().__init__()
-        self.hf = hf
-
-    @property
-    def embed(self) -> nn.Module:
-        """The embedding of the input tokens."""
-        embedding: nn.Module = self.hf.get_input_embeddings()  # type: ignore[operator]
-        return embedding
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The transformer's blocks: the longest list of modules."""
-        lists = [module for module in self.hf.modules() if isinstance(module, nn.ModuleList)]
-        return max(lists, key=len)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids int64 ``[B, T]`` -> logits ``[B, T, vocab_size]``."""
-        logits: Tensor = self.hf(input_ids=tokens, use_cache=False).logits
-        return logits
-
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy in nats of ``targets [B, T]``, and a router's balance loss in training."""
-        output = self.hf(input_ids=tokens, use_cache=False)
-        loss = F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten())
-        balance = getattr(output, "aux_loss", None)
-        if self.training and isinstance(balance, Tensor):
-            loss = loss + self.hf.config.router_aux_loss_coef * balance  # type: ignore[union-attr, operator]
-        return loss
-
-    def compile_blocks(self) -> None:
-        """Compile each block with ``torch.compile``."""
-        for block in self.blocks:
-            block.compile()
-        self.is_compiled = True
+__all__ = ["CausalLM", "Network", "Shape", "build_network"]
 
 
 class CausalLM(SparseBitNet):
@@ -116,6 +59,9 @@ class CausalLM(SparseBitNet):
         final_learning_rate: The share of the peak learning rate at the last step.
         schedule_steps: The number of optimiser steps until the schedule ends; the trainer's ``max_steps`` if not given.
         compile: Whether to compile each block with ``torch.compile``.
+        init_from: A model of the same architecture whose weights a new run starts from: a checkpoint, the folder of a
+            run, or a Hugging Face folder. Masks are made anew. A run that continues from a checkpoint takes the
+            checkpoint's weights.
 
     Raises:
         DataError: If there is no such model.
@@ -139,46 +85,84 @@ class CausalLM(SparseBitNet):
         final_learning_rate: float = 0.03,
         schedule_steps: int | None = None,
         compile: bool = False,
+        init_from: str | None = None,
     ) -> None:
         super(SparseBitNet, self).__init__()  # SparseBitNet's own __init__ would build a TernaryTransformer
-        if linear not in ("ternary", "masked", "dense"):
-            raise ConfigError(f"linear={linear!r} is not 'ternary', 'masked' or 'dense'")
-        hf = build_network(source)
-        if linear != "dense":
-            options = {"mask_source": mask_source, "gradient": gradient, "gamma_over": gamma_over}
-            report = convert(
-                hf,
-                pattern,
-                kind=linear,
-                include=include,
-                exclude=exclude,
-                activation_bits=activation_bits,
-                **options,
-            )
-            print(f"{type(hf).__name__}: {report}")
-        values = hf.config.to_dict()  # type: ignore[union-attr, operator]
-        text = hf.config.get_text_config()  # type: ignore[union-attr, operator]
+        network, self.report = make_network(
+            source,
+            linear,
+            pattern=pattern,
+            include=include,
+            exclude=exclude,
+            activation_bits=activation_bits,
+            mask_source=mask_source,
+            gradient=gradient,
+            gamma_over=gamma_over,
+        )
         self.save_hyperparameters(ignore=["source", "optimizer", "init_from"])
-        self.config = Shape(text.vocab_size, _context(text), linear, values)  # type: ignore[assignment]
+        self.config = network.config  # type: ignore[assignment]
         # A checkpoint builds the same network, with weights of its own: load_from_checkpoint finds no other source.
-        self.save_hyperparameters({"source": values, "config": self.config.to_dict()})
-        self.model = Network(hf)  # type: ignore[assignment]
-        self.init_from = None
-        self.text_files = _no_text_files()
+        self.save_hyperparameters({"source": network.config.hugging_face, "config": network.config.to_dict()})
+        self.model = network  # type: ignore[assignment]
+        self.init_from = init_from
+        # Every checkpoint holds tokenizer, chat template, stop tokens.
+        self.text_files = text_of_source(source) if isinstance(source, str) else TextFiles()
+        self._source = source
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
         self._make_optimizer = optimizer
 
+    def setup(self, stage: str) -> None:
+        """Check strategy and data against the model, and print before a training how much of the model is sparse."""
+        super().setup(stage)
+        if stage == "fit":
+            if isinstance(self._source, str) and self.init_from is None and Path(self._source).is_dir():
+                check_tokenizer(self._source, getattr(self.trainer, "datamodule", None), "model.source")
+            self._print_audit()
+
+    def load_initial_weights(self, path: str) -> TextFiles:
+        """Copy the weights of another model into this one; see ``init_from``."""
+        weights = read_weights(path)
+        if weights.is_packed:
+            warnings.warn(
+                f"init_from: {path} holds packed weights without the latent ones: training starts from gamma * codes",
+                stacklevel=2,
+            )
+        now = self.config.hugging_face.get("model_type")  # type: ignore[attr-defined]
+        if weights.model_type != now:
+            raise ConfigError(f"init_from: {path} is a {weights.model_type} model, model.source is {now}")
+        own = without_masks(self.model.hf.state_dict())
+        for name in own:
+            if name not in weights.state:
+                raise DataError(f"init_from: {path} lacks the tensor {name}")
+            if weights.state[name].shape != own[name].shape:
+                raise ConfigError(
+                    f"init_from: {name} is {list(weights.state[name].shape)} in {path}, {list(own[name].shape)} in "
+                    "the model: set model.source to the configuration of the weights"
+                )
+        self.model.hf.load_state_dict({name: weights.state[name] for name in own}, strict=False)
+        return weights.text
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture.
+        """Drop masks of another pattern, so that layers make new ones, and refuse another architecture.
 
         Raises:
             ConfigError: If the architectures differ; the message names both.
         """
-        saved = checkpoint.get("hyper_parameters", {}).get("config", {}).get("hugging_face", {})
-        before, now = saved.get("model_type"), self.config.hugging_face.get("model_type")  # type: ignore[attr-defined]
+        self.text_files = TextFiles(checkpoint.get(KEY) or {})
+        saved = checkpoint.get("hyper_parameters", {})
+        before = saved.get("config", {}).get("hugging_face", {}).get("model_type")
+        now = self.config.hugging_face.get("model_type")  # type: ignore[attr-defined]
         if before != now:
             raise ConfigError(f"the checkpoint is of a {before} model, this one is {now}: set model.source as it was")
+        state = checkpoint.get("state_dict") or {}
+        anew, pattern = without_masks(state), self.hparams["pattern"]
+        if saved.get("pattern", pattern) != pattern and len(anew) < len(state):
+            rank_zero_warn(
+                f"the checkpoint has masks of the pattern {saved['pattern']}, this run has {pattern}: masks are made "
+                "anew from the weights"
+            )
+            checkpoint["state_dict"] = anew
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Bring codes up to date before a compiled block reads them."""
@@ -186,61 +170,17 @@ class CausalLM(SparseBitNet):
             prepare_layers(self.model)
 
     def export(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the model for ``from_pretrained``: ternary layers 2 bits a weight, a dense model as it is."""
-        from sbn_lightning.integrations.huggingface.quantizer import save_packed
+        """Write the model for ``from_pretrained``: ternary layers 2 bits a weight, other models as plain weights."""
+        from sbn_lightning.integrations.huggingface.export import export_network
 
-        hf: Any = self.model.hf
-        if self.config.linear == "ternary":
-            save_packed(hf, directory, dtype=dtype)
-        elif self.config.linear == "dense":
-            hf.save_pretrained(directory)
-        else:
-            raise ConfigError("linear='masked' has no packed form: call revert(model) and save_pretrained")
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        format = "hf-sbn" if self.config.linear == "ternary" else "hf"
+        export_network(self.model, self.text_files, target, format, dtype)  # type: ignore[arg-type]
 
-
-def build_network(source: str | dict[str, Any]) -> nn.Module:
-    """Build an ``AutoModelForCausalLM``.
-
-    Args:
-        source: A folder or a name for ``from_pretrained``, or a configuration as a mapping with ``model_type``.
-
-    Raises:
-        DataError: If there is no such model.
-        ConfigError: If the configuration does not make a model.
-    """
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError as error:
-        raise ConfigError('a Hugging Face model needs transformers: pip install "sbn-lightning[hf]"') from error
-    if isinstance(source, str):
-        import sbn_lightning.integrations.huggingface.quantizer  # noqa: F401 (folders of our own method load too)
-
-        try:
-            network: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise DataError(f"model.source {source}: {str(error).strip().splitlines()[0]}") from error
-        return network.train()
-    values = dict(source)
-    kind = values.pop("model_type", None)
-    if not isinstance(kind, str):
-        raise ConfigError("model.source is a mapping without model_type; name one, for example model_type: qwen3")
-    try:
-        config = AutoConfig.for_model(kind, **values)
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"model.source: {str(error).strip().splitlines()[0]}") from error
-    return network.train()
-
-
-def _context(config: Any) -> int:
-    """Return the longest sequence of a model, by the names that configurations give it."""
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(length := getattr(config, name, None), int):
-            return length
-    return 1 << 30  # A model with relative positions has no limit.
-
-
-def _no_text_files() -> Any:
-    from sbn_lightning.checkpoints.text_files import TextFiles
-
-    return TextFiles()
+    @rank_zero_only
+    def _print_audit(self) -> None:
+        print(f"{type(self.model.hf).__name__}: {audit(self.model.hf)}")
+        if self.report is not None:
+            for line in self.report.split_lines():
+                print(line)

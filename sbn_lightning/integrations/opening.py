@@ -1,0 +1,232 @@
+"""Open a model to run it: with our own transformer where that can be the model, and with transformers otherwise.
+
+``sbn evaluate``, ``sbn generate`` and ``sbn export`` call :func:`open_any` or :func:`load_any`, and so take every model
+that this project trains. transformers runs three kinds of models: checkpoints of ``recipes/from_hugging_face.yaml``,
+folders of the quantisation method ``"sbn"``, and folders of architectures that our own transformer does not have.
+
+transformers is imported only for a model that needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sbn_lightning.checkpoints import lightning_file
+from sbn_lightning.checkpoints.text_files import TextFiles, find_text_files, only_token_ids, read_folder
+from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.formats.assemble import cast_model
+from sbn_lightning.formats.files import read_json
+from sbn_lightning.formats.load import load_model, text_of_checkpoint
+from sbn_lightning.formats.loaded import LoadedModel
+from sbn_lightning.formats.recognise import Found, recognise
+from sbn_lightning.inference.opening import BackendName, DTypeName, choose_device, open_model, use_backend
+from sbn_lightning.layers.masked_linear import prepare_layers
+from sbn_lightning.layers.packed import PackedTernaryLinear
+
+if TYPE_CHECKING:
+    from sbn_lightning.integrations.huggingface.network import Network
+
+CONFIG = "config.json"
+NEEDS = 'this model needs transformers: pip install "sbn-lightning[hf]"'
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model of transformers, for a new run to start from.
+
+    Attributes:
+        model_type: The architecture, by transformers' name.
+        state: The tensors by their names in the model of transformers; of a sparse layer the latent weight.
+        is_packed: Whether the latent weights are lost, so that ``gamma * codes`` takes their place.
+        text: The text files that came with the weights.
+    """
+
+    model_type: str
+    state: dict[str, Tensor]
+    is_packed: bool
+    text: TextFiles
+
+
+def open_any(
+    checkpoint: str,
+    *,
+    tokenizer: str | None = None,
+    device: str = "auto",
+    dtype: DTypeName = "auto",
+    backend: BackendName = "auto",
+    compile: bool = False,
+) -> LoadedModel:
+    """Load a model and make it ready to run; the arguments are those of :func:`~sbn_lightning.inference.open_model`.
+
+    Returns:
+        The model. A model of transformers is a
+        :class:`~sbn_lightning.integrations.huggingface.network.Network`, which evaluation and generation take like our
+        own transformer.
+
+    Raises:
+        ConfigError: If there is no such device, the backend cannot run there, or transformers is missing.
+        DataError: If there is no such model, or the model is damaged.
+    """
+    if (found := for_transformers(Path(checkpoint))) is None:
+        return open_model(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend, compile=compile)
+    where = choose_device(device)
+    chosen = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if where.type == "cuda" else torch.float32
+    loaded = _load(found, tokenizer, chosen)
+    loaded.model.to(where)
+    choices = use_backend(loaded.model, backend, chosen)
+    if choices and where.type == "cuda":
+        print(choices, file=sys.stderr)
+    prepare_layers(loaded.model)
+    if compile:
+        loaded.model.compile_blocks()
+    return loaded
+
+
+def load_any(checkpoint: str, *, tokenizer: str | None = None, dtype: torch.dtype | None = None) -> LoadedModel:
+    """Load a model to export it.
+
+    Args:
+        checkpoint: The file or folder of the model.
+        tokenizer: A ``tokenizer.json`` or a folder with one; None takes the one that comes with the model.
+        dtype: The dtype of everything but latent weights; None keeps the stored dtypes.
+
+    Raises:
+        ConfigError: If transformers is missing.
+        DataError: If there is no such model, or the model is damaged.
+    """
+    if (found := for_transformers(Path(checkpoint))) is None:
+        return load_model(checkpoint, dtype=dtype, tokenizer=tokenizer)
+    return _load(found, tokenizer, dtype)
+
+
+def for_transformers(path: Path) -> Found | None:
+    """Find out whether transformers has to run the model at ``path``, and not our own transformer.
+
+    A folder of another architecture is named on stderr, with the reason.
+
+    Args:
+        path: A file, the folder of a model, or the folder of a run.
+
+    Returns:
+        The place of the model; None for a model that our own transformer can be.
+
+    Raises:
+        DataError: If there is no model.
+        ConfigError: If the folder does not say how to build its model, or transformers is missing.
+    """
+    found = recognise(path)
+    if found.format == "lightning":
+        return found if lightning_file.holds_hugging_face(found.place) else None
+    if found.format != "hf":
+        return None
+    values = read_json(found.place / CONFIG)
+    if values.get("format") == "sbn-sparse":
+        if lightning_file.HUGGING_FACE not in values:
+            raise ConfigError(
+                f"{found.place} was written by save_sparse, and only your own code can build its model: build it, and "
+                "call load_sparse(model, folder)"
+            )
+        return found
+    quantization = values.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "sbn":
+        return found
+    from sbn_lightning.formats.huggingface.folder import read_hf_config
+
+    try:
+        read_hf_config(found.place)
+    except ConfigError as error:
+        if not isinstance(values.get("model_type"), str) or find_spec("transformers") is None:
+            return None  # load_model raises this error again.
+        reason = str(error).removeprefix(f"{found.place / CONFIG}: ")
+        print(f"note: transformers runs this model, our own transformer cannot: {reason}", file=sys.stderr)
+        return found
+    return None
+
+
+def read_weights(path: str) -> Weights:
+    """Read the weights of a model of transformers, for ``init_from``.
+
+    Args:
+        path: A checkpoint, the folder of a run, or a Hugging Face folder.
+
+    Raises:
+        DataError: If there is no such model, or it is damaged.
+        ConfigError: If the file holds a model of our own transformer, or transformers is missing.
+    """
+    found = recognise(Path(path))
+    if found.format == "lightning" and not lightning_file.holds_hugging_face(found.place):
+        lightning_file.read(found.place)  # Raises its own error about a damaged file.
+        raise ConfigError(f"init_from: {path} is a model of our own transformer; use a recipe with model.config")
+    if found.format not in ("lightning", "hf"):
+        raise ConfigError(f"init_from: {path} is a {found.format} model; give a checkpoint or a Hugging Face folder")
+    network, text = _read(found)
+    state: dict[str, Tensor] = dict(network.hf.state_dict())
+    packed = {name: one for name, one in network.hf.named_modules() if isinstance(one, PackedTernaryLinear)}
+    for name, layer in packed.items():
+        state[f"{name}.weight"] = layer.effective_weight()
+    return Weights(str(network.config.hugging_face.get("model_type")), state, bool(packed), text)
+
+
+def _load(found: Found, tokenizer: str | None, dtype: torch.dtype | None) -> LoadedModel:
+    network, text = _read(found)
+    if dtype is not None:
+        cast_model(cast(Any, network), dtype)
+    network.eval().requires_grad_(False)
+    text = find_text_files(found.place, text, tokenizer)
+    _ = text.tokenizer  # A damaged tokenizer is found now, and not after minutes of work.
+    return LoadedModel(cast(Any, network), cast(Any, network.config), found.format, found.place, text)
+
+
+def _read(found: Found) -> tuple[Network, TextFiles]:
+    if find_spec("transformers") is None:
+        raise ConfigError(NEEDS)
+    place = found.place
+    if found.format == "lightning":
+        return _read_checkpoint(place)
+    from sbn_lightning.integrations.huggingface.network import Network, build_network
+
+    values = read_json(place / CONFIG)
+    if values.get("format") == "sbn-sparse":
+        from sbn_lightning.integrations.folder import load_sparse
+
+        described = values[lightning_file.HUGGING_FACE]
+        hf = build_network(described)
+        load_sparse(hf, place)
+        return Network(hf, "ternary"), read_folder(place, only_token_ids(described))
+    hf = build_network(str(place), what="")
+    return Network(hf, _kind_of(hf)), read_folder(place, only_token_ids(values))
+
+
+def _read_checkpoint(place: Path) -> tuple[Network, TextFiles]:
+    from sbn_lightning.integrations.huggingface.network import OPTIONS, make_network
+
+    saved = lightning_file.load(place)
+    recorded: Mapping[str, Any] = saved["hyper_parameters"]
+    linear = recorded["config"]["linear"]
+    options: dict[str, Any] = {name: recorded[name] for name in OPTIONS if name in recorded}
+    network, _ = make_network(recorded["source"], linear, **options)
+    state = {
+        name.removeprefix(lightning_file.PREFIX): tensor
+        for name, tensor in saved["state_dict"].items()
+        if name.startswith(lightning_file.PREFIX)
+    }
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise DataError(f"{place} does not fit its own configuration: {str(error).splitlines()[-1].strip()}") from error
+    return network, text_of_checkpoint(saved, place)
+
+
+def _kind_of(hf: nn.Module) -> str:
+    from sbn_lightning.integrations.folder import describe, sparse_layers
+
+    kinds = {describe(layer)["kind"] for layer in sparse_layers(hf).values()}
+    return "dense" if not kinds else "ternary" if "ternary" in kinds else "masked"
