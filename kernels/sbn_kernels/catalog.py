@@ -15,6 +15,7 @@ from torch import Tensor
 
 import sbn_kernels.gradients.weight_gradient  # noqa: F401 (registers the kernels of the gradients)
 from sbn_kernels.decode import triton as decode
+from sbn_kernels.exchange import triton as exchange
 from sbn_kernels.gemm import cusparselt, portable, registry
 from sbn_kernels.gemm.sm90 import gemm as sm90
 from sbn_kernels.gradients import transpose
@@ -39,6 +40,7 @@ OPS = tuple(_NEEDS)
 _STEPS: dict[str, tuple[str, Needs]] = {
     "quantize": ("tokens to int8", quantize.NEEDS),
     "prepare": ("weight to mask, codes and packed words", prepare.NEEDS),
+    "exchange": ("gamma, codes and mask of a weight whose rows lie on several GPUs", exchange.NEEDS),
     "swiglu": ("SwiGLU and quantisation in one, and the backward", swiglu.NEEDS),
     "quantize_gradient": ("output gradients to int8, in both orders", gradients.NEEDS),
     "transpose": ("tokens and weights turned round", transpose.NEEDS),

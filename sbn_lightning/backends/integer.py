@@ -22,6 +22,7 @@ import sbn_kernels as sk
 import sbn_kernels.catalog
 import torch
 from sbn_kernels.common.packing import LAYOUTS
+from sbn_kernels.exchange.triton import decode_rows
 from sbn_kernels.gemm import registry
 from sbn_kernels.swiglu.triton import MAX_FEATURES
 from torch import Tensor
@@ -131,6 +132,27 @@ class KernelBackend:
                 want_codes=False,
             ).packed
         return self._forms(kernel, codes, row_scale.contiguous(), mask_bits, packed)
+
+    def from_words(
+        self, words: Tensor, row_scale: Tensor, mask_bits: Tensor | None, keep: Keep, sparsity: SparsityConfig,
+        in_features: int,
+    ) -> KernelWeight:  # fmt: skip
+        """The same as :meth:`prepare`, from codes and mask that came from several ranks.
+
+        Args:
+            words: The words of all ranks, uint8 ``[ranks, rows of a rank, ceil(in / 4)]``.
+            row_scale: gamma of each row, float32 ``[out]``.
+            mask_bits: The packed mask; None takes the mask out of the words.
+            keep: The most weights that the mask keeps in a group, for all rows or for each.
+            sparsity: The options of the layer.
+            in_features: The number of weights in a row.
+        """
+        n, rows = _keep_arguments(sparsity.nm, keep)
+        kernel = self._product(n, rows, sparsity)
+        codes, bits, packed = decode_rows(
+            words, len(row_scale), in_features, _layout(kernel), want_mask=mask_bits is None
+        )
+        return self._forms(kernel, codes, row_scale, bits if mask_bits is None else mask_bits, packed)
 
     def _product(self, n: int, rows: Tensor | None, sparsity: SparsityConfig) -> registry.Product:
         """The kernel for a mask that keeps ``n`` weights of each group, or the number in ``rows`` for each row."""

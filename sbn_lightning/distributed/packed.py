@@ -1,4 +1,4 @@
-"""Ternary layers whose latent weights are sharded by rows, and whose codes every rank holds whole.
+"""Ternary layers whose latent weights are sharded by rows, and whose codes every rank makes whole.
 
 FSDP2 gathers a parameter in full precision for every forward and every backward. A ternary layer does not need this:
 its products read codes, which take 2 bits for each weight and change once in an optimiser step. So training works like
@@ -9,9 +9,10 @@ this:
 * Each rank computes the mask and the codes of its own rows. gamma is a mean over the whole weight, so the ranks
   exchange the terms of that mean (with kernels, one float for each row). Every rank then sums all terms in the order in
   which one process would sum them. So gamma, masks and codes equal those of one process to the last bit.
-* Codes and masks travel once in an optimiser step, at 2 bits for each weight
-  (:mod:`~sbn_lightning.distributed.rows`). They stay whole on every rank until the next step, so neither the backward
-  nor further micro-batches gather anything.
+* Codes and masks travel once in an optimiser step, at 2 bits for each weight, those of all layers together
+  (:mod:`~sbn_lightning.distributed.exchange`). With ``packed_step`` they stay whole on every rank until the next step,
+  so neither the backward nor further micro-batches gather anything. With ``packed_layer`` they are whole only while
+  their block computes (:mod:`~sbn_lightning.distributed.units`).
 * Gradients are reduce-scattered as the backward computes them (:mod:`~sbn_lightning.distributed.gradients`).
 
 The layers do not know about any of this. Their backend is wrapped in :class:`PackedRows`, which is a backend itself.
@@ -19,24 +20,25 @@ The layers do not know about any of this. Their backend is wrapped in :class:`Pa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from sbn_lightning.backends.reference import Backend, Keep
-from sbn_lightning.backends.rows import Over, row_maker
+from sbn_lightning.backends.rows import row_maker
+from sbn_lightning.distributed.exchange import Exchange, Request
 from sbn_lightning.distributed.gradients import GradientScatter, stand_in
-from sbn_lightning.distributed.rows import RowCut, decode, encode, gather_rows
+from sbn_lightning.distributed.rows import RowCut, gather_rows
+from sbn_lightning.distributed.units import Unit
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.sparsity.config import SparsityConfig
-from sbn_lightning.sparsity.pattern import NMPattern, pack_mask, unpack_mask
-from sbn_lightning.sparsity.ternary import expand_scale
+from sbn_lightning.sparsity.pattern import NMPattern
 
 
 class PackedRows:
@@ -45,14 +47,19 @@ class PackedRows:
     Args:
         inner: The backend that computes: the reference or the integer kernels.
         cut: The rows of the layer that each rank has.
-        group: The ranks that share the rows.
+        exchange: The exchange with the ranks that share the rows.
         leaf: The tensor that takes the place of the latent weight in autograd
             (:func:`~sbn_lightning.distributed.gradients.stand_in`).
+        unit: The layers that are whole only while their block computes; None if codes stay whole.
+
+    Attributes:
+        together: The function that prepares many layers with one exchange. ``prepare_layers`` looks for it.
     """
 
-    def __init__(self, inner: Backend, cut: RowCut, group: dist.ProcessGroup, leaf: Tensor) -> None:
-        self.inner, self.cut, self.group, self.leaf = inner, cut, group, leaf
+    def __init__(self, inner: Backend, cut: RowCut, exchange: Exchange, leaf: Tensor, unit: Unit | None) -> None:
+        self.inner, self.cut, self.exchange, self.leaf, self.unit = inner, cut, exchange, leaf, unit
         self.maker = row_maker(inner)
+        self.together = exchange.prepare
 
     @property
     def name(self) -> str:
@@ -76,15 +83,18 @@ class PackedRows:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedRows:
         # A copy is for evaluation only, for example an average of weights. So its leaf sends no gradient anywhere.
-        return PackedRows(deepcopy(self.inner, memo), self.cut, self.group, self.leaf.detach())
+        unit = None if self.unit is None else deepcopy(self.unit, memo)
+        return PackedRows(deepcopy(self.inner, memo), self.cut, self.exchange, self.leaf.detach(), unit)
 
     def fresh_mask(self, scores: Tensor, pattern: NMPattern, keep: Keep) -> Tensor:
-        return gather_rows(self._fresh_rows(scores, pattern, keep), self.cut, self.group)
+        own = self.cut.mine(keep) if isinstance(keep, Tensor) else keep
+        return gather_rows(self.fresh_rows(scores, pattern, own), self.cut, self.exchange.group)
 
-    def _fresh_rows(self, scores: Tensor, pattern: NMPattern, keep: Keep) -> Tensor:
+    def fresh_rows(self, scores: Tensor, pattern: NMPattern, keep: Keep) -> Tensor:
+        """Make the packed mask of this rank's rows. ``keep`` has one number for all or for each of these rows."""
         if self.cut.count == 0:
             return scores.new_empty(0, -(-scores.shape[1] // 8), dtype=torch.uint8)
-        return self.inner.fresh_mask(scores, pattern, self._keep(keep))
+        return self.inner.fresh_mask(scores, pattern, keep)
 
     def prepare(self, latent: Tensor, mask_bits: Tensor | None, keep: Keep, sparsity: SparsityConfig) -> Any:
         """Prepare the weight like any backend, but from the latent weights of this rank's rows alone.
@@ -95,20 +105,30 @@ class PackedRows:
             keep: How many weights a fresh mask keeps in a group, for all rows.
             sparsity: The options of the layer.
         """
-        columns, over = latent.shape[1], sparsity.gamma_over
-        mine = None if mask_bits is None else self.cut.mine(mask_bits)
-        if mine is None and over in ("kept", "masked"):
-            mine = self._fresh_rows(latent, sparsity.nm, keep)
-        gamma = self._gamma(
-            latent, None if over in ("dense", "nonzero") else mine, "dense" if over == "nonzero" else over, sparsity
-        )
-        codes, mask = self._codes(latent, mine, keep, gamma, sparsity)
-        if over == "nonzero":
-            gamma = self._gamma(latent, pack_mask(codes != 0), "kept", sparsity)
-        whole_codes, whole_bits = decode(gather_rows(encode(codes, mask), self.cut, self.group), columns)
-        row_scale = expand_scale(gamma, sparsity.split_sizes, self.cut.rows)
-        bits = whole_bits if mask_bits is None else mask_bits
-        return self.maker.assemble(whole_codes, row_scale, bits, keep, sparsity)
+        return self.together([(self, latent, mask_bits, keep, sparsity)])[0]
+
+    def take(self, request: Request, words: Tensor, whole: Tensor, row_scale: Tensor) -> Any:
+        """Make what :meth:`linear` takes, from the words of all ranks.
+
+        Args:
+            request: What the layer asked for.
+            words: The words of this rank's rows.
+            whole: The words of all ranks, ``[ranks, padded, ...]``.
+            row_scale: gamma of each row of the whole weight.
+        """
+        prepared = self.assemble(request, whole, row_scale, request.mask_bits)
+        if self.unit is not None:
+            self.unit.hold(request, words, row_scale, prepared)
+        return prepared
+
+    def assemble(self, request: Request, whole: Tensor, row_scale: Tensor, mask_bits: Tensor | None) -> Any:
+        """Make what :meth:`linear` takes. ``mask_bits`` is the packed mask, or None to take it out of the words."""
+        columns = request.latent.shape[1]
+        return self.maker.assemble(whole, row_scale, mask_bits, request.keep, request.sparsity, columns)
+
+    def whole(self, prepared: Any) -> Any:
+        """The prepared weight with its codes, which ``packed_layer`` gives back between blocks."""
+        return prepared if self.unit is None else self.unit.weight(self)
 
     def linear(
         self,
@@ -122,26 +142,6 @@ class PackedRows:
     ) -> Tensor:
         return self.inner.linear(x, self.leaf, prepared, gradient_mask, activation_bits, swiglu, dtype)
 
-    def _keep(self, keep: Keep) -> Keep:
-        return self.cut.mine(keep) if isinstance(keep, Tensor) else keep
-
-    def _gamma(self, rows: Tensor, mask_bits: Tensor | None, over: Over, sparsity: SparsityConfig) -> Tensor:
-        """Compute gamma of each part of the whole weight, with the bits that one process would get."""
-        terms = self.maker.gamma_terms(rows, mask_bits, over)
-        whole = [gather_rows(term, self.cut, self.group) for term in terms]
-        return self.maker.gamma(whole, over, rows.shape[1], sparsity)
-
-    def _codes(
-        self, rows: Tensor, mask_bits: Tensor | None, keep: Keep, gamma: Tensor, sparsity: SparsityConfig
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the codes, int8, and the mask, bool, of this rank's rows."""
-        columns = rows.shape[1]
-        if self.cut.count == 0:
-            return rows.new_empty(0, columns, dtype=torch.int8), rows.new_empty(0, columns, dtype=torch.bool)
-        parts = self.cut.parts(sparsity.split_sizes)
-        codes, bits = self.maker.row_codes(rows, mask_bits, self._keep(keep), gamma, parts, sparsity)
-        return codes, unpack_mask(bits, columns)
-
 
 def local_rows(weight: Tensor) -> Tensor:
     """The rows of a sharded weight that this rank has, without their gradient."""
@@ -149,7 +149,11 @@ def local_rows(weight: Tensor) -> Tensor:
 
 
 def shard_packed(
-    module: nn.Module, mesh: DeviceMesh, *, reduce_dtype: torch.dtype = torch.float32
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    reduce_dtype: torch.dtype = torch.float32,
+    layered: Iterable[nn.Module] = (),
 ) -> set[nn.Parameter]:
     """Shard the latent weights of a model's ternary layers by rows. FSDP2 must leave these weights alone.
 
@@ -158,16 +162,23 @@ def shard_packed(
         mesh: The ranks. In a mesh of one dimension all ranks share the rows. A mesh of two dimensions is for hybrid
             sharding: the ranks of the first dimension hold the same rows, those of the second share the rows.
         reduce_dtype: The dtype in which gradients travel: float32 or bfloat16.
+        layered: The blocks, in the order in which they run, whose codes are whole only while the block computes. The
+            codes of all other layers stay whole.
 
     Returns:
         The sharded weights, for ``fully_shard(..., ignored_params=)``.
     """
     sharding = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[1]]  # type: ignore[index]
     replicate = None if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[0]].get_group()  # type: ignore[index]
-    group = sharding.get_group()
-    scatter = GradientScatter(group, replicate, mesh.size())
+    exchange = Exchange(sharding.get_group())
+    scatter = GradientScatter(exchange.group, replicate, mesh.size())
+    units = _units(layered, exchange)
     weights = set()
     for layer in ternary_layers(module).values():
+        if hasattr(
+            layer, "experts"
+        ):  # Its product is one for each expert, and PackedRows has one for the whole weight.
+            continue
         latent = layer.weight.detach()
         cut = RowCut(layer.out_features, sharding.get_local_rank(), sharding.size())
         weight = nn.Parameter(
@@ -177,6 +188,18 @@ def shard_packed(
         leaf = stand_in(rows, columns, reduce_dtype, local_rows(weight).device)
         scatter.attach(leaf, weight, cut)
         layer.weight = weight
-        layer.wrap_backend(partial(PackedRows, cut=cut, group=group, leaf=leaf))
+        layer.wrap_backend(partial(PackedRows, cut=cut, exchange=exchange, leaf=leaf, unit=units.get(layer)))
         weights.add(weight)
     return weights
+
+
+def _units(blocks: Iterable[nn.Module], exchange: Exchange) -> dict[nn.Module, Unit]:
+    """Make a unit for each block, and return the unit of each ternary layer in the blocks."""
+    units: dict[nn.Module, Unit] = {}
+    before = None
+    for block in blocks:
+        unit = Unit(exchange)
+        unit.attach(block, before)
+        units |= dict.fromkeys(ternary_layers(block).values(), unit)
+        before = unit
+    return units

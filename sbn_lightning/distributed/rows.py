@@ -1,27 +1,22 @@
-"""The rows of a weight on several ranks: how they are cut, and how codes and masks travel at 2 bits for each weight.
+"""The rows of a weight on several ranks: how they are cut, and how many tensors travel in one collective.
 
 Rows are cut as ``DTensor`` cuts them with ``Shard(0)``: every rank has ``ceil(rows / ranks)`` rows, and the last ranks
 have fewer or none. Groups of M lie within a row, so no cut goes through a group.
-
-A ternary weight with a mask has four states: 0, +1, -1 and masked. Two bits have four values, so codes and mask travel
-together, in a quarter of a byte for each weight. A weight that the mask zeroes and a weight that rounds to zero by
-itself stay different.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sbn_lightning.sparsity.pattern import pack_mask
-
 # Newer versions of torch have the first name, and deprecate the second one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-MASKED = 3  # The two-bit value of a masked weight. The values 0, 1 and 2 are the codes 0, +1 and -1.
+ALIGNED = 16  # Kernels read most tensors in pieces of 16 bytes.
 
 
 @dataclass(frozen=True)
@@ -57,16 +52,6 @@ class RowCut:
         """This rank's rows of a tensor ``[rows, ...]``, as a view."""
         return whole.narrow(0, self.first, self.count)
 
-    def parts(self, split_sizes: tuple[int, ...] | None) -> list[tuple[int, int]]:
-        """The parts of a fused weight of which this rank has rows, as pairs ``(index of the part, number of rows)``."""
-        found, start = [], 0
-        for part, size in enumerate(split_sizes or (self.rows,)):
-            rows = min(start + size, self.first + self.count) - max(start, self.first)
-            if rows > 0:
-                found.append((part, rows))
-            start += size
-        return found
-
     def pad(self, mine: Tensor) -> Tensor:
         """Append rows of zeros to the rows of this rank, up to ``[padded, ...]``."""
         if self.count == self.padded:
@@ -76,42 +61,52 @@ class RowCut:
         return whole
 
 
-def encode(codes: Tensor, mask: Tensor) -> Tensor:
-    """Pack codes and mask, four weights in each byte. The first weight takes the lowest bits.
-
-    Args:
-        codes: The codes in {-1, 0, 1}, int8 ``[rows, in_features]``; 0 wherever ``mask`` is False.
-        mask: The mask, bool in the shape of ``codes``.
-
-    Returns:
-        The packed values, uint8 ``[rows, ceil(in_features / 4)]``.
-    """
-    # The code -1 becomes 2. The value 3 is then free for masked weights.
-    values = torch.where(mask, torch.where(codes < 0, 2, codes), MASKED).to(torch.uint8)
-    values = torch.nn.functional.pad(values, (0, -values.shape[-1] % 4), value=MASKED).unflatten(-1, (-1, 4))
-    return values[..., 0] | values[..., 1] << 2 | values[..., 2] << 4 | values[..., 3] << 6
-
-
-def decode(words: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
-    """Unpack codes and mask; the inverse of :func:`encode`.
-
-    Args:
-        words: The packed values, uint8 ``[rows, ceil(in_features / 4)]``.
-        in_features: The number of weights in a row.
-
-    Returns:
-        The codes, int8 ``[rows, in_features]``, and the packed mask, uint8 ``[rows, ceil(in_features / 8)]``.
-    """
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=words.device)
-    values = (words.unsqueeze(-1) >> shifts & 3).flatten(-2)[..., :in_features]
-    mask = values != MASKED
-    codes = torch.where(values == 2, -1, values.to(torch.int8)) * mask
-    return codes.to(torch.int8), pack_mask(mask)
-
-
 def gather_rows(mine: Tensor, cut: RowCut, group: dist.ProcessGroup) -> Tensor:
     """Gather the rows of all ranks, in order: ``[count, ...]`` on each rank -> ``[rows, ...]`` on every rank."""
     padded = cut.pad(mine)
     whole = padded.new_empty(cut.padded * cut.ranks, *padded.shape[1:])
     _all_gather(whole, padded, group=group)
     return whole[: cut.rows]
+
+
+class FlatGather:
+    """Gathers the rows of many tensors from all ranks with one collective.
+
+    The collective starts in the constructor and runs beside what this rank computes until :meth:`wait`.
+
+    Args:
+        tensors: This rank's rows of each tensor, ``[count, ...]``.
+        cuts: The cut of each tensor.
+        group: The ranks that share the rows.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], cuts: Sequence[RowCut], group: dist.ProcessGroup) -> None:
+        self._places: list[tuple[int, int, int, Tensor]] = []
+        pieces, end, device = [], 0, tensors[0].device
+        for mine, cut in zip(tensors, cuts, strict=True):
+            row = mine[0].numel() if len(mine) else mine.shape[1:].numel()
+            size = cut.padded * row * mine.element_size()
+            pieces.append(mine.contiguous().view(-1).view(torch.uint8))
+            self._places.append((end, size, cut.padded, mine))
+            end = -(-(end + size) // ALIGNED) * ALIGNED
+            if (rest := end - self._places[-1][0] - len(pieces[-1])) > 0:
+                pieces.append(torch.zeros(rest, dtype=torch.uint8, device=device))
+        self._sent = torch.cat(pieces)
+        self.buffer = torch.empty(cuts[0].ranks * end, dtype=torch.uint8, device=device)
+        self._work = _all_gather(self.buffer, self._sent, group=group, async_op=True)
+        self.buffer = self.buffer.view(-1, end)
+
+    def wait(self) -> list[Tensor]:
+        """Wait for the collective. On a GPU the stream waits, and not the host.
+
+        Returns:
+            The rows of all ranks, ``[ranks, padded, ...]`` for each tensor: views of :attr:`buffer`. Rows that no rank
+            has are arbitrary.
+        """
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return [
+            self.buffer[:, start : start + size].view(mine.dtype).unflatten(1, (padded, *mine.shape[1:]))
+            for start, size, padded, mine in self._places
+        ]

@@ -7,7 +7,9 @@ weight). No row is cut in two, so a group of M never spans two ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.packed import shard_packed
-from sbn_lightning.layers.sparse_linear import masked_layers
+from sbn_lightning.layers.sparse_linear import masked_layers, prepare_layers
+
+Gather = Literal["packed_step", "packed_layer", "latent"]
 
 
 def keep_masks_out_of_broadcasts(module: nn.Module) -> None:
@@ -32,7 +36,7 @@ def shard(
     mesh: DeviceMesh,
     methods: Sequence[str] = (),
     *,
-    packed: bool = True,
+    gather: Gather = "packed_step",
     reduce_dtype: torch.dtype = torch.float32,
     policy: MixedPrecisionPolicy | None = None,
 ) -> None:
@@ -48,19 +52,26 @@ def shard(
             the first hold the same rows, and those of the second share the rows. Lightning's mesh has the dimensions
             ``data_parallel`` and ``tensor_parallel``; the size of ``tensor_parallel`` must be 1.
         methods: The names of the methods of ``module``, besides ``forward``, for which FSDP2 must gather weights.
-        packed: Whether latent weights are sharded by rows. If False, FSDP2 shards them as well, and gathers them in
-            full precision.
+        gather: What the ranks gather of ternary layers. ``"packed_step"``: 2-bit codes, once in an optimiser step; all
+            codes stay whole until the next. ``"packed_layer"``: 2-bit codes, before the forward and the backward of
+            each block, and their memory is given back after it. ``"latent"``: FSDP2 shards latent weights as well, and
+            gathers them in full precision.
         reduce_dtype: The dtype in which gradients of latent weights travel, float32 or bfloat16.
         policy: The dtypes in which FSDP2 gathers its parameters and reduces their gradients. None keeps the dtypes of
             the parameters.
 
     Raises:
-        ConfigError: If the mesh has ranks for tensor parallelism, or if a layer that FSDP2 shards has fewer rows than
-            there are ranks. (Lightning gives all GPUs of a node to tensor parallelism by default. Each of them would
-            then train a model of its own, unnoticed.)
+        ConfigError: If ``gather`` or ``reduce_dtype`` has another value, if the mesh has ranks for tensor parallelism,
+            or if a layer that FSDP2 shards has fewer rows than there are ranks. (Lightning gives all GPUs of a node to
+            tensor parallelism by default. Each of them would then train a model of its own, unnoticed.)
     """
+    if gather not in get_args(Gather):
+        raise ConfigError(f"gather={gather!r} is not one of {', '.join(get_args(Gather))}")
+    if reduce_dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"reduce_dtype={reduce_dtype} is not torch.float32 or torch.bfloat16")
     if isinstance(module, FSDPModule):
         return
+    blocks = list(blocks)
     if "tensor_parallel" in (mesh.mesh_dim_names or ()):
         if mesh["tensor_parallel"].size() > 1:
             raise ConfigError(
@@ -68,7 +79,8 @@ def shard(
                 f"data_parallel_size={mesh.size()}, tensor_parallel_size=1)"
             )
         mesh = mesh["data_parallel"]
-    ours = shard_packed(module, mesh, reduce_dtype=reduce_dtype) if packed else set()
+    layered = blocks if gather == "packed_layer" else ()
+    ours = set() if gather == "latent" else shard_packed(module, mesh, reduce_dtype=reduce_dtype, layered=layered)
     ranks = mesh.size(mesh.ndim - 1)
     for name, layer in masked_layers(module):
         if layer.weight not in ours and layer.out_features < ranks:
@@ -78,3 +90,33 @@ def shard(
         fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=ours)
     for method in methods:
         register_fsdp_forward_method(module, method)
+    if ours:
+        prepare_first(module, methods)
+
+
+def prepare_first(module: nn.Module, methods: Sequence[str] = ()) -> None:
+    """Make a model prepare all its layers together before each forward, and not one after the other.
+
+    Args:
+        module: The whole model; changed in place.
+        methods: The names of the methods, besides ``forward``, that multiply with the layers.
+    """
+
+    @torch._dynamo.disable  # type: ignore[misc]  # A graph cannot ask whether a weight has changed.
+    def prepare(*_: Any) -> None:
+        prepare_layers(module)
+
+    module.register_forward_pre_hook(lambda *_: prepare(), prepend=True)
+    for name in methods:
+        setattr(module, name, _after(prepare, getattr(module, name)))
+    for _, layer in masked_layers(module):
+        layer.owner_prepares = True
+
+
+def _after(prepare: Callable[[], None], method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        prepare()
+        return method(*args, **kwargs)
+
+    return call

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallelStrategy
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -17,6 +18,7 @@ from lightning.pytorch.strategies import (
 from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.sharding import Gather
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -49,8 +51,8 @@ def check_checkpoint(path: str | Path | None, strategy: Any) -> None:
     """
     if path is None:
         return
-    path, sharding = Path(path), isinstance(strategy, ModelParallelStrategy)
-    if path.is_dir() and not sharding:
+    path, sharding = Path(path), isinstance(strategy, (ModelParallelStrategy, FabricModelParallelStrategy))
+    if path.is_dir() and not isinstance(strategy, ModelParallelStrategy):
         # The checkpoint is not read here, because torch.distributed.checkpoint unpickles its metadata. Unpickling can
         # run code that the file contains.
         raise ConfigError(
@@ -76,9 +78,10 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Args:
         reduce_dtype: The dtype in which gradients of latent weights travel.
-        gather: What the ranks gather. ``"packed_step"``: 2-bit codes, once in an optimiser step. Every rank then has
-            all codes, a quarter of a byte for each weight. ``"latent"``: FSDP2 gathers latent weights, 4 bytes each, in
-            every forward and backward.
+        gather: What the ranks gather of ternary layers. ``"packed_step"``: 2-bit codes, once in an optimiser step. All
+            codes then stay whole on every rank until the next step. ``"packed_layer"``: 2-bit codes, before the forward
+            and the backward of each block. Their memory is given back when the block has run. ``"latent"``: FSDP2
+            gathers latent weights, 4 bytes each, in every forward and backward.
         save_distributed_checkpoint: Whether every rank saves its own shard, so that a checkpoint is a folder. If False,
             a checkpoint is one file that every strategy reads.
         **options: The other options of ``ModelParallelStrategy``.
@@ -87,16 +90,16 @@ class ShardedStrategy(ModelParallelStrategy):
     def __init__(
         self,
         reduce_dtype: Literal["float32", "bfloat16"] = "float32",
-        gather: Literal["packed_step", "latent"] = "packed_step",
+        gather: Gather = "packed_step",
         save_distributed_checkpoint: bool = False,
         **options: Any,
     ) -> None:
         if reduce_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"reduce_dtype={reduce_dtype!r} is not 'float32' or 'bfloat16'")
-        if gather not in ("packed_step", "latent"):
-            raise ConfigError(f"gather={gather!r} is not 'packed_step' or 'latent'")
+        if gather not in get_args(Gather):
+            raise ConfigError(f"gather={gather!r} is not one of {', '.join(get_args(Gather))}")
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **options)
-        self.sharding = {"reduce_dtype": getattr(torch, reduce_dtype), "packed": gather == "packed_step"}
+        self.sharding = {"reduce_dtype": getattr(torch, reduce_dtype), "gather": gather}
 
     @override
     def setup_environment(self) -> None:

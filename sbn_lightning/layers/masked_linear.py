@@ -386,10 +386,31 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
 
 
 def prepare_layers(model: nn.Module) -> None:
-    """Call :meth:`MaskedLinear.prepare` on every layer of ``model``."""
+    """Call :meth:`MaskedLinear.prepare` on every layer of ``model``.
+
+    Layers whose backends share a function ``together`` are prepared with one call of this function. It takes a list of
+    what single layers give to ``Backend.prepare``, each after its backend, and returns the prepared weights.
+    """
     with weights_stay(model):
+        shared: dict[Callable[..., list[Any]], list[MaskedLinear]] = {}
         for _, layer in masked_layers(model):
-            layer.prepare()
+            together = getattr(layer.backend, "together", None)
+            if together is None:
+                layer.prepare()
+            else:
+                shared.setdefault(together, []).append(layer)
+        for together, layers in shared.items():
+            _prepare_together(together, layers)
+
+
+@torch.no_grad()
+def _prepare_together(together: Callable[..., list[Any]], layers: list[Any]) -> None:
+    with torch.inference_mode(False):  # As in the layers themselves.
+        due = [(layer, request) for layer in layers if (request := layer.due()) is not None]
+        if due:
+            made = together([(layer.backend, *request) for layer, request in due])
+            for (layer, request), prepared in zip(due, made, strict=True):
+                layer.take(request, prepared)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sbn_lightning.backends.reference import REFERENCE, Backend
+from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.mask_tracker import version
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
@@ -87,40 +87,60 @@ class SparseBitLinear(MaskedLinear):
 
     def ternary(self) -> tuple[Tensor, Tensor]:
         """Return the codes in {-1, 0, 1}, int8 ``[out_features, in_features]``, and gamma of each part, float32."""
-        self.prepare()
+        weight = self._whole()
         starts = [0]
         for rows in (self.split_sizes or (self.out_features,))[:-1]:
             starts.append(starts[-1] + rows)
-        return self._prepared.codes, self._prepared.row_scale[starts]
+        return weight.codes, weight.row_scale[starts]
 
     def effective_weight(self) -> Tensor:
-        self.prepare()
-        return (self._prepared.codes * self._prepared.row_scale.unsqueeze(-1)).to(self.weight.dtype)
+        weight = self._whole()
+        return (weight.codes * weight.row_scale.unsqueeze(-1)).to(self.weight.dtype)
 
     def values(self, masked: bool = True) -> Tensor:
-        self.prepare()
-        codes: Tensor = self._prepared.codes
+        weight = self._whole()
+        codes: Tensor = weight.codes
         if masked:
             return codes
         if self.sparsity.gamma_over == "nonzero":
             return self._dense_codes()
-        return ternary_codes(self.latent(), self._prepared.row_scale)
+        return ternary_codes(self.latent(), weight.row_scale)
+
+    def _whole(self) -> Any:
+        """Return the prepared weight, up to date. A backend whose codes are not whole at present makes them whole."""
+        self.prepare()
+        whole = getattr(self._backend, "whole", None)
+        return self._prepared if whole is None else whole(self._prepared)
 
     def prepare(self) -> None:
+        # A validation loop may run in inference mode. Tensors made in that mode could not be used in the next training
+        # step.
+        with torch.inference_mode(False), torch.no_grad():
+            request = self.due()
+            if request is not None:
+                self.take(request, self._backend.prepare(*request))
+
+    def due(self) -> tuple[Tensor, Tensor | None, Keep, SparsityConfig] | None:
+        """Return the arguments of ``Backend.prepare`` if the weight must be prepared anew; otherwise None."""
         stale = self._mask_is_stale()
         if stale and self.sparsity.mask_source != "latent":
             self._make_mask()
             stale = False
         if not stale and self._prepared_key() == self._prepared_of:
-            return
-        # A validation loop may run in inference mode. Tensors made in that mode could not be used in the next training
-        # step.
-        with torch.inference_mode(False), torch.no_grad():
-            keep = self._keep() if stale else self._most_kept
-            bits = None if stale else self.mask_bits
-            self._prepared = self._backend.prepare(self._for_backend(), bits, keep, self.sparsity)
-            if stale:
-                self._set_mask(self._prepared.mask_bits)
+            return None
+        keep = self._keep() if stale else self._most_kept
+        return self._for_backend(), None if stale else self.mask_bits, keep, self.sparsity
+
+    def take(self, request: tuple[Tensor, Tensor | None, Keep, SparsityConfig], prepared: Any) -> None:
+        """Take over a prepared weight.
+
+        Args:
+            request: What :meth:`due` returned.
+            prepared: What the backend made of it.
+        """
+        self._prepared = prepared
+        if request[1] is None:
+            self._set_mask(prepared.mask_bits)
         self._prepared_of = self._prepared_key()
 
     def _prepared_key(self) -> tuple[Any, ...]:

@@ -111,7 +111,7 @@ class SparseBitNet(LightningModule):
         if self.hparams["compile"] and not self.model.is_compiled:
             self.model.compile_blocks()
         if self.device_mesh is not None:  # ModelParallelStrategy
-            options = getattr(self.trainer.strategy, "sharding", {"packed": False})  # ShardedStrategy says more
+            options = getattr(self.trainer.strategy, "sharding", {"gather": "latent"})  # ShardedStrategy says more
             shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",), **options)
 
     def load_initial_weights(self, path: str) -> TextFiles:

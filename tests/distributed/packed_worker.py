@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from sbn_lightning.distributed import rows
 from sbn_lightning.distributed.packed import shard_packed
-from sbn_lightning.layers import SparseBitLinear
+from sbn_lightning.distributed.sharding import shard
+from sbn_lightning.layers import SparseBitLinear, masked_layers, prepare_layers
+from sbn_lightning.models.transformer import TernaryTransformer
+from sbn_lightning.sparsity.config import SparsityConfig
+from tests.helpers import small_config
 
 # The number of ranks does not divide the rows; fewer rows than ranks; ranks that cut the parts of a fused weight.
 CASES = [
@@ -71,12 +80,90 @@ def check(case: dict[str, object], ranks: int, held: bool, share: float) -> None
     assert torch.equal(sharded.state_dict()["1.weight"].full_tensor(), alone.state_dict()["1.weight"])
 
 
+def model(
+    mesh: DeviceMesh | None, gather: str = "packed_step", reduce_dtype: torch.dtype = torch.float32, **changes: object
+) -> nn.Module:
+    """A small transformer of mixed layers, sharded over a mesh if there is one."""
+    torch.manual_seed(5)
+    made = TernaryTransformer(small_config(pattern="2:4", d_ffn=40, **changes))
+    made.blocks[0].mlp.down.sparsity = SparsityConfig(pattern="2:4", gamma_over="nonzero")
+    made.blocks[1].attention.o.sparsity = SparsityConfig(pattern="4:8", gamma_over="kept")
+    if mesh is not None:
+        shard(made, made.blocks, mesh, methods=("loss",), gather=gather, reduce_dtype=reduce_dtype)
+    return made
+
+
+def train(made: nn.Module, steps: int = 3) -> list[float]:
+    """Losses of some optimiser steps of two micro-batches, and of a validation after each."""
+    optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+    for _ in range(steps):
+        for _ in range(2):
+            tokens = torch.randint(320, (2, 9), generator=generator)
+            loss = made.loss(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            seen.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.inference_mode():
+            seen.append(made(tokens).float().sum().item())
+    return seen
+
+
+def check_models(ranks: int) -> None:
+    """``packed_step`` and ``packed_layer`` give the same bits, however the blocks run, and those of one process."""
+    alone, mesh = model(None), init_device_mesh("cpu", (ranks,))
+    expected = train(alone)
+    masks = {name: layer.packed_mask().clone() for name, layer in masked_layers(alone)}
+    first = None
+    ways = [
+        ("packed_step", {}),
+        ("packed_layer", {}),
+        ("packed_layer", {"activation_checkpointing": True}),
+        ("packed_layer", {"compiled": True}),
+    ]
+    for gather, changes in ways if ranks == 2 else ways[:2]:
+        compiled = changes.pop("compiled", False)
+        made = model(mesh, gather, **changes)
+        if compiled:
+            made.compile_blocks(backend="aot_eager")
+        losses = train(made)
+        assert losses[0] == expected[0], gather
+        assert losses == pytest.approx(expected, rel=1e-5), gather
+        first = first or losses
+        assert losses == (first if not compiled else pytest.approx(first, rel=1e-5)), (gather, changes)
+        for name, layer in masked_layers(made):
+            assert torch.equal(layer.packed_mask(), masks[name]), (gather, name)
+            assert torch.equal(layer.ternary()[0] != 0, layer.effective_weight() != 0)
+            memory = layer._prepared.codes.untyped_storage().nbytes()
+            assert (memory == 0) == (gather == "packed_layer"), name
+    with counted() as calls:
+        made = model(mesh)
+        prepare_layers(made)
+    assert calls == [2 + 1], calls  # terms, terms of gamma over non-zero codes, words
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Count how many collectives gather rows."""
+    calls, gather = [0], rows._all_gather
+
+    def call(*args: object, **kwargs: object) -> object:
+        calls[0] += 1
+        return gather(*args, **kwargs)
+
+    with mock.patch.object(rows, "_all_gather", call):
+        yield calls
+
+
 def main() -> None:
     ranks, file, rank = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
     for case in CASES:
         for held, share in ((False, 1.0), (True, 1.0), (False, 0.6)):
             check(case, ranks, held, share)
+    check_models(ranks)
     dist.destroy_process_group()
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sbn_lightning.distributed.rows import RowCut, decode, encode
-from sbn_lightning.sparsity.pattern import NMPattern, pack_mask, top_n_mask
+from sbn_lightning.distributed.rows import RowCut
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,28 +25,6 @@ def test_the_cut_is_that_of_a_dtensor(rows, ranks):
         assert torch.equal(cut.mine(whole), chunk)
         assert len(cut.pad(cut.mine(whole))) == cut.padded
     assert sum(cut.count for cut in cuts) == rows
-
-
-def test_parts_of_a_fused_weight_that_a_cut_goes_through():
-    sizes = (3, 1, 4)
-    assert RowCut(8, 0, 3).parts(sizes) == [(0, 3)]
-    assert RowCut(8, 1, 3).parts(sizes) == [(1, 1), (2, 2)]
-    assert RowCut(8, 2, 3).parts(sizes) == [(2, 2)]
-    assert RowCut(8, 0, 1).parts(None) == [(0, 8)]
-
-
-@pytest.mark.parametrize("pattern", ["2:4", "6:8", "1:1", "2:3"])
-def test_codes_and_mask_travel_in_two_bits(pattern):
-    pattern = NMPattern.parse(pattern)
-    weight = torch.randn(7, 4 * pattern.m + pattern.m)
-    mask = top_n_mask(weight, pattern)
-    codes = (weight.round().clamp(-1, 1) * mask).to(torch.int8)
-    words = encode(codes, mask)
-    assert words.shape == (7, -(-weight.shape[1] // 4))
-    assert words.dtype == torch.uint8
-    same_codes, bits = decode(words, weight.shape[1])
-    assert torch.equal(same_codes, codes)
-    assert torch.equal(bits, pack_mask(mask))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

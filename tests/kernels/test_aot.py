@@ -14,7 +14,9 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from sbn_kernels.decode import head
 from sbn_kernels.decode import triton as decode
+from sbn_kernels.exchange import device as exchange
 from sbn_kernels.gemm import cusparselt
 from sbn_kernels.gemm import portable as portable_gemm
 from sbn_kernels.gemm.sm90 import split_k
@@ -113,6 +115,30 @@ PLAIN = {
     ),
     "scale": (cusparselt.scale_kernel, {"BIAS": True, "ROWS": 4, "COLUMNS": 1024}, {}, 4),
     "add splits": (split_k.add_splits_kernel, {"S": 16, "ROWS": True, "BIAS": True, "BT": 64, "R": 8}, {}, 16),
+    "gamma of parts": (
+        exchange.gamma_of_parts_kernel,
+        {"BLOCK": 1024},
+        {"terms_pointer": "*fp32", "counts_pointer": "*i32", "table_pointer": "*i32"},
+        8,
+    ),
+    "encode 2:4": (
+        exchange.encode_kernel,
+        {**TILE, "N": 2, "M": 4, "GIVEN": False},
+        {"words_pointer": "*u8"},
+        8,
+    ),
+    "decode words": (
+        exchange.decode_kernel,
+        {**TILE, "BITS": True, "LAYOUT": 2},
+        {"words_pointer": "*u8"},
+        8,
+    ),
+    "8-bit head": (
+        head.int8_rows_kernel,
+        {"BT": 16, "ROWS": 64, "COLUMNS": 128},
+        {"x_pointer": "*bf16", "codes_pointer": "*i8", "y_pointer": "*bf16"},
+        4,
+    ),
     "portable decode": (decode.decode_portable_kernel, {"BIAS": True, "BT": 16}, {"x_pointer": "*i8"}, 4),
 }
 

@@ -264,6 +264,36 @@ def _store_dense(packed_pointer, half, k_step, k_steps, quads, R: tl.constexpr):
 
 
 @triton.jit
+def _store_sparse24(packed_pointer, half, k_step, k_steps, kept, c0, c1, c2, c3, R: tl.constexpr, G: tl.constexpr):
+    """Stores words of layout ``sparse24`` of one half and k step, from quads [R, G]: kept bits, and codes 0, 1, 2."""
+    second = tl.where(kept & 8 != 0, 3, tl.where(kept & 4 != 0, 2, 1))
+    first = tl.where(kept & 1 != 0, 0, tl.where(kept & 2 != 0, 1, 2))
+    first = tl.minimum(first, second - 1)
+    low = tl.where(first == 0, c0, tl.where(first == 1, c1, c2))
+    high = tl.where(second == 1, c1, tl.where(second == 2, c2, c3))
+    # quads are [jj, r1, t, b1]
+    even, odd = tl.split(tl.reshape(low | (high << 4), [R, G // 2, 2]))
+    pair = tl.reshape(even | (odd << 8), [R * 2, 2, 4])
+    pair = tl.sum(pair << (2 * tl.arange(0, 2)[None, :, None]), axis=1)
+    pair = tl.reshape(pair, [4, 2, 8 * 2 * 4])
+    words = tl.sum(pair << (16 * tl.arange(0, 2)[None, :, None]), axis=1)
+    words = tl.reshape(words, [4, 8, 2, 4])
+    w_ = tl.arange(0, 4)[:, None, None, None]
+    g_ = tl.arange(0, 8)[None, :, None, None]
+    t_ = tl.arange(0, 4)[None, None, None, :]
+    jj_ = tl.arange(0, 2)[None, None, :, None]
+    base = packed_pointer + _half_block(half, k_step, k_steps)
+    tl.store(base + (32 * w_ + 4 * g_ + t_) * 4 + 2 * jj_, words)
+    # positions: [row, jj * 2 + half, 8 quads]
+    nibble = tl.reshape(first | (second << 2), [R, 4, 8])
+    metadata = tl.sum(nibble << (4 * tl.arange(0, 8)[None, None, :]), axis=2)
+    r_ = tl.arange(0, R)[:, None]
+    q_ = tl.arange(0, 4)[None, :]
+    thread = 32 * (r_ // 16) + 4 * (r_ % 8) + 2 * (q_ % 2) + r_ // 8 % 2
+    tl.store(base + thread * 4 + 2 * (q_ // 2) + 1, metadata)
+
+
+@triton.jit
 def prepare_kernel(
     w_pointer, row_scale_pointer, mask_pointer, old_pointer, keep_pointer, bits_pointer, codes_pointer,
     packed_pointer, stats_pointer, rows, columns, k_steps, stride, mask_stride, old_stride, bits_stride,
@@ -333,31 +363,7 @@ def prepare_kernel(
     if LAYOUT == 1:
         _store_dense(packed_pointer, half, k_step, k_steps, c0 | (c1 << 4) | (c2 << 8) | (c3 << 12), R)
     elif LAYOUT == 2:
-        second = tl.where(kept & 8 != 0, 3, tl.where(kept & 4 != 0, 2, 1))
-        first = tl.where(kept & 1 != 0, 0, tl.where(kept & 2 != 0, 1, 2))
-        first = tl.minimum(first, second - 1)
-        low = tl.where(first == 0, c0, tl.where(first == 1, c1, c2))
-        high = tl.where(second == 1, c1, tl.where(second == 2, c2, c3))
-        # quads are [jj, r1, t, b1]
-        even, odd = tl.split(tl.reshape(low | (high << 4), [R, G // 2, 2]))
-        pair = tl.reshape(even | (odd << 8), [R * 2, 2, 4])
-        pair = tl.sum(pair << (2 * tl.arange(0, 2)[None, :, None]), axis=1)
-        pair = tl.reshape(pair, [4, 2, 8 * 2 * 4])
-        words = tl.sum(pair << (16 * tl.arange(0, 2)[None, :, None]), axis=1)
-        words = tl.reshape(words, [4, 8, 2, 4])
-        w_ = tl.arange(0, 4)[:, None, None, None]
-        g_ = tl.arange(0, 8)[None, :, None, None]
-        t_ = tl.arange(0, 4)[None, None, None, :]
-        jj_ = tl.arange(0, 2)[None, None, :, None]
-        base = packed_pointer + _half_block(half, k_step, k_steps)
-        tl.store(base + (32 * w_ + 4 * g_ + t_) * 4 + 2 * jj_, words)
-        # positions: [row, jj * 2 + half, 8 quads]
-        nibble = tl.reshape(first | (second << 2), [R, 4, 8])
-        metadata = tl.sum(nibble << (4 * tl.arange(0, 8)[None, None, :]), axis=2)
-        r_ = tl.arange(0, R)[:, None]
-        q_ = tl.arange(0, 4)[None, :]
-        thread = 32 * (r_ // 16) + 4 * (r_ % 8) + 2 * (q_ % 2) + r_ // 8 % 2
-        tl.store(base + thread * 4 + 2 * (q_ // 2) + 1, metadata)
+        _store_sparse24(packed_pointer, half, k_step, k_steps, kept, c0, c1, c2, c3, R, G)
 
 
 @triton.jit
