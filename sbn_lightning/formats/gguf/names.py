@@ -1,15 +1,28 @@
-"""Names and orders in GGUF files of Llama and Qwen2: GGUF <-> Hugging Face."""
+"""Names and orders in GGUF files: GGUF <-> this project, by way of Hugging Face's names."""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+from sbn_lightning.formats.huggingface.names import norm_names
+from sbn_lightning.models.config import TransformerConfig
 
 OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+NORMS = {
+    "attention_norm": "attn_norm",
+    "mlp_norm": "ffn_norm",
+    "attention.q_norm": "attn_q_norm",
+    "attention.k_norm": "attn_k_norm",
+    "attention.sub_norm": "attn_sub_norm",
+    "mlp.sub_norm": "ffn_sub_norm",
+}
+"""The norms of a block: name in this project -> name in GGUF."""
+POST_NORMS = {"attention_norm": "post_attention_norm", "mlp_norm": "post_ffw_norm"}
+"""The names of norms that follow attention and the feed-forward layer."""
 LINEAR = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -21,6 +34,12 @@ LINEAR = {
 }
 NAMES = {theirs.rsplit(".", 1)[1]: ours for ours, theirs in LINEAR.items()}  # q_proj -> attn_q
 ROPE_DIVISORS = "rope_freqs.weight"
+
+
+def block_norms(config: TransformerConfig) -> dict[str, str]:
+    """The norms that the blocks of a model have: name in this project -> name in GGUF."""
+    names = NORMS | POST_NORMS if config.post_norm else NORMS
+    return {ours: names[ours] for ours in norm_names(config)}
 
 
 def interleave_halves(weight: Tensor, head_size: int) -> Tensor:

@@ -1,12 +1,12 @@
-"""Read a GGUF file of a Llama or Qwen2 model: weights, configuration, tokenizer and chat template.
+"""Read a GGUF file: weights, configuration, tokenizer and chat template.
 
 The ``gguf`` package turns every type that it knows back into float32.
 
 The rotary positions pair up rows of q and k. llama.cpp pairs neighbouring rows of a head, and this project pairs row i
-of the first half with row i of the second half. So the rows of architecture ``llama`` are put back in order.
+of the first half with row i of the second half. So the rows of architectures such as ``llama`` are put back in order.
 
-A file with scaled positions holds one divisor for each frequency, and not the options that the divisors were computed
-from. The options of Llama 3.1 to 3.3 are tried.
+A file of Llama 3.1 to 3.3 holds one divisor for each frequency, and not the options that the divisors were computed
+from. The options of these models are tried.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from torch import Tensor
 from sbn_lightning.checkpoints.text_files import TextFiles
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.formats.files import refuse_pointer
-from sbn_lightning.formats.gguf.names import LINEAR, NORMS, OUTER, ROPE_DIVISORS, restore_halves
+from sbn_lightning.formats.gguf.names import LINEAR, OUTER, ROPE_DIVISORS, block_norms, restore_halves
 from sbn_lightning.formats.gguf.tokenizer import read_tokenizer
-from sbn_lightning.formats.huggingface.names import from_hf_state
-from sbn_lightning.models.config import RopeScaling, TransformerConfig
+from sbn_lightning.formats.huggingface.names import from_hf_state, norm_names
+from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.families.family import GGUFArchitecture
+from sbn_lightning.models.families.registry import gguf_architectures
 from sbn_lightning.models.rope import rope_frequencies, rope_stretch
+from sbn_lightning.models.rope_scaling import RopeScaling, yarn_magnitude
 
-ARCHITECTURES = ("llama", "qwen2")
 # The factors of Llama 3.1 and 3.3 (8) and of Llama 3.2 (32); their other options are the same.
 LLAMA_3 = tuple(RopeScaling(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
 
@@ -48,8 +50,11 @@ def read_gguf(file: Path) -> tuple[TransformerConfig, dict[str, Tensor], TextFil
 
     with _reading(file) as (fields, tensors):
         config = _config(fields, tensors, file)
-        names = {_name_there(name): name for name in tensors if name != ROPE_DIVISORS}
-        turned = fields["general.architecture"] == "llama"
+        ours_of = {theirs: ours for ours, theirs in block_norms(config).items()}
+        hf_norms = norm_names(config)
+        norms = {theirs: hf_norms[ours] for theirs, ours in ours_of.items()}
+        names = {_name_there(name, norms): name for name in tensors if name != ROPE_DIVISORS}
+        turned = _architecture(fields, file).alternates_halves
 
         def read(name: str) -> Tensor:
             tensor = tensors[names[name]]
@@ -95,33 +100,48 @@ def _reading(file: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     yield fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
+def _architecture(fields: dict[str, Any], file: Path) -> GGUFArchitecture:
+    kind, known = fields.get("general.architecture"), gguf_architectures()
+    if kind not in known:
+        raise ConfigError(f"{file}: the architecture {kind!r} is not one of {', '.join(known)}")
+    return known[kind]
+
+
 def _config(fields: dict[str, Any], tensors: dict[str, Any], file: Path) -> TransformerConfig:
-    kind = fields.get("general.architecture")
-    if kind not in ARCHITECTURES:
-        raise ConfigError(f"{file}: the architecture {kind!r} is not one of {', '.join(ARCHITECTURES)}")
+    architecture = _architecture(fields, file)
+    kind = architecture.name
     if fields.get(f"{kind}.expert_count"):
         raise ConfigError(f"{file}: mixture of experts ({fields[f'{kind}.expert_count']} experts) is not supported")
-    if fields.get(f"{kind}.rope.scaling.type", "none") != "none":
-        raise ConfigError(f"{file}: scaled positions ({fields[f'{kind}.rope.scaling.type']}) are not supported")
+    window = fields.get(f"{kind}.attention.sliding_window")
+    if window and window < fields.get(f"{kind}.context_length", window):
+        raise ConfigError(
+            f"{file}: sliding windows ({window} tokens) are not read from GGUF; give the Hugging Face folder of the model"
+        )
     try:
         heads, d_model = fields[f"{kind}.attention.head_count"], fields[f"{kind}.embedding_length"]
-        if (size := fields.get(f"{kind}.rope.dimension_count", d_model // heads)) * heads != d_model:
-            raise ConfigError(f"{file}: heads of {size} features times {heads} are not the width of {d_model}")
+        size = fields.get(f"{kind}.attention.key_length", d_model // heads)
+        if (turning := fields.get(f"{kind}.rope.dimension_count", size)) != size:
+            raise ConfigError(f"{file}: only {turning} of the {size} features of a head turn, which is not supported")
         embeddings = tensors["token_embd.weight"]
+        n_layers = fields[f"{kind}.block_count"]
         config = TransformerConfig(
             vocab_size=int(embeddings.shape[1]),
             d_model=d_model,
-            n_layers=fields[f"{kind}.block_count"],
+            n_layers=n_layers,
             n_heads=heads,
             n_kv_heads=fields.get(f"{kind}.attention.head_count_kv", heads),
             d_ffn=fields[f"{kind}.feed_forward_length"],
             max_sequence_length=fields[f"{kind}.context_length"],
             rope_theta=round(float(fields.get(f"{kind}.rope.freq_base", 10000.0)), 3),
-            # The file holds a float32, so 1e-5 is read as 9.999999747378752e-06. Rounding restores 1e-5.
-            norm_eps=float(f"{fields[f'{kind}.attention.layer_norm_rms_epsilon']:.6g}"),
+            rope_scaling=_rope_scaling(fields, kind, file),
+            norm_eps=_rounded(fields[f"{kind}.attention.layer_norm_rms_epsilon"]),
             qkv_bias="blk.0.attn_q.bias" in tensors,
             tie_embeddings="output.weight" not in tensors,
             linear="dense",
+            head_dim=None if size * heads == d_model else size,
+            o_bias="blk.0.attn_output.bias" in tensors,
+            mlp_bias="blk.0.ffn_down.bias" in tensors,
+            **architecture.implies(n_layers),
         )
     except KeyError as error:
         raise DataError(f"{file} lacks {error.args[0]}") from error
@@ -134,14 +154,47 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], file: Path) -> Tran
     raise ConfigError(f"{file}: positions are scaled in another way than that of Llama 3.1 to 3.3")
 
 
-def _name_there(name: str) -> str:
-    """The name of a tensor in Hugging Face's models. An unknown name stays, and is later refused as left over."""
+def _rope_scaling(fields: dict[str, Any], kind: str, file: Path) -> RopeScaling | None:
+    """Read linear and YaRN positions."""
+    scaling = fields.get(f"{kind}.rope.scaling.type", "none")
+    factor = _rounded(fields.get(f"{kind}.rope.scaling.factor", 1.0))
+    if scaling == "none" or (scaling == "linear" and factor == 1):
+        return None
+    if scaling == "linear":
+        return RopeScaling(factor, rope_type="linear")
+    if scaling != "yarn":
+        raise ConfigError(f"{file}: scaled positions ({scaling}) are not supported")
+    magnitude = fields.get(f"{kind}.rope.scaling.attn_factor")
+    return RopeScaling(
+        factor,
+        original_max_position_embeddings=fields.get(
+            f"{kind}.rope.scaling.original_context_length", fields[f"{kind}.context_length"]
+        ),
+        rope_type="yarn",
+        attention_factor=None if magnitude is None else _rounded(magnitude * yarn_magnitude(factor)),
+        beta_fast=_rounded(fields.get(f"{kind}.rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=_rounded(fields.get(f"{kind}.rope.scaling.yarn_beta_slow", 1.0)),
+    )
+
+
+def _rounded(value: float) -> float:
+    """A number without the digits that a float32 does not hold: 9.999999747378752e-06 becomes 1e-5."""
+    return float(f"{value:.6g}")
+
+
+def _name_there(name: str, norms: dict[str, str]) -> str:
+    """The name of a tensor in Hugging Face's models. An unknown name stays, and is later refused as left over.
+
+    Args:
+        name: The name in the file.
+        norms: The norms of a block: name in GGUF -> name in transformers.
+    """
     if name in OUTER:
         return OUTER[name]
     block, _, rest = name.removeprefix("blk.").partition(".")
     part, _, kind = rest.partition(".")
-    if part in NORMS:
-        return f"model.layers.{block}.{NORMS[part]}.{kind}"
+    if part in norms:
+        return f"model.layers.{block}.{norms[part]}.{kind}"
     if part in LINEAR:
         return f"model.layers.{block}.{LINEAR[part]}.{kind}"
     return name

@@ -3,10 +3,11 @@
 The format gives each tensor a type of its own. A layer whose width the chosen type does not divide gets Q4_0, and the
 other layers keep the chosen type; :mod:`~sbn_lightning.formats.gguf.blocks` has the layouts.
 
-A model with q/k/v biases becomes architecture ``qwen2``, one without becomes ``llama``. For ``llama``, the rows of q
-and k are reordered, because llama.cpp's rotary positions pair neighbouring rows of a head. Scaled positions are written
-as ``rope_freqs.weight``, one divisor for each frequency. llama.cpp quantises activations by block and not by token, so
-its logits are close to ours and not equal.
+The options of a model decide its architecture in llama.cpp (:func:`~sbn_lightning.models.families.registry.gguf_of`).
+For some architectures the rows of q and k are reordered, because llama.cpp's rotary positions pair neighbouring rows of
+a head there. Linear and YaRN positions are written as metadata. The positions of Llama 3.1 to 3.3 are written as
+``rope_freqs.weight``, one divisor for each frequency. llama.cpp quantises activations by block and not by token, so its
+logits are close to ours and not equal.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from tqdm import tqdm
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.gguf.blocks import BLOCKS, FALLBACK, TYPES, blocks, type_for
-from sbn_lightning.formats.gguf.names import NAMES, ROPE_DIVISORS, interleave_halves
+from sbn_lightning.formats.gguf.names import NAMES, ROPE_DIVISORS, block_norms, interleave_halves
 from sbn_lightning.formats.gguf.tokenizer import add_tokenizer, check_tokenizer
 from sbn_lightning.formats.huggingface.names import linear_parts
 from sbn_lightning.formats.huggingface.write import check_ternary
 from sbn_lightning.formats.packed import in_16_bits, ternary_layers
 from sbn_lightning.formats.sizes import Sizes
+from sbn_lightning.models.families.registry import gguf_of
 from sbn_lightning.models.rope import rope_frequencies, rope_stretch
+from sbn_lightning.models.rope_scaling import yarn_magnitude
 
 if TYPE_CHECKING:
     from sbn_lightning.formats.loaded import LoadedModel
     from sbn_lightning.models.config import TransformerConfig
+    from sbn_lightning.models.rope_scaling import RopeScaling
 
 SMALLEST_NORMAL_HALF = 2.0**-14
 
@@ -62,10 +66,10 @@ def write_gguf(loaded: LoadedModel, folder: Path, quantization: str, embedding_b
         ) from error
     check_gguf(loaded, quantization)
     config = loaded.config
-    architecture = "qwen2" if config.qkv_bias else "llama"
+    architecture = gguf_of(config)
     target = folder / f"model-{quantization}.gguf"
     sizes = Sizes()
-    writer = gguf.GGUFWriter(target, architecture)
+    writer = gguf.GGUFWriter(target, architecture.name)
     _add_config(writer, config, TYPES[quantization].file_type)
     add_tokenizer(writer, loaded.text, config.vocab_size)
     _add_other_tensors(writer, loaded, embedding_bits, sizes)
@@ -82,8 +86,9 @@ def write_gguf(loaded: LoadedModel, folder: Path, quantization: str, embedding_b
             others[str(layer.in_features)] = others.get(str(layer.in_features), 0) + len(rows)
         for name, piece, scale, bias in zip(part.theirs, codes.split(rows), gamma, biases, strict=True):
             i, module = name.split(".")[2], name.rsplit(".", 1)[1]
-            if architecture == "llama" and module in ("q_proj", "k_proj"):
+            if architecture.alternates_halves and module in ("q_proj", "k_proj"):
                 piece = interleave_halves(piece, config.head_size)
+                bias = None if bias is None else interleave_halves(bias, config.head_size)
             data = blocks(piece, scale, kind)
             # The data are passed as int8, so that the writer takes the shape that is given. An older gguf package may
             # not know the type.
@@ -102,7 +107,7 @@ def write_gguf(loaded: LoadedModel, folder: Path, quantization: str, embedding_b
     writer.write_tensors_to_file()
     writer.close()
     return (
-        f"architecture {architecture}, {quantization}, {target.stat().st_size / 1e6:.2f} MB in {target.name}\n"
+        f"architecture {architecture.name}, {quantization}, {target.stat().st_size / 1e6:.2f} MB in {target.name}\n"
         f"{sizes.table()}{_note(others, quantization)}"
     )
 
@@ -135,11 +140,7 @@ def check_gguf(loaded: LoadedModel, quantization: str) -> None:
         ConfigError: If the format cannot hold the model or its tokenizer.
     """
     check_ternary(loaded, "gguf")
-    if loaded.config.rope_scaling is not None and loaded.config.qkv_bias:
-        raise ConfigError(
-            "llama.cpp scales rotary positions (rope_scaling) of Llama only, and q/k/v biases make this a Qwen2; use "
-            "--format packed or hf-bitnet"
-        )
+    gguf_of(loaded.config)
     layers = ternary_layers(loaded.model)
     for name, layer in layers.items():
         if type_for(layer.in_features, quantization) is None:
@@ -170,8 +171,30 @@ def _add_config(writer: Any, config: TransformerConfig, file_type: int) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_rope_dimension_count(config.head_size)
+    if config.attention_width != config.d_model:
+        writer.add_key_length(config.head_size)
+        writer.add_value_length(config.head_size)
+    if config.activation != "silu":
+        writer.add_string(f"{writer.arch}.hidden_activation", config.activation)
+    _add_rope_scaling(writer, config.rope_scaling)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(file_type)
+
+
+def _add_rope_scaling(writer: Any, scaling: RopeScaling | None) -> None:
+    """Add linear and YaRN positions. Dynamic ones change nothing in the context of the model."""
+    from gguf import RopeScalingType
+
+    if scaling is None or scaling.rope_type not in ("linear", "yarn"):
+        return
+    writer.add_rope_scaling_type(RopeScalingType(scaling.rope_type))
+    writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.rope_type == "linear":
+        return
+    writer.add_rope_scaling_orig_ctx_len(scaling.original_context)
+    if scaling.attention_factor is not None:
+        # llama.cpp multiplies its own factor by this one.
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor / yarn_magnitude(scaling.factor))
 
 
 def _add_other_tensors(writer: Any, loaded: LoadedModel, embedding_bits: int, sizes: Sizes) -> None:
@@ -182,18 +205,16 @@ def _add_other_tensors(writer: Any, loaded: LoadedModel, embedding_bits: int, si
         large["lm_head.weight"] = ("output.weight", "head")
     for ours, (theirs, part) in large.items():
         sizes.add(part, state[ours].numel(), _add_large(writer, theirs, state[ours], embedding_bits))
-    if (scaling := loaded.config.rope_scaling) is not None:
+    if (scaling := loaded.config.rope_scaling) is not None and scaling.rope_type == "llama3":
         divisors = rope_stretch(scaling, rope_frequencies(loaded.config))
         writer.add_tensor(ROPE_DIVISORS, divisors.float().numpy())
+    names = block_norms(loaded.config)
     norms = {"output_norm.weight": "norm.weight"}
     for i in range(loaded.config.n_layers):
-        norms |= {f"blk.{i}.{theirs}.weight": f"blocks.{i}.{ours}.weight" for theirs, ours in _NORMS.items()}
+        norms |= {f"blk.{i}.{theirs}.weight": f"blocks.{i}.{ours}.weight" for ours, theirs in names.items()}
     for theirs, ours in norms.items():
         writer.add_tensor(theirs, state[ours].float().numpy())
         sizes.add("norms and biases", state[ours].numel(), 4 * state[ours].numel())
-
-
-_NORMS = {"attn_norm": "attention_norm", "ffn_norm": "mlp_norm"}
 
 
 def _add_large(writer: Any, name: str, tensor: Tensor, bits: int) -> int:

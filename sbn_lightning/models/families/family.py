@@ -53,8 +53,8 @@ class GGUFArchitecture:
         scaling = config.rope_scaling
         if scaling is not None and scaling.rope_type == "llama3" and not self.reads_rope_divisors:
             return "does not read rope_scaling of the type llama3"
-        if scaling is not None and scaling.rope_type == "yarn" and not scaling.truncate:
-            return "always rounds the borders of YaRN, as rope_scaling.truncate=True does"
+        if scaling is not None and (scaling.beta_fast, scaling.beta_slow, scaling.truncate) != (32, 1, True):
+            return "reads YaRN with beta_fast=32, beta_slow=1 and truncate=True only"
         if self.head != "either" and config.tie_embeddings != (self.head == "tied"):
             return f"needs tie_embeddings={self.head == 'tied'}"
         return None
