@@ -4,10 +4,19 @@
 
 The weights are random, the shapes are those of Qwen2.5. Every variant runs the loop of ``sbn generate``: blocks
 compiled by ``torch.compile``, anew for each batch; a static cache; a decode step that is one CUDA graph; tokens chosen
-on the device. ``transformers generate`` is Hugging Face's, in bfloat16 with its default attention and cache, not
-compiled: what users run otherwise. Its prefill is the forward of the model as ``generate`` calls it. Prefill reads
-2,048 tokens a sequence. Decoding starts after ``--context`` tokens, and its cache has room for these and the new
-tokens. Logits are those of the last token.
+on the device. A single prompt is read as a :class:`Generator` reads it, from a CUDA graph of its bucket. "one kernel"
+decodes with the persistent step, up to 8 sequences; "8-bit head" has the rows of the head rounded.
+``transformers generate`` is Hugging Face's, in bfloat16 with its default attention and cache, not compiled: what users
+run otherwise. Its prefill is the forward of the model as ``generate`` calls it. ``transformers generate, static cache,
+compiled`` is its fastest form: ``cache_implementation="static"``, with which it compiles its decode step itself.
+
+Prefill reads 2,048 tokens a sequence, and "prefill 512" one prompt of 512. Decoding starts after ``--context`` tokens,
+and its cache has room for these and the new tokens. Logits are those of the last token. ``bandwidth`` is the share of
+the memory bandwidth that a decode step reaches: the bytes of weights and of the context's keys and values over the
+time, relative to a copy (read plus written) in the same run.
+
+The phase ``first_token`` starts ``first_token.py`` for each variant: the time to the first token in a fresh process.
+Its rows are in ``first_token.csv``.
 
 Before timing, each variant decodes some tokens. The logits of every step are compared with one forward over the whole
 sequence, without cache, graph or compiler and on the reference backend. ``error`` is the relative RMS difference of the
@@ -36,12 +45,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import first_token
 import torch
 from common import append, fresh_results, header, need_gpu
 from torch import Tensor
 
 from sbn_lightning.formats.assemble import cast_model
 from sbn_lightning.inference import Decoder, Sampling, generate
+from sbn_lightning.inference.decoder import StepKind
+from sbn_lightning.inference.gather import refusal
+from sbn_lightning.inference.head import use_head
 from sbn_lightning.inference.opening import use_backend
 from sbn_lightning.layers.sparse_linear import prepare_layers
 from sbn_lightning.models.config import QWEN2_5_SHAPES, TransformerConfig
@@ -52,13 +65,18 @@ VARIANTS = {
     "bf16 dense": ("dense", "6:8", "reference"),
     "2:4": ("ternary", "2:4", "sparse"),
     "6:8": ("ternary", "6:8", "int8"),
+    "2:4, one kernel": ("ternary", "2:4", "sparse"),
+    "2:4, 8-bit head": ("ternary", "2:4", "sparse"),
 }
+PERSISTENT, ROUNDED = "2:4, one kernel", "2:4, 8-bit head"
 TRANSFORMERS = "transformers generate"
-PHASES = ("prefill", "decode")
-COLUMNS = ("model", "what", "batch", "variant", "ms", "tokens_s", "bf16_ms", "vs_bf16", "error", "same")
+TRANSFORMERS_BEST = "transformers generate, static cache, compiled"
+PHASES = ("prefill", "decode", "first_token")
+COLUMNS = ("model", "what", "batch", "variant", "ms", "tokens_s", "bf16_ms", "vs_bf16", "error", "same", "bandwidth")
 KEY = ("model", "what", "batch", "variant")
 DEVICE = torch.device("cuda")
-PREFILL_LENGTH, CHECKED_PROMPTS = 2048, 4
+PREFILL_LENGTH, SHORT_LENGTH, CHECKED_PROMPTS = 2048, 512, 4
+COPIED = 1 << 30  # bytes
 CHECKED, CHECKED_CONTEXT = (4, 72), 64
 ERROR = 0.2  # random weights: one rounding in an early block moves many in later ones; up to 0.10 was seen, at 6:8
 GREEDY = Sampling()
@@ -109,14 +127,15 @@ def plain_logits(model: TernaryTransformer) -> Tensor:
     return model.lm_head(model.hidden(random_tokens(*CHECKED))[:, CHECKED_CONTEXT - 1 :])
 
 
-def compare(model: TernaryTransformer, expected: Tensor) -> tuple[float, float]:
-    """Returns ``error`` and ``same`` of the steps of the graph."""
+def compare(model: TernaryTransformer, expected: Tensor, step: StepKind = "graph") -> tuple[float, float]:
+    """Returns ``error`` and ``same`` of the steps."""
     (batch, length), tokens = CHECKED, random_tokens(*CHECKED)
-    decoder = Decoder(model, batch, length)
+    decoder = Decoder(model, batch, length, step=step)
     with torch.compiler.set_stance("force_eager"):
         lengths = torch.full((batch,), CHECKED_CONTEXT, device=DEVICE)
         logits = [decoder.prefill_padded(tokens[:, :CHECKED_CONTEXT], lengths)]
     logits += [decoder.step(tokens[:, i]).clone() for i in range(CHECKED_CONTEXT, length)]
+    decoder.check()
     ours = torch.stack(logits, dim=1)
     return difference(ours, expected), float((ours.argmax(-1) == expected.argmax(-1)).float().mean())
 
@@ -162,8 +181,40 @@ def plain_prefill(model: TernaryTransformer, tokens: Tensor) -> Tensor:
         return model.lm_head(model.hidden(tokens[:CHECKED_PROMPTS])[:, -1])
 
 
+def prompt_ms(model: TernaryTransformer, tokens: Tensor, expected: Tensor | None = None) -> float:
+    """Returns the median time to read one prompt; logits are checked first, without a graph and from the graph."""
+    decoder = Decoder(model, 1, max(tokens.shape[1], 64))
+    prompts = tokens.tolist()
+    decoder.extend(0, prompts[0][:8], 0)  # a decoder has no cache, and so no graphs, before its first prompt
+    for _ in range(2):
+        logits = torch.cat([decoder.extend(0, prompt, 0) for prompt in prompts])
+        if expected is not None:
+            difference(logits, expected)
+    return few_calls_ms(lambda: decoder.extend(0, prompts[0], 0))
+
+
+def copy_rate() -> float:
+    """Returns the bytes a millisecond of a large copy, read plus written."""
+    source = torch.empty(COPIED, dtype=torch.int8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * COPIED / few_calls_ms(lambda: target.copy_(source))
+
+
+def bytes_of_step(name: str, variant: str, batch: int, context: int) -> float:
+    """Returns what a decode step has to read: weights, head, and the keys and values of the contexts."""
+    linear, _, _ = VARIANTS.get(variant, VARIANTS["bf16 dense"])
+    config = TransformerConfig.preset(name, linear=linear)
+    width, kv = config.n_heads * config.head_size, config.n_kv_heads * config.head_size
+    weights = config.n_layers * (config.d_model * (2 * width + 2 * kv) + 3 * config.d_model * config.d_ffn)
+    head = config.vocab_size * config.d_model * (1 if variant == ROUNDED else 2)
+    cache = config.n_layers * 2 * kv * 2 * context * batch
+    return weights * (2 if linear == "dense" else 0.25) + head + cache
+
+
 def prefill_ms(model: TernaryTransformer, batch: int, tokens: Tensor, expected: Tensor) -> float:
     """Returns the median time to read ``batch`` prompts; the logits are checked first."""
+    if batch == 1:
+        return prompt_ms(model, tokens[:CHECKED_PROMPTS], expected)
     decoder = Decoder(model, batch, PREFILL_LENGTH)
     lengths = torch.full((batch,), PREFILL_LENGTH, device=DEVICE)
     # The same number of prompts at any batch, because a single prompt may be further off.
@@ -172,9 +223,9 @@ def prefill_ms(model: TernaryTransformer, batch: int, tokens: Tensor, expected: 
     return few_calls_ms(lambda: decoder.prefill_padded(parts[0], lengths))
 
 
-def decode_ms(model: TernaryTransformer, batch: int, context: int, steps: int) -> float:
+def decode_ms(model: TernaryTransformer, batch: int, context: int, steps: int, step: StepKind = "graph") -> float:
     """Returns the median time of a step, over windows of 8 steps."""
-    decoder = Decoder(model, batch, context + steps + 24)
+    decoder = Decoder(model, batch, context + steps + 24, step=step)
     with torch.compiler.set_stance("force_eager"):  # this is not timed, so it need not be compiled for each batch
         logits = decoder.prefill_padded(random_tokens(batch, context), torch.full((batch,), context, device=DEVICE))
     token = GREEDY(logits)
@@ -185,7 +236,9 @@ def decode_ms(model: TernaryTransformer, batch: int, context: int, steps: int) -
             token = GREEDY(decoder.step(token))
 
     eight(), eight()
-    return statistics.median(call_times(eight, max(1, steps // 8))) / 8
+    times = call_times(eight, max(1, steps // 8))
+    decoder.check()
+    return statistics.median(times) / 8
 
 
 class Table:
@@ -201,15 +254,29 @@ class Table:
         self.model = model
         self.base: dict[tuple[str, int], float] = {}
         self.missing: list[str] = []
+        self.copied: float | None = None  # bytes a millisecond
 
-    def add(self, variant: str, what: str, batch: int, ms: float, error: float | str, same: float | str) -> None:
-        """Writes a row."""
+    def add(
+        self,
+        variant: str,
+        what: str,
+        batch: int,
+        ms: float,
+        error: float | str,
+        same: float | str,
+        context: int | None = None,
+    ) -> None:
+        """Writes a row; ``context`` is the number of tokens in the cache of a decode step."""
         if variant == "bf16 dense":
             self.base[what, batch] = ms
-        amount = batch * (PREFILL_LENGTH if what == "prefill" else 1)
+        amount = batch * {"prefill": PREFILL_LENGTH, "prefill 512": SHORT_LENGTH}.get(what, 1)
+        bandwidth: float | str = ""
+        if context is not None:
+            self.copied = self.copied or copy_rate()
+            bandwidth = bytes_of_step(self.model, variant, batch, context) / ms / self.copied
         base = self.base.get((what, batch))
         ratio: tuple[float | str, float | str] = (base, base / ms) if base else ("", "")
-        values = (self.model, what, batch, variant, ms, 1e3 * amount / ms, *ratio, error, same)
+        values = (self.model, what, batch, variant, ms, 1e3 * amount / ms, *ratio, error, same, bandwidth)
         append(self.path, dict(zip(COLUMNS, values, strict=True)), KEY)
 
     @contextmanager
@@ -232,19 +299,31 @@ def ours(table: Table, variant: str, args: argparse.Namespace) -> None:
     expected = plain_logits(model)
     use_backend(model, VARIANTS[variant][2], torch.bfloat16)
     prepare_layers(model)
-    if args.compile:
+    step: StepKind = "persistent" if variant == PERSISTENT else "graph"
+    if step == "persistent" and (reason := refusal(model, 1)):
+        print(f"{table.model}, {variant}: left out, the kernel {reason}", flush=True)
+        return
+    use_head(model, 8 if variant == ROUNDED else 16)
+    if args.compile and step == "graph":
         model.compile_blocks()
-    error, same = compare(model, expected)
-    if "prefill" in args.phases:
+    error, same = compare(model, expected, step)
+    if "prefill" in args.phases and variant not in (PERSISTENT, ROUNDED):  # whose prefill is that of "2:4"
         tokens = random_tokens(max(map(rows_read, args.batches)), PREFILL_LENGTH)
         logits = plain_prefill(model, tokens)
         for batch in args.batches:
             with table.attempt(f"{variant}, prefill, batch {batch}"):
                 table.add(variant, "prefill", batch, prefill_ms(model, batch, tokens, logits), error, same)
+        with table.attempt(f"{variant}, prefill 512, batch 1"):
+            ms = prompt_ms(model, random_tokens(1, SHORT_LENGTH))
+            table.add(variant, "prefill 512", 1, ms, error, same)
     if "decode" in args.phases:
         for batch in args.batches:
+            if step == "persistent" and (reason := refusal(model, batch)):
+                print(f"{table.model}, {variant}, batch {batch}: left out, the kernel {reason}", flush=True)
+                continue
             with table.attempt(f"{variant}, decode, batch {batch}"):
-                table.add(variant, "decode", batch, decode_ms(model, batch, args.context, args.steps), error, same)
+                ms = decode_ms(model, batch, args.context, args.steps, step)
+                table.add(variant, "decode", batch, ms, error, same, args.context)
 
 
 def qwen2(name: str) -> Any:
@@ -275,7 +354,10 @@ def qwen2(name: str) -> Any:
 
 
 def huggingface(table: Table, args: argparse.Namespace) -> None:
-    """Measures transformers: a forward on prompts; a token of ``generate``, from the times of 17 tokens and of one."""
+    """Measures transformers: a forward on prompts; a token of ``generate``, from the times of 17 tokens and of one.
+
+    The token is measured twice: with the defaults, and with a static cache and the compiled step.
+    """
     try:
         model = qwen2(table.model)
     except ImportError as error:
@@ -286,12 +368,17 @@ def huggingface(table: Table, args: argparse.Namespace) -> None:
     def prefill(tokens: Tensor) -> None:
         model(tokens, attention_mask=torch.ones_like(tokens), use_cache=True, logits_to_keep=1)
 
-    def seconds(batch: int, new: int) -> float:
+    def seconds(batch: int, new: int, **options: Any) -> float:
         tokens = random_tokens(batch, args.context)
         torch.cuda.synchronize()
         started = time.perf_counter()
         model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, min_new_tokens=new, max_new_tokens=new
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            min_new_tokens=new,
+            max_new_tokens=new,
+            **options,
         )
         torch.cuda.synchronize()
         return time.perf_counter() - started
@@ -303,13 +390,15 @@ def huggingface(table: Table, args: argparse.Namespace) -> None:
                 ms = few_calls_ms(partial(prefill, random_tokens(batch, PREFILL_LENGTH)))
                 table.add(TRANSFORMERS, "prefill", batch, ms, "", "")
     if "decode" in args.phases:
-        seconds(1, 2)
-        for batch in args.batches:
-            with table.attempt(f"{TRANSFORMERS}, decode, batch {batch}"):
-                count = 16
-                one, more = ([seconds(batch, n) for _ in range(3)] for n in (1, count + 1))
-                ms = 1e3 * (statistics.median(more) - statistics.median(one)) / count
-                table.add(TRANSFORMERS, "decode", batch, ms, "", "")
+        count = 16
+        for variant, options in ((TRANSFORMERS, {}), (TRANSFORMERS_BEST, {"cache_implementation": "static"})):
+            for batch in args.batches:
+                with table.attempt(f"{variant}, decode, batch {batch}"):
+                    for _ in range(2):  # the longest first: a static cache stays as long as its longest text
+                        seconds(batch, count + 1, **options)
+                    one, more = ([seconds(batch, n, **options) for _ in range(3)] for n in (1, count + 1))
+                    ms = 1e3 * (statistics.median(more) - statistics.median(one)) / count
+                    table.add(variant, "decode", batch, ms, "", "", args.context)
 
 
 def main() -> None:
@@ -329,6 +418,8 @@ def main() -> None:
         parser.error(f"no such variants: {', '.join(sorted(unknown))}")
     need_gpu()
     path = fresh_results("generation", args.append, COLUMNS)
+    if "first_token" in args.phases:
+        fresh_results("first_token", args.append, first_token.COLUMNS)
     print(header())
     exact_gate()
     missing: list[str] = []
@@ -344,6 +435,9 @@ def main() -> None:
         if not args.no_transformers:
             with table.attempt(TRANSFORMERS):
                 huggingface(table, args)
+        if "first_token" in args.phases:
+            with table.attempt("first token"):
+                first_token.measure([name], [each for each in args.variants if each in first_token.VARIANTS])
         missing += table.missing
     if missing:
         sys.exit(f"not measured: {'; '.join(missing)}")

@@ -27,6 +27,7 @@ def evaluate(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     backend: Literal["auto", "reference", "int8", "sparse"] = "auto",
+    head_bits: Literal[8, 16] = 16,
 ) -> dict[str, Any]:
     """Measure a model: perplexity of a text, sparsity of its layers, tasks of the lm-evaluation-harness.
 
@@ -48,6 +49,8 @@ def evaluate(
         device: "auto" takes a GPU if there is one; or cpu, cuda, cuda:1.
         dtype: The dtype of everything but ternary weights; "auto" is bfloat16 on a GPU and float32 on a CPU.
         backend: The kernels for ternary layers. "auto" measures on a GPU, and is the reference on a CPU.
+        head_bits: 8 rounds the rows of the head to 8 bits, and measures the error of the logits (relative RMS) and the
+            change of the perplexity.
 
     Returns:
         The results, as they are written to ``output``.
@@ -90,4 +93,5 @@ def evaluate(
         device=device,
         dtype=dtype,
         backend=backend,
+        head_bits=head_bits,
     )

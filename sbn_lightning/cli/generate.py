@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
-import sys
+from dataclasses import replace
 from typing import Literal
 
 from sbn_lightning.core.errors import ConfigError, DataError
@@ -20,6 +20,7 @@ def generate_text(
     top_k: int | None = None,
     seed: int = 0,
     stop_token: str | list[str] | None = None,
+    stop_string: str | list[str] | None = None,
     stream: bool = True,
     json: bool = False,
     batch_size: int = 64,
@@ -29,6 +30,9 @@ def generate_text(
     backend: Literal["auto", "reference", "int8", "sparse"] = "auto",
     compile: bool = False,
     chat: bool = False,
+    prefill_chunk: int = 2048,
+    head_bits: Literal[8, 16] = 16,
+    decode_step: Literal["graph", "persistent", "auto"] = "graph",
 ) -> None:
     """Continue prompts with a trained model.
 
@@ -43,9 +47,10 @@ def generate_text(
         temperature: 0 takes the most likely token; 1 draws from the model's distribution.
         top_p: A probability. Tokens are drawn from the most likely ones whose probabilities sum to this value.
         top_k: The number of most likely tokens to draw from. By default there is no limit.
-        seed: The seed of the draws.
+        seed: The seed of the draws. The second prompt has the seed after it, and so on.
         stop_token: Special tokens that end a text. The default is the tokens that the model's own config names. If the
             config names none, it is the end-of-document and end-of-turn tokens of the tokenizer.
+        stop_string: Strings that end a text. They are not printed.
         stream: Whether to print the text of a single prompt while it is generated.
         json: Whether to print a JSON list. An entry has the prompt, the text, the number of tokens and what ended it.
         batch_size: How many prompts run at a time.
@@ -55,6 +60,10 @@ def generate_text(
         backend: The kernels for ternary layers. "auto" measures on a GPU, and is the reference on a CPU.
         compile: Whether to compile blocks with torch.compile. The start is slower, and steps on a GPU are faster.
         chat: Whether prompts are messages to a chat model. They are then written with the model's chat template.
+        prefill_chunk: The largest number of prompt tokens that are read at a time. A smaller number takes less memory.
+        head_bits: 8 rounds the rows of the head to 8 bits. Steps read less memory, and the logits move a little.
+        decode_step: "persistent" computes a whole decode step as one kernel, on Hopper GPUs only. "auto" takes that
+            kernel where it can be used, and prints the choice to stderr.
     """
     prompts = _prompts(prompt, prompts_file)
     if batch_size < 1:
@@ -62,58 +71,41 @@ def generate_text(
     if not 0 <= seed < 1 << 63:
         raise ConfigError(f"seed={seed} is outside 0 to 2^63 - 1")
 
-    from sbn_lightning.inference.opening import open_model
-    from sbn_lightning.inference.prompts import encode_prompt, stop_ids
-    from sbn_lightning.inference.sampling import Sampling
+    strings = [stop_string] if isinstance(stop_string, str) else list(stop_string or [])
 
-    sampling = Sampling(temperature, top_p, top_k)
-    opened = open_model(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend, compile=compile)
-    words = opened.need_tokenizer()
-    stops = stop_ids(opened, stop_token)
+    from sbn_lightning.inference.head import use_head
+    from sbn_lightning.inference.prompts import encode_prompt, stop_ids
+    from sbn_lightning.inference.request import Limits
+    from sbn_lightning.integrations.opening import open_any
+
+    limits = Limits(max_new_tokens, temperature, top_p, top_k, seed, strings)
+    opened = open_any(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend, compile=compile)
+    use_head(opened.model, head_bits)
+    opened.need_tokenizer()
+    limits = replace(limits, stop_tokens=sorted(stop_ids(opened, stop_token)))
     ids = [encode_prompt(opened, text, chat=chat) for text in prompts]
     limit = opened.config.max_sequence_length
-    # All prompts are checked before the first batch runs, so that a bad prompt does not lose earlier results.
+    # All prompts are checked before the first one runs, so that a bad prompt does not lose earlier results.
     for i, given in enumerate(ids, start=1):
         if len(given) >= limit:
             raise ConfigError(
                 f"prompt {i} of {len(ids)} has {len(given)} tokens, which leaves no room in the model's context of "
                 f"{limit} (max_sequence_length): shorten it"
             )
-    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop_tokens": stops}
 
-    from sbn_lightning.inference.loop import Speed, generate
-    from sbn_lightning.inference.loop import stream as stream_ids
-    from sbn_lightning.inference.text import TextStream
+    from sbn_lightning.cli.continue_prompts import continue_prompts
 
-    speed = Speed()
-    if stream and len(prompts) == 1 and not json:
-        text = TextStream(words)
-        for token in stream_ids(opened.model, ids[0], seed=seed, speed=speed, **options):  # type: ignore[arg-type]
-            print(text.push(token), end="", flush=True)
-        print(text.finish())
-        print(speed, file=sys.stderr)
-        return
-    results = []
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        this = Speed()
-        # Each batch has a seed of its own. With one seed for all batches, every batch would draw alike.
-        new = generate(opened.model, ids[part], seed=seed + start, speed=this, **options)  # type: ignore[arg-type]
-        for before, given, tokens in zip(prompts[part], ids[part], new, strict=True):
-            room = min(max_new_tokens, limit - len(given))
-            finish = "length" if len(tokens) == room else "stop"
-            row = {"prompt": before, "text": words.decode(tokens), "tokens": len(tokens), "finish": finish}
-            results.append(row)
-            if not json and len(prompts) > 1:
-                print(f"=== prompt {len(results)}: {before}\n{row['text']}\n", flush=True)
-            elif not json:
-                print(row["text"])
-        speed += this
-        if len(results) < len(prompts):
-            print(f"{len(results)} of {len(prompts)} prompts", file=sys.stderr)
-    if json:
-        print(json_format.dumps(results, ensure_ascii=False, indent=2))
-    print(speed, file=sys.stderr)
+    continue_prompts(
+        opened,
+        prompts,
+        ids,
+        limits,
+        batch_size=batch_size,
+        prefill_chunk=prefill_chunk,
+        decode_step=decode_step,
+        stream=stream,
+        json=json,
+    )
 
 
 def _prompts(prompt: str | list[str] | None, prompts_file: str | None) -> list[str]:

@@ -18,9 +18,12 @@ from sbn_lightning.core.files import write_text
 from sbn_lightning.data.folders import load_meta, load_tokenizer_of
 from sbn_lightning.evaluation.layer_report import as_table, layer_reports
 from sbn_lightning.evaluation.sliding import perplexity
-from sbn_lightning.evaluation.texts import text_of_files, text_of_folder
+from sbn_lightning.evaluation.texts import Text, text_of_files, text_of_folder
 from sbn_lightning.formats.loaded import LoadedModel
+from sbn_lightning.inference.head import HeadBits, use_head
 from sbn_lightning.inference.opening import BackendName, DTypeName, open_model
+
+HEAD_TOKENS = 64  # How many tokens show the error of an 8-bit head; the logits of a whole window would take memory.
 
 
 def measure(
@@ -42,6 +45,7 @@ def measure(
     device: str,
     dtype: DTypeName,
     backend: BackendName,
+    head_bits: HeadBits = 16,
 ) -> dict[str, Any]:
     """Measure a model; the arguments are those of :func:`~sbn_lightning.cli.evaluate.evaluate`.
 
@@ -58,8 +62,15 @@ def measure(
         "device": str(loaded.model.embed.weight.device),
         "torch": torch.__version__,
     }
-    if data is not None or files:
-        results["perplexity"] = _perplexity(loaded, data, files, split, window, stride, max_tokens, batch_size)
+    source = _text(loaded, data, files, split, max_tokens) if data is not None or files else None
+    if head_bits != 16:
+        results["head"] = _use_head(loaded, head_bits, source, window, stride, max_tokens, batch_size)
+    if source is not None:
+        results["perplexity"] = _perplexity(loaded, source, window, stride, max_tokens, batch_size)
+        if "head" in results:
+            before = results["head"]["perplexity_before"]
+            results["head"]["perplexity_change"] = results["perplexity"]["perplexity"] / before - 1
+            print(_lines(results["head"]), end="\n\n")
         print(_lines(results["perplexity"]), end="\n\n")
         _save(output, results)
     elif not tasks:
@@ -79,21 +90,50 @@ def measure(
 run = measure  # Version 0.1 exported the function under this name.
 
 
-def _perplexity(
+def _text(loaded: LoadedModel, data: str | None, files: list[str], split: str, max_tokens: int | None) -> Text:
+    """Read the text whose perplexity is wanted."""
+    if data is None:
+        return text_of_files(files, loaded.need_tokenizer(), max_tokens)
+    source = text_of_folder(data, split, max_tokens)
+    _check_tokenizer(loaded, data)
+    return source
+
+
+def _use_head(
     loaded: LoadedModel,
-    data: str | None,
-    files: list[str],
-    split: str,
+    head_bits: HeadBits,
+    source: Text | None,
     window: int | None,
     stride: int | None,
     max_tokens: int | None,
     batch_size: int,
 ) -> dict[str, Any]:
-    if data is not None:
-        source = text_of_folder(data, split, max_tokens)
-        _check_tokenizer(loaded, data)
-    else:
-        source = text_of_files(files, loaded.need_tokenizer(), max_tokens)
+    """Give the model a head of fewer bits, and measure the model as it was before and the error of the logits."""
+    if source is None:
+        use_head(loaded.model, head_bits)
+        return {"head_bits": head_bits}
+    before = _perplexity(loaded, source, window, stride, max_tokens, batch_size)
+    tokens = torch.from_numpy(source.tokens[: before["window"]].astype("int64")).unsqueeze(0)
+    with torch.no_grad():
+        hidden = loaded.model.hidden(tokens.to(loaded.model.embed.weight.device))[0, -HEAD_TOKENS:]
+        expected = loaded.model.lm_head(hidden).float()
+        use_head(loaded.model, head_bits)
+        error = (loaded.model.lm_head(hidden).float() - expected).square().mean().sqrt()
+    return {
+        "head_bits": head_bits,
+        "logits_error": float(error / expected.square().mean().sqrt()),
+        "perplexity_before": before["perplexity"],
+    }
+
+
+def _perplexity(
+    loaded: LoadedModel,
+    source: Text,
+    window: int | None,
+    stride: int | None,
+    max_tokens: int | None,
+    batch_size: int,
+) -> dict[str, Any]:
     if window is None:
         window = min(loaded.config.max_sequence_length, 1024)
     result = perplexity(

@@ -35,7 +35,7 @@ from sbn_lightning.models.transformer import TernaryTransformer
 if TYPE_CHECKING:
     from sbn_kernels.decode.step import DecodeStep
 
-StepKind = Literal["graph", "persistent"]
+StepKind = Literal["graph", "persistent", "auto"]
 
 # The length of the cache is a multiple of this: attention kernels want the rows of a mask aligned.
 _SLOTS = 64
@@ -59,7 +59,8 @@ class Decoder:
             embedding to logits, as one kernel of :mod:`sbn_kernels.decode.step`. The kernel needs a Hopper GPU, Triton
             3.9, a ternary model in bfloat16 with 8-bit activations, and at most 8 sequences. The kernel packs a copy of
             the weights at the first step after :meth:`prefill`. The caller has to ask for it, because we have verified
-            the kernel on H200s and with random weights only.
+            the kernel on H200s and with random weights only. ``"auto"`` takes the persistent step where it can be used
+            and the graph elsewhere; :attr:`choice` says which, and why.
         prefill_chunk: The largest number of tokens of a prompt that :meth:`prefill` reads at a time; None reads prompts
             at once. Activations of a long prompt then take bounded memory. The logits are the same up to the rounding
             of the attention's sums.
@@ -95,18 +96,26 @@ class Decoder:
         self.device = model.embed.weight.device
         if cuda_graph and self.device.type != "cuda":
             raise ConfigError(f"a CUDA graph needs a model on a GPU, this one is on {self.device}; use cuda_graph=None")
+        if cuda_graph and model.config.n_experts:
+            raise ConfigError("a mixture of experts cannot be captured in a CUDA graph; use cuda_graph=None")
         if step not in get_args(StepKind):
             raise ConfigError(f"step={step!r} is none of {', '.join(map(repr, get_args(StepKind)))}")
-        if step == "persistent" and (reason := refusal(model, batch_size)):
-            raise ConfigError(f'step="persistent" cannot be used: {reason}; use step="graph"')
-        self.kind: StepKind = step
+        self._refusal = None if step == "graph" else refusal(model, batch_size)
+        if step == "persistent" and self._refusal is not None:
+            raise ConfigError(f'step="persistent" cannot be used: {self._refusal}; use step="graph"')
+        self._gives_way = step == "auto"
+        self.kind: Literal["graph", "persistent"] = (
+            "graph" if step == "graph" or self._refusal is not None else "persistent"
+        )
         self._persistent: DecodeStep | None = None
         self.model = model
         self.batch_size = batch_size
         self.max_length = max_length
         self.prefill_chunk = prefill_chunk
         self.slots = min(-(-max_length // _SLOTS) * _SLOTS, limit)
-        self._use_graph = self.device.type == "cuda" if cuda_graph is None else cuda_graph
+        # The host reads how many tokens each expert has, which a graph cannot do.
+        able = self.device.type == "cuda" and not model.config.n_experts
+        self._use_graph = able if cuda_graph is None else cuda_graph
         self._graph: torch.cuda.CUDAGraph | None = None
         self._prompts: PromptGraphs | None = None
         self._recorded: list[Any] = []
@@ -251,8 +260,8 @@ class Decoder:
         """
         if not self._layers:
             raise ConfigError("a decoder steps on from prompts: call prefill first")
-        if self.kind == "persistent":
-            logits = self._persistent_step().step(tokens_B)
+        if self.kind == "persistent" and (persistent := self._persistent_step()) is not None:
+            logits = persistent.step(tokens_B)
             # The kernel has added one to every row. Rows that do not grow have a free slot, so they grew as well.
             self.lengths.sub_(1 - self.growing)
             return logits
@@ -281,12 +290,26 @@ class Decoder:
             step.check()
         self._persistent = step  # A step that has failed is not used again.
 
-    def _persistent_step(self) -> DecodeStep:
+    @property
+    def choice(self) -> str:
+        """How a step is computed, in one line."""
+        if self.kind == "persistent":
+            return "one persistent kernel"
+        plain = "the layers of the model" + (", as a CUDA graph" if self._use_graph else "")
+        return plain if self._refusal is None else f"{plain}; the persistent kernel {self._refusal}"
+
+    def _persistent_step(self) -> DecodeStep | None:
+        """Make the persistent step, or give way to the layers of the model where the caller allows that."""
         if self._persistent is None:
             caches = [(layer.keys, layer.values) for layer in self._layers]
-            self._persistent = persistent_step(
-                self.model, caches, self.max_length, self.lengths, cuda_graph=self._use_graph
-            )
+            try:
+                self._persistent = persistent_step(
+                    self.model, caches, self.max_length, self.lengths, cuda_graph=self._use_graph
+                )
+            except ConfigError as error:
+                if not self._gives_way:
+                    raise
+                self.kind, self._refusal = "graph", f"cannot be used: {error}"
         return self._persistent
 
     def _step(self) -> Tensor:

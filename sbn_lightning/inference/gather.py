@@ -6,6 +6,7 @@ use the kernel, collects the tensors of the model, and makes the step on the cac
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.config import FAMILY_OPTION, TransformerConfig
+from sbn_lightning.models.mlp import GatedMLP
 from sbn_lightning.models.transformer import TernaryTransformer
 
 if TYPE_CHECKING:
@@ -45,6 +47,13 @@ def refusal(model: TernaryTransformer, batch_size: int) -> str | None:
         return f"needs ternary layers, not linear={config.linear!r}"
     if not isinstance(model.lm_head, torch.nn.Linear):
         return "needs a head in bfloat16, not in 8 bits"
+    # The kernel knows Qwen2.5 and Llama. The size of a head is part of the shape, which the kernel checks itself.
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if option.metadata == FAMILY_OPTION and option.name != "head_dim" and value != option.default:
+            return f"does not compute {option.name}={value!r}"
+    if not all(isinstance(block.mlp, GatedMLP) for block in model.blocks):
+        return "computes one feed-forward layer a block, and no experts"
     return supports(shape_of(config), batch_size, model.embed.weight.device, config.activation_bits)
 
 

@@ -253,6 +253,11 @@ class Generator:
         return self._engine.reused_tokens
 
     @property
+    def decode_choice(self) -> str:
+        """How a decode step is computed, in one line."""
+        return self._decoder.choice
+
+    @property
     def max_length(self) -> int:
         """The number of tokens that a sequence can have, prompt included."""
         return self._decoder.max_length

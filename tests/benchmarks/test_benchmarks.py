@@ -3,6 +3,7 @@
 import argparse
 import csv
 import importlib
+import json
 import time
 from pathlib import Path
 from types import ModuleType
@@ -73,6 +74,8 @@ def generation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "VARIANTS", {k: (*v[:2], "reference") for k, v in module.VARIANTS.items()})
     monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(module, "PREFILL_LENGTH", 16)
+    monkeypatch.setattr(module, "SHORT_LENGTH", 8)
+    monkeypatch.setattr(module, "COPIED", 1 << 16)
     monkeypatch.setattr(torch.cuda, "Event", WallClockEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     return module
@@ -86,17 +89,23 @@ def test_generation_rows(generation: ModuleType, tmp_path: Path) -> None:
     generation.exact_gate()
     table = generation.Table(tmp_path / "rows.csv", "qwen2.5-0.5b")
     generation.ours(table, "bf16 dense", ARGUMENTS)
-    generation.ours(table, "2:4", ARGUMENTS)
+    for variant in ("2:4", generation.ROUNDED, generation.PERSISTENT):  # the last needs a GPU, and says so
+        generation.ours(table, variant, ARGUMENTS)
     generation.huggingface(table, ARGUMENTS)
     rows = read(table.path)
     assert tuple(rows[0])[: len(generation.COLUMNS)] == generation.COLUMNS
-    for variant in ("bf16 dense", "2:4", generation.TRANSFORMERS):
-        found = [(row["what"], row["batch"]) for row in rows if row["variant"] == variant]
-        assert found == [("prefill", "1"), ("prefill", "6"), ("decode", "1"), ("decode", "6")], variant
+    prefill, short = [("prefill", "1"), ("prefill", "6")], [("prefill 512", "1")]
+    decode = [("decode", "1"), ("decode", "6")]
+    expected = {"bf16 dense": prefill + short + decode, "2:4": prefill + short + decode}
+    expected |= {generation.ROUNDED: decode, generation.PERSISTENT: []}
+    expected |= {generation.TRANSFORMERS: prefill + decode, generation.TRANSFORMERS_BEST: decode}
+    for variant, cells in expected.items():
+        assert [(row["what"], row["batch"]) for row in rows if row["variant"] == variant] == cells, variant
+    assert all((float(row["bandwidth"]) > 0) if row["what"] == "decode" else not row["bandwidth"] for row in rows)
     assert all(row["vs_bf16"] for row in rows)
     assert not table.missing
     for row in rows:
-        tokens = int(row["batch"]) * (16 if row["what"] == "prefill" else 1)
+        tokens = int(row["batch"]) * {"prefill": 16, "prefill 512": 8}.get(row["what"], 1)
         assert float(row["tokens_s"]) == pytest.approx(1e3 * tokens / float(row["ms"]), rel=1e-4)
 
 
@@ -109,7 +118,7 @@ def test_generation_without_bf16_has_no_ratio(generation: ModuleType, tmp_path: 
 def test_a_batch_that_fails_does_not_end_the_run(
     generation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def decode_ms(model: object, batch: int, context: int, steps: int) -> float:
+    def decode_ms(model: object, batch: int, context: int, steps: int, step: str) -> float:
         if batch == 1:
             raise torch.OutOfMemoryError("out of memory\nmuch more of it")
         return 2.0
@@ -119,6 +128,21 @@ def test_a_batch_that_fails_does_not_end_the_run(
     generation.ours(table, "bf16 dense", argparse.Namespace(**vars(ARGUMENTS) | {"phases": ["decode"]}))
     assert [row["batch"] for row in read(table.path)] == ["6"]
     assert table.missing == ["qwen2.5-0.5b, bf16 dense, decode, batch 1"]
+
+
+def test_first_token_rows(generation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times of a process in this one; and a row of what a process says."""
+    first_token = importlib.import_module("first_token")
+    monkeypatch.setattr(first_token, "VARIANTS", {"2:4": ("ternary", "2:4", "reference")})
+    times = first_token.run("qwen2.5-0.5b", "2:4", 8, device="cpu")
+    assert set(times) == {"start_up_s", "cold_ms", "graph_ms", "warm_ms"}
+    assert all(value > 0 for value in times.values())
+    said = argparse.Namespace(stdout=f"a warning\n{json.dumps(times)}\n")
+    monkeypatch.setattr(first_token.subprocess, "run", lambda command, **options: said)
+    first_token.measure(["qwen2.5-0.5b"], ["2:4"], 8)
+    (row,) = read(tmp_path / "first_token.csv")
+    assert tuple(row)[: len(first_token.COLUMNS)] == first_token.COLUMNS
+    assert float(row["cold_ms"]) == pytest.approx(times["cold_ms"], rel=1e-4)
 
 
 def test_summary_of_generation(tmp_path: Path) -> None:

@@ -111,6 +111,9 @@ def make(**changes: object) -> TernaryTransformer:
         ({}, 9, "takes 1 to 8 sequences, not 9"),
         ({"linear": "dense"}, 1, "needs ternary layers, not linear='dense'"),
         ({"activation_bits": 4}, 1, "needs activation_bits=8, not 4"),
+        ({"qk_norm": "head"}, 1, "does not compute qk_norm='head'"),
+        ({"post_norm": True}, 1, "does not compute post_norm=True"),
+        ({"sliding_window": 16}, 1, "does not compute sliding_window=16"),
     ],
     ids=str,
 )
@@ -126,12 +129,57 @@ def test_a_decoder_says_why_it_cannot_use_the_persistent_step(
 
 
 def test_other_steps_and_other_dtypes_are_refused() -> None:
-    with pytest.raises(ConfigError, match="step='fast' is none of 'graph', 'persistent'"):
+    with pytest.raises(ConfigError, match="step='fast' is none of 'graph', 'persistent', 'auto'"):
         Decoder(make(), 1, 8, step="fast")  # type: ignore[arg-type]
     caches = [(torch.zeros(1, 2, 64, 64),) * 2]
     with pytest.raises(ConfigError, match=r"keys and values are torch\.float32: cast the model to bfloat16"):
         persistent_step(make(), caches, 64, torch.zeros(1, dtype=torch.int64), cuda_graph=False)
     Decoder(make(), 1, 8).check()  # returns at once: there is nothing to wait for
+
+
+def test_auto_gives_way_to_the_layers_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(qkv_bias=True, init_std=0.08).requires_grad_(False)
+    expected = generate(model, [[1, 2, 3]], max_new_tokens=5)
+    decoder = Decoder(model, 1, 12, step="auto")
+    assert (
+        decoder.choice == "the layers of the model; the persistent kernel needs a model on a CUDA GPU, not on the CPU"
+    )
+    assert generate(model, [[1, 2, 3]], max_new_tokens=5, decode_step="auto") == expected
+    # A device may refuse only at the launch, and the dtype of keys and values is known only then.
+    monkeypatch.setattr(decoder_module, "refusal", lambda model, batch_size: None)
+    assert generate(model, [[1, 2, 3]], max_new_tokens=5, decode_step="auto") == expected
+    decoder = Decoder(model, 1, 12, step="auto")
+    assert decoder.choice == "one persistent kernel"
+    decoder.prefill([[1]])
+    decoder.step(torch.tensor([2]))
+    assert decoder.choice.startswith("the layers of the model; the persistent kernel cannot be used:")
+    with pytest.raises(ConfigError, match="cast the model to bfloat16"):
+        generate(model, [[1, 2, 3]], max_new_tokens=5, decode_step="persistent")
+
+
+def test_rows_start_and_wait_around_the_persistent_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel counts every row up, and a row that does not grow keeps its length. A failed step is made anew."""
+    ReferenceStep.made = 0
+    monkeypatch.setattr(decoder_module, "persistent_step", ReferenceStep)
+    monkeypatch.setattr(decoder_module, "refusal", lambda model, batch_size: None)
+    model = make(qkv_bias=True, init_std=0.08).requires_grad_(False)
+    cast_model(model, torch.bfloat16)
+    decoder = Decoder(model, 2, 20, step="persistent")
+    decoder.extend(0, [1, 2, 3], 0)
+    decoder.growing.copy_(torch.tensor([1, 0]))
+    decoder.step(torch.tensor([4, 0]))
+    assert decoder.lengths.tolist() == [4, 0]
+    decoder.extend(1, [5, 6], 0)
+    decoder.growing.fill_(1)
+    decoder.step(torch.tensor([4, 7]))
+    assert decoder.lengths.tolist() == [5, 3]
+    assert ReferenceStep.made == 1
+    with monkeypatch.context() as failing:
+        failing.setattr(ReferenceStep, "check", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            decoder.check()
+    decoder.step(torch.tensor([1, 1]))
+    assert ReferenceStep.made == 2
 
 
 @pytest.mark.skipif(
