@@ -4,7 +4,8 @@ The folder holds two files. ``model.safetensors`` has the tensors. ``config.json
 sparse, their options, and a checksum of each file and of the manifest itself. There are two forms:
 
 * ``"packed"`` is for running a model. A ternary layer is stored as ``NAME.codes`` (the group code of
-  :mod:`sbn_lightning.formats.group_code`, 1.27 bits a weight at 2:4), ``NAME.gamma`` and ``NAME.bias``.
+  :mod:`sbn_lightning.formats.group_code`, 1.27 bits a weight at 2:4), ``NAME.gamma`` and ``NAME.bias``. The fused
+  weight of a mixture of experts is stored in the same way, as one matrix of all experts.
 * ``"latent"`` is for training on. A layer is stored as its latent weight, its packed mask and its bias.
 
 The folder does not hold the model's code. :func:`load_sparse` takes a model that the user built as usual, and checks
@@ -31,7 +32,8 @@ from sbn_lightning.formats.output import output_folder
 from sbn_lightning.integrations.pytorch import convert_by_name
 from sbn_lightning.layers.conv1d import is_conv1d
 from sbn_lightning.layers.conversion import revert_linears
-from sbn_lightning.layers.experts import ExpertsWeight
+from sbn_lightning.layers.experts import fused_block, fused_shape, put_packed
+from sbn_lightning.layers.experts_linear import PackedExperts
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
@@ -96,7 +98,6 @@ def write_sparse(model: nn.Module, folder: Path, form: Form, extra: Mapping[str,
         raise ConfigError(f"save_sparse found no sparse layer in {type(model).__name__}; call convert(model) first")
     if form not in ("packed", "latent"):
         raise ConfigError(f"save_sparse: form={form!r} is not 'packed' or 'latent'")
-    refuse_experts(layers, "save_sparse")
     tensors: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
@@ -110,7 +111,7 @@ def write_sparse(model: nn.Module, folder: Path, form: Form, extra: Mapping[str,
     aliases: dict[str, str] = {}
     first: dict[Any, str] = {}
     for name, value in whole.items():
-        if packed and name.startswith(packed):
+        if packed and (name in layers or name.startswith(packed)):
             continue
         if not isinstance(value, Tensor):
             raise ConfigError(f"save_sparse: {name} of the model's state dict is a {type(value).__name__}, no tensor")
@@ -165,8 +166,12 @@ def load_sparse(model: nn.Module, directory: str | Path, *, strict: bool = True)
     _check_fit(model, state, layers, packed, strict, folder)
     if packed:
         for name, (parent, child) in places.items():
-            old = parent.get_submodule(child)
-            setattr(parent, child, built[name].to(_device_of(old)).train(old.training))
+            old = getattr(parent, child)
+            new = built[name].to(_device_of(old)).train(getattr(old, "training", parent.training))
+            if isinstance(new, PackedExperts):
+                put_packed(parent, child, new)
+            else:
+                setattr(parent, child, new)
         model.load_state_dict(state, strict=False)
         return list(layers)
     revert_linears(model)
@@ -189,17 +194,9 @@ def describe(layer: SparseLayer) -> dict[str, Any]:
     for option in ("mask_source", "gradient", "gamma_over"):
         if hasattr(layer, option):
             about[option] = getattr(layer, option)
+    if hasattr(layer, "experts"):
+        about["experts"] = layer.experts
     return about
-
-
-def refuse_experts(layers: dict[str, SparseLayer], what: str) -> None:
-    """Refuse fused experts, which no folder of ours can hold yet.
-
-    Raises:
-        ConfigError: If one of the layers is the weight of fused experts.
-    """
-    if name := next((name for name, layer in layers.items() if isinstance(layer, ExpertsWeight)), None):
-        raise ConfigError(f"{what} cannot hold the fused experts {name} yet; save the model's state dict instead")
 
 
 def conversion_options(about: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +239,7 @@ def unpack_layer(name: str, about: dict[str, Any], state: dict[str, Tensor], sou
         )
     except (KeyError, ValueError) as error:
         raise DataError(f"{source}: the codes of {name} are missing or damaged: {error}") from error
-    return PackedTernaryLinear(
+    layer = (PackedExperts if "experts" in about else PackedTernaryLinear)(
         codes,
         state.pop(f"{name}.gamma"),
         state.pop(f"{name}.bias", None),
@@ -250,6 +247,9 @@ def unpack_layer(name: str, about: dict[str, Any], state: dict[str, Tensor], sou
         split_sizes=None if about["split_sizes"] is None else tuple(about["split_sizes"]),
         activation_bits=about["activation_bits"],
     )
+    if isinstance(layer, PackedExperts):
+        layer.experts = about["experts"]
+    return layer
 
 
 def _pack(name: str, layer: SparseLayer, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -267,6 +267,11 @@ def _pack(name: str, layer: SparseLayer, tensors: dict[str, Tensor]) -> dict[str
 def _place(model: nn.Module, name: str, about: dict[str, Any], folder: Path) -> tuple[nn.Module, str]:
     """Return the parent and the attribute of a layer, after checking its shape."""
     parent, _, child = name.rpartition(".")
+    if (fused := fused_block(model, name)) is not None:
+        experts, rows, width = fused_shape(*fused)
+        if (experts, experts * rows, width) != (about.get("experts"), about["out_features"], about["in_features"]):
+            raise ConfigError(f"{name} has {experts} experts of {width} -> {rows} in the model; {folder} has others")
+        return fused
     try:
         layer = model.get_submodule(name)
     except AttributeError as error:
@@ -292,9 +297,9 @@ def _check_fit(
     wanted = {
         name.replace("_orig_mod.", ""): value
         for name, value in model.state_dict().items()
-        if not name.replace("_orig_mod.", "").startswith(ours)
+        if name not in layers and not name.replace("_orig_mod.", "").startswith(ours)
     }
-    found = {name for name in state if not name.startswith(ours)}
+    found = {name for name in state if name not in layers and not name.startswith(ours)}
     if missing := sorted(wanted.keys() - found) if strict else []:
         raise ConfigError(f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]}")
     if extra := sorted(found - wanted.keys()):
@@ -306,7 +311,9 @@ def _check_fit(
             )
 
 
-def _device_of(layer: nn.Module) -> torch.device:
+def _device_of(layer: nn.Module | Tensor) -> torch.device:
+    if isinstance(layer, Tensor):
+        return layer.device
     return next((tensor.device for tensor in layer.state_dict().values()), torch.device("cpu"))
 
 

@@ -19,15 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.backends.selection import BACKENDS, BackendName, choose, table
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.candidates import name_matches
 from sbn_lightning.layers.conversion import (
     ConversionReport,
     _switch_fused_inference,
-    as_patterns,
     convert_linears,
     revert_linears,
 )
-from sbn_lightning.layers.experts import convert_experts, expert_modules, fused_weights, revert_experts, why_not
+from sbn_lightning.layers.experts import convert_experts, fused_block, fused_weights
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
 from sbn_lightning.sparsity.config import SparsityConfig
@@ -38,7 +36,7 @@ __all__ = ["convert", "convert_by_name", "revert", "use_kernels"]
 
 def convert(
     model: nn.Module,
-    sparsity: SparsityConfig | NMPattern | str = "2:4",
+    sparsity: SparsityConfig | NMPattern | str | None = None,
     *,
     include: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = ("lm_head",),
@@ -48,7 +46,8 @@ def convert(
 
     Args:
         model: The model.
-        sparsity: The options of the new layers: a :class:`SparsityConfig`, or only a pattern.
+        sparsity: The options of the new layers: a :class:`SparsityConfig`, or only a pattern. None takes the defaults
+            of :class:`SparsityConfig`, with the pattern 6:8.
         include: Name patterns of the layers to convert.
         exclude: Name patterns of the layers to leave alone; they win over ``include``.
         **options: Further options of :func:`~sbn_lightning.layers.conversion.convert_linears`, and single fields of
@@ -60,35 +59,12 @@ def convert(
     Raises:
         ConfigError: If nothing was converted.
     """
-    fields = {name: value for name, value in options.items() if name in SparsityConfig.__dataclass_fields__}
-    config = SparsityConfig.make(sparsity, **fields)
-    converted: list[str] = []
-    changed: list[nn.Module] = []
-    skipped: dict[str, str] = {}
-    for name, module in expert_modules(model).items():
-        weights = [f"{name}.{weight}".lstrip(".") for weight in fused_weights(module)]
-        if not name_matches(name, as_patterns(include)) or name_matches(name, as_patterns(exclude)):
-            skipped |= dict.fromkeys(weights, "excluded by name")
-        elif reason := why_not(module, config):
-            skipped |= dict.fromkeys(weights, reason)
-        else:
-            convert_experts(module, config)
-            converted += weights
-            changed.append(module)
-    try:
-        report = convert_linears(model, sparsity, include=include, exclude=exclude, **options)
-    except BaseException:
-        for module in changed:
-            revert_experts(module, effective=False)
-        raise
-    report.converted += converted
-    report.skipped |= skipped
-    return report
+    return convert_linears(model, sparsity, include=include, exclude=exclude, **options)
 
 
 def revert(model: nn.Module) -> list[str]:
     """Turn sparse layers back into plain ones, which now hold the effective weights, and return their names."""
-    return revert_experts(model) + revert_linears(model)
+    return revert_linears(model)
 
 
 def convert_by_name(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
@@ -104,9 +80,13 @@ def convert_by_name(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -
         AttributeError: If the model has no layer of that name.
     """
     for name, options in layers.items():
+        given = {key: value for key, value in options.items() if key != "split_sizes"}
+        if (fused := fused_block(model, name)) is not None:
+            if fused_weights(fused[0]):  # Both weights of the experts are converted with the first one.
+                convert_experts(fused[0], SparsityConfig.make(**given))
+            continue
         layer = model.get_submodule(name)
         only = _alone(name, layer)
-        given = {key: value for key, value in options.items() if key != "split_sizes"}
         convert_linears(only, include=("*",), exclude=(), **given)
         sizes = options.get("split_sizes")
         wanted = None if sizes is None else tuple(sizes)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sbn_lightning.layers.candidates import left_alone, not_linear, shape_of
 from sbn_lightning.layers.conv1d import is_conv1d
 from sbn_lightning.layers.conversion import named_modules
+from sbn_lightning.layers.experts import active_experts, fused_weights, why_not
+from sbn_lightning.layers.experts_linear import active_share
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.packed import PackedTernaryLinear
 
@@ -29,7 +31,9 @@ class Audit:
             two dimensions or more that are not embeddings.
         sparse_parameters: The number of weights in layers with a mask or ternary codes, masked ones included.
         linear_flops: The multiplications and additions of linear layers in the example forward. Without an example:
-            those for one token, if each linear parameter multiplies each token once.
+            those for one token, if each linear parameter multiplies each token once. Experts count as often as a token
+            goes to them, if their configuration says how often. Dense fused experts are counted only without an
+            example.
         sparse_flops: The part of ``linear_flops`` that falls to layers with a mask or ternary codes.
         measured: Whether the FLOPs are those of an example forward.
         skipped: The reason for each layer or parameter that is not sparse.
@@ -97,12 +101,15 @@ def audit(model: nn.Module, forward: Callable[[], Any] | None = None) -> Audit:
     plain: dict[str, nn.Module] = {}
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     found.parameters = sum(p.numel() for p in model.parameters())
+    idle = sparse_idle = 0  # The weights of experts that a token does not go to.
     for name, module in named_modules(model):
         if isinstance(module, (MaskedLinear, PackedTernaryLinear)):
             weights = module.in_features * module.out_features
             found.sparse_parameters += weights
             found.linear_parameters += weights
             found.parameters += weights if isinstance(module, PackedTernaryLinear) else 0
+            idle += _idle(module)
+            sparse_idle += _idle(module)
             sparse[name] = module
         elif isinstance(module, nn.Linear) or is_conv1d(module):
             plain[name] = module
@@ -111,14 +118,22 @@ def audit(model: nn.Module, forward: Callable[[], Any] | None = None) -> Audit:
             found.skipped[name] = (
                 "shares its weight with another module" if shared else left_alone(model, name, module)
             ) or "not converted"
+            idle += _idle(module)
+        elif weights := fused_weights(module):
+            matrices = [cast(Tensor, module._parameters[weight]) for weight in weights]
+            names = [f"{name}.{weight}".lstrip(".") for weight in weights]
+            found.skipped |= dict.fromkeys(names, why_not(module) or "fused experts that are not converted")
+            size = sum(matrix.numel() for matrix in matrices)
+            found.linear_parameters += size
+            idle += round(size * (1 - min((active_experts(module) or len(matrices[0])) / len(matrices[0]), 1.0)))
         elif reasons := not_linear(name, module):
             found.skipped.update(reasons)
             found.linear_parameters += sum(p.numel() for p in module.parameters(recurse=False) if p.ndim >= 2)
     if forward is None:
         heads = sum(_product(shape_of(module)) for module in plain.values() if owners[id(module.weight)] > 1)
         found.linear_flops, found.sparse_flops = (
-            2 * (found.linear_parameters + heads),
-            2 * found.sparse_parameters,
+            2 * (found.linear_parameters + heads - idle),
+            2 * (found.sparse_parameters - sparse_idle),
         )
     else:
         _measure(found, forward, sparse, plain)
@@ -159,7 +174,9 @@ def _measure(
             vars(module).pop("forward")
             if before[name] is not None:
                 vars(module)["forward"] = before[name]
-    flops = {name: 2 * count * _product(shape_of(layers[name])) for name, count in tokens.items()}
+    # Each token of a layer of experts meets one expert's rows.
+    size = {name: _product(shape_of(layer)) // getattr(layer, "experts", 1) for name, layer in layers.items()}
+    flops = {name: 2 * count * size[name] for name, count in tokens.items()}
     found.measured = True
     found.linear_flops = sum(flops.values())
     found.sparse_flops = sum(count for name, count in flops.items() if name in sparse)
@@ -183,6 +200,11 @@ class _WatchWeights(TorchDispatchMode):
                     if name is not None and name not in self.inside:
                         self.used.add(name)
         return func(*args, **(kwargs or {}))
+
+
+def _idle(layer: nn.Module) -> int:
+    """The number of weights of a layer that do not multiply a token, because they are other experts'."""
+    return round((1 - active_share(layer)) * _product(shape_of(layer)))
 
 
 def _product(shape: tuple[int, int]) -> int:

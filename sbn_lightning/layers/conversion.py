@@ -2,7 +2,8 @@
 
 A layer is changed in place: it gets another class. Parameter objects, hooks, references from elsewhere in the model
 and an existing optimiser therefore stay valid. A conversion takes only exact ``nn.Linear`` instances, and GPT-2's
-``Conv1D``, which is a linear layer with a transposed weight. A subclass of ``nn.Linear`` may be used in another way:
+``Conv1D``, which is a linear layer with a transposed weight, and the fused experts of transformers 5
+(:mod:`sbn_lightning.layers.experts`). A subclass of ``nn.Linear`` may be used in another way:
 ``nn.MultiheadAttention`` reads the weight of its ``out_proj`` and never calls the layer.
 
 A conversion first checks every layer and computes every mask, and only then changes the first layer. A reversion first
@@ -29,9 +30,20 @@ from torch import Tensor, nn
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.candidates import guess_split_sizes, left_alone, name_matches, not_linear, shape_of
 from sbn_lightning.layers.conv1d import SparseBitConv1D, SparseConv1D, is_conv1d
+from sbn_lightning.layers.experts import (
+    Planned,
+    check_shared,
+    convert_planned,
+    fused_block,
+    fused_weights,
+    plan_experts,
+    revert_experts,
+    why_not,
+)
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.layers.sparse_linear import SparseLinear
+from sbn_lightning.layers.swiglu_fusion import fuse_swiglu, split_swiglu
 from sbn_lightning.sparsity.config import Kind, SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
 
@@ -62,6 +74,7 @@ class ConversionReport:
         skipped: The reason for each layer or parameter that was skipped, by name. A parameter that belongs to no linear
             layer goes by its own name, for example ``attention.in_proj_weight``.
         split_sizes: The rows of each part of the fused layers that were converted, by layer.
+        swiglu: The names of the modules whose SwiGLU is handed to the layer after it (:func:`fuse_swiglu`).
         converted_parameters: The number of weights in converted layers.
         linear_parameters: The number of linear parameters in the model.
         wanted_parameters: The number of linear parameters without those that the caller excluded by name, and without
@@ -72,6 +85,7 @@ class ConversionReport:
     converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     split_sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    swiglu: list[str] = field(default_factory=list)
     converted_parameters: int = 0
     linear_parameters: int = 0
     wanted_parameters: int = 0
@@ -105,6 +119,9 @@ class ConversionReport:
                 f"{self.converted_parameters / self.parameters:.1%} of all)"
             )
         lines += self.split_lines()
+        if self.swiglu:
+            names = ", ".join(sorted({re.sub(r"\b\d+\b", "*", name) for name in self.swiglu}))
+            lines.append(f"SwiGLU in {names}: kernels compute it together with the quantisation after it")
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             by_reason.setdefault(reason, []).append(name)
@@ -136,7 +153,7 @@ def convert_linears(
     split_sizes: Mapping[str, tuple[int, ...] | None] | None = None,
     **options: Any,
 ) -> ConversionReport:
-    """Convert every ``nn.Linear`` (and ``Conv1D``) that the name patterns select.
+    """Convert every ``nn.Linear`` (and ``Conv1D``) that the name patterns select, and the fused experts of a mixture.
 
     Output heads, routers, gates with one row and the matrices of a LoRA are skipped (:func:`left_alone`) unless
     ``include`` names them with a pattern other than ``"*"``. If less than half of the linear parameters became sparse,
@@ -183,8 +200,22 @@ def convert_quietly(
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     report = ConversionReport(parameters=sum(p.numel() for p in model.parameters()))
     plan: list[_Planned] = []
+    experts: dict[str, Planned] = {}
     already = False
     for name, module in named_modules(model):
+        if weights := fused_weights(module):
+            names = [f"{name}.{weight}".lstrip(".") for weight in weights]
+            # The two weights of an expert are converted together, because one forward computes with both.
+            wanted = all(name_matches(own, include) and not name_matches(own, exclude) for own in names)
+            reason = (why_not(module, sparsity) or check_shared(module, owners)) if wanted else _EXCLUDED
+            size = sum(cast(Tensor, module._parameters[weight]).numel() for weight in weights)
+            _count(report, size, wanted=wanted)
+            if reason is None:
+                experts[name] = plan_experts(module, sparsity)
+                report.converted_parameters += size
+            else:
+                report.skipped |= dict.fromkeys(names, reason)
+            continue
         selected = name_matches(name, include) and not name_matches(name, exclude)
         if isinstance(module, MaskedLinear):
             already = True
@@ -219,7 +250,7 @@ def convert_quietly(
             report.split_sizes[name] = own.split_sizes
     if unused := set(given) - used:
         raise ConfigError(f"split_sizes: no converted layer has a name like {', '.join(sorted(unused))}")
-    if not plan and not already:
+    if not plan and not experts and not already:
         reasons_text = "; ".join(f"{name}: {reason}" for name, reason in list(report.skipped.items())[:8])
         raise ConfigError(
             f"no layer was converted to {sparsity.pattern} ({reasons_text or 'the model has no nn.Linear'})"
@@ -227,6 +258,9 @@ def convert_quietly(
     for planned in plan:
         _convert(planned)
         report.converted.append(planned.name)
+    for name, block in experts.items():
+        report.converted += [f"{name}.{weight}".lstrip(".") for weight in convert_planned(block)]
+    report.swiglu = fuse_swiglu(model)
     _switch_fused_inference(model, on=False)
     return report
 
@@ -251,8 +285,11 @@ def revert_linears(model: nn.Module) -> list[str]:
     with torch.no_grad():
         for _, layer in layers:
             layer.prepare()  # Raises whatever can go wrong, before the first layer is changed.
-        for _, layer in layers:
-            _revert(layer)
+        experts = set(revert_experts(model))
+        for name, layer in layers:
+            if name not in experts:
+                _revert(layer)
+    split_swiglu(model)
     _switch_fused_inference(model, on=True)
     return [name for name, _ in layers]
 
@@ -291,16 +328,25 @@ def convert_to_match(
     metadata = getattr(state_dict, "_metadata", {})
     modules = dict(model.named_modules())
     plan = []
+    experts: dict[int, Planned] = {}
     for name in names:
-        if (module := modules.get(name)) is None or isinstance(module, MaskedLinear):
+        fused = fused_block(model, name)
+        module = modules.get(name) if fused is None else fused[0]
+        if module is None or isinstance(module, MaskedLinear) or (name in modules and fused is not None):
             raise ConfigError(f"the state dict has a mask for {name}, and the model has no plain layer of that name")
         saved = metadata.get(name, {}).get("sparsity")
         if saved is None and sparsity is None and not options:
             raise ConfigError(f"the state dict does not say how {name} was converted: give the options, as in training")
         own = SparsityConfig(**saved) if saved else SparsityConfig.make(sparsity, **options)
-        plan.append(_Planned(name, module, own, _first_mask(name, module, own)))
+        if fused is None:
+            plan.append(_Planned(name, module, own, _first_mask(name, module, own)))
+        elif id(module) not in experts:  # Both weights of the experts are converted together.
+            experts[id(module)] = plan_experts(module, own)
     for planned in plan:
         _convert(planned)
+    for block in experts.values():
+        convert_planned(block)
+    fuse_swiglu(model)
     _switch_fused_inference(model, on=False)
     return names
 

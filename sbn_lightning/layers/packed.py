@@ -9,6 +9,7 @@ graph.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import singledispatch
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, nonzeros_per_group
 from sbn_lightning.sparsity.ternary import expand_scale, ternary_linear
 
-InferenceBackend = Literal["reference", "kernels", "int8", "auto"]
+InferenceBackend = Literal["reference", "kernels", "int8", "auto", "grouped"]
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -39,6 +40,7 @@ class PackedTernaryLinear(nn.Module):
             weights and the kernels of ``sbn_kernels``, on sparse tensor cores where device and pattern allow, and
             raises an error where no kernel can run. ``"int8"`` takes the kernels for dense tensor cores. ``"auto"``
             (the default) takes kernels if the GPU has them and tokens have 8 or 4 bits, and otherwise the reference.
+            ``"grouped"`` is ``"kernels"``, except in layers of experts, which take one launch for all experts.
 
     Shape:
         x ``[..., in_features]`` -> y ``[..., out_features]`` in the dtype of x, or autocast's where autocast is on.
@@ -175,8 +177,12 @@ def pack_layers(model: nn.Module, backend: InferenceBackend = "auto") -> nn.Modu
     return model
 
 
+@singledispatch
 def packed_layer(layer: SparseBitLinear) -> PackedTernaryLinear:
-    """Make a layer without latent weights that computes what ``layer`` computes in evaluation."""
+    """Make a layer without latent weights that computes what ``layer`` computes in evaluation.
+
+    A subclass whose forward differs registers a function of its own.
+    """
     codes, gamma = layer.ternary()
     bias = None if layer.bias is None else layer.bias.detach()
     return PackedTernaryLinear(

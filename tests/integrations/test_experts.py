@@ -1,16 +1,22 @@
 """Fused experts compute what one layer for each expert computes; their state dict loads; they revert."""
 
 import copy
+import io
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
 from sbn_lightning.core.errors import ConfigError  # noqa: E402
-from sbn_lightning.integrations import convert, revert, save_sparse  # noqa: E402
-from sbn_lightning.integrations.huggingface import save_packed  # noqa: E402
+from sbn_lightning.integrations import convert, load_sparse, revert, save_sparse  # noqa: E402
+from sbn_lightning.integrations.huggingface import SBNConfig, save_packed  # noqa: E402
+from sbn_lightning.layers import convert_linears, pack_layers  # noqa: E402
+from sbn_lightning.layers.audit import audit  # noqa: E402
+from sbn_lightning.layers.conversion import convert_to_match  # noqa: E402
 from sbn_lightning.layers.experts import ExpertsWeight  # noqa: E402
+from sbn_lightning.layers.experts_linear import PackedExperts  # noqa: E402
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear  # noqa: E402
 from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh, SparsitySchedule  # noqa: E402
 from tests.integrations.families import build  # noqa: E402
@@ -115,20 +121,146 @@ def test_the_schedule_governs_experts_and_an_optimiser_keeps_its_parameters():
     assert schedule.statistics()["mask_density"] == 0.5
 
 
-def test_a_copy_computes_the_same_and_folders_say_that_they_cannot(tmp_path):
-    model = build("mixtral").eval()
-    convert(model, "2:4")
-    again = copy.deepcopy(model)
-    assert torch.equal(again(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
-    for save in (save_sparse, save_packed):
-        with pytest.raises(ConfigError, match="cannot hold the fused experts"):
-            save(model, tmp_path / "folder")
+@pytest.fixture(scope="module")
+def converted():
+    """Converted models by family, and their logits."""
+    models = {}
+    for name in ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe"):
+        model = build(name).eval()
+        convert_linears(model, "2:4")
+        models[name] = model, model(input_ids=TOKENS).logits.detach()
+    return models
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+def test_copies_pickles_and_packed_layers_compute_the_same(converted):
+    model, expected = converted["mixtral"]
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    again = torch.load(stored, weights_only=False)
+    assert torch.equal(logits(again), expected)
+    revert(again)
+    assert type(experts_of(again)) is type(experts_of(build("mixtral")))
+    packed = pack_layers(copy.deepcopy(model))
+    assert isinstance(experts_of(packed).down_proj, PackedExperts)
+    assert torch.equal(logits(packed), expected)
+
+
+@pytest.mark.parametrize("kind", ["ternary", "masked"])
+@pytest.mark.parametrize("form", ["packed", "latent"])
+def test_a_folder_of_save_sparse_holds_experts(kind, form, tmp_path):
+    model = build("qwen3-moe")
+    convert(model, "2:4", kind=kind)
+    if (kind, form) == ("masked", "packed"):
+        with pytest.raises(ConfigError, match="not ternary"):
+            save_sparse(model, tmp_path / "folder", form)
+        return
+    save_sparse(model, tmp_path / "folder", form)
+    again = build("qwen3-moe")
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    names = load_sparse(again, tmp_path / "folder")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names
+    assert torch.equal(logits(again), logits(model))
+    save_sparse(again, tmp_path / "again", form)
+    files = [tmp_path / folder / "model.safetensors" for folder in ("folder", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    other = build("mixtral")
+    with pytest.raises(ConfigError, match=r"gate_up_proj has 4 experts of 32 -> 128 in the model"):
+        load_sparse(other, tmp_path / "folder")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe"])
+def test_a_packed_hugging_face_folder_gives_the_same_logits_and_the_same_file(name, converted, tmp_path):
+    model, expected = converted[name]
+    save_packed(model, tmp_path / "folder")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    assert isinstance(experts_of(again).gate_up_proj, PackedExperts)
+    assert not any(parameter.ndim == 3 for parameter in again.parameters())
+    assert torch.equal(logits(again), expected)
+    again.save_pretrained(tmp_path / "again")
+    first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("folder", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    codes = first["model.layers.1.mlp.experts.down_proj.codes"]
+    assert (codes.dtype, codes.shape[0]) == (torch.uint8, 4 * 32)
+
+
+def test_a_dense_folder_becomes_latent_trains_and_reloads(tmp_path):
+    build("mixtral").save_pretrained(tmp_path / "dense")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(tmp_path / "dense", quantization_config=SBNConfig("2:4"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "latent")
+    again = load(tmp_path / "latent")
+    assert isinstance(experts_of(again).down_proj, ExpertsWeight)
+    assert torch.equal(experts_of(again).down_proj.mask_bits, experts_of(model).down_proj.mask_bits)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_an_audit_counts_experts_and_finds_none_bypassed(converted):
+    model, _ = converted["mixtral"]
+    found = audit(model, lambda: model(input_ids=TOKENS))
+    assert not found.bypassed
+    assert not found.not_called
+    places, one = 2 * TOKENS.numel(), 3 * 32 * 64  # two experts a token; gate, up and down of one expert
+    experts = 2 * 2 * places * one  # two layers
+    attention = 2 * 2 * TOKENS.numel() * (32 * 64 + 32 * 32)
+    assert found.sparse_flops == experts + attention
+    a_token = audit(model)
+    assert a_token.sparse_flops * TOKENS.numel() == found.sparse_flops
+    dense = audit(build("mixtral"))
+    assert dense.skipped["model.layers.0.mlp.experts.down_proj"] == "fused experts that are not converted"
+    assert dense.linear_flops == a_token.linear_flops
+
+
+def test_a_checkpoint_of_a_converted_mixture_fits_a_new_model(converted):
+    model, expected = converted["olmoe"]
+    stored = io.BytesIO()
+    torch.save({"state_dict": model.state_dict()}, stored)
+    stored.seek(0)
+    state = torch.load(stored, weights_only=True)["state_dict"]
+    again = build("olmoe")
+    names = convert_to_match(again, state)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in names
+    again.load_state_dict(state)
+    assert torch.equal(logits(again), expected)
+    with pytest.raises(ConfigError, match="no plain layer"):
+        convert_to_match(again, state)
+
+
+def test_an_error_changes_no_experts():
+    model = build("mixtral")
+    with pytest.raises(ConfigError, match="split_sizes"):
+        convert_linears(model, "2:4", split_sizes={"nowhere": (1, 2)})
+    assert experts_of(model).down_proj.ndim == 3
+
+
+def test_experts_without_tokens_and_numbers_without_experts():
+    experts = experts_of(build("mixtral"))
+    convert(experts, "2:4")
+    x = torch.randn(3, 32)
+    one = experts(x, torch.full((3, 1), 2), torch.ones(3, 1))
+    both = experts(x, torch.tensor([[2, 4]] * 3), torch.ones(3, 2))  # there is no expert 4
+    assert torch.equal(one, both)
+    assert experts(x[:0], torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2)).shape == (0, 32)
 
 
 def test_what_cannot_be_converted_says_why():
     model = build("mixtral")
     report = convert(model, "2:4", exclude=("experts", "lm_head"))
     assert report.skipped["model.layers.0.mlp.experts.down_proj"] == "excluded by name"
-    model = build("mixtral")
-    report = convert(model, "2:4", kind="masked")
-    assert report.skipped["model.layers.0.mlp.experts.down_proj"] == "fused experts become ternary only"
+    experts_of(model).has_bias = True
+    report = convert(model, "2:4")
+    assert report.skipped["model.layers.0.mlp.experts.down_proj"] == "its experts have biases"
+    assert "model.layers.1.mlp.experts.down_proj" in report.converted
+    with pytest.raises(ConfigError, match="in_features=32 of gate_up_proj is not a multiple of M=12"):
+        convert(build("mixtral").model.layers[0].mlp.experts, "6:12")

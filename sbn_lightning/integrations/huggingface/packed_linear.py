@@ -18,37 +18,26 @@ from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.formats.huggingface.sbn import pack_codes, unpack_codes
+from sbn_lightning.layers.experts import empty_packed
+from sbn_lightning.layers.experts_linear import PackedExperts
 from sbn_lightning.layers.packed import PackedTernaryLinear
 
 
-class TernaryLinear2Bit(PackedTernaryLinear, nn.Linear):  # type: ignore[misc]  # its bias is a buffer
-    """:class:`PackedTernaryLinear` with 2-bit codes in its state dict. Made by :meth:`empty` only."""
+class _TwoBit(PackedTernaryLinear):
+    """The part of a packed layer that keeps 2-bit codes in its state dict."""
 
     _name: str
 
-    @classmethod
-    def empty(cls, linear: nn.Module, name: str, options: dict[str, Any]) -> TernaryLinear2Bit:
-        """Return a layer without storage in place of ``linear``, an ``nn.Linear`` or a ``Conv1D``."""
-        if isinstance(linear, nn.Linear):
-            out_features, in_features = linear.out_features, linear.in_features
-        else:
-            out_features, in_features = linear.nf, linear.nx  # type: ignore[assignment]
-        split_sizes = options.get("split_sizes")
-        bias = None if linear.bias is None else torch.empty_like(linear.bias, device="meta")  # type: ignore[arg-type]
-        layer = PackedTernaryLinear(
-            torch.empty(out_features, in_features, dtype=torch.int8, device="meta"),
-            torch.empty(1 if split_sizes is None else len(split_sizes), dtype=torch.float32, device="meta"),
-            None if bias is None else bias.detach(),
-            pattern=options["pattern"],
-            split_sizes=None if split_sizes is None else tuple(split_sizes),
-            activation_bits=options["activation_bits"],
-        )
-        layer.__class__ = cls
-        assert isinstance(layer, cls)
-        layer.codes = torch.empty(out_features, -(-in_features // 4), dtype=torch.uint8, device="meta")
-        vars(layer)["_name"] = name
-        layer._is_hf_initialized = True  # type: ignore[assignment]
-        return layer
+    def begin(self, name: str) -> None:
+        """Make the codes a place for 2-bit codes, which are to be loaded.
+
+        Args:
+            name: The name of the layer, for messages.
+        """
+        shape = self.out_features, -(-self.in_features // 4)
+        self.codes = torch.empty(shape, dtype=torch.uint8, device="meta")
+        vars(self)["_name"] = name
+        self._is_hf_initialized = True  # type: ignore[assignment]
 
     def finish(self) -> None:
         """Unpack the codes that were loaded.
@@ -69,11 +58,6 @@ class TernaryLinear2Bit(PackedTernaryLinear, nn.Linear):  # type: ignore[misc]  
         self.row_scale = expand_scale(self.gamma, self.split_sizes, self.out_features).clone()
         self._settle()  # The kernel is chosen now, because choosing it later would break a compiled graph.
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """``gamma * codes``, to read only."""
-        return self.effective_weight().as_subclass(_ReadOnly)
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         if self.codes.dtype == torch.int8:
@@ -87,6 +71,53 @@ class TernaryLinear2Bit(PackedTernaryLinear, nn.Linear):  # type: ignore[misc]  
         gamma = state_dict[f"{prefix}gamma"]
         super()._load_from_state_dict(state_dict | {f"{prefix}codes": self.codes}, prefix, *args)
         self._set_codes(packed.to(self.gamma.device), gamma.to(self.gamma.device))
+
+
+class TernaryLinear2Bit(_TwoBit, nn.Linear):  # type: ignore[misc]  # its bias is a buffer
+    """:class:`PackedTernaryLinear` with 2-bit codes in its state dict. Made by :meth:`empty` only."""
+
+    @classmethod
+    def empty(cls, linear: nn.Module, name: str, options: dict[str, Any]) -> TernaryLinear2Bit:
+        """Return a layer without storage in place of ``linear``, an ``nn.Linear`` or a ``Conv1D``."""
+        if isinstance(linear, nn.Linear):
+            out_features, in_features = linear.out_features, linear.in_features
+        else:
+            out_features, in_features = linear.nf, linear.nx  # type: ignore[assignment]
+        split_sizes = options.get("split_sizes")
+        bias = None if linear.bias is None else torch.empty_like(linear.bias, device="meta")  # type: ignore[arg-type]
+        layer = PackedTernaryLinear(
+            torch.empty(out_features, in_features, dtype=torch.int8, device="meta"),
+            torch.empty(1 if split_sizes is None else len(split_sizes), dtype=torch.float32, device="meta"),
+            None if bias is None else bias.detach(),
+            pattern=options["pattern"],
+            split_sizes=None if split_sizes is None else tuple(split_sizes),
+            activation_bits=options["activation_bits"],
+        )
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        layer.begin(name)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """``gamma * codes``, to read only."""
+        return self.effective_weight().as_subclass(_ReadOnly)
+
+
+class TernaryExperts2Bit(PackedExperts, _TwoBit):  # type: ignore[misc]
+    """:class:`PackedExperts` with 2-bit codes in its state dict. Made by :meth:`empty` only.
+
+    This is no ``nn.Linear``: PEFT would add one LoRA to the weights of all experts.
+    """
+
+    @classmethod
+    def empty(cls, block: nn.Module, child: str, name: str, options: dict[str, Any]) -> TernaryExperts2Bit:
+        """Return a layer without storage in place of the fused weight ``child`` of a block of experts."""
+        layer = empty_packed(block, child, options["pattern"], options["activation_bits"])
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        layer.begin(name)
+        return layer
 
 
 class _ReadOnly(Tensor):

@@ -27,10 +27,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.formats.huggingface.sbn import METHOD, OPTIONS, VERSION, model_card, pack_codes, quantization_config
-from sbn_lightning.integrations.folder import describe, refuse_experts, sparse_layers
-from sbn_lightning.integrations.huggingface.packed_linear import TernaryLinear2Bit
+from sbn_lightning.integrations.folder import describe, sparse_layers
+from sbn_lightning.integrations.huggingface.packed_linear import TernaryExperts2Bit, TernaryLinear2Bit
 from sbn_lightning.integrations.pytorch import convert, convert_by_name
 from sbn_lightning.layers.conv1d import is_conv1d
+from sbn_lightning.layers.experts import MASK_BUFFER, FusedWeight, fused_block, fused_shape, put_packed
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
@@ -56,7 +57,7 @@ class SBNConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        pattern: str = "2:4",
+        pattern: str = "6:8",
         activation_bits: int | None = 8,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = ("lm_head",),
@@ -97,7 +98,16 @@ class SBNQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return model
         config = self.quantization_config
-        for name in config.modules:
+        fused = {name: block for name in config.modules if (block := fused_block(model, name)) is not None}
+        # The blocks change their classes, so every place is looked up before the first change.
+        for name, (block, child) in fused.items():
+            if config.form == "packed":
+                put_packed(block, child, TernaryExperts2Bit.empty(block, child, name, config.of(name)))
+            else:
+                experts, rows, width = fused_shape(block, child)
+                mask_bits = torch.empty(experts * rows, -(-width // 8), dtype=torch.uint8, device="meta")
+                block.register_buffer(f"{child}{MASK_BUFFER}", mask_bits)
+        for name in config.modules.keys() - fused.keys():
             layer = _linear(model, name)
             if config.form == "packed":
                 parent, _, child = name.rpartition(".")
@@ -125,19 +135,21 @@ class SBNQuantizer(HfQuantizer):
             )
             self.quantization_config = config_of(model, "latent")
             model.config.quantization_config = self.quantization_config
+            _save_experts_fused(model)
             return model
         for name in config.modules:
-            layer = model.get_submodule(name)
-            if isinstance(layer, TernaryLinear2Bit):
+            layer = dict(model.named_modules()).get(name)
+            if isinstance(layer, TernaryLinear2Bit | TernaryExperts2Bit):
                 layer.finish()
             else:
                 _convert_with_mask(model, name, config.of(name))
+        _save_experts_fused(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """Return packed tensors where the configuration asks for the packed form, and None for the model's own."""
+        """Return packed tensors where the configuration asks for the packed form, and latent ones otherwise."""
         if self.quantization_config.form != "packed":
-            return None, {}
+            return latent_state(model), {}
         return packed_state(model), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -172,15 +184,14 @@ def config_of(model: nn.Module, form: Form) -> SBNConfig:
         ConfigError: If no layer is sparse.
     """
     modules = {}
-    refuse_experts(sparse_layers(model), "a Hugging Face folder")
     for name, layer in sparse_layers(model).items():
         if form == "packed" and not isinstance(layer, SparseBitLinear | PackedTernaryLinear):
             raise ConfigError(f"{name} is sparse, but not ternary: it has no codes; save form='latent' instead")
         modules[name] = {option: value for option, value in describe(layer).items() if option in OPTIONS}
         if form == "packed":  # The other options matter for training only.
             modules[name] = {key: modules[name][key] for key in ("pattern", "activation_bits", "split_sizes")}
-        if modules[name].get("split_sizes") is None:
-            modules[name].pop("split_sizes", None)
+        if modules[name].get("split_sizes") is None or fused_block(model, name) is not None:
+            modules[name].pop("split_sizes", None)  # The parts of fused experts follow from their shape.
     if not modules:
         raise ConfigError(f"{type(model).__name__} has no sparse layer; call convert(model) first")
     return SBNConfig(**quantization_config(modules, form))
@@ -190,13 +201,27 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of a model whose sparse layers are all ternary, with these layers as 2-bit codes."""
     state: dict[str, Tensor] = dict(model.state_dict())
     for name, layer in sparse_layers(model).items():
-        if isinstance(layer, TernaryLinear2Bit):
+        if isinstance(layer, TernaryLinear2Bit | TernaryExperts2Bit):
             continue
         codes, gamma = layer.ternary()  # type: ignore[union-attr, operator]
-        for own in [key for key in state if key.startswith(f"{name}.") and key != f"{name}.bias"]:
-            del state[own]
+        own = [key for key in state if key == name or (key.startswith(f"{name}.") and key != f"{name}.bias")]
+        for key in own:
+            del state[key]
         state[f"{name}.codes"], state[f"{name}.gamma"] = pack_codes(codes), gamma.float().clone()
     return state
+
+
+def latent_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """Return the state dict of a model in which masks of fused experts have names that transformers can load.
+
+    Returns:
+        None if the model has no sparse fused experts: its own state dict will do.
+    """
+    names = [name for name, layer in sparse_layers(model).items() if isinstance(layer, FusedWeight)]
+    if not names:
+        return None
+    state: dict[str, Tensor] = dict(model.state_dict())
+    return state | {f"{name}{MASK_BUFFER}": state.pop(f"{name}.mask_bits") for name in names}
 
 
 def save_packed(
@@ -225,7 +250,8 @@ def save_packed(
     model.hf_quantizer = None
     model.config.quantization_config = config
     try:
-        model.save_pretrained(directory, state_dict=state)
+        # transformers would cut fused experts into one tensor for each expert, and our folder holds them fused.
+        model.save_pretrained(directory, state_dict=state, save_original_format=False)
     finally:
         model.hf_quantizer = quantizer
         if saved is None:
@@ -241,6 +267,16 @@ def save_packed(
         "perplexity": perplexity,
     }
     (Path(directory) / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def _save_experts_fused(model: Any) -> None:
+    """Tell ``save_pretrained`` to leave sparse fused experts as they are.
+
+    transformers remembers how it fused the tensors of a folder, and undoes this when it saves. Our codes and masks are
+    those of fused weights.
+    """
+    if any(hasattr(layer, "experts") for layer in sparse_layers(model).values()):
+        model._weight_conversions = []
 
 
 def _linear(model: nn.Module, name: str) -> nn.Module:
@@ -262,6 +298,15 @@ def _shape_of(layer: nn.Module) -> tuple[int, int]:
 
 def _convert_with_mask(model: nn.Module, name: str, options: dict[str, Any]) -> None:
     """Convert a layer whose weight was loaded, and keep the mask that was loaded with it, if there was one."""
+    if (fused := fused_block(model, name)) is not None:
+        block, child = fused
+        mask_bits = block._buffers.pop(f"{child}{MASK_BUFFER}")
+        convert_by_name(model, {name: options})
+        experts = block.get_submodule(child)
+        if getattr(mask_bits, "_is_hf_initialized", False):
+            own = {f"{child}": experts._parameters["weight"], f"{child}.mask_bits": mask_bits}
+            block.load_state_dict(own, strict=False)  # type: ignore[arg-type]
+        return
     layer = model.get_submodule(name)
     mask_bits = layer._buffers.pop("mask_bits")
     convert_by_name(model, {name: options})
