@@ -11,6 +11,7 @@ from sbn_lightning.layers.masked_linear import masked_layers
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_linear import SparseBitLinear
 from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.moe import Router
 from sbn_lightning.models.rope import rope_tables
 from sbn_lightning.models.transformer import TernaryTransformer
 
@@ -68,7 +69,7 @@ def finish_model(
 
 
 def cast_model(model: TernaryTransformer, dtype: torch.dtype) -> None:
-    """Cast a model in place. Latent weights of ternary layers, gamma and the rotary tables keep their dtypes.
+    """Cast a model in place. Latent weights of ternary layers, gamma, routers and rotary tables keep their dtypes.
 
     Args:
         model: The model.
@@ -76,7 +77,8 @@ def cast_model(model: TernaryTransformer, dtype: torch.dtype) -> None:
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_floating_point() and not (isinstance(module, SparseBitLinear) and name == "weight"):
+            latent = isinstance(module, SparseBitLinear) and name == "weight"
+            if parameter.is_floating_point() and not latent and not isinstance(module, Router):
                 parameter.data = parameter.data.to(dtype)
         if isinstance(module, PackedTernaryLinear) and module.bias is not None:
             module.bias = module.bias.to(dtype)

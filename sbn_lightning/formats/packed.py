@@ -36,10 +36,12 @@ from sbn_lightning.formats.assemble import empty_model, finish_model
 from sbn_lightning.formats.files import read_json, refuse_pointer
 from sbn_lightning.formats.group_code import GroupCode, choose_code, decode, encode
 from sbn_lightning.formats.sizes import Sizes, part_of
+from sbn_lightning.layers.experts_linear import SparseBitExperts, packed_experts
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_linear import SparseBitLinear, SparseLinear
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
+from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import unpack_mask
 
 FORMAT = "sbn-packed"
@@ -256,15 +258,17 @@ def _build(
             )
         except ValueError as error:
             raise DataError(f"{source}: {name}.codes: {error}") from error
-        layer = PackedTernaryLinear(
-            codes,
-            state.pop(f"{name}.gamma"),
-            state.pop(f"{name}.bias", None),
-            pattern=about["pattern"],
+        sparsity = SparsityConfig.make(
+            about["pattern"],
             split_sizes=None if about["split_sizes"] is None else tuple(about["split_sizes"]),
             activation_bits=about["activation_bits"],
         )
         parent, _, child = name.rpartition(".")
+        gamma, bias, latent = state.pop(f"{name}.gamma"), state.pop(f"{name}.bias", None), model.get_submodule(name)
+        if isinstance(latent, SparseBitExperts):
+            layer: PackedTernaryLinear = packed_experts(codes, gamma, like=latent, sparsity=sparsity)
+        else:
+            layer = PackedTernaryLinear(codes, gamma, bias, sparsity=sparsity)
         setattr(model.get_submodule(parent), child, layer)
         own |= {f"{name}.{part}" for part in layer.state_dict()}
     for name, about in values.get("masked_layers", {}).items():

@@ -27,6 +27,8 @@ QWEN2_5_SHAPES: dict[str, dict[str, int]] = {
 # Marks an option in which model families differ. Such an option says what the weights mean, so `init_from` takes its
 # value from the weights. Its default is the value of the plain blocks of Qwen2.5 and Llama.
 FAMILY_OPTION = {"family": True}
+# Marks an option that came after version 0.1.0 and matters in training only.
+TRAINING_OPTION = {"training": True}
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class TransformerConfig(SparsityOptions):
         sliding_window: How many tokens a token attends to, itself included. null means all tokens before it.
         sliding_layers: The numbers of the blocks with the sliding window. null means all blocks.
         layers_without_rope: The numbers of the blocks whose attention has no positions, as in SmolLM3.
+        n_experts: The number of experts in each block's feed-forward layer. 0 means a plain feed-forward layer.
+        n_experts_per_token: The number of experts that each token goes to.
+        d_expert: The width of the hidden layer of an expert. null means ``d_ffn``.
+        normalise_experts: Whether the weights of a token's experts add up to 1, as in Mixtral.
+        load_balance: The weight of the load-balancing loss, which is part of the training loss.
 
     Raises:
         ConfigError: If the numbers do not fit together.
@@ -99,6 +106,11 @@ class TransformerConfig(SparsityOptions):
     sliding_window: int | None = field(default=None, kw_only=True, metadata=FAMILY_OPTION)
     sliding_layers: tuple[int, ...] | None = field(default=None, kw_only=True, metadata=FAMILY_OPTION)
     layers_without_rope: tuple[int, ...] = field(default=(), kw_only=True, metadata=FAMILY_OPTION)
+    n_experts: int = field(default=0, kw_only=True, metadata=FAMILY_OPTION)
+    n_experts_per_token: int = field(default=2, kw_only=True, metadata=FAMILY_OPTION)
+    d_expert: int | None = field(default=None, kw_only=True, metadata=FAMILY_OPTION)
+    normalise_experts: bool = field(default=True, kw_only=True, metadata=FAMILY_OPTION)
+    load_balance: float = field(default=0.01, kw_only=True, metadata=TRAINING_OPTION)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,13 +127,17 @@ class TransformerConfig(SparsityOptions):
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0 and finite")
         self._check_heads()
         self._check_positions()
+        self._check_experts()
         if self.linear != "dense":
             if self.attention_width == self.d_model:
                 self.nm.check_divides(self.d_model, "layers attention.qkv, attention.o and mlp.gate_up (d_model)")
             else:
                 self.nm.check_divides(self.d_model, "layers attention.qkv and mlp.gate_up (d_model)")
                 self.nm.check_divides(self.attention_width, "layer attention.o (n_heads * head_dim)")
-            self.nm.check_divides(self.d_ffn, "layer mlp.down (d_ffn)")
+            if self.n_experts:
+                self.nm.check_divides(self.d_expert or self.d_ffn, "layer mlp.down (d_expert)")
+            else:
+                self.nm.check_divides(self.d_ffn, "layer mlp.down (d_ffn)")
 
     def _check_heads(self) -> None:
         if self.head_dim is None and self.d_model % (2 * self.n_heads):
@@ -160,6 +176,24 @@ class TransformerConfig(SparsityOptions):
                 f"{scaling.original_context} tokens, where dynamic positions change with the length of each sequence, "
                 "which is not supported; use yarn or linear for longer sequences"
             )
+
+    def _check_experts(self) -> None:
+        if self.n_experts < 0 or self.load_balance < 0:
+            raise ConfigError(f"n_experts={self.n_experts} and load_balance={self.load_balance} must not be negative")
+        if not self.n_experts:
+            if self.d_expert is not None:
+                raise ConfigError(f"d_expert={self.d_expert} is for a mixture of experts; set n_experts too")
+            return
+        if self.d_expert is None:
+            object.__setattr__(self, "d_expert", self.d_ffn)
+        if not 1 <= self.n_experts_per_token <= self.n_experts or self.d_expert < 1:  # type: ignore[operator]
+            raise ConfigError(
+                f"n_experts_per_token={self.n_experts_per_token} must be 1 to n_experts={self.n_experts}, and d_expert="
+                f"{self.d_expert} at least 1"
+            )
+        for option in ("mlp_bias", "sub_norms"):
+            if getattr(self, option):
+                raise ConfigError(f"experts have no {option}; set n_experts to 0, or {option} to false")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TransformerConfig:
@@ -230,6 +264,7 @@ class TransformerConfig(SparsityOptions):
         if whole:
             return values
         optional = family_options(type(self))
+        optional |= {f.name: f.default for f in dataclasses.fields(type(self)) if f.metadata.get("training")}
         return {
             name: value for name, value in values.items() if name not in optional or value != _plain(optional[name])
         }

@@ -1,7 +1,8 @@
 """Model FLOPs: the floating-point operations that training would take with a dense model, however a run computes.
 
 The count follows PaLM (arXiv 2204.02311, appendix B). Each weight that multiplies tokens costs 6 FLOPs for each token:
-2 in the forward and 4 in the backward. Embeddings do not count. Causal attention adds ``6 n_heads head_size T`` in each
+2 in the forward and 4 in the backward. Of a mixture of experts only the experts of a token count, because the others
+multiply other tokens. Embeddings do not count. Causal attention adds ``6 n_heads head_size T`` in each
 block for each token, where T is the sequence length. With a sliding window of W < T tokens, ``2 W - W^2 / T`` takes the
 place of T. Recomputation adds nothing, and sparsity and int8 take nothing away.
 """
@@ -13,6 +14,7 @@ import re
 import torch
 from torch import nn
 
+from sbn_lightning.layers.experts_linear import active_share
 from sbn_lightning.models.transformer import TernaryTransformer
 
 # Peak FLOP/s of tensor cores for dense BF16 with float32 sums. The values are from the makers' data sheets (half of the
@@ -60,7 +62,9 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
         sequence_length: T, the number of tokens in a sequence.
     """
     linear = sum(
-        6.0 * layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, nn.Linear)
+        6.0 * layer.in_features * layer.out_features * active_share(layer)
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear)
     )
     inner = next((module for module in model.modules() if isinstance(module, TernaryTransformer)), None)
     if inner is None:

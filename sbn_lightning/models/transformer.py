@@ -31,13 +31,14 @@ from sbn_lightning.models.attention import Attend, Attention, causal_attention
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.loss import linear_cross_entropy
 from sbn_lightning.models.mlp import GatedMLP
+from sbn_lightning.models.moe import MixtureOfExperts, load_balance_loss, loads
 from sbn_lightning.models.norm import RMSNorm
 from sbn_lightning.models.rope import rope_tables
 
 
 def make_mlp(config: TransformerConfig, index: int) -> nn.Module:
     """Make the feed-forward layer of the block with the number ``index``."""
-    return GatedMLP(config)
+    return MixtureOfExperts(config) if config.n_experts else GatedMLP(config)
 
 
 class Block(nn.Module):
@@ -142,7 +143,11 @@ class TernaryTransformer(nn.Module):
         self.is_compiled = True
 
     def hidden(
-        self, tokens_BT: Tensor, positions_BT: Tensor | None = None, attend: Sequence[Attend] | None = None
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        attend: Sequence[Attend] | None = None,
+        after_blocks: list[Tensor] | None = None,
     ) -> Tensor:
         """Token ids int64 ``[B, T]`` -> final hidden states ``[B, T, D]``.
 
@@ -151,6 +156,7 @@ class TernaryTransformer(nn.Module):
             positions_BT: The positions of the tokens in their sequences, int64, each below ``max_sequence_length``.
                 None means 0 to T - 1.
             attend: The attention of each block. None means causal attention.
+            after_blocks: A list to which the hidden states after each block are appended, for a distillation.
 
         Raises:
             ConfigError: If the sequence is longer than ``max_sequence_length``.
@@ -180,6 +186,8 @@ class TernaryTransformer(nn.Module):
                     x_BTD = _checkpoint(block, x_BTD, *rope)
                 else:
                     x_BTD = block(x_BTD, *rope)
+                if after_blocks is not None:
+                    after_blocks.append(x_BTD)
         out: Tensor = self.norm(x_BTD)
         return out
 
@@ -191,9 +199,14 @@ class TernaryTransformer(nn.Module):
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The mean cross-entropy in nats, a float32 scalar.
 
+        In training mode, a mixture of experts adds its load-balancing loss, times ``config.load_balance``.
+
         Args:
             tokens_BT: The token ids, int64 ``[B, T]``.
             targets_BT: The token that follows each token, int64 ``[B, T]``.
         """
         hidden = self.hidden(tokens_BT).flatten(0, 1)
-        return linear_cross_entropy(hidden, self.lm_head.weight, targets_BT.flatten(), self.config.loss)
+        loss = linear_cross_entropy(hidden, self.lm_head.weight, targets_BT.flatten(), self.config.loss)
+        if self.training and self.config.n_experts and self.config.load_balance:
+            loss = loss + self.config.load_balance * load_balance_loss(loads(self))
+        return loss

@@ -53,7 +53,7 @@ def from_hf(values: dict[str, Any], source: str) -> TransformerConfig:
     try:
         theta, scaling = _rope(values)
         for option in ("num_experts", "num_local_experts"):
-            if values.get(option):
+            if values.get(option) and "num_experts_per_tok" not in family.defaults:
                 raise ConfigError(f"mixture of experts ({option}={values[option]}) is not supported for {kind}")
         return TransformerConfig(
             vocab_size=int(values["vocab_size"]),

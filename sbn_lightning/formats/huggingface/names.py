@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sbn_lightning.core.errors import DataError
 from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.families.mixture import expert_names
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # fp8 and int8 weights would need their scales.
 
@@ -41,18 +42,40 @@ def linear_parts(config: TransformerConfig) -> Iterator[Part]:
         qkv = tuple(f"{theirs}.self_attn.{name}_proj" for name in "qkv")
         yield Part(f"{ours}.attention.qkv", qkv, (config.attention_width, kv, kv))
         yield Part(f"{ours}.attention.o", (f"{theirs}.self_attn.o_proj",), None)
+        if config.n_experts:
+            yield from _expert_parts(config, ours, theirs)
+            continue
         gate_up = (f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj")
         yield Part(f"{ours}.mlp.gate_up", gate_up, (config.d_ffn, config.d_ffn))
         yield Part(f"{ours}.mlp.down", (f"{theirs}.mlp.down_proj",), None)
 
 
+def _expert_parts(config: TransformerConfig, ours: str, theirs: str) -> Iterator[Part]:
+    """The two layers of a block's experts; each holds the rows of all experts."""
+    assert config.d_expert is not None
+    names = [expert_names(config)[1](e) for e in range(config.n_experts)]
+    gate_up = tuple(f"{theirs}.{name}" for gate, up, _ in names for name in (gate, up))
+    yield Part(f"{ours}.mlp.gate_up", gate_up, (config.d_expert,) * len(gate_up))
+    yield Part(f"{ours}.mlp.down", tuple(f"{theirs}.{down}" for *_, down in names), (config.d_model,) * len(names))
+
+
+def fused_name(part: Part) -> str | None:
+    """The name in transformers 5 of a layer of experts, which is one tensor there; None for other layers."""
+    _, block, _, ours = part.ours.split(".")
+    if ".experts." not in part.theirs[0]:
+        return None
+    return f"model.layers.{block}.mlp.experts.{'gate_up_proj' if ours == 'gate_up' else 'down_proj'}"
+
+
 def other_parts(config: TransformerConfig) -> Iterator[Part]:
-    """The embedding, the norms, and the head if it is not tied. Names are complete."""
+    """The embedding, the norms, the routers of experts, and the head if it is not tied. Names are complete."""
     yield Part("embed.weight", ("model.embed_tokens.weight",), None)
     for i in range(config.n_layers):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
         for norm, name in norm_names(config).items():
             yield Part(f"{ours}.{norm}.weight", (f"{theirs}.{name}.weight",), None)
+        if config.n_experts:
+            yield Part(f"{ours}.mlp.router.weight", (f"{theirs}.{expert_names(config)[0]}.weight",), None)
     yield Part("norm.weight", ("model.norm.weight",), None)
     if not config.tie_embeddings:
         yield Part("lm_head.weight", ("lm_head.weight",), None)

@@ -7,6 +7,8 @@ A ternary layer ``NAME`` has three tensors:
 * ``NAME.gamma``: float32 ``[parts]``, the weight scale of each part.
 * ``NAME.bias``: as in the model.
 
+The fused weight of a mixture of experts is such a layer too, with the rows of all experts one after the other.
+
 Everything else is stored as transformers stores it. ``quantization_config`` in ``config.json`` names the layers and
 their options. Two bits a weight are more than the 1.27 bits of the packed form at 2:4. In exchange a reader can cut the
 tensor by rows and by columns, as tensor parallelism does, without decoding it first.
@@ -25,7 +27,7 @@ from tqdm import tqdm
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.huggingface.config import architecture
-from sbn_lightning.formats.huggingface.names import linear_parts
+from sbn_lightning.formats.huggingface.names import fused_name, linear_parts
 from sbn_lightning.formats.packed import ternary_layers
 
 if TYPE_CHECKING:
@@ -98,6 +100,11 @@ def write_hf_sbn(loaded: LoadedModel, folder: Path, perplexity: float | None = N
     for part in tqdm(list(linear_parts(config)), desc="writing", unit="layer", disable=None):
         layer = layers[part.ours]
         codes, gamma = layer.ternary()
+        if (fused := fused_name(part)) is not None:
+            tensors[f"{fused}.codes"], tensors[f"{fused}.gamma"] = pack_codes(codes), gamma.clone()
+            modules[fused] = {"pattern": str(layer.pattern), "activation_bits": layer.activation_bits}
+            zeros, weights = zeros + int((codes == 0).sum()), weights + codes.numel()
+            continue
         rows = part.rows or (layer.out_features,)
         biases = (None,) * len(rows) if layer.bias is None else layer.bias.detach().split(rows)
         for name, piece, scale, bias in zip(part.theirs, codes.split(rows), gamma, biases, strict=True):

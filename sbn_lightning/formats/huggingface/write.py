@@ -83,6 +83,11 @@ def write_hf_bitnet(loaded: LoadedModel, folder: Path, linear_class: LinearClass
     model = loaded.model
     layers = ternary_layers(model)
     check_ternary(loaded, "hf-bitnet")
+    if model.config.n_experts:
+        raise ConfigError(
+            "hf-bitnet has no experts: transformers packs linear layers, and holds experts in one parameter; use "
+            "--format hf-sbn or packed"
+        )
     tensors = _other_tensors(loaded)
     for part in tqdm(list(linear_parts(model.config)), desc="writing", unit="layer", disable=None):
         layer = layers[part.ours]

@@ -8,13 +8,16 @@ from sbn_lightning.models.families.bitnet import BITNET
 from sbn_lightning.models.families.family import Family, GGUFArchitecture
 from sbn_lightning.models.families.llama import LLAMA
 from sbn_lightning.models.families.mistral import MISTRAL
+from sbn_lightning.models.families.mixture import MIXTRAL, OLMOE, QWEN3_MOE
 from sbn_lightning.models.families.olmo2 import OLMO2
 from sbn_lightning.models.families.qwen2 import QWEN2
 from sbn_lightning.models.families.qwen3 import QWEN3
 from sbn_lightning.models.families.smollm3 import SMOLLM3
 
 # A model that several families can be is written as the first of them.
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, MISTRAL, QWEN3, SMOLLM3, OLMO2, BITNET)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, QWEN2, MISTRAL, QWEN3, SMOLLM3, OLMO2, BITNET, MIXTRAL, QWEN3_MOE, OLMOE)
+}
 
 
 def register(family: Family) -> None:
