@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -123,7 +123,7 @@ class Generator:
         compile: bool = False,
         head_bits: HeadBits = 16,
         **options: Any,
-    ) -> Self:
+    ) -> Generator:
         """Load a model and make a generator of it.
 
         Args:
@@ -270,7 +270,7 @@ class Generator:
         if self._thread is not None:
             self._thread.join()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Generator:
         """Use the generator in a ``with`` statement, which closes it."""
         return self
 
