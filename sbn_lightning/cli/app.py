@@ -34,11 +34,12 @@ TRAINING = {
 }
 TOOLS = {
     "prepare": ("sbn_lightning.data", "prepare", "turn text into tokenised litdata shards"),
-    "import-hf": ("sbn_lightning.cli.import_hf", "import_hf", "start from a Hugging Face Qwen2 or Llama"),
+    "import-hf": ("sbn_lightning.cli.import_hf", "import_hf", "start from a Hugging Face model"),
     "export": ("sbn_lightning.cli.export", "export", "write a model to run elsewhere, or packed"),
     "generate": ("sbn_lightning.cli.generate", "generate_text", "continue prompts with a trained model"),
     "chat": ("sbn_lightning.cli.chat", "chat", "talk with a chat model in the terminal"),
     "evaluate": ("sbn_lightning.cli.evaluate", "evaluate", "perplexity, sparsity report, lm-eval tasks"),
+    "inspect": ("sbn_lightning.cli.inspect", "inspect", "what a conversion does to a model, by part and by block"),
     "consolidate": (
         "sbn_lightning.checkpoints.sharded",
         "consolidate",
@@ -63,7 +64,7 @@ def usage() -> str:
             *lines,
             "",
             "sbn COMMAND --help lists a command's options.",
-            "For example: sbn fit --config recipes/sparse_pretrain.yaml",
+            "For example: sbn fit --config sparse_pretrain",
         ]
     )
 

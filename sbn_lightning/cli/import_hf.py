@@ -1,4 +1,4 @@
-"""``sbn import-hf``: pretrained Qwen2 and Llama weights as a checkpoint to start training from."""
+"""``sbn import-hf``: pretrained weights of Hugging Face or GGUF as a checkpoint to start training from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", *NAMES]
 
 
 def import_hf(input: str, output: str, overwrite: bool = False) -> None:
-    """Turn a Hugging Face Qwen2 or Llama model, or a GGUF file of one, into a checkpoint that training can start from.
+    """Turn a Hugging Face model, or a GGUF file, into a checkpoint that training can start from.
+
+    The families are Llama, Qwen2 and Qwen2.5, Qwen3, Mistral, SmolLM3, OLMo-2 and BitNet b1.58 2B4T. Models of other
+    families train in their own classes, see the recipe from_hugging_face.
 
     The checkpoint carries the tokenizer, the chat template and the stop tokens of the model. The tokenizer is also
     written to a file beside the checkpoint, NAME.tokenizer.json, for `prepare --tokenizer`.
@@ -49,12 +52,14 @@ def import_hf(input: str, output: str, overwrite: bool = False) -> None:
     model, config = loaded.model, loaded.config
     with write_errors_named(target):
         lightning_file.write(config, model.state_dict(), target, loaded.text)
-    scaled = "" if config.rope_scaling is None else f" with positions scaled by {config.rope_scaling.factor:g}"
+    scaling = config.rope_scaling
+    scaled = "" if scaling is None else f" with positions scaled by {scaling.factor:g} ({scaling.rope_type})"
+    options = "".join(f", {name} {value}" for name, value in config.beyond_plain_blocks().items())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{parameters:,} parameters ({model.embed.weight.dtype}): {config.n_layers} layers, d_model {config.d_model}, "
         f"d_ffn {config.d_ffn}, {config.n_heads} heads, {config.n_kv_heads} key/value heads, rope_theta "
-        f"{config.rope_theta:g}{scaled}\nwritten to {target}"
+        f"{config.rope_theta:g}{scaled}{options}\nwritten to {target}"
     )
     if TOKENIZER in loaded.text.contents:
         with write_errors_named(beside(target)):

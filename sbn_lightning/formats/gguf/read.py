@@ -115,7 +115,7 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], file: Path) -> Tran
     window = fields.get(f"{kind}.attention.sliding_window")
     if window and window < fields.get(f"{kind}.context_length", window):
         raise ConfigError(
-            f"{file}: sliding windows ({window} tokens) are not read from GGUF; give the Hugging Face folder of the model"
+            f"{file}: sliding windows ({window} tokens) are not read from GGUF; give the model's Hugging Face folder"
         )
     try:
         heads, d_model = fields[f"{kind}.attention.head_count"], fields[f"{kind}.embedding_length"]

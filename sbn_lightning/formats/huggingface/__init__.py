@@ -1,1 +1,1 @@
-"""Hugging Face folders of Qwen2 and Llama models, in and out."""
+"""Hugging Face folders of the families in :mod:`sbn_lightning.models.families`, in and out."""

@@ -1,8 +1,14 @@
-"""Folders in the packed layout of transformers' bitnet: 2-bit codes and one scale for each tensor.
+"""Folders of transformers' bitnet: ternary codes and one scale for each tensor, or latent weights.
 
-``hf-bitnet`` exports of this project are read back to the same codes, and to the same gamma up to rounding. Qwen2 and
-Llama models that others packed this way are read as well. transformers has no field for the N:M pattern of the weights.
-Exports of this project add the pattern to ``config.json`` under ``sbn``. Other models are taken to be dense.
+A folder can hold ternary weights in three forms:
+
+* 2-bit codes, as in BitNet b1.58 2B4T and in ``hf-bitnet`` exports of this project,
+* the same codes as floating-point numbers, as transformers saves a model that it has loaded,
+* latent weights that transformers quantises in each forward (``quantization_mode`` "online").
+
+``hf-bitnet`` exports are read back to the same codes, and to the same gamma up to rounding. transformers has no field
+for the N:M pattern of the weights. Exports of this project add the pattern to ``config.json`` under ``sbn``. Other
+models are taken to be dense.
 
 transformers' ``bitlinear`` divides by ``weight_scale`` and ``autobitlinear`` multiplies by it; see
 :mod:`sbn_lightning.formats.huggingface.write`.
@@ -20,11 +26,11 @@ from tqdm import tqdm
 
 from sbn_lightning.checkpoints.text_files import TextFiles
 from sbn_lightning.core.errors import ConfigError, DataError
-from sbn_lightning.formats.assemble import empty_model, finish_model
+from sbn_lightning.formats.assemble import build_model, empty_model, finish_model
 from sbn_lightning.formats.files import read_json
 from sbn_lightning.formats.huggingface.config import from_hf
 from sbn_lightning.formats.huggingface.folder import CONFIG, Read, open_weights, read_hf_text
-from sbn_lightning.formats.huggingface.names import Part, linear_parts, other_parts
+from sbn_lightning.formats.huggingface.names import Part, from_hf_state, linear_parts, other_parts
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
@@ -34,7 +40,7 @@ DENSE = "8:8"  # The pattern for weights that follow no pattern.
 
 
 def read_hf_bitnet(folder: Path) -> tuple[TernaryTransformer, TextFiles]:
-    """Read a model with packed ternary weights.
+    """Read a ternary model. Where the folder has codes, layers become :class:`PackedTernaryLinear`.
 
     Raises:
         ConfigError: If the model has a feature that is not supported.
@@ -42,6 +48,10 @@ def read_hf_bitnet(folder: Path) -> tuple[TernaryTransformer, TextFiles]:
     """
     values = read_json(folder / CONFIG)
     config = bitnet_config(values, str(folder / CONFIG))
+    if _is_online(values):
+        with open_weights(folder) as (names, read):
+            state = from_hf_state(config, read, names, str(folder))
+            return build_model(config, state, str(folder)), read_hf_text(folder)
     divides = values["quantization_config"].get("linear_class", "bitlinear") == "bitlinear"
     model = empty_model(config)
     own: set[str] = set()
@@ -63,8 +73,12 @@ def read_bitnet_config(folder: Path) -> TransformerConfig:
     return bitnet_config(read_json(folder / CONFIG), str(folder / CONFIG))
 
 
+def _is_online(values: dict[str, Any]) -> bool:
+    return bool(values["quantization_config"].get("quantization_mode", "offline") == "online")
+
+
 def bitnet_config(values: dict[str, Any], source: str) -> TransformerConfig:
-    """Read the ``config.json`` of a model with packed ternary weights.
+    """Read the ``config.json`` of a ternary model.
 
     Args:
         values: The contents of the file.
@@ -74,10 +88,8 @@ def bitnet_config(values: dict[str, Any], source: str) -> TransformerConfig:
         ConfigError: If the model has a feature that is not supported.
     """
     quantization = values["quantization_config"]
-    if quantization.get("quantization_mode", "offline") != "offline":
-        raise ConfigError(
-            f"{source}: quantization_mode 'online' keeps unpacked weights; only packed ones (offline) can be read"
-        )
+    if (mode := quantization.get("quantization_mode", "offline")) not in ("offline", "online"):
+        raise ConfigError(f"{source}: quantization_mode {mode!r} is neither offline nor online")
     if quantization.get("use_rms_norm"):
         raise ConfigError(f"{source}: use_rms_norm puts a norm before each linear layer, which is not supported")
     dense = from_hf({name: value for name, value in values.items() if name != "quantization_config"}, source)
@@ -95,10 +107,7 @@ def _layer(
         for kind in ("weight", "weight_scale"):
             if f"{name}.{kind}" not in names:
                 raise DataError(f"{source} lacks the tensor {name}.{kind}")
-        packed = read(f"{name}.weight")
-        if packed.dtype != torch.uint8:
-            raise DataError(f"{source}: {name}.weight is of {packed.dtype}, packed codes are uint8")
-        codes.append(unpack_rows(packed))
+        codes.append(_codes(read(f"{name}.weight"), f"{source}: {name}.weight"))
         scale = read(f"{name}.weight_scale").float().reshape(1)
         gammas.append(1 / scale if divides else scale)
         if f"{name}.bias" in names:
@@ -115,6 +124,16 @@ def _layer(
         pattern=config.pattern,
         split_sizes=part.rows if len(part.theirs) > 1 else None,
     )
+
+
+def _codes(stored: Tensor, label: str) -> Tensor:
+    """The codes of one tensor, int8 ``[out, in]``, from two bits each or from floating-point numbers."""
+    if stored.dtype == torch.uint8:
+        return unpack_rows(stored)
+    codes = stored.to(torch.int8)
+    if not stored.is_floating_point() or not torch.equal(codes.to(stored.dtype), stored) or int(codes.abs().max()) > 1:
+        raise DataError(f"{label} is of {stored.dtype}; codes are packed in uint8, or are -1, 0 and 1")
+    return codes
 
 
 def unpack_rows(packed: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ Read = Callable[[str], Tensor]
 
 
 def read_hf(folder: Path) -> tuple[TransformerConfig, dict[str, Tensor], TextFiles]:
-    """Read an unquantised Qwen2 or Llama model.
+    """Read an unquantised model.
 
     Returns:
         A dense configuration; the state dict of a :class:`TernaryTransformer`, in the stored dtypes; the text files.
