@@ -14,6 +14,7 @@ from sbn_lightning.callbacks.masked_decay import MaskedWeightDecay
 from sbn_lightning.callbacks.non_finite import NonFiniteGuard
 from sbn_lightning.callbacks.progress import LossProgressBar
 from sbn_lightning.callbacks.ramp import DenseToSparseRamp
+from sbn_lightning.callbacks.rank_watch import RankWatch
 from sbn_lightning.callbacks.sparsity_logger import SparsityPatternLogger
 from sbn_lightning.callbacks.throughput import TokenThroughput
 from sbn_lightning.callbacks.training_report import TrainingReport
@@ -30,6 +31,7 @@ RECIPE_GROUPS: dict[str, type[Callback]] = {
     "sparsity_logger": SparsityPatternLogger,
     "throughput": TokenThroughput,
     "non_finite_guard": NonFiniteGuard,
+    "rank_watch": RankWatch,
     "checkpoint": DurableCheckpoint,
 }
 
@@ -42,6 +44,7 @@ __all__ = [
     "MaskRefresh",
     "MaskedWeightDecay",
     "NonFiniteGuard",
+    "RankWatch",
     "SparseEMAWeightAveraging",
     "SparseWeightAveraging",
     "SparsityPatternLogger",

@@ -39,6 +39,7 @@ from sbn_lightning.callbacks.lightning_internals import (
     keep_slurm_checkpoints_with_their_run,
     take_next_version,
 )
+from sbn_lightning.callbacks.rank_watch import RankWatch, cause_elsewhere
 from sbn_lightning.checkpoints.io import say
 from sbn_lightning.checkpoints.lock import RunIsBusy, RunLock
 from sbn_lightning.checkpoints.resume import check_can_be_read
@@ -174,6 +175,10 @@ class SBNCLI(LightningCLI):
                 raise KeyboardInterrupt from stopped
             raise
         except Exception as error:
+            if (cause := cause_elsewhere(self.trainer.callbacks)) is not None:  # type: ignore[attr-defined]
+                raise SBNError(
+                    f"this rank ends because of {cause}; --ckpt_path last continues from the last checkpoint"
+                ) from error
             explain(error, self.datamodule)
             raise
 
@@ -195,6 +200,10 @@ class SBNCLI(LightningCLI):
         if config["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in own):
             # Lightning's own choice of a bar depends on whether rich is installed. This bar is always one line.
             callbacks = [*callbacks, LossProgressBar()]
+        recipe = without_secrets(self.config[self.subcommand])
+        for watch in callbacks:
+            if isinstance(watch, RankWatch):
+                watch.recipe = {name: str(value) for name, value in recipe.items() if name != "config"}
         folder = self._take_run(config)
         try:
             trainer = super()._instantiate_trainer(config, callbacks)

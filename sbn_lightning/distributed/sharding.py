@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from types import MethodType
 from typing import Any, Literal, get_args
 
 import torch
@@ -101,22 +102,22 @@ def prepare_first(module: nn.Module, methods: Sequence[str] = ()) -> None:
         module: The whole model; changed in place.
         methods: The names of the methods, besides ``forward``, that multiply with the layers.
     """
-
-    @torch._dynamo.disable  # type: ignore[misc]  # A graph cannot ask whether a weight has changed.
-    def prepare(*_: Any) -> None:
-        prepare_layers(module)
-
-    module.register_forward_pre_hook(lambda *_: prepare(), prepend=True)
+    module.register_forward_pre_hook(_prepare, prepend=True)
     for name in methods:
-        setattr(module, name, _after(prepare, getattr(module, name)))
+        setattr(module, name, MethodType(_after_preparing(getattr(module, name).__func__), module))
     for _, layer in masked_layers(module):
         layer.owner_prepares = True
 
 
-def _after(prepare: Callable[[], None], method: Callable[..., Any]) -> Callable[..., Any]:
+@torch._dynamo.disable  # type: ignore[misc]  # A graph cannot ask whether a weight has changed.
+def _prepare(module: nn.Module, *_: Any) -> None:
+    prepare_layers(module)
+
+
+def _after_preparing(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        prepare()
-        return method(*args, **kwargs)
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _prepare(module)
+        return method(module, *args, **kwargs)
 
     return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,6 +20,8 @@ from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.sharding import Gather
+
+TIMEOUT = timedelta(minutes=10)  # torch's own default is half an hour for gloo.
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -84,6 +87,7 @@ class ShardedStrategy(ModelParallelStrategy):
             gathers latent weights, 4 bytes each, in every forward and backward.
         save_distributed_checkpoint: Whether every rank saves its own shard, so that a checkpoint is a folder. If False,
             a checkpoint is one file that every strategy reads.
+        timeout: How long a collective may take before the rank gives up.
         **options: The other options of ``ModelParallelStrategy``.
     """
 
@@ -92,13 +96,14 @@ class ShardedStrategy(ModelParallelStrategy):
         reduce_dtype: Literal["float32", "bfloat16"] = "float32",
         gather: Gather = "packed_step",
         save_distributed_checkpoint: bool = False,
+        timeout: timedelta = TIMEOUT,
         **options: Any,
     ) -> None:
         if reduce_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"reduce_dtype={reduce_dtype!r} is not 'float32' or 'bfloat16'")
         if gather not in get_args(Gather):
             raise ConfigError(f"gather={gather!r} is not one of {', '.join(get_args(Gather))}")
-        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **options)
+        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, timeout=timeout, **options)
         self.sharding = {"reduce_dtype": getattr(torch, reduce_dtype), "gather": gather}
 
     @override

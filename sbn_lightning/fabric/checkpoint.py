@@ -14,8 +14,15 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
 from sbn_lightning.distributed.optimizer_states import name_optimizer_states
 from sbn_lightning.distributed.strategies import check_checkpoint
+from sbn_lightning.distributed.whole_states import (
+    load_optimizer_state,
+    load_weights,
+    whole_optimizer_state,
+    whole_weights,
+)
 from sbn_lightning.fabric.state import RunState
 
 
@@ -32,13 +39,16 @@ def dump(run: RunState, weights_only: bool) -> dict[str, Any]:
         "epoch": run.current_epoch,
         "global_step": run.global_step,
         "pytorch-lightning_version": lightning.__version__,
-        "state_dict": module.state_dict(),
+        "state_dict": whole_weights(module) if module_is_sharded(run) else module.state_dict(),
         "loops": {"fit_loop": _loops(run), "validate_loop": {}, "test_loop": {}, "predict_loop": {}},
     }
     if not weights_only:
         states = {_state_key(c): c.state_dict() for c in run.callbacks if hasattr(c, "state_dict")}
         checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
-        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in run.optimizers]
+        checkpoint["optimizer_states"] = [
+            whole_optimizer_state(module, optimizer) if module_is_sharded(run) else optimizer.state_dict()
+            for optimizer in run.optimizers
+        ]
         name_optimizer_states(checkpoint["optimizer_states"], module, run.optimizers)
         checkpoint["lr_schedulers"] = [scheduler.state_dict() for scheduler in run.schedulers]
         precision = run.fabric.strategy.precision
@@ -113,7 +123,10 @@ def restore_model(run: RunState, checkpoint: dict[str, Any]) -> None:
     module = run.module
     assert isinstance(module, LightningModule)
     module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    if module_is_sharded(run):
+        load_weights(module, checkpoint["state_dict"])
+    else:
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
     states = checkpoint["callbacks"]
     lost = set(states) - {_state_key(callback) for callback in run.callbacks}
     if lost:
@@ -129,7 +142,11 @@ def restore_model(run: RunState, checkpoint: dict[str, Any]) -> None:
 def restore_progress(run: RunState, checkpoint: dict[str, Any]) -> None:
     """Load the optimiser, the schedule and the counters."""
     for optimizer, state in zip(run.optimizers, checkpoint["optimizer_states"], strict=True):
-        optimizer.load_state_dict(state)
+        if module_is_sharded(run):
+            assert run.module is not None
+            load_optimizer_state(run.module, optimizer, state)
+        else:
+            optimizer.load_state_dict(state)
     for scheduler, state in zip(run.schedulers, checkpoint["lr_schedulers"], strict=True):
         scheduler.load_state_dict(state)
     precision = run.fabric.strategy.precision
@@ -167,6 +184,11 @@ def restore_position(run: RunState, checkpoint: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{run.ckpt_path} ends inside an epoch and has no position in the data of {type(loader).__name__}"
             )
+
+
+def module_is_sharded(run: RunState) -> bool:
+    """Whether the ranks of a run share weights and optimiser states."""
+    return isinstance(run.fabric.strategy, FabricShardedStrategy)
 
 
 def _state_key(callback: Any) -> str:

@@ -42,6 +42,7 @@ from tqdm import tqdm
 from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.callbacks.conversion import TernarySparseConversion
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
 from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts
 from sbn_lightning.fabric import checkpoint as fabric_checkpoint
 from sbn_lightning.fabric.run import FabricRun
@@ -79,13 +80,19 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
     module.configure_model()
 
     checkpoint = fabric_checkpoint.read(run, ckpt_path) if ckpt_path else None
+    sharded = isinstance(fabric.strategy, FabricShardedStrategy)
+    if sharded:  # Sharding replaces the parameters, so the optimiser comes after it.
+        model = fabric.setup_module(module.model)
     if checkpoint:
         fabric_checkpoint.restore_model(run, checkpoint)
     configured = cast(dict[str, Any], module.configure_optimizers())
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     run.optimizers, run.schedulers = [optimizer], [scheduler]
-    keep_masks_out_of_broadcasts(module.model)
-    model, optimizer = fabric.setup(module.model, optimizer)
+    if sharded:
+        optimizer = fabric.setup_optimizers(optimizer)
+    else:
+        keep_masks_out_of_broadcasts(module.model)
+        model, optimizer = fabric.setup(module.model, optimizer)
     model.mark_forward_method("loss")
     if checkpoint:
         fabric_checkpoint.restore_progress(run, checkpoint)
@@ -117,7 +124,8 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
                 batch = fabric.to_device(batch)
                 run.call("on_train_batch_start", batch=batch, batch_idx=batch_idx)
 
-                with fabric.no_backward_sync(model, enabled=not run.is_step):
+                # Without a reduction in each micro-batch, every rank would hold whole gradients.
+                with fabric.no_backward_sync(model, enabled=not (run.is_step or sharded)):
                     # On a single device Fabric applies its precision to forward alone, not to a marked method.
                     with fabric.autocast():
                         loss = model.loss(batch[:, :-1], batch[:, 1:])
@@ -210,9 +218,10 @@ def check(run: FabricRun) -> None:
         ConfigError: If strategy, a callback or a setting does not fit the loop.
     """
     strategy = run.fabric.strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FabricShardedStrategy)):
         raise ConfigError(
-            f"the Fabric loop trains on one device or with DDP, not with {type(strategy).__name__}; use `fit`"
+            f"the Fabric loop trains on one device, with DDP or with sbn_fsdp2, not with {type(strategy).__name__}; "
+            "use `fit`"
         )
     for callback in run.callbacks:
         if isinstance(callback, Callback) and not isinstance(callback, WORK_ON_FABRIC):

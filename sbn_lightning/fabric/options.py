@@ -17,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from sbn_lightning.callbacks.lightning_internals import options_of_ddp
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
+from sbn_lightning.distributed.strategies import ShardedStrategy
 from sbn_lightning.fabric.run import FabricRun
 from sbn_lightning.training.precision import SparseTernaryPrecision
 
@@ -74,7 +76,7 @@ def fabric_run(**config: Any) -> FabricRun:
 
 
 def check_fabric_options(config: dict[str, Any]) -> None:
-    """Warn of options that the ``fabric`` command does not use, and replace a Trainer's DDP strategy by Fabric's.
+    """Warn of options that the ``fabric`` command does not use, and replace a Trainer's strategy by Fabric's.
 
     Args:
         config: The options of a Trainer; changed in place.
@@ -97,12 +99,14 @@ def check_fabric_options(config: dict[str, Any]) -> None:
         )
     if config["max_steps"] < 0 and config["max_epochs"] is None:
         raise ConfigError("training would not end: set trainer.max_steps or trainer.max_epochs")
-    strategy = config["strategy"]
-    if isinstance(strategy, DDPStrategy):
+    strategy = ShardedStrategy() if config["strategy"] == "sbn_fsdp2" else config["strategy"]
+    if isinstance(strategy, ShardedStrategy):
+        config["strategy"] = fabric_sharded(strategy)
+    elif isinstance(strategy, DDPStrategy):
         config["strategy"] = FabricDDPStrategy(**options_of_ddp(strategy))
     elif strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"):
         name = type(strategy).__name__ if isinstance(strategy, Strategy) else strategy
-        raise ConfigError(f"the Fabric loop cannot honour trainer.strategy={name}, only ddp; use `fit`")
+        raise ConfigError(f"the Fabric loop cannot honour trainer.strategy={name}, only ddp and sbn_fsdp2; use `fit`")
     plugins = config["plugins"] or []
     for plugin in plugins if isinstance(plugins, list) else [plugins]:
         if isinstance(plugin, Precision) and not isinstance(plugin, SparseTernaryPrecision):
@@ -110,3 +114,16 @@ def check_fabric_options(config: dict[str, Any]) -> None:
                 f"{type(plugin).__name__} in trainer.plugins works in a Trainer only: give its counterpart for "
                 "Fabric, or trainer.precision"
             )
+
+
+def fabric_sharded(strategy: ShardedStrategy) -> FabricShardedStrategy:
+    """Make the strategy ``sbn_fsdp2`` of Fabric from that of a Trainer.
+
+    Raises:
+        ConfigError: If the strategy saves sharded checkpoints, which this loop does not write.
+    """
+    if strategy._save_distributed_checkpoint:
+        raise ConfigError("the Fabric loop saves a checkpoint as one file: set save_distributed_checkpoint=false")
+    return FabricShardedStrategy(
+        **strategy.sharding, process_group_backend=strategy.process_group_backend, timeout=strategy._timeout
+    )

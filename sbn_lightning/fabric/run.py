@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sbn_lightning.checkpoints.io import DurableCheckpointIO
 from sbn_lightning.core.files import atomic_file
+from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
 from sbn_lightning.fabric.checkpoint import dump
 from sbn_lightning.fabric.state import RunState
 
@@ -52,8 +53,11 @@ class FabricRun(RunState):
             path: The file, or a URL. A file is there as a whole or not at all.
             weights_only: Whether to leave out what training needs besides the weights.
         """
+        sharded = isinstance(self.fabric.strategy, FabricShardedStrategy)
+        # With sharded weights every rank takes part in making the checkpoint whole.
+        checkpoint = dump(self, bool(weights_only)) if sharded or self.fabric.is_global_zero else {}
         if self.fabric.is_global_zero:
-            storage, checkpoint = self.fabric.strategy.checkpoint_io, dump(self, bool(weights_only))
+            storage = self.fabric.strategy.checkpoint_io
             write = storage.save_checkpoint
             if "://" in str(path) or isinstance(storage, DurableCheckpointIO):  # A URL has no file to rename.
                 write(checkpoint, path)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.tensor import DTensor
 
-from sbn_lightning import NonFiniteGuard, UnshardedAccumulation
+from sbn_lightning import NonFiniteGuard
 from sbn_lightning.callbacks.non_finite import NonFiniteError
 from tests.distributed.worker import TINY
 from tests.helpers import quiet_trainer, small_module, token_loader
@@ -40,20 +39,6 @@ class Spoilt(Callback):
         self.now = batch_idx in self.at
 
 
-class Whole(Callback):
-    """Records before each micro-batch which weights are whole (none, some or all), and the loss after it."""
-
-    def __init__(self):
-        self.whole, self.losses = [], []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        kinds = {isinstance(parameter, DTensor) for parameter in pl_module.parameters()}
-        self.whole.append(sorted(not sharded for sharded in kinds))
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(outputs["loss"].item())
-
-
 def fit(callbacks, **options):
     # With a short timeout, a collective that another rank does not join fails soon.
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, timeout=timedelta(seconds=30))
@@ -71,17 +56,9 @@ def error_of_spoilt(at):
     return "none"
 
 
-def validated(callbacks):
-    """A run that validates after each micro-batch."""
-    seen = Whole()
-    fit([seen, *callbacks], max_steps=2, val_check_interval=1)
-    return {"whole": seen.whole, "losses": seen.losses}
-
-
 def main(folder):
     rank = int(os.environ["RANK"])
     seen = {name: error_of_spoilt(at[rank]) for name, at in NON_FINITE.items()}
-    seen["validated"] = {"sharded": validated([]), "unsharded": validated([UnshardedAccumulation()])}
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(seen))
 
 

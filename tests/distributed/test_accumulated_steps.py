@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sbn_lightning import UnshardedAccumulation
 from tests.distributed.steps_worker import LAYER, NON_FINITE
 from tests.distributed.test_two_processes import ROOT, launch
 
@@ -31,9 +32,6 @@ def test_a_nan_on_one_rank_stops_all_and_each_says_what_it_knows(name, seen):
         assert expected in rank[name]
 
 
-def test_weights_stay_whole_within_a_step_and_sharded_between(seen):
-    """The same holds if a validation comes inside or between steps."""
-    for rank in seen:
-        plain, unsharded = rank["validated"]["sharded"], rank["validated"]["unsharded"]
-        assert unsharded["whole"] == [[False], [True]] * 2
-        assert unsharded["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+def test_the_callback_of_version_0_1_0_says_what_to_use():
+    with pytest.warns(DeprecationWarning, match="sbn_fsdp2"):
+        UnshardedAccumulation()

@@ -48,9 +48,9 @@ PLUGINS = [
 ]
 PLUGIN_STEPS = TINY_EPOCH + 1
 ACCUMULATED = [
-    ("accumulated alone", "auto", False),
-    ("accumulated", "fsdp2", False),
-    ("accumulated unsharded", "fsdp2", True),
+    ("accumulated alone", "auto"),
+    ("accumulated", "fsdp2"),
+    ("accumulated packed", "packed"),
 ]
 
 
@@ -80,11 +80,10 @@ def runs(counting, epoch, tmp_path_factory):
     for strategy in ("auto", "ddp", "fsdp2", "sharded", "packed"):
         first[strategy] = {"strategy": strategy, "steps": STEPS}
         first[f"{strategy} half"] = {"strategy": strategy, "steps": epoch // 2, **data}
-    for name, strategy, unsharded in ACCUMULATED:
-        first[name] = {"strategy": strategy, "steps": STEPS // 2, "accumulate": 2, "unsharded": unsharded}
+    for name, strategy in ACCUMULATED:
+        first[name] = {"strategy": strategy, "steps": STEPS // 2, "accumulate": 2}
     for strategy in ("auto", "ddp", "fsdp2", "packed"):
         first[f"{strategy} decayed"] = {"strategy": strategy, "steps": STEPS, "decay": 20.0}
-    first["nothing sharded"] = {"strategy": "ddp", "steps": 1, "unsharded": True}
     first["plugin alone"] = {"strategy": "auto", "steps": PLUGIN_STEPS, "plugin": {"backend": "reference"}}
     for name, strategy, plugin, measured, _ in PLUGINS:
         job = {"strategy": strategy, "steps": PLUGIN_STEPS, "plugin": plugin, "measured": measured}
@@ -201,21 +200,14 @@ def test_masked_weights_decay_on_every_rank(strategy, runs):
                 torch.testing.assert_close(gamma, expected[name], rtol=1e-5, atol=0)
 
 
-def test_accumulation_without_resharding(runs):
-    """The training is the same, with half of the reductions and less than half of the gathers."""
-    (single,), plain, unsharded = runs["accumulated alone"], runs["accumulated"], runs["accumulated unsharded"]
-    assert plain[0]["losses"] == pytest.approx(single["losses"], rel=1e-5)
-    for rank in unsharded:
-        assert rank["losses"] == pytest.approx(plain[0]["losses"], rel=1e-6)
+@pytest.mark.parametrize("name", ["accumulated", "accumulated packed"])
+def test_accumulation_under_shards(name, runs):
+    (single,) = runs["accumulated alone"]
+    for rank in runs[name]:
+        assert rank["losses"] == pytest.approx(single["losses"], rel=1e-5)
         assert len(rank["masks"]) == STEPS
         for step, masks in enumerate(rank["masks"]):
             assert all(torch.equal(mask, single["masks"][step][name]) for name, mask in masks.items())
-        assert 2 * rank["sent"]["reductions"] == plain[0]["sent"]["reductions"] > 0
-        assert 2 * rank["sent"]["gathers"] < plain[0]["sent"]["gathers"]
-
-
-def test_unsharded_accumulation_without_shards_is_refused(runs):
-    assert all("nothing here is sharded" in rank["error"] for rank in runs["nothing sharded"])
 
 
 def test_what_a_strategy_would_misread_is_refused(runs):

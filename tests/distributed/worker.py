@@ -8,14 +8,10 @@ that together they see what a single process sees.
 import json
 import os
 import sys
-from collections import Counter
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -28,7 +24,6 @@ from sbn_lightning import (
     SparseTernaryPrecision,
     SparsityPatternLogger,
     TokenDataModule,
-    UnshardedAccumulation,
 )
 from sbn_lightning.backends.selection import Choice
 from sbn_lightning.core.errors import ConfigError
@@ -93,34 +88,7 @@ def measure_on_rank_0_only():
     precision.choose = choose
 
 
-# The functions with which FSDP2 sends, in torch up to 2.14 and in later versions.
-COLLECTIVES = {
-    "gathers": ("all_gather_into_tensor", "all_gather_single"),
-    "reductions": ("reduce_scatter_tensor", "reduce_scatter_single"),
-}
-
-
-@contextmanager
-def counted_collectives():
-    """Count the calls of each kind of collective."""
-    counts = Counter()
-    functions = {name: (kind, getattr(dist, name, None)) for kind, names in COLLECTIVES.items() for name in names}
-
-    def calling(kind, function):
-        def call(*args, **kwargs):
-            counts[kind] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    with ExitStack() as stack:
-        for name, (kind, function) in functions.items():
-            if function is not None:
-                stack.enter_context(mock.patch.object(dist, name, calling(kind, function)))
-        yield counts
-
-
-def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None, accumulate=1, unsharded=False, decay=0.0):
+def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None, accumulate=1, decay=0.0):
     """Train, save after every second step (a run on tokens: at its end), and return what the rank saw."""
     world = 1 if strategy == "auto" else 2
     options = {"strategy": STRATEGIES[strategy](), "devices": world, "use_distributed_sampler": False}
@@ -133,7 +101,7 @@ def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None, ac
         dirpath=output, filename="{step}", every_n_train_steps=every, save_top_k=-1, save_last=tokens is None
     )
     callbacks = [MaskRefresh(interval=2), DenseToSparseRamp("rows", end=0.5), sparsity, witness, saver]
-    callbacks += [MaskedWeightDecay(decay), *[UnshardedAccumulation()] * unsharded]
+    callbacks += [MaskedWeightDecay(decay)]
     options["accumulate_grad_batches"] = accumulate
     trainer = quiet_trainer(callbacks, max_steps=steps, enable_checkpointing=True, **options)
     module = small_module(pattern="4:8", **({} if plugin is None else TINY))
@@ -141,16 +109,14 @@ def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None, ac
         rank, batch_size = int(os.environ.get("RANK", 0)), GLOBAL_BATCH // world
         data = {"batches": EPOCH} if plugin is None else {"batches": TINY_EPOCH, "length": 5}
         loader = token_loader(batch_size=batch_size, rank=rank, world=world, **data)
-        with counted_collectives() as sent:
-            trainer.fit(module, loader, ckpt_path=checkpoint)
+        trainer.fit(module, loader, ckpt_path=checkpoint)
     else:
         data = TokenDataModule(tokens, batch_size=GLOBAL_BATCH // world, sequence_length=63, num_workers=0)
-        with counted_collectives() as sent:
-            trainer.fit(module, data, ckpt_path=checkpoint)
+        trainer.fit(module, data, ckpt_path=checkpoint)
     ignored = sorted(getattr(module, "_ddp_params_and_buffers_to_ignore", []))
     counts = {name: vars(counts) for name, counts in sparsity.counts.items()}
     kept = ("losses", "masks", "gammas", "samples", "moments", "backends", "seeds")
-    return {**{key: getattr(witness, key) for key in kept}, "counts": counts, "ignored": ignored, "sent": dict(sent)}
+    return {**{key: getattr(witness, key) for key in kept}, "counts": counts, "ignored": ignored}
 
 
 def main(jobs):

@@ -1,0 +1,69 @@
+"""``FabricShardedStrategy``: the strategy ``sbn_fsdp2`` for Lightning Fabric."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.strategies import STRATEGY_REGISTRY, ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from typing_extensions import override
+
+from sbn_lightning.distributed.sharding import Gather, shard
+from sbn_lightning.distributed.strategies import TIMEOUT
+
+
+class FabricShardedStrategy(ModelParallelStrategy):
+    """Shards latent weights, gradients and optimiser states over all GPUs: ``Fabric(strategy="sbn_fsdp2")``.
+
+    The optimiser must be made from the module that ``fabric.setup_module`` returns, because sharding replaces
+    parameters. The module must have an attribute ``blocks``, its transformer blocks in the order in which they run, and
+    may have a method ``loss`` besides ``forward``.
+
+    Args:
+        reduce_dtype: The dtype in which gradients of latent weights travel, float32 or bfloat16.
+        gather: What the ranks gather of ternary layers, see :func:`~sbn_lightning.distributed.sharding.shard`.
+        timeout: How long a collective may take before the rank gives up.
+        **options: The other options of Fabric's ``ModelParallelStrategy``.
+    """
+
+    def __init__(
+        self,
+        reduce_dtype: torch.dtype = torch.float32,
+        gather: Gather = "packed_step",
+        timeout: timedelta = TIMEOUT,
+        **options: Any,
+    ) -> None:
+        super().__init__(self._shard, timeout=timeout, **options)
+        self.sharding: dict[str, Any] = {"reduce_dtype": reduce_dtype, "gather": gather}
+        self._io: CheckpointIO = TorchCheckpointIO()
+
+    def _shard(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        methods = [name for name in ("loss",) if hasattr(module, name)]
+        shard(module, list(module.blocks), mesh, methods, **self.sharding)  # type: ignore[arg-type]
+        return module
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes the whole checkpoint of rank 0."""
+        return self._io
+
+    @checkpoint_io.setter
+    @override
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._io = io
+
+    @override
+    def setup_environment(self) -> None:
+        self._tensor_parallel_size = 1
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+STRATEGY_REGISTRY.register(
+    "sbn_fsdp2", FabricShardedStrategy, description="FSDP2 with latent weights sharded by rows and 2-bit codes sent"
+)

@@ -1,0 +1,210 @@
+"""What the ranks of :mod:`tests.distributed.forked` do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from sbn_lightning import DurableCheckpoint
+from sbn_lightning.callbacks import DurableCheckpointIO, RankWatch
+from sbn_lightning.checkpoints import io
+from sbn_lightning.distributed.strategies import ShardedStrategy
+from tests.helpers import quiet_trainer, small_module, token_loader
+
+SEQUENCES = 12  # In a step of all ranks: 1, 2, 3 and 4 ranks divide them.
+
+
+class Fault(Callback):
+    """Makes one rank fail in the middle of training.
+
+    Args:
+        kind: What happens.
+        rank: The rank that fails.
+        step: The optimiser steps that are done before.
+    """
+
+    def __init__(self, kind: str, rank: int, step: int) -> None:
+        self.kind, self.rank, self.step = kind, rank, step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step != self.step or trainer.global_rank != self.rank:
+            return
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            return  # torchrun has started the ranks again.
+        if self.kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def full_disk(path: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def fail(folder: Path, kind: str, rank: int) -> None:
+    """Train 5 steps that save each, while something happens to one rank after the second step."""
+    watch = RankWatch(silence=4, grace=3)
+    watch.recipe = {"trainer.max_steps": "5"}
+    if kind == "recipe" and int(os.environ["RANK"]) == rank:
+        watch.recipe["trainer.max_steps"] = "6"
+    fit(folder, 5, callbacks=[watch, Fault(kind, rank, 2)], full_at=3 if kind == "disk" else None)
+
+
+def fit(
+    folder: Path,
+    steps: int,
+    checkpoint: str | None = None,
+    callbacks: Any = (),
+    full_at: int | None = None,
+    batches: int = 8,
+    **strategy: Any,
+) -> list[float]:
+    """Train with the sharded strategy; save after each step. Return the losses, averaged over the ranks."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    losses: list[float] = []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            losses.append(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean").item())
+            if trainer.global_step + 1 == full_at:
+                patch = mock.patch.object(io, "atomic_stream", full_disk)
+                patch.start()
+
+    saver = DurableCheckpoint(dirpath=str(folder), filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = quiet_trainer(
+        [*callbacks, Losses(), saver],
+        strategy=ShardedStrategy(**strategy),
+        devices=ranks,
+        max_steps=steps,
+        enable_checkpointing=True,
+        use_distributed_sampler=False,
+        plugins=[DurableCheckpointIO()],
+    )
+    loader = token_loader(batches=batches, batch_size=SEQUENCES // ranks, length=9, rank=rank, world=ranks)
+    trainer.fit(small_module(pattern="4:8", n_layers=1), loader, ckpt_path=checkpoint)
+    return losses
+
+
+def resume(folder: Path, name: str, steps: int, **options: Any) -> None:
+    """Train epochs of two steps, and write down the losses."""
+    losses = fit(folder, steps, batches=2, **options)
+    torch.save(losses, folder / f"{name}.rank{os.environ['RANK']}.pt")
+
+
+def hybrid(folder: Path) -> None:
+    """Two groups of ranks hold the same rows, and the ranks of a group share the rows. Bits are those of one process.
+
+    The ranks train on equal data, and sums of four equal gradients are exact, so losses stay equal to the last bit.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from tests.distributed.packed_worker import model, train
+
+    torch.distributed.init_process_group("gloo")
+    expected = train(model(None))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for options in ({}, {"gather": "packed_layer"}):
+        made = model(mesh, **options)
+        assert train(made) == expected, options
+        weight = made.blocks[0].mlp.down.weight
+        assert weight.to_local().shape[0] * 2 == weight.shape[0]
+    rounded = train(model(mesh, reduce_dtype=torch.bfloat16))
+    assert rounded[0] == expected[0]
+    assert rounded[-2] != expected[-2]  # The last loss of the training; a validation follows.
+    assert rounded[-2] == pytest.approx(expected[-2], rel=1e-2)
+    torch.distributed.destroy_process_group()
+
+
+def wire(folder: Path) -> None:
+    """Count the bytes of a step under DDP and under the two ways of sharding, and compare them with the formulas."""
+    import sys
+
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.nn.parallel import DistributedDataParallel
+
+    from sbn_lightning import TernaryTransformer
+    from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts, shard
+    from sbn_lightning.layers import masked_layers
+    from tests.helpers import small_config
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from wire import Wire
+
+    torch.distributed.init_process_group("gloo")
+    tokens = torch.randint(320, (2, 9))
+    mesh = init_device_mesh("cpu", (2,))
+    config = small_config(pattern="2:4", n_layers=1)
+    counted = {}
+    for way in ("ddp", "packed_step", "packed_layer"):
+        made = TernaryTransformer(config)
+        weights = sum(parameter.numel() for parameter in made.parameters())
+        ternary = sum(layer.weight.numel() for _, layer in masked_layers(made))
+        if way == "ddp":
+            keep_masks_out_of_broadcasts(made)
+            made = DistributedDataParallel(made, broadcast_buffers=False)
+        else:
+            shard(made, made.blocks, mesh, methods=("loss",), gather=way)
+        for _ in range(2):  # DDP arranges its buckets in the first step.
+            with Wire() as seen:
+                made(tokens).sum().backward()
+            made.zero_grad()
+            with torch.no_grad():  # So that weights are prepared again.
+                for parameter in made.parameters():
+                    parameter.add_(1e-3)
+        counted[way] = seen.received
+    assert counted["ddp"]["all-reduce"] == 4 * weights, counted
+    rest = weights - ternary
+    # Half of each tensor comes from the other rank. The reference backend sends weights for gamma, and words.
+    for way, gathers in (("packed_step", 1), ("packed_layer", 2)):
+        received = counted[way]
+        assert received["reduce-scatter"] == 4 * (ternary + rest) // 2, counted
+        least = (4 * ternary + 0.25 * ternary * gathers + 4 * rest) / 2
+        assert least <= received["gather"] <= least * 1.1, (way, least, counted)
+    torch.distributed.destroy_process_group()
+
+
+def fabric(folder: Path, steps: int, tokens: str, loop: str, checkpoint: str | None = None) -> None:
+    """Train a recipe with the Fabric loop or the Trainer under the sharded strategy, and write down the losses."""
+    from lightning.fabric import Fabric
+
+    from sbn_lightning import MaskRefresh, TokenDataModule
+    from sbn_lightning.callbacks.base import RunCallback
+    from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
+    from sbn_lightning.fabric.loop import FabricRun, train
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    losses: list[float] = []
+
+    class Losses(RunCallback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            losses.append(outputs["loss"].item())
+
+    saver = DurableCheckpoint(dirpath=str(folder), filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    callbacks = [MaskRefresh(interval=2), Losses(), saver]
+    module = small_module(pattern="4:8", n_layers=1)
+    data = TokenDataModule(tokens, batch_size=2, sequence_length=16, num_workers=0)
+    options = {"max_steps": steps, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "limit_val_batches": 0}
+    if loop == "trainer":
+        trainer = quiet_trainer(
+            callbacks,
+            strategy=ShardedStrategy(),
+            devices=ranks,
+            enable_checkpointing=True,
+            use_distributed_sampler=False,
+            **options,
+        )
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    else:
+        strategy = FabricShardedStrategy()
+        lightning = Fabric(accelerator="cpu", devices=ranks, strategy=strategy, callbacks=callbacks)
+        lightning.launch()
+        train(FabricRun(lightning, enable_progress_bar=False, **options), module, data, checkpoint)
+    torch.save(losses, folder / f"rank{rank}.pt")

@@ -1,0 +1,56 @@
+"""Runs under ``sbn_fsdp2`` on other numbers of ranks: checkpoints of two ranks, and hybrid sharding on four."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.distributed.test_faults import run_forked
+
+STEPS, SAVED = 4, 2
+ONWARD = {
+    "one": (1, "whole", {}),
+    "three": (3, "whole", {"gather": "packed_layer"}),
+    "four": (4, "whole", {"reduce_dtype": "float32"}),
+    "three of shards": (3, "shards", {"save_distributed_checkpoint": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder with the losses of all runs."""
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = []
+    for name, options in (("whole", {}), ("shards", {"save_distributed_checkpoint": True})):
+        job = {"ranks": 2, "function": "resume", "folder": folder / name}
+        jobs.append(job | {"options": {"name": "all", "steps": STEPS, **options}})
+    for name, (ranks, before, options) in ONWARD.items():
+        checkpoint = {"checkpoint": str(folder / before / f"step={SAVED}.ckpt")}
+        job = {"ranks": ranks, "function": "resume", "folder": folder / name}
+        jobs.append(job | {"options": {"name": "rest", "steps": STEPS, **checkpoint, **options}})
+    jobs.append({"ranks": 4, "function": "hybrid", "folder": folder / "hybrid"})
+    jobs.append({"ranks": 2, "function": "wire", "folder": folder / "wire"})
+    run_forked(folder, jobs, 240)
+    return folder
+
+
+@pytest.mark.parametrize("name", ONWARD)
+def test_a_run_on_two_ranks_goes_on_on_another_number(name, folder):
+    ranks, before, _ = ONWARD[name]
+    expected = torch.load(folder / before / "all.rank0.pt")
+    assert len(expected) == STEPS
+    for rank in range(ranks):
+        assert torch.load(folder / name / f"rest.rank{rank}.pt") == pytest.approx(expected[SAVED:], rel=1e-5)
+
+
+def test_hybrid_sharding_on_four_ranks_equals_one_process(folder):
+    """The replicas hold the same rows; gradients go to the rows' owners and then across the replicas."""
+    done = json.loads((folder / "hybrid/done.json").read_text())
+    assert done["statuses"] == [0] * 4, (folder / "hybrid/rank0.log").read_text()
+
+
+def test_bytes_on_the_wire_are_counted_as_they_are_sent(folder):
+    done = json.loads((folder / "wire/done.json").read_text())
+    assert done["statuses"] == [0] * 2, (folder / "wire/rank0.log").read_text()

@@ -1,0 +1,40 @@
+"""``Watch`` on one process: what it says of a rank, and which errors are only consequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sbn_lightning.callbacks import RankWatch
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.watch import Watch, is_consequence
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_first_cause_counts(alone):
+    watch = Watch(silence=1, grace=1)
+    assert watch.cause() is None
+    assert watch.report("DataError: no room") == "rank 0: DataError: no room"
+    assert watch.report("RuntimeError: later") == "rank 0: DataError: no room"
+    assert Watch(silence=1, grace=1).cause() is None  # another run of the same process
+
+
+def test_errors_that_only_say_that_another_rank_is_gone():
+    assert is_consequence(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+    assert is_consequence(dist.DistBackendError("NCCL error"))
+    assert not is_consequence(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_consequence(ConfigError("Connection closed"))
+
+
+@pytest.mark.parametrize("name", ["silence", "grace"])
+def test_seconds_must_be_positive(name):
+    with pytest.raises(ConfigError, match=f"{name}=0 must be more than 0 seconds"):
+        RankWatch(**{name: 0})

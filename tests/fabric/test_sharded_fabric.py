@@ -1,0 +1,48 @@
+"""The Fabric loop under ``sbn_fsdp2`` on two CPU processes: the losses of the Trainer, and each other's checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
+from sbn_lightning.distributed.strategies import ShardedStrategy
+from sbn_lightning.fabric.options import fabric_sharded
+from tests.distributed.test_faults import run_forked
+
+STEPS = 4
+
+
+def test_fabric_equals_the_trainer_and_each_continues_the_other(tokens, tmp_path):
+    options = {"steps": STEPS, "tokens": str(tokens)}
+    runs = {loop: options | {"loop": loop} for loop in ("trainer", "fabric")}
+    for loop, other in (("fabric", "trainer"), ("trainer", "fabric")):
+        runs[f"{loop} rest"] = runs[loop] | {"checkpoint": str(tmp_path / other / "step=2.ckpt")}
+    run_forked(
+        tmp_path,
+        [
+            {"ranks": 2, "function": "fabric", "folder": tmp_path / name, "options": options}
+            for name, options in runs.items()
+        ],
+        240,
+    )
+    logs = {name: (tmp_path / name / "rank0.log").read_text()[-2000:] for name in runs}
+    for rank in range(2):
+        seen = {}
+        for name in runs:
+            assert (tmp_path / name / f"rank{rank}.pt").exists(), logs[name]
+            seen[name] = torch.load(tmp_path / name / f"rank{rank}.pt")
+        assert len(seen["trainer"]) == 2 * STEPS
+        assert seen["fabric"] == seen["trainer"]
+        for name in ("trainer rest", "fabric rest"):
+            assert seen[name] == seen["trainer"][STEPS:]
+
+
+def test_fabric_takes_the_name_and_the_options_of_the_strategy():
+    assert isinstance(Fabric(accelerator="cpu", strategy="sbn_fsdp2").strategy, FabricShardedStrategy)
+    taken = fabric_sharded(ShardedStrategy("bfloat16", gather="packed_layer"))
+    assert taken.sharding == {"reduce_dtype": torch.bfloat16, "gather": "packed_layer"}
+    with pytest.raises(ConfigError, match="save_distributed_checkpoint=false"):
+        fabric_sharded(ShardedStrategy(save_distributed_checkpoint=True))
