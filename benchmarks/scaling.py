@@ -1,16 +1,19 @@
 """Several GPUs of one host: training steps under DDP and FSDP2 against one GPU, and whether all ranks hold one mask.
 
     python benchmarks/scaling.py [--shapes qwen2.5-0.5b qwen2.5-3b] [--devices 2] [--strategies one ddp]
+    python benchmarks/scaling.py --all [--append]    # every shape, gradients, number of micro-batches and strategy
 
 The link is measured first: all-reduces of 1 GiB over NCCL. ``link_gb_per_s`` is their bus bandwidth, 2 (n - 1) / n of
 the bytes of one all-reduce over its time. Each run is a process tree of its own; runs on one GPU run side by side on
 different GPUs. A run is ``Trainer`` with ``SparseBitNet`` (2:4, blocks compiled), the precision plugin, clipping and a
-fused AdamW, as in a recipe, on random tokens. ``fsdp2 packed`` sends packed weights between GPUs, ``fsdp2 latent``
-latent weights; names with ``bf16`` train the dense model in bfloat16. Every GPU gets as many tokens as the single GPU,
-so ``scaling`` is the tokens a second of all GPUs over those of one GPU times their number. ``scaling`` is empty if
-there is no run on one GPU. ``same_masks`` compares a digest of every layer's mask on every rank after the last step; a
-run whose ranks differ is an error. Rows are written as they are measured. Progress, with the seconds since the start,
-goes to stderr.
+fused AdamW, as in a recipe, on random tokens. ``fsdp2 packed`` sends packed weights between GPUs once a step,
+``fsdp2 layer`` for each block, ``fsdp2 latent`` latent weights. Names with ``bf16`` train the dense model in bfloat16,
+names with ``float8`` on torchao's float8 tensor cores, under FSDP2 with its float8 all-gather. Every GPU gets as many
+tokens as the single GPU, so ``scaling`` is the tokens a second of all GPUs over those of one GPU times their number.
+``scaling`` is empty if there is no run on one GPU. ``same_masks`` compares a digest of every layer's mask on every rank
+after the last step; a run whose ranks differ is an error. ``wire_mib`` is what a rank receives in one more step,
+counted as the collectives run (``wire.py``). Rows are written as they are measured. Progress, with the seconds since
+the start, goes to stderr.
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from common import append, fresh_results, header, need_gpu
@@ -39,6 +43,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
+from wire import Wire
 
 from sbn_lightning import SparseBitNet, SparseTernaryPrecision, TransformerConfig
 from sbn_lightning.distributed.sharding import shard
@@ -47,12 +52,15 @@ from sbn_lightning.layers.sparse_linear import masked_layers
 
 LENGTH = 2048
 WARM_STEPS = 3
-STRATEGIES = ("one", "ddp", "fsdp2 packed", "fsdp2 latent", "bf16 one", "bf16 ddp", "bf16 fsdp2")
+STRATEGIES = ("one", "ddp", "fsdp2 packed", "fsdp2 layer", "fsdp2 latent", "bf16 one", "bf16 ddp", "bf16 fsdp2")
+STRATEGIES += ("float8 one", "float8 ddp", "float8 fsdp2")
+GATHERS = {"fsdp2 packed": "packed_step", "fsdp2 layer": "packed_layer"}  # every other model has its weights gathered
+MICRO_BATCHES = (1, 2, 8)  # of a step, with --all
 # Shape -> sequences of a micro-batch of one GPU, micro-batches of a step: 32,768 tokens, as in training_step.py.
 BATCHES = {"qwen2.5-0.5b": (8, 2), "qwen2.5-1.5b": (8, 2), "qwen2.5-3b": (4, 4)}
 LINK_BYTES = 2**30
 COLUMNS = ("shape", "strategy", "gpus", "gradients", "sequences", "accumulate", "ms", "tokens_per_s", "scaling")
-COLUMNS += ("peak_gib", "same_masks", "link_gb_per_s")
+COLUMNS += ("peak_gib", "wire_mib", "same_masks", "link_gb_per_s")
 KEY = COLUMNS[:6]
 
 Say = Callable[[str], None]
@@ -71,14 +79,25 @@ class Clock(Callback):
 
     Args:
         say: Prints progress.
+        steps: The number of steps, warm-up included, before the step whose bytes are counted.
     """
 
-    def __init__(self, say: Say) -> None:
+    def __init__(self, say: Say, steps: int) -> None:
         self.say = say
+        self.steps = steps
         self.events: list[torch.cuda.Event] = []
+        self.wire = Wire()
+        self._counting = ExitStack()
+        self._entered: list[Wire] = []
+        self.peak = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # type: ignore[override]
+        if trainer.global_step == self.steps and self.wire not in self._entered:
+            self.peak = torch.cuda.max_memory_allocated()  # The step that is counted runs uncompiled.
+            self._entered.append(self._counting.enter_context(self.wire))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # type: ignore[override]
-        if trainer.global_step > len(self.events):
+        if self.steps >= trainer.global_step > len(self.events):
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self.events.append(event)
@@ -87,6 +106,7 @@ class Clock(Callback):
                 self.say("first step done")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._counting.close()
         torch.cuda.synchronize()
         if trainer.is_global_zero:
             self.say(f"all {len(self.events)} steps done")
@@ -98,7 +118,8 @@ class Clock(Callback):
             digests *= dist.get_world_size()
             dist.all_gather_object(digests, masks.hexdigest())
         if trainer.is_global_zero:
-            found = {"ms": self.milliseconds(), "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+            found = {"ms": self.milliseconds(), "peak_gib": self.peak / 2**30}
+            found["wire_mib"] = self.wire.total / 2**20
             print(json.dumps(found | {"same_masks": len(set(digests)) == 1}), flush=True)
         trainer.strategy.barrier()
         os._exit(0)
@@ -114,13 +135,23 @@ def strategy_of(name: str, devices: int) -> Any:
         return "auto"
     if name.endswith("ddp"):
         return DDPStrategy(gradient_as_bucket_view=True)
-    return ShardedStrategy("bfloat16", gather="latent" if name == "fsdp2 latent" else "packed_step")
+    return ShardedStrategy("bfloat16", gather=GATHERS.get(name, "latent"))  # type: ignore[arg-type]
 
 
 class Dense(SparseBitNet):
     """The baseline in its best form: under FSDP2 parameters are gathered, and gradients reduced, in bfloat16."""
 
+    float8 = False
+
     def configure_model(self) -> None:
+        if self.float8 and not self.model.is_compiled:
+            from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+            convert_to_float8_training(
+                self.model,
+                module_filter_fn=lambda module, name: name != "lm_head",
+                config=Float8LinearConfig(enable_fsdp_float8_all_gather=self.device_mesh is not None),
+            )
         if not self.model.is_compiled:
             self.model.compile_blocks()
         if self.device_mesh is not None:
@@ -131,11 +162,17 @@ class Dense(SparseBitNet):
         # Lightning's bf16-mixed clips no gradients before a fused optimiser.
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.float8 and self.device_mesh is not None:  # One all-reduce for the scales of all weights.
+            from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+            precompute_float8_dynamic_scale_for_fsdp(self.model)
+
 
 def run(shape: str, strategy: str, devices: int, args: argparse.Namespace) -> None:
     """Runs one process of one run, to the last step."""
     torch.set_float32_matmul_precision("high")
-    dense = strategy.startswith("bf16")
+    dense = strategy.startswith(("bf16", "float8"))
     linear = "dense" if dense else "ternary"
     config = TransformerConfig.preset(shape, max_sequence_length=LENGTH, pattern="2:4", linear=linear)
     optimizer = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -143,16 +180,18 @@ def run(shape: str, strategy: str, devices: int, args: argparse.Namespace) -> No
     # on the GPU, because drawing 3 billion numbers on a CPU takes too long
     with torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))):
         module = (Dense if dense else SparseBitNet)(config, optimizer, schedule="constant", compile=True)
-    tokens = torch.randint(
-        config.vocab_size, ((WARM_STEPS + args.steps) * args.accumulate * args.sequences, LENGTH + 1)
-    )
-    clock = Clock(partial(say, f"{shape} {strategy}", args.started))
+    if isinstance(module, Dense):
+        module.float8 = strategy.startswith("float8")
+    steps = WARM_STEPS + args.steps
+    accumulate, sequences = args.accumulate[0], args.sequences
+    tokens = torch.randint(config.vocab_size, ((steps + 1) * accumulate * sequences, LENGTH + 1))
+    clock = Clock(partial(say, f"{shape} {strategy}", args.started), steps)
     precision = (
-        {"precision": "bf16-mixed"} if dense else {"plugins": [SparseTernaryPrecision("sparse", args.gradients)]}
+        {"precision": "bf16-mixed"} if dense else {"plugins": [SparseTernaryPrecision("sparse", args.gradients[0])]}
     )
     trainer = Trainer(
         accelerator="gpu", devices=devices, strategy=strategy_of(strategy, devices), callbacks=[clock], max_epochs=1,
-        **precision, accumulate_grad_batches=args.accumulate, gradient_clip_val=None if dense else 1.0,
+        **precision, accumulate_grad_batches=accumulate, gradient_clip_val=None if dense else 1.0,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, logger=False,
     )  # fmt: skip
@@ -201,6 +240,30 @@ def child(name: str, options: list[str], args: argparse.Namespace, gpu: int | No
     return found
 
 
+class Cell(NamedTuple):
+    """What one row measures: a shape, a strategy, a kind of gradients, and the batch of a GPU."""
+
+    shape: str
+    strategy: str
+    gradients: str
+    sequences: int
+    accumulate: int
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """The rows that the command line asks for. Gradients of dense models have one kind."""
+    found = []
+    for shape in args.shapes:
+        sequences, accumulate = BATCHES[shape]
+        for count in args.accumulate or [accumulate]:
+            for gradients in args.gradients:
+                for name in args.strategies:
+                    dense = name.startswith(("bf16", "float8"))
+                    if not dense or gradients == args.gradients[0]:
+                        found.append(Cell(shape, name, gradients, args.sequences or sequences, count))
+    return found
+
+
 class Table:
     """Rows as they come.
 
@@ -214,63 +277,59 @@ class Table:
         self.path = path
         self.args = args
         self.link = link
-        self.alone: dict[tuple[str, bool], float] = {}  # tokens a second of one GPU, by shape and kind of model
+        self.alone: dict[tuple[Any, ...], float] = {}  # tokens a second of one GPU, by model and batch
         self.missing: list[str] = []
 
-    def batch(self, shape: str) -> tuple[int, int]:
-        """Returns the sequences of a micro-batch and the micro-batches of a step."""
-        sequences, accumulate = BATCHES[shape]
-        return self.args.sequences or sequences, self.args.accumulate or accumulate
-
-    def measure(self, shape: str, strategy: str, gpu: int | None = None) -> dict[str, Any] | None:
+    def measure(self, cell: Cell, gpu: int | None = None) -> dict[str, Any] | None:
         """Runs :func:`run` in separate processes."""
-        sequences, accumulate = self.batch(shape)
+        shape, strategy, gradients, sequences, accumulate = cell
         numbers = {"--sequences": sequences, "--accumulate": accumulate, "--steps": self.args.steps}
         numbers["--devices"] = 1 if strategy.endswith("one") else self.args.devices
-        options = ["--run", strategy, "--shapes", shape, "--gradients", self.args.gradients]
+        options = ["--run", strategy, "--shapes", shape, "--gradients", gradients]
         options += [text for name, number in numbers.items() for text in (name, str(number))]
         return child(f"{shape} {strategy}", options, self.args, gpu)
 
-    def add(self, shape: str, strategy: str, found: dict[str, Any] | None) -> None:
+    def add(self, cell: Cell, found: dict[str, Any] | None) -> None:
         """Writes a row.
 
         Raises:
             AssertionError: If ranks hold different masks.
         """
+        shape, strategy, gradients, sequences, accumulate = cell
         if found is None:
-            self.missing.append(f"{shape} {strategy}")
+            self.missing.append(f"{shape} {strategy}, {gradients} gradients, {accumulate} micro-batches")
             return
         if not found["same_masks"]:
             raise AssertionError(f"{shape} {strategy}: ranks hold different masks")
         gpus = 1 if strategy.endswith("one") else self.args.devices
-        alone = (shape, strategy.startswith("bf16"))
-        sequences, accumulate = self.batch(shape)
+        kind = next((kind for kind in ("bf16", "float8") if strategy.startswith(kind)), gradients)
+        alone = (shape, kind, sequences, accumulate)
         rate = gpus * accumulate * sequences * LENGTH / (found["ms"] / 1e3)
         if gpus == 1:
             self.alone[alone] = rate
         scaling = rate / (gpus * self.alone[alone]) if alone in self.alone else ""
         between = self.link if gpus > 1 and self.link is not None else ""
-        values = (shape, strategy, gpus, self.args.gradients, sequences, accumulate, found["ms"], rate, scaling)
-        values += (found["peak_gib"], found["same_masks"], between)
+        values = (shape, strategy, gpus, gradients, sequences, accumulate, found["ms"], rate, scaling)
+        values += (found["peak_gib"], found["wire_mib"], found["same_masks"], between)
         append(self.path, dict(zip(COLUMNS, values, strict=True)), KEY)
 
-    def add_singles(self, cells: list[tuple[str, str]]) -> None:
-        """Runs on one GPU, side by side on as many as there are; each a shape and a strategy."""
+    def add_singles(self, cells: list[Cell]) -> None:
+        """Runs on one GPU, side by side on as many as there are."""
         free: SimpleQueue[int] = SimpleQueue()
         for gpu in range(self.args.devices):
             free.put(gpu)
 
-        def on_a_free_one(cell: tuple[str, str]) -> dict[str, Any] | None:
+        def on_a_free_one(cell: Cell) -> dict[str, Any] | None:
             gpu = free.get()
             try:
-                return self.measure(*cell, gpu)
+                return self.measure(cell, gpu)
             finally:
                 free.put(gpu)
 
         with ThreadPoolExecutor(self.args.devices) as pool:
             running = {pool.submit(on_a_free_one, cell): cell for cell in cells}
             for future in as_completed(running):
-                self.add(*running[future], future.result())
+                self.add(running[future], future.result())
 
 
 def main() -> None:
@@ -278,15 +337,21 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["qwen2.5-0.5b", "qwen2.5-3b"], choices=list(BATCHES))
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--gradients", choices=["bf16", "int8"], default="bf16")
+    parser.add_argument("--gradients", nargs="+", choices=["bf16", "int8"], default=["bf16"])
     parser.add_argument("--sequences", type=int, help="sequences of 2,048 tokens in a GPU's micro-batch: 8; 4 at 3B")
-    parser.add_argument("--accumulate", type=int, help="micro-batches in a step: 2; 4 at 3B")
+    parser.add_argument("--accumulate", type=int, nargs="+", help="micro-batches in a step: 2; 4 at 3B")
+    parser.add_argument(
+        "--all", action="store_true", help="every shape, gradients, strategy, and 1, 2, 8 micro-batches"
+    )
     parser.add_argument("--steps", type=int, default=6, help="steps that are timed")
     parser.add_argument("--no_link", action="store_true", help="do not measure all-reduces")
     parser.add_argument("--append", action="store_true", help="keep the CSV's rows but those measured anew")
     parser.add_argument("--run", choices=["link", *STRATEGIES], help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.all:
+        args.shapes, args.strategies, args.gradients = list(BATCHES), list(STRATEGIES), ["bf16", "int8"]
+        args.accumulate = list(MICRO_BATCHES)
     need_gpu()
     if args.run == "link":
         link(args.devices)
@@ -298,7 +363,8 @@ def main() -> None:
         sys.exit(f"{torch.cuda.device_count()} GPUs are visible, {args.devices} asked for")
     path = fresh_results("scaling", args.append, COLUMNS)
     print(header(), flush=True)
-    several = [name for name in STRATEGIES if name in args.strategies and not name.endswith("one")]
+    wanted = cells(args)
+    several = [cell for cell in wanted if not cell.strategy.endswith("one")]
     between = None
     if several and args.devices > 1 and not args.no_link:
         found = child("link", ["--run", "link", "--devices", str(args.devices)], args)
@@ -306,10 +372,9 @@ def main() -> None:
         if between:
             print(f"all-reduce of 1 GiB over {args.devices} GPUs: {between:.1f} GB/s of bus bandwidth", flush=True)
     table = Table(path, args, between)
-    table.add_singles([(shape, name) for shape in args.shapes for name in args.strategies if name.endswith("one")])
-    for shape in args.shapes:
-        for strategy in several:
-            table.add(shape, strategy, table.measure(shape, strategy))
+    table.add_singles([cell for cell in wanted if cell.strategy.endswith("one")])
+    for cell in several:
+        table.add(cell, table.measure(cell))
     if table.missing:
         sys.exit(f"not measured: {', '.join(table.missing)}")
 

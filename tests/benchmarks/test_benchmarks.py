@@ -188,16 +188,20 @@ def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def child(name: str, options: list[str], args: object, gpu: int | None) -> dict[str, object] | None:
         commands.append(options)
-        return None if name == "qwen2.5-3b ddp" else {"ms": 1000.0, "peak_gib": 1.0, "same_masks": "fsdp2" not in name}
+        found = {"ms": 1000.0, "peak_gib": 1.0, "wire_mib": 5.0, "same_masks": "fsdp2" not in name}
+        return None if name == "qwen2.5-3b ddp" else found
 
     monkeypatch.setattr(scaling, "child", child)
-    args = argparse.Namespace(sequences=None, accumulate=None, gradients="int8", devices=2, steps=6)
+    args = argparse.Namespace(
+        sequences=None, accumulate=None, gradients=["int8"], devices=2, steps=6, shapes=["qwen2.5-0.5b", "qwen2.5-3b"],
+        strategies=["ddp"],
+    )  # fmt: skip
+    small, large = scaling.cells(args)
     table = scaling.Table(tmp_path / "scaling.csv", args, 300.0)
-    table.add_singles([("qwen2.5-0.5b", "one")])
-    for shape in ("qwen2.5-0.5b", "qwen2.5-3b"):
-        table.add(shape, "ddp", table.measure(shape, "ddp"))
-    args.accumulate = 8
-    table.measure("qwen2.5-3b", "fsdp2 packed")
+    table.add_singles([small._replace(strategy="one")])
+    for cell in (small, large):
+        table.add(cell, table.measure(cell))
+    table.measure(large._replace(strategy="fsdp2 packed", accumulate=8))
     assert [options[:4] for options in commands[::3]] == [
         ["--run", "one", "--shapes", "qwen2.5-0.5b"],
         ["--run", "fsdp2 packed", "--shapes", "qwen2.5-3b"],
@@ -214,9 +218,20 @@ def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("ddp", "65536", "1", "300"),
     ]
     assert tuple(rows[0])[: len(scaling.COLUMNS)] == scaling.COLUMNS
-    assert table.missing == ["qwen2.5-3b ddp"]
+    assert table.missing == ["qwen2.5-3b ddp, int8 gradients, 4 micro-batches"]
     table.alone.clear()
-    table.add("qwen2.5-0.5b", "ddp", {"ms": 500.0, "peak_gib": 1.0, "same_masks": True})
+    table.add(small, {"ms": 500.0, "peak_gib": 1.0, "wire_mib": 5.0, "same_masks": True})
     assert [(row["strategy"], row["scaling"]) for row in read(table.path)] == [("one", "1"), ("ddp", "1"), ("ddp", "")]
     with pytest.raises(AssertionError, match="different masks"):
-        table.add("qwen2.5-0.5b", "fsdp2", {"ms": 1.0, "peak_gib": 1.0, "same_masks": False})
+        table.add(small._replace(strategy="fsdp2"), {"ms": 1.0, "peak_gib": 1.0, "same_masks": False})
+
+
+def test_all_rows_of_scaling() -> None:
+    scaling = importlib.import_module("scaling")
+    args = argparse.Namespace(
+        sequences=None, accumulate=[1, 2, 8], gradients=["bf16", "int8"], shapes=list(scaling.BATCHES),
+        strategies=list(scaling.STRATEGIES),
+    )  # fmt: skip
+    found = scaling.cells(args)
+    ours = [name for name in scaling.STRATEGIES if not name.startswith(("bf16", "float8"))]
+    assert len(found) == len(set(found)) == 3 * 3 * (2 * len(ours) + len(scaling.STRATEGIES) - len(ours))

@@ -86,3 +86,9 @@ def test_benchmark_pages_are_those_of_the_csvs():
     command = [sys.executable, ROOT / "benchmarks" / "pages.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_the_simulator_is_what_the_simulator_says():
+    command = [sys.executable, ROOT / "benchmarks" / "simulate.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

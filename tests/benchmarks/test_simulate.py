@@ -1,0 +1,53 @@
+"""The model of scaling keeps to the laws that any such model has to obey."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from simulate import BUSY, MEASURED, SHAPES, Cluster, Plan, memory, scaling, step
+
+
+def test_one_gpu_sends_nothing():
+    found = step(SHAPES[0], Cluster(1, 50), Plan())
+    assert (found.words, found.gradients, found.rest, found.gib) == (0, 0, 0, 0)
+    assert found.total == found.compute
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("gather", ["packed_step", "packed_layer", "bf16", "ddp"])
+def test_a_slower_link_or_more_gpus_never_help(shape, gather):
+    plan = Plan(gather=gather)
+    by_size = [scaling(shape, Cluster(gpus, 50), plan) for gpus in (1, 8, 64, 1024)]
+    assert by_size == sorted(by_size, reverse=True)
+    assert by_size[1] <= 1 / BUSY
+    assert scaling(shape, Cluster(64, 50), plan) <= scaling(shape, Cluster(64, 400), plan)
+
+
+def test_bytes_on_the_wire():
+    """An eighth of a rank's bytes are its own. bfloat16 gathers each weight twice and sends 2 bytes of gradient."""
+    shape, eight = SHAPES[2], Cluster(8, 400)
+    own, gib = 7 / 8, 2**30
+    packed = step(shape, eight, Plan()).gib
+    assert packed == pytest.approx(own * ((0.25 + 2) * shape.ternary + 8 * shape.rest) / gib)
+    dense = step(shape, eight, Plan(gather="bf16")).gib
+    assert dense == pytest.approx(own * (6 * shape.ternary + 4 * shape.rest) / gib)
+
+
+def test_states_are_shared_and_codes_of_a_step_are_not():
+    shape = SHAPES[2]
+    two, four = memory(shape, 2, Plan()), memory(shape, 4, Plan())
+    assert two["latent weights, float32, sharded"] == 2 * four["latent weights, float32, sharded"]
+    assert two["codes and packed words"] == four["codes and packed words"]
+    layered = memory(shape, 4, Plan(gather="packed_layer"))
+    assert layered["codes and packed words"] < four["codes and packed words"] / 10
+
+
+@pytest.mark.parametrize(("name", "gather", "measured", "alone"), MEASURED)
+def test_the_model_is_near_the_figures_of_two_gpus(name, gather, measured, alone):
+    found = step(SHAPES[0], Cluster(2, 400), Plan(gather=gather, sequences=8, length=2048, accumulate=2))
+    assert alone * found.total / found.compute == pytest.approx(measured, rel=0.03)
