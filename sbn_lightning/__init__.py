@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from sbn_lightning.data import TokenDataModule
     from sbn_lightning.integrations import convert, load_sparse, revert, save_sparse, use_kernels
+    from sbn_lightning.layers.audit import audit
     from sbn_lightning.layers.conversion import convert_linears, revert_linears
     from sbn_lightning.layers.sparse_linear import SparseBitLinear, SparseLinear
     from sbn_lightning.models.config import RopeScaling, TransformerConfig
@@ -72,6 +73,7 @@ _MODULE_OF = {
     "TransformerConfig": "models.config",
     "UnshardedAccumulation": "callbacks",
     "WeightDecaySchedule": "callbacks",
+    "audit": "layers.audit",
     "convert": "integrations",
     "convert_linears": "layers.conversion",
     "load_sparse": "integrations",
@@ -110,6 +112,7 @@ __all__ = [
     "TransformerConfig",
     "UnshardedAccumulation",
     "WeightDecaySchedule",
+    "audit",
     "convert",
     "convert_linears",
     "load_sparse",

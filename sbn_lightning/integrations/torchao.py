@@ -40,7 +40,7 @@ class TernarySparseConfig(AOBaseConfig):
         ConfigError: If ``step`` is neither.
     """
 
-    pattern: str = "2:4"
+    pattern: str = "6:8"
     step: Literal["prepare", "convert"] = "prepare"
     activation_bits: int | None = 8
     gradient: Literal["dense", "masked"] = "dense"

@@ -15,7 +15,7 @@ def example(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", ["plain_pytorch", "hugging_face_trainer"])
+@pytest.mark.parametrize("name", ["plain_pytorch", "hugging_face_trainer", "any_causal_lm", "torchao_quantize"])
 def test_examples_are_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 40
 
@@ -36,3 +36,17 @@ def test_hugging_face_trainer(example, capsys):
     assert logged[-1]["sparsity/mask_density"] == 0.5
     prompt = torch.arange(16)[None]
     assert torch.equal(trained.cpu()(prompt).logits, packed.cpu()(prompt).logits)
+
+
+def test_any_causal_lm(example):
+    pytest.importorskip("transformers", minversion="5")
+    loss, ours, theirs = example("any_causal_lm").main(steps=20)
+    assert loss < 5  # a uniform guess has ln 256 = 5.5
+    assert ours[0] == theirs[0, 16:].tolist()
+
+
+def test_torchao(example):
+    pytest.importorskip("torchao")
+    loss, trained, packed = example("torchao_quantize").main(steps=60)
+    assert loss < 1.5  # a uniform guess has ln 10 = 2.3
+    assert torch.equal(trained, packed)

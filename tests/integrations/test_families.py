@@ -1,4 +1,4 @@
-"""Any AutoModelForCausalLM trains, resumes, converts and reverts: small random models of 37 families."""
+"""Any AutoModelForCausalLM trains, resumes, generates and reverts: small random models of 37 families."""
 
 import copy
 
@@ -9,7 +9,8 @@ transformers = pytest.importorskip("transformers", minversion="5")
 
 from sbn_lightning import MaskRefresh  # noqa: E402
 from sbn_lightning.core.errors import ConfigError, DataError  # noqa: E402
-from sbn_lightning.integrations.huggingface.causal_lm import CausalLM  # noqa: E402
+from sbn_lightning.inference.loop import generate  # noqa: E402
+from sbn_lightning.integrations.huggingface.causal_lm import CausalLM, Network  # noqa: E402
 from sbn_lightning.integrations.pytorch import convert, revert  # noqa: E402
 from sbn_lightning.layers.masked_linear import masked_layers  # noqa: E402
 from sbn_lightning.sparsity.pattern import nonzeros_per_group  # noqa: E402
@@ -32,7 +33,7 @@ def test_there_are_37_of_them():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_trains_resumes_converts_and_reverts(name):
+def test_a_family_trains_resumes_generates_and_reverts(name):
     model = build(name)
     report = convert(model, "2:4", exclude=("lm_head", "embed_out"))
     kinds = {layer.rpartition(".")[2] for layer in report.converted}
@@ -50,6 +51,11 @@ def test_a_family_trains_resumes_converts_and_reverts(name):
     again.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
     assert step(again, optimizer) == second
+
+    padded, seen = torch.tensor([[5, 6, 7], [0, 8, 9]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    theirs = again.eval().generate(padded, attention_mask=seen, **options)[:, 3:].tolist()
+    assert generate(Network(again, "ternary"), [[5, 6, 7], [8, 9]], max_new_tokens=3) == theirs
 
     masks = {layer: module.mask for layer, module in masked_layers(again)}
     parts = {layer: len(module.split_sizes or (1,)) for layer, module in masked_layers(again)}

@@ -2,6 +2,8 @@
 
 import copy
 import json
+from importlib.util import find_spec
+from inspect import signature
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ from torch import nn
 
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.integrations import load_sparse, revert, save_sparse, use_kernels
-from sbn_lightning.integrations.pytorch import convert_by_name
+from sbn_lightning.integrations.pytorch import convert, convert_by_name
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.layers.sparse_linear import SparseLinear
+from sbn_lightning.sparsity.config import SparsityConfig
 from tests.helpers import imported
 
 
@@ -156,3 +159,18 @@ print(convert(model, "2:4").converted)
     found, printed = imported(code, ["lightning", "litdata"])
     assert found == []
     assert printed.strip() == "['0']"
+
+
+def test_every_way_in_has_one_default_pattern():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    convert(model)
+    default = SparsityConfig().pattern
+    assert model[0].pattern == default
+    if find_spec("transformers"):
+        from sbn_lightning.integrations.huggingface import CausalLM, SBNConfig
+
+        assert SBNConfig().pattern == signature(CausalLM).parameters["pattern"].default == str(default)
+    if find_spec("torchao"):
+        from sbn_lightning.integrations.torchao import TernarySparseConfig
+
+        assert TernarySparseConfig().pattern == str(default)

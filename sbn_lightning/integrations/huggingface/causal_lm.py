@@ -72,7 +72,7 @@ class CausalLM(SparseBitNet):
         self,
         source: str | dict[str, Any],
         linear: Linear = "ternary",
-        pattern: str = "2:4",
+        pattern: str = "6:8",
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = ("lm_head", "embed_out"),
         activation_bits: int | None = 8,

@@ -38,12 +38,14 @@ class Shape:
         max_sequence_length: The longest sequence, in tokens.
         linear: ``"ternary"``, ``"masked"`` or ``"dense"``.
         hugging_face: The configuration of the network, as plain values.
+        n_experts: 0. A network with experts adds its own load-balancing loss (:meth:`Network.loss`).
     """
 
     vocab_size: int
     max_sequence_length: int
     linear: str
     hugging_face: dict[str, Any]
+    n_experts: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
