@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sbn_lightning.callbacks.base import is_compiled
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
-from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.checkpoints import lightning_file, search
+from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts
 from sbn_lightning.distributed.strategies import check_strategy
 from sbn_lightning.layers.conversion import (
     ConversionReport,
     as_patterns,
     convert_quietly,
-    convert_to_match,
     revert_linears,
 )
 from sbn_lightning.layers.masked_linear import masked_layers
+from sbn_lightning.layers.matching import convert_to_match
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
 
@@ -84,14 +84,25 @@ class TernarySparseConversion(Callback):
         ``load_from_checkpoint`` cannot do this for a class that builds plain layers, which have no place for masks.
 
         Args:
-            module: A module with plain layers, changed in place.
-            path: A checkpoint file of a run with this callback.
+            module: A module with plain layers, changed in place: as a whole or, on an error, not at all.
+            path: A checkpoint file of a run with this callback, or the folder of the run.
             **options: Single fields of :class:`SparsityConfig`, for a checkpoint that does not carry them.
 
         Returns:
             The names of the converted layers.
+
+        Raises:
+            DataError: If there is no checkpoint at ``path``, or if it is damaged.
+            ConfigError: If the weights are those of another module, or if nothing says how layers were converted.
         """
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        if any(masked_layers(module)):
+            raise ConfigError(f"this {type(module).__name__} is converted already: use its load_state_dict")
+        file = search.locate(path)
+        state = lightning_file.load(file).get("state_dict")
+        if not isinstance(state, dict):
+            raise DataError(f"{file} is no checkpoint of Lightning: it holds no state_dict")
+        if (reason := _why_not_of(module, state)) is not None:
+            raise ConfigError(f"{file} is not of this {type(module).__name__}: {reason}")
         names = convert_to_match(module, state, **options)
         module.load_state_dict(state)
         return names
@@ -176,3 +187,17 @@ class TernarySparseConversion(Callback):
         for handle in self._not_called.values():
             handle.remove()
         self._not_called.clear()
+
+
+def _why_not_of(module: nn.Module, saved: Mapping[str, Tensor]) -> str | None:
+    """Why a state dict with masks does not fit a module with plain layers; None if it fits."""
+    own = module.state_dict()
+    weights = {name: value for name, value in saved.items() if not name.endswith(".mask_bits")}
+    if absent := [name for name in own if name not in weights]:
+        return f"it lacks {', '.join(absent[:3])}"
+    if unknown := [name for name in weights if name not in own]:
+        return f"it has {', '.join(unknown[:3])}, which the module lacks"
+    for name, value in own.items():
+        if isinstance(value, Tensor) and value.shape != weights[name].shape:
+            return f"{name} has the shape {tuple(weights[name].shape)} there and {tuple(value.shape)} in the module"
+    return None

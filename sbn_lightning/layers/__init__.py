@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sbn_lightning.layers.audit import Audit
-    from sbn_lightning.layers.conversion import ConversionReport, convert_linears, convert_to_match, revert_linears
+    from sbn_lightning.layers.conversion import ConversionReport, convert_linears, revert_linears
     from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers, prepare_layers
+    from sbn_lightning.layers.matching import convert_to_match
     from sbn_lightning.layers.packed import PackedTernaryLinear, pack_layers
     from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
     from sbn_lightning.layers.sparse_linear import SparseLinear
@@ -25,7 +26,7 @@ _MODULE_OF = {
     "SparseLinear": "layers.sparse_linear",
     "SparsityConfig": "sparsity.config",
     "convert_linears": "layers.conversion",
-    "convert_to_match": "layers.conversion",
+    "convert_to_match": "layers.matching",
     "masked_layers": "layers.masked_linear",
     "pack_layers": "layers.packed",
     "prepare_layers": "layers.masked_linear",

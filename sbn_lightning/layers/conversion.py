@@ -34,7 +34,6 @@ from sbn_lightning.layers.experts import (
     Planned,
     check_shared,
     convert_planned,
-    fused_block,
     fused_weights,
     plan_experts,
     revert_experts,
@@ -75,6 +74,7 @@ class ConversionReport:
             layer goes by its own name, for example ``attention.in_proj_weight``.
         split_sizes: The rows of each part of the fused layers that were converted, by layer.
         swiglu: The names of the modules whose SwiGLU is handed to the layer after it (:func:`fuse_swiglu`).
+        unmatched: The patterns of ``include`` and ``exclude`` that are no name in the model, perhaps misspelt.
         converted_parameters: The number of weights in converted layers.
         linear_parameters: The number of linear parameters in the model.
         wanted_parameters: The number of linear parameters without those that the caller excluded by name, and without
@@ -86,6 +86,7 @@ class ConversionReport:
     skipped: dict[str, str] = field(default_factory=dict)
     split_sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     swiglu: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
     converted_parameters: int = 0
     linear_parameters: int = 0
     wanted_parameters: int = 0
@@ -93,14 +94,20 @@ class ConversionReport:
 
     @property
     def warning(self) -> str | None:
-        """A line of warning if less than half of the wanted parameters were converted; None otherwise."""
-        if not self.converted or 2 * self.converted_parameters >= self.wanted_parameters:
-            return None
-        share = self.converted_parameters / self.wanted_parameters
-        return (
-            f"only {share:.1%} of the model's linear parameters became sparse; the rest is in layers that a conversion "
-            "does not take. The report of the conversion names them, with the reasons"
-        )
+        """A line of warning; None if all went as asked.
+
+        The line warns if less than half of the wanted parameters were converted, and if a pattern fits no name.
+        """
+        found = []
+        if self.unmatched:
+            found.append(f"include or exclude has names that fit nothing in the model: {', '.join(self.unmatched)}")
+        if self.converted and 2 * self.converted_parameters < self.wanted_parameters:
+            share = self.converted_parameters / self.wanted_parameters
+            found.append(
+                f"only {share:.1%} of the model's linear parameters became sparse; the rest is in layers that a "
+                "conversion does not take. The report of the conversion names them, with the reasons"
+            )
+        return "; ".join(found) or None
 
     def split_lines(self) -> list[str]:
         """Return a line for each kind of fused layer: its names, and the rows of its parts."""
@@ -157,7 +164,7 @@ def convert_linears(
 
     Output heads, routers, gates with one row and the matrices of a LoRA are skipped (:func:`left_alone`) unless
     ``include`` names them with a pattern other than ``"*"``. If less than half of the linear parameters became sparse,
-    a warning says so.
+    or if a pattern fits no name in the model, a warning says so.
 
     Args:
         model: The model, changed in place: as a whole or, on an error, not at all.
@@ -248,6 +255,7 @@ def convert_quietly(
         report.converted_parameters += size
         if own.split_sizes is not None:
             report.split_sizes[name] = own.split_sizes
+    report.unmatched = _unmatched(model, (*include, *exclude))
     if unused := set(given) - used:
         raise ConfigError(f"split_sizes: no converted layer has a name like {', '.join(sorted(unused))}")
     if not plan and not experts and not already:
@@ -294,63 +302,6 @@ def revert_linears(model: nn.Module) -> list[str]:
     return [name for name, _ in layers]
 
 
-def convert_to_match(
-    model: nn.Module,
-    state_dict: Mapping[str, Any],
-    sparsity: SparsityConfig | NMPattern | str | None = None,
-    **options: Any,
-) -> list[str]:
-    """Convert exactly the layers that have a mask in a saved state dict.
-
-    The state dict can be loaded afterwards::
-
-        state = torch.load("converted.ckpt")["state_dict"]
-        convert_to_match(module, state)
-        module.load_state_dict(state)
-
-    Args:
-        model: A model with plain layers, changed in place.
-        state_dict: The state dict of a converted model.
-        sparsity: The options of the layers, for a state dict that does not carry them. ``state_dict()`` keeps options
-            in its metadata. ``torch.save`` saves the metadata; safetensors and sharded checkpoints lose it.
-        **options: Single fields of :class:`SparsityConfig`.
-
-    Returns:
-        The names of the converted layers.
-
-    Raises:
-        ConfigError: If the state dict has no masks, if it has a mask for a layer that the model lacks, or if neither
-            the state dict nor the caller says what the options are.
-    """
-    names = [name.removesuffix(".mask_bits") for name in state_dict if name.endswith(".mask_bits")]
-    if not names:
-        raise ConfigError("the state dict has no masks: it was not saved from a converted model")
-    metadata = getattr(state_dict, "_metadata", {})
-    modules = dict(model.named_modules())
-    plan = []
-    experts: dict[int, Planned] = {}
-    for name in names:
-        fused = fused_block(model, name)
-        module = modules.get(name) if fused is None else fused[0]
-        if module is None or isinstance(module, MaskedLinear) or (name in modules and fused is not None):
-            raise ConfigError(f"the state dict has a mask for {name}, and the model has no plain layer of that name")
-        saved = metadata.get(name, {}).get("sparsity")
-        if saved is None and sparsity is None and not options:
-            raise ConfigError(f"the state dict does not say how {name} was converted: give the options, as in training")
-        own = SparsityConfig(**saved) if saved else SparsityConfig.make(sparsity, **options)
-        if fused is None:
-            plan.append(_Planned(name, module, own, _first_mask(name, module, own)))
-        elif id(module) not in experts:  # Both weights of the experts are converted together.
-            experts[id(module)] = plan_experts(module, own)
-    for planned in plan:
-        _convert(planned)
-    for block in experts.values():
-        convert_planned(block)
-    fuse_swiglu(model)
-    _switch_fused_inference(model, on=False)
-    return names
-
-
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a model with their names, without the part that ``torch.compile`` adds to names."""
     for name, module in model.named_modules():
@@ -386,6 +337,8 @@ def _describe(sparsity: SparsityConfig) -> str:
 def _unsuitable(module: nn.Module, owners: Counter[int], pattern: NMPattern) -> str | None:
     """Why a linear layer cannot be converted; None if it can."""
     weight = module._parameters.get("weight")
+    if not is_conv1d(module) and not isinstance(module, nn.Linear):
+        return f"{type(module).__name__} is no linear layer"
     if not is_conv1d(module) and type(module) is not nn.Linear:
         return f"{type(module).__name__} is a subclass of nn.Linear that may be used differently"
     if weight is None:
@@ -398,6 +351,13 @@ def _unsuitable(module: nn.Module, owners: Counter[int], pattern: NMPattern) -> 
     if in_features % pattern.m:
         return f"in_features={in_features} is not a multiple of M={pattern.m}"
     return None
+
+
+def _unmatched(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """The patterns that fit no module and no parameter. The default pattern ``lm_head`` is not counted."""
+    names = [name for name, _ in named_modules(model)] + [name for name, _ in model.named_parameters()]
+    asked = dict.fromkeys(pattern for pattern in patterns if pattern not in ("*", "lm_head"))
+    return [pattern for pattern in asked if not any(name_matches(name, [pattern]) for name in names)]
 
 
 def _sizes_given(name: str, given: Mapping[str, tuple[int, ...] | None], used: set[str]) -> Any:

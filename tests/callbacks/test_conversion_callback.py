@@ -9,8 +9,8 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
-from sbn_lightning import MaskRefresh, SparseBitLinear, TernarySparseConversion
-from sbn_lightning.core.errors import ConfigError
+from sbn_lightning import MaskRefresh, SparseBitLinear, TernarySparseConversion, convert_linears
+from sbn_lightning.core.errors import ConfigError, SBNError
 from sbn_lightning.fabric.run import FabricRun
 from sbn_lightning.sparsity.pattern import NMPattern, top_n_mask
 from tests.helpers import ForeignModule, quiet_trainer, regression_loader
@@ -118,3 +118,37 @@ def test_a_checkpoint_of_a_converted_module_loads_into_plain_layers():
     assert TernarySparseConversion.load(other, "converted.ckpt") == ["net.0", "net.2"]
     assert other.net[0].sparsity == module.net[0].sparsity
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in other.state_dict().items())
+    with pytest.raises(ConfigError, match="converted already: use its load_state_dict"):
+        TernarySparseConversion.load(other, "converted.ckpt")
+
+
+class OtherWidth(ForeignModule):
+    def __init__(self):
+        super().__init__()
+        self.net[2] = torch.nn.Linear(32, 24)
+
+
+class OtherName(ForeignModule):
+    def __init__(self):
+        super().__init__()
+        self.more = torch.nn.Linear(4, 4)
+
+
+def test_a_checkpoint_that_cannot_be_loaded_leaves_the_module_plain(tmp_path):
+    module = ForeignModule()
+    convert_linears(module, "2:4")
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "good.ckpt")
+    torch.save({"weights": {}}, tmp_path / "empty.ckpt")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    for other, file, message in [
+        (OtherWidth(), "good", r"net\.2\.weight has the shape \(\d+, 32\) there and \(24, 32\) in the module"),
+        (OtherName(), "good", r"it lacks more\.weight, more\.bias"),
+        (ForeignModule(), "empty", "holds no state_dict"),
+        (ForeignModule(), "text", "is no checkpoint"),
+        (ForeignModule(), "absent", "No such file"),
+    ]:
+        before = {name: value.clone() for name, value in other.state_dict().items()}
+        with pytest.raises(SBNError, match=message):
+            TernarySparseConversion.load(other, tmp_path / f"{file}.ckpt")
+        assert type(other.net[0]) is torch.nn.Linear
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())

@@ -1,6 +1,7 @@
 import copy
 import pickle
 import warnings
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,11 @@ from torch.nn.utils import parametrizations
 
 from sbn_lightning.backends.reference import ReferenceBackend
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers import convert_to_match
 from sbn_lightning.layers.candidates import name_matches
-from sbn_lightning.layers.conversion import convert_linears, convert_to_match, revert_linears
+from sbn_lightning.layers.conversion import convert_linears, revert_linears
 from sbn_lightning.layers.sparse_linear import SparseBitLinear, SparseLinear
+from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import nonzeros_per_group
 
 
@@ -270,6 +273,46 @@ def test_the_way_back_from_a_state_dict_of_a_converted_model(tmp_path):
         assert torch.equal(other(x), model(x))
     with pytest.raises(ConfigError, match="has no masks"):
         convert_to_match(model, nn.Linear(2, 2).state_dict())
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (lambda: nn.Linear(16, 16), {"pattern": "6:8"}, r"0 was converted to 2:4, and not to 6:8: leave the options"),
+        (lambda: nn.Linear(16, 16), {"activation_bits": 4}, r"to 2:4, and not to 2:4, activation_bits=4"),
+        (lambda: nn.Linear(32, 16), {}, r"the layer is 32 -> 16, and the mask is of 16 rows with 16 bits"),
+        (lambda: nn.Embedding(16, 16), {}, "Embedding is no linear layer"),
+        (lambda: OwnLinear(16, 16), {}, "OwnLinear is a subclass"),
+        (lambda: nn.Identity(), {}, "Identity is no linear layer"),
+    ],
+)
+def test_a_model_that_cannot_match_a_state_dict_is_left_alone(build, options, message):
+    source = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    convert_linears(source, "2:4")
+    model = nn.Sequential(build(), nn.Linear(16, 8))
+    kinds = [type(layer) for layer in model]
+    with pytest.raises(ConfigError, match=message):
+        convert_to_match(model, source.state_dict(), **options)
+    assert [type(layer) for layer in model] == kinds
+
+
+def test_the_options_that_a_state_dict_has_may_be_given_again():
+    source, model = (nn.Sequential(nn.Linear(16, 16)) for _ in range(2))
+    convert_linears(source, "2:4", split_sizes={"0": (8, 8)})
+    assert convert_to_match(model, source.state_dict(), SparsityConfig("2:4"), activation_bits=8) == ["0"]
+    assert model[0].split_sizes == (8, 8)
+
+
+def test_a_name_that_fits_nothing_is_a_warning():
+    model = nn.Sequential(OrderedDict(body=nn.Linear(16, 16), head=nn.Linear(16, 8)))
+    with pytest.warns(UserWarning, match="names that fit nothing in the model: haed, l.*") as got:
+        report = convert_linears(model, "2:4", exclude=["lm_head", "haed", "l.*", "body.bias"])
+    assert len(got) == 1
+    assert report.unmatched == ["haed", "l.*"]
 
 
 # Layers that are left dense, and the shares in the report
