@@ -224,9 +224,23 @@ def locate(path: str | Path, tell: Callable[[str], None] = _on_stderr) -> Path:
     given = Path(path)
     if not given.is_dir() or any((given / name).is_file() for name in (sharded.SHARDS, sharded.REST)):
         return given
-    found = _runs_below(given)
-    if not found:
+    if (found := newest_below(given, tell)) is None:
         raise DataError(f"{given} holds no checkpoint; give {lightning_file.ACCEPTED}")
+    return found
+
+
+def newest_below(folder: Path, tell: Callable[[str], None] = _on_stderr) -> Path | None:
+    """Return the newest state of the newest run in a folder; None if the folder holds no checkpoint.
+
+    Args:
+        folder: A folder that is no sharded checkpoint itself; see :func:`locate`.
+        tell: A function that prints a line. It gets a line for each damaged checkpoint that is passed over.
+
+    Raises:
+        DataError: If the folder holds runs of several names.
+    """
+    if not (found := _runs_below(folder)):
+        return None
     order = newest_first(found[newest_run(found)])
     for file in order:
         reason = why_unreadable(file)

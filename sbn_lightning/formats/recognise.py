@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from sbn_lightning.checkpoints import lightning_file
+from sbn_lightning.checkpoints import lightning_file, search
 from sbn_lightning.core.errors import DataError
 from sbn_lightning.formats.files import beginning, read_json, refuse_pointer
 
@@ -70,11 +70,9 @@ def _recognise_folder(folder: Path) -> Found:
         quantization = values.get("quantization_config")
         is_bitnet = isinstance(quantization, dict) and quantization.get("quant_method") == "bitnet"
         return Found("hf-bitnet" if is_bitnet else "hf", folder)
-    # The folder may be that of one run or of all runs of a recipe. A run that continued may have written last-v1.ckpt.
-    for place in ("", "checkpoints/", "version_*/checkpoints/"):
-        found = [file for file in folder.glob(f"{place}last*.ckpt") if lightning_file.is_last(file) and file.exists()]
-        if found:
-            return recognise(max(found, key=lambda file: file.stat().st_mtime))
+    # The folder may be that of one run, of all runs of a recipe, or a folder of checkpoints.
+    if (checkpoint := search.newest_below(folder)) is not None:
+        return recognise(checkpoint)
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:
         return _recognise_file(ggufs[0])
@@ -87,11 +85,8 @@ def _what_is_there(folder: Path, ggufs: list[Path]) -> str:
         return f"it has {len(ggufs)} GGUF files; give one of them, such as {ggufs[0]}"
     if weights := sorted(folder.glob("*.safetensors")):
         return f"it has weights ({weights[0].name}) and no config.json, which says what model they are of"
-    for pattern in ("*.ckpt", "checkpoints/*.ckpt", "version_*/checkpoints/*.ckpt"):
-        if checkpoints := sorted(folder.glob(pattern)):
-            return f"it has checkpoints and none is named last.ckpt; give one of them, such as {checkpoints[-1]}"
     if (folder / "meta.json").is_file():
         return "it is a folder of prepared tokens"
     if inner := sorted(folder.glob("*/config.json")):
         return f"give the folder in it, {inner[0].parent}"
-    return "neither last.ckpt nor config.json is there"
+    return "neither a checkpoint nor config.json is there"

@@ -42,10 +42,10 @@ def test_files(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "holds no model: neither last.ckpt nor config.json is there"),
+        ([], "holds no model: neither a checkpoint nor config.json is there"),
         (["a.gguf", "b.gguf"], r"it has 2 GGUF files; give one of them, such as .*a\.gguf"),
         (["model.safetensors"], r"it has weights \(model\.safetensors\) and no config\.json"),
-        (["checkpoints/epoch=1.ckpt"], r"none is named last\.ckpt; give one of them, such as .*epoch=1\.ckpt"),
+        (["a/version_0/checkpoints/last.ckpt", "b/job/checkpoints/last.ckpt"], "holds several runs: give one of .*b"),
         (["meta.json"], "it is a folder of prepared tokens"),
         (["inner/config.json"], "give the folder in it, .*inner"),
     ],
@@ -54,10 +54,25 @@ def test_folders(tmp_path, names, message):
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in names:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text("x")
     with pytest.raises(DataError, match=message):
         recognise(folder)
+
+
+def test_a_run_is_searched_as_training_searches(tmp_path, capsys):
+    """The version has a name of the user's, metrics make sub-folders, and the last checkpoint is damaged."""
+    folder = tmp_path / "run" / "job7" / "checkpoints"
+    for step in (5, 10):
+        newest = folder / f"step={step}-val" / "loss=5.4.ckpt"
+        newest.parent.mkdir(parents=True)
+        save(make_model(), newest)
+        os.utime(newest, (step, step))
+    (folder / "last.ckpt").write_text("cut short")
+    for place in (tmp_path / "run", folder.parent, folder):
+        assert recognise(place) == ("lightning", newest)
+        assert "last.ckpt is damaged" in capsys.readouterr().err
+    assert load_model(tmp_path / "run").config == make_model().config
 
 
 def test_what_exists_is_never_said_not_to_exist(tmp_path):
@@ -104,9 +119,9 @@ def test_a_pointer_in_the_place_of_weights(tmp_path):
 def test_another_type_of_model_is_pointed_to_the_callback(tmp_path, capsys):
     folder = hf(tmp_path / "hf")
     values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | {"model_type": "qwen3"}))
+    (folder / "config.json").write_text(json.dumps(values | {"model_type": "gemma"}))
     assert main(["import-hf", "--input", str(folder), "--output", "m.ckpt"]) == 1
-    assert "model_type 'qwen3'" in (told := capsys.readouterr().err)
+    assert "model_type 'gemma'" in (told := capsys.readouterr().err)
     assert "add the callback TernarySparseConversion" in told
 
 
