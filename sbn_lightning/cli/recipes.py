@@ -50,7 +50,8 @@ def find(config: str) -> str:
     Raises:
         ConfigError: If ``config`` is neither a file nor the name of a recipe, and is not YAML text either.
     """
-    if Path(config[:4096]).exists() or any(sign in config for sign in ":{\n"):
+    given = Path(config[:4096])
+    if (given.exists() and not given.is_dir()) or any(sign in config for sign in ":{\n"):
         return config
     recipes = shipped()
     named = Path(config).name.removesuffix(".yaml")

@@ -28,6 +28,7 @@ PATHS = (
     "data.path",
     "data.cache_dir",
     "model.init_from",
+    "model.source",
     "trainer.default_root_dir",
 )
 LOGGER_PATHS = ("save_dir", "name", "version", "sub_dir")

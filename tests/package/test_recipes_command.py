@@ -76,6 +76,11 @@ def test_a_file_of_that_name_wins():
     assert recipes.find("ternary_dense") == "ternary_dense"
 
 
+def test_a_folder_of_that_name_is_no_recipe():
+    Path("ternary_dense").mkdir()
+    assert recipes.find("ternary_dense") == str(REPOSITORY / "ternary_dense.yaml")
+
+
 def test_yaml_text_is_no_name():
     assert recipes.find("seed_everything: 7") == "seed_everything: 7"
 
