@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         MaskedWeightDecay,
         MaskRefresh,
         NonFiniteGuard,
+        RoundingWarmup,
         SparseEMAWeightAveraging,
         SparseWeightAveraging,
         SparsityPatternLogger,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from sbn_lightning.layers.sparse_linear import SparseBitLinear, SparseLinear
     from sbn_lightning.models.config import RopeScaling, TransformerConfig
     from sbn_lightning.models.transformer import TernaryTransformer
-    from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh, SparsitySchedule
+    from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh, Rounding, SparsitySchedule
     from sbn_lightning.sparsity.config import SparsityConfig
     from sbn_lightning.sparsity.pattern import NMPattern
     from sbn_lightning.training.module import SparseBitNet
@@ -56,6 +57,8 @@ _MODULE_OF = {
     "Ramp": "schedule",
     "Refresh": "schedule",
     "RopeScaling": "models.config",
+    "Rounding": "schedule",
+    "RoundingWarmup": "callbacks",
     "SparseBitLinear": "layers",
     "SparseBitNet": "training.module",
     "SparseEMAWeightAveraging": "callbacks",
@@ -95,6 +98,8 @@ __all__ = [
     "Ramp",
     "Refresh",
     "RopeScaling",
+    "Rounding",
+    "RoundingWarmup",
     "SparseBitLinear",
     "SparseBitNet",
     "SparseEMAWeightAveraging",

@@ -15,6 +15,7 @@ from sbn_lightning.callbacks.non_finite import NonFiniteGuard
 from sbn_lightning.callbacks.progress import LossProgressBar
 from sbn_lightning.callbacks.ramp import DenseToSparseRamp
 from sbn_lightning.callbacks.rank_watch import RankWatch
+from sbn_lightning.callbacks.rounding_warmup import RoundingWarmup
 from sbn_lightning.callbacks.sparsity_logger import SparsityPatternLogger
 from sbn_lightning.callbacks.throughput import TokenThroughput
 from sbn_lightning.callbacks.training_report import TrainingReport
@@ -26,6 +27,7 @@ from sbn_lightning.checkpoints.io import DurableCheckpointIO
 RECIPE_GROUPS: dict[str, type[Callback]] = {
     "mask_refresh": MaskRefresh,
     "ramp": DenseToSparseRamp,
+    "rounding": RoundingWarmup,
     "weight_decay": WeightDecaySchedule,
     "masked_decay": MaskedWeightDecay,
     "sparsity_logger": SparsityPatternLogger,
@@ -45,6 +47,7 @@ __all__ = [
     "MaskedWeightDecay",
     "NonFiniteGuard",
     "RankWatch",
+    "RoundingWarmup",
     "SparseEMAWeightAveraging",
     "SparseWeightAveraging",
     "SparsityPatternLogger",

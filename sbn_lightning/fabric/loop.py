@@ -81,6 +81,8 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
 
     checkpoint = fabric_checkpoint.read(run, ckpt_path) if ckpt_path else None
     sharded = isinstance(fabric.strategy, FabricShardedStrategy)
+    if sharded and module.distillation is not None:
+        raise ConfigError("model.distillation does not work with a strategy that shards the model; use ddp")
     if sharded:  # Sharding replaces the parameters, so the optimiser comes after it.
         model = fabric.setup_module(module.model)
     if checkpoint:
@@ -94,6 +96,8 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
         keep_masks_out_of_broadcasts(module.model)
         model, optimizer = fabric.setup(module.model, optimizer)
     model.mark_forward_method("loss")
+    if module.distillation is not None:
+        model.mark_forward_method("run")
     if checkpoint:
         fabric_checkpoint.restore_progress(run, checkpoint)
     train_loader, val_loader = data.train_dataloader(), data.val_dataloader()
@@ -128,7 +132,7 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
                 with fabric.no_backward_sync(model, enabled=not (run.is_step or sharded)):
                     # On a single device Fabric applies its precision to forward alone, not to a marked method.
                     with fabric.autocast():
-                        loss = model.loss(batch[:, :-1], batch[:, 1:])
+                        loss, computed = module.compute_loss(model, batch)
                     share = loss / run.accumulate_grad_batches
                     if batch_idx % run.accumulate_grad_batches == 0:
                         run.call("on_before_zero_grad", optimizer=run.optimizers[0])
@@ -136,11 +140,7 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
                     run.call("on_before_backward", loss=share)
                     fabric.backward(share)
                 run.call("on_after_backward")
-                metrics = {
-                    "train/loss": loss.detach(),
-                    "train/perplexity": loss.detach().exp(),
-                    "learning_rate": optimizer.param_groups[0]["lr"],
-                }
+                metrics = computed | {"learning_rate": optimizer.param_groups[0]["lr"]}
                 run.callback_metrics |= metrics
                 if run.is_step:
                     run.call("on_before_optimizer_step", optimizer=run.optimizers[0])

@@ -13,7 +13,9 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.mask_tracker import version
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.sparsity.config import SparsityConfig
-from sbn_lightning.sparsity.ternary import expand_scale, ternary_codes, weight_scale
+from sbn_lightning.sparsity.partial_rounding import partly_rounded_linear, partly_rounded_weight
+from sbn_lightning.sparsity.pattern import unpack_mask
+from sbn_lightning.sparsity.ternary import apply_swiglu, expand_scale, ternary_codes, weight_scale
 
 
 class SparseBitLinear(MaskedLinear):
@@ -43,6 +45,7 @@ class SparseBitLinear(MaskedLinear):
         self._wrap_backend: Callable[[Backend], Backend] | None = None
         self._prepared: Any = None
         self._prepared_of: tuple[Any, ...] | None = None
+        self._rounding: tuple[Tensor, Tensor] | None = None
         super()._init_mask(sparsity, mask_bits)
 
     @property
@@ -67,6 +70,43 @@ class SparseBitLinear(MaskedLinear):
 
     def _forget_prepared(self) -> None:
         self._prepared = self._prepared_of = None
+
+    @property
+    def rounding(self) -> tuple[float, float]:
+        """The shares of the weights' and of the tokens' rounding that are in effect; (1.0, 1.0) in a new layer."""
+        return (1.0, 1.0) if self._rounding is None else (float(self._rounding[0]), float(self._rounding[1]))
+
+    def set_rounding(self, weights: float = 1.0, tokens: float = 1.0) -> None:
+        """Let only a share of the rounding take effect, as in a warm-up from pretrained weights.
+
+        With shares below 1 the layer computes in plain PyTorch (:mod:`sbn_lightning.sparsity.partial_rounding`), and
+        the backend only makes masks and codes. The shares belong to the training and not to the weights: they are not
+        in the state dict, and exports and ``effective_weight`` have the whole rounding.
+
+        Args:
+            weights: The share for the weights, 0 to 1. At 0 the layer multiplies with masked latent weights.
+            tokens: The share for the tokens, 0 to 1.
+
+        Raises:
+            ConfigError: If a share is out of range, or if this layer cannot be rounded partly because each rank holds
+                only some rows of the latent weight.
+        """
+        for name, share in (("weights", weights), ("tokens", tokens)):
+            if not 0.0 <= share <= 1.0:
+                raise ConfigError(f"rounding of {name}={share} is outside 0..1")
+        if weights == tokens == 1:
+            self._rounding = None
+            return
+        if self._wrap_backend is not None:
+            raise ConfigError(
+                "a partial rounding needs the whole latent weight in each forward: set gather: latent in the strategy"
+            )
+        if self._rounding is None or self._rounding[0].device != self.weight.device:
+            # Tensors, not numbers: a compiled graph would be compiled again for each new number.
+            self._rounding = tuple(torch.zeros((), device=self.weight.device) for _ in range(2))  # type: ignore[assignment]
+        assert self._rounding is not None
+        for tensor, share in zip(self._rounding, (weights, tokens), strict=True):
+            tensor.fill_(share)
 
     def _check_change(self, sparsity: SparsityConfig, label: str) -> None:
         if self._backend is not REFERENCE:
@@ -160,6 +200,12 @@ class SparseBitLinear(MaskedLinear):
             prepared, mask_bits = self._prepared, self.mask_bits
         gradient_mask = self._gradient_mask(mask_bits)
         bits = self.activation_bits
+        if self._rounding is not None:
+            weights, tokens = self._rounding
+            mask = unpack_mask(mask_bits, self.in_features)
+            effective = partly_rounded_weight(self.weight, mask, prepared.codes, prepared.row_scale, weights)
+            x = apply_swiglu(x) if swiglu else x
+            return partly_rounded_linear(x, self.weight, effective, gradient_mask, bits, tokens, dtype)
         if bits is None:
             x = x.to(dtype)
         # Tokens are quantised in the precision that they come in, because rounding them to bfloat16 first would double

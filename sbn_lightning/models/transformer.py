@@ -15,9 +15,9 @@ caches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ from sbn_lightning.models.mlp import GatedMLP
 from sbn_lightning.models.moe import MixtureOfExperts, load_balance_loss, loads
 from sbn_lightning.models.norm import RMSNorm
 from sbn_lightning.models.rope import rope_tables
+
+T = TypeVar("T")
 
 
 def make_mlp(config: TransformerConfig, index: int) -> nn.Module:
@@ -195,6 +197,15 @@ class TernaryTransformer(nn.Module):
         """Token ids int64 ``[B, T]`` -> logits ``[B, T, vocab_size]``."""
         logits: Tensor = self.lm_head(self.hidden(tokens_BT))
         return logits
+
+    def run(self, function: Callable[..., T], *inputs: Any) -> T:
+        """Return ``function(self, *inputs)``. Wrappers such as Fabric's treat the call as a forward of the model.
+
+        Args:
+            function: A function of the model, for example the loss against a teacher.
+            *inputs: The other arguments of the function.
+        """
+        return function(self, *inputs)
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The mean cross-entropy in nats, a float32 scalar.

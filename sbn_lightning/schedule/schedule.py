@@ -1,4 +1,4 @@
-"""One object that runs mask refreshes, the dense-to-sparse ramp and the masked decay in any training loop.
+"""One object that runs mask refreshes, ramp, rounding warm-up and masked decay in any training loop.
 
 The schedule does its work at two moments. :meth:`SparsitySchedule.step`, called after ``optimizer.step()``, refreshes
 masks and sets densities. A hook on the optimiser applies the masked decay just before each step. Everything depends on
@@ -21,10 +21,11 @@ from sbn_lightning.layers.statistics import Counts, Snapshot, count
 from sbn_lightning.schedule.masked_decay import MaskedDecay
 from sbn_lightning.schedule.ramp import Density, Ramp
 from sbn_lightning.schedule.refresh import Refresh
+from sbn_lightning.schedule.rounding import Rounding
 
 
 class SparsitySchedule:
-    """What ``MaskRefresh``, ``DenseToSparseRamp`` and ``MaskedWeightDecay`` do, without Lightning.
+    """What the callbacks for masks, density, rounding and masked decay do, without Lightning.
 
     Usage::
 
@@ -43,6 +44,7 @@ class SparsitySchedule:
         total_steps: The number of optimiser steps of the whole training. A ramp and a decay with ``until`` need it.
         refresh: When masks are recomputed, or just the interval. The default follows the weights at every step.
         ramp: The way from dense to the pattern. None trains at the pattern from the start.
+        rounding: The way from unrounded to ternary weights. None rounds from the start.
         masked_decay: The decay of masked weights, or just its strength. None means no decay.
         steps: The number of optimiser steps that the model has already taken, for a run that resumes without
             :meth:`load_state_dict`. The loaded masks then stay as they are until a refresh is due.
@@ -62,13 +64,15 @@ class SparsitySchedule:
         total_steps: int | None = None,
         refresh: Refresh | int = 1,
         ramp: Ramp | None = None,
+        rounding: Rounding | None = None,
         masked_decay: MaskedDecay | float | None = None,
         steps: int = 0,
     ) -> None:
         self.refresh = refresh if isinstance(refresh, Refresh) else Refresh(refresh)
-        self.ramp = ramp
+        self.ramp, self.rounding = ramp, rounding
         self.masked_decay = masked_decay if isinstance(masked_decay, MaskedDecay) else MaskedDecay(masked_decay or 0.0)
-        needs_length = [part.owner for part in (self.ramp, self.masked_decay) if part is not None and part.needs_length]
+        parts = (self.ramp, self.rounding, self.masked_decay)
+        needs_length = [part.owner for part in parts if part is not None and part.needs_length]
         if needs_length and (total_steps is None or total_steps < 1):
             raise ConfigError(f"SparsitySchedule: {needs_length[0]} depends on the length of training: set total_steps")
         self.model = model
@@ -152,6 +156,8 @@ class SparsitySchedule:
         self.refresh.apply(layers, self.steps, before)
         if self.ramp is not None:
             self._densities = self.ramp.apply(layers, self.steps, self._length)
+        if self.rounding is not None:
+            self.rounding.apply(layers, self.steps, self._length)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.masked_decay.apply(self._layers(), optimizer, self.masked_decay.decay_at(self.steps, self._length))

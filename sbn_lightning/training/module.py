@@ -7,6 +7,7 @@ how weight decay falls, is decided by callbacks.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,9 @@ from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts, sha
 from sbn_lightning.distributed.strategies import check_strategy
 from sbn_lightning.formats.init_from import SHAPE, check_tokenizer, load_weights, without_masks
 from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.moe import busiest, load_balance_loss, loads
 from sbn_lightning.models.transformer import TernaryTransformer
+from sbn_lightning.training.distillation import Distillation, Distiller
 from sbn_lightning.training.metrics import Perplexity
 from sbn_lightning.training.schedules import Schedule, learning_rate_factor
 
@@ -51,7 +54,11 @@ class SparseBitNet(LightningModule):
         compile: Whether to compile each block with ``torch.compile``.
         init_from: A model whose weights a new run starts from: a checkpoint, the folder of a run, a packed or a Hugging
             Face folder, or a GGUF file. A run that continues from a checkpoint takes the checkpoint's weights.
+        distillation: The teacher and the losses of a distillation. None trains on the text alone.
     """
+
+    distillation: Distillation | None = None
+    _distiller: Distiller | None = None  # Made at the first batch.
 
     def __init__(
         self,
@@ -63,12 +70,18 @@ class SparseBitNet(LightningModule):
         schedule_steps: int | None = None,
         compile: bool = False,
         init_from: str | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(distillation, dict):
+            distillation = Distillation(**distillation)
         if isinstance(config, dict):  # A checkpoint holds the configuration as plain values.
             config = TransformerConfig(**config)
-        self.save_hyperparameters(ignore=["config", "optimizer", "init_from"])
+        self.save_hyperparameters(ignore=["config", "optimizer", "init_from", "distillation"])
         self.save_hyperparameters({"config": config.to_dict()})
+        if distillation is not None:  # The checkpoint says where the teacher is, and does not hold its weights.
+            self.save_hyperparameters({"distillation": asdict(distillation)})
+        self.distillation = distillation
         self.config = config
         self.model = TernaryTransformer(config)
         self.init_from = init_from
@@ -111,6 +124,8 @@ class SparseBitNet(LightningModule):
         if self.hparams["compile"] and not self.model.is_compiled:
             self.model.compile_blocks()
         if self.device_mesh is not None:  # ModelParallelStrategy
+            if self.distillation is not None:
+                raise ConfigError("model.distillation does not work with a strategy that shards the model; use ddp")
             options = getattr(self.trainer.strategy, "sharding", {"gather": "latent"})  # ShardedStrategy says more
             shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",), **options)
 
@@ -173,14 +188,53 @@ class SparseBitNet(LightningModule):
         return logits
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return the mean cross-entropy of a batch in nats, a scalar, and log it."""
-        loss = self.model.loss(batch[:, :-1], batch[:, 1:])
+        """Return the loss of a batch, a scalar, and log what :meth:`compute_loss` reports."""
+        loss, metrics = self.compute_loss(self.model, batch)
         # Without prog_bar=True, because Lightning would fetch the values after every batch. LossProgressBar shows them.
-        self.log("train/loss", loss.detach())
-        self.log("train/perplexity", loss.detach().exp())
+        for name, value in metrics.items():
+            self.log(name, value)
         # A tensor on the CPU: a number would be copied to the device, and the host would wait for the copy.
         self.log("learning_rate", torch.as_tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
         return loss
+
+    def compute_loss(self, model: Any, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss that training minimises, and values to log.
+
+        Args:
+            model: This module's model, or a wrapper of Fabric around it.
+            batch: The token ids, int64 ``[batch, sequence_length + 1]``.
+
+        Returns:
+            The loss, a scalar with gradients; and by name the mean cross-entropy in nats (``train/loss``), its
+            perplexity, the parts of a distillation, and for a mixture of experts the load-balancing loss and how many
+            times the average load the busiest expert has.
+        """
+        metrics: dict[str, Tensor] = {}
+        if self.distillation is not None:
+            loss, parts = model.run(self._get_distiller(batch.device).loss, batch[:, :-1], batch[:, 1:])
+            cross_entropy = parts.pop("loss")
+            metrics["train/distillation"] = loss.detach()
+            metrics |= {f"train/distillation_{name}": part for name, part in parts.items()}
+        else:
+            loss = model.loss(batch[:, :-1], batch[:, 1:])
+            cross_entropy = loss.detach()
+        if self.config.n_experts:
+            balance = load_balance_loss(loads(self.model))
+            metrics |= {"train/load_balance": balance.detach(), "train/busiest_expert": busiest(loads(self.model))}
+            if self.distillation is None:  # The loss of the model includes the balance, that of a teacher does not.
+                cross_entropy = cross_entropy - self.config.load_balance * balance.detach()
+            else:
+                loss = loss + self.config.load_balance * balance
+        return loss, {"train/loss": cross_entropy, "train/perplexity": cross_entropy.exp()} | metrics
+
+    def _get_distiller(self, device: torch.device) -> Distiller:
+        """Return the distiller, made at the first batch: only then is the device known."""
+        if self._distiller is None:
+            assert self.distillation is not None
+            distiller = Distiller(self.distillation, device=device)
+            distiller.check(self.model)
+            self._distiller = distiller
+        return self._distiller
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log ``val/loss`` and ``val/perplexity``."""

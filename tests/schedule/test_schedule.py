@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sbn_lightning import DenseToSparseRamp, MaskedWeightDecay, MaskRefresh
+from sbn_lightning import DenseToSparseRamp, MaskedWeightDecay, MaskRefresh, RoundingWarmup
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.integrations.pytorch import convert
 from sbn_lightning.layers.masked_linear import masked_layers
-from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh, SparsitySchedule
+from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh, Rounding, SparsitySchedule
 from tests.helpers import ForeignModule, Losses, imported, quiet_trainer, regression_loader
 
 STEPS = 8
@@ -42,6 +42,8 @@ CASES = {
     "ramp": {"ramp": Ramp("rows", end=0.6)},
     "walk": {"ramp": Ramp("walk", end=0.6, curve="cubic"), "refresh": Refresh(2)},
     "decay": {"masked_decay": MaskedDecay(5.0, until=0.5)},
+    "rounding": {"rounding": Rounding(0.8)},
+    "rounding by layers": {"rounding": Rounding(0.7, 0.1, "layers", "cubic", "weights")},
     "everything": {
         "refresh": Refresh(3, freeze_after=6),
         "ramp": Ramp("walk", start=0.1, end=0.9),
@@ -65,6 +67,8 @@ def test_a_plain_loop_computes_what_the_callbacks_do(options):
     callbacks = [MaskRefresh(refresh.interval, refresh.freeze_after)] if refresh else [MaskRefresh()]
     callbacks += [DenseToSparseRamp(ramp.shape, ramp.start, ramp.end, ramp.curve)] if ramp else []
     callbacks += [MaskedWeightDecay(decay.decay, decay.until)] if decay else []
+    if rounding := options.get("rounding"):
+        callbacks += [RoundingWarmup(rounding.end, rounding.start, rounding.shape, rounding.curve, rounding.what)]
     module, seen = converted(), Losses()
     quiet_trainer([*callbacks, seen], max_steps=STEPS).fit(module, regression_loader())
     assert losses == seen.values
@@ -186,3 +190,30 @@ def test_a_dense_model_and_bad_values_are_refused():
 def test_the_schedule_needs_torch_alone():
     found, _ = imported("from sbn_lightning.schedule import SparsitySchedule", ["lightning", "litdata", "transformers"])
     assert found == []
+
+
+def test_the_rounding_grows_to_the_whole_and_the_layers_follow():
+    model, optimizer, schedule = start({"rounding": Rounding(0.5, what="weights")})
+    layers = [layer for _, layer in masked_layers(model)]
+    assert [layer.rounding for layer in layers] == [(0.0, 1.0)] * len(layers)
+    plain_loop(model, optimizer, schedule, last=2)
+    assert [layer.rounding for layer in layers] == [(0.5, 1.0)] * len(layers)
+    plain_loop(model, optimizer, schedule, first=2, last=4)
+    assert [layer.rounding for layer in layers] == [(1.0, 1.0)] * len(layers)
+    one_by_one = Rounding(0.8, shape="layers")
+    assert [one_by_one.share(0.4, i, 5) for i in range(5)] == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert [one_by_one.share(0.5, i, 5) for i in range(5)] == [1.0, 1.0, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"end": 1.5}, "end=1.5 is not a share of training"),
+        ({"end": 0.5, "start": 0.5}, "start=0.5 must be 0 or more, and lie before end=0.5"),
+        ({"end": 0.5, "shape": "rows"}, "shape='rows' is not one of 'all', 'layers'"),
+        ({"what": "biases"}, "what='biases' is not one of"),
+    ],
+)
+def test_a_warm_up_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Rounding(**options)

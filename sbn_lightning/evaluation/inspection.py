@@ -1,0 +1,257 @@
+"""Measure what a conversion does to a model before any training: as a whole, by part and by block.
+
+A twin of each linear layer is converted and shares the weight with the layer. A forward hook replaces the rows of the
+chosen parts by the rows that the twin computes. So q can be ternary while k and v, which live in the same fused layer,
+stay dense; and the tokens are quantised as in training. The model itself is not changed.
+
+The hidden states before each block are kept from the dense run. A run in which one block is converted starts at this
+block, and a run in which the first blocks are converted starts where the last one ended.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.tables import format_table
+from sbn_lightning.layers.conversion import convert_linears
+from sbn_lightning.models.loss import linear_cross_entropy
+from sbn_lightning.models.transformer import TernaryTransformer
+from sbn_lightning.sparsity.config import SparsityConfig
+
+Variant = Literal["masked", "rounded", "ternary"]
+VARIANTS: dict[Variant, str] = {
+    "masked": "N:M, not rounded",
+    "rounded": "ternary, not masked",
+    "ternary": "ternary N:M",
+}
+Section = Literal["whole", "parts", "blocks", "cumulative"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
+# The parts of each linear layer of a block, in the order of the rows.
+PARTS = {"attention.qkv": ("q", "k", "v"), "attention.o": ("o",), "mlp.gate_up": ("gate", "up"), "mlp.down": ("down",)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The loss of a model of which a part is converted.
+
+    Attributes:
+        section: What is compared: ``"whole"``, ``"parts"``, ``"blocks"`` or ``"cumulative"``.
+        converted: What is converted, for example ``"down"``, ``"block 3"`` or ``"blocks 0 to 3"``.
+        variant: The kind of conversion; None for the model as it is.
+        loss: The mean cross-entropy in nats.
+    """
+
+    section: Section
+    converted: str
+    variant: Variant | None
+    loss: float
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``; infinite where the value is beyond a float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def variant_of(sparsity: SparsityConfig, variant: Variant) -> SparsityConfig:
+    """Return the options of a kind of conversion: with its mask alone, with its rounding alone, or with both."""
+    if variant == "masked":
+        return replace(sparsity, kind="masked")
+    if variant == "rounded":
+        return replace(sparsity, kind="ternary", pattern=f"{sparsity.nm.m}:{sparsity.nm.m}")
+    return replace(sparsity, kind="ternary")
+
+
+class Inspection:
+    """Runs a dense model with parts of it converted, on a few rows of tokens.
+
+    Args:
+        model: The dense model; hooks are added and removed again.
+        rows: The tokens, int64 ``[rows, T + 1]``.
+        sparsity: The options of the conversion.
+
+    Raises:
+        ConfigError: If the pattern does not fit the layers.
+    """
+
+    def __init__(self, model: TernaryTransformer, rows: Tensor, sparsity: SparsityConfig) -> None:
+        if getattr(model.config, "n_experts", 0):
+            raise ConfigError("inspect does not know the parts of a mixture of experts")
+        self.model, self.rows, self.sparsity = model, rows, sparsity
+        for i, kind in ((0, "attention.qkv"), (0, "mlp.down")):
+            layer = model.blocks[i].get_submodule(kind)
+            sparsity.nm.check_divides(int(layer.in_features), f"layer {kind}")
+        length = rows.shape[1] - 1
+        self._rope = model.cos[:length], model.sin[:length]
+        self._before = [model.embed(rows[:, :-1])]
+        for block in model.blocks:
+            self._before.append(block(self._before[-1], *self._rope))
+
+    def measure(self, sections: Sequence[Section] = SECTIONS, points: int = 8) -> Iterator[Measured]:
+        """Yield one measurement after the other.
+
+        Args:
+            sections: The sections to measure. ``"whole"``: the model as it is, and each kind of conversion of all
+                layers. ``"parts"``: one part in all blocks. ``"blocks"``: one block. ``"cumulative"``: the first
+                blocks.
+            points: How many measurements the section ``"cumulative"`` has at most.
+        """
+        count = len(self.model.blocks)
+        all_parts = [part for parts in PARTS.values() for part in parts]
+        if "whole" in sections:
+            yield Measured("whole", "nothing", None, self._loss(self._before[-1]))
+        for variant in VARIANTS:
+            with self._twins(variant) as convert:
+                if "whole" in sections:
+                    yield Measured("whole", "everything", variant, self._run(convert, range(count), all_parts))
+                if "parts" in sections:
+                    for part in all_parts:
+                        yield Measured("parts", part, variant, self._run(convert, range(count), [part]))
+                if variant != "ternary":
+                    continue
+                if "blocks" in sections:
+                    for i in range(count):
+                        yield Measured("blocks", f"block {i}", variant, self._run(convert, range(i, i + 1), all_parts))
+                if "cumulative" in sections:
+                    yield from self._cumulative(convert, all_parts, points)
+
+    def _cumulative(self, convert: _Convert, parts: list[str], points: int) -> Iterator[Measured]:
+        count = len(self.model.blocks)
+        ends = {round(count * (i + 1) / points) for i in range(points)} if count > points else set(range(1, count + 1))
+        hidden = self._before[0]
+        for i, block in enumerate(self.model.blocks):
+            convert(range(i, i + 1), parts)
+            hidden = block(hidden, *self._rope)
+            if i + 1 not in ends:
+                continue
+            convert(range(0), parts)
+            after = hidden
+            for later in self.model.blocks[i + 1 :]:
+                after = later(after, *self._rope)
+            yield Measured("cumulative", f"blocks 0 to {i}" if i else "block 0", "ternary", self._loss(after))
+        convert(range(0), parts)
+
+    def _run(self, convert: _Convert, blocks: range, parts: Sequence[str]) -> float:
+        """Return the loss with some parts of some blocks converted."""
+        convert(blocks, parts)
+        hidden = self._before[blocks.start]
+        for block in self.model.blocks[blocks.start :]:
+            hidden = block(hidden, *self._rope)
+        convert(range(0), parts)
+        return self._loss(hidden)
+
+    def _loss(self, hidden: Tensor) -> float:
+        model = self.model
+        loss = linear_cross_entropy(model.norm(hidden).flatten(0, 1), model.lm_head.weight, self.rows[:, 1:].flatten())
+        return float(loss)
+
+    @contextmanager
+    def _twins(self, variant: Variant) -> Iterator[_Convert]:
+        """Give each layer a converted twin, and yield the function that chooses what the twins compute."""
+        twins = nn.ModuleDict()
+        layers: dict[str, nn.Linear] = {}
+        sizes: dict[str, tuple[int, ...] | None] = {}
+        for i, block in enumerate(self.model.blocks):
+            for kind, parts in PARTS.items():
+                layer = block.get_submodule(kind)
+                key = f"{i}/{kind.replace('.', '/')}"
+                twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+                twin.weight, twin.bias = layer.weight, layer.bias
+                layers[key], twins[key] = layer, twin
+                sizes[key] = _rows_of(block, kind) if len(parts) > 1 else None
+        convert_linears(twins, variant_of(self.sparsity, variant), include=list(layers), split_sizes=sizes)
+        chosen: dict[str, Tensor] = {}
+
+        def take_rows(key: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            rows = chosen.get(key)
+            return None if rows is None else torch.where(rows, twins[key](inputs[0]), output)
+
+        def convert(blocks: range, parts: Sequence[str]) -> None:
+            chosen.clear()
+            for i in blocks:
+                for kind, names in PARTS.items():
+                    wanted = torch.tensor([name in parts for name in names])
+                    if wanted.any():
+                        key = f"{i}/{kind.replace('.', '/')}"
+                        rows = torch.tensor(sizes[key] or (layers[key].out_features,))
+                        chosen[key] = wanted.repeat_interleave(rows).to(layers[key].weight.device)
+
+        hooks = [layer.register_forward_hook(partial(take_rows, key)) for key, layer in layers.items()]
+        try:
+            yield convert
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+_Convert = Callable[[range, Sequence[str]], None]
+
+
+def _rows_of(block: nn.Module, kind: str) -> tuple[int, ...]:
+    """The rows of each part of a fused layer."""
+    if kind == "attention.qkv":
+        return tuple(block.get_submodule("attention").splits)  # type: ignore[arg-type]
+    rows = int(block.get_submodule(kind).out_features) // 2  # type: ignore[call-overload]
+    return rows, rows
+
+
+@torch.no_grad()
+def dense_twin(model: TernaryTransformer) -> TernaryTransformer:
+    """Return the model with dense layers around the same weights: what the latent weights compute without a mask.
+
+    Args:
+        model: A model in any arithmetic that has latent weights.
+
+    Raises:
+        ConfigError: If a layer holds codes and no latent weight.
+    """
+    if model.config.linear == "dense":
+        return model
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith(".mask_bits")}
+    if any(name.endswith(".codes") for name in state):
+        raise ConfigError("packed weights have no latent weights left to convert; give the checkpoint of the training")
+    with torch.device("meta"):
+        dense = TernaryTransformer(replace(model.config, linear="dense"))
+    dense.load_state_dict(state, assign=True)
+    dense.cos, dense.sin = model.cos, model.sin
+    return dense.eval()
+
+
+def as_tables(results: Sequence[Measured]) -> str:
+    """Return the tables for a terminal: a section each, a row for what is converted, a column for each variant."""
+    base = next((one.loss for one in results if one.variant is None), None)
+    lines = []
+    for section in SECTIONS:
+        own = [one for one in results if one.section == section]
+        if not own:
+            continue
+        if section == "whole":
+            rows = [[VARIANTS[one.variant] if one.variant else "before conversion", *_cells(one, base)] for one in own]
+            lines.append(format_table(["all layers", "loss", "perplexity", "more than before"], rows))
+            continue
+        variants = [variant for variant in VARIANTS if any(one.variant == variant for one in own)]
+        found = {(one.converted, one.variant): one for one in own}
+        names = list(dict.fromkeys(one.converted for one in own))
+        title = {"parts": "one part alone", "blocks": "one block alone", "cumulative": "the first blocks"}[section]
+        header = [title, *(f"{VARIANTS[variant]}: loss" for variant in variants)]
+        rows = [[name, *(f"{found[name, variant].loss:.3f}" for variant in variants)] for name in names]
+        lines.append(format_table(header, rows))
+    return "\n\n".join(lines)
+
+
+def _cells(one: Measured, base: float | None) -> list[str]:
+    more = "" if one.variant is None or base is None else f"{one.loss - base:+.3f}"
+    return [f"{one.loss:.3f}", f"{one.perplexity:,.1f}" if one.perplexity < 1e7 else f"{one.perplexity:.1e}", more]
+
+
+def as_records(results: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Return plain values for JSON."""
+    return [asdict(one) | {"perplexity": one.perplexity if math.isfinite(one.perplexity) else None} for one in results]

@@ -1,0 +1,210 @@
+r"""The losses with which a model learns from a teacher, in plain PyTorch.
+
+With the teacher's distribution P and the student's Q over the next token, both at temperature t:
+
+* ``"forward"``: :math:`t^2\, KL(P \| Q)`, the classic distillation loss (Hinton et al., arXiv 1503.02531). For
+  quantised language models, LLM-QAT (arXiv 2305.17888) found the logits of the float model to be enough.
+* ``"reverse"``: :math:`t^2\, KL(Q \| P)`, as in MiniLLM (arXiv 2306.08543): the student need not cover everything that
+  the teacher holds possible.
+
+With ``top_k``, only the teacher's k most likely classes are compared one by one; all others count as one class.
+
+The logits of a long batch do not fit into memory with a vocabulary of 150k, and here there are two sets of them. So
+:func:`linear_distillation` works through the tokens in chunks, computes the gradients of a chunk at once, and keeps
+only the gradients of the hidden states and of the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sbn_lightning.models.loss import CHUNK_BYTES
+from sbn_lightning.sparsity.ternary import float32_mm
+
+Divergence = Literal["forward", "reverse"]
+
+
+@dataclass(frozen=True)
+class LogitsLoss:
+    """How the student's logits are compared with the data and with the teacher.
+
+    Attributes:
+        language_model: The weight of the cross-entropy against the next token.
+        teacher: The weight of the divergence from the teacher.
+        divergence: ``"forward"`` or ``"reverse"``; the docstring of the module has the formulas.
+        temperature: The number by which all logits are divided for the divergence.
+        top_k: How many classes of the teacher are compared one by one; None for all.
+    """
+
+    language_model: float = 0.0
+    teacher: float = 1.0
+    divergence: Divergence = "forward"
+    temperature: float = 1.0
+    top_k: int | None = None
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the divergence of each token, ``[tokens]``, from logits ``[tokens, classes]``."""
+        q = (student / self.temperature).log_softmax(-1)
+        p = (teacher.to(q.dtype) / self.temperature).log_softmax(-1)
+        if self.top_k is not None and self.top_k < p.shape[-1]:
+            p, classes = p.topk(self.top_k, -1)
+            q = q.gather(-1, classes)
+            p, q = (torch.cat((part, _log_rest(part)), -1) for part in (p, q))
+        a, b = (p, q) if self.divergence == "forward" else (q, p)
+        return (a.exp() * (a - b)).sum(-1) * self.temperature**2
+
+
+def _log_rest(log_probabilities: Tensor) -> Tensor:
+    """Return the logarithm of the probability that is left, ``[tokens, 1]``."""
+    return (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp(min=1e-6).log()
+
+
+def linear_distillation(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    target: Tensor,
+    options: LogitsLoss,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compare the logits of two linear heads, a chunk of tokens at a time.
+
+    Args:
+        hidden: The student's hidden states, ``[tokens, d_model]``.
+        weight: The weight of the student's head, ``[classes, d_model]``.
+        teacher_hidden: The teacher's hidden states, ``[tokens, width]``; the width may differ from the student's.
+        teacher_weight: The weight of the teacher's head, ``[classes, width]``.
+        target: The next tokens, int64 ``[tokens]``.
+        options: How the logits are compared.
+        chunk: The number of tokens in a chunk. None takes what fits into about a gigabyte.
+
+    Returns:
+        The weighted sum, which has gradients for ``hidden`` and ``weight``; the cross-entropy and the divergence, which
+        have none. All are means over tokens, float32 scalars.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, teacher_hidden = hidden.to(dtype), teacher_hidden.to(dtype)
+    if chunk is None:
+        # Five tensors of logits in float32: both models' logits, their logarithms, and a gradient.
+        chunk = max(64, CHUNK_BYTES // (weight.shape[0] * 20))
+    differentiate = torch.is_grad_enabled()
+    with torch.autocast(device, enabled=False):
+        parts, dh, dw = _in_chunks(
+            hidden.detach(),
+            weight.detach(),
+            teacher_hidden.detach(),
+            teacher_weight.detach(),
+            target,
+            options,
+            chunk,
+            needed=(differentiate and hidden.requires_grad, differentiate and weight.requires_grad),
+        )
+        total: Tensor = options.language_model * parts[0] + options.teacher * parts[1]
+        if differentiate:
+            total = _WithGradients.apply(total, hidden, weight, dh, dw)
+    return total, parts[0], parts[1]
+
+
+def _in_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    target: Tensor,
+    options: LogitsLoss,
+    chunk: int,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return both losses ``[2]``, and the gradients of ``hidden`` and ``weight`` where they are needed."""
+    need_dh, need_dw = needed
+    head, teacher_head = weight.to(hidden.dtype), teacher_weight.to(teacher_hidden.dtype)
+    parts = hidden.new_zeros(2, dtype=torch.float32)
+    dh = torch.empty_like(hidden) if need_dh else None
+    dw = None
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        teacher = _wide(teacher_hidden[part] @ teacher_head.t())
+        student = _wide(hidden[part] @ head.t()).requires_grad_(need_dh or need_dw)
+        language = F.cross_entropy(student, target[part], reduction="sum")
+        divergence = options.compare(student, teacher).sum()
+        parts += torch.stack((language.detach(), divergence.detach())).to(parts.dtype)
+        if not (need_dh or need_dw):
+            continue
+        both = (options.language_model * language + options.teacher * divergence) / len(hidden)
+        gradient = torch.autograd.grad(both, student)[0].to(hidden.dtype)
+        if dh is not None:
+            torch.mm(gradient, head, out=dh[part])
+        if need_dw:
+            product = float32_mm(gradient.t(), hidden[part])  # summed in float32, whatever the dtype of the head
+            dw = product if dw is None else dw.add_(product)
+    return parts / max(len(hidden), 1), dh, None if dw is None else dw.to(weight.dtype)
+
+
+class _WithGradients(torch.autograd.Function):
+    """Attach gradients that were computed already to a loss."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, dh: Tensor | None, dw: Tensor | None) -> Tensor:
+        ctx.save_for_backward(dh, dw)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        dh, dw = ctx.saved_tensors
+        dy = grad_outputs[0]
+        return (
+            None,
+            None if dh is None else dh * dy.to(dh.dtype),
+            None if dw is None else dw * dy.to(dw.dtype),
+            None,
+            None,
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def hidden_state_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compare hidden states: the squared distance as a share of the teacher's squared length, a mean over tokens.
+
+    The share is taken for each token, because a few tokens of a pretrained model (often the first) are a hundred times
+    longer than the others, and would otherwise be the whole loss.
+
+    Args:
+        student: The student's hidden states, ``[..., d_model]``.
+        teacher: The teacher's hidden states, of the same shape.
+    """
+    student, teacher = student.float(), teacher.float()
+    return ((student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-6)).mean()
+
+
+def relation_loss(student: Tensor, teacher: Tensor, heads: int) -> Tensor:
+    """Compare how strongly the tokens of a sequence relate to each other, in the queries, the keys or the values.
+
+    The features are split into relation heads. The relations of a head are ``softmax(X X^T / sqrt(size))``, and the
+    loss is the KL divergence of the student's relations from the teacher's, a mean over heads and tokens (MiniLMv2,
+    arXiv 2012.15828, sections 3.1 and 3.2; BitDistill, arXiv 2510.13998, uses it for ternary students). The widths of
+    the two models may differ.
+
+    Args:
+        student: One kind of vectors of the student, ``[B, T, features]``.
+        teacher: The same kind of vectors of the teacher, ``[B, T, features of the teacher]``.
+        heads: The number of relation heads; divides both numbers of features.
+    """
+    q, p = (_log_relations(x.float(), heads) for x in (student, teacher))
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def _log_relations(x: Tensor, heads: int) -> Tensor:
+    x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return (x @ x.transpose(-1, -2) / x.shape[-1] ** 0.5).log_softmax(-1)

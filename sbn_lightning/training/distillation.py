@@ -1,0 +1,212 @@
+"""Distillation: a ternary student learns from the dense model that it was converted from.
+
+:class:`Distillation` holds the options, and :class:`Distiller` computes the loss in any training loop::
+
+    student = TernaryTransformer(replace(config, linear="ternary", pattern="2:4"))
+    load_weights(student, "models/smollm2.ckpt")
+    distiller = Distiller(Distillation(teacher="models/smollm2.ckpt"))
+    loss, parts = distiller.loss(student, tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+
+``SparseBitNet(distillation=...)`` does the same. The teacher is frozen and belongs to no module, so neither a
+checkpoint nor an optimiser holds its weights. A run that resumes reads the teacher again from its file.
+:mod:`sbn_lightning.models.distillation` has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.models.distillation import (
+    Divergence,
+    LogitsLoss,
+    hidden_state_loss,
+    linear_distillation,
+    relation_loss,
+)
+from sbn_lightning.models.transformer import TernaryTransformer
+from sbn_lightning.sparsity.config import check_choice
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The options of a distillation. A loss with the weight 0 is not computed.
+
+    Args:
+        teacher: The teacher's weights: a checkpoint, the folder of a run, a Hugging Face folder, or a GGUF file.
+        logits: The weight of the divergence between the two models' next tokens.
+        language_model: The weight of the cross-entropy against the text, as in a training without a teacher.
+        divergence: ``"forward"`` or ``"reverse"``; :mod:`sbn_lightning.models.distillation` has the formulas.
+        temperature: The number by which logits are divided for the divergence; above 0.
+        top_k: How many of the teacher's classes are compared one by one. The others count as one class. None compares
+            all of them.
+        hidden: The weight of the loss on the hidden states after each block.
+        relations: The weight of the loss on the relations between queries, between keys and between values.
+        relation_block: The block whose relations are compared; negative numbers count from the last block. BitDistill
+            takes one late block.
+        dtype: The dtype of the teacher's weights. bfloat16 halves their memory.
+
+    Raises:
+        ConfigError: If an option cannot work, or no loss is left.
+    """
+
+    teacher: str
+    logits: float = 1.0
+    language_model: float = 0.0
+    divergence: Divergence = "forward"
+    temperature: float = 1.0
+    top_k: int | None = None
+    hidden: float = 0.0
+    relations: float = 0.0
+    relation_block: int = -2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        check_choice("distillation.divergence", self.divergence, get_args(Divergence))
+        check_choice("distillation.dtype", self.dtype, ("float32", "bfloat16"))
+        weights = {name: getattr(self, name) for name in ("logits", "language_model", "hidden", "relations")}
+        if negative := [name for name, weight in weights.items() if not weight >= 0]:
+            raise ConfigError(f"distillation.{negative[0]}={weights[negative[0]]} must be 0 or more")
+        if not any(weights[name] for name in ("logits", "hidden", "relations")):
+            raise ConfigError(
+                "distillation: logits, hidden and relations are all 0, so the teacher has no effect; leave "
+                "distillation out to train without a teacher"
+            )
+        if not self.temperature > 0:
+            raise ConfigError(f"distillation.temperature={self.temperature} must be above 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"distillation.top_k={self.top_k} must be 1 or more")
+
+
+class Distiller:
+    """Computes the loss of a student against a frozen teacher.
+
+    Args:
+        options: The options, with the place of the teacher's weights.
+        teacher: A teacher that is in memory already; None reads it from ``options.teacher``.
+        device: The device to put the teacher on.
+
+    Raises:
+        DataError: If there is no teacher, or its file is damaged.
+    """
+
+    def __init__(
+        self,
+        options: Distillation,
+        teacher: TernaryTransformer | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.options = options
+        if teacher is None:
+            from sbn_lightning.formats.load import load_model
+
+            teacher = load_model(options.teacher, dtype=getattr(torch, options.dtype)).model
+        self.teacher = teacher.to(device).eval().requires_grad_(False)
+
+    def check(self, student: TernaryTransformer) -> None:
+        """Check that a student can learn from the teacher.
+
+        Raises:
+            ConfigError: If the vocabularies differ, or a loss needs blocks or widths that are not equal.
+        """
+        ours, theirs = student.config, self.teacher.config
+        if ours.vocab_size != theirs.vocab_size:
+            raise ConfigError(
+                f"distillation: the teacher {self.options.teacher} has {theirs.vocab_size} tokens, the student "
+                f"{ours.vocab_size}: they must share a tokenizer"
+            )
+        if self.options.hidden and (ours.n_layers, ours.d_model) != (theirs.n_layers, theirs.d_model):
+            raise ConfigError(
+                f"distillation.hidden compares block by block, and the teacher has {theirs.n_layers} blocks of width "
+                f"{theirs.d_model}, the student {ours.n_layers} of width {ours.d_model}: set hidden to 0"
+            )
+        if self.options.relations:
+            if not -min(ours.n_layers, theirs.n_layers) <= self.options.relation_block < ours.n_layers:
+                raise ConfigError(
+                    f"distillation.relation_block={self.options.relation_block}: the models have {ours.n_layers} and "
+                    f"{theirs.n_layers} blocks"
+                )
+            if student.is_compiled:
+                raise ConfigError(
+                    "distillation.relations reads queries inside of a block, which a compiled block hides: set "
+                    "model.compile to false, or relations to 0"
+                )
+
+    def loss(
+        self, student: TernaryTransformer, tokens_BT: Tensor, targets_BT: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted loss, a scalar with gradients for the student, and its parts without gradients.
+
+        Args:
+            student: The student.
+            tokens_BT: The token ids, int64 ``[B, T]``.
+            targets_BT: The token that follows each token, int64 ``[B, T]``.
+
+        Returns:
+            The loss, and by name the cross-entropy (``"loss"``), the divergence of the logits (``"logits"``), and the
+            other losses that are computed (``"hidden"``, ``"relations"``).
+        """
+        options = self.options
+        with torch.no_grad(), self._watch(self.teacher) as theirs:
+            teacher_hidden = self.teacher.hidden(tokens_BT, after_blocks=theirs.after_blocks)
+        with self._watch(student) as ours:
+            hidden = student.hidden(tokens_BT, after_blocks=ours.after_blocks)
+        total, language, divergence = linear_distillation(
+            hidden.flatten(0, 1),
+            student.lm_head.weight,
+            teacher_hidden.flatten(0, 1),
+            self.teacher.lm_head.weight,
+            targets_BT.flatten(),
+            LogitsLoss(options.language_model, options.logits, options.divergence, options.temperature, options.top_k),
+        )
+        parts = {"loss": language, "logits": divergence}
+        if options.hidden:
+            pairs = zip(ours.after_blocks or (), theirs.after_blocks or (), strict=True)
+            value = torch.stack([hidden_state_loss(a, b) for a, b in pairs]).mean()
+            parts["hidden"] = value.detach()
+            total = total + options.hidden * value
+        if options.relations:
+            heads = student.config.n_kv_heads
+            qkv = zip(_split(student, ours.qkv), _split(self.teacher, theirs.qkv), strict=True)
+            value = torch.stack([relation_loss(a, b, heads) for a, b in qkv]).mean()
+            parts["relations"] = value.detach()
+            total = total + options.relations * value
+        return total, parts
+
+    @contextmanager
+    def _watch(self, model: TernaryTransformer) -> Iterator[_Seen]:
+        """Collect what the losses compare while the model computes."""
+        seen = _Seen([] if self.options.hidden else None)
+        if not self.options.relations:
+            yield seen
+            return
+
+        def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            seen.qkv = output
+
+        attention = model.blocks[self.options.relation_block].get_submodule("attention.qkv")
+        hook = attention.register_forward_hook(note)
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+
+@dataclass
+class _Seen:
+    """Hidden states after each block, and the fused queries, keys and values of one block ``[B, T, features]``."""
+
+    after_blocks: list[Tensor] | None
+    qkv: Tensor | None = None
+
+
+def _split(model: TernaryTransformer, qkv: Tensor | None) -> tuple[Tensor, ...]:
+    assert qkv is not None
+    return qkv.split(model.blocks[0].get_submodule("attention").splits, -1)  # type: ignore[arg-type]

@@ -1,0 +1,146 @@
+"""A ternary student learns from its dense teacher, in the Trainer, in the Fabric loop and in a plain loop."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from sbn_lightning import RoundingWarmup, SparseBitNet
+from sbn_lightning.checkpoints import lightning_file
+from sbn_lightning.checkpoints.text_files import TextFiles
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.fabric.loop import FabricRun, train
+from sbn_lightning.formats.init_from import load_weights
+from sbn_lightning.formats.load import load_model
+from sbn_lightning.layers.sparse_bit_linear import ternary_layers
+from sbn_lightning.models.transformer import TernaryTransformer
+from sbn_lightning.training.distillation import Distillation, Distiller
+from tests.helpers import Losses, quiet_trainer, small_config, token_loader
+
+EVERYTHING = {"language_model": 0.5, "hidden": 0.1, "relations": 0.1, "temperature": 2.0, "top_k": 50}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A dense model that has learned eight batches by heart."""
+    torch.manual_seed(3)
+    model = TernaryTransformer(small_config(linear="dense"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(5):
+        for batch in token_loader():
+            model.loss(batch[:, :-1], batch[:, 1:]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    file = tmp_path_factory.mktemp("teacher") / "dense.ckpt"
+    lightning_file.write(model.config, model.state_dict(), file, TextFiles())
+    return str(file)
+
+
+def module_of(teacher, **options):
+    torch.manual_seed(0)
+    optimizer = partial(torch.optim.AdamW, lr=3e-3)
+    distillation = Distillation(teacher, **options)
+    return SparseBitNet(small_config(), optimizer, warmup_steps=1, init_from=teacher, distillation=distillation)
+
+
+def fit(module, max_steps=6, ckpt_path=None, more=()):
+    losses = Losses()
+    save = ModelCheckpoint(dirpath="saved", filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    trainer = quiet_trainer(
+        [losses, save, RoundingWarmup(0.8, total_steps=6), *more], max_steps=max_steps, enable_checkpointing=True
+    )
+    trainer.fit(module, token_loader(batches=3), ckpt_path=ckpt_path)
+    return losses.values, trainer
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_and_the_teacher_stays_outside(teacher):
+    module = module_of(teacher, **EVERYTHING)
+    whole, trainer = fit(module)
+    assert {"train/distillation", "train/distillation_hidden", "train/distillation_relations"} <= set(
+        trainer.callback_metrics
+    )
+    assert all(layer.rounding == (1.0, 1.0) for layer in ternary_layers(module).values())
+    saved = torch.load("saved/step=3.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == set(SparseBitNet(small_config()).state_dict())
+    assert saved["hyper_parameters"]["distillation"]["teacher"] == teacher
+    resumed, _ = fit(module_of(teacher, **EVERYTHING), ckpt_path="saved/step=3.ckpt")
+    assert resumed[-3:] == whole[3:]
+    again = SparseBitNet.load_from_checkpoint("saved/step=3.ckpt")
+    assert again.distillation == module.distillation
+
+
+def test_the_fabric_loop_computes_the_same(teacher):
+    module = module_of(teacher, **EVERYTHING)
+    fit(module)
+    other, warmup = module_of(teacher, **EVERYTHING), RoundingWarmup(0.8, total_steps=6)
+    run = FabricRun(Fabric(accelerator="cpu", devices=1, callbacks=[warmup]), max_steps=6, enable_progress_bar=False)
+    train(run, other, _Data())
+    for (name, ours), theirs in zip(module.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_the_student_comes_nearer_to_the_teacher_in_a_plain_loop(teacher):
+    student = TernaryTransformer(small_config())
+    load_weights(student, teacher)
+    distiller = Distiller(Distillation(teacher, dtype="bfloat16"))
+    distiller.check(student)
+    assert distiller.teacher.embed.weight.dtype == torch.bfloat16
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    divergences = []
+    for batch in [*token_loader()] * 3:
+        loss, parts = distiller.loss(student, batch[:, :-1], batch[:, 1:])
+        loss.backward()
+        assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        divergences.append(float(parts["logits"]))
+        assert float(parts["loss"]) > 0
+    assert sum(divergences[-8:]) < 0.8 * sum(divergences[:8])
+
+
+def test_a_dense_student_with_the_teachers_weights_has_nothing_to_learn(teacher):
+    student = TernaryTransformer(small_config(linear="dense"))
+    load_weights(student, teacher)
+    batch = next(iter(token_loader()))
+    loss, parts = Distiller(Distillation(teacher, hidden=1.0, relations=1.0)).loss(student, batch[:, :-1], batch[:, 1:])
+    assert abs(float(loss)) < 1e-5
+    assert float(parts["loss"]) == pytest.approx(student.loss(batch[:, :-1], batch[:, 1:]).item())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logits": 0.0}, "are all 0"),
+        ({"hidden": -1.0}, r"hidden=-1.0 must be 0 or more"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"top_k": 0}, "top_k=0 must be 1 or more"),
+        ({"divergence": "both"}, "divergence='both' is not one of"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Distillation("teacher.ckpt", **options)
+
+
+def test_a_teacher_that_does_not_fit_is_refused(teacher):
+    loaded = load_model(teacher).model
+    other = TernaryTransformer(replace(small_config(), vocab_size=300))
+    with pytest.raises(ConfigError, match="has 320 tokens, the student 300"):
+        Distiller(Distillation(teacher), loaded).check(other)
+    other = TernaryTransformer(small_config(n_layers=1))
+    with pytest.raises(ConfigError, match="has 2 blocks of width 32, the student 1"):
+        Distiller(Distillation(teacher, hidden=1.0), loaded).check(other)
+    with pytest.raises(ConfigError, match="relation_block=-2: the models have 1 and 2 blocks"):
+        Distiller(Distillation(teacher, relations=1.0), loaded).check(other)
+
+
+class _Data(LightningDataModule):
+    def train_dataloader(self):
+        return token_loader(batches=3)
+
+    def val_dataloader(self):
+        return token_loader(batches=1)
