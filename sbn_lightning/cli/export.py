@@ -55,6 +55,10 @@ def export(
     """
     target = Path(output)
     check_output(target, overwrite)
+    if quantization != "TQ2_0" and format != "gguf":
+        raise ConfigError(f"quantization={quantization} is for --format gguf, not for --format {format}")
+    if linear_class != "bitlinear" and format != "hf-bitnet":
+        raise ConfigError(f"linear_class={linear_class} is for --format hf-bitnet, not for --format {format}")
     if embedding_bits is not None and format in ("hf", "hf-bitnet", "hf-sbn"):
         raise ConfigError(
             f"embedding_bits is for --format packed and gguf; --format {format} has one dtype: use --dtype bfloat16"

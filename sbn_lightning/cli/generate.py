@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import sys
 from dataclasses import replace
 from typing import Literal
 
@@ -71,6 +72,12 @@ def generate_text(
     if not 0 <= seed < 1 << 63:
         raise ConfigError(f"seed={seed} is outside 0 to 2^63 - 1")
 
+    if temperature == 0 and (top_p != 1 or top_k not in (None, 1)):
+        print(
+            "note: top_p and top_k have no effect at temperature 0, where the most likely token is taken; pass "
+            "--temperature 1",
+            file=sys.stderr,
+        )
     strings = [stop_string] if isinstance(stop_string, str) else list(stop_string or [])
 
     from sbn_lightning.inference.head import use_head
@@ -131,7 +138,7 @@ def _lines(text: str) -> list[str]:
 def _listed(text: str, file: str) -> list[str]:
     try:
         values = json_format.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"prompts_file {file} is not JSON: {error}") from error
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise DataError(f"prompts_file {file} is not a JSON list of strings")

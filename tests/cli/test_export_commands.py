@@ -2,6 +2,7 @@
 
 import pytest
 
+from sbn_lightning.cli import main
 from tests.helpers import imported, imported_by_help
 
 
@@ -10,6 +11,18 @@ def test_help_waits_for_no_heavy_import(command):
     heavy, output = imported_by_help(command, ["torch", "lightning", "transformers", "safetensors", "gguf"])
     assert heavy == []
     assert "--output OUTPUT" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quantization", "Q4_0"], "quantization=Q4_0 is for --format gguf, not for --format packed"),
+        (["--linear_class", "autobitlinear", "--format", "hf-sbn"], "linear_class=autobitlinear is for --format hf-b"),
+    ],
+)
+def test_an_option_of_another_format_is_refused(options, message, capsys):
+    assert main(["export", "--checkpoint", "absent.ckpt", "--output", "out", *options]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_model_is_read_and_written_without_lightning(tmp_path):

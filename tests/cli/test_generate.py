@@ -5,6 +5,7 @@ import gzip
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,6 +188,19 @@ def test_errors_are_one_line(checkpoint, capsys, arguments, message):
     assert status == 1
     (line,) = (line for line in err.splitlines() if line.startswith("error: "))
     assert message in line
+
+
+@pytest.mark.parametrize("content", ["[" * 99_999, '["cut", null]', '{"a": 1}', '["' + "9" * 9 + '", 1]'])
+def test_a_prompts_file_that_is_no_list_of_strings_is_one_line(capsys, content):
+    Path("p.json").write_text(content)
+    assert main(["generate", "--checkpoint", "absent", "--prompts_file", "p.json"]) == 1
+    assert "error: prompts_file p.json is not " in capsys.readouterr().err
+
+
+def test_options_of_sampling_without_a_temperature_are_not_passed_over_in_silence(checkpoint, capsys):
+    arguments = ["--checkpoint", checkpoint, "--prompt", "a", "--max_new_tokens", "1", "--device", "cpu"]
+    assert "top_p and top_k have no effect" in run(capsys, *arguments, "--top_p", "0.9")[2]
+    assert "no effect" not in run(capsys, *arguments, "--top_p", "0.9", "--temperature", "1")[2]
 
 
 def test_a_file_that_is_no_checkpoint(capsys, tmp_path):

@@ -1,6 +1,7 @@
 """Everything that README and documentation name exists: names, recipes, environment variables, commands."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -45,6 +46,20 @@ def test_a_command_on_a_page_exists(page):
     for block in blocks(page, "", "bash", "sh"):
         for command in re.findall(r"(?:^|\s)(?:sbn|cli\.py) ([a-z][\w-]*)", block):
             assert command in TOOLS or command in TRAINING, command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_an_option_of_a_command_on_a_page_exists(page):
+    inline = re.findall(r"`((?:sbn|python cli\.py) [^`]*)`", page.read_text())
+    for text in [*blocks(page, "", "bash", "sh"), *inline]:
+        for line in text.replace("\\\n", " ").splitlines():
+            typed = re.search(r"(?:sbn|cli\.py) ([a-z][\w-]*)([^#|]*)", line)
+            if typed is None or typed[1] not in TOOLS:
+                continue  # The options of training commands are in no signature.
+            module, function, _ = TOOLS[typed[1]]
+            known = inspect.signature(getattr(import_module(module), function)).parameters
+            for option in re.findall(r"\s--([\w-]+)", typed[2]):
+                assert option in known or option == "help", line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
