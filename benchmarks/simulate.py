@@ -266,7 +266,7 @@ def memory(shape: Shape, gpus: int, plan: Plan, checkpointed: bool = False) -> d
         "AdamW, float32, sharded": 8 * shape.ternary / gpus,
         "words of own rows": 0.25 * shape.ternary / gpus if plan.gather == "packed_layer" else 0.0,
         "codes and packed words": codes,
-        "masks, whole": 0.125 * shape.ternary,
+        "masks, whole, two copies": 0.25 * shape.ternary,
         "whole gradients on their way (2)": 2 * plan.gradient_bytes * largest,
         "embedding and head: sharded states": 16 * shape.rest / gpus,
         "embedding and head: whole, with gradients": 8 * shape.rest,
@@ -433,8 +433,8 @@ forward and for the gradient of the input 1.5 bytes. `packed_layer` holds those 
 ## When tensor or pipeline parallelism becomes necessary
 
 - **Not for memory, up to 70B**: everything but masks, codes, activations, embedding and head shrinks with the number
-  of ranks, and `packed_layer` keeps the codes of two blocks. Masks do not shrink: an eighth of a byte a weight,
-  {large.ternary / 8 / GIB:.1f} GiB at 70B.
+  of ranks, and `packed_layer` keeps the codes of two blocks. Masks do not shrink: a quarter of a byte a weight,
+  {large.ternary / 4 / GIB:.1f} GiB at 70B.
 - **For the size of the batch**: data parallelism needs a sequence for each GPU. With 4 million tokens in a step and
   sequences of 4,096, that ends at 1,024 GPUs. Beyond that a sequence has to be cut (context parallelism), or a layer
   (tensor parallelism within a host). This project has neither.

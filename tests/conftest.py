@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.distributed.forked_runs import forked_runs  # noqa: F401 (a fixture)
+
 # On matrices this small, two threads spend more time waiting for each other than computing.
 torch.set_num_threads(1)
 

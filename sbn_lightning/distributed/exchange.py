@@ -100,7 +100,7 @@ class Exchange:
             for i, whole in zip(some, gather.wait(), strict=True):
                 prepared.append(asked[i].backend.take(asked[i], words[i], whole, scales[i]))
             for unit in {id(unit): unit for i in some if (unit := asked[i].backend.unit) is not None}.values():
-                unit.free()
+                unit.prepared()
         return prepared
 
     def gather(self, words: Sequence[Tensor], asked: Sequence[Request]) -> FlatGather:

@@ -84,8 +84,7 @@ class FlatGather:
         self._places: list[tuple[int, int, int, Tensor]] = []
         pieces, end, device = [], 0, tensors[0].device
         for mine, cut in zip(tensors, cuts, strict=True):
-            row = mine[0].numel() if len(mine) else mine.shape[1:].numel()
-            size = cut.padded * row * mine.element_size()
+            size = cut.padded * mine.shape[1:].numel() * mine.element_size()
             pieces.append(mine.contiguous().view(-1).view(torch.uint8))
             self._places.append((end, size, cut.padded, mine))
             end = -(-(end + size) // ALIGNED) * ALIGNED

@@ -45,9 +45,9 @@ class Unit:
         self.exchange = exchange
         self.before: Unit | None = None  # The unit of the block before this one.
         self.after: Unit | None = None
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, _Held] = {}  # By the leaf of the layer, which stays when the layer gets another backend.
         self._coming: FlatGather | None = None
-        self._whole = False
+        self._whole = self._running = False
         self._backward: _Backward = _Backward()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unit:
@@ -70,17 +70,19 @@ class Unit:
 
     def hold(self, request: Request, words: Tensor, row_scale: Tensor, prepared: Any) -> None:
         """Note how the weight of a layer is made whole again. Its memory is there at present."""
-        self._held[id(request.backend)] = _Held(request, words, row_scale, prepared)
+        self._held[id(request.backend.leaf)] = _Held(request, words, row_scale, prepared)
         self._coming, self._whole = None, True
 
     @torch._dynamo.disable  # type: ignore[misc]  # Inside a compiled graph there is no memory to give back.
     def before_forward(self, block: nn.Module, arguments: Any) -> None:
+        self._running = True
         self.gather()
         if self.after is not None and self._backward.unit is None:
             self.after.start()
 
     @torch._dynamo.disable  # type: ignore[misc]
     def after_forward(self, block: nn.Module, arguments: Any, output: Any) -> None:
+        self._running = False
         if self._backward.unit is self:
             return  # Activation checkpointing computes the block again, and its backward follows.
         wanting = [tensor for tensor in tree_flatten(output)[0] if isinstance(tensor, Tensor) and tensor.requires_grad]
@@ -127,6 +129,11 @@ class Unit:
                         old.copy_(new)
         self._coming, self._whole = None, True
 
+    def prepared(self) -> None:
+        """Note that layers were prepared: give their memory back, unless the block is running."""
+        if not self._running:
+            self.free()
+
     def free(self) -> None:
         """Give the memory of the codes back."""
         for held in self._held.values():
@@ -136,7 +143,7 @@ class Unit:
 
     def weight(self, backend: Any) -> Any:
         """A whole copy of the prepared weight of a layer. All ranks must call this together."""
-        held = self._held[id(backend)]
+        held = self._held[id(backend.leaf)]
         whole = self.exchange.gather([held.words], [held.request]).wait()[0]
         return held.request.backend.assemble(held.request, whole, held.row_scale, held.prepared.mask_bits)
 

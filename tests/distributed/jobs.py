@@ -99,6 +99,15 @@ def resume(folder: Path, name: str, steps: int, **options: Any) -> None:
     torch.save(losses, folder / f"{name}.rank{os.environ['RANK']}.pt")
 
 
+def packed(folder: Path) -> None:
+    """Compare layers and models whose rows are on several ranks with one process."""
+    from tests.distributed.packed_worker import check_all
+
+    torch.distributed.init_process_group("gloo")
+    check_all(torch.distributed.get_world_size())
+    torch.distributed.destroy_process_group()
+
+
 def hybrid(folder: Path) -> None:
     """Two groups of ranks hold the same rows, and the ranks of a group share the rows. Bits are those of one process.
 

@@ -1,4 +1,8 @@
-"""One rank of ``test_packed_rows``: ``python -m tests.distributed.packed_worker RANKS FILE RANK``."""
+"""What the ranks of ``test_packed_rows`` check.
+
+On GPUs: ``python -m tests.distributed.packed_worker RANKS FILE RANK cuda``, once for each GPU with the same new FILE.
+There layers multiply with kernels.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,30 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from sbn_lightning.backends.selection import choose
 from sbn_lightning.distributed import rows
 from sbn_lightning.distributed.packed import shard_packed
 from sbn_lightning.distributed.sharding import shard
 from sbn_lightning.layers import SparseBitLinear, masked_layers, prepare_layers
+from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.sparsity.config import SparsityConfig
 from tests.helpers import small_config
+
+DEVICE = sys.argv[4] if len(sys.argv) > 4 and sys.argv[4] == "cuda" else "cpu"
+
+
+def with_kernels(made: nn.Module) -> nn.Module:
+    """The model on the device of this run; on a GPU with kernels in the ternary layers."""
+    made.to(DEVICE)
+    if DEVICE == "cuda":
+        layers = ternary_layers(made)
+        for name, choice in choose(
+            layers, "int8", torch.device("cuda", torch.cuda.current_device()), torch.float32, 16
+        ).items():
+            layers[name].backend = choice.make("bf16")
+    return made
+
 
 # The number of ranks does not divide the rows; fewer rows than ranks; ranks that cut the parts of a fused weight.
 CASES = [
@@ -42,8 +63,9 @@ def check(case: dict[str, object], ranks: int, held: bool, share: float) -> None
     options = dict(case)
     torch.manual_seed(3)
     alone = nn.Sequential(nn.Linear(8, 32), SparseBitLinear(32, options.pop("out"), **options))
+    alone = with_kernels(alone)
     sharded = deepcopy(alone)
-    weights = shard_packed(sharded, init_device_mesh("cpu", (ranks,)))
+    weights = shard_packed(sharded, init_device_mesh(DEVICE, (ranks,)))
     assert weights == {sharded[1].weight}
     models = [alone, sharded]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
@@ -52,7 +74,7 @@ def check(case: dict[str, object], ranks: int, held: bool, share: float) -> None
         if share < 1:
             model[1].set_density(model[1].pattern.n, share)
     for _ in range(3):
-        tokens = torch.randn(2, 5, 8)
+        tokens = torch.randn(2, 5, 8).to(DEVICE)
         for micro_batch in tokens:
             outputs = [model(micro_batch) for model in models]
             assert torch.equal(*outputs), case
@@ -88,6 +110,7 @@ def model(
     made = TernaryTransformer(small_config(pattern="2:4", d_ffn=40, **changes))
     made.blocks[0].mlp.down.sparsity = SparsityConfig(pattern="2:4", gamma_over="nonzero")
     made.blocks[1].attention.o.sparsity = SparsityConfig(pattern="4:8", gamma_over="kept")
+    made = with_kernels(made)
     if mesh is not None:
         shard(made, made.blocks, mesh, methods=("loss",), gather=gather, reduce_dtype=reduce_dtype)
     return made
@@ -100,7 +123,7 @@ def train(made: nn.Module, steps: int = 3) -> list[float]:
     seen = []
     for _ in range(steps):
         for _ in range(2):
-            tokens = torch.randint(320, (2, 9), generator=generator)
+            tokens = torch.randint(320, (2, 9), generator=generator).to(DEVICE)
             loss = made.loss(tokens[:, :-1], tokens[:, 1:])
             loss.backward()
             seen.append(loss.item())
@@ -113,7 +136,7 @@ def train(made: nn.Module, steps: int = 3) -> list[float]:
 
 def check_models(ranks: int) -> None:
     """``packed_step`` and ``packed_layer`` give the same bits, however the blocks run, and those of one process."""
-    alone, mesh = model(None), init_device_mesh("cpu", (ranks,))
+    alone, mesh = model(None), init_device_mesh(DEVICE, (ranks,))
     expected = train(alone)
     masks = {name: layer.packed_mask().clone() for name, layer in masked_layers(alone)}
     first = None
@@ -157,13 +180,21 @@ def counted() -> Iterator[list[int]]:
         yield calls
 
 
-def main() -> None:
-    ranks, file, rank = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
+def check_all(ranks: int) -> None:
+    """Check single layers and whole models."""
     for case in CASES:
         for held, share in ((False, 1.0), (True, 1.0), (False, 0.6)):
             check(case, ranks, held, share)
     check_models(ranks)
+
+
+def main() -> None:
+    ranks, file, rank = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=ranks)
+    check_all(ranks)
     dist.destroy_process_group()
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
-from tests.distributed.test_faults import run_forked
+from tests.distributed.forked_runs import statuses
 
 STEPS, SAVED = 4, 2
 ONWARD = {
@@ -18,10 +16,7 @@ ONWARD = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The folder with the losses of all runs."""
-    folder = tmp_path_factory.mktemp("ranks")
+def jobs_of_ranks(folder, tokens):
     jobs = []
     for name, options in (("whole", {}), ("shards", {"save_distributed_checkpoint": True})):
         job = {"ranks": 2, "function": "resume", "folder": folder / name}
@@ -31,9 +26,13 @@ def folder(tmp_path_factory):
         job = {"ranks": ranks, "function": "resume", "folder": folder / name}
         jobs.append(job | {"options": {"name": "rest", "steps": STEPS, **checkpoint, **options}})
     jobs.append({"ranks": 4, "function": "hybrid", "folder": folder / "hybrid"})
-    jobs.append({"ranks": 2, "function": "wire", "folder": folder / "wire"})
-    run_forked(folder, jobs, 240)
-    return folder
+    return [*jobs, {"ranks": 2, "function": "wire", "folder": folder / "wire"}]
+
+
+@pytest.fixture
+def folder(forked_runs):
+    """The folder with the losses of all runs."""
+    return forked_runs / "test_other_ranks"
 
 
 @pytest.mark.parametrize("name", ONWARD)
@@ -47,10 +46,8 @@ def test_a_run_on_two_ranks_goes_on_on_another_number(name, folder):
 
 def test_hybrid_sharding_on_four_ranks_equals_one_process(folder):
     """The replicas hold the same rows; gradients go to the rows' owners and then across the replicas."""
-    done = json.loads((folder / "hybrid/done.json").read_text())
-    assert done["statuses"] == [0] * 4, (folder / "hybrid/rank0.log").read_text()
+    assert statuses(folder / "hybrid") == [0] * 4, (folder / "hybrid/rank0.log").read_text()
 
 
 def test_bytes_on_the_wire_are_counted_as_they_are_sent(folder):
-    done = json.loads((folder / "wire/done.json").read_text())
-    assert done["statuses"] == [0] * 2, (folder / "wire/rank0.log").read_text()
+    assert statuses(folder / "wire") == [0] * 2, (folder / "wire/rank0.log").read_text()

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from sbn_lightning.distributed.rows import RowCut
-
-ROOT = Path(__file__).parents[2]
+from tests.distributed.forked_runs import statuses
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])
@@ -27,13 +21,11 @@ def test_the_cut_is_that_of_a_dtensor(rows, ranks):
     assert sum(cut.count for cut in cuts) == rows
 
 
+def jobs_of_ranks(folder, tokens):
+    return [{"ranks": ranks, "function": "packed", "folder": folder / str(ranks)} for ranks in (2, 3)]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_every_rank_equals_one_process(ranks, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    command = [sys.executable, "-m", "tests.distributed.packed_worker", str(ranks), str(tmp_path / "meeting")]
-    workers = [subprocess.Popen([*command, str(rank)], env=environment, cwd=ROOT) for rank in range(ranks)]
-    try:
-        assert [worker.wait(240) for worker in workers] == [0] * ranks
-    finally:
-        for worker in workers:
-            worker.kill()
+def test_every_rank_equals_one_process(ranks, forked_runs):
+    folder = forked_runs / "test_packed_rows" / str(ranks)
+    assert statuses(folder) == [0] * ranks, (folder / "rank0.log").read_text()

@@ -10,30 +10,30 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
 from sbn_lightning.distributed.strategies import ShardedStrategy
 from sbn_lightning.fabric.options import fabric_sharded
-from tests.distributed.test_faults import run_forked
 
 STEPS = 4
+RUNS = ("trainer", "fabric", "fabric rest", "trainer rest")
 
 
-def test_fabric_equals_the_trainer_and_each_continues_the_other(tokens, tmp_path):
+def jobs_of_ranks(folder, tokens):
     options = {"steps": STEPS, "tokens": str(tokens)}
     runs = {loop: options | {"loop": loop} for loop in ("trainer", "fabric")}
     for loop, other in (("fabric", "trainer"), ("trainer", "fabric")):
-        runs[f"{loop} rest"] = runs[loop] | {"checkpoint": str(tmp_path / other / "step=2.ckpt")}
-    run_forked(
-        tmp_path,
-        [
-            {"ranks": 2, "function": "fabric", "folder": tmp_path / name, "options": options}
-            for name, options in runs.items()
-        ],
-        240,
-    )
-    logs = {name: (tmp_path / name / "rank0.log").read_text()[-2000:] for name in runs}
+        runs[f"{loop} rest"] = runs[loop] | {"checkpoint": str(folder / other / "step=2.ckpt")}
+    return [
+        {"ranks": 2, "function": "fabric", "folder": folder / name, "options": options}
+        for name, options in runs.items()
+    ]
+
+
+def test_fabric_equals_the_trainer_and_each_continues_the_other(forked_runs):
+    folder = forked_runs / "test_sharded_fabric"
+    logs = {name: (folder / name / "rank0.log").read_text()[-2000:] for name in RUNS}
     for rank in range(2):
         seen = {}
-        for name in runs:
-            assert (tmp_path / name / f"rank{rank}.pt").exists(), logs[name]
-            seen[name] = torch.load(tmp_path / name / f"rank{rank}.pt")
+        for name in RUNS:
+            assert (folder / name / f"rank{rank}.pt").exists(), logs[name]
+            seen[name] = torch.load(folder / name / f"rank{rank}.pt")
         assert len(seen["trainer"]) == 2 * STEPS
         assert seen["fabric"] == seen["trainer"]
         for name in ("trainer rest", "fabric rest"):
