@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sbn_lightning.layers.experts_linear import (
     PackedExperts,
@@ -48,6 +49,11 @@ class FusedWeight(MaskedLinear):
         parameter = self._parameters["weight"]
         assert parameter is not None
         return parameter.flatten(0, 1)
+
+    def latent(self) -> Tensor:
+        """The latent weights of all experts; see :meth:`MaskedLinear.latent`."""
+        weight = self._weight().detach()
+        return (weight.full_tensor() if isinstance(weight, DTensor) else weight).flatten(0, 1)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

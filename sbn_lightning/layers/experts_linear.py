@@ -230,13 +230,33 @@ class SparseBitExperts(SparseBitLinear):
             x = input if self.activation_bits is not None else input.to(dtype)
             wanted = self._gradient_mask(self.mask_bits)
             masks = [None] * self.experts if wanted is None else wanted.chunk(self.experts)
-            latents, prepared = self.weight.chunk(self.experts), self._prepared_by_expert()
+            latents = self.weight.chunk(self.experts)
+            if getattr(self, "_rounding", None) is not None:
+                return self._partly_rounded(apply_swiglu(x) if swiglu else x, counts, latents, masks, dtype)
+            prepared = self._prepared_by_expert()
 
             def multiply(own: slice, e: int) -> Tensor:
                 bits = self.activation_bits
                 return self.backend.linear(x[own], latents[e], prepared[e], masks[e], bits, swiglu, dtype)
 
             return multiply_groups(x, counts, self.out_features // self.experts, multiply).to(dtype)
+
+    def _partly_rounded(
+        self, x: Tensor, counts: Tensor, latents: tuple[Tensor, ...], masks: Any, dtype: torch.dtype
+    ) -> Tensor:
+        """The product while only a share of the rounding is in effect; see :meth:`SparseBitLinear.set_rounding`."""
+        from sbn_lightning.sparsity.partial_rounding import partly_rounded_linear, partly_rounded_weight
+
+        assert self._rounding is not None
+        weights, tokens = self._rounding
+        mask, whole = unpack_mask(self.mask_bits, self.in_features), self._prepared
+        effective = partly_rounded_weight(self.weight, mask, whole.codes, whole.row_scale, weights).chunk(self.experts)
+        bits = self.activation_bits
+
+        def multiply(own: slice, e: int) -> Tensor:
+            return partly_rounded_linear(x[own], latents[e], effective[e], masks[e], bits, tokens, dtype)
+
+        return multiply_groups(x, counts, self.out_features // self.experts, multiply).to(dtype)
 
     def _prepared_by_expert(self) -> list[Any]:
         """The prepared weight of each expert. Backends other than the reference may pack each weight, once a step."""

@@ -9,14 +9,17 @@ from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
+from lightning.pytorch import LightningModule, Trainer  # noqa: E402
+
+from sbn_lightning.callbacks import MaskRefresh, SparsityPatternLogger, TernarySparseConversion  # noqa: E402
 from sbn_lightning.core.errors import ConfigError  # noqa: E402
 from sbn_lightning.integrations import convert, load_sparse, revert, save_sparse  # noqa: E402
 from sbn_lightning.integrations.huggingface import SBNConfig, save_packed  # noqa: E402
 from sbn_lightning.layers import convert_linears, pack_layers  # noqa: E402
 from sbn_lightning.layers.audit import audit  # noqa: E402
-from sbn_lightning.layers.conversion import convert_to_match  # noqa: E402
 from sbn_lightning.layers.experts import ExpertsWeight  # noqa: E402
 from sbn_lightning.layers.experts_linear import PackedExperts  # noqa: E402
+from sbn_lightning.layers.matching import convert_to_match  # noqa: E402
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear  # noqa: E402
 from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh, SparsitySchedule  # noqa: E402
 from tests.integrations.families import build  # noqa: E402
@@ -264,3 +267,39 @@ def test_what_cannot_be_converted_says_why():
     assert "model.layers.1.mlp.experts.down_proj" in report.converted
     with pytest.raises(ConfigError, match="in_features=32 of gate_up_proj is not a multiple of M=12"):
         convert(build("mixtral").model.layers[0].mlp.experts, "6:12")
+
+
+class Mixtral(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = build("mixtral")
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def test_the_callbacks_reach_experts_and_a_checkpoint_continues(tmp_path):
+    loader = torch.utils.data.DataLoader(list(TOKENS.repeat(4, 1)), batch_size=2)
+
+    def train(steps, checkpoint=None):
+        module, logger = Mixtral(), SparsityPatternLogger(interval=1)
+        callbacks = [TernarySparseConversion("2:4"), MaskRefresh(interval=2), logger]
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = Trainer(max_steps=steps, callbacks=callbacks, enable_checkpointing=False, **options)
+        trainer.fit(module, loader, ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module, logger
+
+    whole, logger = train(4)
+    assert "model.model.layers.0.mlp.experts.gate_up_proj" in logger.counts
+    assert logger.total().shares()["mask_density"] == 0.5
+    train(2)
+    again, _ = train(4, tmp_path / "2.ckpt")
+    for (name, one), other in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    fresh = Mixtral()
+    TernarySparseConversion.load(fresh, tmp_path / "4.ckpt")
+    assert torch.equal(logits(fresh.model), logits(whole.model))
