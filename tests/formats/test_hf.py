@@ -127,18 +127,20 @@ def test_a_ternary_model_does_not_go_out_as_plain_weights(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'linear'"),
-        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "lacks factor"),
         ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "sliding-window"),
-        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        ("llama", {"attention_bias": True}, "attention_bias"),
-        ("llama", {"mlp_bias": True}, "mlp_bias"),
-        ("llama", {"head_dim": 16}, "head_dim=16"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": -1, "max_window_layers": 1}, "sliding_window=-1"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "has sliding_attention, and use_sliding"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "the type chunked_attention"),
+        ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "which this model_type does not have"),
+        ("mistral", {"layer_types": ["full_attention"] * 2}, "contradicts its sliding_window"),
+        ("llama", {"head_dim": 15}, "head_dim=15 must be an even number"),
+        ("bitnet", {"head_dim": 16}, "head_dim=16 times num_attention_heads=4"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama", {"num_experts": 8}, "mixture of experts"),
         ("llama", {"quantization_config": {"quant_method": "awq"}}, "awq"),
-        ("qwen3", {}, "model_type 'qwen3'"),
+        ("gemma", {}, "model_type 'gemma'"),
         ("qwen2", {"hidden_size": None}, "lacks hidden_size"),
         ("llama", {"model_type": ["llama"]}, "model_type .'llama'. is not one of"),
         ("llama", {"rope_theta": -5.0}, "rope_theta=-5.0 must be above 0"),
@@ -154,9 +156,12 @@ def test_values_of_the_wrong_kind_are_refused():
     for changes in ({"hidden_size": "wide"}, {"num_attention_heads": 0}, {"layer_types": 5}):
         with pytest.raises(ConfigError, match=r"config\.json holds a value of the wrong kind"):
             from_hf(SHAPE | {"model_type": "qwen2"} | changes, "config.json")
+
+
+def test_the_older_name_of_scaled_positions_comes_first_as_in_transformers():
     both = {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
-    with pytest.raises(ConfigError, match="rope_type 'yarn'"):
-        from_hf(SHAPE | {"model_type": "qwen2"} | both, "config.json")
+    scaling = from_hf(SHAPE | {"model_type": "qwen2"} | both, "config.json").rope_scaling
+    assert (scaling.rope_type, scaling.original_max_position_embeddings) == ("yarn", 64)
 
 
 def test_sliding_window_that_is_not_used_is_no_obstacle():

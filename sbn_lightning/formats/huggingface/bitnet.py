@@ -3,7 +3,7 @@
 A folder can hold ternary weights in three forms:
 
 * 2-bit codes, as in BitNet b1.58 2B4T and in ``hf-bitnet`` exports of this project,
-* the same codes as floating-point numbers, as transformers saves a model that it has loaded,
+* the same codes as floating-point numbers, which transformers reads as well,
 * latent weights that transformers quantises in each forward (``quantization_mode`` "online").
 
 ``hf-bitnet`` exports are read back to the same codes, and to the same gamma up to rounding. transformers has no field
@@ -34,6 +34,7 @@ from sbn_lightning.formats.huggingface.names import Part, from_hf_state, linear_
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
+from sbn_lightning.sparsity.pattern import pack_mask
 
 SBN = "sbn"  # The entry in config.json for options that transformers does not know.
 DENSE = "8:8"  # The pattern for weights that follow no pattern.
@@ -51,6 +52,9 @@ def read_hf_bitnet(folder: Path) -> tuple[TernaryTransformer, TextFiles]:
     if _is_online(values):
         with open_weights(folder) as (names, read):
             state = from_hf_state(config, read, names, str(folder))
+            for part in linear_parts(config):  # All weights count.
+                every = torch.ones_like(state[f"{part.ours}.weight"], dtype=torch.bool)
+                state[f"{part.ours}.mask_bits"] = pack_mask(every)
             return build_model(config, state, str(folder)), read_hf_text(folder)
     divides = values["quantization_config"].get("linear_class", "bitlinear") == "bitlinear"
     model = empty_model(config)
