@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
 from sbn_lightning.checkpoints.text_files import KEY, TextFiles, text_of_run
-from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.distributed.optimizer_states import name_optimizer_states
 from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts, shard
 from sbn_lightning.distributed.strategies import check_strategy
@@ -103,6 +104,13 @@ class SparseBitNet(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if self.init_from is not None:
             check_tokenizer(self.init_from, data)
+        if self.distillation is not None and stage == "fit":
+            if not Path(self.distillation.teacher).exists():
+                raise DataError(
+                    f"distillation: the teacher {self.distillation.teacher} does not exist; write it with: sbn "
+                    f"import-hf --input MODEL --output {self.distillation.teacher}"
+                )
+            check_tokenizer(self.distillation.teacher, data, "distillation.teacher")
         vocab_size = getattr(data, "vocab_size", None)
         if vocab_size is not None and vocab_size > self.config.vocab_size:
             raise ConfigError(

@@ -14,6 +14,7 @@ from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.cli import main
 from sbn_lightning.cli.training import SBNCLI
 from sbn_lightning.formats.init_from import FIXED
+from sbn_lightning.training.distillation import Distillation
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SHRUNKEN = {
@@ -57,6 +58,16 @@ def test_one_switch_makes_a_gpu_recipe_fit_two_cpu_cores(recipe, capsys):
     assert values["data"]["batch_size"] * values["data"]["sequence_length"] == tokens
 
 
+def test_the_distillation_fits_two_cpu_cores_too(capsys):
+    words = ["--config", "distill_from_pretrained", "--config", "sizes/distill_cpu", "--print_config"]
+    with pytest.raises(SystemExit):
+        SBNCLI(["fit", *words])
+    values = yaml.safe_load(capsys.readouterr().out)
+    assert (values["trainer"]["accelerator"], values["trainer"]["plugins"]) == ("cpu", None)
+    assert values["model"]["distillation"]["dtype"] == "float32"
+    assert values["trainer"]["max_steps"] * values["data"]["batch_size"] * values["data"]["sequence_length"] == 20480
+
+
 def test_there_are_recipes():
     names = {path.stem for path in RECIPES}
     assert {"sparse_pretrain", "sparse_pretrain_2_4", "dense_to_sparse"} <= names
@@ -73,6 +84,8 @@ def test_two_steps_of_a_shrunken_copy(recipe, tokens, capsys):
         return
     if "init_from" in yaml.safe_load(recipe.read_text())["model"]:
         shrunken["model.init_from"] = shrunken_weights(recipe)
+    if "distillation" in yaml.safe_load(recipe.read_text())["model"]:
+        shrunken["model.distillation.teacher"] = shrunken["model.init_from"]
     options = [f"--{key}={value}" for key, value in shrunken.items()]
     assert main(["fit", "--config", str(recipe), *options]) == 0
     printed = capsys.readouterr().out
@@ -99,6 +112,11 @@ def test_recipe_is_what_it_says(recipe):
     if "source" in values["model"]:  # a model of transformers, which has a configuration of its own
         return
     config = TransformerConfig(**values["model"]["config"])
+    if "distillation" in values["model"]:
+        assert values["model"]["distillation"]["teacher"] == values["model"]["init_from"]
+        assert not set(FIXED) & set(values["model"]["config"])  # the shape comes with the weights
+        assert Distillation(**values["model"]["distillation"]).logits == 1.0
+        return
     if recipe.stem.startswith("qwen") or "init_from" in values["model"]:
         name = Path(values["model"].get("init_from", recipe.stem.replace("_", "-", 1))).name
         published = TransformerConfig.preset(re.match(r"qwen2\.5-[\d.]+b", name)[0])
