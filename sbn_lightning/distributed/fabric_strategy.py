@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.fabric.strategies import STRATEGY_REGISTRY, ModelParallelStrategy
+from lightning.fabric.strategies import STRATEGY_REGISTRY
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
@@ -26,7 +27,7 @@ class FabricShardedStrategy(ModelParallelStrategy):
     Args:
         reduce_dtype: The dtype in which gradients of latent weights travel, float32 or bfloat16.
         gather: What the ranks gather of ternary layers, see :func:`~sbn_lightning.distributed.sharding.shard`.
-        timeout: How long a collective may take before the rank gives up.
+        timeout: How long a collective may take before the rank gives up; None for torch's own limit.
         **options: The other options of Fabric's ``ModelParallelStrategy``.
     """
 
@@ -34,7 +35,7 @@ class FabricShardedStrategy(ModelParallelStrategy):
         self,
         reduce_dtype: torch.dtype = torch.float32,
         gather: Gather = "packed_step",
-        timeout: timedelta = TIMEOUT,
+        timeout: timedelta | None = TIMEOUT,
         **options: Any,
     ) -> None:
         super().__init__(self._shard, timeout=timeout, **options)

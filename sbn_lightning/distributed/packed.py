@@ -28,7 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from sbn_lightning.backends.reference import Backend, Keep
 from sbn_lightning.backends.rows import row_maker
@@ -173,6 +173,8 @@ def shard_packed(
     exchange = Exchange(sharding.get_group())
     scatter = GradientScatter(exchange.group, replicate, mesh.size())
     units = _units(layered, exchange)
+    # FSDP2 places its parameters over the whole mesh, too. A norm of all gradients needs one mesh.
+    placements = [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]
     weights = set()
     for layer in ternary_layers(module).values():
         if hasattr(
@@ -182,7 +184,7 @@ def shard_packed(
         latent = layer.weight.detach()
         cut = RowCut(layer.out_features, sharding.get_local_rank(), sharding.size())
         weight = nn.Parameter(
-            distribute_tensor(latent, sharding, [Shard(0)], src_data_rank=None), layer.weight.requires_grad
+            distribute_tensor(latent, mesh, placements, src_data_rank=None), layer.weight.requires_grad
         )
         rows, columns = latent.shape
         leaf = stand_in(rows, columns, reduce_dtype, local_rows(weight).device)

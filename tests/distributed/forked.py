@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.distributed import jobs
 
-LIMIT = 60.0  # The most seconds that a job may take.
+LIMIT = 150.0  # The most seconds that a job may take. A busy machine takes ten times as long as an idle one.
 
 
 def free_port() -> int:
