@@ -1,11 +1,11 @@
 """The forward of one linear layer: every way to compute it, one shape after the other.
 
-    python benchmarks/layer_forward.py [--shapes 8192,4096,14336 ...] [--quick]
+    python benchmarks/layer_forward.py [--shapes 8192,4096,14336 ...] [--quick] [--ampere]
 
 ``gemm`` rows take quantised tokens and a prepared weight. ``layer`` rows start from bfloat16 tokens, so they include
 the quantisation. All outputs are bfloat16. The sparse and the dense ternary products are compared bit for bit with a
 float64 reference before anything is timed. cuSPARSELt's own product is unscaled, and runs the algorithm that
-cuSPARSELt's search picks.
+cuSPARSELt's search picks. ``--ampere`` adds the kernels for Ampere and Ada, with each tile; they run on Hopper too.
 """
 
 from __future__ import annotations
@@ -93,6 +93,32 @@ def portable(tokens: int, inner: int, out: int, sets: int, x: list[Tensor]) -> d
     return calls
 
 
+def ampere(tokens: int, inner: int, out: int, sets: int, x: list[Tensor]) -> dict[tuple[str, str], Calls]:
+    """Times the kernels for Ampere and Ada with each of their tiles, after checking them."""
+    from sbn_kernels.gemm.sm80.gemm import TILES, ampere_sparse_gemm, ampere_ternary_gemm
+
+    quantized = [sk.quantize_tokens(t) for t in x]
+    calls: dict[tuple[str, str], Calls] = {}
+    for name, n, m, layout, gemm in (
+        ("2:4 by mma.sp, 2-bit", 2, 4, "sparse24", ampere_sparse_gemm),
+        ("6:8 by mma, 2-bit", 6, 8, "dense", ampere_ternary_gemm),
+    ):
+        p = [
+            sk.prepare_weight(torch.randn(out, inner, device="cuda"), n, m, layout=layout, want_codes=i == 0)
+            for i in range(sets)
+        ]
+        reference = reference_gemm(*quantized[0], p[0].codes, p[0].row_scale)
+        for number, tile in enumerate(TILES):
+            variant = f"{name}, tile {128 * tile.panels} x {tile.tokens}"
+            args = (out, None, torch.bfloat16, number)
+            verify(variant, gemm(*quantized[0], p[0].packed, p[0].row_scale, *args), reference)
+            calls[variant, "gemm"] = [
+                lambda i=i, p=p, gemm=gemm, args=args: gemm(*quantized[i], p[i].packed, p[i].row_scale, *args)
+                for i in range(sets)
+            ]
+    return calls
+
+
 def baselines(tokens: int, inner: int, out: int, sets: int, x: list[Tensor]) -> dict[tuple[str, str], Calls]:
     """Times bfloat16, float8 rowwise and torch's int8 product."""
     w = [torch.randn(out, inner, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
@@ -119,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", help="tokens,in_features,out_features")
     parser.add_argument("--quick", action="store_true", help="only bf16 and our packed GEMMs")
+    parser.add_argument("--ampere", action="store_true", help="also the kernels for Ampere and Ada, with each tile")
     parser.add_argument("--seconds", type=float, default=0.25, help="of timing for each number")
     args = parser.parse_args()
     need_gpu()
@@ -130,7 +157,8 @@ def main() -> None:
         sets = copies(2 * tokens * inner + 2 * tokens * out + out * inner / 4, most=8)
         x = [torch.randn(tokens, inner, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
         base = 0.0
-        for group in (baselines, ours) if args.quick else (baselines, ours, portable):
+        groups = [baselines, ours] if args.quick else [baselines, ours, portable]
+        for group in [*groups, ampere] if args.ampere else groups:
             for (variant, what), calls in group(tokens, inner, out, sets, x).items():
                 ms = median_ms(calls, args.seconds)
                 base = base or ms

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+import sbn_kernels.gemm.sm80.gemm
 import sbn_kernels.gradients.weight_gradient  # noqa: F401 (registers the kernels of the gradients)
 from sbn_kernels.decode import triton as decode
 from sbn_kernels.exchange import triton as exchange
@@ -150,7 +151,8 @@ def report(index: int | None) -> list[Row]:
     for kernel in registry.products():
         pattern = "any pattern" if kernel.pattern is None else f"at most {kernel.pattern[0]}:{kernel.pattern[1]}"
         tokens = "" if kernel.most_tokens is None else f", up to {kernel.most_tokens} tokens"
-        serves = f"backend {kernel.backend}: product, {pattern}{tokens}"
+        untimed = ", not timed on a GPU yet" if kernel.untimed else ""
+        serves = f"backend {kernel.backend}: product, {pattern}{tokens}{untimed}"
         rows.append(Row(kernel.name, serves, kernel.needs.missing(index)))
     for pair in registry.all_gradients():
         rows.append(Row(f"{pair.name}-gradients", "both products of int8 gradients", pair.needs.missing(index)))

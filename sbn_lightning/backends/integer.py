@@ -6,10 +6,12 @@ Saved for the backward are int8 tokens and their scales, half of what bfloat16 w
 * ``"bf16"``: exact straight-through, ``dx = dy (gamma T)`` and ``dW = dy^T (s x8)`` in the dtype of the activations.
 * ``"int8"``: weights and tokens are exact integers already, so only ``dy`` is rounded, stochastically. Both products
   run on int8 tensor cores. The gradients are unbiased, and reproducible from a seed.
+* ``"int8-dx"``, ``"int8-dw"``: only ``dx``, or only ``dW``, is made from a rounded ``dy``; the other one is exact.
 
 Inside ``torch.compile`` the quantisation is written in plain PyTorch, so that the compiler can fuse it with the norm
-and the residual stream before it; elsewhere it is a kernel. A SwiGLU before a layer is fused by hand, because the
-compiler reads the operands of the SwiGLU twice and takes four times as long.
+and the residual stream before it; elsewhere it is a kernel, and layers that read the same tokens share its result
+(``shared_tokens.py``). A SwiGLU before a layer is fused by hand, because the compiler reads the operands of the SwiGLU
+twice and takes four times as long.
 
 The backend names the kernel that multiplies; the registry (:mod:`sbn_kernels.gemm.registry`) knows the rest.
 """
@@ -24,15 +26,17 @@ import torch
 from sbn_kernels.common.packing import LAYOUTS
 from sbn_kernels.exchange.triton import decode_rows
 from sbn_kernels.gemm import registry
-from sbn_kernels.swiglu.triton import MAX_FEATURES
+from sbn_kernels.swiglu.triton import MAX_FEATURES, swiglu_pair_backward, swiglu_pair_quantize
 from torch import Tensor
+from torch.nn import functional as F
 
 from sbn_lightning.backends.reference import Keep
+from sbn_lightning.backends.shared_tokens import quantized_once
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
 from sbn_lightning.sparsity.ternary import apply_swiglu, quantize_activations
 
-Gradients = Literal["bf16", "int8"]
+Gradients = Literal["bf16", "int8", "int8-dx", "int8-dw"]
 Engine = str  # version 0.1.0 listed three; kernels have names in the registry now
 
 
@@ -44,7 +48,7 @@ class KernelWeight(NamedTuple):
         row_scale: float32 ``[out]``: gamma of each row.
         mask_bits: uint8 ``[out, ceil(in / 8)]``.
         packed: The form of the weight that ``kernel`` reads; None: the codes.
-        transposed: The form of the weight that the gradient of the input reads; None with exact gradients.
+        transposed: The form of the weight that the gradient of the input reads; None if that gradient is exact.
         kernel: The name of the kernel that multiplies.
     """
 
@@ -67,9 +71,11 @@ class KernelBackend:
 
     Attributes:
         seed: int64 ``[1]`` on the layer's device. int8 gradients need a new seed for each pass.
+        takes_pairs: ``linear`` takes gates and ups in two tensors, too.
     """
 
     seed: Tensor | None = None
+    takes_pairs = True
 
     def __init__(self, kernel: str, *, gradients: Gradients = "bf16") -> None:
         self.kernel = kernel
@@ -171,7 +177,7 @@ class KernelBackend:
         elif kernel.form != "codes":
             form = kernel.pack(codes)
         transposed = None
-        if self.gradients == "int8":
+        if self.gradients in ("int8", "int8-dx"):
             transposed = registry.gradients(codes.device.index).transpose(codes)
         return KernelWeight(codes, row_scale, mask_bits, form, transposed, kernel.name)
 
@@ -182,21 +188,30 @@ class KernelBackend:
         prepared: KernelWeight,
         gradient_mask: Tensor | None,
         activation_bits: int | None,
-        swiglu: bool = False,
+        swiglu: bool | Tensor = False,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        if self.gradients == "int8" and self.seed is None and torch.is_grad_enabled():
-            raise ValueError('gradients="int8" need a seed: set backend.seed before each pass')
+        """Multiplies, as :meth:`Backend.linear` says; ``swiglu`` may also be the ups, and ``x`` the gates alone."""
+        rounds = self.gradients != "bf16"
+        if rounds and self.seed is None and torch.is_grad_enabled():
+            raise ValueError(f'gradients="{self.gradients}" need a seed: set backend.seed before each pass')
         dtype = dtype or x.dtype
-        if swiglu and (latent.shape[1] > MAX_FEATURES or dtype != x.dtype):
-            x, swiglu = apply_swiglu(x), False
-        seed = self.seed if self.gradients == "int8" else None
+        up = swiglu if isinstance(swiglu, Tensor) else None
+        fused = swiglu is not False
+        if fused and (latent.shape[1] > MAX_FEATURES or dtype != x.dtype):
+            x = apply_swiglu(x) if up is None else F.silu(x) * up
+            fused, up = False, None
+        x8 = scale = None
+        if not fused and not torch.compiler.is_compiling():
+            x8, scale = quantized_once(x, activation_bits, sk.quantize_tokens)  # type: ignore[arg-type]
         # Reshaped outside the function: autograd forbids an in-place change of a view that a function returns, and an
         # activation after the layer may work in place.
         tokens = x.reshape(-1, x.shape[-1])
+        ups = None if up is None else up.reshape(-1, up.shape[-1])
         y: Tensor = KernelLinearFunction.apply(
-            tokens, latent, *prepared, gradient_mask, activation_bits, swiglu, seed, dtype
-        )
+            tokens, latent, ups, *prepared, gradient_mask, activation_bits, fused, self.seed if rounds else None,
+            self.gradients != "int8-dx", dtype, x8, scale,
+        )  # fmt: skip
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -268,6 +283,7 @@ class KernelLinearFunction(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         latent: Tensor,
+        up: Tensor | None,
         codes: Tensor,
         row_scale: Tensor,
         mask_bits: Tensor,
@@ -278,46 +294,59 @@ class KernelLinearFunction(torch.autograd.Function):
         activation_bits: int,
         swiglu: bool,
         seed: Tensor | None,
+        rounds_dw: bool,
         dtype: torch.dtype,
+        x8: Tensor | None,
+        scale: Tensor | None,
     ) -> Tensor:
         """Computes ``y [tokens, out]`` in ``dtype``.
 
-        ``x`` is ``[tokens, in]``; with ``swiglu`` it holds gates and ups, ``[tokens, 2 in]``. Gradients are int8 if
-        there is a ``seed``.
+        ``x`` is ``[tokens, in]``. With ``swiglu`` it holds gates and ups, ``[tokens, 2 in]``, or gates if there is an
+        ``up``. ``x8`` and ``scale`` are the quantised tokens if they exist already. Gradients are rounded if there is a
+        ``seed``: that of ``x`` if there is a ``transposed``, that of ``latent`` with ``rounds_dw``.
         """
-        x8, scale = sk.swiglu_quantize(x, activation_bits) if swiglu else quantize(x, activation_bits)
+        if up is not None:
+            x8, scale = swiglu_pair_quantize(x, up, activation_bits)
+        elif swiglu:
+            x8, scale = sk.swiglu_quantize(x, activation_bits)
+        elif x8 is None or scale is None:
+            x8, scale = quantize(x, activation_bits)
         y = multiply(x8, scale, codes, row_scale, packed, registry.product(kernel).form, kernel, dtype)
-        ctx.save_for_backward(x8, scale, codes, row_scale, transposed, gradient_mask, seed, x if swiglu else None)
-        ctx.dtype, ctx.x_dtype, ctx.latent_dtype = dtype, x.dtype, latent.dtype
+        before = x if swiglu else None
+        ctx.save_for_backward(x8, scale, codes, row_scale, transposed, gradient_mask, seed, before, up)
+        ctx.dtype, ctx.x_dtype, ctx.latent_dtype, ctx.rounds_dw = dtype, x.dtype, latent.dtype, rounds_dw
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x8, scale, codes, row_scale, transposed, gradient_mask, seed, before = ctx.saved_tensors
+        x8, scale, codes, row_scale, transposed, gradient_mask, seed, before, up = ctx.saved_tensors
         dy = grad_outputs[0].to(ctx.dtype)
-        need_dx, need_dw = ctx.needs_input_grad[:2]
-        dx = dw = None
-        if seed is not None:
+        need_dx, need_dw = ctx.needs_input_grad[0] or ctx.needs_input_grad[2], ctx.needs_input_grad[1]
+        dx = dw = d_up = None
+        round_dx = need_dx and seed is not None and transposed is not None
+        round_dw = need_dw and seed is not None and ctx.rounds_dw
+        if round_dx or round_dw:
             kernels = registry.gradients(codes.device.index)
             a8, a_scale, b8, b_scale = sk.quantize_gradient(
-                dy, row_scale, scale, seed, want_tokens=need_dx, want_channels=need_dw
+                dy, row_scale, scale, seed, want_tokens=round_dx, want_channels=round_dw
             )
-            if need_dx:
+            if round_dx:
                 dx = kernels.input_gradient(a8, a_scale, transposed, codes.shape[1], ctx.dtype)
-            if need_dw:
+            if round_dw:
                 dw = kernels.weight_gradient(b8, b_scale, sk.transpose_tokens(x8), ctx.latent_dtype)
-        else:
-            if need_dx:
-                dx = dy @ _dequantize(codes, row_scale, ctx.dtype)
-            if need_dw:
-                tokens = _dequantize(x8, scale, ctx.dtype)
-                # Rounded to the dtype of the activations, as autocast rounds the gradient of a plain linear layer.
-                dw = (dy.t() @ tokens).to(ctx.latent_dtype)
-        if dx is not None and before is not None:
+        if need_dx and not round_dx:
+            dx = dy @ _dequantize(codes, row_scale, ctx.dtype)
+        if need_dw and not round_dw:
+            tokens = _dequantize(x8, scale, ctx.dtype)
+            # Rounded to the dtype of the activations, as autocast rounds the gradient of a plain linear layer.
+            dw = (dy.t() @ tokens).to(ctx.latent_dtype)
+        if dx is not None and up is not None:
+            dx, d_up = swiglu_pair_backward(dx, before, up)
+        elif dx is not None and before is not None:
             dx = sk.swiglu_backward(dx, before)
         if dx is not None:
             dx = dx.to(ctx.x_dtype)
         if dw is not None and gradient_mask is not None:
             dw = dw * gradient_mask
-        return dx, dw, *[None] * 11
+        return dx, dw, d_up, *[None] * 14

@@ -38,6 +38,8 @@ from sbn_lightning.layers.sparse_linear import SparseBitLinear, ternary_layers
 
 ComputeDtype = Literal["bf16", "fp32"]
 
+_TOKENS = 8192  # The number of tokens in a micro-batch for the measurement, where no batch tells.
+
 
 @dataclass
 class _Model:
@@ -64,9 +66,12 @@ class SparseTernaryPrecision(Precision):
             a CPU the reference. ``"sparse"``: sparse tensor cores, for 2:4 only. ``"int8"``: dense int8 tensor cores,
             for any pattern. ``"reference"``: plain PyTorch.
         gradients: ``"bf16"``: exact straight-through, in ``dtype``. ``"int8"``: the gradient of a layer's output is
-            rounded stochastically to int8, and both products of the backward run on int8 tensor cores.
+            rounded stochastically to int8, and both products of the backward run on int8 tensor cores. ``"int8-dx"``:
+            only the gradient of the layer's tokens is made that way, and the gradient of the weight is exact.
+            ``"int8-dw"``: the other way round.
         dtype: ``"bf16"``: autocast to bfloat16. ``"fp32"``: no autocast.
-        tokens: The number of tokens in a micro-batch, which the measurement uses.
+        tokens: The number of tokens in a micro-batch, which the measurement uses. None counts the token ids of the
+            first batch; without ids the number is 8,192.
         seed: The seed of the stochastic rounding.
 
     Raises:
@@ -78,29 +83,30 @@ class SparseTernaryPrecision(Precision):
     def __init__(
         self,
         backend: BackendName = "auto",
-        gradients: Literal["bf16", "int8"] = "bf16",
+        gradients: Literal["bf16", "int8", "int8-dx", "int8-dw"] = "bf16",
         dtype: ComputeDtype = "bf16",
-        tokens: int = 8192,
+        tokens: int | None = None,
         seed: int = 0,
     ) -> None:
         for option, value, known in (
             ("backend", backend, BACKENDS),
-            ("gradients", gradients, ("bf16", "int8")),
+            ("gradients", gradients, ("bf16", "int8", "int8-dx", "int8-dw")),
             ("dtype", dtype, ("bf16", "fp32")),
         ):
             if value not in known:
                 raise ConfigError(f"SparseTernaryPrecision: {option}={value!r} is not one of {', '.join(known)}")
-        if gradients == "int8" and backend == "reference":
+        if gradients != "bf16" and backend == "reference":
             raise ConfigError(
-                'SparseTernaryPrecision: gradients="int8" run on integer tensor cores: use backend="auto", "int8" or '
-                '"sparse"'
+                f'SparseTernaryPrecision: gradients="{gradients}" run on integer tensor cores: use backend="auto", '
+                '"int8" or "sparse"'
             )
-        if tokens < 1:
+        if tokens is not None and tokens < 1:
             raise ConfigError(f"SparseTernaryPrecision: tokens={tokens} must be at least 1")
         self.backend, self.gradients, self.dtype, self.tokens, self.seed = backend, gradients, dtype, tokens, seed
         self.precision = "bf16-mixed" if dtype == "bf16" else "32-true"
         self._models: list[_Model] = []
         self._passes = 0
+        self._tokens = tokens or _TOKENS
         self._device_type = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __repr__(self) -> str:
@@ -135,7 +141,7 @@ class SparseTernaryPrecision(Precision):
             layer.backend = choices[name].make(self.gradients)
         model.layers, model.device = [weakref.ref(layer) for layer in layers.values()], device
         rank_zero_info(f"{self!r}:\n{table(layers, choices)}")
-        if self.gradients == "int8" and exact:
+        if self.gradients != "bf16" and exact:
             rank_zero_info(f"gradients stay exact in the {exact} layers on the reference backend")
 
     def _agreed_choices(self, layers: dict[str, SparseBitLinear], device: torch.device) -> dict[str, Choice]:
@@ -143,7 +149,7 @@ class SparseTernaryPrecision(Precision):
         rank, processes = _place()
         agreed: list[dict[str, Choice] | None] = [None]
         if self.backend != "auto" or rank == 0:
-            agreed = [choose(layers, self.backend, device, self._compute_dtype, self.tokens)]
+            agreed = [choose(layers, self.backend, device, self._compute_dtype, self._tokens)]
         if processes > 1:
             dist.broadcast_object_list(agreed)
         choices = agreed[0]
@@ -175,10 +181,20 @@ class SparseTernaryPrecision(Precision):
                 self._install(model, module)
                 known = model.ternary_layers()
             layers += known
-        if self.gradients == "int8" and torch.is_grad_enabled() and layers:
+        if self.gradients != "bf16" and torch.is_grad_enabled() and layers:
             self._draw_seeds(layers)
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self.dtype == "bf16"):
             yield
+
+    @override
+    def convert_input(self, data: Any) -> Any:
+        """Count the tokens of a batch, and return the batch as it is. A Trainer and Fabric call this before a forward.
+
+        The first batch decides, because the kernels are chosen before the first forward.
+        """
+        if self.tokens is None and any(model.device is None for model in self._models):
+            self._tokens = _token_ids(data) or self._tokens
+        return data
 
     @override
     def convert_output(self, data: Any) -> Any:
@@ -205,7 +221,7 @@ class SparseTernaryPrecision(Precision):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"passes": self._passes} if self.gradients == "int8" else {}
+        return {"passes": self._passes} if self.gradients != "bf16" else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -229,6 +245,19 @@ class SparseTernaryPrecision(Precision):
     def optimizer_step(self, optimizer: Any, model: nn.Module | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         given = {} if model is None else {"model": model}
         return _hooks(model).optimizer_step(self, optimizer, **given, **kwargs)
+
+
+def _token_ids(batch: Any) -> int:
+    """The number of token ids in a batch: the elements of its largest integer tensor of two dimensions or more."""
+    found = [0]
+
+    def count(tensor: Tensor) -> Tensor:
+        if tensor.ndim >= 2 and not tensor.is_floating_point() and tensor.dtype != torch.bool:
+            found.append(tensor.numel())
+        return tensor
+
+    apply_to_collection(batch, Tensor, count)
+    return max(found)
 
 
 def _in_default_dtype(tensor: Tensor) -> Tensor:

@@ -235,3 +235,13 @@ def test_decode(sparse: bool, token_groups: int, capability: int, tmp_path: Path
     assert ("mma.sp::ordered_metadata" in compiled.asm["ptx"]) == sparse
     assert "ld.global.v4.b32" in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
+
+
+def test_swiglu_of_two_tensors(tmp_path: Path) -> None:
+    """The kernels for gates and ups in two tensors share their bodies with those that were compiled above."""
+    types = dict.fromkeys(("gate_pointer", "up_pointer", "d_pointer", "d_gate_pointer", "d_up_pointer"), "*bf16")
+    for kernel, constants, warps in (
+        (swiglu.swiglu_pair_quantize_kernel, {"BITS": 8, "MAIN": 4096, "TAIL": 2048, "FUSED": True}, 4),
+        (swiglu.swiglu_pair_backward_kernel, {"BLOCK": 2048}, 4),
+    ):
+        assert spilled_bytes(build(kernel, constants, 90, types, warps=warps), tmp_path) <= 16

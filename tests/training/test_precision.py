@@ -12,9 +12,10 @@ from sbn_kernels.runtime.capability import Needs
 from torch import nn
 
 from sbn_lightning import SparseTernaryPrecision, TernarySparseConversion, convert_linears, revert_linears
-from sbn_lightning.backends import selection
+from sbn_lightning.backends import candidates, selection
 from sbn_lightning.backends.reference import REFERENCE, ReferenceBackend
-from sbn_lightning.backends.selection import _Trial, choose, decide, table
+from sbn_lightning.backends.selection import choose, decide, table
+from sbn_lightning.backends.timing import Trial
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.sparse_linear import SparseBitLinear
 from sbn_lightning.sparsity.ternary import quantize_activations
@@ -293,12 +294,12 @@ def test_a_backend_that_fails_at_the_trial_is_left_out(monkeypatch):
         def prepare(self, *args):
             raise RuntimeError("architecture mismatch\nand more")
 
-    trial = selection._Trial
+    trial = selection.Trial
     only_this_runs(monkeypatch, "cusparselt")
-    monkeypatch.setattr(selection, "_index", lambda device: 0)
+    monkeypatch.setattr(candidates, "_index", lambda device: 0)
     monkeypatch.setattr(selection.Choice, "make", lambda self, gradients: Failing())
-    monkeypatch.setattr(selection, "_milliseconds", lambda runs, device: ({name: [1.0] for name in runs}, {}))
-    monkeypatch.setattr(selection, "_Trial", lambda layer, device, *rest: trial(layer, torch.device("cpu"), *rest))
+    monkeypatch.setattr(selection, "milliseconds", lambda runs, device: ({name: [1.0] for name in runs}, {}))
+    monkeypatch.setattr(selection, "Trial", lambda layer, device, *rest: trial(layer, torch.device("cpu"), *rest))
     chosen = choose({"a": SparseBitLinear(32, 32, pattern="2:4")}, "auto", torch.device("cuda"), torch.float32, 64)
     assert chosen["a"].backend == "reference"
     assert "sparse: architecture mismatch" in chosen["a"].why
@@ -323,7 +324,7 @@ def test_a_backend_with_a_wrong_product_is_told_from_a_right_one(bits):
             return (x8.float() @ prepared.codes.float().t() * scale.roll(1, 0) * prepared.row_scale).to(x.dtype)
 
     layer = SparseBitLinear(64, 48, pattern="2:4", split_sizes=(32, 16), activation_bits=bits)
-    trial = _Trial(layer, torch.device("cpu"), torch.bfloat16, 40)
+    trial = Trial(layer, torch.device("cpu"), torch.bfloat16, 40)
     assert trial.agrees(REFERENCE, trial.prepare(REFERENCE))
     for wrong in (Lossy(), Scaleless(), Shifted()):
         assert not trial.agrees(wrong, trial.prepare(wrong)), wrong

@@ -84,6 +84,8 @@ class Product:
             of kernels with ``most_tokens``, where another kernel reads the same form. None: always.
         denser: The name of the kernel that serves a layer while its mask still keeps more than ``pattern`` allows.
         rank: The priority: of several kernels of one backend that fit, the one with the highest rank is taken.
+        untimed: Whether nobody has timed the kernel on the GPUs that would take it, so that its rank is a guess. A
+            caller that measures times such a kernel beside the first one.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Product:
     prefers: Callable[[int, int, int, int], bool] | None = None
     denser: str = ""
     rank: int = 0
+    untimed: bool = False
 
     def holds(self, n: int, m: int) -> bool:
         """Whether a weight with at most ``n`` of ``m`` left fits the kernel's pattern."""
@@ -226,14 +229,18 @@ def serving(
         out_features: Rows of the weight.
         in_features: Columns of the weight.
         index: The number of the GPU; None: no GPU.
-        chosen: The name of the kernel for any number of tokens that the caller has chosen; None: the first one.
+        chosen: The name of the kernel for any number of tokens that the caller has chosen; None: the first one that
+            somebody has timed.
 
     Returns:
         The kernel, or None if no kernel that runs here reads the form for so many tokens.
     """
     names = readers(form, index)
-    if chosen is None and names and _PRODUCTS[names[-1]].most_tokens is None:
-        chosen = next(name for name in names if _PRODUCTS[name].most_tokens is None)
+    if chosen is None:
+        for name in names:
+            if _PRODUCTS[name].most_tokens is None and not _PRODUCTS[name].untimed:
+                chosen = name
+                break
     for name in names:
         kernel = _PRODUCTS[name]
         if kernel.most_tokens is None or tokens > kernel.most_tokens:

@@ -4,6 +4,8 @@
 read once, and only int8 tokens are written. Written in plain PyTorch and compiled, the same takes two kernels, which
 read the gates twice. The backward is one pass too: ``d_gate = d up sigma (1 + gate (1 - sigma))``, ``d_up = d gate
 sigma``.
+
+Gates and ups come side by side in one tensor, from a fused layer, or in two tensors, from two layers.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ NEEDS = Needs("swiglu", least=(0, 0), interpreter=True)
 
 
 @triton.jit
-def _product(row_pointer, features, START: tl.constexpr, BLOCK: tl.constexpr):
+def _product(gate_row, up_row, features, START: tl.constexpr, BLOCK: tl.constexpr):
     """silu(gate) * up of BLOCK columns from START on; zeros beyond the end of the row."""
     column = START + tl.arange(0, BLOCK)
-    gate = tl.load(row_pointer + column, mask=column < features, other=0.0).to(tl.float32)
-    up = tl.load(row_pointer + features + column, mask=column < features, other=0.0).to(tl.float32)
+    gate = tl.load(gate_row + column, mask=column < features, other=0.0).to(tl.float32)
+    up = tl.load(up_row + column, mask=column < features, other=0.0).to(tl.float32)
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
@@ -42,20 +44,15 @@ def _reduce(x, BITS: tl.constexpr):
 
 
 @triton.jit
-def swiglu_quantize_kernel(
-    x_pointer, q_pointer, scale_pointer, features, x_stride, q_stride,
+def _quantize_row(
+    gate_row, up_row, q_row, scale_pointer, features,
     BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: gates in the first half, ups in the second.
-
-    Two blocks cover the row, because 8960 = 8192 + 768 leaves few lanes idle.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    x_row, q_row = x_pointer + row * x_stride, q_pointer + row * q_stride
-    main = _product(x_row, features, 0, MAIN)
+    """The codes and the scale of one row. Two blocks cover it, because 8960 = 8192 + 768 leaves few lanes idle."""
+    main = _product(gate_row, up_row, features, 0, MAIN)
     reduced = _reduce(main, BITS)
     if TAIL > 0:
-        tail = _product(x_row, features, MAIN, TAIL)
+        tail = _product(gate_row, up_row, features, MAIN, TAIL)
         other = _reduce(tail, BITS)
         reduced = larger(reduced, other) if BITS == 8 else reduced + other
     scale = token_scale(reduced, features, BITS)
@@ -65,29 +62,73 @@ def swiglu_quantize_kernel(
     if TAIL > 0:
         column = MAIN + tl.arange(0, TAIL)
         tl.store(q_row + column, token_codes(tail, scale, inverse, BITS, FUSED), mask=column < features)
-    tl.store(scale_pointer + row + tl.arange(0, 1), scale)
+    tl.store(scale_pointer + tl.arange(0, 1), scale)
+
+
+@triton.jit
+def swiglu_quantize_kernel(
+    x_pointer, q_pointer, scale_pointer, features, x_stride, q_stride,
+    BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """One row a program: gates in the first half, ups in the second."""
+    row = tl.program_id(0).to(tl.int64)
+    x_row, q_row = x_pointer + row * x_stride, q_pointer + row * q_stride
+    _quantize_row(x_row, x_row + features, q_row, scale_pointer + row, features, BITS, MAIN, TAIL, FUSED)
+
+
+@triton.jit
+def swiglu_pair_quantize_kernel(
+    gate_pointer, up_pointer, q_pointer, scale_pointer, features, gate_stride, up_stride, q_stride,
+    BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """One row a program: gates and ups in two tensors."""
+    row = tl.program_id(0).to(tl.int64)
+    gate_row, up_row = gate_pointer + row * gate_stride, up_pointer + row * up_stride
+    q_row = q_pointer + row * q_stride
+    _quantize_row(gate_row, up_row, q_row, scale_pointer + row, features, BITS, MAIN, TAIL, FUSED)
+
+
+@triton.jit
+def _backward_block(d_row, gate_row, up_row, d_gate_row, d_up_row, features, BLOCK: tl.constexpr):
+    """The gradients of one block of columns of one row."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < features
+    d = tl.load(d_row + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_row + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_row + column, mask=inside, other=0.0).to(tl.float32)
+    sigma = 1.0 / (1.0 + tl.exp(-gate))
+    d_gate, d_up = d * up * sigma * (1.0 + gate * (1.0 - sigma)), d * gate * sigma
+    tl.store(d_gate_row + column, d_gate.to(d_gate_row.dtype.element_ty), mask=inside)
+    tl.store(d_up_row + column, d_up.to(d_up_row.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def swiglu_backward_kernel(
     d_pointer, x_pointer, dx_pointer, features, d_stride, x_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One block of columns of one row a program."""
+    """One block of columns of one row a program; gates and ups side by side."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < features
-    d = tl.load(d_pointer + row * d_stride + column, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(x_pointer + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x_pointer + row * x_stride + features + column, mask=inside, other=0.0).to(tl.float32)
-    sigma = 1.0 / (1.0 + tl.exp(-gate))
-    target = dx_pointer + row * (2 * features) + column
-    element = dx_pointer.dtype.element_ty
-    tl.store(target, (d * up * sigma * (1.0 + gate * (1.0 - sigma))).to(element), mask=inside)
-    tl.store(target + features, (d * gate * sigma).to(element), mask=inside)
+    x_row, dx_row = x_pointer + row * x_stride, dx_pointer + row * (2 * features)
+    _backward_block(d_pointer + row * d_stride, x_row, x_row + features, dx_row, dx_row + features, features, BLOCK)
+
+
+@triton.jit
+def swiglu_pair_backward_kernel(
+    d_pointer, gate_pointer, up_pointer, d_gate_pointer, d_up_pointer,
+    features, d_stride, gate_stride, up_stride, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of columns of one row a program; gates and ups in two tensors."""
+    row = tl.program_id(0).to(tl.int64)
+    _backward_block(
+        d_pointer + row * d_stride, gate_pointer + row * gate_stride, up_pointer + row * up_stride,
+        d_gate_pointer + row * features, d_up_pointer + row * features, features, BLOCK,
+    )  # fmt: skip
 
 
 _quantize = Launcher(swiglu_quantize_kernel, enable_fp_fusion=True)
 _backward = Launcher(swiglu_backward_kernel, enable_fp_fusion=True)
+_pair_quantize = Launcher(swiglu_pair_quantize_kernel, enable_fp_fusion=True)
+_pair_backward = Launcher(swiglu_pair_backward_kernel, enable_fp_fusion=True)
 
 
 def blocks(features: int) -> tuple[int, int]:
@@ -137,12 +178,69 @@ def _(d: Tensor, x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def _with_rows(x: Tensor) -> Tensor:
+    """``x`` itself if a kernel can read its rows element after element, else a copy."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@kernel_op("swiglu_pair_quantize")
+def _swiglu_pair_quantize(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    require(NEEDS, gate)
+    gate, up = _with_rows(gate), _with_rows(up)
+    rows, features = gate.shape
+    q, scale = empty_tokens(rows, features, gate.device), empty_vector(rows, gate.device)
+    if rows:
+        main, tail = blocks(features)
+        constants = (bits, main, tail, not interpreting())
+        numbers = (features, gate.stride(0), up.stride(0), q.stride(0))
+        _pair_quantize((rows, 1, 1), (gate, up, q, scale), numbers, constants, min(8, max(1, main // 1024)))
+    return q, scale
+
+
+@kernel_fake("swiglu_pair_quantize")
+def _(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return empty_tokens(*gate.shape, gate.device), empty_vector(gate.shape[0], gate.device)
+
+
+@kernel_op("swiglu_pair_backward")
+def _swiglu_pair_backward(d: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    require(NEEDS, gate)
+    d, gate, up = _with_rows(d), _with_rows(gate), _with_rows(up)
+    rows, features = gate.shape
+    d_gate = torch.empty((rows, features), dtype=gate.dtype, device=gate.device)
+    d_up = torch.empty((rows, features), dtype=up.dtype, device=up.device)
+    if rows:
+        block = min(2048, next_power_of_2(features))
+        numbers = (features, d.stride(0), gate.stride(0), up.stride(0))
+        _pair_backward((rows, ceil_div(features, block), 1), (d, gate, up, d_gate, d_up), numbers, (block,))
+    return d_gate, d_up
+
+
+@kernel_fake("swiglu_pair_backward")
+def _(d: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(gate.shape, dtype=gate.dtype, device=gate.device),
+        torch.empty(up.shape, dtype=up.dtype, device=up.device),
+    )
+
+
 def _check(x: Tensor) -> None:
     refuse_gradients(x)
     if x.dim() != 2 or x.shape[1] % 2 or not 0 < x.shape[1] <= 2 * MAX_FEATURES:
         raise ValueError(f"gates and ups must be [tokens, 2 features], features 1 to {MAX_FEATURES}: {list(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"gates and ups must be float32, bfloat16 or float16, not {x.dtype}")
+
+
+def _check_pair(gate: Tensor, up: Tensor) -> None:
+    refuse_gradients(gate, up)
+    if gate.dim() != 2 or gate.shape != up.shape or not 0 < gate.shape[1] <= MAX_FEATURES:
+        raise ValueError(
+            f"gates and ups must both be [tokens, features], features 1 to {MAX_FEATURES}, not {list(gate.shape)} and "
+            f"{list(up.shape)}"
+        )
+    if gate.dtype not in FLOAT_DTYPES or up.dtype != gate.dtype:
+        raise ValueError(f"gates and ups must both be float32, bfloat16 or float16, not {gate.dtype} and {up.dtype}")
 
 
 def swiglu_quantize(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -186,3 +284,48 @@ def swiglu_backward(d: Tensor, x: Tensor) -> Tensor:
         raise ValueError(f"the gradient must be {[x.shape[0], x.shape[1] // 2]}, not {list(d.shape)}")
     dx: Tensor = torch.ops.sbn_kernels.swiglu_backward(d, x)
     return dx
+
+
+def swiglu_pair_quantize(gate: Tensor, up: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Computes what :func:`swiglu_quantize` does, of gates and ups in two tensors.
+
+    Args:
+        gate: ``[tokens, features]``; float32, bfloat16 or float16; at most 32,768 features.
+        up: The same shape and dtype.
+        bits: 8 or 4.
+
+    Returns:
+        int8 ``[tokens, features]`` and scales, float32 ``[tokens]``.
+
+    Raises:
+        ValueError: If the shapes, the dtypes or the number of bits do not fit.
+        UnsupportedError: If there is no GPU.
+    """
+    _check_pair(gate, up)
+    if bits not in (8, 4):
+        raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+    q, scale = torch.ops.sbn_kernels.swiglu_pair_quantize(gate, up, bits)
+    return q, scale
+
+
+def swiglu_pair_backward(d: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the gradients of ``silu(gate) * up`` for gates and ups in two tensors.
+
+    Args:
+        d: The gradient of the product ``[tokens, features]``.
+        gate: The gates, ``[tokens, features]``.
+        up: The ups, ``[tokens, features]``.
+
+    Returns:
+        The gradients of the gates and of the ups, ``[tokens, features]``.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+        UnsupportedError: If there is no GPU.
+    """
+    _check_pair(gate, up)
+    refuse_gradients(d)
+    if d.shape != gate.shape:
+        raise ValueError(f"the gradient must be {list(gate.shape)}, not {list(d.shape)}")
+    d_gate, d_up = torch.ops.sbn_kernels.swiglu_pair_backward(d, gate, up)
+    return d_gate, d_up
