@@ -24,6 +24,7 @@ from traceback import format_exception
 from types import TracebackType
 
 from sbn_lightning.core.errors import SBNError
+from sbn_lightning.core.files import expanded
 
 TRAINING = {
     "fit": "train a model",
@@ -50,6 +51,24 @@ TOOLS = {
     "reproduce": ("research.reproduce.command", "reproduce", "run a grid of trainings: the paper's claims"),
     "reproduce-corpus": ("research.reproduce.corpus", "reproduce_corpus", "this machine's Python files as text"),
     "reproduce-report": ("research.reproduce.command", "reproduce_report", "tables and plots of its results"),
+}
+
+# The options of tools whose values are paths. A shell replaces ~ and $VARIABLE in some places only: bash leaves
+# --output=~/tokens as it is, and nothing is replaced in quotes.
+PATHS = {
+    "checkpoint",
+    "data",
+    "folders",
+    "grid",
+    "images",
+    "input",
+    "output",
+    "prompts_file",
+    "results",
+    "tasks_folder",
+    "template",
+    "text",
+    "tokenizer",
 }
 
 
@@ -200,7 +219,7 @@ def _gather_lists(argv: list[str], takes_list: dict[str, bool], flags: Collectio
 
     A shell turns ``--input *.txt`` into the first form. An option that takes a list gets one for a single value too,
     because jsonargparse reads a bare value as YAML, and the prompt ``# sorts a list`` is a comment in YAML. Any other
-    option gets its last value.
+    option gets its last value. ``~`` and ``$VARIABLE`` are replaced in paths.
 
     Args:
         argv: The arguments as typed. The name of an option may be cut short.
@@ -226,6 +245,8 @@ def _gather_lists(argv: list[str], takes_list: dict[str, bool], flags: Collectio
         else:
             rest.append(word)
     for name, values in gathered.items():
+        if name[2:] in PATHS:
+            values[:] = map(expanded, values)
         if not values and name[2:] in flags:
             values.append("true")
         # Name and value are joined with "=", because a value may begin with dashes.

@@ -20,6 +20,7 @@ from sbn_lightning.checkpoints.lock import RunLock
 from sbn_lightning.checkpoints.resume import newest_state
 from sbn_lightning.checkpoints.search import FOLDER, Place
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.files import expanded
 
 # The options whose values are paths, first those of the command and then those of a logger.
 PATHS = (
@@ -46,11 +47,6 @@ def expand_paths(config: Namespace) -> None:
         for option in LOGGER_PATHS:
             if isinstance(value := logger.init_args.get(option), str):
                 logger.init_args[option] = expanded(value)
-
-
-def expanded(path: str) -> str:
-    """A path without ``~`` and ``$VARIABLE``; URLs are left alone."""
-    return path if "://" in path else os.path.expanduser(os.path.expandvars(path))
 
 
 def resume_last_run(config: Namespace, training: bool = True) -> None:

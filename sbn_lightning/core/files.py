@@ -15,6 +15,8 @@ disturb each other, and the last one wins. A process that is killed while it wri
 
 All of them raise ``OSError`` when the disk is full or the place is not writable. The caller knows what the file is,
 and words the message.
+
+:func:`expanded` is about names of files: every command reads ``~`` and ``$VARIABLE`` in a path in the same way.
 """
 
 from __future__ import annotations
@@ -233,3 +235,8 @@ class _Stream:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def expanded(path: str) -> str:
+    """A path with ``~`` and ``$VARIABLE`` replaced by what they stand for. URLs are left alone."""
+    return path if "://" in path else os.path.expanduser(os.path.expandvars(path))

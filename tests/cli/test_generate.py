@@ -12,6 +12,7 @@ import torch
 
 from sbn_lightning.checkpoints.lightning_file import contents
 from sbn_lightning.cli import main
+from sbn_lightning.cli.generate import _prompts
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data.tokenizer import byte_tokenizer
 from sbn_lightning.inference import generate
@@ -195,6 +196,18 @@ def test_a_prompts_file_that_is_no_list_of_strings_is_one_line(capsys, content):
     Path("p.json").write_text(content)
     assert main(["generate", "--checkpoint", "absent", "--prompts_file", "p.json"]) == 1
     assert "error: prompts_file p.json is not " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["~/absent", "$WEIGHTS/absent", "${WEIGHTS}/absent"])
+def test_home_and_variables_in_paths_mean_what_they_mean_to_a_shell(capsys, monkeypatch, place):
+    """The shell has not replaced them: bash leaves them in ``--checkpoint=~/absent`` and in quotes."""
+    monkeypatch.setenv("HOME", "/elsewhere")
+    monkeypatch.setenv("WEIGHTS", "/elsewhere")
+    for words in ([f"--checkpoint={place}"], ["--checkpoint", place]):
+        assert main(["generate", *words, "--prompt", "~/absent"]) == 1
+        assert "error: /elsewhere/absent does not exist" in capsys.readouterr().err
+    Path("list.json").write_text('["$HOME"]')
+    assert _prompts("$HOME", "list.json") == ["$HOME", "$HOME"]
 
 
 def test_options_of_sampling_without_a_temperature_are_not_passed_over_in_silence(checkpoint, capsys):
