@@ -15,9 +15,10 @@ from torch import Tensor
 
 import sbn_kernels.gemm.sm80.gemm
 import sbn_kernels.gradients.weight_gradient  # noqa: F401 (registers the kernels of the gradients)
+from sbn_kernels.decode import head
 from sbn_kernels.decode import triton as decode
 from sbn_kernels.exchange import triton as exchange
-from sbn_kernels.gemm import cusparselt, portable, registry
+from sbn_kernels.gemm import cusparselt, grouped, portable, registry  # noqa: F401 (grouped registers its kernel)
 from sbn_kernels.gemm.sm90 import gemm as sm90
 from sbn_kernels.gradients import transpose
 from sbn_kernels.gradients import triton as gradients
@@ -45,6 +46,7 @@ _STEPS: dict[str, tuple[str, Needs]] = {
     "swiglu": ("SwiGLU and quantisation in one, and the backward", swiglu.NEEDS),
     "quantize_gradient": ("output gradients to int8, in both orders", gradients.NEEDS),
     "transpose": ("tokens and weights turned round", transpose.NEEDS),
+    "int8_rows": ("an 8-bit head, up to 64 tokens", head.NEEDS),
 }
 
 
@@ -154,6 +156,9 @@ def report(index: int | None) -> list[Row]:
         untimed = ", not timed on a GPU yet" if kernel.untimed else ""
         serves = f"backend {kernel.backend}: product, {pattern}{tokens}{untimed}"
         rows.append(Row(kernel.name, serves, kernel.needs.missing(index)))
+    for several in registry.all_grouped():
+        serves = "experts in one launch, any pattern, not timed on a GPU yet"
+        rows.append(Row(several.name, serves, several.needs.missing(index)))
     for pair in registry.all_gradients():
         rows.append(Row(f"{pair.name}-gradients", "both products of int8 gradients", pair.needs.missing(index)))
     rows += [Row(name, serves, needs.missing(index)) for name, (serves, needs) in _STEPS.items()]

@@ -1,6 +1,7 @@
 """The registry of kernels: what each one needs, which weights it reads, and which of several comes first.
 
-A kernel is one :class:`Product` (``y = x8 @ T^T``, scaled) or one :class:`Gradients` (both products of the backward).
+A kernel is one :class:`Product` (``y = x8 @ T^T``, scaled), one :class:`Grouped` (the same for the tokens of many
+experts) or one :class:`Gradients` (both products of the backward).
 The file of the kernel registers it; nothing else in the package knows it by name. To support a new GPU, write the
 kernel in a folder of its own and register it with a higher ``rank`` than the kernels it is to replace.
 
@@ -16,7 +17,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -140,20 +141,44 @@ class Gradients:
     rank: int = 0
 
 
+@dataclass(frozen=True)
+class Grouped:
+    """A kernel that multiplies the tokens of a mixture of experts, all experts in one launch.
+
+    Attributes:
+        name: The name of the kernel, unique.
+        needs: What the kernel needs of the machine.
+        multiply: The product of (int8 tokens sorted by expert, their scales, packed weight, row_scale, number of tokens
+            of each expert, dtype).
+        pack: Makes the form of weight that the kernel reads of int8 codes ``[experts * rows, in]``.
+        rank: The priority: of the kernels that run, the one with the highest rank is taken.
+    """
+
+    name: str
+    needs: Needs
+    multiply: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
+    pack: Callable[[Tensor], Tensor]
+    rank: int = 0
+
+
+Kernel = Product | Gradients | Grouped
+
 _PRODUCTS: dict[str, Product] = {}
 _GRADIENTS: dict[str, Gradients] = {}
+_GROUPED: dict[str, Grouped] = {}
 
 
-def register(kernel: Product | Gradients) -> None:
+def register(kernel: Kernel) -> None:
     """Adds a kernel.
 
     Raises:
         ValueError: If another kernel has the name.
     """
-    table: dict[str, Product] | dict[str, Gradients] = _PRODUCTS if isinstance(kernel, Product) else _GRADIENTS
+    tables: dict[type, dict[str, Any]] = {Product: _PRODUCTS, Gradients: _GRADIENTS, Grouped: _GROUPED}
+    table = tables[type(kernel)]
     if kernel.name in table:
         raise ValueError(f"a kernel named {kernel.name!r} is registered already")
-    table[kernel.name] = kernel  # type: ignore[assignment]
+    table[kernel.name] = kernel
     _forget()
 
 
@@ -161,11 +186,12 @@ def unregister(name: str) -> None:
     """Removes the kernels of that name."""
     _PRODUCTS.pop(name, None)
     _GRADIENTS.pop(name, None)
+    _GROUPED.pop(name, None)
     _forget()
 
 
 @contextmanager
-def registered(*kernels: Product | Gradients) -> Iterator[None]:
+def registered(*kernels: Kernel) -> Iterator[None]:
     """Adds kernels for the time of a ``with`` block."""
     for kernel in kernels:
         register(kernel)
@@ -194,6 +220,25 @@ def products(backend: str | None = None) -> list[Product]:
     """All products, of one backend or of any, the first choice first."""
     found = [kernel for kernel in _PRODUCTS.values() if backend is None or kernel.backend == backend]
     return sorted(found, key=lambda kernel: -kernel.rank)
+
+
+def all_grouped() -> list[Grouped]:
+    """All kernels for mixtures of experts, the first choice first."""
+    return sorted(_GROUPED.values(), key=lambda kernel: -kernel.rank)
+
+
+def grouped(index: int | None) -> Grouped:
+    """The kernel for mixtures of experts on GPU ``index`` (None: no GPU).
+
+    Raises:
+        UnsupportedError: If no such kernel runs there.
+    """
+    reasons = []
+    for kernel in all_grouped():
+        if (reason := kernel.needs.missing(index)) is None:
+            return kernel
+        reasons.append(f"{kernel.name} {reason}")
+    raise UnsupportedError(f"experts in one launch: {'; '.join(reasons) or 'no kernel is registered'}")
 
 
 def all_gradients() -> list[Gradients]:
