@@ -219,7 +219,7 @@ def dense_twin(model: TernaryTransformer) -> TernaryTransformer:
     if any(name.endswith(".codes") for name in state):
         raise ConfigError("packed weights have no latent weights left to convert; give the checkpoint of the training")
     with torch.device("meta"):
-        dense = TernaryTransformer(replace(model.config, linear="dense"))
+        dense = TernaryTransformer(replace(model.config, linear="dense", layers=()))
     dense.load_state_dict(state, assign=True)
     dense.cos, dense.sin = model.cos, model.sin
     return dense.eval()

@@ -45,6 +45,8 @@ def refusal(model: TernaryTransformer, batch_size: int) -> str | None:
     config = model.config
     if config.linear != "ternary":
         return f"needs ternary layers, not linear={config.linear!r}"
+    if config.layers:
+        return "needs every layer to be ternary, and model.config.layers has rules"
     if not isinstance(model.lm_head, torch.nn.Linear):
         return "needs a head in bfloat16, not in 8 bits"
     # The kernel knows Qwen2.5 and Llama. The size of a head is part of the shape, which the kernel checks itself.

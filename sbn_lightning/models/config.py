@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from sbn_lightning.core.errors import ConfigError
@@ -22,6 +23,27 @@ QWEN2_5_SHAPES: dict[str, dict[str, int]] = {
     "qwen2.5-1.5b": {"n_layers": 28, "d_model": 1536, "d_ffn": 8960, "n_heads": 12, "n_kv_heads": 2},
     "qwen2.5-3b": {"n_layers": 36, "d_model": 2048, "d_ffn": 11008, "n_heads": 16, "n_kv_heads": 2},
 }
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """The kind of some linear layers, where it is not the kind of the whole model.
+
+    Args:
+        match: A shell-style pattern for the names of layers, for example ``"blocks.0.*"``, ``"blocks.[01].mlp.*"`` or
+            ``"*.down"``. The layers of a block are ``attention.qkv``, ``attention.o``, ``mlp.gate_up`` and
+            ``mlp.down``.
+        linear: The kind of these layers.
+
+    Raises:
+        ConfigError: If there is no such kind.
+    """
+
+    match: str
+    linear: LinearKind
+
+    def __post_init__(self) -> None:
+        check_choice("layers: linear", self.linear, get_args(LinearKind))
 
 
 # Marks an option in which model families differ. Such an option says what the weights mean, so `init_from` takes its
@@ -76,6 +98,9 @@ class TransformerConfig(SparsityOptions):
         normalise_experts: Whether the weights of a token's experts add up to 1, as in Mixtral.
         load_balance: The weight of the load-balancing loss, which is part of the training loss.
 
+        layers: Rules for linear layers whose kind is not ``linear``, for example to leave the first block dense. If
+            several rules match a layer, the last one counts.
+
     Raises:
         ConfigError: If the numbers do not fit together.
     """
@@ -111,6 +136,7 @@ class TransformerConfig(SparsityOptions):
     d_expert: int | None = field(default=None, kw_only=True, metadata=FAMILY_OPTION)
     normalise_experts: bool = field(default=True, kw_only=True, metadata=FAMILY_OPTION)
     load_balance: float = field(default=0.01, kw_only=True, metadata=TRAINING_OPTION)
+    layers: tuple[LayerRule, ...] = field(default=(), kw_only=True, metadata=TRAINING_OPTION)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,6 +154,13 @@ class TransformerConfig(SparsityOptions):
         self._check_heads()
         self._check_positions()
         self._check_experts()
+        rules = (LayerRule(**rule) if isinstance(rule, dict) else rule for rule in self.layers)
+        object.__setattr__(self, "layers", tuple(rules))
+        if self.linear == "dense" and any(rule.linear != "dense" for rule in self.layers):
+            raise ConfigError(
+                "layers: the rules of a dense model make no layer sparse; set linear to ternary or masked, and give a "
+                'first rule {match: "*", linear: dense}'
+            )
         if self.linear != "dense":
             if self.attention_width == self.d_model:
                 self.nm.check_divides(self.d_model, "layers attention.qkv, attention.o and mlp.gate_up (d_model)")
@@ -225,6 +258,10 @@ class TransformerConfig(SparsityOptions):
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(SparsityOptions)}
         return SparsityConfig(kind="masked" if self.linear == "masked" else "ternary", **options)
 
+    def kind_of(self, layer: str) -> LinearKind:
+        """The kind of a linear layer, by its name in the model: that of the last rule that matches, or ``linear``."""
+        return next((rule.linear for rule in reversed(self.layers) if fnmatchcase(layer, rule.match)), self.linear)
+
     @property
     def head_size(self) -> int:
         """The number of features of one attention head."""
@@ -279,4 +316,6 @@ def _plain(value: Any) -> Any:
     """A value in a form that YAML and JSON can hold."""
     if isinstance(value, RopeScaling):
         return value.to_dict()
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, LayerRule):
+        return dataclasses.asdict(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -29,6 +29,7 @@ from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers, we
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.models.attention import Attend, Attention, causal_attention
 from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.linear import apply_rules
 from sbn_lightning.models.loss import linear_cross_entropy
 from sbn_lightning.models.mlp import GatedMLP
 from sbn_lightning.models.moe import MixtureOfExperts, load_balance_loss, loads
@@ -103,6 +104,7 @@ class TernaryTransformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        apply_rules(self, config)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         cos, sin = rope_tables(config)

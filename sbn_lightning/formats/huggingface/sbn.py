@@ -29,13 +29,14 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.huggingface.config import architecture
 from sbn_lightning.formats.huggingface.names import fused_name, linear_parts
 from sbn_lightning.formats.packed import ternary_layers
+from sbn_lightning.sparsity.config import OPTION_NAMES
 
 if TYPE_CHECKING:
     from sbn_lightning.formats.loaded import LoadedModel
 
 METHOD = "sbn"
 VERSION = 1
-OPTIONS = ("pattern", "kind", "split_sizes", "activation_bits", "mask_source", "gradient", "gamma_over")
+OPTIONS = OPTION_NAMES
 """The options of a layer that a folder records."""
 
 
@@ -94,6 +95,11 @@ def write_hf_sbn(loaded: LoadedModel, folder: Path, perplexity: float | None = N
     layers = ternary_layers(model)
     if config.linear != "ternary" or not layers:
         raise ConfigError(f"--format hf-sbn is for ternary models; this one is {config.linear!r}: use --format hf")
+    if config.layers:
+        raise ConfigError(
+            "--format hf-sbn holds models whose linear layers are all ternary; model.config.layers makes some of "
+            "another kind: use --format packed"
+        )
     tensors = _other_tensors(loaded)
     modules: dict[str, dict[str, Any]] = {}
     zeros = weights = 0

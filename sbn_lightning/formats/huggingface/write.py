@@ -130,6 +130,11 @@ def check_ternary(loaded: LoadedModel, format: str) -> None:
     config = loaded.config
     if config.linear != "ternary":
         raise ConfigError(f"--format {format} is for ternary models; this one is {config.linear!r}: use --format hf")
+    if config.layers:
+        raise ConfigError(
+            f"--format {format} holds models whose linear layers are all ternary; model.config.layers makes some of "
+            "another kind: use --format packed"
+        )
     if config.activation_bits != 8:
         raise ConfigError(
             f"what reads {format} quantises activations to 8 bits, this model was trained with activation_bits="
