@@ -1,12 +1,16 @@
 """Whole optimiser steps: tokens a second, peak memory and model-FLOPs utilisation of a Qwen2.5 shape.
 
-    python benchmarks/training_step.py [--shape qwen2.5-1.5b] [--variants NAME ...] [--profile]
+    python benchmarks/training_step.py [--shape qwen2.5-1.5b] [--variants NAME ...] [--memory] [--trainer] [--profile]
 
 A step is ``accumulate`` micro-batches of random tokens, gradient clipping and a fused AdamW on float32 weights. All
 variants are the same transformer with the same loss (Liger's fused loss where Liger is installed) under torch.compile
 and bfloat16 autocast. They differ in their linear layers only. Before one of our variants is timed, its loss is
 compared with the loss of the reference backend on the same weights. ``syncs`` counts the synchronisations of the host
 in a step.
+
+``--shape`` also takes the blocks of Llama-3-8B, four of them, and a public 1.1B model of ``transformers``
+(``step_variants.py``). ``--memory`` writes the memory by part (``step_memory.py``) to ``training_memory.csv``.
+``--trainer`` measures each variant through Lightning's Trainer as well, with the same batches.
 """
 
 from __future__ import annotations
@@ -18,85 +22,22 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from common import append, fresh_results, header, need_gpu
+from step_memory import memory_by_part
+from step_variants import SHAPES, VARIANTS, FakeQuantizedLinear, make_config
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sbn_lightning import SparseTernaryPrecision, TransformerConfig
+from sbn_lightning import SparseTernaryPrecision
 from sbn_lightning.models.flops import flops_per_token, peak_flops
-from sbn_lightning.models.transformer import TernaryTransformer
-from sbn_lightning.sparsity.pattern import NMPattern, top_n_mask
-from sbn_lightning.sparsity.ternary import expand_scale, weight_scale
+
+__all__ = ["FakeQuantizedLinear"]  # loss_curves.py takes the layer from here
 
 SEQUENCE_LENGTH = 2048
-
-
-class FakeQuantizedLinear(nn.Linear):
-    """The layer of the public reference: everything is quantised anew for each micro-batch, the product is BF16."""
-
-    pattern = NMPattern(2, 4)
-    split_sizes: tuple[int, ...] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        gamma = expand_scale(weight_scale(weight, self.split_sizes), self.split_sizes, self.out_features).unsqueeze(-1)
-        fake = (weight / gamma).round().clamp(-1, 1) * gamma * top_n_mask(weight, self.pattern)
-        scale = 127 / x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-5)
-        rounded = (x * scale).round().clamp(-128, 127) / scale
-        return F.linear(x + (rounded - x).detach(), weight + (fake - weight).detach(), self.bias)
-
-
-def dense(config: TransformerConfig) -> TernaryTransformer:
-    """Makes the BF16 baseline."""
-    return TernaryTransformer(TransformerConfig(**config.to_dict() | {"linear": "dense"}))
-
-
-def fake_quantized(config: TransformerConfig) -> TernaryTransformer:
-    """Makes every linear layer of the blocks a layer of the public reference."""
-    model = dense(config)
-    for layer in model.blocks.modules():
-        if type(layer) is nn.Linear:
-            layer.__class__ = FakeQuantizedLinear
-    return model
-
-
-def torchao_bitnet(config: TransformerConfig) -> TernaryTransformer:
-    """Makes torchao's prototype: ternary weights without sparsity, int8 forward."""
-    from torchao.prototype.quantized_training import bitnet_training
-    from torchao.quantization import quantize_
-
-    model = dense(config)
-    quantize_(model.blocks, bitnet_training())
-    return model
-
-
-def ternary(config: TransformerConfig, pattern: str) -> TernaryTransformer:
-    """Makes our model."""
-    return TernaryTransformer(TransformerConfig(**config.to_dict() | {"pattern": pattern}))
-
-
-def masked(config: TransformerConfig) -> TernaryTransformer:
-    """Makes 2:4 weights in BF16, not quantised."""
-    return TernaryTransformer(TransformerConfig(**config.to_dict() | {"linear": "masked", "pattern": "2:4"}))
-
-
-Build = Callable[[TransformerConfig], TernaryTransformer]
-VARIANTS: dict[str, tuple[Build, dict[str, str] | None]] = {
-    "bf16 dense": (dense, None),
-    "bf16 2:4 masked": (masked, None),
-    "fake quantised 2:4": (fake_quantized, None),
-    "fake quantised 2:4, eager": (fake_quantized, None),
-    "torchao BitNet, dense ternary": (torchao_bitnet, None),
-    "ours 2:4": (partial(ternary, pattern="2:4"), {"backend": "sparse"}),
-    "ours 2:4, int8 gradients": (partial(ternary, pattern="2:4"), {"backend": "sparse", "gradients": "int8"}),
-    "ours 6:8": (partial(ternary, pattern="6:8"), {"backend": "int8"}),
-    "ours 6:8, int8 gradients": (partial(ternary, pattern="6:8"), {"backend": "int8", "gradients": "int8"}),
-}
+DEVICE = torch.device("cuda")
 
 
 def groups_of(model: nn.Module) -> list[dict[str, object]]:
@@ -108,23 +49,31 @@ def groups_of(model: nn.Module) -> list[dict[str, object]]:
     ]
 
 
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of every variant: one fused kernel for all parameters."""
+    return torch.optim.AdamW(groups_of(model), lr=1e-4, betas=(0.9, 0.95), fused=True)
+
+
 class Step:
     """Runs the optimiser step of one variant repeatedly."""
 
-    def __init__(self, name: str, config: TransformerConfig, sequences: int, accumulate: int) -> None:
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
         build, options = VARIANTS[name]
+        config = make_config(args.shape, SEQUENCE_LENGTH, args.checkpointing, args.layers)
         torch.manual_seed(0)
-        with torch.device("cuda"):
-            self.model = build(config)
-        self.plugin = None if options is None else SparseTernaryPrecision(**options)  # type: ignore[arg-type]
-        shape = (accumulate, sequences, SEQUENCE_LENGTH + 1)
-        self.batches = torch.randint(config.vocab_size, shape, device="cuda").unbind()
+        with DEVICE:
+            self.model = build(config, args.layers)
+        tokens = args.sequences * SEQUENCE_LENGTH
+        self.plugin = None if options is None else SparseTernaryPrecision(**options, tokens=tokens)  # type: ignore[arg-type]
+        shape = (args.accumulate, args.sequences, SEQUENCE_LENGTH + 1)
+        vocabulary = self.model.vocab_size if config is None else config.vocab_size
+        self.batches = torch.randint(vocabulary, shape, device=DEVICE).unbind()
         if self.plugin is not None:
             self._verify(name)
             self.plugin.convert_module(self.model)
         if not name.endswith("eager"):
             self.model.compile_blocks()
-        self.optimizer = torch.optim.AdamW(groups_of(self.model), lr=1e-4, betas=(0.9, 0.95), fused=True)
+        self.optimizer = optimizer_of(self.model)
 
     def _verify(self, name: str) -> None:
         """Compares the loss with that of the reference backend; bfloat16 rounds on the way through the model."""
@@ -132,21 +81,31 @@ class Step:
         plugin = SparseTernaryPrecision(self.plugin.backend)  # type: ignore[union-attr]
         plugin.convert_module(self.model)
         losses = []
-        for context in (torch.autocast("cuda", torch.bfloat16), plugin.forward_context()):
+        for context in (torch.autocast(DEVICE.type, torch.bfloat16), plugin.forward_context()):
             with torch.no_grad(), context:
-                losses.append(float(self.model.loss(batch[:, :-1], batch[:, 1:])))
+                losses.append(float(self.loss(batch)))
         plugin.teardown()
         if not abs(losses[0] - losses[1]) < 2e-3 * losses[0]:
             raise AssertionError(f"{name}: loss {losses[1]} instead of {losses[0]}")
 
     def context(self) -> AbstractContextManager[None]:
         """Returns autocast, or the context of the plugin."""
-        return torch.autocast("cuda", torch.bfloat16) if self.plugin is None else self.plugin.forward_context()
+        return torch.autocast(DEVICE.type, torch.bfloat16) if self.plugin is None else self.plugin.forward_context()
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """The loss of a micro-batch."""
+        found: Tensor = self.model.loss(batch[:, :-1], batch[:, 1:])
+        return found
+
+    def forward(self) -> Tensor:
+        """The loss of the first micro-batch under the precision of the variant."""
+        with self.context():
+            return self.loss(self.batches[0])
 
     def __call__(self) -> None:
         for batch in self.batches:
             with self.context():
-                loss = self.model.loss(batch[:, :-1], batch[:, 1:])
+                loss = self.loss(batch)
             (loss / len(self.batches)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -157,6 +116,9 @@ class Step:
 def counted_syncs() -> Iterator[list[int]]:
     """Counts the host's waits for the GPU."""
     counts = [0]
+    if DEVICE.type != "cuda":
+        yield counts
+        return
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -211,14 +173,55 @@ def profile(step: Callable[[], None], top: int = 12) -> None:
         print(f"      {ms:8.2f} ms  {name[:110]}")
 
 
+def peak_bytes() -> float:
+    """The peak of GPU memory since it was reset; 0 without a GPU."""
+    return float(torch.cuda.max_memory_allocated()) if DEVICE.type == "cuda" else 0.0
+
+
+def through_trainer(step: Step, steps: int) -> list[float]:
+    """The milliseconds of each optimiser step of Lightning's Trainer on the same model, batches and optimiser.
+
+    Two steps come first, as in the bare loop. A step is timed from its end to the end of the next one.
+    """
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    events: list[torch.cuda.Event] = []
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = step.model
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return step.loss(batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return optimizer_of(self.inner)
+
+    class Clock(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *rest: object) -> None:
+            if (rest[-1] + 1) % len(step.batches) == 0:  # type: ignore[operator]
+                events.append(torch.cuda.Event(enable_timing=True))
+                events[-1].record()
+
+    precision = {"plugins": [step.plugin]} if step.plugin is not None else {"precision": "bf16-mixed"}
+    trainer = Trainer(
+        accelerator="gpu" if DEVICE.type == "cuda" else "cpu", devices=1, max_steps=steps + 2,
+        accumulate_grad_batches=len(step.batches), gradient_clip_val=1.0, callbacks=[Clock()], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **precision,
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(list(step.batches) * (steps + 2), batch_size=None)
+    trainer.fit(Module(), loader)
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in list(pairwise(events))[1:]]
+
+
 def measure(path: Path, name: str, args: argparse.Namespace, base: dict[str, float]) -> None:
     """Times one variant; ``base`` holds the time of the BF16 dense model for the variants after it."""
-    changes = {"n_layers": args.layers} if args.layers else {}
-    changes |= {"max_sequence_length": SEQUENCE_LENGTH, "activation_checkpointing": args.checkpointing}
-    config = TransformerConfig.preset(args.shape, **changes)
-    torch.cuda.reset_peak_memory_stats()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    step = Step(name, config, args.sequences, args.accumulate)
+    step = Step(name, args)
     for _ in range(2):
         step()
     torch.cuda.synchronize()
@@ -233,27 +236,50 @@ def measure(path: Path, name: str, args: argparse.Namespace, base: dict[str, flo
         event.record()
     torch.cuda.synchronize()
     ms = statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
+    peak = peak_bytes()
+    row_of(path, name, args, base, ms, step, {"peak_gib": peak / 2**30, "syncs": syncs[0], "setup_s": setup})
+    if args.memory:
+        table = path.with_name("training_memory.csv")
+        for part, size in memory_by_part(step.model, step.optimizer, step.forward, peak).items():
+            row: dict[str, object] = {"shape": args.shape, "micro_batch": args.sequences, "variant": name}
+            append(table, row | {"part": part, "gib": size / 2**30})
+    if args.profile:
+        profile(step)
+    if args.trainer:
+        step.optimizer.zero_grad()
+        step.optimizer = None  # type: ignore[assignment]  # its states make room for those of the Trainer's optimiser
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        ms = statistics.median(through_trainer(step, args.steps))
+        found = {"peak_gib": peak_bytes() / 2**30, "syncs": "", "setup_s": ""}
+        row_of(path, f"{name}, Trainer", args, base, ms, step, found)
+
+
+def row_of(
+    path: Path, name: str, args: argparse.Namespace, base: dict[str, float], ms: float, step: Step,
+    found: dict[str, object],
+) -> None:  # fmt: skip
+    """Writes the row of a variant."""
     tokens = args.sequences * args.accumulate * SEQUENCE_LENGTH
-    peak = peak_flops(torch.device("cuda"))
+    peak = peak_flops(DEVICE)
     worth = flops_per_token(step.model, SEQUENCE_LENGTH) * tokens / (ms / 1e3)
     row: dict[str, object] = {"shape": args.shape, "tokens_per_step": tokens, "micro_batch": args.sequences}
     row |= {"checkpointing": args.checkpointing, "variant": name, "ms": ms, "tokens_per_s": 1e3 * tokens / ms}
     row |= {"vs_bf16": base.setdefault("ms", ms) / ms if name == "bf16 dense" or base else ""}
-    row |= {"mfu": worth / peak if peak else float("nan"), "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
-    row |= {"syncs": syncs[0], "setup_s": setup}
-    append(path, row)
-    if args.profile:
-        profile(step)
+    row |= {"mfu": worth / peak if peak else float("nan")}
+    append(path, row | found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="qwen2.5-1.5b")
+    parser.add_argument("--shape", default="qwen2.5-1.5b", choices=SHAPES)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--layers", type=int, help="fewer blocks than the shape has")
     parser.add_argument("--sequences", type=int, default=8, help="sequences of 2,048 tokens in a micro-batch")
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches in a step")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    parser.add_argument("--memory", action="store_true", help="also write the memory by part to training_memory.csv")
+    parser.add_argument("--trainer", action="store_true", help="also measure each variant through Lightning's Trainer")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--profile", action="store_true", help="also print where the time of one step goes")
     parser.add_argument("--append", action="store_true", help="keep the rows that the CSV has")
@@ -261,6 +287,8 @@ def main() -> None:
     need_gpu()
     torch.set_float32_matmul_precision("high")
     path = fresh_results("training_step", keep=args.append)
+    if args.memory:
+        fresh_results("training_memory", keep=args.append)
     print(header())
     base: dict[str, float] = {}
     for name in args.variants:

@@ -1,0 +1,168 @@
+"""The shapes and the variants of ``training_step.py``: which model is built, and with which layers.
+
+A shape is one of our transformer, or a model of ``transformers`` that knows nothing of this package. A variant says
+what the linear layers of the blocks are. Both kinds of model have ``loss(ids, targets)`` and ``compile_blocks()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sbn_lightning import TransformerConfig
+from sbn_lightning.layers.conversion import convert_linears
+from sbn_lightning.models.transformer import TernaryTransformer
+from sbn_lightning.sparsity.pattern import NMPattern, top_n_mask
+from sbn_lightning.sparsity.ternary import expand_scale, weight_scale
+
+LLAMA_3_8B_BLOCKS = "llama-3-8b, 4 blocks"
+FOREIGN_1B = "transformers llama-1.1b"
+SHAPES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", LLAMA_3_8B_BLOCKS, FOREIGN_1B)
+
+
+class ForeignModel(nn.Module):
+    """A Llama of ``transformers`` in the shape of TinyLlama-1.1B: 22 blocks with separate q, k, v, gate and up."""
+
+    def __init__(self, **changes: Any) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__()
+        shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+        shape |= {"num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048}
+        self.model = LlamaForCausalLM(LlamaConfig(**shape | changes, attn_implementation="sdpa"))
+
+    @property
+    def blocks(self) -> nn.Module:
+        """The blocks, whose layers the variants replace."""
+        return self.model.model.layers
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids."""
+        return int(self.model.config.vocab_size)
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of the next tokens, by the head and the loss of PyTorch."""
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def compile_blocks(self) -> None:
+        """Compiles each block."""
+        for block in self.blocks:
+            block.compile()
+
+
+def make_config(shape: str, sequence_length: int, checkpointing: bool, layers: int | None) -> TransformerConfig | None:
+    """The config of a shape of our transformer; None for a foreign model."""
+    changes: dict[str, Any] = {"max_sequence_length": sequence_length, "activation_checkpointing": checkpointing}
+    if layers:
+        changes["n_layers"] = layers
+    if shape == FOREIGN_1B:
+        return None
+    if shape == LLAMA_3_8B_BLOCKS:
+        blocks = {"d_model": 4096, "d_ffn": 14336, "n_heads": 32, "n_kv_heads": 8, "n_layers": 4, "vocab_size": 32000}
+        return TransformerConfig(**{"rope_theta": 5e5, **blocks, **changes})
+    return TransformerConfig.preset(shape, **changes)
+
+
+def _plain(config: TransformerConfig | None, layers: int | None = None) -> Any:
+    """The model with plain layers."""
+    if config is None:
+        return ForeignModel(**({"num_hidden_layers": layers} if layers else {}))
+    return TernaryTransformer(TransformerConfig(**config.to_dict() | {"linear": "dense"}))
+
+
+class FakeQuantizedLinear(nn.Linear):
+    """The layer of the public reference: everything is quantised anew for each micro-batch, the product is BF16."""
+
+    pattern = NMPattern(2, 4)
+    split_sizes: tuple[int, ...] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        gamma = expand_scale(weight_scale(weight, self.split_sizes), self.split_sizes, self.out_features).unsqueeze(-1)
+        fake = (weight / gamma).round().clamp(-1, 1) * gamma * top_n_mask(weight, self.pattern)
+        scale = 127 / x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-5)
+        rounded = (x * scale).round().clamp(-128, 127) / scale
+        return F.linear(x + (rounded - x).detach(), weight + (fake - weight).detach(), self.bias)
+
+
+def dense(config: TransformerConfig | None, layers: int | None = None) -> Any:
+    """Makes the BF16 baseline."""
+    return _plain(config, layers)
+
+
+def fake_quantized(config: TransformerConfig | None, layers: int | None = None) -> Any:
+    """Makes every linear layer of the blocks a layer of the public reference."""
+    model = _plain(config, layers)
+    for layer in model.blocks.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = FakeQuantizedLinear
+    return model
+
+
+def torchao_float8(config: TransformerConfig | None, layers: int | None = None, *, recipe: str) -> Any:
+    """Makes torchao's float8 training, which a user on a Hopper GPU would pick instead of us.
+
+    Args:
+        config: The config, or None for the foreign model.
+        layers: Blocks of a foreign model; None: all.
+        recipe: ``"tensorwise"`` or ``"rowwise"``.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    model = _plain(config, layers)
+    convert_to_float8_training(model.blocks, config=Float8LinearConfig.from_recipe_name(recipe))
+    return model
+
+
+def torchao_bitnet(config: TransformerConfig | None, layers: int | None = None) -> Any:
+    """Makes torchao's prototype: ternary weights without sparsity, int8 forward."""
+    from torchao.prototype.quantized_training import bitnet_training
+    from torchao.quantization import quantize_
+
+    model = _plain(config, layers)
+    quantize_(model.blocks, bitnet_training())
+    return model
+
+
+def ternary(config: TransformerConfig | None, layers: int | None = None, *, pattern: str) -> Any:
+    """Makes our model, or converts the foreign one."""
+    if config is None:
+        model = ForeignModel(**({"num_hidden_layers": layers} if layers else {}))
+        convert_linears(model, pattern)
+        return model
+    return TernaryTransformer(TransformerConfig(**config.to_dict() | {"pattern": pattern}))
+
+
+def masked(config: TransformerConfig | None, layers: int | None = None) -> Any:
+    """Makes 2:4 weights in BF16, not quantised."""
+    if config is None:
+        model = _plain(config, layers)
+        convert_linears(model, "2:4", kind="masked")
+        return model
+    return TernaryTransformer(TransformerConfig(**config.to_dict() | {"linear": "masked", "pattern": "2:4"}))
+
+
+Build = Callable[[TransformerConfig | None, int | None], Any]
+_OURS = partial(ternary, pattern="2:4")
+VARIANTS: dict[str, tuple[Build, dict[str, str] | None]] = {
+    "bf16 dense": (dense, None),
+    "float8 tensorwise (torchao)": (partial(torchao_float8, recipe="tensorwise"), None),
+    "float8 rowwise (torchao)": (partial(torchao_float8, recipe="rowwise"), None),
+    "bf16 2:4 masked": (masked, None),
+    "fake quantised 2:4": (fake_quantized, None),
+    "fake quantised 2:4, eager": (fake_quantized, None),
+    "torchao BitNet, dense ternary": (torchao_bitnet, None),
+    "ours 2:4": (_OURS, {"backend": "sparse"}),
+    "ours 2:4, int8 gradients": (_OURS, {"backend": "sparse", "gradients": "int8"}),
+    "ours 2:4, int8 dX": (_OURS, {"backend": "sparse", "gradients": "int8-dx"}),
+    "ours 2:4, int8 dW": (_OURS, {"backend": "sparse", "gradients": "int8-dw"}),
+    "ours 2:4, auto": (_OURS, {"backend": "auto"}),
+    "ours 6:8": (partial(ternary, pattern="6:8"), {"backend": "int8"}),
+    "ours 6:8, int8 gradients": (partial(ternary, pattern="6:8"), {"backend": "int8", "gradients": "int8"}),
+}
