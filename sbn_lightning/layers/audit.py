@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from sbn_lightning.layers.candidates import left_alone, not_linear, shape_of
 from sbn_lightning.layers.conv1d import is_conv1d
@@ -136,12 +137,16 @@ def audit(model: nn.Module, forward: Callable[[], Any] | None = None) -> Audit:
             2 * (found.sparse_parameters - sparse_idle),
         )
     else:
-        _measure(found, forward, sparse, plain)
+        _measure(found, model, forward, sparse, plain)
     return found
 
 
 def _measure(
-    found: Audit, forward: Callable[[], Any], sparse: dict[str, nn.Module], plain: dict[str, nn.Module]
+    found: Audit,
+    model: nn.Module,
+    forward: Callable[[], Any],
+    sparse: dict[str, nn.Module],
+    plain: dict[str, nn.Module],
 ) -> None:
     layers = sparse | plain
     tokens: Counter[str] = Counter()
@@ -165,7 +170,7 @@ def _measure(
         for name, module in sparse.items()
         if isinstance(module, MaskedLinear)
     }
-    watch = _WatchWeights(latent, inside)
+    watch = _WatchWeights(latent, _other_weights(model, sparse, plain), inside)
     try:
         with torch.no_grad(), watch:
             forward()
@@ -178,28 +183,61 @@ def _measure(
     size = {name: _product(shape_of(layer)) // getattr(layer, "experts", 1) for name, layer in layers.items()}
     flops = {name: 2 * count * size[name] for name, count in tokens.items()}
     found.measured = True
-    found.linear_flops = sum(flops.values())
+    found.linear_flops = sum(flops.values()) + watch.flops
     found.sparse_flops = sum(count for name, count in flops.items() if name in sparse)
     found.bypassed = [name for name in sparse if name in watch.used]
     found.not_called = [name for name in sparse if not tokens[name] and name not in watch.used]
 
 
 class _WatchWeights(TorchDispatchMode):
-    """Notes every operation on the latent weight of a layer that runs while the layer is not being called."""
+    """Notes every operation on the weight of a layer that runs while the layer is not being called.
 
-    def __init__(self, latent: dict[int, str], inside: list[str]) -> None:
+    Args:
+        latent: The latent weights of sparse layers: the place in memory, and the name of the layer.
+        others: All other matrices that multiply tokens: the place in memory, and the name of the linear layer; "" for
+            a matrix that belongs to no linear layer, such as the packed q, k and v of ``nn.MultiheadAttention``.
+        inside: The names of the layers that are being called.
+
+    Attributes:
+        used: The sparse layers whose weights were used without calling the layers.
+        flops: The FLOPs of products with all these matrices, outside of the calls of their layers.
+    """
+
+    def __init__(self, latent: dict[int, str], others: dict[int, str], inside: list[str]) -> None:
         super().__init__()
-        self.latent, self.inside = latent, inside
+        self.latent, self.others, self.inside = latent, others, inside
         self.used: set[str] = set()
+        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not any(result.alias_info for result in func._schema.returns):  # A view computes nothing.
-            for value in torch.utils._pytree.tree_leaves((args, kwargs)):
-                if isinstance(value, Tensor) and not value.is_meta:
-                    name = self.latent.get(value.untyped_storage().data_ptr())
-                    if name is not None and name not in self.inside:
-                        self.used.add(name)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if any(returned.alias_info for returned in func._schema.returns):  # A view computes nothing.
+            return result
+        counts = False
+        for value in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and not value.is_meta:
+                place = value.untyped_storage().data_ptr()
+                name = self.latent.get(place)
+                if name is not None and name not in self.inside:
+                    self.used.add(name)
+                    counts = True
+                name = self.others.get(place)
+                counts = counts or (name is not None and name not in self.inside)
+        if counts and (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _other_weights(model: nn.Module, sparse: dict[str, nn.Module], plain: dict[str, nn.Module]) -> dict[int, str]:
+    """Return the matrices that multiply tokens and are not in ``sparse``, as ``_WatchWeights`` wants them."""
+    embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+    known = {id(one) for module in (*sparse.values(), *embeddings) for one in module.parameters(recurse=False)}
+    owner = {id(one): name for name, layer in plain.items() for one in layer.parameters(recurse=False)}
+    return {
+        one.untyped_storage().data_ptr(): owner.get(id(one), "")
+        for one in model.parameters()
+        if one.ndim >= 2 and id(one) not in known
+    }
 
 
 def _idle(layer: nn.Module) -> int:

@@ -33,7 +33,7 @@ def test_shares_reasons_and_bypassed_layers():
     linear = 3 * 256 + 512 + 160
     assert (report.sparse_parameters, report.linear_parameters) == (768, linear)
     assert report.parameters == linear + 160 + 3 * 16
-    assert report.linear_flops == 2 * 15 * (2 * 256 + 160)
+    assert report.linear_flops == 2 * 15 * (2 * 256 + 160 + 256)  # the bypassed layer computes too
     assert report.sparse_flops == 2 * 15 * 2 * 256
     assert report.bypassed == ["bypassed"]
     assert report.not_called == ["unused"]
@@ -62,3 +62,10 @@ def test_the_fused_inference_of_torch_is_found(fused):
     layer.activation_relu_or_gelu = int(fused)
     report = audit(layer, lambda: layer(torch.randn(2, 5, 16)))
     assert report.bypassed == (["linear1", "linear2"] if fused else [])
+
+
+def test_products_outside_of_linear_layers_count():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    convert_linears(layer, "2:4")
+    report = audit(layer, lambda: layer(torch.randn(2, 5, 16)))
+    assert report.linear_share == report.flop_share == pytest.approx(0.5)  # q, k, v and the output are the other half
