@@ -7,6 +7,7 @@ event files and not for checkpoints, which would then lie in a folder named ``~`
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from sbn_lightning.checkpoints.io import say
 from sbn_lightning.checkpoints.lock import RunLock
@@ -167,6 +169,20 @@ def _continue_in(config: Namespace, folder: Path) -> None:
     for logger in loggers:
         if "version" in logger.init_args or logger is loggers[0]:
             logger.init_args.version = version
+            _keep_metrics(logger)
+
+
+def _keep_metrics(logger: Namespace) -> None:
+    """Give the ``metrics.csv`` of the run so far another name, because a new ``CSVLogger`` would delete the file."""
+    kind = locate(logger.class_path)
+    if not isinstance(kind, type) or not issubclass(kind, CSVLogger) or rank_zero_only.rank != 0:
+        return
+    options = logger.init_args
+    file = Path(str(options.save_dir), str(options.get("name") or ""), options.version, "metrics.csv")
+    if file.is_file():
+        kept = next(free for i in count(1) if not (free := file.with_name(f"metrics.{i}.csv")).exists())
+        file.rename(kept)
+        say(f"the metrics so far are kept as {kept}; the run goes on in a new {file.name}")
 
 
 def folder_of_checkpoints(trainer_options: dict[str, Any], dirpath: str | None) -> Path | None:

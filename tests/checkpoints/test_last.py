@@ -105,6 +105,11 @@ def test_loggers_of_other_kinds(tokens, capsys):
     assert fit(tokens, *csv, f"{NAME}c") == 0
     assert fit(tokens, *csv, f"{NAME}c", LAST, "--trainer.max_steps=3") == 0
     assert step("csv/c/version_0/checkpoints/last.ckpt") == 3
+    folder = Path("csv/c/version_0")
+    before, after = ((folder / name).read_text() for name in ("metrics.1.csv", "metrics.csv"))
+    assert before.startswith("epoch,")
+    assert before != after
+    assert "the metrics so far are kept as csv/c/version_0/metrics.1.csv" in capsys.readouterr().out
     assert fit(tokens, "--trainer.logger=false") == 0
     assert fit(tokens, "--trainer.logger=false", LAST, "--trainer.max_steps=3") == 0
     assert step("checkpoints/last.ckpt") == 3
