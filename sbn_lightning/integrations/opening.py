@@ -10,49 +10,25 @@ transformers is imported only for a model that needs it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
 
 from sbn_lightning.checkpoints import lightning_file
-from sbn_lightning.checkpoints.text_files import TextFiles, find_text_files, only_token_ids, read_folder
-from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.checkpoints.text_files import find_text_files
+from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.assemble import cast_model
 from sbn_lightning.formats.files import read_json
-from sbn_lightning.formats.load import load_model, text_of_checkpoint
+from sbn_lightning.formats.load import load_model
 from sbn_lightning.formats.loaded import LoadedModel
 from sbn_lightning.formats.recognise import Found, recognise
 from sbn_lightning.inference.opening import BackendName, DTypeName, choose_device, open_model, use_backend
 from sbn_lightning.layers.masked_linear import prepare_layers
-from sbn_lightning.layers.packed import PackedTernaryLinear
-
-if TYPE_CHECKING:
-    from sbn_lightning.integrations.huggingface.network import Network
 
 CONFIG = "config.json"
 NEEDS = 'this model needs transformers: pip install "sbn-lightning[hf]"'
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The weights of a model of transformers, for a new run to start from.
-
-    Attributes:
-        model_type: The architecture, by transformers' name.
-        state: The tensors by their names in the model of transformers; of a sparse layer the latent weight.
-        is_packed: Whether the latent weights are lost, so that ``gamma * codes`` takes their place.
-        text: The text files that came with the weights.
-    """
-
-    model_type: str
-    state: dict[str, Tensor]
-    is_packed: bool
-    text: TextFiles
 
 
 def open_any(
@@ -151,82 +127,15 @@ def for_transformers(path: Path) -> Found | None:
     return None
 
 
-def read_weights(path: str) -> Weights:
-    """Read the weights of a model of transformers, for ``init_from``.
-
-    Args:
-        path: A checkpoint, the folder of a run, or a Hugging Face folder.
-
-    Raises:
-        DataError: If there is no such model, or it is damaged.
-        ConfigError: If the file holds a model of our own transformer, or transformers is missing.
-    """
-    found = recognise(Path(path))
-    if found.format == "lightning" and not lightning_file.holds_hugging_face(found.place):
-        lightning_file.read(found.place)  # Raises its own error about a damaged file.
-        raise ConfigError(f"init_from: {path} is a model of our own transformer; use a recipe with model.config")
-    if found.format not in ("lightning", "hf"):
-        raise ConfigError(f"init_from: {path} is a {found.format} model; give a checkpoint or a Hugging Face folder")
-    network, text = _read(found)
-    state: dict[str, Tensor] = dict(network.hf.state_dict())
-    packed = {name: one for name, one in network.hf.named_modules() if isinstance(one, PackedTernaryLinear)}
-    for name, layer in packed.items():
-        state[f"{name}.weight"] = layer.effective_weight()
-    return Weights(str(network.config.hugging_face.get("model_type")), state, bool(packed), text)
-
-
 def _load(found: Found, tokenizer: str | None, dtype: torch.dtype | None) -> LoadedModel:
-    network, text = _read(found)
+    if find_spec("transformers") is None:
+        raise ConfigError(NEEDS)
+    from sbn_lightning.integrations.huggingface.reading import read_network
+
+    network, text = read_network(found)
     if dtype is not None:
         cast_model(cast(Any, network), dtype)
     network.eval().requires_grad_(False)
     text = find_text_files(found.place, text, tokenizer)
     _ = text.tokenizer  # A damaged tokenizer is found now, and not after minutes of work.
     return LoadedModel(cast(Any, network), cast(Any, network.config), found.format, found.place, text)
-
-
-def _read(found: Found) -> tuple[Network, TextFiles]:
-    if find_spec("transformers") is None:
-        raise ConfigError(NEEDS)
-    place = found.place
-    if found.format == "lightning":
-        return _read_checkpoint(place)
-    from sbn_lightning.integrations.huggingface.network import Network, build_network
-
-    values = read_json(place / CONFIG)
-    if values.get("format") == "sbn-sparse":
-        from sbn_lightning.integrations.folder import load_sparse
-
-        described = values[lightning_file.HUGGING_FACE]
-        hf = build_network(described)
-        load_sparse(hf, place)
-        return Network(hf, "ternary"), read_folder(place, only_token_ids(described))
-    hf = build_network(str(place), what="")
-    return Network(hf, _kind_of(hf)), read_folder(place, only_token_ids(values))
-
-
-def _read_checkpoint(place: Path) -> tuple[Network, TextFiles]:
-    from sbn_lightning.integrations.huggingface.network import OPTIONS, make_network
-
-    saved = lightning_file.load(place)
-    recorded: Mapping[str, Any] = saved["hyper_parameters"]
-    linear = recorded["config"]["linear"]
-    options: dict[str, Any] = {name: recorded[name] for name in OPTIONS if name in recorded}
-    network, _ = make_network(recorded["source"], linear, **options)
-    state = {
-        name.removeprefix(lightning_file.PREFIX): tensor
-        for name, tensor in saved["state_dict"].items()
-        if name.startswith(lightning_file.PREFIX)
-    }
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise DataError(f"{place} does not fit its own configuration: {str(error).splitlines()[-1].strip()}") from error
-    return network, text_of_checkpoint(saved, place)
-
-
-def _kind_of(hf: nn.Module) -> str:
-    from sbn_lightning.integrations.folder import describe, sparse_layers
-
-    kinds = {describe(layer)["kind"] for layer in sparse_layers(hf).values()}
-    return "dense" if not kinds else "ternary" if "ternary" in kinds else "masked"

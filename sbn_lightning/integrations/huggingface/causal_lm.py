@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -28,9 +28,11 @@ from sbn_lightning.integrations.huggingface.network import (
     make_network,
     text_of_source,
 )
-from sbn_lightning.integrations.opening import read_weights
+from sbn_lightning.integrations.huggingface.reading import read_weights
 from sbn_lightning.layers.audit import audit
 from sbn_lightning.layers.masked_linear import prepare_layers
+from sbn_lightning.sparsity.config import Gradient, MaskSource
+from sbn_lightning.sparsity.ternary import GammaOver
 from sbn_lightning.training.module import Perplexity, Schedule, SparseBitNet
 
 __all__ = ["CausalLM", "Network", "Shape", "build_network"]
@@ -76,9 +78,9 @@ class CausalLM(SparseBitNet):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = ("lm_head", "embed_out"),
         activation_bits: int | None = 8,
-        mask_source: Literal["latent", "ternary"] = "latent",
-        gradient: Literal["dense", "masked"] = "dense",
-        gamma_over: Literal["dense", "kept", "masked", "nonzero"] = "dense",
+        mask_source: MaskSource = "latent",
+        gradient: Gradient = "dense",
+        gamma_over: GammaOver = "dense",
         optimizer: OptimizerCallable = AdamW,
         schedule: Schedule = "cosine",
         warmup_steps: int = 100,
