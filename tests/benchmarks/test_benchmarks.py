@@ -220,7 +220,7 @@ def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(rows[0])[: len(scaling.COLUMNS)] == scaling.COLUMNS
     assert table.missing == ["qwen2.5-3b ddp, int8 gradients, 4 micro-batches"]
     table.alone.clear()
-    table.add(small, {"ms": 500.0, "peak_gib": 1.0, "wire_mib": 5.0, "same_masks": True})
+    table.add(small._replace(accumulate=8), {"ms": 500.0, "peak_gib": 1.0, "wire_mib": 5.0, "same_masks": True})
     assert [(row["strategy"], row["scaling"]) for row in read(table.path)] == [("one", "1"), ("ddp", "1"), ("ddp", "")]
     with pytest.raises(AssertionError, match="different masks"):
         table.add(small._replace(strategy="fsdp2"), {"ms": 1.0, "peak_gib": 1.0, "same_masks": False})

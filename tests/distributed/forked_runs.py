@@ -30,7 +30,7 @@ def forked_runs(request: pytest.FixtureRequest, tokens: Path, tmp_path_factory: 
     file.write_text(json.dumps([job | {"folder": str(job["folder"])} for job in jobs]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     command = [sys.executable, "-m", "tests.distributed.forked", str(file)]
-    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=120 + 120 * len(jobs))
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300 * (1 + len(jobs)))
     return root
 
 

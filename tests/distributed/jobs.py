@@ -51,7 +51,8 @@ def full_disk(path: Any) -> Any:
 
 def fail(folder: Path, kind: str, rank: int) -> None:
     """Train 5 steps that save each, while something happens to one rank after the second step."""
-    watch = RankWatch(silence=4, grace=3)
+    # On a busy machine a rank that is well may be silent for some seconds.
+    watch = RankWatch(silence=12 if kind == "killed" else 30, grace=3)
     watch.recipe = {"trainer.max_steps": "5"}
     if kind == "recipe" and int(os.environ["RANK"]) == rank:
         watch.recipe["trainer.max_steps"] = "6"
@@ -99,12 +100,12 @@ def resume(folder: Path, name: str, steps: int, **options: Any) -> None:
     torch.save(losses, folder / f"{name}.rank{os.environ['RANK']}.pt")
 
 
-def packed(folder: Path) -> None:
-    """Compare layers and models whose rows are on several ranks with one process."""
-    from tests.distributed.packed_worker import check_all
+def packed(folder: Path, what: str) -> None:
+    """Compare layers or models whose rows are on several ranks with one process."""
+    from tests.distributed import packed_worker
 
     torch.distributed.init_process_group("gloo")
-    check_all(torch.distributed.get_world_size())
+    getattr(packed_worker, f"check_{what}")(torch.distributed.get_world_size())
     torch.distributed.destroy_process_group()
 
 

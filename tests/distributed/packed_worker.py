@@ -184,12 +184,11 @@ def counted() -> Iterator[list[int]]:
         yield calls
 
 
-def check_all(ranks: int) -> None:
-    """Check single layers and whole models."""
+def check_layers(ranks: int) -> None:
+    """Check single layers of all kinds."""
     for case in CASES:
         for held, share in ((False, 1.0), (True, 1.0), (False, 0.6)):
             check(case, ranks, held, share)
-    check_models(ranks)
 
 
 def main() -> None:
@@ -198,7 +197,8 @@ def main() -> None:
         torch.cuda.set_device(rank)
     backend = "nccl" if DEVICE == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=ranks)
-    check_all(ranks)
+    check_layers(ranks)
+    check_models(ranks)
     dist.destroy_process_group()
 
 

@@ -22,10 +22,15 @@ def test_the_cut_is_that_of_a_dtensor(rows, ranks):
 
 
 def jobs_of_ranks(folder, tokens):
-    return [{"ranks": ranks, "function": "packed", "folder": folder / str(ranks)} for ranks in (2, 3)]
+    return [
+        {"ranks": ranks, "function": "packed", "folder": folder / f"{what}{ranks}", "options": {"what": what}}
+        for ranks in (2, 3)
+        for what in ("layers", "models")
+    ]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_every_rank_equals_one_process(ranks, forked_runs):
-    folder = forked_runs / "test_packed_rows" / str(ranks)
+@pytest.mark.parametrize("what", ["layers", "models"])
+def test_every_rank_equals_one_process(what, ranks, forked_runs):
+    folder = forked_runs / "test_packed_rows" / f"{what}{ranks}"
     assert statuses(folder) == [0] * ranks, (folder / "rank0.log").read_text()
