@@ -37,13 +37,13 @@ from sbn_lightning.layers.experts_linear import PackedExperts
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
+from sbn_lightning.sparsity.config import OPTION_NAMES
 
 FORMAT = "sbn-sparse"
 VERSION = 1
 WEIGHTS = "model.safetensors"
 MANIFEST = "config.json"
 
-CONVERSION_OPTIONS = ("pattern", "kind", "split_sizes", "activation_bits", "mask_source", "gradient", "gamma_over")
 
 Form = Literal["packed", "latent"]
 SparseLayer = MaskedLinear | PackedTernaryLinear
@@ -182,18 +182,11 @@ def load_sparse(model: nn.Module, directory: str | Path, *, strict: bool = True)
 
 def describe(layer: SparseLayer) -> dict[str, Any]:
     """Return the options of a layer as plain values."""
-    kind = "ternary" if isinstance(layer, SparseBitLinear | PackedTernaryLinear) else "masked"
     about: dict[str, Any] = {
-        "kind": kind,
         "out_features": layer.out_features,
         "in_features": layer.in_features,
-        "pattern": str(layer.pattern),
+        **layer.sparsity.to_dict(),
     }
-    if kind == "ternary":
-        about |= {"split_sizes": layer.split_sizes, "activation_bits": layer.activation_bits}
-    for option in ("mask_source", "gradient", "gamma_over"):
-        if hasattr(layer, option):
-            about[option] = getattr(layer, option)
     if hasattr(layer, "experts"):
         about["experts"] = layer.experts
     return about
@@ -201,7 +194,7 @@ def describe(layer: SparseLayer) -> dict[str, Any]:
 
 def conversion_options(about: dict[str, Any]) -> dict[str, Any]:
     """Return what ``convert_by_name`` takes, from what :func:`describe` gave."""
-    return {option: value for option, value in about.items() if option in CONVERSION_OPTIONS}
+    return {option: value for option, value in about.items() if option in OPTION_NAMES}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

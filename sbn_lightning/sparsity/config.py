@@ -134,6 +134,10 @@ class SparsityConfig(SparsityOptions):
         return asdict(self) | {"pattern": str(self.pattern)}
 
 
+OPTION_NAMES = tuple(f.name for f in fields(SparsityConfig))
+"""The names of all options of a layer, for formats that record them."""
+
+
 def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise a :class:`ConfigError` if ``value`` is not one of ``choices``. True is not 1, and 8.0 is not 8."""
     if not any(value == choice and type(value) is type(choice) for choice in choices):

@@ -11,6 +11,7 @@ from torch import nn
 
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.integrations import load_sparse, revert, save_sparse, use_kernels
+from sbn_lightning.integrations.folder import conversion_options, describe
 from sbn_lightning.integrations.pytorch import convert, convert_by_name
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
@@ -174,3 +175,11 @@ def test_every_way_in_has_one_default_pattern():
         from sbn_lightning.integrations.torchao import TernarySparseConfig
 
         assert TernarySparseConfig().pattern == str(default)
+
+
+@pytest.mark.parametrize("make", [SparseBitLinear, SparseLinear])
+def test_a_folder_records_every_option_of_a_layer(make):
+    changed = {"mask_source": "ternary", "gradient": "masked", "gamma_over": "kept", "activation_bits": 4}
+    layer = make(16, 8, pattern="2:4", split_sizes=(4, 4), **changed)
+    recorded = json.loads(json.dumps(describe(layer)))
+    assert SparsityConfig(**conversion_options(recorded)) == layer.sparsity

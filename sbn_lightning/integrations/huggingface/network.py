@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,12 @@ from sbn_lightning.formats.huggingface.folder import read_hf_text
 from sbn_lightning.integrations.huggingface.decoder import NetworkDecoder
 from sbn_lightning.integrations.pytorch import convert
 from sbn_lightning.layers.conversion import ConversionReport
+from sbn_lightning.sparsity.config import SparsityOptions
 
 Linear = Literal["ternary", "masked", "dense"]
 
 # What a checkpoint of CausalLM records about its layers, by the names of the arguments of make_network.
-OPTIONS = ("pattern", "include", "exclude", "activation_bits", "mask_source", "gradient", "gamma_over")
+OPTIONS = ("include", "exclude", *(field.name for field in fields(SparsityOptions)))
 
 
 @dataclass(frozen=True)
