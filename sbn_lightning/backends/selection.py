@@ -252,7 +252,7 @@ def _fastest(layer: TernaryLayer, device: torch.device, dtype: torch.dtype, toke
         named_choices[name] = Choice(name, kernel, "")
         named_choices |= {f"{name} ({rival})": Choice(name, rival, "") for rival in rivals(layer, device, name, kernel)}
     for name, choice in named_choices.items():
-        backend = choice.make("bf16")
+        backend = REFERENCE if choice.kernel is None else choice.make("bf16")
         try:
             weight = trial.prepare(backend)
             if name != "reference" and not trial.agrees(backend, weight):
