@@ -22,7 +22,26 @@ def checkpoint(folder, **options):
     return folder / "model.ckpt"
 
 
-@pytest.mark.parametrize("options", [{}, {"qkv_bias": True, "tie_embeddings": True}, {"activation_bits": None}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"qkv_bias": True, "tie_embeddings": True},
+        {"activation_bits": None},
+        {"sub_norms": True, "activation": "relu2"},
+        {
+            "qk_norm": "head",
+            "head_dim": 16,
+            "sliding_window": 5,
+            "sliding_layers": (1,),
+            "qkv_bias": True,
+            "o_bias": True,
+        },
+        {"qk_norm": "projection", "post_norm": True},
+        {"layers_without_rope": (1,), "mlp_bias": True},
+    ],
+    ids=str,
+)
 def test_the_folder_has_the_same_logits_and_a_card(tmp_path, options):
     file = checkpoint(tmp_path, **options)
     arguments = ["--checkpoint", str(file), "--output", str(tmp_path / "folder"), "--format", "hf-sbn"]
