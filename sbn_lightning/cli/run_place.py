@@ -172,10 +172,11 @@ def _continue_in(config: Namespace, folder: Path) -> None:
             _keep_metrics(logger)
 
 
+@rank_zero_only
 def _keep_metrics(logger: Namespace) -> None:
     """Give the ``metrics.csv`` of the run so far another name, because a new ``CSVLogger`` would delete the file."""
     kind = locate(logger.class_path)
-    if not isinstance(kind, type) or not issubclass(kind, CSVLogger) or rank_zero_only.rank != 0:
+    if not isinstance(kind, type) or not issubclass(kind, CSVLogger):
         return
     options = logger.init_args
     file = Path(str(options.save_dir), str(options.get("name") or ""), options.version, "metrics.csv")
