@@ -153,16 +153,18 @@ def use_kernels(
     layers = ternary_layers(model)
     if not layers and not packed:
         raise ConfigError(f"use_kernels found no ternary layer in {type(model).__name__}; call convert(model) first")
+    choices = {}
+    if layers:
+        where = next(iter(layers.values())).weight.device
+        if dtype is None:
+            dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+        choices = choose(layers, backend, where, dtype, tokens)  # Raises what can go wrong, before a layer is changed.
     for module in packed:
         module.backend = "kernels" if backend == "sparse" else backend
     if (handle := _seed_hooks.pop(model, None)) is not None:
         handle.remove()
     if not layers:
         return f"{len(packed)} packed layers: backend {packed[0].backend}"
-    where = next(iter(layers.values())).weight.device
-    if dtype is None:
-        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    choices = choose(layers, backend, where, dtype, tokens)
     for name, layer in layers.items():
         layer.backend = choices[name].make(gradients)
     if gradients == "int8":

@@ -138,6 +138,10 @@ def test_kernels_by_one_call_and_back():
     assert "reference" in use_kernels(model)
     with pytest.raises(ConfigError, match='backend "sparse" cannot run on the CPU'):
         use_kernels(model, backend="sparse")
+    mixed = nn.Sequential(net(), PackedTernaryLinear(torch.ones(4, 8, dtype=torch.int8), torch.ones(1), pattern="8:8"))
+    with pytest.raises(ConfigError, match="sparse"):
+        use_kernels(mixed, backend="sparse")
+    assert mixed[1].backend == "auto"  # A refused choice leaves every layer as it was.
     with pytest.raises(ConfigError, match="call convert"):
         use_kernels(Net())
     with pytest.raises(ConfigError, match="need integer tensor cores"):
