@@ -182,3 +182,11 @@ def test_a_model_of_transformers() -> None:
     assert convert_linears(model, "2:4").swiglu == ["model.layers.0.mlp", "model.layers.1.mlp"]
     gelu = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, hidden_act="gelu"))
     assert convert_linears(gelu, "2:4").swiglu == []
+
+
+def test_a_compiled_model_computes_the_same(x: Tensor) -> None:
+    model, backend = converted(Gated())
+    expected = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
+    assert backend.pairs == 2
