@@ -193,11 +193,15 @@ class Decoder:
         end = start + len(tokens)
         if not 0 <= start < end <= self.max_length:
             raise ConfigError(f"tokens {start} to {end} do not fit into a row of {self.max_length} tokens")
+        if start and not self._layers:
+            raise ConfigError(f"a new decoder holds no tokens, so row {row} cannot keep {start}")
         self._prepare()
-        bucket = bucket_of(len(tokens), self.slots) if start == 0 and self._use_graph and self._layers else None
-        if bucket is None:
-            hidden = self._read(slice(row, row + 1), torch.tensor([tokens], device=self.device), start)
-            logits: Tensor = self.model.lm_head(hidden[:, -1])
+        bucket = bucket_of(len(tokens), self.slots) if start == 0 and self._use_graph else None
+        if bucket is None or not self._layers:
+            # The very first prompt makes the cache. It is padded like those after it, so its sums have their shapes.
+            padded = [*tokens, *[0] * ((bucket or len(tokens)) - len(tokens))]
+            hidden = self._read(slice(row, row + 1), torch.tensor([padded], device=self.device), start)
+            logits: Tensor = self.model.lm_head(hidden[:, len(tokens) - 1])
         else:
             if self._prompts is None:
                 self._prompts = PromptGraphs(self.model, self._layers, cuda_graph=True)

@@ -143,12 +143,16 @@ class Engine:
         return count if count >= LEAST_REUSED else 0
 
     def _read_prompts(self) -> None:
-        budget = self._chunk
+        read = 0
         starting = [row for row in self._rows if row.request is not None and row.chosen == 0]
         for row in sorted(starting, key=lambda row: row.last_used):
             request = row.request
             assert request is not None
-            part = request.prompt[len(row.cached) : len(row.cached) + budget]
+            # Parts have the same lengths whatever the other requests read, so sums have the same shapes.
+            part = request.prompt[len(row.cached) : len(row.cached) + self._chunk]
+            if read and read + len(part) > self._chunk:
+                return
+            read += len(part)
             try:
                 logits = self._decoder.extend(row.index, part, len(row.cached))
                 row.cached += part
@@ -162,9 +166,6 @@ class Engine:
                 request.fail(error)
                 row.cached = []
                 self._leave(row)
-            budget -= len(part)
-            if budget == 0:
-                return
 
     @torch.no_grad()
     def _step(self) -> None:

@@ -111,12 +111,12 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(opened, checkpoint, monkeypa
         yield from list(pieces(self))[1:]
 
     monkeypatch.setattr(Request, "__iter__", interrupted)
-    options = ["--max_new_tokens", "200", "--max_length", "400"]
+    options = ["--max_new_tokens", "60", "--max_length", "200"]
     status, out, err = talk(monkeypatch, capsys, checkpoint, "hello\n/reset\nhello\n", *options)
     assert status == 0
     assert err.count("[stopped]") == 1
     assert calls[0].result().finish in ("cancelled", "length")
-    assert calls[1].result().text == answer(opened.model, "<user>hello\n<A>", 200)
+    assert calls[1].result().text == answer(opened.model, "<user>hello\n<A>", 60)
     assert out.endswith(calls[1].result().text + "\n\n")
 
 

@@ -8,6 +8,8 @@ from sbn_lightning.inference import Decoder, generate
 from sbn_lightning.inference.buckets import PromptGraphs, bucket_of
 from tests.inference.test_decoder import PROMPTS, make, without_cache
 
+WINDOWS = [{"sliding_window": 3}, {"sliding_window": 6, "sliding_layers": (1,), "layers_without_rope": (1,)}]
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -30,7 +32,7 @@ def test_chunks_give_the_logits_and_the_cache_of_one_go(model, chunk):
     torch.testing.assert_close(parts.step(token), whole.step(token))
 
 
-@pytest.mark.parametrize("options", [{}, {"linear": "dense"}, {"n_kv_heads": 1, "pattern": "2:4"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"linear": "dense"}, {"n_kv_heads": 1, "pattern": "2:4"}, *WINDOWS], ids=str)
 def test_greedy_tokens_in_chunks(options):
     model = make(**options)
     expected = [without_cache(model, prompt, 12) for prompt in PROMPTS]
@@ -38,10 +40,10 @@ def test_greedy_tokens_in_chunks(options):
 
 
 def test_chunks_in_compiled_blocks():
-    model = make()
-    expected = generate(model, PROMPTS, max_new_tokens=5)
+    model = make(n_layers=1)
+    expected = generate(model, PROMPTS[2:], max_new_tokens=3)
     model.compile_blocks(backend="eager")
-    assert generate(model, PROMPTS, max_new_tokens=5, prefill_chunk=3) == expected
+    assert generate(model, PROMPTS[2:], max_new_tokens=3, prefill_chunk=4) == expected
 
 
 def test_a_row_starts_while_others_go_on(model):
@@ -144,6 +146,8 @@ def test_refuses(model):
         Decoder(model, 1, 8, prefill_chunk=0)
     with pytest.raises(ConfigError, match="tokens 6 to 9 do not fit into a row of 8 tokens"):
         Decoder(model, 1, 8).extend(0, [1, 2, 3], 6)
+    with pytest.raises(ConfigError, match="a new decoder holds no tokens"):
+        Decoder(model, 1, 8).extend(0, [1, 2, 3], 2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
