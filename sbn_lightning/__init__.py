@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from sbn_lightning.layers.audit import audit
     from sbn_lightning.layers.conversion import convert_linears, revert_linears
     from sbn_lightning.layers.sparse_linear import SparseBitLinear, SparseLinear
-    from sbn_lightning.models.config import RopeScaling, TransformerConfig
+    from sbn_lightning.models.config import TransformerConfig
+    from sbn_lightning.models.rope_scaling import RopeScaling
     from sbn_lightning.models.transformer import TernaryTransformer
     from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh, Rounding, SparsitySchedule
     from sbn_lightning.sparsity.config import SparsityConfig
@@ -56,7 +57,7 @@ _MODULE_OF = {
     "NonFiniteGuard": "callbacks",
     "Ramp": "schedule",
     "Refresh": "schedule",
-    "RopeScaling": "models.config",
+    "RopeScaling": "models.rope_scaling",
     "Rounding": "schedule",
     "RoundingWarmup": "callbacks",
     "SparseBitLinear": "layers",

@@ -123,7 +123,7 @@ class Decoder:
         self._shared = Slots()
         self._shared.rows = torch.arange(batch_size, device=self.device)
         self._layers: list[StepAttention] = []
-        self._windows = {block.attention.window for block in model.blocks}
+        self._windows = {model.config.window(block) for block in range(model.config.n_layers)}
         self._index = torch.arange(self.slots, device=self.device)
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=self.device)

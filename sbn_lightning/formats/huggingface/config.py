@@ -96,7 +96,7 @@ def _rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     # transformers looks for the original context in the model's fields, then in the scaling's fields, and otherwise
     # takes the present context.
     name = "original_max_position_embeddings"
-    original = int(values.get(name, rope.get(name, context)))
+    original = int(values[name] if name in values else rope.get(name, context))
     if kind == "default":
         return theta, None
     if kind == "linear":
