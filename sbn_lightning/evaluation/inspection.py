@@ -86,9 +86,8 @@ class Inspection:
         if getattr(model.config, "n_experts", 0):
             raise ConfigError("inspect does not know the parts of a mixture of experts")
         self.model, self.rows, self.sparsity = model, rows, sparsity
-        for i, kind in ((0, "attention.qkv"), (0, "mlp.down")):
-            layer = model.blocks[i].get_submodule(kind)
-            sparsity.nm.check_divides(int(layer.in_features), f"layer {kind}")
+        for kind in PARTS:
+            sparsity.nm.check_divides(_linear(model.blocks[0], kind).in_features, f"layer {kind}")
         length = rows.shape[1] - 1
         self._rope = model.cos[:length], model.sin[:length]
         self._before = [model.embed(rows[:, :-1])]
@@ -161,7 +160,7 @@ class Inspection:
         sizes: dict[str, tuple[int, ...] | None] = {}
         for i, block in enumerate(self.model.blocks):
             for kind, parts in PARTS.items():
-                layer = block.get_submodule(kind)
+                layer = _linear(block, kind)
                 key = f"{i}/{kind.replace('.', '/')}"
                 twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
                 twin.weight, twin.bias = layer.weight, layer.bias
@@ -195,11 +194,17 @@ class Inspection:
 _Convert = Callable[[range, Sequence[str]], None]
 
 
+def _linear(block: nn.Module, kind: str) -> nn.Linear:
+    layer = block.get_submodule(kind)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
 def _rows_of(block: nn.Module, kind: str) -> tuple[int, ...]:
     """The rows of each part of a fused layer."""
     if kind == "attention.qkv":
         return tuple(block.get_submodule("attention").splits)  # type: ignore[arg-type]
-    rows = int(block.get_submodule(kind).out_features) // 2  # type: ignore[call-overload]
+    rows = _linear(block, kind).out_features // 2
     return rows, rows
 
 

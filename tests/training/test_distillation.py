@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from sbn_lightning import RoundingWarmup, SparseBitNet
 from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.checkpoints.text_files import TextFiles
-from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.fabric.loop import FabricRun, train
 from sbn_lightning.formats.init_from import load_weights
 from sbn_lightning.formats.load import load_model
@@ -124,6 +124,12 @@ def test_a_dense_student_with_the_teachers_weights_has_nothing_to_learn(teacher)
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         Distillation("teacher.ckpt", **options)
+
+
+def test_a_teacher_that_is_not_there_is_missed_before_training(teacher):
+    module = SparseBitNet(small_config(), init_from=teacher, distillation=Distillation("nowhere.ckpt"))
+    with pytest.raises(DataError, match=r"the teacher nowhere.ckpt does not exist; write it with: sbn import-hf"):
+        quiet_trainer().fit(module, token_loader())
 
 
 def test_a_teacher_that_does_not_fit_is_refused(teacher):
