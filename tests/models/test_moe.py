@@ -19,6 +19,7 @@ from sbn_lightning.layers.experts_linear import PackedExperts, Routing
 from sbn_lightning.models.families.registry import family_of
 from sbn_lightning.models.flops import flops_per_token
 from sbn_lightning.models.moe import MixtureOfExperts, busiest, load_balance_loss, loads
+from tests.formats.models import save
 
 TOKENS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
 SHAPE = {
@@ -83,6 +84,20 @@ def test_sparse_experts_compute_with_their_effective_weights(kind):
     assert kept.unique().tolist() == [2]
 
 
+def test_a_share_of_the_rounding_reaches_experts():
+    """Without any rounding a ternary layer is a masked layer."""
+    ternary, masked = make().blocks[0].mlp, make(linear="masked").blocks[0].mlp
+    x = torch.randn(7, 32)
+    with torch.no_grad():
+        rounded = ternary(x)
+        for layer in (ternary.gate_up, ternary.down):
+            layer.set_rounding(0.0, 0.0)
+        torch.testing.assert_close(ternary(x), masked(x))
+        for layer in (ternary.gate_up, ternary.down):
+            layer.set_rounding(1.0, 1.0)
+        assert torch.equal(ternary(x), rounded)
+
+
 def test_each_expert_has_a_gamma_for_gate_and_for_up():
     mixture = make().blocks[0].mlp
     assert mixture.gate_up.split_sizes == (24,) * 8
@@ -134,6 +149,17 @@ def test_training_lowers_the_loss_and_checkpointing_changes_no_gradient(options)
         for (name, one), other in zip(plain.named_parameters(), again.parameters(), strict=True):
             assert torch.equal(one.grad, other.grad), name
     copy.deepcopy(model)  # The load holds tensors with gradients, which cannot be copied.
+
+
+def test_compiled_blocks_compute_and_learn_the_same():
+    plain, compiled = make(n_layers=1).train(), make(n_layers=1).train()
+    compiled.compile_blocks(backend="eager")
+    for model in (plain, compiled):
+        loss = model.loss(TOKENS, TOKENS.roll(-1, 1))
+        loss.backward()
+    torch.testing.assert_close(loss, plain.loss(TOKENS, TOKENS.roll(-1, 1)))
+    for (name, one), other in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, msg=name)
 
 
 def test_the_router_computes_in_float32_and_keeps_its_dtype(tmp_path):
@@ -255,9 +281,36 @@ def test_an_hf_sbn_export_runs_in_transformers(checkpoints, tmp_path):
     torch.testing.assert_close(logits(theirs), logits(model), atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("form", ["gguf", "hf-bitnet"])
-def test_formats_without_experts_refuse_in_one_line(form, checkpoints, tmp_path, capsys):
-    path, _ = checkpoints["ternary", None]
+@pytest.mark.parametrize("norm", [None, "head"])
+def test_a_gguf_file_holds_each_expert(norm, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = make(d_expert=64, qk_norm=norm).eval()
+    path = save(model, tmp_path / "model.ckpt")
+    options = ["--format", "gguf", "--quantization", "Q4_0"]
+    assert main(["export", "--checkpoint", str(path), "--output", str(tmp_path / "out"), *options]) == 0
+    reader = gguf.GGUFReader(tmp_path / "out" / "model-Q4_0.gguf")
+    architecture = "llama" if norm is None else "qwen3moe"
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    wanted = {"expert_count": 4, "expert_used_count": 2, "feed_forward_length": 64, "expert_feed_forward_length": 64}
+    assert wanted.items() <= {name.removeprefix(f"{architecture}."): value for name, value in fields.items()}.items()
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    mixture = model.blocks[1].mlp
+    gates, ups = mixture.gate_up.effective_weight().unflatten(0, (4, 2, 64)).unbind(1)
+    downs = mixture.down.effective_weight().unflatten(0, (4, 32))
+    for name, expected in (("ffn_gate_exps", gates), ("ffn_up_exps", ups), ("ffn_down_exps", downs)):
+        tensor = tensors[f"blk.1.{name}.weight"]
+        assert tensor.shape.tolist() == [*reversed(expected.shape)]  # ggml counts dimensions from the last one
+        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        torch.testing.assert_close(found.view(expected.shape), expected, rtol=1e-3, atol=0)  # gamma in float16
+    router = torch.from_numpy(tensors["blk.1.ffn_gate_inp.weight"].data.copy())
+    assert torch.equal(router, mixture.router.weight)
+    with pytest.raises(ConfigError, match="mixture of experts"):
+        load_model(tmp_path / "out" / "model-Q4_0.gguf")
+
+
+@pytest.mark.parametrize(("form", "norm"), [("gguf", "projection"), ("hf-bitnet", None)])
+def test_formats_without_experts_refuse_in_one_line(form, norm, checkpoints, tmp_path, capsys):
+    path, _ = checkpoints["ternary", norm]
     assert main(["export", "--checkpoint", str(path), "--output", str(tmp_path / "out"), "--format", form]) == 1
     error = capsys.readouterr().err
     assert "hf-sbn" in error

@@ -33,6 +33,9 @@ LINEAR = {
     "ffn_down": "mlp.down_proj",
 }
 NAMES = {theirs.rsplit(".", 1)[1]: ours for ours, theirs in LINEAR.items()}  # q_proj -> attn_q
+EXPERTS = {"gate_up": ("ffn_gate_exps", "ffn_up_exps"), "down": ("ffn_down_exps",)}
+"""The layers of a block's experts: name in this project -> names in GGUF, where gate and up are apart."""
+ROUTER = "ffn_gate_inp"
 ROPE_DIVISORS = "rope_freqs.weight"
 
 

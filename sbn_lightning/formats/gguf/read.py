@@ -111,7 +111,10 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], file: Path) -> Tran
     architecture = _architecture(fields, file)
     kind = architecture.name
     if fields.get(f"{kind}.expert_count"):
-        raise ConfigError(f"{file}: mixture of experts ({fields[f'{kind}.expert_count']} experts) is not supported")
+        raise ConfigError(
+            f"{file}: mixture of experts ({fields[f'{kind}.expert_count']} experts) is not read from "
+            "GGUF; give the Hugging Face folder of the model"
+        )
     window = fields.get(f"{kind}.attention.sliding_window")
     if window and window < fields.get(f"{kind}.context_length", window):
         raise ConfigError(

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.gguf.blocks import BLOCKS, FALLBACK, TYPES, blocks, type_for
-from sbn_lightning.formats.gguf.names import NAMES, ROPE_DIVISORS, block_norms, interleave_halves
+from sbn_lightning.formats.gguf.names import EXPERTS, NAMES, ROPE_DIVISORS, ROUTER, block_norms, interleave_halves
 from sbn_lightning.formats.gguf.tokenizer import add_tokenizer, check_tokenizer
-from sbn_lightning.formats.huggingface.names import linear_parts
+from sbn_lightning.formats.huggingface.names import Part, fused_name, linear_parts
 from sbn_lightning.formats.huggingface.write import check_ternary
 from sbn_lightning.formats.packed import in_16_bits, ternary_layers
 from sbn_lightning.formats.sizes import Sizes
@@ -84,6 +84,9 @@ def write_gguf(loaded: LoadedModel, folder: Path, quantization: str, embedding_b
         assert kind is not None  # check_gguf has refused a width that no type fits.
         if kind != quantization:
             others[str(layer.in_features)] = others.get(str(layer.in_features), 0) + len(rows)
+        if fused_name(part) is not None:
+            _add_experts(writer, part, codes, gamma, kind, sizes)
+            continue
         for name, piece, scale, bias in zip(part.theirs, codes.split(rows), gamma, biases, strict=True):
             i, module = name.split(".")[2], name.rsplit(".", 1)[1]
             if architecture.alternates_halves and module in ("q_proj", "k_proj"):
@@ -110,6 +113,23 @@ def write_gguf(loaded: LoadedModel, folder: Path, quantization: str, embedding_b
         f"architecture {architecture.name}, {quantization}, {target.stat().st_size / 1e6:.2f} MB in {target.name}\n"
         f"{sizes.table()}{_note(others, quantization)}"
     )
+
+
+def _add_experts(writer: Any, part: Part, codes: Tensor, gamma: Tensor, kind: str, sizes: Sizes) -> None:
+    """Add the weights of a block's experts: one tensor ``[experts, out, in]`` for gate, up and down each."""
+    _, block, _, layer = part.ours.split(".")
+    assert part.rows is not None
+    scaled = list(zip(codes.split(part.rows), gamma, strict=True))
+    for j, name in enumerate(names := EXPERTS[layer]):
+        experts = scaled[j :: len(names)]
+        data = np.stack([blocks(piece, scale, kind) for piece, scale in experts])
+        writer.add_tensor(
+            f"blk.{block}.{name}.weight",
+            data.view(np.int8),
+            raw_shape=(len(experts), *experts[0][0].shape),
+            raw_dtype=cast(Any, TYPES[kind].id),
+        )
+        sizes.add(f"ternary layers, {kind}", sum(piece.numel() for piece, _ in experts), data.nbytes)
 
 
 def _note(others: dict[str, int], quantization: str) -> str:
@@ -165,7 +185,7 @@ def _add_config(writer: Any, config: TransformerConfig, file_type: int) -> None:
     writer.add_block_count(config.n_layers)
     writer.add_context_length(config.max_sequence_length)
     writer.add_embedding_length(config.d_model)
-    writer.add_feed_forward_length(config.d_ffn)
+    writer.add_feed_forward_length(config.d_expert if config.n_experts else config.d_ffn)
     writer.add_head_count(config.n_heads)
     writer.add_head_count_kv(config.n_kv_heads)
     writer.add_layer_norm_rms_eps(config.norm_eps)
@@ -174,6 +194,10 @@ def _add_config(writer: Any, config: TransformerConfig, file_type: int) -> None:
     if config.attention_width != config.d_model:
         writer.add_key_length(config.head_size)
         writer.add_value_length(config.head_size)
+    if config.n_experts:
+        writer.add_expert_count(config.n_experts)
+        writer.add_expert_used_count(config.n_experts_per_token)
+        writer.add_expert_feed_forward_length(config.d_expert)
     if config.activation != "silu":
         writer.add_string(f"{writer.arch}.hidden_activation", config.activation)
     _add_rope_scaling(writer, config.rope_scaling)
@@ -198,7 +222,10 @@ def _add_rope_scaling(writer: Any, scaling: RopeScaling | None) -> None:
 
 
 def _add_other_tensors(writer: Any, loaded: LoadedModel, embedding_bits: int, sizes: Sizes) -> None:
-    """Add embedding and head, the norms, and the divisors of frequencies. llama.cpp wants norms in float32."""
+    """Add embedding and head, the norms, the routers of experts, and the divisors of frequencies.
+
+    llama.cpp wants norms and routers in float32.
+    """
     state = loaded.model.state_dict()
     large = {"embed.weight": ("token_embd.weight", "embeddings")}
     if not loaded.config.tie_embeddings:
@@ -212,6 +239,8 @@ def _add_other_tensors(writer: Any, loaded: LoadedModel, embedding_bits: int, si
     norms = {"output_norm.weight": "norm.weight"}
     for i in range(loaded.config.n_layers):
         norms |= {f"blk.{i}.{theirs}.weight": f"blocks.{i}.{ours}.weight" for ours, theirs in names.items()}
+        if loaded.config.n_experts:
+            norms[f"blk.{i}.{ROUTER}.weight"] = f"blocks.{i}.mlp.router.weight"
     for theirs, ours in norms.items():
         writer.add_tensor(theirs, state[ours].float().numpy())
         sizes.add("norms and biases", state[ours].numel(), 4 * state[ours].numel())

@@ -6,11 +6,16 @@ All blocks must be mixtures. Qwen2-MoE is not here: it has an expert that every 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.models.config import TransformerConfig
-from sbn_lightning.models.families.family import Family, Values, read_attention_bias
+from sbn_lightning.models.families import llama
+from sbn_lightning.models.families.family import Family, GGUFArchitecture, Values, read_attention_bias
+
+# llama.cpp reads these, and always divides the weights of a token's experts by their sum.
+_EXPERT_OPTIONS = ("n_experts", "n_experts_per_token", "d_expert")
 
 
 def _experts(values: Values, number: str, width: str, normalise: bool) -> dict[str, Any]:
@@ -70,6 +75,7 @@ MIXTRAL = Family(
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
+    gguf=(replace(llama.GGUF, reads=(*llama.GGUF.reads, *_EXPERT_OPTIONS)),),
 )
 
 
@@ -102,6 +108,13 @@ QWEN3_MOE = Family(
         "moe_intermediate_size": 768,
         "norm_topk_prob": False,
     },
+    gguf=(
+        GGUFArchitecture(
+            "qwen3moe",
+            reads=("head_dim", "qkv_bias", *_EXPERT_OPTIONS),
+            implies=lambda n_layers: {"qk_norm": "head"},
+        ),
+    ),
 )
 
 
