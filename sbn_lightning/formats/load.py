@@ -34,8 +34,9 @@ def load_model(
 
     Args:
         path: The file or folder of the model: a checkpoint of this project (``.ckpt``), the folder of a run (its
-            ``last.ckpt`` is read), a packed folder, a Hugging Face folder of a Qwen2 or Llama model (unquantised or
-            packed by ``hf-bitnet``), or a GGUF file of such a model. The content decides which of these it is.
+            ``last.ckpt`` is read), a packed folder, a Hugging Face folder of a family in
+            :mod:`sbn_lightning.models.families` (unquantised or packed by ``hf-bitnet``), or a GGUF file of such a
+            model. The content decides which of these it is.
         device: The device to put the model on.
         dtype: The dtype of embeddings, norms, biases, the head and unquantised layers; None keeps the stored dtypes.
             Latent weights of ternary layers keep theirs: rounding them would change the codes.
