@@ -16,20 +16,31 @@ A buffer for the words of a very large model would be large itself. So a collect
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
 from sbn_lightning.backends.reference import Keep
-from sbn_lightning.backends.rows import Over, Terms
-from sbn_lightning.distributed.rows import FlatGather
+from sbn_lightning.backends.rows import Over, RowMaker, Terms
+from sbn_lightning.distributed.rows import FlatGather, RowCut
 from sbn_lightning.sparsity.config import SparsityConfig
-
-if TYPE_CHECKING:
-    from sbn_lightning.distributed.packed import PackedRows
+from sbn_lightning.sparsity.pattern import NMPattern
 
 MOST_BYTES = 2**29  # The most bytes that one collective gathers from all ranks together.
+
+
+class RowsBackend(Protocol):
+    """What the exchange needs of a layer's backend, :class:`~sbn_lightning.distributed.packed.PackedRows`."""
+
+    cut: RowCut
+    maker: RowMaker
+    leaf: Tensor
+    unit: Any
+
+    def fresh_rows(self, scores: Tensor, pattern: NMPattern, keep: Keep) -> Tensor: ...
+    def take(self, request: Request, words: Tensor, whole: Tensor, row_scale: Tensor) -> Any: ...
+    def assemble(self, request: Request, whole: Tensor, row_scale: Tensor, mask_bits: Tensor | None) -> Any: ...
 
 
 class Request(NamedTuple):
@@ -43,7 +54,7 @@ class Request(NamedTuple):
         sparsity: The options of the layer.
     """
 
-    backend: PackedRows
+    backend: RowsBackend
     latent: Tensor
     mask_bits: Tensor | None
     keep: Keep

@@ -109,7 +109,7 @@ def prepare_first(module: nn.Module, methods: Sequence[str] = ()) -> None:
         layer.owner_prepares = True
 
 
-@torch._dynamo.disable  # type: ignore[misc]  # A graph cannot ask whether a weight has changed.
+@torch._dynamo.disable  # type: ignore[untyped-decorator]  # A graph cannot ask whether a weight has changed.
 def _prepare(module: nn.Module, *_: Any) -> None:
     prepare_layers(module)
 

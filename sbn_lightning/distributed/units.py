@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_flatten
 
 from sbn_lightning.distributed.rows import FlatGather
@@ -73,14 +74,14 @@ class Unit:
         self._held[id(request.backend.leaf)] = _Held(request, words, row_scale, prepared)
         self._coming, self._whole = None, True
 
-    @torch._dynamo.disable  # type: ignore[misc]  # Inside a compiled graph there is no memory to give back.
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]  # Inside a compiled graph there is no memory to give back.
     def before_forward(self, block: nn.Module, arguments: Any) -> None:
         self._running = True
         self.gather()
         if self.after is not None and self._backward.unit is None:
             self.after.start()
 
-    @torch._dynamo.disable  # type: ignore[misc]
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def after_forward(self, block: nn.Module, arguments: Any, output: Any) -> None:
         self._running = False
         if self._backward.unit is self:
@@ -124,7 +125,7 @@ class Unit:
             for held, whole in zip(self._held.values(), self._coming.wait(), strict=True):
                 again = held.request.backend.assemble(held.request, whole, held.row_scale, held.prepared.mask_bits)
                 for old, new in _memories(held.prepared, again):
-                    with torch.autograd._unsafe_preserve_version_counter(old):
+                    with _unsafe_preserve_version_counter(old):
                         old.untyped_storage().resize_(new.untyped_storage().nbytes())
                         old.copy_(new)
         self._coming, self._whole = None, True

@@ -117,7 +117,7 @@ def model(
     return made
 
 
-def train(made: nn.Module, steps: int = 3) -> list[float]:
+def train(made: nn.Module, steps: int = 2) -> list[float]:
     """Losses of some optimiser steps of two micro-batches, and of a validation after each."""
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +162,7 @@ def check_models(ranks: int) -> None:
             assert torch.equal(layer.ternary()[0] != 0, layer.effective_weight() != 0)
             memory = layer._prepared.codes.untyped_storage().nbytes()
             assert (memory == 0) == (gather == "packed_layer"), name
-        if not changes and not compiled:
+        if gather == "packed_step":
             load_weights(made, model(None).state_dict())  # A load in the middle: the training starts again.
             assert train(made) == losses, gather
     with counted() as calls:
