@@ -30,13 +30,13 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.density import check_density, kept_in_rows
 from sbn_lightning.layers.mask_tracker import MaskTracker, fingerprint, look_at_all, trust_weights
 from sbn_lightning.layers.options import check_tokens, config_option
-from sbn_lightning.layers.saved_masks import kept_in_groups, why_unfit
+from sbn_lightning.layers.saved_masks import SavedMask
 from sbn_lightning.sparsity.config import Gradient, Kind, MaskSource, SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, unpack_mask
 from sbn_lightning.sparsity.ternary import GammaOver
 
 
-class MaskedLinear(nn.Linear):
+class MaskedLinear(SavedMask):
     """``nn.Linear`` whose weight carries an N:M mask. Use one of its two subclasses.
 
     Args:
@@ -322,56 +322,6 @@ class MaskedLinear(nn.Linear):
         if weight is not None:
             self.tracker.weight_moved(weight, self.training)
         return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._sync_mask()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
-            # The options go into the metadata, beside torch's version number, so the keys stay as they are.
-            destination._metadata[prefix[:-1]]["sparsity"] = self.sparsity.to_dict()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Load the saved mask as it is, or compute a mask if the checkpoint is dense and has none.
-
-        A mask of another pattern is refused, and the layer stays as it was.
-        """
-        mask_name = prefix + "mask_bits"
-        saved, pattern = state_dict.get(mask_name), local_metadata.get("sparsity", {}).get("pattern")
-        if (reason := why_unfit(saved, pattern, self.mask_bits, self.pattern, self.in_features)) is not None:
-            error_msgs.append(
-                f"{prefix[:-1] or type(self).__name__}: {reason}. Set layer.pattern to the saved pattern, or leave "
-                "the masks out of the state dict (every name that ends in .mask_bits), and masks are made anew"
-            )
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if mask_name in state_dict:
-            self.keep_mask()
-            kept = kept_in_groups(self.mask_bits, self.pattern, self.in_features)
-            self._most_kept = self.pattern.m if kept.is_meta else int(kept.max())
-        elif prefix + "weight" in state_dict:
-            if mask_name in missing_keys:
-                missing_keys.remove(mask_name)
-            self.refresh_mask()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copies and pickles, after the mask was brought up to date."""
-        self._sync_mask()
-        return vars(self).copy()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.keep_mask()  # The tracker still referred to the weight that was copied. The mask belongs to this one now.
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}"
