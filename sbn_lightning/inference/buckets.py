@@ -12,6 +12,7 @@ bucket runs without a graph, and the second prompt captures the graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class PromptGraphs:
         self._attend = [RowAttention(layer.keys, layer.values, self._row) for layer in layers]
         self._tokens: dict[int, Tensor] = {}
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # The handle of the pool of memory that all graphs share.
 
     def read(self, tokens: Sequence[int], row: int, bucket: int) -> Tensor:
         """Read a prompt into a row, from the row's first slot on.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,8 +177,9 @@ def _start(
             "(max_sequence_length): shorten it"
         )
     longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
-    if hasattr(model, "make_decoder"):  # A model that is not our own transformer brings its own cache.
-        return rooms, model.make_decoder(len(prompts), longest)
+    own_cache: Any = getattr(model, "make_decoder", None)
+    if own_cache is not None:  # A model that is not our own transformer brings its own cache.
+        return rooms, own_cache(len(prompts), longest)
     return rooms, Decoder(
         model, len(prompts), longest, cuda_graph=cuda_graph, step=decode_step, prefill_chunk=prefill_chunk
     )
