@@ -8,6 +8,7 @@ import pytest
 
 from sbn_lightning.checkpoints.resume import why_unreadable
 
+pytestmark = pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
 # What fails, the rank, what each rank says, and the last step that is saved.
 FAULTS = {
     "killed": (1, ("rank 1: gone without a word for 12 seconds; was it killed?", ""), 2),

@@ -7,6 +7,7 @@ import torch
 
 from tests.distributed.forked_runs import statuses
 
+pytestmark = pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
 STEPS, SAVED = 4, 2
 ONWARD = {
     "one": (1, "whole", {}),

@@ -8,6 +8,8 @@ import torch
 from sbn_lightning.distributed.rows import RowCut
 from tests.distributed.forked_runs import statuses
 
+pytestmark = pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
+
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

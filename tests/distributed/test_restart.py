@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.cli.test_cli import RECIPE, small
 
+pytestmark = pytest.mark.timeout(900)  # Four processes import Lightning.
 ROOT = Path(__file__).parents[2]
 
 

@@ -11,6 +11,7 @@ from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
 from sbn_lightning.distributed.strategies import ShardedStrategy
 from sbn_lightning.fabric.options import fabric_sharded
 
+pytestmark = pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
 STEPS = 4
 RUNS = ("trainer", "fabric", "fabric rest", "trainer rest")
 
