@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sbn_lightning.core.errors import ConfigError
+
 Density = tuple[int, float]
 """How much a mask keeps: weights in each group of a sparse row, and the share of rows that are sparse."""
 
@@ -137,6 +139,11 @@ class MaskTracker:
 
     def _changed(self, weight: Tensor, training: bool) -> bool | None:
         """Whether the weight has changed, as far as the cheap signs tell; None if only the fingerprint tells."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(weight):
+            raise ConfigError(
+                "torch.func.grad and vmap do not work on layers with a mask, because their gradient is a "
+                "straight-through estimator: use backward(); torch.func.functional_call alone works"
+            )
         if _is_capturing(weight) and not _trusting.depth:
             return True  # A replay repeats only what the graph recorded, so the graph must record the derivation.
         if _identity(weight) != self._weight:

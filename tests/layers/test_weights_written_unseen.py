@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers import mask_tracker
 from sbn_lightning.layers.conversion import convert_linears
 from sbn_lightning.layers.mask_tracker import fingerprint
@@ -306,3 +307,17 @@ def test_a_captured_graph_computes_its_own_codes(monkeypatch):
     monkeypatch.setattr(mask_tracker, "_is_capturing", lambda weight: False)
     layer(x)
     assert len(made) == 3  # what the graph made changes with every replay
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_functional_call_uses_the_weight_it_is_given_and_transforms_are_refused(make):
+    torch.manual_seed(0)
+    layer, x = make(16, 8, pattern="2:4"), torch.randn(3, 16)
+    before, given = layer(x), {"weight": torch.randn(8, 16), "bias": torch.randn(8)}
+    other = make(16, 8, pattern="2:4")
+    other.load_state_dict(given)
+    assert torch.equal(torch.func.functional_call(layer, given, (x,)), other(x))
+    assert torch.equal(layer(x), before)
+    with pytest.raises(ConfigError, match=r"torch\.func\.grad and vmap do not work on layers with a mask"):
+        torch.func.grad(lambda weights: torch.func.functional_call(layer, weights, (x,)).sum())(given)
+    assert torch.equal(layer(x), before)
