@@ -148,7 +148,8 @@ ALL = (
         "scaling",
         "Several GPUs",
         "Training steps on two GPUs of one host. `scaling` is the throughput divided by twice the throughput of one "
-        "GPU. `same_masks` says whether both ranks had the same masks at the end.",
+        "GPU. `wire_mib` is what a rank receives in a step, counted as the collectives run; it is empty in rows from "
+        "before it was counted. `same_masks` says whether both ranks had the same masks at the end.",
         render,
     ),
     Page(
