@@ -120,9 +120,9 @@ def audit(model: nn.Module, forward: Callable[[], Any] | None = None) -> Audit:
                 "shares its weight with another module" if shared else left_alone(model, name, module)
             ) or "not converted"
             idle += _idle(module)
-        elif weights := fused_weights(module):
-            matrices = [cast(Tensor, module._parameters[weight]) for weight in weights]
-            names = [f"{name}.{weight}".lstrip(".") for weight in weights]
+        elif fused := fused_weights(module):
+            matrices = [cast(Tensor, module._parameters[weight]) for weight in fused]
+            names = [f"{name}.{weight}".lstrip(".") for weight in fused]
             found.skipped |= dict.fromkeys(names, why_not(module) or "fused experts that are not converted")
             size = sum(matrix.numel() for matrix in matrices)
             found.linear_parameters += size

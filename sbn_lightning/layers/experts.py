@@ -108,7 +108,7 @@ def _sparse_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new_block(plain: type[nn.Module]) -> nn.Module:
-    cls = _sparse_class(plain)
+    cls = _sparse_class(cast(Any, plain))
     return cls.__new__(cls)
 
 
@@ -173,7 +173,9 @@ def why_not(module: nn.Module, sparsity: SparsityConfig | None = None) -> str | 
             return reason
     if not getattr(module, "is_concatenated", True):
         return "it interleaves gate and up"
-    for name in fused_weights(module) if sparsity is not None else ():
+    if sparsity is None:
+        return None
+    for name in fused_weights(module):
         parameter = cast(Tensor, module._parameters[name])
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             return f"{name} is {parameter.dtype}, and a latent weight needs 16 bits or more"

@@ -141,7 +141,7 @@ class DenseExperts(nn.Linear):
         super().__init__(in_features, experts * rows, bias=False)
         self.experts = experts
 
-    def forward(self, input: Tensor, counts: Tensor, swiglu: bool = False) -> Tensor:
+    def forward(self, input: Tensor, counts: Tensor, swiglu: bool = False) -> Tensor:  # type: ignore[override]
         """Multiply tokens that are sorted by expert; see :meth:`SparseBitExperts.forward`."""
         x = apply_swiglu(input) if swiglu else input
         weights = self.weight.chunk(self.experts)
@@ -199,6 +199,8 @@ class SparseBitExperts(SparseBitLinear):
 
     experts: int
     active: int | None = None
+    _by_expert: list[Any] | None = None  # The prepared weight of each expert,
+    _experts_of: Any = None  # and what it was made of.
 
     def __init__(self, experts: int, in_features: int, parts: tuple[int, ...], *, sparsity: SparsityConfig) -> None:
         self.experts = experts
@@ -261,9 +263,8 @@ class SparseBitExperts(SparseBitLinear):
     def _prepared_by_expert(self) -> list[Any]:
         """The prepared weight of each expert. Backends other than the reference may pack each weight, once a step."""
         key = self._prepared_key()
-        if vars(self).get("_experts_of") == (key, self.backend):
-            cached: list[Any] = self._by_expert
-            return cached
+        if self._by_expert is not None and self._experts_of == (key, self.backend):
+            return self._by_expert
         whole = self._prepared
         parts = zip(*(part.chunk(self.experts) for part in (whole.codes, whole.row_scale, self.mask_bits)), strict=True)
         from_codes = getattr(self.backend, "from_codes", None)
@@ -278,7 +279,7 @@ class SparseBitExperts(SparseBitLinear):
 
     def _forget_prepared(self) -> None:
         super()._forget_prepared()
-        self._by_expert = self._experts_of = None  # type: ignore[assignment]
+        self._by_expert = self._experts_of = None
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_by_expert": None, "_experts_of": None}

@@ -98,7 +98,7 @@ class SBNQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return model
         config = self.quantization_config
-        fused = {name: block for name in config.modules if (block := fused_block(model, name)) is not None}
+        fused = {name: found for name in config.modules if (found := fused_block(model, name)) is not None}
         # The blocks change their classes, so every place is looked up before the first change.
         for name, (block, child) in fused.items():
             if config.form == "packed":
