@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.candidates import guess_split_sizes, left_alone, name_matches, not_linear, shape_of
 from sbn_lightning.layers.conv1d import SparseBitConv1D, SparseConv1D, is_conv1d
-from sbn_lightning.layers.conversion_report import ConversionReport
+from sbn_lightning.layers.conversion_report import ConversionReport as ConversionReport
 from sbn_lightning.layers.experts import (
     Planned,
     check_shared,

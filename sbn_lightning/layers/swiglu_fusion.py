@@ -50,8 +50,8 @@ class FusedSwiGLU(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the class that the module had, because this class is made while the program runs."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _empty, (self.swiglu_of,), *state
+        parts: Any = super().__reduce_ex__(protocol)
+        return _empty, (self.swiglu_of,), *parts[2:]
 
 
 _classes: dict[type[nn.Module], type[FusedSwiGLU]] = {}
@@ -105,8 +105,9 @@ def split_swiglu(model: nn.Module) -> None:
     """Undo :func:`fuse_swiglu`."""
     for module in model.modules():
         if isinstance(module, FusedSwiGLU):
+            own: Any = module.swiglu_of
             del vars(module)["swiglu_parts"]
-            module.__class__ = module.swiglu_of
+            module.__class__ = own
 
 
 class _Tracer(fx.Tracer):
@@ -136,11 +137,11 @@ def _swiglu_parts(module: nn.Module) -> tuple[str, str, str, str | None] | None:
     for activated, other in (product.args, reversed(product.args)):
         up = _call_of(other, ternary)
         gate = _call_of(_input_of_silu(activated, module), ternary)
-        if gate is None or up is None or gate.args != up.args:
+        if gate is None or up is None or gate.args != up.args or not isinstance(activated, fx.Node):
             continue
         if isinstance(gate.args[0], fx.Node) and gate.args[0].op == "placeholder":
-            name = activated.target if activated.op == "call_module" else None
-            return gate.target, up.target, down.target, name
+            name = str(activated.target) if activated.op == "call_module" else None
+            return str(gate.target), str(up.target), str(down.target), name
     return None
 
 

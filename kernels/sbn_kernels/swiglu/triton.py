@@ -199,7 +199,8 @@ def _swiglu_pair_quantize(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, 
 
 @kernel_fake("swiglu_pair_quantize")
 def _(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    return empty_tokens(*gate.shape, gate.device), empty_vector(gate.shape[0], gate.device)
+    rows, features = gate.shape
+    return empty_tokens(rows, features, gate.device), empty_vector(rows, gate.device)
 
 
 @kernel_op("swiglu_pair_backward")

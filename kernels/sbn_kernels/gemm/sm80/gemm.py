@@ -17,6 +17,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from sbn_kernels.common.buffers import aligned_tokens, contiguous
@@ -102,8 +103,8 @@ def stages_of(tile: Tile, shared_of_a_program: int, shared_of_a_multiprocessor: 
 
 @functools.cache
 def _stages(tile: Tile, index: int) -> int:
-    properties = torch.cuda.get_device_properties(index)
-    return stages_of(tile, properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor)
+    of_a_program = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return stages_of(tile, of_a_program, torch.cuda.get_device_properties(index).shared_memory_per_multiprocessor)
 
 
 @kernel_op("ampere_gemm")
