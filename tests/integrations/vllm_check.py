@@ -144,6 +144,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.tensor_parallel == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    elif not torch.cuda.is_available():  # one core for each rank; vLLM itself gives each rank a NUMA node
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(options.tensor_parallel))))
     with tempfile.TemporaryDirectory() as made:
         folder = options.folder or Path(made) / "model"
         if options.folder is None:
