@@ -24,6 +24,7 @@ def export(
     quantization: Literal["TQ2_0", "TQ1_0", "Q2_0", "Q4_0"] = "TQ2_0",
     overwrite: bool = False,
     embedding_bits: Literal[8, 16, 32] | None = None,
+    perplexity: float | None = None,
 ) -> None:
     """Write a model in a format to run it from.
 
@@ -48,6 +49,7 @@ def export(
         overwrite: Replace what is in the output folder.
         embedding_bits: packed and gguf: 8, 16 or 32 bits for each weight of embeddings and head. The default is 16, or
             the bits of dtype if dtype is given.
+        perplexity: hf-sbn: the perplexity for the model card, for example from `sbn evaluate`.
 
     Raises:
         ConfigError: The model does not fit the format, or the folder is taken.
@@ -63,6 +65,8 @@ def export(
         raise ConfigError(
             f"embedding_bits is for --format packed and gguf; --format {format} has one dtype: use --dtype bfloat16"
         )
+    if perplexity is not None and format != "hf-sbn":
+        raise ConfigError("perplexity is for the model card of --format hf-sbn; leave it out")
     import torch
 
     from sbn_lightning.data.tokenizer import vocab_size_of
@@ -84,12 +88,12 @@ def export(
             "its own with --tokenizer"
         )
     bits = 32 if dtype is not None else 16  # 32 keeps the dtype that was asked for.
-    options = WriteOptions(linear_class, quantization, embedding_bits or bits, bits)
+    options = WriteOptions(linear_class, quantization, embedding_bits or bits, bits, perplexity)
     with output_folder(target, overwrite) as folder:
         if isinstance(loaded.model, TernaryTransformer):
             summary = write_model(loaded, folder, format, options)
         else:
             from sbn_lightning.integrations.huggingface.export import export_network
 
-            summary = export_network(loaded.model, loaded.text, folder, format, chosen)
+            summary = export_network(loaded.model, loaded.text, folder, format, chosen, perplexity)
     print(f"{summary}\nwritten to {target}")

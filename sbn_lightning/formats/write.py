@@ -22,12 +22,14 @@ class WriteOptions:
         quantization: The GGUF type of ternary tensors.
         embedding_bits: Bits for each weight of embedding and head, in ``packed`` and ``gguf``.
         value_bits: Bits for each weight of a masked layer, in ``packed``.
+        perplexity: The perplexity for the model card of ``hf-sbn``; None if it was not measured.
     """
 
     linear_class: LinearClass = "bitlinear"
     quantization: Quantization = "TQ2_0"
     embedding_bits: int = 16
     value_bits: int = 16
+    perplexity: float | None = None
 
 
 def write_model(loaded: LoadedModel, folder: Path, format: ExportFormat, options: WriteOptions) -> str:
@@ -69,5 +71,5 @@ def write_model(loaded: LoadedModel, folder: Path, format: ExportFormat, options
     if format == "hf-sbn":
         from sbn_lightning.formats.huggingface.sbn import write_hf_sbn
 
-        return write_hf_sbn(loaded, folder)
+        return write_hf_sbn(loaded, folder, options.perplexity)
     return write_hf_bitnet(loaded, folder, options.linear_class)

@@ -94,13 +94,15 @@ def test_every_format_that_can_hold_it_gives_the_same_tokens(last, capsys):
     texts = {}
     for format, place in places.items():
         if format != "checkpoint":
-            assert main(["export", "--checkpoint", str(last), "--output", format, "--format", format]) == 0
+            card = ["--perplexity", "12.5"] if format == "hf-sbn" else []
+            assert main(["export", "--checkpoint", str(last), "--output", format, "--format", format, *card]) == 0
         capsys.readouterr()
         words = ["--prompt", "def main(", "--prompt", "x", "--max_new_tokens", "6", "--json", "true"]
         assert main(["generate", "--checkpoint", str(place), *words]) == 0
         texts[format] = [row["text"] for row in json.loads(capsys.readouterr().out)]
     assert texts["checkpoint"] == texts["hf-sbn"] == texts["packed"]
 
+    assert "| perplexity | 12.50 |" in Path("hf-sbn/README.md").read_text()
     hf = transformers.AutoModelForCausalLM.from_pretrained("hf-sbn")
     words = transformers.AutoTokenizer.from_pretrained("hf-sbn")
     assert words("x y").input_ids == CausalLM.load_from_checkpoint(last).text_files.tokenizer.encode("x y").ids

@@ -20,7 +20,14 @@ from sbn_lightning.integrations.pytorch import revert
 FORMATS = ("hf-sbn", "packed", "hf")
 
 
-def export_network(network: Network, text: TextFiles, folder: Path, format: str, dtype: torch.dtype | None) -> str:
+def export_network(
+    network: Network,
+    text: TextFiles,
+    folder: Path,
+    format: str,
+    dtype: torch.dtype | None = None,
+    perplexity: float | None = None,
+) -> str:
     """Write a network into an empty folder.
 
     Args:
@@ -31,6 +38,7 @@ def export_network(network: Network, text: TextFiles, folder: Path, format: str,
             ``sbn generate``, ``sbn evaluate`` and ``load_sparse``. ``"hf"`` has plain weights, for models that are not
             ternary.
         dtype: The dtype of everything but ternary weights; None leaves each tensor as it is.
+        perplexity: The perplexity for the model card of ``"hf-sbn"``, if it was measured.
 
     Returns:
         What was written, for the user.
@@ -54,7 +62,7 @@ def export_network(network: Network, text: TextFiles, folder: Path, format: str,
             else f"--format {format} is for ternary models; this one is {linear!r}: use --format hf"
         )
     if format == "hf-sbn":
-        save_packed(hf, folder, dtype=dtype)
+        save_packed(hf, folder, dtype=dtype, perplexity=perplexity)
     elif format == "packed":
         write_sparse(hf, folder, "packed", {HUGGING_FACE: _plain(hf.config.to_dict() | _token_ids(text))})
     else:
