@@ -10,11 +10,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch import nn
 from torch.optim import AdamW
 
 from sbn_lightning.checkpoints.text_files import KEY, TextFiles
@@ -133,7 +134,7 @@ class CausalLM(SparseBitNet):
         now = self.config.hugging_face.get("model_type")  # type: ignore[attr-defined]
         if weights.model_type != now:
             raise ConfigError(f"init_from: {path} is a {weights.model_type} model, model.source is {now}")
-        own = without_masks(self.model.hf.state_dict())
+        own = without_masks(self._hf().state_dict())
         for name in own:
             if name not in weights.state:
                 raise DataError(f"init_from: {path} lacks the tensor {name}")
@@ -142,7 +143,7 @@ class CausalLM(SparseBitNet):
                     f"init_from: {name} is {list(weights.state[name].shape)} in {path}, {list(own[name].shape)} in "
                     "the model: set model.source to the configuration of the weights"
                 )
-        self.model.hf.load_state_dict({name: weights.state[name] for name in own}, strict=False)
+        self._hf().load_state_dict({name: weights.state[name] for name in own}, strict=False)
         return weights.text
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -180,9 +181,13 @@ class CausalLM(SparseBitNet):
         format = "hf-sbn" if self.config.linear == "ternary" else "hf"
         export_network(self.model, self.text_files, target, format, dtype)  # type: ignore[arg-type]
 
+    def _hf(self) -> nn.Module:
+        """The model of transformers."""
+        return cast(nn.Module, self.model.hf)
+
     @rank_zero_only
     def _print_audit(self) -> None:
-        print(f"{type(self.model.hf).__name__}: {audit(self.model.hf)}")
+        print(f"{type(self._hf()).__name__}: {audit(self._hf())}")
         if self.report is not None:
             for line in self.report.split_lines():
                 print(line)
