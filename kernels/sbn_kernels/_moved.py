@@ -33,7 +33,11 @@ class _OldModule(ModuleType):
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Call the public name that this old module hides: importing a submodule sets it on its package."""
         package, _, name = self.__name__.rpartition(".")
-        return import_module(package).__getattr__(name)(*arguments, **options)
+        try:
+            hidden = import_module(package).__getattr__(name)
+        except AttributeError:  # The package does not import the name lazily.
+            hidden = getattr(self, name)
+        return hidden(*arguments, **options)
 
 
 class _OldNames(MetaPathFinder, Loader):

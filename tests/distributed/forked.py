@@ -20,9 +20,8 @@ from typing import Any
 
 from tests.distributed import jobs
 
-LIMIT = (
-    300.0  # The most seconds that a job may take. On a busy machine a job takes many times as long as on an idle one.
-)
+# The most seconds that a job may take. On a busy machine a job takes many times as long as on an idle one.
+LIMIT = 300.0
 
 
 def free_port() -> int:
