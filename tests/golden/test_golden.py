@@ -102,6 +102,16 @@ def test_a_module_that_moved_says_so():
     assert pattern.NMPattern is NMPattern
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_function_is_called_although_an_old_module_has_its_name(tmp_path):
+    import_module("sbn_lightning.data.prepare")
+    from sbn_lightning.core.errors import ConfigError
+    from sbn_lightning.data import prepare
+
+    with pytest.raises(ConfigError, match="absent is no file"):
+        prepare(input="absent", output=str(tmp_path / "tokens"), tokenizer="byte")
+
+
 def test_the_record_is_whole():
     assert set(LOSSES["losses"]) == set(record.SMALL_RECIPES)
     assert all(len(values) == record.STEPS for values in LOSSES["losses"].values())
