@@ -108,7 +108,7 @@ def test_a_function_is_called_although_an_old_module_has_its_name(tmp_path):
     from sbn_lightning.core.errors import ConfigError
     from sbn_lightning.data import prepare
 
-    with pytest.raises(ConfigError, match="absent is no file"):
+    with pytest.raises(ConfigError, match="'absent' is no file"):
         prepare(input="absent", output=str(tmp_path / "tokens"), tokenizer="byte")
 
 
