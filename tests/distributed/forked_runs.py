@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -19,10 +20,25 @@ def forked_runs(request: pytest.FixtureRequest, tokens: Path, tmp_path_factory: 
     """The folder with one folder for each test module, in which its jobs ran.
 
     A module names its jobs in ``jobs_of_ranks(folder, tokens)``, as :mod:`tests.distributed.forked` takes them. The
-    jobs of all collected modules run once, one after the other, in a process that has imported everything before.
+    jobs of all collected modules run once, one after the other, in a process that has imported everything before. If
+    tests run in several processes, the first one that asks runs the jobs, and the others wait for it.
     """
-    root = tmp_path_factory.mktemp("ranks")
-    modules = dict.fromkeys(item.module for item in request.session.items if hasattr(item.module, "jobs_of_ranks"))
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        root = tmp_path_factory.mktemp("ranks")
+        _run_jobs(request.session, root, tokens)
+        return root
+    root = tmp_path_factory.getbasetemp().parent / "ranks"  # The processes share the parent folder.
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "ran").exists():
+            _run_jobs(request.session, root, tokens)
+            (root / "ran").touch()
+    return root
+
+
+def _run_jobs(session: pytest.Session, root: Path, tokens: Path) -> None:
+    modules = dict.fromkeys(item.module for item in session.items if hasattr(item.module, "jobs_of_ranks"))
     jobs: list[dict[str, Any]] = []
     for module in modules:
         jobs += module.jobs_of_ranks(root / module.__name__.rpartition(".")[2], tokens)
@@ -31,7 +47,6 @@ def forked_runs(request: pytest.FixtureRequest, tokens: Path, tmp_path_factory: 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     command = [sys.executable, "-m", "tests.distributed.forked", str(file)]
     subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300 * (1 + len(jobs)))
-    return root
 
 
 def statuses(folder: Path) -> list[int]:
