@@ -16,36 +16,10 @@ there, up to the order of roundings; a layer then uses its backend, and this mod
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from sbn_lightning.sparsity.ternary import float32_mm, quantize_activations
-
-
-class _StraightThrough(torch.autograd.Function):
-    """``x @ effective^T``. ``weight`` is an argument only to get the gradient of ``effective``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, effective: Tensor, gradient_mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, effective, gradient_mask)
-        ctx.weight_dtype = weight.dtype
-        return x @ effective.t()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, effective, gradient_mask = ctx.saved_tensors
-        dy = grad_outputs[0].to(x.dtype)
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ effective
-        if ctx.needs_input_grad[1]:
-            dw = float32_mm(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
-            if gradient_mask is not None:
-                dw = dw * gradient_mask
-        return dx, dw, None, None
+from sbn_lightning.sparsity.ternary import StraightThroughLinear, quantize_activations
 
 
 def partly_rounded_weight(weight: Tensor, mask: Tensor, codes: Tensor, row_scale: Tensor, share: Tensor) -> Tensor:
@@ -89,5 +63,5 @@ def partly_rounded_linear(
         quantized, scale = quantize_activations(x, activation_bits)
         rounded = (quantized * scale).to(x.dtype)
         x = x + (share.to(x.dtype) * (rounded - x)).detach()
-    y: Tensor = _StraightThrough.apply(x.to(dtype), weight, effective.to(dtype), gradient_mask)
+    y: Tensor = StraightThroughLinear.apply(x.to(dtype), weight, effective.to(dtype), gradient_mask)
     return y

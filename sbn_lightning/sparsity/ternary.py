@@ -252,17 +252,12 @@ def ternary_linear(
     return y.reshape(*x.shape[:-1], codes.shape[0])
 
 
-class MaskedLinearFunction(torch.autograd.Function):
-    """``y = x @ (W * mask)^T`` with the straight-through gradient ``dW = dy^T x`` at every position.
-
-    This is the product of the BF16 baseline, which is sparse and not quantised. Plain autograd of ``W * mask`` would
-    give masked weights no gradient, and the mask could never take them back.
-    """
+class StraightThroughLinear(torch.autograd.Function):
+    """``y = x @ effective^T``, for a weight that was made of the latent weight, with ``dW = dy^T x``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, gradient_mask: Tensor | None) -> Tensor:
-        """Return ``y [..., out_features]`` in the dtype of ``x``. Both masks are bool, in the shape of ``weight``."""
-        effective = (weight * mask).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, effective: Tensor, gradient_mask: Tensor | None) -> Tensor:
+        """Return ``y [..., out_features]``. ``weight`` is an argument only to get the gradient of ``effective``."""
         ctx.save_for_backward(x, effective, gradient_mask)
         ctx.weight_dtype = weight.dtype
         return x @ effective.t()
@@ -280,3 +275,16 @@ class MaskedLinearFunction(torch.autograd.Function):
             if gradient_mask is not None:
                 dw = dw * gradient_mask
         return dx, dw, None, None
+
+
+class MaskedLinearFunction(StraightThroughLinear):
+    """``y = x @ (W * mask)^T`` with the straight-through gradient ``dW = dy^T x`` at every position.
+
+    This is the product of the BF16 baseline, which is sparse and not quantised. Plain autograd of ``W * mask`` would
+    give masked weights no gradient, and the mask could never take them back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, gradient_mask: Tensor | None) -> Tensor:
+        """Return ``y [..., out_features]`` in the dtype of ``x``. Both masks are bool, in the shape of ``weight``."""
+        return StraightThroughLinear.forward(ctx, x, weight, (weight * mask).to(x.dtype), gradient_mask)
