@@ -28,6 +28,7 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference.attention import ChunkAttention, PromptAttention, Slots, StepAttention, room_like
 from sbn_lightning.inference.buckets import PromptGraphs, bucket_of
 from sbn_lightning.inference.gather import persistent_step, refusal
+from sbn_lightning.inference.prompts import check_prompt
 from sbn_lightning.layers.sparse_linear import prepare_layers, ternary_layers
 from sbn_lightning.models.attention import in_window
 from sbn_lightning.models.transformer import TernaryTransformer
@@ -349,15 +350,7 @@ class Decoder:
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         if len(prompts) != self.batch_size:
             raise ConfigError(f"{len(prompts)} prompts for a decoder of batch_size={self.batch_size}")
-        vocabulary = self.model.config.vocab_size
         for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ConfigError(f"prompt {i} is empty; begin it with a token, for example the end-of-document token")
+            check_prompt(prompt, self.model.config.vocab_size, f"prompt {i}")
             if len(prompt) > self.max_length:
                 raise ConfigError(f"prompt {i} has {len(prompt)} tokens, the cache holds {self.max_length}")
-            if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-                wrong = next(token for token in prompt if not 0 <= token < vocabulary)
-                raise ConfigError(
-                    f"prompt {i} has token id {wrong}, the model's vocab_size is {vocabulary}; was it written with "
-                    "another tokenizer?"
-                )

@@ -24,7 +24,7 @@ from sbn_lightning.inference.engine import Engine
 from sbn_lightning.inference.head import HeadBits, use_head
 from sbn_lightning.inference.loop import Speed
 from sbn_lightning.inference.opening import BackendName, DTypeName, open_model
-from sbn_lightning.inference.prompts import encode_prompt, stop_ids
+from sbn_lightning.inference.prompts import check_prompt, encode_prompt, stop_ids
 from sbn_lightning.inference.request import Completion, Limits, Request
 
 MAX_LENGTH = 4096  # The longest rows that are allocated without being asked for.
@@ -165,19 +165,7 @@ class Generator:
             QueueFullError: If the queue is full and ``wait`` is False.
             SBNError: If the generator is closed.
         """
-        request = self.prepare(prompt, Limits(**limits), chat=chat)
-        with self._changed:
-            if not wait and len(self._queue) >= self._queue_size and not self._closed:
-                raise QueueFullError(f"{len(self._queue)} requests are waiting already (queue_size); try again later")
-            self._changed.wait_for(lambda: self._closed or len(self._queue) < self._queue_size)
-            if self._closed:
-                raise SBNError("the generator is closed: it takes no more prompts")
-            self._queue.append(request)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="sbn-generator", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
-        return request
+        return self._enqueue(self.prepare(prompt, Limits(**limits), chat=chat), wait)
 
     def generate(
         self, prompts: Iterable[str | Sequence[int]], *, chat: bool = False, seed: int = 0, **limits: Any
@@ -198,11 +186,12 @@ class Generator:
         Raises:
             ConfigError: If a limit is outside its range, or a prompt cannot be used.
         """
-        asked = Limits(seed=seed, **limits)
-        ids = [self.encode(prompt, chat=chat) for prompt in prompts]
-        for i, prompt in enumerate(ids):
-            self.prepare(prompt, asked, name=f"prompt {i}")
-        requests = [self.submit(prompt, seed=seed + i, **limits) for i, prompt in enumerate(ids)]
+        requests = [
+            self.prepare(prompt, Limits(seed=seed + i, **limits), chat=chat, name=f"prompt {i}")
+            for i, prompt in enumerate(prompts)
+        ]
+        for request in requests:
+            self._enqueue(request, wait=True)
         return [request.result() for request in requests]
 
     def encode(self, prompt: str | Sequence[int], *, chat: bool = False) -> list[int]:
@@ -227,12 +216,8 @@ class Generator:
         ids = self.encode(prompt, chat=chat)
         if limits.stop and self._opened.tokenizer is None:
             raise ConfigError("stop strings need a tokenizer, and the model has none; use stop_tokens")
-        if not ids:
-            raise ConfigError(f"{name} is empty; begin it with a token, for example the end-of-document token")
-        vocabulary, most = self._opened.config.vocab_size, self._decoder.max_length
-        if not 0 <= min(ids) <= max(ids) < vocabulary:
-            wrong = next(token for token in ids if not 0 <= token < vocabulary)
-            raise ConfigError(f"{name} has token id {wrong}, the model's vocab_size is {vocabulary}")
+        check_prompt(ids, self._opened.config.vocab_size, name)
+        most = self._decoder.max_length
         if len(ids) >= most:
             raise ConfigError(
                 f"{name} has {len(ids)} tokens, which leaves no room in a sequence of {most} tokens (max_length; the "
@@ -279,6 +264,21 @@ class Generator:
     ) -> None:
         """Close the generator."""
         self.close()
+
+    def _enqueue(self, request: Request, wait: bool) -> Request:
+        """Put a request into the queue."""
+        with self._changed:
+            if not wait and len(self._queue) >= self._queue_size and not self._closed:
+                raise QueueFullError(f"{len(self._queue)} requests are waiting already (queue_size); try again later")
+            self._changed.wait_for(lambda: self._closed or len(self._queue) < self._queue_size)
+            if self._closed:
+                raise SBNError("the generator is closed: it takes no more prompts")
+            self._queue.append(request)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="sbn-generator", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        return request
 
     def _run(self) -> None:
         """Take requests from the queue and run turns, until the generator is closed."""

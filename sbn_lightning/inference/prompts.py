@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data.tokenizer import find_eos
 from sbn_lightning.formats.loaded import LoadedModel
@@ -52,6 +54,27 @@ def encode_prompt(opened: LoadedModel, prompt: str, *, chat: bool = False) -> li
         ids: list[int] = tokenizer.encode(as_chat(opened.text, prompt), add_special_tokens=False).ids
         return ids
     return tokenizer.encode(prompt).ids or [_document_start(opened)]
+
+
+def check_prompt(ids: Sequence[int], vocab_size: int, name: str) -> None:
+    """Refuse a prompt that a model cannot read.
+
+    Args:
+        ids: The token ids of the prompt.
+        vocab_size: The number of token ids that the model knows.
+        name: What to call the prompt in messages.
+
+    Raises:
+        ConfigError: If the prompt is empty, or a token id is beyond the vocabulary.
+    """
+    if not len(ids):
+        raise ConfigError(f"{name} is empty; begin it with a token, for example the end-of-document token")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise ConfigError(
+            f"{name} has token id {wrong}, the model's vocab_size is {vocab_size}; was it written with another "
+            "tokenizer?"
+        )
 
 
 def _document_start(opened: LoadedModel) -> int:

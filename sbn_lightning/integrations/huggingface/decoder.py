@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.inference.prompts import check_prompt
 from sbn_lightning.layers.masked_linear import prepare_layers
 
 
@@ -53,10 +54,7 @@ class NetworkDecoder:
         if len(prompts) != self.batch_size:
             raise ConfigError(f"{len(prompts)} prompts were given to a decoder for {self.batch_size}")
         for i, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ConfigError(f"prompt {i} is empty")
-            if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
-                raise ConfigError(f"prompt {i} has a token id beyond the model's vocab_size={self.vocab_size}")
+            check_prompt(prompt, self.vocab_size, f"prompt {i}")
         prepare_layers(self.hf)
         width = max(map(len, prompts))
         tokens = torch.zeros(len(prompts), width, dtype=torch.int64)
