@@ -47,15 +47,41 @@ def open_model(
         DataError: If there is no such model, or the model is damaged.
     """
     where = choose_device(device)
-    chosen = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if where.type == "cuda" else torch.float32
+    chosen = choose_dtype(dtype, where)
     loaded = load_model(checkpoint, device=where, dtype=chosen, tokenizer=tokenizer)
-    choices = use_backend(loaded.model, backend, chosen)
-    if choices and where.type == "cuda":
+    return make_ready(loaded, where, chosen, backend, compile)
+
+
+def make_ready(
+    loaded: LoadedModel, device: torch.device, dtype: torch.dtype, backend: BackendName, compile: bool
+) -> LoadedModel:
+    """Make a model that was loaded ready to run, and return it.
+
+    Args:
+        loaded: The model, on ``device``.
+        device: The device where the model runs.
+        dtype: The dtype of the activations.
+        backend: The backend, as for :func:`use_backend`. The choice is printed to stderr.
+        compile: Whether to compile the model's blocks.
+
+    Raises:
+        ConfigError: If the backend cannot run on the device.
+    """
+    choices = use_backend(loaded.model, backend, dtype)
+    if choices and device.type == "cuda":
         print(choices, file=sys.stderr)
     prepare_layers(loaded.model)
     if compile:
         loaded.model.compile_blocks()
     return loaded
+
+
+def choose_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
+    """Find a dtype by its name; ``"auto"`` is bfloat16 on a GPU and float32 elsewhere."""
+    if name != "auto":
+        chosen: torch.dtype = getattr(torch, name)
+        return chosen
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def choose_device(name: str) -> torch.device:

@@ -24,8 +24,14 @@ from sbn_lightning.formats.files import read_json
 from sbn_lightning.formats.load import load_model
 from sbn_lightning.formats.loaded import LoadedModel
 from sbn_lightning.formats.recognise import Found, recognise
-from sbn_lightning.inference.opening import BackendName, DTypeName, choose_device, open_model, use_backend
-from sbn_lightning.layers.masked_linear import prepare_layers
+from sbn_lightning.inference.opening import (
+    BackendName,
+    DTypeName,
+    choose_device,
+    choose_dtype,
+    make_ready,
+    open_model,
+)
 
 CONFIG = "config.json"
 NEEDS = 'this model needs transformers: pip install "sbn-lightning[hf]"'
@@ -54,16 +60,10 @@ def open_any(
     if (found := for_transformers(Path(checkpoint))) is None:
         return open_model(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend, compile=compile)
     where = choose_device(device)
-    chosen = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if where.type == "cuda" else torch.float32
+    chosen = choose_dtype(dtype, where)
     loaded = _load(found, tokenizer, chosen)
     loaded.model.to(where)
-    choices = use_backend(loaded.model, backend, chosen)
-    if choices and where.type == "cuda":
-        print(choices, file=sys.stderr)
-    prepare_layers(loaded.model)
-    if compile:
-        loaded.model.compile_blocks()
-    return loaded
+    return make_ready(loaded, where, chosen, backend, compile)
 
 
 def load_any(checkpoint: str, *, tokenizer: str | None = None, dtype: torch.dtype | None = None) -> LoadedModel:
