@@ -299,8 +299,3 @@ def check_shared(module: nn.Module, owners: Counter[int]) -> str | None:
     """Return why the weights of a block cannot be converted if another module has them too, or None."""
     shared = any(owners[id(module._parameters[name])] > 1 for name in fused_weights(module))
     return "shares its weight with another module" if shared else None
-
-
-def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the blocks of a model with fused experts that are still dense, by name."""
-    return {name: module for name, module in model.named_modules() if fused_weights(module)}

@@ -11,18 +11,7 @@ from sbn_kernels.prepare.reference import codes_reference, gamma_reference, mask
 from sbn_kernels.quantize.reference import quantize_tokens_reference
 from sbn_kernels.swiglu.reference import swiglu_backward_reference, swiglu_quantize_reference
 
-
-@pytest.fixture(autouse=True)
-def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fix the random data, and poison every buffer that is allocated without a value."""
-    torch.manual_seed(0)
-    empty = torch.empty
-
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan") if made.is_floating_point() else 77)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 
 def with_ties(out: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

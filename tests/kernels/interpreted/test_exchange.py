@@ -9,18 +9,7 @@ from sbn_kernels.exchange.triton import decode_rows, encode_rows, gamma_of_parts
 from sbn_kernels.prepare.reference import codes_reference, mask_bits_reference, mask_reference
 from sbn_kernels.prepare.triton import sums_of_rows
 
-
-@pytest.fixture(autouse=True)
-def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fix the random data, and poison every buffer that is allocated without a value."""
-    torch.manual_seed(0)
-    empty = torch.empty
-
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan") if made.is_floating_point() else 77)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 
 @pytest.mark.parametrize(
