@@ -302,8 +302,9 @@ class KernelLinearFunction(torch.autograd.Function):
         """Computes ``y [tokens, out]`` in ``dtype``.
 
         ``x`` is ``[tokens, in]``. With ``swiglu`` it holds gates and ups, ``[tokens, 2 in]``, or gates if there is an
-        ``up``. ``x8`` and ``scale`` are the quantised tokens if they exist already. Gradients are rounded if there is a
-        ``seed``: that of ``x`` if there is a ``transposed``, that of ``latent`` with ``rounds_dw``.
+        ``up``. ``x8`` and ``scale`` are the quantised tokens if they exist already. With a
+        ``seed``, the gradient of ``x`` is rounded if there is a ``transposed``, and the gradient of ``latent`` is
+        rounded if ``rounds_dw`` is true.
         """
         if up is not None:
             x8, scale = swiglu_pair_quantize(x, up, activation_bits)

@@ -39,7 +39,7 @@ FIXED = (
 )
 # A run that continues may change these fields: tensors keep their shapes.
 _CHANGEABLE = ("rope_theta", "rope_scaling", "norm_eps", "sliding_window", "sliding_layers", "layers_without_rope")
-# The fields that decide which tensors there are, and what is computed with them.
+# The fields that decide which tensors exist and what the model computes.
 SHAPE = tuple(name for name in FIXED if name not in _CHANGEABLE)
 
 

@@ -162,7 +162,7 @@ class Engine:
                     row.chosen = 1
                     # The host waits for the first token, so that the reader gets it at once.
                     self._give(row, request, int(first))
-            except Exception as error:  # Whatever it is, only this request has a part in it.
+            except Exception as error:  # Only this request has a part in the error.
                 request.fail(error)
                 row.cached = []
                 self._leave(row)

@@ -176,7 +176,7 @@ class SparseBitLinear(MaskedLinear):
 
         Args:
             request: What :meth:`due` returned.
-            prepared: What the backend made of it.
+            prepared: What the backend made of the weight.
         """
         self._prepared = prepared
         if request[1] is None:

@@ -138,7 +138,7 @@ class SparseBitNet(LightningModule):
             shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",), **options)
 
     def load_initial_weights(self, path: str) -> TextFiles:
-        """Copy the weights of another model into this one, and return the text files that came with them.
+        """Copy the weights of another model into this one, and return the text files of the other model.
 
         Args:
             path: The value of ``init_from``.

@@ -78,7 +78,7 @@ def int8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Computes ``y = (x @ codes^T) * scale`` for few tokens; sums are float32.
 
     Args:
-        x: The tokens, ``[tokens, in_features]``, at most 64 of them: bfloat16, float16 or float32.
+        x: The tokens, ``[tokens, in_features]``, at most 64 tokens: bfloat16, float16 or float32.
         codes: The rows of the matrix, int8 ``[out_features, in_features]``.
         scale: The scale of each row, float32 ``[out_features]``.
 

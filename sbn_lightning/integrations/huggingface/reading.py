@@ -64,7 +64,7 @@ def read_weights(path: str) -> Weights:
 
 
 def read_network(found: Found) -> tuple[Network, TextFiles]:
-    """Read a model of transformers, and the text files that come with it.
+    """Read a model of transformers and its text files.
 
     Args:
         found: A checkpoint of ``CausalLM``, or a Hugging Face folder.

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.3: the plain block, with biases and a head size of its own where the file asks for them."""
+"""Llama 1 to 3.3: the plain block, with biases and a head size of its own where the file names them."""
 
 from __future__ import annotations
 
