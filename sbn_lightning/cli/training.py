@@ -50,6 +50,7 @@ from sbn_lightning.cli.parsing import OneLineErrors, what_is_wrong
 from sbn_lightning.cli.redaction import without_secrets
 from sbn_lightning.core.errors import ConfigError, DataError, SBNError
 from sbn_lightning.data import TokenDataModule, folders, shards
+from sbn_lightning.distributed.meeting import meet_afresh
 from sbn_lightning.distributed.strategies import check_checkpoint
 from sbn_lightning.fabric.loop import FabricRun, train
 from sbn_lightning.fabric.options import fabric_run
@@ -165,6 +166,7 @@ class SBNCLI(LightningCLI):
             self.model.init_from = None
         if isinstance(self.trainer, Trainer):
             check_checkpoint(self.config[subcommand].get("ckpt_path"), self.trainer.strategy)
+        meet_afresh()
         try:
             super()._run_subcommand(subcommand)
         except SBNError:

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sbn_lightning.distributed.meeting import meet_afresh
     from sbn_lightning.distributed.optimizer_states import name_optimizer_states
     from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts, shard
     from sbn_lightning.distributed.strategies import check_checkpoint, check_strategy
@@ -14,11 +15,19 @@ _MODULE_OF = {
     "check_checkpoint": "strategies",
     "check_strategy": "strategies",
     "keep_masks_out_of_broadcasts": "sharding",
+    "meet_afresh": "meeting",
     "name_optimizer_states": "optimizer_states",
     "shard": "sharding",
 }
 
-__all__ = ["check_checkpoint", "check_strategy", "keep_masks_out_of_broadcasts", "name_optimizer_states", "shard"]
+__all__ = [
+    "check_checkpoint",
+    "check_strategy",
+    "keep_masks_out_of_broadcasts",
+    "meet_afresh",
+    "name_optimizer_states",
+    "shard",
+]
 
 
 def __getattr__(name: str) -> Any:

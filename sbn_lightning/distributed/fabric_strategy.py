@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
+from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
 from sbn_lightning.distributed.sharding import Gather, shard
-from sbn_lightning.distributed.strategies import TIMEOUT
 
 
 class FabricShardedStrategy(ModelParallelStrategy):
@@ -62,6 +62,7 @@ class FabricShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._tensor_parallel_size = 1
         self._data_parallel_size = self.num_nodes * self.num_processes
+        meet_afresh(self._timeout or TIMEOUT)
         super().setup_environment()
 
 

@@ -19,9 +19,8 @@ from lightning.pytorch.strategies import (
 from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
 from sbn_lightning.distributed.sharding import Gather
-
-TIMEOUT = timedelta(minutes=10)  # torch's own default is half an hour for gloo.
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -110,6 +109,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._tensor_parallel_size = 1
         self._data_parallel_size = self.num_nodes * self.num_processes
+        meet_afresh(self._timeout or TIMEOUT)
         super().setup_environment()
 
 

@@ -7,6 +7,7 @@ the store of the process group, apart from collectives:
 * A rank that fails writes its cause into the store. The first cause counts, because later ones are consequences.
 * Each rank writes a sign of life every second, and looks at the sign of the next rank. A rank that was killed writes no
   cause, so its silence is the cause, and the rank before it writes that.
+* A rank whose collective fails asks all ranks to be less patient, because a connection to some rank has broken.
 * A rank that reads a cause waits a little, because most ranks end by themselves: a broken connection raises an error.
   Then it prints the cause and ends the process. The host may be stuck in a collective at this point, where no Python
   exception reaches it. Checkpoints are whole or not there (:mod:`sbn_lightning.checkpoints.io`), so nothing is lost.
@@ -18,6 +19,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from itertools import count
 
@@ -27,6 +29,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from sbn_lightning.core.errors import ConfigError
 
 BEAT = 1.0  # Seconds between signs of life.
+BROKEN = 6.0  # The most seconds that a rank may be silent once a connection has broken.
 STATUS = 1  # The exit status of a rank that ends because of another one.
 GONE = "rank 0: gone, and the store of the process group with it"
 _runs = count()  # Runs of this process. All ranks count alike, so the number makes keys of a run unique.
@@ -76,13 +79,19 @@ class Watch:
         if self._known is None:
             try:
                 self._known = self._store.get(key).decode() if self._store.check([key]) else None
-            except (RuntimeError, dist.DistError):
+            except RuntimeError:
                 self._known = GONE
         return self._known
 
     def wait_for_cause(self) -> str | None:
-        """Wait until a rank has written down a cause. Return None if that takes longer than ranks may be silent."""
+        """Wait for the cause, because a connection to another rank has broken.
+
+        Returns:
+            The cause that a rank has written down; None if that takes longer than ranks may be silent.
+        """
         end = time.monotonic() + self.silence + 5 * BEAT
+        with suppress(RuntimeError):  # The store may be gone.
+            self._store.set(f"{self._prefix}/broken", "")
         while time.monotonic() < end:
             if (cause := self.cause()) is not None:
                 return cause
@@ -107,11 +116,14 @@ class Watch:
                 sign, zero = store.get(its), store.get(f"{self._prefix}/beat/0")
                 if sign != last:
                     last, changed = sign, time.monotonic()
-                if last != b"done" and time.monotonic() - changed > self.silence:
-                    silent = f"rank {following}: gone without a word for {self.silence:g} seconds; was it killed?"
+                limit = self.silence
+                if store.check([f"{self._prefix}/broken"]):
+                    limit = min(limit, BROKEN)
+                if last != b"done" and time.monotonic() - changed > limit:
+                    silent = f"rank {following}: gone without a word for {limit:g} seconds; was it killed?"
                     store.compare_set(f"{self._prefix}/cause", "", silent)
-            except (RuntimeError, dist.DistError):
-                # Rank 0, or torchrun, owns the store.
+            except RuntimeError:
+                # Rank 0 owns the store.
                 if zero == b"done":
                     return
                 self._known = self._known or GONE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -98,6 +99,40 @@ def resume(folder: Path, name: str, steps: int, **options: Any) -> None:
     """Train epochs of two steps, and write down the losses."""
     losses = fit(folder, steps, batches=2, **options)
     torch.save(losses, folder / f"{name}.rank{os.environ['RANK']}.pt")
+
+
+def restart(folder: Path, tokens: str) -> None:
+    """Let torchrun's agent start two ranks of ``sbn fit``, and start them again after one was killed."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.chdir(folder)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    agent = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, monitor_interval=0.1, start_method="fork",
+        run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    )  # fmt: skip
+    elastic_launch(agent, fit_recipe)(tokens)
+
+
+def fit_recipe(tokens: str) -> None:
+    """Run ``sbn fit`` for four steps. In the first attempt rank 1 is killed after two. Later ones start unevenly."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from sbn_lightning.cli import main
+    from tests.cli.test_cli import RECIPE, small
+
+    rank_zero_only.rank = int(os.environ["RANK"])  # Lightning reads the variable when it is imported.
+
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and rank_zero_only.rank == 1:
+        time.sleep(1)  # So rank 0 could read what rank 1 of the first attempt has left in the store.
+    options = small(tokens, "--trainer.max_steps=4", "--trainer.devices=2", "--trainer.strategy=sbn_fsdp2")
+    options += ["--ckpt_path=last", "--trainer.limit_val_batches=0"]
+    options += [f"--trainer.callbacks={__name__}.Fault", "--trainer.callbacks.kind=killed"]
+    options += ["--trainer.callbacks.rank=1", "--trainer.callbacks.step=2"]
+    status = main(["fit", "--config", str(RECIPE), *options])
+    if status != 0:
+        raise SystemExit(status)
 
 
 def packed(folder: Path, what: str) -> None:
