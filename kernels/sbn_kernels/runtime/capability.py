@@ -126,7 +126,12 @@ def _interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@functools.cache
+@constant
 def multiprocessors(index: int) -> int:
-    """The number of streaming multiprocessors of GPU ``index``."""
+    """The number of streaming multiprocessors of GPU ``index``. A constant to ``torch.compile``."""
+    return _multiprocessors(index)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
