@@ -108,7 +108,7 @@ def make(**changes: object) -> TernaryTransformer:
     ("changes", "batch", "reason"),
     [
         ({}, 1, "needs a model on a CUDA GPU, not on the CPU"),
-        ({}, 9, "takes 1 to 8 sequences, not 9"),
+        ({}, 17, "takes 1 to 16 sequences, not 17"),
         ({"linear": "dense"}, 1, "needs ternary layers, not linear='dense'"),
         ({"activation_bits": 4}, 1, "needs activation_bits=8, not 4"),
         ({"qk_norm": "head"}, 1, "does not compute qk_norm='head'"),

@@ -21,13 +21,16 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 TYPES = {
     "tokens": "*i64", "lengths": "*i64", "caches": "*i64", "parts": "*i64", "parts_m": "*i64", "attended_m": "*i64",
-    "cos": "*fp32", "sin": "*fp32", "embedding": "*bf16", "norms": "*bf16", "head": "*bf16", "logits": "*bf16",
+    "shared": "*u8", "places": "*i64", "cos": "*fp32", "sin": "*fp32", "embedding": "*bf16", "norms": "*bf16",
+    "head": "*bf16", "logits": "*bf16",
     "timeout": "i64", "slots": "i32", "max_length": "i32", "P": "constexpr",
 }  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 CASES = {
     "1.5b": (Shape(28, 1536, 8960, 12, 2, 128, 151936), 1),
     "tiny, 8 tokens": (Shape(3, 256, 704, 4, 2, 64, 517), 8),
+    "1.5b, 16 tokens": (Shape(28, 1536, 8960, 12, 2, 128, 151936), 16),
+    "0.5b, 12 tokens": (Shape(2, 896, 4864, 14, 2, 64, 151936), 12),
 }
 
 

@@ -39,6 +39,11 @@ CASES = {
     "three tokens": (SMALL, [10, 200, 3000], None),
     "eight tokens": (MIDDLE, [1500, 700, 1, 2, 3, 4, 2000, 5], None),
     "four tokens, few programs": (SMALL, [300, 1, 2, 3], 16),
+    "nine tokens": (SMALL, [10, 200, 600, 1, 2, 3, 4, 5, 6], None),
+    "twelve tokens": (LARGE, [1500, 700, 1, 2, 3, 4, 2000, 5, 6, 7, 8, 9], None),
+    "sixteen tokens": (MIDDLE, [255, 0, 1, 511, 4, 100, 300, 5, 6, 7, 8, 9, 10, 11, 12, 600], None),
+    "sixteen tokens, few programs": (SMALL, [300 + i for i in range(16)], 10),
+    "sixteen tokens, no whole steps": (Shape(2, 320, 720, 5, 5, 64, 1003), list(range(16)), None),
 }
 
 
@@ -159,4 +164,4 @@ def test_more_programs_than_fit_are_refused_and_leave_the_device_well() -> None:
 def test_supports_says_why_not() -> None:
     assert supports(MIDDLE, 1, torch.device(DEVICE)) is None
     assert "CUDA" in str(supports(MIDDLE, 1, torch.device("cpu")))
-    assert "1 to 8" in str(supports(MIDDLE, 64, torch.device(DEVICE)))
+    assert "1 to 16" in str(supports(MIDDLE, 64, torch.device(DEVICE)))

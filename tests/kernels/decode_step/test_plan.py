@@ -19,13 +19,13 @@ SHAPES = {"0.5b": SMALL, "1.5b": MIDDLE, "3b": LARGE, "llama 8b": LLAMA}
 
 
 @pytest.mark.parametrize("programs", [8, 132])
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", [1, 3, 8, 16])
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_schedule_overwrites_no_weights_in_use(name: str, batch: int, programs: int) -> None:
     try:
         plan = make_plan(SHAPES[name], batch, programs)
     except ValueError as error:
-        if (name, batch, programs) == ("llama 8b", 8, 8) and "shared memory" in str(error):
+        if name == "llama 8b" and batch >= 8 and programs == 8 and "shared memory" in str(error):
             return
         raise
     assert plan.at_ring + plan.ring_bytes <= 4 * sum(plan.pieces) <= 232448
@@ -46,7 +46,7 @@ def test_the_schedule_overwrites_no_weights_in_use(name: str, batch: int, progra
 
 
 @pytest.mark.parametrize("programs", [8, 40, 132])
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, 8, 12])
 @pytest.mark.parametrize("name", ["0.5b", "1.5b", "3b"])
 def test_the_kernel_waits_only_for_copies_that_have_started(name: str, batch: int, programs: int) -> None:
     """Walk through a step as the kernel does: copies start before each product, except before the product with o."""
@@ -95,9 +95,11 @@ def test_what_does_not_fit_is_refused_with_a_reason(changes: dict[str, int], rea
 
 
 def test_batches_and_activations_beyond_reach_are_refused() -> None:
-    assert "1 to 8" in str(refusal(MIDDLE, 9))
+    assert "1 to 16" in str(refusal(MIDDLE, 17))
     assert "activation_bits" in str(refusal(MIDDLE, 1, 4))
-    assert refusal(MIDDLE, 8) is None
+    assert refusal(MIDDLE, 16) is None
+    with pytest.raises(ValueError, match="the codes of 9 tokens must be shared"):
+        make_plan(MIDDLE, 9, 132, shared_codes=False)
 
 
 @pytest.mark.parametrize("columns", [128, 300, 896])

@@ -1,4 +1,4 @@
-"""Inline PTX that multiplies 16 rows of ternary weights at a time with the quantised tokens, all in shared memory.
+"""Inline PTX that multiplies 16 rows of ternary weights at a time with the quantised tokens.
 
 The weights are 2 bits each: ``u = t + 1`` for a code ``t`` in {-1, 0, 1}. Masking bits ``2 j`` and ``2 j + 1`` of every
 byte of a word leaves four unsigned bytes ``u 4^j``, so one logical instruction gives an operand register, and
@@ -10,6 +10,9 @@ A tile is 16 rows. A *step* is 128 columns of a tile: 512 bytes, 16 for each lan
 ``g + 8 r``, and its bits ``8 b + 2 j`` the column ``32 t + 8 j + 4 h + b``. This is operand A of ``mma.m16n8k32`` with
 the columns permuted in such a way that a lane's tokens are 32 neighbouring bytes.
 
+The weights stand in shared memory, and so do the tokens of a small batch. Codes that programs share
+(``plan.Plan.shared_codes``) are read from the L2 cache.
+
 Warps split K into ``groups`` and the tiles into the rest. Their partial sums meet in shared memory.
 """
 
@@ -17,11 +20,13 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 
-from sbn_kernels.decode.step.plan import Phase, Plan
+from sbn_kernels.decode.step.plan import COLUMNS, STEP, Phase, Plan
 from sbn_kernels.decode.step.ptx import assembly, helper, wait_mbarrier
 
 _MASKS = ("0x03030303", "0x0c0c0c0c", "0x30303030", "0xc0c0c0c0")
 _PRELOADED = 96  # registers for a warp's share of the tokens, where several tiles use it
+_AHEAD = 64  # registers for tokens that are loaded ahead of their use, where the codes are shared
+_REGISTERS = (("c", "b"), ("d", "e"))  # sums and tokens of each group of 8 tokens
 
 
 @helper
@@ -32,14 +37,15 @@ def _addresses(p: Plan, f: Phase, weights: str, xq: str, red: str) -> list[str]:
         "mov.u32 tid, %tid.x; shr.u32 warp, tid, 5; and.b32 lane, tid, 31; shr.u32 g, lane, 2; and.b32 t, lane, 3;",
         f"and.b32 kg, warp, {f.groups - 1}; shr.u32 rg, warp, {f.groups.bit_length() - 1};",
         f"mad.lo.u32 wa, kg, 512, {weights}; mad.lo.u32 wa, lane, 16, wa; mad.lo.u32 wa, rg, {f.tile_bytes}, wa;",
-        f"mad.lo.u32 xa, t, 32, {xq}; mad.lo.u32 xa, kg, 128, xa;",
+        f"mad.lo.u32 xa, t, 32, {'0' if p.shared_codes else xq}; mad.lo.u32 xa, kg, 128, xa;",
         f"mad.lo.u32 ra, kg, 4, {red}; mad.lo.u32 ra, rg, {p.sums_bytes(f)}, ra;",
     ]
-    row = 4 * f.groups * (1 if p.batch == 1 else 8)
+    row = 4 * f.groups * p.sum_slots
     if p.batch == 1:
         # Lane t = 0 writes row g, lane t = 1 row g + 8.
         return [*lines, f"mad.lo.u32 tmp, t, 8, g; mad.lo.u32 ra, tmp, {row}, ra;"]
-    lines += [f"and.b32 tmp, g, {p.batch_slots - 1}; mad.lo.u32 xa, tmp, {p.x_stride(f.columns)}, xa;"]
+    if not p.shared_codes:
+        lines += [f"and.b32 tmp, g, {p.batch_slots - 1}; mad.lo.u32 xa, tmp, {p.x_stride(f.columns)}, xa;"]
     # Row g, tokens 2 t and 2 t + 1.
     return [*lines, f"mad.lo.u32 ra, g, {row}, ra; mad.lo.u32 ra, t, {8 * f.groups}, ra;"]
 
@@ -55,8 +61,31 @@ def _tokens(p: Plan, f: Phase, s: int, at: int) -> list[str]:
 
 
 @helper
+def _shared_addresses(p: Plan, f: Phase, codes: str) -> list[str]:
+    """Registers xa0, xa1: where this lane's values of a token of each group stand in memory."""
+    lines = [".reg .u64 " + ", ".join(f"xa{q}" for q in range(p.token_groups)) + ";"]
+    for q in range(p.token_groups):
+        # Columns beyond the batch multiply the last token again, and nobody reads their results.
+        lines += [f"add.u32 tmp, g, {COLUMNS * q}; min.u32 tmp, tmp, {p.batch - 1};"]
+        lines += [f"mad.lo.u32 tmp, tmp, {f.steps * STEP}, xa; cvt.u64.u32 xa{q}, tmp; add.u64 xa{q}, xa{q}, {codes};"]
+    return lines
+
+
+@helper
+def _shared_tokens(p: Plan, f: Phase, s: int) -> list[str]:
+    """Loads a lane's 32 values of step ``s`` of this warp for each group of tokens, from the L2 cache."""
+    where = STEP * f.groups * s
+    return [
+        f"ld.relaxed.gpu.global.v4.b32 {{{','.join(f'{b}{8 * s + 4 * h + r}' for r in range(4))}}}, "
+        f"[xa{q}+{where + 16 * h}];"
+        for q, (_, b) in enumerate(_REGISTERS[: p.token_groups])
+        for h in range(2)
+    ]
+
+
+@helper
 def _multiply(p: Plan, where: int, at: int, first: bool) -> list[str]:
-    """A step of one tile: 16 rows by 128 columns."""
+    """A step of one tile: 16 rows by 128 columns. The weights are unpacked once for all groups of tokens."""
     lines = [f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [wa+{where}];"]
     for j in range(4):
         lines += [f"and.b32 a{k}, w{k}, {_MASKS[j]};" for k in range(4)]
@@ -67,11 +96,12 @@ def _multiply(p: Plan, where: int, at: int, first: bool) -> list[str]:
                     f"dp4a.u32.s32 c{j}_{r}, a{2 + r}, b{at + 2 * j + 1}, c{j}_{r};",
                 ]
         else:
-            c = "{" + ",".join(f"c{j}_{k}" for k in range(4)) + "}"
-            lines += [
-                f"mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {c}, {{a0,a1,a2,a3}}, "
-                f"{{b{at + 2 * j},b{at + 2 * j + 1}}}, {'{z,z,z,z}' if first else c};"
-            ]
+            for sums, b in _REGISTERS[: p.token_groups]:
+                c = "{" + ",".join(f"{sums}{j}_{k}" for k in range(4)) + "}"
+                lines += [
+                    f"mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {c}, {{a0,a1,a2,a3}}, "
+                    f"{{{b}{at + 2 * j},{b}{at + 2 * j + 1}}}, {'{z,z,z,z}' if first else c};"
+                ]
     return lines
 
 
@@ -80,9 +110,10 @@ def _partial_sums(p: Plan, f: Phase, where: int) -> list[str]:
     """Joins the four bit positions and writes a tile's partial sums ``[row, token, groups]``."""
     count = 2 if p.batch == 1 else 4
     lines = []
-    for k in range(count):
-        for j in (1, 2, 3):
-            lines += [f"mad.lo.s32 c0_{k}, c0_{k}, 4, c{j}_{k};"]
+    for sums, _ in _REGISTERS[: p.token_groups]:
+        for k in range(count):
+            for j in (1, 2, 3):
+                lines += [f"mad.lo.s32 {sums}0_{k}, {sums}0_{k}, 4, {sums}{j}_{k};"]
     if p.batch == 1:
         for k in range(2):
             for distance in (1, 2):
@@ -90,8 +121,11 @@ def _partial_sums(p: Plan, f: Phase, where: int) -> list[str]:
         lines += ["setp.eq.u32 p, t, 1; selp.b32 tmp, c0_1, c0_0, p; setp.lt.u32 p, t, 2;"]
         return [*lines, f"@p st.shared.b32 [ra+{where}], tmp;"]
     lines += [f"setp.lt.u32 p, t, {max(1, p.batch_slots // 2)};"]
-    for k, offset in enumerate((0, 1, 64, 65)):
-        lines += [f"@p st.shared.b32 [ra+{where + 4 * f.groups * offset}], c0_{k};"]
+    eight_rows = 8 * p.sum_slots
+    for q, (sums, _) in enumerate(_REGISTERS[: p.token_groups]):
+        for k, offset in enumerate((0, 1, eight_rows, eight_rows + 1)):
+            at = where + 4 * f.groups * (offset + COLUMNS * q)
+            lines += [f"@p st.shared.b32 [ra+{at}], {sums}0_{k};"]
     return lines
 
 
@@ -129,6 +163,51 @@ def multiply_tiles(p, f):
     return assembly(asm)
 
 
+@gluon.constexpr_function
+def multiply_shared(p, f):
+    """PTX: the same as :func:`multiply_tiles`, with the address of the codes in memory for ``xq``.
+
+    A warp needs the tokens' columns of its own place in K only. So the codes go from the L2 cache to registers and
+    never stand in shared memory.
+    """
+
+    def asm(outs, ins):
+        (weights,), (tiles,), (codes,), (red,), (barrier,), (parity,), (flag,), (deadline,) = ins
+        tile_groups = p.warps // f.groups
+        steps, mine = -(-f.steps // f.groups), -(-f.tiles // tile_groups)
+        preload = mine > 1 and 8 * steps * p.token_groups <= _AHEAD
+        lines = ["{", *_addresses(p, f, weights, "0", red), *_shared_addresses(p, f, codes)]
+        lines += [".reg .b32 w<4>, a<4>;"]
+        for sums, b in _REGISTERS[: p.token_groups]:
+            lines += [f".reg .b32 {b}<{8 * steps}>;", *(f".reg .b32 {sums}{j}_<4>;" for j in range(4))]
+        ahead = steps if preload else min(steps, max(1, _AHEAD // (8 * p.token_groups)))
+        for s in range(ahead):
+            lines += _shared_tokens(p, f, s)
+        lines += ["{", *wait_mbarrier(barrier, parity, flag, deadline), "}"]
+        for i in range(mine):
+            lines += [f"add.u32 tmp, rg, {tile_groups * i}; setp.ge.u32 skip, tmp, {tiles}; @skip bra END;"]
+            if i and not preload:
+                for s in range(ahead):
+                    lines += _shared_tokens(p, f, s)
+            for s in range(steps):
+                if (s + 1) * f.groups > f.steps:  # not every warp has a step left
+                    if s == 0:
+                        lines += [
+                            f"mov.b32 {sums}{j}_{k}, 0;"
+                            for sums, _ in _REGISTERS[: p.token_groups]
+                            for j in range(4)
+                            for k in range(4)
+                        ]
+                    lines += [f"setp.ge.u32 skip, kg, {f.steps - f.groups * s}; @skip bra SUM{i};"]
+                lines += _multiply(p, f.tile_bytes * tile_groups * i + 512 * f.groups * s, 8 * s, s == 0)
+                if s + ahead < steps:
+                    lines += _shared_tokens(p, f, s + ahead)
+            lines += [f"SUM{i}:", *_partial_sums(p, f, p.sums_bytes(f) * tile_groups * i)]
+        return "\n".join([*lines, "END:", "bar.sync 0;", "}"])
+
+    return assembly(asm)
+
+
 @helper
 def _load_sum(register: str, address: str, count: int, name: str) -> list[str]:
     """Adds up 1, 2, 4 or 8 neighbouring integers in shared memory."""
@@ -158,12 +237,16 @@ def gather_sums(p, f):
     def asm(outs, ins):
         (i0,), (i1,), (g0,), (g1,), (b0,), (b1,), (s,) = outs
         (sums,), (rows,), (statistics,), (token,) = ins
-        eight = 8 * 4 * f.groups * (1 if p.batch == 1 else 8)
+        eight = 8 * 4 * f.groups * p.sum_slots
         lines = ["{", ".reg .b32 t<8>, u<8>, v<8>, total; .reg .u32 a;"]
         lines += [f"ld.shared.v4.f32 {{{g0}, {g1}, {b0}, {b1}}}, [{rows}];"]
-        lines += [f"mad.lo.u32 a, {token}, 4, {statistics}; ld.shared.f32 {s}, [a+96];"]
-        lines += [f"mad.lo.u32 a, {token}, {4 * p.warps_per_token}, {statistics}; add.u32 a, a, 64;"]
-        lines += _load_sum("total", "a", p.warps_per_token, "t") + _load_sum(i0, sums, f.groups, "u")
+        if p.shared_codes:
+            lines += [f"mad.lo.u32 a, {token}, 8, {statistics}; ld.shared.v2.b32 {{total, t0}}, [a]; mov.b32 {s}, t0;"]
+        else:
+            lines += [f"mad.lo.u32 a, {token}, 4, {statistics}; ld.shared.f32 {s}, [a+96];"]
+            lines += [f"mad.lo.u32 a, {token}, {4 * p.warps_per_token}, {statistics}; add.u32 a, a, 64;"]
+            lines += _load_sum("total", "a", p.warps_per_token, "t")
+        lines += _load_sum(i0, sums, f.groups, "u")
         lines += [f"add.u32 a, {sums}, {eight};", *_load_sum(i1, "a", f.groups, "v")]
         lines += [f"shr.s32 {i}, {i}, 6; sub.s32 {i}, {i}, total;" for i in (i0, i1)]
         return "\n".join([*lines, "}"])

@@ -5,15 +5,16 @@ runs reach 4.5 TB/s on an H200, where pieces of 256 bytes from 16 rows reach 2.8
 
 For more tokens that is too much arithmetic, and the tensor cores multiply: a warp takes tiles of 16 rows and reads them
 128 columns at a time, straight from memory into operand A of ``mma.m16n8k16``. Operand B holds the hidden states of up
-to 8 tokens, in shared memory in rows of bfloat16. Columns are permuted in such a way that a lane's share of both is 16
-neighbouring bytes: lane ``(g, t) = (lane / 4, lane % 4)``, load ``j``: rows ``g`` and ``g + 8``, columns
-``32 j + 8 t ..``.
+to 8 tokens, in shared memory in rows of bfloat16. 16 tokens are two operands B for the same A. Columns are permuted in
+such a way that a lane's share of both is 16 neighbouring bytes: lane ``(g, t) = (lane / 4, lane % 4)``, load ``j``, has
+rows ``g`` and ``g + 8`` and columns ``32 j + 8 t ..``.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 
+from sbn_kernels.decode.step.plan import COLUMNS
 from sbn_kernels.decode.step.ptx import add_across, assembly
 
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
@@ -51,8 +52,9 @@ def load_rows(p, step):
 
 @gluon.constexpr_function
 def dot_constraints(p):
-    """Constraints of :func:`dot_rows`: four accumulators in place."""
-    return ",".join(["=f"] * 4 + ["0", "1", "2", "3"] + ["r"] * 33 + ["~{memory}"])
+    """Constraints of :func:`dot_rows`: four accumulators for each group of 8 tokens, in place."""
+    count = 4 * p.token_groups
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["r"] * 33 + ["~{memory}"])
 
 
 @gluon.constexpr_function
@@ -63,14 +65,16 @@ def dot_rows(p, step):
         (acc,) = outs
         rows, (xh,) = ins[1:]
         lines = ["{", ".reg .u32 lane, g, t, xa; .reg .b32 x<4>; mov.u32 lane, %tid.x; and.b32 lane, lane, 31;"]
-        lines += [f"shr.u32 g, lane, 2; and.b32 t, lane, 3; and.b32 g, g, {p.batch_slots - 1};"]
+        lines += [f"shr.u32 g, lane, 2; and.b32 t, lane, 3; and.b32 g, g, {min(COLUMNS, p.batch_slots) - 1};"]
         lines += [f"mad.lo.u32 xa, g, {p.head_stride}, {xh}; mad.lo.u32 xa, t, 16, xa;"]
-        c = "{" + ",".join(acc) + "}"
         for j in range(4):
-            lines += [f"ld.shared.v4.b32 {{x0, x1, x2, x3}}, [xa+{256 * step + 64 * j}];"]
             w, u = rows[4 * j : 4 * j + 4], rows[16 + 4 * j : 16 + 4 * j + 4]
-            for e in (0, 2):
-                lines += [f"{_MMA} {c}, {{{w[e]},{u[e]},{w[e + 1]},{u[e + 1]}}}, {{x{e},x{e + 1}}}, {c};"]
+            for q in range(p.token_groups):
+                c = "{" + ",".join(acc[4 * q : 4 * q + 4]) + "}"
+                where = COLUMNS * q * p.head_stride + 256 * step + 64 * j
+                lines += [f"ld.shared.v4.b32 {{x0, x1, x2, x3}}, [xa+{where}];"]
+                for e in (0, 2):
+                    lines += [f"{_MMA} {c}, {{{w[e]},{u[e]},{w[e + 1]},{u[e + 1]}}}, {{x{e},x{e + 1}}}, {c};"]
         return "\n".join([*lines, "}"])
 
     return assembly(asm)

@@ -11,7 +11,13 @@ five phases. Between two phases every program needs the results of all programs 
 
 A program owns tiles of 16 rows of each matrix, the same rows in every layer. Weights wait for nothing: they flow
 through a ring in shared memory, several phases ahead of their use (``schedule``). The programs hand over vectors of a
-few thousand words, which carry the tag of their layer (``ptx``). No program overwrites a vector that another still has
+few thousand words, which carry the tag of their layer (``ptx``).
+
+For a small batch each program quantises all tokens itself. For a larger batch (``plan.Plan.shared_codes``) one program
+quantises a token for all, and the programs read the codes from the L2 cache. That is one more hand-over a phase, and
+work that does not grow with the batch in every program.
+
+No program overwrites a vector that another still has
 to read: the writer has waited for results, and each reader of the old vector made its part of those results after
 reading. For example, the readers of y in phase D make the hidden vector, and phase E waits for the whole hidden vector.
 
@@ -48,7 +54,16 @@ from sbn_kernels.decode.step.rows import (
     write_hidden,
     write_qkv,
 )
-from sbn_kernels.decode.step.tokens import load_norm, normalize_words, quantize_attention, quantize_words
+from sbn_kernels.decode.step.tokens import (
+    await_tokens,
+    copy_final,
+    load_norm,
+    normalize_words,
+    quantize_attention,
+    quantize_words,
+    share_codes,
+    share_final,
+)
 
 _START = gl.constexpr("""{ .reg .pred p; .reg .u32 t, a; mov.u32 t, %tid.x; setp.lt.u32 p, t, $1;
 mad.lo.u32 a, t, 8, $0;
@@ -134,13 +149,14 @@ def _attention(base, kv, mine, qkv, keys, values, lengths, max_length, slots, pa
 @gluon.jit
 def _load_norm(norm, P: gl.constexpr):
     """Loads this thread's weights of a norm."""
-    COUNT: gl.constexpr = (P.d_model + 128 * P.warps_per_token - 1) // (128 * P.warps_per_token)
+    STEP: gl.constexpr = 128 * P.norm_plan.warps_per_token
+    COUNT: gl.constexpr = (P.d_model + STEP - 1) // STEP
     REGS: gl.constexpr = (
         2 if COUNT == 1 else 4 if COUNT == 2 else 8 if COUNT <= 4 else 16 if COUNT <= 8 else 32 if COUNT <= 16 else 64
     )
     R: gl.constexpr = gl.BlockedLayout([1, 1, REGS], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
     G: gl.constexpr = gl.distributed_type(gl.int32, [P.warps, 32, REGS], R)
-    return gl.inline_asm(load_norm(P), "=&r," * REGS + "l", [norm], G, is_pure=False)
+    return gl.inline_asm(load_norm(P.norm_plan), "=&r," * REGS + "l", [norm], G, is_pure=False)
 
 
 @gluon.jit
@@ -174,6 +190,49 @@ def _final_norm(base, words, gain, tag, flag, deadline, P: gl.constexpr):
     constraints: gl.constexpr = "l,r,r,r,l,l," + "r," * gain.shape[2] + "~{memory}"
     args = [words, tag, base + P.at_tokens, base + P.at_small, flag, deadline, gain]
     gl.inline_asm(normalize_words(P), constraints, args, (), is_pure=False)
+
+
+@gluon.jit
+def _await(base, places, epoch, flag, deadline, P: gl.constexpr):
+    """Waits until the shared vectors of all tokens are complete, and copies their sums and scales."""
+    args = [places, epoch, base + P.at_statistics, flag, deadline]
+    gl.inline_asm(await_tokens(P), "l,r,r,l,l,~{memory}", args, (), is_pure=False)
+
+
+@gluon.jit
+def _share(base, words, codes, places, tag, epoch, flag, deadline, P: gl.constexpr, VALUES: gl.constexpr):
+    """Quantises this program's tokens for all programs, and waits for the tokens of the others."""
+    WIDTH: gl.constexpr = (VALUES + 127) // 128 * 128
+    for token in range(P.programs - 1 - gl.program_id(0), P.batch, P.programs):
+        args = [words + token * VALUES, tag, codes + token * WIDTH, places + token * 2, epoch, base + P.at_small, flag,
+                deadline]  # fmt: skip
+        asm: gl.constexpr = share_codes(P.token_plan, VALUES, False)
+        gl.inline_asm(asm, "l,r,l,l,r,r,l,l,~{memory}", args, (), is_pure=False)
+    _await(base, places, epoch, flag, deadline, P)
+
+
+@gluon.jit
+def _share_normalized(base, words, codes, places, gain, tag, epoch, flag, deadline, P: gl.constexpr):
+    """As :func:`_share`, for the residual stream behind a norm."""
+    constraints: gl.constexpr = "l,r,l,l,r,r,l,l," + "r," * gain.shape[2] + "~{memory}"
+    WIDTH: gl.constexpr = (P.d_model + 127) // 128 * 128
+    for token in range(P.programs - 1 - gl.program_id(0), P.batch, P.programs):
+        args = [words + token * P.d_model, tag, codes + token * WIDTH, places + token * 2, epoch, base + P.at_small,
+                flag, deadline, gain]  # fmt: skip
+        gl.inline_asm(share_codes(P.token_plan, P.d_model, True), constraints, args, (), is_pure=False)
+    _await(base, places, epoch, flag, deadline, P)
+
+
+@gluon.jit
+def _share_final(base, words, target, places, gain, tag, epoch, flag, deadline, P: gl.constexpr):
+    """Applies the last norm to this program's tokens for all programs, and copies all tokens to shared memory."""
+    constraints: gl.constexpr = "l,r,l,l,r,r,l,l," + "r," * gain.shape[2] + "~{memory}"
+    for token in range(P.programs - 1 - gl.program_id(0), P.batch, P.programs):
+        args = [words + token * P.d_model, tag, target + token * (2 * P.head_columns), places + token * 2, epoch,
+                base + P.at_small, flag, deadline, gain]  # fmt: skip
+        gl.inline_asm(share_final(P.token_plan), constraints, args, (), is_pure=False)
+    _await(base, places, epoch, flag, deadline, P)
+    gl.inline_asm(copy_final(P), "l,r,~{memory}", [target, base + P.at_tokens], (), is_pure=False)
 
 
 @gluon.jit
@@ -220,33 +279,38 @@ def _head_of_few(base, head, logits, gain, words, tag, flag, deadline, P: gl.con
 
 
 @gluon.jit
-def _head(base, head, logits, gain, words, tag, flag, deadline, P: gl.constexpr):
+def _head(base, head, logits, gain, words, shared, places, epoch, flag, deadline, P: gl.constexpr):
     """Computes the final norm and the head for three tokens or more."""
     R32: gl.constexpr = gl.BlockedLayout([1, 1, 32], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
-    R4: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
+    SUMS: gl.constexpr = 4 * P.token_groups
+    R4: gl.constexpr = gl.BlockedLayout([1, 1, SUMS], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
     W: gl.constexpr = gl.distributed_type(gl.int32, [P.warps, 32, 32], R32)
-    A: gl.constexpr = gl.distributed_type(gl.float32, [P.warps, 32, 4], R4)
+    A: gl.constexpr = gl.distributed_type(gl.float32, [P.warps, 32, SUMS], R4)
     LOAD: gl.constexpr = "=&r," * 32 + "l,r,~{memory}"
     STEPS: gl.constexpr = P.head_columns // 128
     TILES: gl.constexpr = (P.shape.vocab + 15) // 16
     STRIDE: gl.constexpr = P.programs * P.warps
     warp = gl.arange(0, P.warps, gl.SliceLayout(1, gl.SliceLayout(2, R4)))[:, None, None]
     lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, R4)))[None, :, None]
-    item = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, R4)))[None, None, :]
+    item = gl.arange(0, SUMS, gl.SliceLayout(0, gl.SliceLayout(1, R4)))[None, None, :]
     first = gl.program_id(0) * P.warps
     one = gl.inline_asm(load_rows(P, 0), LOAD, [head, first], W, is_pure=False)
     two = gl.inline_asm(load_rows(P, 1 % STEPS), LOAD, [head, first + 1 // STEPS * STRIDE], W, is_pure=False)
-    _final_norm(base, words, gain, tag, flag, deadline, P)
+    if P.shared_codes:
+        _share_final(base, words, shared + P.at_final, places + 8 * P.batch, gain, epoch & 255, epoch, flag, deadline,
+                     P)  # fmt: skip
+    else:
+        _final_norm(base, words, gain, epoch & 255, flag, deadline, P)
     for tile in range(first, TILES, STRIDE):
-        acc = gl.zeros([P.warps, 32, 4], gl.float32, R4)
+        acc = gl.zeros([P.warps, 32, SUMS], gl.float32, R4)
         for s in gl.static_range(STEPS):
             three = gl.inline_asm(
                 load_rows(P, (s + 2) % STEPS), LOAD, [head, tile + (s + 2) // STEPS * STRIDE], W, is_pure=False
             )
             acc = gl.inline_asm(dot_rows(P, s), dot_constraints(P), [acc, one, base + P.at_tokens], A, is_pure=False)
             one, two = two, three
-        row = (tile + warp) * 16 + lane // 4 + item // 2 * 8
-        token = lane % 4 * 2 + item % 2
+        row = (tile + warp) * 16 + lane // 4 + item // 2 % 2 * 8
+        token = lane % 4 * 2 + item % 2 + item // 4 * 8
         where = logits + token.to(gl.int64) * P.shape.vocab + row
         gl.store(where, acc.to(logits.dtype.element_ty), mask=(row < P.shape.vocab) & (token < P.batch))
 
@@ -254,7 +318,8 @@ def _head(base, head, logits, gain, words, tag, flag, deadline, P: gl.constexpr)
 @gluon.jit
 def _step(
     tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits,
-    x, y, qkv, parts, parts_m, attended, attended_m, hidden, table, timeout, slots, max_length, P: gl.constexpr,
+    x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, timeout, slots, max_length,
+    P: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = P.d_model
     V1: gl.constexpr = gl.BlockedLayout([1], [32], [P.warps], [0])
@@ -296,51 +361,65 @@ def _step(
         gl.inline_asm(PREFETCH, "l,r", [keys + cached + mine[3] * P.head_size, ahead], (), is_pure=False)
         gl.inline_asm(PREFETCH, "l,r", [values + cached + mine[3] * P.head_size, ahead], (), is_pure=False)
         kv = load_cache_tokens(keys + cached, values + cached, mine[3], end, mine[5], P)
+        now = epoch + layer + 1
         # A
+        if P.shared_codes:
+            _share_normalized(base, x, shared, places, gain, (epoch + layer) & 255, now, flag, deadline, P)
         if my_qkv[1] > 0:
-            _normalize_and_quantize(base, x, gain, (epoch + layer) & 255, flag, deadline, P)
+            if not P.shared_codes:
+                _normalize_and_quantize(base, x, gain, (epoch + layer) & 255, flag, deadline, P)
             for start in range(0, my_qkv[1], P.qkv.tiles):
                 place, count = unit_place(base, unit, P), gl.minimum(P.qkv.tiles, my_qkv[1] - start)
                 following = fetch(base, following, unit - 1, weights, P)
-                multiply(base, place, count, unit, flag, deadline, P, P.qkv)
+                multiply(base, place, count, unit, shared, flag, deadline, P, P.qkv)
                 write_qkv(base, place, qkv, keys, values, my_qkv, start, count, slots, tag, P)
                 barrier()
                 unit += 1
         # B
-        now = epoch + layer + 1
         _attention(base, kv, mine, qkv, keys, values, lengths, max_length, slots, parts, parts_m, attended, attended_m,
                    splits, part, now, flag, deadline, P)  # fmt: skip
         if splits > P.direct_parts:
             _merge(base, parts, parts_m, attended, attended_m, splits, now, flag, deadline, P)
         # C
         gain = _load_norm(norms + (2 * layer + 1) * D, P)
+        if P.shared_codes:
+            _share(base, attended, shared + P.at_codes_a, places + 2 * P.batch, tag, now, flag, deadline, P,
+                   P.d_attention)  # fmt: skip
         if my_rows[1] > 0:
-            _quantize_attention(base, attended, attended_m, now, flag, deadline, P)
+            if not P.shared_codes:
+                _quantize_attention(base, attended, attended_m, now, flag, deadline, P)
             for start in range(0, my_rows[1], P.o.tiles):
                 place, count = unit_place(base, unit, P), gl.minimum(P.o.tiles, my_rows[1] - start)
                 if not P.early_o:
                     following = fetch(base, following, unit - 1, weights, P)
-                multiply(base, place, count, unit, flag, deadline, P, P.o)
+                multiply(base, place, count, unit, shared + P.at_codes_a, flag, deadline, P, P.o)
                 add_to_residual(base, place, y, my_rows, start, count, tag, P, P.o)
                 barrier()
                 unit += 1
         # D
-        _normalize_and_quantize(base, y, gain, tag, flag, deadline, P)
+        if P.shared_codes:
+            _share_normalized(base, y, shared + P.at_codes_y, places + 4 * P.batch, gain, tag, now, flag, deadline, P)
+        else:
+            _normalize_and_quantize(base, y, gain, tag, flag, deadline, P)
         for start in range(0, my_hidden[1], P.gate_up.tiles):
             place, count = unit_place(base, unit, P), gl.minimum(P.gate_up.tiles, my_hidden[1] - start)
             following = fetch(base, following, unit - 1, weights, P)
-            multiply(base, place, count, unit, flag, deadline, P, P.gate_up)
+            multiply(base, place, count, unit, shared + P.at_codes_y, flag, deadline, P, P.gate_up)
             write_hidden(base, place, hidden, my_hidden, start, count, tag, P)
             barrier()
             unit += 1
         # E
         gain = _load_norm(norms + (2 * layer + 2) * D, P)
+        if P.shared_codes:
+            _share(base, hidden, shared + P.at_codes_h, places + 6 * P.batch, tag, now, flag, deadline, P,
+                   P.shape.d_ffn)  # fmt: skip
         if my_rows[1] > 0:
-            _quantize(base, hidden, tag, flag, deadline, P, P.d_ffn)
+            if not P.shared_codes:
+                _quantize(base, hidden, tag, flag, deadline, P, P.d_ffn)
             for start in range(0, my_rows[1], P.down.tiles):
                 place, count = unit_place(base, unit, P), gl.minimum(P.down.tiles, my_rows[1] - start)
                 following = fetch(base, following, unit - 1, weights, P)
-                multiply(base, place, count, unit, flag, deadline, P, P.down)
+                multiply(base, place, count, unit, shared + P.at_codes_h, flag, deadline, P, P.down)
                 add_to_residual(base, place, x, my_rows, start, count, tag, P, P.down)
                 barrier()
                 unit += 1
@@ -355,13 +434,14 @@ def _step(
     if P.batch <= 2:
         _head_of_few(base, head, logits, gain, x, last & 255, flag, deadline, P)
     else:
-        _head(base, head, logits, gain, x, last & 255, flag, deadline, P)
+        _head(base, head, logits, gain, x, shared, places, last, flag, deadline, P)
 
 
 @gluon.jit(do_not_specialize=("timeout", "slots", "max_length"))
 def decode_step_kernel(
     tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits,
-    x, y, qkv, parts, parts_m, attended, attended_m, hidden, table, timeout, slots, max_length, P: gl.constexpr,
+    x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, timeout, slots, max_length,
+    P: gl.constexpr,
 ):  # fmt: skip
     """Adds one token to each sequence.
 
@@ -385,6 +465,8 @@ def decode_step_kernel(
         attended: Attention's result: words, int32 ``[direct_parts, batch, heads, head_size]``.
         attended_m: The maxima and sums of the result: pairs, int64 ``[direct_parts, batch, heads, 2]``.
         hidden: The hidden vector of the MLP: words, int32 ``[batch, d_ffn]``.
+        shared: The codes of all vectors and the final hidden states, uint8 ``[shared_bytes]``, if codes are shared.
+        places: The sums and scales of the shared vectors: pairs, int64 ``[5, batch, 2]``.
         table: The schedule, int32 ``[programs, units + 1, 4]``.
         timeout: The deadline of a step, in nanoseconds.
         slots: The number of tokens that a cache has room for.
@@ -393,5 +475,5 @@ def decode_step_kernel(
     """
     if gl.load(state + 1) == 0:
         _step(tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits,
-              x, y, qkv, parts, parts_m, attended, attended_m, hidden, table, timeout, slots, max_length,
-              P)  # fmt: skip
+              x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, timeout, slots,
+              max_length, P)  # fmt: skip

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 WARPS = 8
@@ -24,7 +24,10 @@ ROW_DATA = 128  # bytes behind a tile: for rows h and h + 8 two scales and two b
 GROUP_HEADS = 8  # query heads of a group that share a key/value head: the rows of an instruction, half of 16
 MERGE_SPLITS = 64  # most parts of a context
 DIRECT = 512  # tokens up to which the parts of a context need no phase to be joined
-MAX_BATCH = 8
+MAX_BATCH = 16
+COLUMNS = 8  # tokens that one instruction multiplies
+SHARED_FROM = 9  # batches from this one on quantise each token once; see Plan.shared_codes
+CODES_PADDING = 1024  # bytes behind each vector's codes: warps without a step left read there
 SHARED_BYTES = 232448  # the shared memory of a program on compute capability 9.0
 STATISTICS, RESULTS = 2560, 3072  # offsets in attention's shared memory, see attention.py
 SMALL = 128  # bytes of maxima, sums and scales, see tokens.py
@@ -105,6 +108,8 @@ class Plan:
         ring_bytes: The room for weights in shared memory, in bytes.
         pieces: The sizes of the shared-memory allocations, in words. Triton wants powers of two.
         digest: The digest of this package's sources, for Triton's cache.
+        shared_codes: Whether one program quantises a token for all others, which read the codes from memory. Otherwise
+            each program quantises every token itself. That saves a hand-over, but its work grows with the batch.
         warps: The number of warps of a program.
         direct_tokens: The number of tokens up to which the readers join the parts of a context.
     """
@@ -125,6 +130,7 @@ class Plan:
     ring_bytes: int
     pieces: tuple[int, int, int]
     digest: str
+    shared_codes: bool = False
     warps: int = WARPS
     direct_tokens: int = DIRECT
 
@@ -134,9 +140,34 @@ class Plan:
         return self.batch == 1
 
     @property
+    def token_plan(self) -> Plan:
+        """The plan of one token, to which all warps of a program belong."""
+        return replace(self, batch=1, batch_slots=1, shared_codes=False)
+
+    @property
+    def norm_plan(self) -> Plan:
+        """The plan by which the threads of a program share the weights of a norm."""
+        return self.token_plan if self.shared_codes else self
+
+    @property
+    def token_groups(self) -> int:
+        """Groups of up to 8 tokens; an instruction multiplies the weights by one group."""
+        return -(-self.batch_slots // COLUMNS)
+
+    @property
+    def sum_slots(self) -> int:
+        """Places for tokens in a row of partial sums."""
+        return 1 if self.batch == 1 else COLUMNS * self.token_groups
+
+    @property
     def at_positions(self) -> int:
         """Position of each token, int32 ``[batch]``."""
         return self.at_small + SMALL
+
+    @property
+    def at_statistics(self) -> int:
+        """Sum of the codes and scale of each token, ``[batch slots, 2]`` of 32 bits, if the codes are shared."""
+        return self.at_positions + 4 * max(8, self.batch_slots)
 
     @property
     def direct_parts(self) -> int:
@@ -185,8 +216,38 @@ class Plan:
         return -(-columns // STEP) * STEP + 16
 
     def sums_bytes(self, f: Phase) -> int:
-        """Bytes of a tile's partial sums, int32 ``[16, batch slots or 1, groups]``; 8 slots where there are tokens."""
-        return 64 * f.groups * (1 if self.batch == 1 else 8)
+        """Bytes of a tile's partial sums, int32 ``[16, sum_slots, groups]``."""
+        return 64 * f.groups * self.sum_slots
+
+    def codes_bytes(self, columns: int) -> int:
+        """Bytes of all tokens' codes of a vector in memory."""
+        return self.batch * -(-columns // STEP) * STEP + CODES_PADDING
+
+    # Where the shared codes of each vector start, in bytes.
+
+    at_codes_x = 0
+
+    @property
+    def at_codes_a(self) -> int:
+        return self.at_codes_x + self.codes_bytes(self.d_model)
+
+    @property
+    def at_codes_y(self) -> int:
+        return self.at_codes_a + self.codes_bytes(self.d_attention)
+
+    @property
+    def at_codes_h(self) -> int:
+        return self.at_codes_y + self.codes_bytes(self.d_model)
+
+    @property
+    def at_final(self) -> int:
+        """The final hidden states, bfloat16 ``[batch, head_columns]``, behind the codes."""
+        return self.at_codes_h + self.codes_bytes(self.shape.d_ffn)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of everything that programs share as codes."""
+        return self.at_final + 2 * self.batch * self.head_columns
 
     @property
     def head_columns(self) -> int:
@@ -211,7 +272,7 @@ class Plan:
     @property
     def at_residual(self) -> int:
         """float32 ``[tiles of a program, 16, batch_slots]``."""
-        return self.at_positions + 32
+        return self.at_statistics + (8 * self.batch_slots if self.shared_codes else 0)
 
     @property
     def at_rotation(self) -> int:
@@ -220,13 +281,15 @@ class Plan:
 
     @property
     def at_tokens(self) -> int:
-        """int8 codes; at the end the head's hidden states; also attention's shared memory."""
+        """int8 codes, unless they are shared; at the end the head's hidden states; also attention's shared memory."""
         tiles = tiles_at_most(self.qkv.all_tiles, self.programs)
         return _align(self.at_rotation + tiles * 64 * self.batch_slots, 128)
 
     @property
     def at_sums(self) -> int:
         """Partial sums of the products."""
+        if self.shared_codes:
+            return self.at_tokens
         widest = max(self.x_stride(f.columns) for f in self.phases)
         return _align(self.at_tokens + self.batch_slots * widest, 128)
 

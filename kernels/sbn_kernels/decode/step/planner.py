@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from sbn_kernels.decode.step.plan import (
+    COLUMNS,
     GROUP_HEADS,
     MERGE_SPLITS,
     PHASES,
     ROW_DATA,
     SHARED_BYTES,
+    SHARED_FROM,
     STEP,
     TILE_ROWS,
     WARPS,
@@ -24,12 +26,20 @@ from sbn_kernels.decode.step.plan import (
 from sbn_kernels.decode.step.schedule import early_o
 
 
-def _split_k(steps: int, tiles: int) -> int:
+def _split_k(steps: int, tiles: int, batch: int) -> int:
     """Warps that split K, for the fewest steps in a row that a warp takes."""
+    if batch > COLUMNS and tiles > 2:
+        return 4  # More would take too much memory for partial sums; fewer, too many registers for the tokens.
     return min((8, 4, 2, 1), key=lambda g: -(-steps // g) * -(-tiles * g // WARPS) + 0.25 * g)
 
 
-def make_plan(shape: Shape, batch: int, programs: int, shared_bytes: int = SHARED_BYTES) -> Plan:
+def make_plan(
+    shape: Shape,
+    batch: int,
+    programs: int,
+    shared_bytes: int = SHARED_BYTES,
+    shared_codes: bool | None = None,
+) -> Plan:
     """Plans a decode step.
 
     Args:
@@ -37,6 +47,8 @@ def make_plan(shape: Shape, batch: int, programs: int, shared_bytes: int = SHARE
         batch: The number of sequences, which add one token each.
         programs: The largest number of programs; at most one for each multiprocessor.
         shared_bytes: The shared memory of a program, in bytes.
+        shared_codes: Whether each token is quantised once for all programs, for batches of 3 and more; None decides by
+            the batch. Above 8 sequences there is no other way.
 
     Returns:
         The plan.
@@ -57,6 +69,9 @@ def make_plan(shape: Shape, batch: int, programs: int, shared_bytes: int = SHARE
     per_kv_head = s.heads // s.kv_heads
     group = next(g for g in range(min(GROUP_HEADS, per_kv_head), 0, -1) if per_kv_head % g == 0)
     splits = max(1, min(MERGE_SPLITS, programs // (batch * s.heads // group)))
+    shared = batch >= SHARED_FROM if shared_codes is None else shared_codes and batch >= 3
+    if batch > COLUMNS and not shared:
+        raise ValueError(f"the codes of {batch} tokens must be shared, because shared memory has no room for them")
     for most_tiles in (16, 8, 4, 2, 1):
         phases = {}
         for name in PHASES:
@@ -68,14 +83,14 @@ def make_plan(shape: Shape, batch: int, programs: int, shared_bytes: int = SHARE
                 tiles -= 1
             mine = tiles_at_most(all_tiles, programs)
             tiles = -(-mine // -(-mine // tiles))  # units of about the same size
-            phases[name] = Phase(columns, all_tiles, tiles, _split_k(steps, tiles))
+            phases[name] = Phase(columns, all_tiles, tiles, _split_k(steps, tiles, batch))
         units = s.layers * max(
             sum(-(-share(f.all_tiles, programs, i)[1] // f.tiles) for f in phases.values()) for i in range(programs)
         )
         plan = Plan(
             s, batch, slots, programs, group, splits, qkv=phases["qkv"], o=phases["o"], gate_up=phases["gate_up"],
             down=phases["down"], units=units, barriers=64, early_o=False,
-            ring_bytes=0, pieces=pieces, digest=source_digest(),
+            ring_bytes=0, pieces=pieces, digest=source_digest(), shared_codes=shared,
         )  # fmt: skip
         ring = room - plan.at_ring
         if ring >= max(f.tiles * f.tile_bytes for f in plan.phases):

@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sbn_kernels.decode.step.attention import load_cache
-from sbn_kernels.decode.step.gemv import fetch_weights, gather_sums, multiply_tiles
+from sbn_kernels.decode.step.gemv import fetch_weights, gather_sums, multiply_shared, multiply_tiles
 
 _PUBLISH = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.relaxed.gpu.global.b32 [$0], $1; }")
 _STORE = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.shared.b32 [$0], $1; }")
@@ -57,11 +57,15 @@ def unit_place(base, unit, P: gl.constexpr):
 
 
 @gluon.jit
-def multiply(base, place, count, unit, flag, deadline, P: gl.constexpr, F: gl.constexpr):
-    """Waits for a unit's weights, multiplies, and leaves partial sums in shared memory."""
+def multiply(base, place, count, unit, codes, flag, deadline, P: gl.constexpr, F: gl.constexpr):
+    """Waits for a unit's weights, multiplies, and leaves partial sums in shared memory; ``codes``: if shared."""
     barrier = base + 8 * (unit % P.barriers)
-    args = [place, count, base + P.at_tokens, base + P.at_sums, barrier, unit // P.barriers % 2, flag, deadline]
-    gl.inline_asm(multiply_tiles(P, F), "r,r,r,r,r,r,l,l,~{memory}", args, (), is_pure=False)
+    if P.shared_codes:
+        args = [place, count, codes, base + P.at_sums, barrier, unit // P.barriers % 2, flag, deadline]
+        gl.inline_asm(multiply_shared(P, F), "r,r,l,r,r,r,l,l,~{memory}", args, (), is_pure=False)
+    else:
+        args = [place, count, base + P.at_tokens, base + P.at_sums, barrier, unit // P.barriers % 2, flag, deadline]
+        gl.inline_asm(multiply_tiles(P, F), "r,r,r,r,r,r,l,l,~{memory}", args, (), is_pure=False)
 
 
 @gluon.jit
@@ -72,10 +76,10 @@ def _two_rows(base, place, count, j: gl.constexpr, P: gl.constexpr, F: gl.conste
     F1: gl.constexpr = gl.distributed_type(gl.float32, [32 * P.warps], V1)
     tile, h, token = _item(j, P)
     tile = gl.minimum(tile, count - 1)
-    row = tile * 16 + h if P.batch == 1 else (tile * 16 + h) * 8 + token
-    sums = base + P.at_sums + 4 * F.groups * row
+    sums = base + P.at_sums + 4 * F.groups * ((tile * 16 + h) * P.sum_slots + token)
+    statistics = base + (P.at_statistics if P.shared_codes else P.at_small)
     rows = place + tile * F.tile_bytes + F.steps * 512 + 16 * h
-    args = [sums, rows, base + P.at_small, gl.minimum(token, P.batch - 1)]
+    args = [sums, rows, statistics, gl.minimum(token, P.batch - 1)]
     i0, i1, g0, g1, b0, b1, s = gl.inline_asm(
         gather_sums(P, F),
         "=&r,=&r,=&f,=&f,=&f,=&f,=&f,r,r,r,r,~{memory}",

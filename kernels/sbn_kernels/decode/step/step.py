@@ -167,6 +167,7 @@ class DecodeStep:
             self._attended,
             self._attended_m,
             self._hidden,
+            self._places,
             self._state,
         ):
             buffer.zero_()
@@ -199,6 +200,8 @@ class DecodeStep:
         self._parts_m = zeros(p.splits, p.batch, p.heads, 2, dtype=torch.int64)
         self._attended = zeros(p.direct_parts, p.batch, p.heads, p.head_size)
         self._attended_m = zeros(p.direct_parts, p.batch, p.heads, 2, dtype=torch.int64)
+        self._shared = zeros(p.shared_bytes if p.shared_codes else 16, dtype=torch.uint8)
+        self._places = zeros(5, p.batch, 2, dtype=torch.int64)
         self._state = zeros(2)
         self._state[0] = _FIRST_EPOCH
         addresses = [[keys.data_ptr(), values.data_ptr()] for keys, values in self.caches]
@@ -212,7 +215,7 @@ class DecodeStep:
         decode_step_kernel[(self.plan.programs,)](
             self.tokens, self.lengths, self._state, self._addresses, w.cos, w.sin, w.embedding, w.words, w.norms,
             w.head, self.logits, self._x, self._y, self._qkv, self._parts, self._parts_m, self._attended,
-            self._attended_m, self._hidden, self._table,
+            self._attended_m, self._hidden, self._shared, self._places, self._table,
             int(self.timeout * 1e9), self.slots, self.max_length, self.plan,
             num_warps=self.plan.warps, maxnreg=255, enable_fp_fusion=False, launch_cooperative_grid=True,
         )  # fmt: skip

@@ -29,6 +29,7 @@ from sbn_kernels.decode.step.ptx import (
     exact_quotient,
     f32,
     helper,
+    pair_store,
     poll_pairs,
     poll_words,
 )
@@ -173,8 +174,8 @@ def _normalise(at: int) -> list[str]:
 
 
 @helper
-def _store_codes(p: Plan, c: int, at: int, values: int, norm: bool) -> list[str]:
-    """Quantises chunk ``c``, in the registers number ``at``, into a word of shared memory at ``xw``."""
+def _store_codes(p: Plan, c: int, at: int, values: int, norm: bool, target: str = "shared.b32 [xw") -> list[str]:
+    """Quantises chunk ``c``, in the registers number ``at``, into a word at ``xw``, or at another ``target``."""
     step = 128 * p.warps_per_token
     lines = []
     if norm:
@@ -188,9 +189,9 @@ def _store_codes(p: Plan, c: int, at: int, values: int, norm: bool) -> list[str]
     lines += ["dp4a.s32.s32 total, q0, 0x01010101, total;"]
     left = -(-values // 128) * 128 - step * c
     if left >= step:
-        return [*lines, f"st.shared.b32 [xw+{step * c}], q0;"]
+        return [*lines, f"st.{target}+{step * c}], q0;"]
     # Beyond the vector the values are zero, and so are the codes that fill up the last 128.
-    return [*lines, f"setp.lt.u32 in, lt, {left // 4}; @in st.shared.b32 [xw+{step * c}], q0;"]
+    return [*lines, f"setp.lt.u32 in, lt, {left // 4}; @in st.{target}+{step * c}], q0;"]
 
 
 @helper
@@ -252,6 +253,120 @@ def quantize_words(p, values, norm):
             for c in batch:
                 lines += _store_codes(p, c, c if kept else c % _AT_ONCE, values, norm)
         return "\n".join([*lines, *_finish_codes(red), "}"])
+
+    return assembly(asm)
+
+
+@helper
+def _announce(total: str, scale: str, place: str, epoch: str) -> list[str]:
+    """One thread says that a token's shared vector is complete; the barrier before it ends the writing."""
+    return ["fence.acq_rel.gpu;", f"mov.b32 mb, {scale};", *pair_store(place, total, "mb", epoch)]
+
+
+@gluon.constexpr_function
+def share_codes(p, values, norm):
+    """PTX: words, tag, codes, place, epoch, red, flag, deadline, weights of the norm if any -> codes in memory.
+
+    All warps quantise one token, and ``place`` gets the sum of the codes and the scale, as pairs with the epoch. The
+    other programs wait for the pairs (:func:`await_tokens`) and then read the codes. ``p`` is the plan of one token.
+    """
+
+    def asm(outs, ins):
+        (words,), (tag,), (codes,), (place,), (epoch,), (red,), (flag,), (deadline,) = ins[:8]
+        inside, predicates = _chunks(p, values)
+        count = len(predicates)
+        lines = ["{", *_threads(p), *inside, ".reg .u64 gw;", f"mad.wide.u32 gw, lt, 4, {codes};"]
+        lines += [f"mad.wide.u32 src, lt, 16, {words};"]
+        lines += [f".reg .b32 w{c}_<4>; .reg .f32 x{c}_<4>;" for c in range(count)]
+        lines += _norm_weights(p, ins[8], count) if norm else [".reg .b32 gb;"]
+        for start in range(0, count, _AT_ONCE):
+            batch = range(start, min(start + _AT_ONCE, count))
+            lines += _read(p, batch, True, predicates, (tag, flag, deadline))
+            for c in batch:
+                lines += _largest(c, norm)
+        lines += _reduce(p, red, norm)
+        if norm:
+            lines += _rstd(p, values)
+        lines += _scale(norm)
+        for c in range(count):
+            lines += _store_codes(p, c, c, values, norm, "global.b32 [gw")
+        lines += ["redux.sync.add.s32 total, total, 0xffffffff;"]
+        lines += [f"mad.lo.u32 ra, warp, 4, {red}; @first st.shared.b32 [ra+64], total; bar.sync 0;"]
+        lines += ["setp.ne.u32 in, tid, 0; @in bra DONE; .reg .b32 n<8>;"]
+        for half in range(2):
+            regs = ",".join(f"n{4 * half + k}" for k in range(4))
+            lines += [f"ld.shared.v4.b32 {{{regs}}}, [{red}+{64 + 16 * half}];"]
+        lines += ["mov.b32 total, n0;", *(f"add.s32 total, total, n{k};" for k in range(1, 8))]
+        return "\n".join([*lines, *_announce("total", "s", place, epoch), "DONE:", "}"])
+
+    return assembly(asm)
+
+
+@gluon.constexpr_function
+def share_final(p):
+    """PTX: words, tag, target, place, epoch, red, flag, deadline, weights of the norm -> bfloat16 in memory.
+
+    The same as :func:`share_codes` for the last norm, whose results are not quantised.
+    """
+
+    def asm(outs, ins):
+        (words,), (tag,), (target,), (place,), (epoch,), (red,), (flag,), (deadline,), gains = ins
+        values, step = p.d_model, 256 * p.warps_per_token
+        inside, predicates = _chunks(p, values)
+        lines = ["{", *_threads(p), *inside, ".reg .u64 gw;", f"mad.wide.u32 gw, lt, 8, {target};"]
+        lines += [f"mad.wide.u32 src, lt, 16, {words};"]
+        lines += [f".reg .b32 w{c}_<4>; .reg .f32 x{c}_<4>;" for c in range(len(predicates))]
+        lines += _norm_weights(p, gains, len(predicates))
+        lines += _read(p, range(len(predicates)), True, predicates, (tag, flag, deadline))
+        for c in range(len(predicates)):
+            lines += _largest(c, True)
+        lines += _reduce(p, red, True) + _rstd(p, values)
+        for c in range(len(predicates)):
+            lines += _normalise(c)
+            left = 2 * p.head_columns - step * c
+            on = ""
+            if left < step:
+                lines += [f"setp.lt.u32 in, lt, {left // 8};"]
+                on = "@in "
+            lines += [f"{on}st.global.v2.b32 [gw+{step * c}], {{h0, h1}};"]
+        lines += ["bar.sync 0; setp.ne.u32 in, tid, 0; @in bra DONE;"]
+        return "\n".join([*lines, *_announce("total", "ss", place, epoch), "DONE:", "}"])
+
+    return assembly(asm)
+
+
+@gluon.constexpr_function
+def await_tokens(p):
+    """PTX: places of all tokens, epoch, statistics in shared memory, flag, deadline -> sums and scales of all tokens.
+
+    One thread waits for one token. After the barrier all threads of the program may read the shared vectors.
+    """
+
+    def asm(outs, ins):
+        (places,), (epoch,), (statistics,), (flag,), (deadline,) = ins
+        lines = ["{", ".reg .u32 tid, sa; .reg .u64 a; .reg .pred in; .reg .b32 m<4>; mov.u32 tid, %tid.x;"]
+        lines += [f"setp.ge.u32 in, tid, {p.batch}; @in bra DONE;"]
+        lines += [f"mad.wide.u32 a, tid, 16, {places}; mad.lo.u32 sa, tid, 8, {statistics};"]
+        lines += poll_pairs([("a", None, [f"m{k}" for k in range(4)])], epoch, flag, deadline)
+        return "\n".join([*lines, "fence.acq_rel.gpu; st.shared.v2.b32 [sa], {m0, m2};", "DONE:", "bar.sync 0;", "}"])
+
+    return assembly(asm)
+
+
+@gluon.constexpr_function
+def copy_final(p):
+    """PTX: shared final hidden states, target in shared memory -> rows of ``head_stride`` bytes, see Plan."""
+
+    def asm(outs, ins):
+        (source,), (target,) = ins
+        pieces = p.head_columns // 8  # of 16 bytes in a token
+        lines = ["{", ".reg .u32 n, token, part, sa; .reg .u64 a; .reg .pred in; .reg .b32 w<4>; mov.u32 n, %tid.x;"]
+        lines += [f"AGAIN: setp.ge.u32 in, n, {p.batch * pieces}; @in bra DONE;"]
+        lines += [f"div.u32 token, n, {pieces}; mul.lo.u32 part, token, {pieces}; sub.u32 part, n, part;"]
+        lines += [f"mad.wide.u32 a, n, 16, {source}; ld.relaxed.gpu.global.v4.b32 {{w0, w1, w2, w3}}, [a];"]
+        lines += [f"mad.lo.u32 sa, token, {p.head_stride}, {target}; mad.lo.u32 sa, part, 16, sa;"]
+        lines += [f"st.shared.v4.b32 [sa], {{w0, w1, w2, w3}}; add.u32 n, n, {32 * p.warps}; bra AGAIN;"]
+        return "\n".join([*lines, "DONE:", "bar.sync 0;", "}"])
 
     return assembly(asm)
 
