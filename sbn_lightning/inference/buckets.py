@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sbn_lightning.inference.attention import RowAttention, StepAttention
+from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.models.transformer import TernaryTransformer
 
 SHORTEST, LONGEST = 64, 2048
@@ -96,7 +97,8 @@ class PromptGraphs:
         return logits.clone()
 
     def _read(self, bucket: int) -> Tensor:
-        hidden = self._model.hidden(self._tokens[bucket], attend=self._attend)
+        with trust_weights():  # The decoder has looked at the weights.
+            hidden = self._model.hidden(self._tokens[bucket], attend=self._attend)
         logits: Tensor = self._model.lm_head(hidden.index_select(1, self._last)[:, 0])
         return logits
 

@@ -29,6 +29,8 @@ from sbn_lightning.inference.attention import ChunkAttention, PromptAttention, S
 from sbn_lightning.inference.buckets import PromptGraphs, bucket_of
 from sbn_lightning.inference.gather import persistent_step, refusal
 from sbn_lightning.inference.prompts import check_prompt
+from sbn_lightning.layers.mask_tracker import seem_unchanged, trust_weights
+from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.layers.sparse_linear import prepare_layers, ternary_layers
 from sbn_lightning.models.attention import in_window
 from sbn_lightning.models.transformer import TernaryTransformer
@@ -47,8 +49,10 @@ class Decoder:
     """A model that remembers the keys and values of ``batch_size`` sequences.
 
     ``prefill`` starts sequences and ``step`` continues them. ``prefill`` may be called again for other sequences. The
-    weights of the model must not change between the two, and the backends of its layers must not change as long as the
-    decoder is used.
+    weights of the model must not change between the two, and the layers and their backends must not change as long as
+    the decoder is used. The first ``prefill`` or ``extend`` reads all latent weights to see whether they have changed.
+    Later ones notice in-place operations and steps of optimisers. They do not notice writes through ``weight.data``:
+    make another decoder after such a write.
 
     Args:
         model: The model, in training or evaluation mode; the modes do not differ.
@@ -119,7 +123,10 @@ class Decoder:
         self._use_graph = able if cuda_graph is None else cuda_graph
         self._graph: torch.cuda.CUDAGraph | None = None
         self._prompts: PromptGraphs | None = None
-        self._recorded: list[Any] = []
+        self._masked: list[MaskedLinear] = []
+        self._ternary: list[Any] = []
+        self._recorded: list[Any] | None = None
+        self._densities: list[tuple[int, float]] = []
         self._logits: Tensor | None = None
         self._shared = Slots()
         self._shared.rows = torch.arange(batch_size, device=self.device)
@@ -212,11 +219,21 @@ class Decoder:
 
     def _prepare(self) -> None:
         """Prepare the weights of the layers, and drop graphs that read weights which have been replaced."""
+        if self._recorded is None:
+            self._masked = [layer for _, layer in masked_layers(self.model)]
+            self._ternary = list(ternary_layers(self.model).values())
+        elif (
+            # To compare all fingerprints takes as long as to read a prompt of a thousand tokens.
+            seem_unchanged((layer.tracker, layer._weight(), layer.training) for layer in self._masked)
+            and [layer.density for layer in self._masked] == self._densities
+            and all(a is b for a, b in zip(self._weights(), self._recorded, strict=True))
+        ):
+            return
         prepare_layers(self.model)
-        now = self._weights()
-        if any(a is not b for a, b in zip(now, self._recorded, strict=False)):
+        now, before = self._weights(), self._recorded or []
+        if any(a is not b for a, b in zip(now, before, strict=False)):
             self._graph = self._prompts = self._persistent = None
-        self._recorded = now
+        self._recorded, self._densities = now, [layer.density for layer in self._masked]
 
     def _read(self, rows: slice, tokens_RT: Tensor, start: int) -> Tensor:
         """Compute the hidden states of tokens that stand behind ``start`` tokens; write their keys and values.
@@ -233,9 +250,11 @@ class Decoder:
         if start:
             chunks = [ChunkAttention(layer.keys[rows, :, :end], layer.values[rows, :, :end]) for layer in self._layers]
             positions = torch.arange(start, end, device=self.device).expand(tokens_RT.shape)
-            return self.model.hidden(tokens_RT, positions, chunks)
+            with trust_weights():
+                return self.model.hidden(tokens_RT, positions, chunks)
         attend = [PromptAttention() for _ in self.model.blocks]
-        hidden = self.model.hidden(tokens_RT, attend=attend)
+        with trust_weights():
+            hidden = self.model.hidden(tokens_RT, attend=attend)
         if not self._layers:
             # The dtype of keys and values is known only now: the model may compute in another dtype than it stores.
             for layer in attend:
@@ -325,7 +344,8 @@ class Decoder:
             seen = in_window(shared.now.unsqueeze(1), self._index, window)
             bias = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, float("-inf"))
             shared.bias[window] = bias[:, None, None]
-        hidden = self.model.hidden(self._tokens, shared.now.unsqueeze(1), self._layers)
+        with trust_weights():
+            hidden = self.model.hidden(self._tokens, shared.now.unsqueeze(1), self._layers)
         logits: Tensor = self.model.lm_head(hidden[:, 0])
         return logits
 
@@ -345,7 +365,7 @@ class Decoder:
 
     def _weights(self) -> list[Any]:
         """The prepared weights of the ternary layers. A layer prepares another object when its weight has changed."""
-        return [layer._prepared for layer in ternary_layers(self.model).values()]
+        return [layer._prepared for layer in self._ternary]
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         if len(prompts) != self.batch_size:

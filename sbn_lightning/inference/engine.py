@@ -13,18 +13,56 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sbn_lightning.inference.decoder import Decoder
 from sbn_lightning.inference.loop import Speed
 from sbn_lightning.inference.request import Request
 
 # A shorter common beginning is read again: a whole prompt may run as a CUDA graph, and the rest of one does not.
 LEAST_REUSED = 16
+
+
+class Rows(Protocol):
+    """A model and a cache with rows: what the engine runs. :class:`~sbn_lightning.inference.decoder.Decoder` is one.
+
+    Attributes:
+        batch_size: The number of rows.
+        max_length: The number of tokens that a row can have.
+        device: The device of the logits.
+        choice: How a step is computed, in one line.
+        kind: ``"graph"`` if the tokens of a step are valid without a check; another word otherwise.
+        lengths: The number of tokens of each row, int64 ``[B]``.
+        growing: 1 for each row that a step makes longer and 0 for the others, int64 ``[B]``.
+    """
+
+    batch_size: int
+    max_length: int
+    device: torch.device
+    lengths: Tensor
+    growing: Tensor
+
+    @property
+    def choice(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    def extend(self, row: int, tokens: Sequence[int], start: int) -> Tensor:
+        """Read tokens into a row, behind its first ``start`` tokens; return the next logits ``[1, vocab_size]``."""
+        ...
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """Add a token to each row that grows; return the next logits ``[B, vocab_size]``."""
+        ...
+
+    def check(self) -> None:
+        """Raise an error if the steps so far are not valid."""
+        ...
 
 
 @dataclass
@@ -74,7 +112,7 @@ class Engine:
             that has ended then costs one more step, which is thrown away.
     """
 
-    def __init__(self, decoder: Decoder, *, prefill_chunk: int, keep_prefixes: bool, run_ahead: bool) -> None:
+    def __init__(self, decoder: Rows, *, prefill_chunk: int, keep_prefixes: bool, run_ahead: bool) -> None:
         """Start with free rows."""
         self._decoder, self._chunk, self._keep = decoder, prefill_chunk, keep_prefixes
         self._run_ahead = run_ahead

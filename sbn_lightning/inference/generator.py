@@ -20,7 +20,7 @@ import torch
 from sbn_lightning.core.errors import ConfigError, SBNError
 from sbn_lightning.formats.loaded import LoadedModel
 from sbn_lightning.inference.decoder import Decoder, StepKind
-from sbn_lightning.inference.engine import Engine
+from sbn_lightning.inference.engine import Engine, Rows
 from sbn_lightning.inference.head import HeadBits, use_head
 from sbn_lightning.inference.loop import Speed
 from sbn_lightning.inference.opening import BackendName, DTypeName, open_model
@@ -84,20 +84,8 @@ class Generator:
             max_length = min(opened.config.max_sequence_length, MAX_LENGTH)
         if queue_size < 1:
             raise ConfigError(f"queue_size={queue_size} is below 1")
-        if hasattr(opened.model, "make_decoder"):
-            raise ConfigError(
-                f"{opened.path} is a model of transformers: a Generator takes models of our own transformer; use "
-                "sbn_lightning.inference.generate, or transformers' own generate"
-            )
         self._opened = opened
-        self._decoder = Decoder(
-            opened.model,
-            batch_size,
-            max_length,
-            cuda_graph=cuda_graph,
-            step=decode_step,
-            prefill_chunk=prefill_chunk,
-        )
+        self._decoder = _rows(opened, batch_size, max_length, prefill_chunk, cuda_graph, decode_step)
         self._device = self._decoder.device
         # The persistent step has to be checked before its tokens are used, and the check waits for the device.
         run_ahead = self._device.type == "cuda" and self._decoder.kind == "graph"
@@ -309,3 +297,37 @@ class Generator:
                 if self._engine.is_busy:
                     return True
                 self._changed.wait()
+
+
+def _rows(
+    opened: LoadedModel,
+    batch_size: int,
+    max_length: int,
+    prefill_chunk: int,
+    cuda_graph: bool | None,
+    decode_step: StepKind,
+) -> Rows:
+    """Make the model and the cache that the engine runs."""
+    own_rows = getattr(opened.model, "make_rows", None)
+    if own_rows is None:
+        return Decoder(
+            opened.model,
+            batch_size,
+            max_length,
+            cuda_graph=cuda_graph,
+            step=decode_step,
+            prefill_chunk=prefill_chunk,
+        )
+    # A model that is not our own transformer brings its own cache.
+    if cuda_graph or decode_step == "persistent":
+        raise ConfigError(
+            f"{opened.path} is a model of transformers, which runs without cuda_graph and decode_step=persistent"
+        )
+    limit = opened.config.max_sequence_length
+    if not 1 <= max_length <= limit:
+        raise ConfigError(f"max_length={max_length} is outside 1 to the model's context of {limit} tokens")
+    for option, number in (("batch_size", batch_size), ("prefill_chunk", prefill_chunk)):
+        if number < 1:
+            raise ConfigError(f"{option}={number} is below 1")
+    rows: Rows = own_rows(batch_size, max_length)
+    return rows
