@@ -42,11 +42,13 @@ class MaskTracker:
     4. The :func:`fingerprint` of the weight has changed. This finds what the first three miss: code that writes through
        ``weight.data`` (averages of weights, momentum teachers, hand-written optimisers, initialisation loops).
 
-    Computing the fingerprint reads the weight once, and on a GPU the host waits for the result. On a CPU the
+    Computing the fingerprint reads the weight twice, and on a GPU the host waits for a comparison. On a CPU the
     fingerprints are always compared. On a GPU the comparison is left out if the weight belongs to an optimiser, a
     gradient is wanted, and the layer is in the same mode and memory as at the last look. A training loop therefore
-    never waits. In exchange the tracker misses one change on a GPU: a write through ``.data`` between two micro-batches
-    of one step. Call ``layer.refresh_mask()`` after such a write.
+    never waits. It computes no fingerprint either: after the step of an optimiser the tracker has none, and the first
+    look that would compare (in an evaluation, for example) counts a change instead and takes one. In exchange the
+    tracker misses one change on a GPU: a write through ``.data`` between two micro-batches of one step. Call
+    ``layer.refresh_mask()`` after such a write.
 
     *Is the mask stale?* (:meth:`is_stale`) The answer depends on how the mask came about:
 
@@ -59,7 +61,8 @@ class MaskTracker:
     Attributes:
         hold: Whether the mask is held.
         loaded: Whether the mask was loaded or copied and stays for now.
-        fingerprint: The fingerprint of the weight at the last look; None if the weight has none.
+        fingerprint: The fingerprint of the weight at the last look; None if the weight can have none, or if none was
+            taken.
         changes: How many changes of the weight the tracker has seen. Values that were derived from the weight are valid
             as long as this number stays the same.
     """
@@ -124,6 +127,8 @@ class MaskTracker:
     def mask_is_loaded(self, weight: Tensor, training: bool, density: Density) -> None:
         """Note that the present mask was loaded or copied with the present weight."""
         self._mask_of = (self.look(weight, training), density)
+        if self.fingerprint is None and _has_fingerprint(weight):
+            self.fingerprint = fingerprint(weight)  # A compiled graph compares it as long as the mask stays.
         self.loaded, self._loaded_sharded = True, isinstance(weight, DTensor)
         _loaded_masks.add(self)
 
@@ -150,11 +155,11 @@ class MaskTracker:
             return True
         if weight.requires_grad and _steps_of_owners(weight) != self._steps:
             return True
-        if self.fingerprint is None or _trusting.depth:
+        if _trusting.depth or not _has_fingerprint(weight):
             return False
-        belongs = weight in _owned or _steps.sharded
-        unwatched = weight.device.type != "cpu" and belongs and torch.is_grad_enabled()
-        return False if unwatched and _circumstances(weight, training) == self._circumstances else None
+        if _is_unwatched(weight) and _circumstances(weight, training) == self._circumstances:
+            return False
+        return True if self.fingerprint is None else None  # Without a fingerprint there is nothing to compare with.
 
     def expected(self, weight: Tensor) -> Tensor:
         """The fingerprint at the last look, on the device of the weight."""
@@ -164,11 +169,13 @@ class MaskTracker:
     def _remember(self, weight: Tensor, training: bool, changed: bool) -> None:
         if changed:
             self.changes += 1
-            self.fingerprint = fingerprint(weight) if _has_fingerprint(weight) else None
+            taken = _has_fingerprint(weight) and not _is_unwatched(weight)
+            self.fingerprint = fingerprint(weight) if taken else None
             # Values that a graph computes must not be used by the next forward outside of the graph.
             self._weight = None if _is_capturing(weight) else _identity(weight)
         self._steps = _steps_of_owners(weight)
-        self._circumstances = _circumstances(weight, training)
+        if changed or not _trusting.depth:  # A look that trusts the weight compares nothing, so it vouches for no mode.
+            self._circumstances = _circumstances(weight, training)
 
     def _owner_stepped(self, stepped: set[int], sharded: bool) -> bool:
         return sharded if self._loaded_sharded else self._weight is None or self._weight[0] in stepped
@@ -327,6 +334,11 @@ def _identity(weight: Tensor) -> tuple[Any, ...]:
 
 def _circumstances(weight: Tensor, training: bool) -> tuple[Any, ...]:
     return training, torch.is_grad_enabled(), weight.data_ptr() if _has_fingerprint(weight) else 0
+
+
+def _is_unwatched(weight: Tensor) -> bool:
+    """Whether no look compares the fingerprint of a weight as long as the circumstances stay: in training on a GPU."""
+    return weight.device.type != "cpu" and torch.is_grad_enabled() and (weight in _owned or _steps.sharded)
 
 
 def _has_fingerprint(weight: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.mask_tracker import version
+from sbn_lightning.layers.mask_tracker import trust_weights, version
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.partial_rounding import partly_rounded_linear, partly_rounded_weight
@@ -153,9 +153,11 @@ class SparseBitLinear(MaskedLinear):
         return self._prepared if whole is None else whole(self._prepared)
 
     def prepare(self) -> None:
+        # The look comes first, because the mode of the caller says whether fingerprints are compared.
+        self.tracker.look(self._weight(), self.training)
         # A validation loop may run in inference mode. Tensors made in that mode could not be used in the next training
         # step.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), trust_weights():
             request = self.due()
             if request is not None:
                 self.take(request, self._backend.prepare(*request))

@@ -11,7 +11,7 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers import mask_tracker
 from sbn_lightning.layers.conversion import convert_linears
 from sbn_lightning.layers.mask_tracker import fingerprint
-from sbn_lightning.layers.masked_linear import weights_stay
+from sbn_lightning.layers.masked_linear import prepare_layers, weights_stay
 from sbn_lightning.layers.sparse_linear import SparseBitLinear, SparseLinear
 from sbn_lightning.sparsity.pattern import top_n_mask
 
@@ -222,21 +222,30 @@ def test_every_bit_and_the_order_of_rows_and_columns_show_in_the_fingerprint(dty
     assert torch.equal(fingerprint(torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(shape)), before)
 
 
-def test_a_gpu_waits_for_no_fingerprint_in_training(monkeypatch):
-    """Where comparing would make the host wait, weights of an optimiser are trusted from one step to the next."""
+class Elsewhere(torch.Tensor):
+    """A weight that says it is on a GPU."""
 
-    class Elsewhere(torch.Tensor):
-        """A weight that says it is on a GPU."""
+    @property
+    def device(self):
+        return torch.device("cuda")
 
-        @property
-        def device(self):
-            return torch.device("cuda")
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Make trackers believe that weights are on a GPU; the lists count the comparisons and the fingerprints."""
     monkeypatch.setattr(mask_tracker._steps, "sharded", False)  # another test of this process may have sharded weights
-    compared = []
-    monkeypatch.setattr(torch, "equal", lambda *tensors: compared.append(1) or True)
+    compared, taken = [], []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda *tensors: compared.append(1) or equal(*tensors))
+    monkeypatch.setattr(mask_tracker, "fingerprint", lambda weight: taken.append(1) or fingerprint(weight))
     monkeypatch.setattr(mask_tracker, "_is_capturing", lambda weight: False)
     monkeypatch.setattr(mask_tracker.MaskTracker, "expected", lambda self, weight: self.fingerprint)
+    return compared, taken
+
+
+def test_a_gpu_waits_for_no_fingerprint_in_training(elsewhere):
+    """Where comparing would make the host wait, weights of an optimiser are trusted from one step to the next."""
+    compared, taken = elsewhere
     weight = torch.randn(4, 8).as_subclass(Elsewhere).requires_grad_()
     tracker = mask_tracker.MaskTracker()
     optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -246,23 +255,64 @@ def test_a_gpu_waits_for_no_fingerprint_in_training(monkeypatch):
         changes = tracker.look(weight, mode.get("training", True))
         return changes, len(compared)
 
+    def step():
+        weight.grad = torch.ones(4, 8)
+        optimizer.step()
+        taken.clear()
+
     assert look() == (1, 0)
     assert look() == (1, 1)  # no optimiser has it yet
-    weight.grad = torch.ones(4, 8)
-    optimizer.step()
+    step()
     assert look() == (2, 0)
     assert look() == (2, 0)
+    assert not taken  # no training step reads the weight for a fingerprint
     with torch.no_grad():
-        assert look() == (2, 1)
-    assert look() == (2, 1)  # back from an evaluation, which may have swapped weights
-    assert look() == (2, 0)
+        assert look() == (3, 0)  # there is none to compare with, so this counts as a change
+        assert look() == (3, 1)
+        weight.data.mul_(0.5)
+        assert look() == (4, 1)
+    assert look() == (4, 1)  # back from an evaluation, which may have swapped weights
+    assert look() == (4, 0)
     compared.clear()
     tracker.weight_is_new(weight, True)
     assert not compared
-    assert look() == (3, 0)
-    assert look(training=False) == (3, 1)
+    assert look() == (5, 0)
+    assert look(training=False) == (6, 0)
+    assert look(training=False) == (6, 0)
     with mask_tracker.trust_weights():
-        assert look() == (3, 0)
+        assert look() == (6, 0)
+    step()
+    assert look() == (7, 0)
+    tracker.mask_is_loaded(weight, True, (2, 1.0))
+    assert torch.equal(tracker.fingerprint, fingerprint(weight))  # a compiled graph reads it
+
+
+@pytest.mark.parametrize("owner", [True, False])
+@pytest.mark.parametrize("make", KINDS)
+def test_micro_batches_on_a_gpu_take_and_compare_no_fingerprint(make, owner, elsewhere, monkeypatch):
+    """Codes are made without gradients, in training as well: the mode of the caller decides, not that of the layer."""
+    compared, taken = elsewhere
+    monkeypatch.setattr(
+        mask_tracker,
+        "_is_unwatched",
+        lambda weight: torch.is_grad_enabled() and (weight in mask_tracker._owned or mask_tracker._steps.sharded),
+    )
+    layer, x = make(16, 8, pattern="2:4"), torch.randn(3, 16)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for step in range(3):
+        for _ in range(3):
+            if owner:  # as a compiled transformer does before its blocks
+                prepare_layers(layer)
+            layer(x).square().sum().backward()
+            if step == 0:
+                continue
+            assert not taken
+            assert not compared
+        optimizer.step()
+        optimizer.zero_grad()
+        taken.clear()
+        compared.clear()
+    assert_follows(layer, x)
 
 
 def test_a_refresh_compares_nothing_and_leaves_the_next_forward_nothing_to_compare(monkeypatch):
