@@ -260,11 +260,21 @@ def multiply(
     return many.multiply(x8, scale, codes, row_scale, out_features, None, dtype)
 
 
-def quantize(tokens: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """int8 tokens and their scales ``[tokens]``; inside ``torch.compile`` in plain PyTorch, see the module."""
-    if not torch.compiler.is_compiling():
+def quantize(tokens: Tensor, bits: int, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantise tokens; inside ``torch.compile`` in plain PyTorch, see the module.
+
+    Args:
+        tokens: ``[tokens, in]``.
+        bits: 8 or 4.
+        magnitude: The magnitude of the whole tokens, ``[tokens, 1]``, if ``tokens`` holds slices of them. Plain PyTorch
+            quantises slices, because the kernel has no place for a magnitude.
+
+    Returns:
+        int8 ``[tokens, in]`` and the scales, float32 ``[tokens]``.
+    """
+    if magnitude is None and not torch.compiler.is_compiling():
         return sk.quantize_tokens(tokens, bits)
-    x8, scale = quantize_activations(tokens, bits)
+    x8, scale = quantize_activations(tokens, bits, magnitude)
     return x8, scale.squeeze(-1)
 
 

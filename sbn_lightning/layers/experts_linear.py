@@ -298,8 +298,18 @@ class PackedExperts(PackedTernaryLinear):
     _packed_by_expert: list[Tensor | None]
     _one_launch: Grouped | None
 
-    def forward(self, x: Tensor, counts: Tensor, swiglu: bool = False) -> Tensor:  # type: ignore[override]
-        """Multiply tokens that are sorted by expert; see :meth:`SparseBitExperts.forward`."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, counts: Tensor, swiglu: bool = False, magnitude: Tensor | None = None
+    ) -> Tensor:
+        """Multiply tokens that are sorted by expert.
+
+        Args:
+            x: The tokens; see :meth:`SparseBitExperts.forward`.
+            counts: The number of tokens of each expert, int64 ``[experts]``.
+            swiglu: Whether the layer first computes ``silu(gate) * up``, which gives its tokens.
+            magnitude: The :func:`~sbn_lightning.sparsity.ternary.token_magnitude` of the whole tokens, ``[tokens, 1]``,
+                if the layer is given slices of tokens. None means whole tokens.
+        """
         check_tokens(x, f"PackedExperts({self.in_features}, {self.out_features})")
         dtype = _result_dtype(x)
         if self._settled_for != (self.backend, self.codes.device):
@@ -308,26 +318,29 @@ class PackedExperts(PackedTernaryLinear):
             x = apply_swiglu(x) if swiglu else x
             wants_gradient = torch.is_grad_enabled() and x.requires_grad  # The kernels have no backward.
             by_kernels = self._kernel is not None and x.dtype in KERNEL_DTYPES and not wants_gradient
-            return self._grouped_kernels(x, counts, dtype) if by_kernels else self._grouped_reference(x, counts, dtype)
+            multiply = self._grouped_kernels if by_kernels else self._grouped_reference
+            y: Tensor = multiply(x, counts, dtype, magnitude)
+            return y
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _grouped_reference(self, x: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
+    def _grouped_reference(self, x: Tensor, counts: Tensor, dtype: torch.dtype, magnitude: Tensor | None) -> Tensor:
         codes, scales = self.codes.chunk(self.experts), self.row_scale.chunk(self.experts)
         gammas = self.gamma.chunk(self.experts)
         bits = self.activation_bits
 
         def multiply(own: slice, e: int) -> Tensor:
-            return ternary_linear(x[own], gammas[e], codes[e], scales[e], None, bits, dtype)
+            whole = None if magnitude is None else magnitude[own]
+            return ternary_linear(x[own], gammas[e], codes[e], scales[e], None, bits, dtype, whole)
 
         return multiply_groups(x, counts, self.out_features // self.experts, multiply).to(dtype)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _grouped_kernels(self, x: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
+    def _grouped_kernels(self, x: Tensor, counts: Tensor, dtype: torch.dtype, magnitude: Tensor | None) -> Tensor:
         from sbn_lightning.backends.integer import multiply as product
         from sbn_lightning.backends.integer import quantize
 
         assert self.activation_bits is not None
-        x8, token_scale = quantize(x, self.activation_bits)
+        x8, token_scale = quantize(x, self.activation_bits, magnitude)
         if self._one_launch is not None:
             assert self._packed is not None
             return self._one_launch.multiply(x8, token_scale, self._packed, self.row_scale, counts, dtype)

@@ -5,6 +5,9 @@ kernel depends on the number of tokens. If ``torch.compile`` saw this choice, th
 number of tokens alone. As an operator the layer is opaque to ``torch.compile``, and the choice is made in each call, or
 once for each captured graph.
 
+With tensor parallelism a layer may see slices of tokens. The scale of a token belongs to the whole token, so such a
+layer is also given the magnitude of the whole tokens.
+
 The operator has no gradient. It is registered as in :mod:`sbn_kernels.runtime.ops`: without the checks of
 ``torch.library.custom_op`` at each call, which take longer than most kernels.
 """
@@ -29,6 +32,7 @@ def packed_linear(
     layout: str,
     kernel: str | None,
     activation_bits: int | None,
+    magnitude: Tensor | None = None,
 ) -> Tensor:
     """Compute ``(x8 @ codes^T) * s * row_scale``, the product of :class:`PackedTernaryLinear` without a bias.
 
@@ -41,16 +45,19 @@ def packed_linear(
         layout: The form of ``packed``.
         kernel: The kernel for many tokens; None for plain PyTorch.
         activation_bits: 8, 4, or None to multiply the tokens as they are.
+        magnitude: The :func:`~sbn_lightning.sparsity.ternary.token_magnitude` of the whole tokens, ``[..., 1]``, if
+            ``x`` holds slices of tokens. None means that ``x`` holds whole tokens.
 
     Returns:
         ``[..., out_features]`` in the dtype of ``x``.
     """
     if kernel is None:
-        return ternary_linear(x, gamma, codes, row_scale, None, activation_bits, x.dtype)
+        return ternary_linear(x, gamma, codes, row_scale, None, activation_bits, x.dtype, magnitude)
     from sbn_lightning.backends.integer import multiply, quantize
 
     assert activation_bits is not None
-    x8, scale = quantize(x.reshape(-1, x.shape[-1]), activation_bits)
+    whole = None if magnitude is None else magnitude.reshape(-1, 1)
+    x8, scale = quantize(x.reshape(-1, x.shape[-1]), activation_bits, whole)
     y = multiply(x8, scale, codes, row_scale, packed, layout, kernel, x.dtype)
     return y.reshape(*x.shape[:-1], codes.shape[0])
 
@@ -64,6 +71,7 @@ def _shape(
     layout: str,
     kernel: str | None,
     activation_bits: int | None,
+    magnitude: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
@@ -75,12 +83,13 @@ _LIBRARY.impl("packed_linear", packed_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("sbn_lightning::packed_linear", _shape, lib=_LIBRARY)
 
 
-def run_packed(layer: PackedTernaryLinear, x: Tensor) -> Tensor:
+def run_packed(layer: PackedTernaryLinear, x: Tensor, magnitude: Tensor | None = None) -> Tensor:
     """Compute what a packed layer computes, without its bias, by the operator.
 
     Args:
         layer: The layer. It has chosen its kernel already, on the device where it runs.
         x: The tokens, ``[..., in_features]``.
+        magnitude: The magnitude of the whole tokens, if ``x`` holds slices of them; see :func:`packed_linear`.
     """
     y: Tensor = torch.ops.sbn_lightning.packed_linear(
         x,
@@ -91,5 +100,6 @@ def run_packed(layer: PackedTernaryLinear, x: Tensor) -> Tensor:
         layer._layout,
         layer._kernel,
         layer.activation_bits,
+        magnitude,
     )
     return y

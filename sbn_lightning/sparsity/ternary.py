@@ -118,7 +118,28 @@ def ternary_codes(weight: Tensor, row_scale: Tensor, mask: Tensor | None = None)
     return codes.to(torch.int8)
 
 
-def quantize_activations(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def token_magnitude(x: Tensor, bits: int) -> Tensor:
+    """The number that a token's scale is made of: ``max|x|`` for 8 bits, ``mean|x|`` for 4 bits.
+
+    Args:
+        x: The tokens, ``[..., features]``.
+        bits: The number of bits, 8 or 4.
+
+    Returns:
+        ``[..., 1]``, float32 (float64 for float64 tokens).
+
+    Raises:
+        ValueError: If ``bits`` is neither 8 nor 4.
+    """
+    magnitudes = _wide(x.detach()).abs()
+    if bits == 8:
+        return magnitudes.amax(dim=-1, keepdim=True)
+    if bits == 4:
+        return magnitudes.mean(dim=-1, keepdim=True)
+    raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+
+
+def quantize_activations(x: Tensor, bits: int, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantise each token (last dimension) to signed integers.
 
     8 bits: ``s = max(max|x|, 1e-5) / 127``, integers in [-128, 127].
@@ -127,6 +148,8 @@ def quantize_activations(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Args:
         x: The tokens, ``[..., features]``.
         bits: The number of bits, 8 or 4.
+        magnitude: The :func:`token_magnitude` of the whole tokens, ``[..., 1]``, if ``x`` holds slices of tokens. None
+            means that ``x`` holds whole tokens.
 
     Returns:
         The integers, int8 in the shape of ``x``, and the scale ``s`` ``[..., 1]``, float32 (float64 for float64
@@ -136,17 +159,13 @@ def quantize_activations(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         ValueError: If ``bits`` is neither 8 nor 4.
     """
     x = _wide(x.detach())
+    if magnitude is None:
+        magnitude = token_magnitude(x, bits)
     # The divisors are tensors, not Python numbers: CUDA would multiply by the reciprocal of a Python number, which can
     # change the last bit of the scale. Many bfloat16 tokens lie exactly between two integers (for example if
     # max|x| = 127/32), and such a change rounds them to the other integer. A compiler may still divide in its own way.
-    if bits == 8:
-        scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS) / x.new_full((), 127)
-        low, high = -128, 127
-    elif bits == 4:
-        scale = x.abs().mean(dim=-1, keepdim=True).clamp(min=EPS) / x.new_full((), 7**0.5)
-        low, high = -8, 7
-    else:
-        raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+    low, high, divisor = (-128, 127, 127) if bits == 8 else (-8, 7, 7**0.5)
+    scale = magnitude.clamp(min=EPS) / x.new_full((), divisor)
     return (x / scale).round_().clamp_(low, high).to(torch.int8), scale
 
 
@@ -186,17 +205,19 @@ class TernaryLinearFunction(torch.autograd.Function):
         gradient_mask: Tensor | None,
         activation_bits: int | None,
         dtype: torch.dtype,
+        magnitude: Tensor | None,
     ) -> Tensor:
         """Multiply tokens ``x [tokens, in_features]`` into ``y [tokens, out_features]`` in ``dtype``.
 
         The product reads ``codes`` and ``row_scale``. ``weight`` is the latent weight; it is an argument only to get a
         gradient. ``gradient_mask`` (bool, or None for all) selects the positions of the weight that get a gradient.
+        ``magnitude`` is that of the whole tokens if ``x`` holds slices of them, and None otherwise.
         """
         if activation_bits is None:
             quantized, scale = x.to(dtype), None
             y = float32_mm(quantized, codes.to(dtype).t()) * row_scale
         else:
-            quantized, scale = quantize_activations(x, activation_bits)
+            quantized, scale = quantize_activations(x, activation_bits, magnitude)
             y = float32_mm(quantized.to(dtype), codes.to(dtype).t()) * (scale * row_scale)
         ctx.save_for_backward(quantized, scale, codes, row_scale, gradient_mask)
         ctx.dtype, ctx.x_dtype, ctx.weight_dtype = dtype, x.dtype, weight.dtype
@@ -217,7 +238,7 @@ class TernaryLinearFunction(torch.autograd.Function):
             dw = float32_mm(dy.t(), tokens).to(ctx.weight_dtype)
             if gradient_mask is not None:
                 dw = dw * gradient_mask
-        return dx, dw, None, None, None, None, None
+        return dx, dw, None, None, None, None, None, None
 
 
 def ternary_linear(
@@ -228,6 +249,7 @@ def ternary_linear(
     gradient_mask: Tensor | None,
     activation_bits: int | None,
     dtype: torch.dtype | None = None,
+    magnitude: Tensor | None = None,
 ) -> Tensor:
     """The product of the module's formulas, for tokens of any leading shape, with straight-through gradients.
 
@@ -239,6 +261,7 @@ def ternary_linear(
         gradient_mask: The positions of the weight that get a gradient, bool; None for all.
         activation_bits: 8, 4, or None to multiply the tokens as they are.
         dtype: The dtype of the product and of its gradients; None for the dtype of ``x``.
+        magnitude: The :func:`token_magnitude` of the whole tokens, ``[..., 1]``, if ``x`` holds slices of tokens.
 
     Returns:
         ``[..., out_features]``.
@@ -246,8 +269,9 @@ def ternary_linear(
     # The reshape happens outside of the autograd function. Autograd forbids in-place changes of a view that such a
     # function returns, and an activation after the layer may work in place.
     tokens = x.reshape(-1, x.shape[-1])
+    whole = None if magnitude is None else magnitude.reshape(-1, 1)
     y: Tensor = TernaryLinearFunction.apply(
-        tokens, weight, codes, row_scale, gradient_mask, activation_bits, dtype or x.dtype
+        tokens, weight, codes, row_scale, gradient_mask, activation_bits, dtype or x.dtype, whole
     )
     return y.reshape(*x.shape[:-1], codes.shape[0])
 

@@ -31,6 +31,12 @@ PROMPTS = [
     "for i in range(10)",
 ]
 LENGTH = 128
+EXPERTS = {  # the options of small random mixtures of experts
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64},
+}
 
 
 def make_folder(folder: Path, family: str) -> None:
@@ -44,6 +50,8 @@ def make_folder(folder: Path, family: str) -> None:
     transformers.set_seed(0)
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": LENGTH, "initializer_range": 0.2}
+    if family in EXPERTS:
+        shape |= {"num_experts_per_tok": 2, **EXPERTS[family]}
     config = transformers.AutoConfig.for_model(family, **shape, eos_token_id=511, bos_token_id=510, pad_token_id=0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     convert(model, "2:4")
@@ -138,7 +146,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--server", action="store_true", help="also ask a real server over HTTP")
     parser.add_argument("--folder", type=Path, help="a folder that `sbn export --format hf-sbn` wrote")
-    parser.add_argument("--family", default="qwen2", help="the architecture of the random model: qwen2, phi3, ...")
+    parser.add_argument(
+        "--family", default="qwen2", help="the architecture of the random model: qwen2, phi3, mixtral, ..."
+    )
     parser.add_argument("--tensor-parallel", type=int, default=1, help="the number of ranks")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model, as it does by default")
     options = parser.parse_args()

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from sbn_lightning import SparseBitLinear
-from sbn_lightning.layers.packed import packed_layer
+from sbn_lightning.layers.packed import PackedTernaryLinear, packed_layer
 from sbn_lightning.layers.packed_op import run_packed
+from sbn_lightning.sparsity.ternary import token_magnitude
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible to torch")
 
 
 def layer_and_arguments(bits=8, tokens=5, dtype=torch.float32):
@@ -46,7 +49,28 @@ def test_one_compiled_graph_serves_every_number_of_tokens():
     assert len(graphs) == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible to torch")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_slices_of_tokens_add_up_with_the_scale_of_whole_tokens(device, bits):
+    torch.manual_seed(0)
+    whole = packed_layer(SparseBitLinear(96, 64, bias=False, pattern="2:4", activation_bits=bits)).to(device)
+    x = torch.randn(5, 96, device=device)
+    magnitude = token_magnitude(x, bits)
+
+    def sum_of_slices(magnitude):
+        total = torch.zeros(5, 64, device=device)
+        for codes, part in zip(whole.codes.chunk(2, dim=1), x.chunk(2, dim=1), strict=True):
+            own = PackedTernaryLinear(codes.contiguous(), whole.gamma, pattern="2:4", activation_bits=bits)
+            own(part)  # chooses the kernel
+            total += run_packed(own, part, magnitude)
+        return total
+
+    wanted = whole(x)
+    assert (sum_of_slices(magnitude) - wanted).abs().max() < 2e-6 * wanted.abs().max()
+    assert (sum_of_slices(None) - wanted).abs().max() > 1e-3 * wanted.abs().max()  # each slice by its own scale
+
+
+@NEEDS_GPU
 @pytest.mark.parametrize("tokens", [1, 8, 64, 300])
 def test_a_cuda_graph_of_the_compiled_operator_replays(tokens):
     torch.manual_seed(0)
