@@ -146,8 +146,8 @@ def config_of(saved: Any, path: Path) -> TransformerConfig:
     if HUGGING_FACE in values:
         kind = values[HUGGING_FACE].get("model_type")
         raise DataError(
-            f"{path} holds a {kind} of transformers: `sbn fit`, `generate`, `evaluate` and `export` read it, and in "
-            "Python sbn_lightning.integrations.opening.open_any"
+            f"{path} holds a {kind} of transformers: the commands of `sbn` read it, and in Python "
+            "sbn_lightning.integrations.opening.open_any"
         )
     try:
         return TransformerConfig(**values)

@@ -54,8 +54,8 @@ def chat(
     from sbn_lightning.inference.conversation import Conversation
     from sbn_lightning.inference.generator import Generator
     from sbn_lightning.inference.head import use_head
-    from sbn_lightning.inference.opening import open_model
     from sbn_lightning.inference.request import Limits
+    from sbn_lightning.integrations.opening import open_any
 
     limits: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -64,7 +64,7 @@ def chat(
         "top_k": top_k,
     }
     Limits(seed=seed, **limits)  # A bad value must not wait for the first message.
-    opened = open_model(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend, compile=compile)
+    opened = open_any(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend, compile=compile)
     use_head(opened.model, head_bits)
     with Generator(opened, batch_size=1, max_length=max_length, keep_prefixes=True) as generator:
         conversation = Conversation(generator, opened, system=system, template=written)

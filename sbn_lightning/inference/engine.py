@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,7 +35,8 @@ class Rows(Protocol):
         max_length: The number of tokens that a row can have.
         device: The device of the logits.
         choice: How a step is computed, in one line.
-        kind: ``"graph"`` if the tokens of a step are valid without a check; another word otherwise.
+        kind: How a step is computed, in one word.
+        flag: A number on the device that is not 0 once a step has failed; None if steps do not fail on the device.
         lengths: The number of tokens of each row, int64 ``[B]``.
         growing: 1 for each row that a step makes longer and 0 for the others, int64 ``[B]``.
     """
@@ -51,6 +52,9 @@ class Rows(Protocol):
 
     @property
     def kind(self) -> str: ...
+
+    @property
+    def flag(self) -> Tensor | None: ...
 
     def extend(self, row: int, tokens: Sequence[int], start: int) -> Tensor:
         """Read tokens into a row, behind its first ``start`` tokens; return the next logits ``[1, vocab_size]``."""
@@ -89,12 +93,16 @@ class _Step:
     """The tokens of a step on their way to the host."""
 
     tokens: Tensor
+    flag: Tensor | None
     arrived: torch.cuda.Event | None
     rows: list[tuple[_Row, Request]]
 
-    def read(self) -> Iterator[tuple[_Row, Request, int]]:
+    def read(self, check: Callable[[], object]) -> Iterator[tuple[_Row, Request, int]]:
+        """Wait for the tokens. If the flag says that the step has failed, ``check`` raises the error."""
         if self.arrived is not None:
             self.arrived.synchronize()
+        if self.flag is not None and int(self.flag):
+            check()
         tokens = self.tokens.tolist()
         for row, request in self.rows:
             yield row, request, tokens[row.index]
@@ -222,7 +230,7 @@ class Engine:
                 self._decoder.check()
                 waiting, self._pending = self._pending, None
         if waiting is not None:
-            for row, request, token in waiting.read():
+            for row, request, token in waiting.read(self._decoder.check):
                 if row.request is request:  # Otherwise the request has ended, and this token is one too many.
                     self._give(row, request, token)
 
@@ -241,12 +249,16 @@ class Engine:
 
     def _send(self, writing: list[tuple[_Row, Request]]) -> _Step:
         if self._tokens.device.type != "cuda":
-            return _Step(self._tokens.clone(), None, writing)
+            return _Step(self._tokens.clone(), None, None, writing)
         host = torch.empty(self._tokens.shape, dtype=torch.int64, pin_memory=True)
         host.copy_(self._tokens, non_blocking=True)
+        # The flag travels with the tokens, so that the host does not wait for the device a second time.
+        flag = self._decoder.flag
+        if flag is not None:
+            flag = torch.empty((), dtype=flag.dtype, pin_memory=True).copy_(flag, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return _Step(host, arrived, writing)
+        return _Step(host, flag, arrived, writing)
 
     def _give(self, row: _Row, request: Request, token: int) -> None:
         if request.written:  # The step that gave this token has read the token before it.

@@ -77,7 +77,7 @@ class Generator:
         queue_size: int = 1024,
         keep_prefixes: bool = False,
         cuda_graph: bool | None = None,
-        decode_step: StepKind = "graph",
+        decode_step: StepKind = "auto",
     ) -> None:
         """Make a generator; its thread starts with the first request."""
         if max_length is None:
@@ -87,8 +87,7 @@ class Generator:
         self._opened = opened
         self._decoder = _rows(opened, batch_size, max_length, prefill_chunk, cuda_graph, decode_step)
         self._device = self._decoder.device
-        # The persistent step has to be checked before its tokens are used, and the check waits for the device.
-        run_ahead = self._device.type == "cuda" and self._decoder.kind == "graph"
+        run_ahead = self._device.type == "cuda" and self._decoder.kind in ("graph", "persistent")
         self._engine = Engine(
             self._decoder, prefill_chunk=prefill_chunk, keep_prefixes=keep_prefixes, run_ahead=run_ahead
         )

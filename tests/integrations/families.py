@@ -96,10 +96,10 @@ FAMILIES = {
 }
 
 
-def build(name):
-    """A random model of a family; each call returns an equal model."""
+def build(name, **more):
+    """A random model of a family, with ``more`` options; each call returns an equal model."""
     kind, options = FAMILIES[name]
     transformers.set_seed(0)
     values = {key: SMALL[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")} if kind == "gpt2" else SMALL
-    config = transformers.AutoConfig.for_model(kind, **(values | options))
+    config = transformers.AutoConfig.for_model(kind, **(values | options | more))
     return transformers.AutoModelForCausalLM.from_config(config)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from sbn_lightning.checkpoints.text_files import TextFiles, only_token_ids, read_folder
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.formats.huggingface.folder import read_hf_text
-from sbn_lightning.integrations.huggingface.decoder import NetworkDecoder
+from sbn_lightning.integrations.huggingface.decoder import NetworkDecoder, NetworkRows
 from sbn_lightning.integrations.pytorch import convert
 from sbn_lightning.layers.conversion import ConversionReport
 from sbn_lightning.sparsity.config import SparsityOptions
@@ -123,6 +123,15 @@ class Network(nn.Module):
             max_length: The number of tokens that a sequence can have.
         """
         return NetworkDecoder(self.hf, batch_size, self.config.vocab_size)
+
+    def make_rows(self, batch_size: int, max_length: int) -> NetworkRows:
+        """Return what a generator runs: this model, with a cache for each row.
+
+        Args:
+            batch_size: The number of rows.
+            max_length: The number of tokens that a row can have.
+        """
+        return NetworkRows(self.hf, batch_size, max_length, self.config.vocab_size)
 
 
 def make_network(

@@ -1,0 +1,127 @@
+"""Generator, `sbn chat` and `sbn inspect` with models of transformers."""
+
+import io
+from pathlib import Path
+
+import pytest
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+from sbn_lightning.checkpoints.text_files import TextFiles  # noqa: E402
+from sbn_lightning.cli import main  # noqa: E402
+from sbn_lightning.core.errors import ConfigError, SBNError  # noqa: E402
+from sbn_lightning.data.tokenizer import byte_tokenizer  # noqa: E402
+from sbn_lightning.formats.loaded import LoadedModel  # noqa: E402
+from sbn_lightning.inference import Generator, generate  # noqa: E402
+from sbn_lightning.integrations import convert  # noqa: E402
+from sbn_lightning.integrations.huggingface import save_packed  # noqa: E402
+from sbn_lightning.integrations.huggingface.network import Network  # noqa: E402
+from tests.integrations.families import build  # noqa: E402
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<A>{% endif %}"
+)
+PROMPTS = [list(range(5, 45)), [7, 8], [9] * 20, [60, 61, 62]]
+
+
+def opened_family(name, **options):
+    model = build(name, **options)
+    convert(model, "2:4")
+    network = Network(model.eval(), "ternary").requires_grad_(False)
+    files = {"tokenizer.json": byte_tokenizer().to_str(), "chat_template.jinja": TEMPLATE}
+    return LoadedModel(network, network.config, "hf", Path("made up"), TextFiles(files, Path("tokenizer.json")))
+
+
+@pytest.fixture(scope="module")
+def opened():
+    return opened_family("qwen3", vocab_size=320, max_position_embeddings=256)
+
+
+# Gemma 3 has windows, and DeepSeek compresses its keys.
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "deepseek-v3", "gpt2"])
+def test_requests_that_join_and_leave_get_the_tokens_that_they_get_alone(family):
+    opened = opened_family(family)
+    counts = [9, 3, 12, 6]
+    wanted = [
+        generate(opened.model, [prompt], max_new_tokens=count)[0] for prompt, count in zip(PROMPTS, counts, strict=True)
+    ]
+    with Generator(opened, batch_size=2, prefill_chunk=16) as generator:  # the first prompt is read in three parts
+        requests = [
+            generator.submit(prompt, max_new_tokens=count, stop_tokens=[])
+            for prompt, count in zip(PROMPTS, counts, strict=True)
+        ]
+        assert [request.result().tokens for request in requests] == wanted
+        assert "row by row" in generator.decode_choice
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_a_common_beginning_gives_equal_tokens(family):
+    opened = opened_family(family)
+    first, second = list(range(10, 40)), [*range(10, 30), 5, 6]
+    wanted = [generate(opened.model, [prompt], max_new_tokens=5)[0] for prompt in (first, second, second)]
+    with Generator(opened, batch_size=1, keep_prefixes=True) as generator:
+        found = [
+            generator.submit(prompt, max_new_tokens=5, stop_tokens=[]).result().tokens
+            for prompt in (first, second, second)
+        ]
+        assert generator.reused_tokens == 20 + 21  # windows are read again, where transformers cannot cut them
+    assert found == wanted
+
+
+def test_a_failure_ends_its_request_alone(opened, monkeypatch):
+    wanted = generate(opened.model, [[5, 6]], max_new_tokens=4)[0]
+    with Generator(opened, batch_size=2) as generator:
+        forward = opened.model.hf.forward
+
+        def fail(input_ids, **rest):
+            if 99 in input_ids:
+                raise RuntimeError("out of memory")
+            return forward(input_ids=input_ids, **rest)
+
+        monkeypatch.setattr(generator._decoder._model, "hf", fail)
+        bad, good = (generator.submit(ids, max_new_tokens=4, stop_tokens=[]) for ids in ([99], [5, 6]))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            bad.result()
+        assert good.result().tokens == wanted
+        assert generator.submit([5, 6], max_new_tokens=4, stop_tokens=[]).result().tokens == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decode_step": "persistent"}, "runs without cuda_graph and decode_step=persistent"),
+        ({"cuda_graph": True}, "runs without cuda_graph"),
+        ({"max_length": 257}, "max_length=257 is outside 1 to the model's context of 256 tokens"),
+        ({"batch_size": 0}, "batch_size=0 is below 1"),
+        ({"prefill_chunk": 0}, "prefill_chunk=0 is below 1"),
+    ],
+)
+def test_what_a_generator_refuses(opened, options, message):
+    with pytest.raises(ConfigError, match=message):
+        Generator(opened, **options)
+
+
+def test_a_long_prompt_is_refused_before_it_runs(opened):
+    with Generator(opened) as generator, pytest.raises(SBNError, match="has 256 tokens, which leaves no room"):
+        generator.submit([5] * 256)
+
+
+@pytest.fixture(scope="module")
+def folder(opened, tmp_path_factory):
+    """The model as a Hugging Face folder with 2-bit weights."""
+    place = tmp_path_factory.mktemp("packed")
+    save_packed(opened.model.hf, place)
+    for name, text in opened.text.contents.items():
+        (place / name).write_text(text)
+    return place
+
+
+def test_chat_talks_with_a_folder(opened, folder, monkeypatch, capsys):
+    written = "<user>how are you today\n<A>"
+    (tokens,) = generate(opened.model, [list(written.encode())], max_new_tokens=8, stop_tokens=[256])
+    first = byte_tokenizer().decode(tokens)
+    monkeypatch.setattr("sys.stdin", io.StringIO("how are you today\nand then\n"))
+    assert main(["chat", "--checkpoint", str(folder), "--device", "cpu", "--max_new_tokens", "8"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(first)
+    assert "Traceback" not in printed.err
