@@ -37,7 +37,7 @@ def test_logits_of_a_packed_model(tmp_path, pattern):
 
     model = make_model(pattern=pattern, qkv_bias=True, d_model=128, d_ffn=256)
     save(model, tmp_path / "m.ckpt")
-    # The embeddings stay exact. By default they are stored in 16 bits, which moves the logits by 2 % of their deviation.
+    # The embeddings stay exact. The default, 16 bits, moves the logits by 2 % of their deviation.
     assert main(["export", "--checkpoint", "m.ckpt", "--output", "out", "--embedding_bits", "32"]) == 0
     tokens = some_tokens(length=48)
     expected = logits(model, tokens)
