@@ -17,6 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 
+SEND_NOTHING = ("wait", "_wrap")  # Operators of torch's functional collectives that begin so.
+
+
 def size_of(tensors: Any) -> int:
     """The bytes of all tensors in a nested structure."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_flatten(tensors)[0] if isinstance(leaf, Tensor))
@@ -48,7 +51,9 @@ class Wire(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
             self._count(func._opname, args)
-        elif func.namespace == "_c10d_functional" and not func._opname.startswith("wait"):
+        elif func.namespace == "_c10d_functional" and not func._opname.startswith(
+            ("wait", "_wrap")
+        ):  # Nothing is sent.
             self._count_functional(func._opname, args, result)
         return result
 

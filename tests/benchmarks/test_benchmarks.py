@@ -4,6 +4,7 @@ import argparse
 import csv
 import importlib
 import json
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -186,7 +187,7 @@ def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = importlib.import_module("scaling")
     commands: list[list[str]] = []
 
-    def child(name: str, options: list[str], args: object, gpu: int | None) -> dict[str, object] | None:
+    def child(name: str, options: list[str], args: object, ranks: int, gpu: int | None) -> dict[str, object] | None:
         commands.append(options)
         found = {"ms": 1000.0, "peak_gib": 1.0, "wire_mib": 5.0, "same_masks": "fsdp2" not in name}
         return None if name == "qwen2.5-3b ddp" else found
@@ -194,7 +195,7 @@ def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "child", child)
     args = argparse.Namespace(
         sequences=None, accumulate=None, gradients=["int8"], devices=2, steps=6, shapes=["qwen2.5-0.5b", "qwen2.5-3b"],
-        strategies=["ddp"],
+        strategies=["ddp"], budget=None, profile=False, started=0.0,
     )  # fmt: skip
     small, large = scaling.cells(args)
     table = scaling.Table(tmp_path / "scaling.csv", args, 300.0)
@@ -222,8 +223,22 @@ def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table.alone.clear()
     table.add(small._replace(accumulate=8), {"ms": 500.0, "peak_gib": 1.0, "wire_mib": 5.0, "same_masks": True})
     assert [(row["strategy"], row["scaling"]) for row in read(table.path)] == [("one", "1"), ("ddp", "1"), ("ddp", "")]
-    with pytest.raises(AssertionError, match="different masks"):
-        table.add(small._replace(strategy="fsdp2"), {"ms": 1.0, "peak_gib": 1.0, "same_masks": False})
+    table.add(small._replace(strategy="fsdp2"), {"ms": 1.0, "peak_gib": 1.0, "same_masks": False})
+    assert table.missing[-1] == "qwen2.5-0.5b fsdp2, int8 gradients, 2 micro-batches: ranks hold different masks"
+    args.budget = 400.0  # The run started in 1970, so nothing of the budget is left.
+    assert table.measure(small) is None
+    assert len(commands) == 4
+
+
+def test_a_run_that_fails_or_takes_too_long_leaves_no_process() -> None:
+    run_ranks = importlib.import_module("processes").run_ranks
+    code = "import os, sys, time; print(os.environ['LOCAL_RANK'], flush=True); "
+    fails = code + "sys.exit(3) if os.environ['LOCAL_RANK'] == '1' else time.sleep(60)"
+    start = time.monotonic()
+    assert run_ranks([sys.executable, "-c", fails], 2, 30, {})[1] == "exit status 3"
+    assert run_ranks([sys.executable, "-c", code + "time.sleep(60)"], 2, 1, {}) == ("0\n", "killed after 1 seconds")
+    assert run_ranks([sys.executable, "-c", code], 2, 30, {}) == ("0\n", "")
+    assert time.monotonic() - start < 30
 
 
 def test_all_rows_of_scaling() -> None:
