@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-
 SEND_NOTHING = ("wait", "_wrap")  # Operators of torch's functional collectives that begin so.
 
 
