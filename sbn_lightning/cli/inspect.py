@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_text
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sbn_lightning.core.errors import ConfigError, DataError
 
@@ -36,8 +36,9 @@ def inspect(
         pattern: The pattern N:M to convert to.
         activation_bits: The bits of a quantised token: 8, 4, or null.
         gamma_over: The weights whose mean magnitude is gamma.
-        by: The tables to make: whole (all layers), parts (q, k, v, o, gate, up, down, each alone), blocks (each
-            alone), cumulative (the first blocks). The default is all four.
+        by: The tables to make: whole (all layers), parts (q, k, v, o, gate, up, down, each alone; the layers of a model
+            of transformers have its own names), blocks (each alone), cumulative (the first blocks). The default is all
+            four.
         max_tokens: How many tokens to score at most, from the beginning.
         window: How many tokens the model sees at a time.
         split: The split of a folder: val or train.
@@ -57,12 +58,19 @@ def inspect(
 
     from sbn_lightning.evaluation.inspection import SECTIONS, Inspection, as_records, as_tables, dense_twin
     from sbn_lightning.evaluation.texts import text_of_files, text_of_folder
-    from sbn_lightning.inference.opening import open_model
+    from sbn_lightning.integrations.opening import open_any
+    from sbn_lightning.models.transformer import TernaryTransformer
     from sbn_lightning.sparsity.config import SparsityConfig
 
     sparsity = SparsityConfig(pattern, activation_bits=activation_bits, gamma_over=gamma_over)
-    loaded = open_model(checkpoint, tokenizer=tokenizer, device=device, dtype="float32", backend="reference")
-    model = dense_twin(loaded.model)
+    loaded = open_any(checkpoint, tokenizer=tokenizer, device=device, dtype="float32", backend="reference")
+    inspect_with: Any = Inspection
+    if isinstance(loaded.model, TernaryTransformer):
+        model: Any = dense_twin(loaded.model)
+    else:
+        from sbn_lightning.integrations.huggingface.inspection import NetworkInspection, dense_network
+
+        model, inspect_with = dense_network(loaded.model), NetworkInspection
     window = min(window, loaded.config.max_sequence_length)
     wanted = max_tokens + -(-max_tokens // window)  # A row of tokens has one more token than it has targets.
     if len(files) == 1 and Path(files[0]).is_dir():
@@ -77,7 +85,7 @@ def inspect(
         raise DataError(f"{text.name} has token ids beyond the model's vocab_size={loaded.config.vocab_size}")
     results = []
     with torch.inference_mode():
-        inspection = Inspection(model, rows.to(model.embed.weight.device), sparsity)
+        inspection = inspect_with(model, rows.to(model.embed.weight.device), sparsity)
         for one in inspection.measure(by or SECTIONS):
             results.append(one)
             if sys.stderr.isatty():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.core.tables import format_table
+from sbn_lightning.layers.candidates import shape_of
 from sbn_lightning.layers.conversion import convert_linears
 from sbn_lightning.models.loss import linear_cross_entropy
 from sbn_lightning.models.transformer import TernaryTransformer
@@ -37,6 +39,8 @@ Section = Literal["whole", "parts", "blocks", "cumulative"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 # The parts of each linear layer of a block, in the order of the rows.
 PARTS = {"attention.qkv": ("q", "k", "v"), "attention.o": ("o",), "mlp.gate_up": ("gate", "up"), "mlp.down": ("down",)}
+
+NO_LATENT_WEIGHTS = "packed weights have no latent weights left to convert; give the checkpoint of the training"
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,23 @@ def variant_of(sparsity: SparsityConfig, variant: Variant) -> SparsityConfig:
     return replace(sparsity, kind="ternary")
 
 
+@dataclass(frozen=True)
+class Place:
+    """A linear layer of a model under inspection.
+
+    Attributes:
+        layer: The layer, dense.
+        block: The number of the block that the layer is in.
+        parts: The names of the layer's parts, in the order of the rows.
+        sizes: The rows of each part; None if the layer is one part.
+    """
+
+    layer: nn.Module
+    block: int
+    parts: tuple[str, ...]
+    sizes: tuple[int, ...] | None = None
+
+
 class Inspection:
     """Runs a dense model with parts of it converted, on a few rows of tokens.
 
@@ -86,13 +107,25 @@ class Inspection:
         if getattr(model.config, "n_experts", 0):
             raise ConfigError("inspect does not know the parts of a mixture of experts")
         self.model, self.rows, self.sparsity = model, rows, sparsity
-        for kind in PARTS:
-            sparsity.nm.check_divides(_linear(model.blocks[0], kind).in_features, f"layer {kind}")
+        self._places = {
+            f"{i}/{kind.replace('.', '/')}": Place(
+                _linear(block, kind), i, parts, _rows_of(block, kind) if len(parts) > 1 else None
+            )
+            for i, block in enumerate(model.blocks)
+            for kind, parts in PARTS.items()
+        }
+        for name, place in self._places.items():
+            sparsity.nm.check_divides(shape_of(place.layer)[0], f"layer {name.replace('/', '.')}")
         length = rows.shape[1] - 1
         self._rope = model.cos[:length], model.sin[:length]
         self._before = [model.embed(rows[:, :-1])]
         for block in model.blocks:
             self._before.append(block(self._before[-1], *self._rope))
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of all parts, in the order in which a block has them."""
+        return list(dict.fromkeys(part for place in self._places.values() for part in place.parts))
 
     def measure(self, sections: Sequence[Section] = SECTIONS, points: int = 8) -> Iterator[Measured]:
         """Yield one measurement after the other.
@@ -103,10 +136,9 @@ class Inspection:
                 blocks.
             points: How many measurements the section ``"cumulative"`` has at most.
         """
-        count = len(self.model.blocks)
-        all_parts = [part for parts in PARTS.values() for part in parts]
+        count, all_parts = len(self.model.blocks), self.parts
         if "whole" in sections:
-            yield Measured("whole", "nothing", None, self._loss(self._before[-1]))
+            yield Measured("whole", "nothing", None, self._unchanged())
         for variant in VARIANTS:
             with self._twins(variant) as convert:
                 if "whole" in sections:
@@ -122,9 +154,8 @@ class Inspection:
                 if "cumulative" in sections:
                     yield from self._cumulative(convert, all_parts, points)
 
-    def _cumulative(self, convert: _Convert, parts: list[str], points: int) -> Iterator[Measured]:
-        count = len(self.model.blocks)
-        ends = {round(count * (i + 1) / points) for i in range(points)} if count > points else set(range(1, count + 1))
+    def _cumulative(self, convert: Convert, parts: list[str], points: int) -> Iterator[Measured]:
+        ends = self._ends(points)
         hidden = self._before[0]
         for i, block in enumerate(self.model.blocks):
             convert(range(i, i + 1), parts)
@@ -135,10 +166,19 @@ class Inspection:
             after = hidden
             for later in self.model.blocks[i + 1 :]:
                 after = later(after, *self._rope)
-            yield Measured("cumulative", f"blocks 0 to {i}" if i else "block 0", "ternary", self._loss(after))
+            yield Measured("cumulative", first_blocks(i), "ternary", self._loss(after))
         convert(range(0), parts)
 
-    def _run(self, convert: _Convert, blocks: range, parts: Sequence[str]) -> float:
+    def _ends(self, points: int) -> set[int]:
+        """How many of the first blocks are converted, for each measurement of the section ``"cumulative"``."""
+        count = len(self.model.blocks)
+        return {round(count * (i + 1) / points) for i in range(points)} if count > points else set(range(1, count + 1))
+
+    def _unchanged(self) -> float:
+        """Return the loss of the model as it is."""
+        return self._loss(self._before[-1])
+
+    def _run(self, convert: Convert, blocks: range, parts: Sequence[str]) -> float:
         """Return the loss with some parts of some blocks converted."""
         convert(blocks, parts)
         hidden = self._before[blocks.start]
@@ -153,20 +193,15 @@ class Inspection:
         return float(loss)
 
     @contextmanager
-    def _twins(self, variant: Variant) -> Iterator[_Convert]:
+    def _twins(self, variant: Variant) -> Iterator[Convert]:
         """Give each layer a converted twin, and yield the function that chooses what the twins compute."""
         twins = nn.ModuleDict()
-        layers: dict[str, nn.Linear] = {}
-        sizes: dict[str, tuple[int, ...] | None] = {}
-        for i, block in enumerate(self.model.blocks):
-            for kind, parts in PARTS.items():
-                layer = _linear(block, kind)
-                key = f"{i}/{kind.replace('.', '/')}"
-                twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-                twin.weight, twin.bias = layer.weight, layer.bias
-                layers[key], twins[key] = layer, twin
-                sizes[key] = _rows_of(block, kind) if len(parts) > 1 else None
-        convert_linears(twins, variant_of(self.sparsity, variant), include=list(layers), split_sizes=sizes)
+        for key, place in self._places.items():
+            twins[key] = twin = copy(place.layer)
+            # The twin shares the weight, and has dictionaries of its own for parameters and hooks.
+            vars(twin).update({name: copy(value) for name, value in vars(twin).items() if isinstance(value, dict)})
+        sizes = {key: place.sizes for key, place in self._places.items()}
+        convert_linears(twins, variant_of(self.sparsity, variant), include=list(sizes), exclude=(), split_sizes=sizes)
         chosen: dict[str, Tensor] = {}
 
         def take_rows(key: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -175,15 +210,13 @@ class Inspection:
 
         def convert(blocks: range, parts: Sequence[str]) -> None:
             chosen.clear()
-            for i in blocks:
-                for kind, names in PARTS.items():
-                    wanted = torch.tensor([name in parts for name in names])
-                    if wanted.any():
-                        key = f"{i}/{kind.replace('.', '/')}"
-                        rows = torch.tensor(sizes[key] or (layers[key].out_features,))
-                        chosen[key] = wanted.repeat_interleave(rows).to(layers[key].weight.device)
+            for key, place in self._places.items():
+                wanted = torch.tensor([part in parts for part in place.parts])
+                if place.block in blocks and wanted.any():
+                    rows = torch.tensor(place.sizes or (shape_of(place.layer)[1],))
+                    chosen[key] = wanted.repeat_interleave(rows).to(self.rows.device)
 
-        hooks = [layer.register_forward_hook(partial(take_rows, key)) for key, layer in layers.items()]
+        hooks = [place.layer.register_forward_hook(partial(take_rows, key)) for key, place in self._places.items()]
         try:
             yield convert
         finally:
@@ -191,7 +224,12 @@ class Inspection:
                 hook.remove()
 
 
-_Convert = Callable[[range, Sequence[str]], None]
+def first_blocks(last: int) -> str:
+    """Name the blocks from the first to ``last``."""
+    return f"blocks 0 to {last}" if last else "block 0"
+
+
+Convert = Callable[[range, Sequence[str]], None]
 
 
 def _linear(block: nn.Module, kind: str) -> nn.Linear:
@@ -222,7 +260,7 @@ def dense_twin(model: TernaryTransformer) -> TernaryTransformer:
         return model
     state = {name: value for name, value in model.state_dict().items() if not name.endswith(".mask_bits")}
     if any(name.endswith(".codes") for name in state):
-        raise ConfigError("packed weights have no latent weights left to convert; give the checkpoint of the training")
+        raise ConfigError(NO_LATENT_WEIGHTS)
     with torch.device("meta"):
         dense = TernaryTransformer(replace(model.config, linear="dense", layers=()))
     dense.load_state_dict(state, assign=True)

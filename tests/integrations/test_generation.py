@@ -1,9 +1,11 @@
 """Generator, `sbn chat` and `sbn inspect` with models of transformers."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -12,9 +14,11 @@ from sbn_lightning.cli import main  # noqa: E402
 from sbn_lightning.core.errors import ConfigError, SBNError  # noqa: E402
 from sbn_lightning.data.tokenizer import byte_tokenizer  # noqa: E402
 from sbn_lightning.formats.loaded import LoadedModel  # noqa: E402
+from sbn_lightning.formats.recognise import recognise  # noqa: E402
 from sbn_lightning.inference import Generator, generate  # noqa: E402
 from sbn_lightning.integrations import convert  # noqa: E402
 from sbn_lightning.integrations.huggingface import save_packed  # noqa: E402
+from sbn_lightning.integrations.huggingface.inspection import dense_network  # noqa: E402
 from sbn_lightning.integrations.huggingface.network import Network  # noqa: E402
 from tests.integrations.families import build  # noqa: E402
 
@@ -125,3 +129,61 @@ def test_chat_talks_with_a_folder(opened, folder, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert printed.out.startswith(first)
     assert "Traceback" not in printed.err
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    place = tmp_path_factory.mktemp("text") / "text.txt"
+    place.write_text("a few words of text, to look at, and some more\n" * 3)
+    return str(place)
+
+
+@pytest.mark.parametrize(
+    ("family", "parts"),
+    [
+        ("qwen3", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("phi3", ["o_proj", "q", "k", "v", "gate", "up", "down_proj"]),
+        ("gpt2", ["q", "k", "v", "c_proj", "c_fc"]),
+    ],
+)
+def test_inspect_measures_what_a_conversion_does(family, parts, text, monkeypatch, tmp_path, capsys):
+    model = build(family, vocab_size=320).eval()
+    model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense/tokenizer.json").write_text(byte_tokenizer().to_str())
+    # Our own transformer can be a Qwen3, and is not asked here.
+    monkeypatch.setattr("sbn_lightning.integrations.opening.for_transformers", lambda path: recognise(path))
+    options = ["--data", text, "--max_tokens", "60", "--window", "20", "--pattern", "2:4", "--json", "true"]
+    assert main(["inspect", "--checkpoint", str(tmp_path / "dense"), *options]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    found = {(one["section"], one["converted"], one["variant"]): one["loss"] for one in results}
+    assert [name for section, name, variant in found if (section, variant) == ("parts", "ternary")] == parts
+    rows = torch.tensor(byte_tokenizer().encode(Path(text).read_text()).ids[:63]).view(3, 21)
+
+    def loss():
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(model(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
+
+    assert found["whole", "nothing", None] == pytest.approx(float(loss()), abs=1e-5)
+    convert(model, "2:4", exclude=("lm_head", "*.1.*"))
+    assert found["blocks", "block 0", "ternary"] == pytest.approx(float(loss()), abs=1e-5)
+    assert found["cumulative", "block 0", "ternary"] == found["blocks", "block 0", "ternary"]
+    convert(model, "2:4")
+    assert found["whole", "everything", "ternary"] == pytest.approx(float(loss()), abs=1e-5)
+    assert found["cumulative", "blocks 0 to 1", "ternary"] == found["whole", "everything", "ternary"]
+
+
+def test_inspect_refuses_packed_weights_and_experts(folder, text, tmp_path, capsys):
+    assert main(["inspect", "--checkpoint", str(folder), "--data", text]) != 0
+    assert "packed weights have no latent weights left to convert" in capsys.readouterr().err
+    build("qwen2-moe", vocab_size=320).save_pretrained(tmp_path / "experts")
+    (tmp_path / "experts/tokenizer.json").write_text(byte_tokenizer().to_str())
+    assert main(["inspect", "--checkpoint", str(tmp_path / "experts"), "--data", text]) != 0
+    assert "inspect does not know the parts of a mixture of experts" in capsys.readouterr().err
+
+
+def test_latent_weights_are_inspected_as_dense_ones():
+    network = opened_family("qwen3").model
+    dense = dense_network(network)
+    plain = build("qwen3").eval()
+    tokens = torch.arange(12)[None]
+    assert torch.equal(dense(tokens), plain(tokens).logits)
