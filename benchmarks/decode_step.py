@@ -111,7 +111,7 @@ def main() -> None:
     """Checks, then times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(QWEN2_5_SHAPES), choices=list(QWEN2_5_SHAPES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8, 16])
     parser.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 2048])
     parser.add_argument("--compare", action="store_true", help="also time the model's own step and bfloat16")
     parser.add_argument("--append", action="store_true", help="keep the rows of the CSV that are not measured again")

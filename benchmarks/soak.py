@@ -4,12 +4,17 @@
     compute-sanitizer --tool racecheck --kernel-regex kns=ternary_gemm \\
         python benchmarks/soak.py --short
     python benchmarks/soak.py --launches 100000 --seconds 90
+    python benchmarks/soak.py --decode_steps 100000 --seconds 300
 
 ``--report-api-errors no``: Triton 3.9 asks the driver for a shared-memory mode that older drivers refuse, and falls
 back. Racecheck is slow. Without a filter on kernels it also instruments everything that torch launches.
 
 The soak replays the packed products and the decode kernel on fresh random tokens into poisoned outputs. It counts
 differing elements on the GPU against the product of int8 codes. When the time is up it stops early, and says so.
+
+``--decode_steps`` soaks the persistent decode step instead, at batch 1, 4 and 16 in turn, on a model of 4 blocks of the
+1.5B shape. Tokens and lengths change with every step. After 1,000 steps the caches and inputs start anew, and from then
+on the sum of the bits of all logits must be that of the first round.
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ import time
 import sbn_kernels as sk
 import torch
 from common import header, need_gpu, reference_gemm
+
+SLOTS, ROUND = 1024, 1000
 
 
 def short() -> int:
@@ -82,16 +89,70 @@ def soak(launches: int, seconds: float) -> tuple[int, int]:
     return done, int(wrong)
 
 
+def soak_decode(steps: int, seconds: float) -> tuple[int, int]:
+    """Returns (steps made, steps whose logits differ from the same step of the first round)."""
+    from sbn_kernels.decode.step import DecodeStep, Layer, Shape, Ternary, Weights, pack
+
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device="cuda", generator=generator)
+
+    def matrix(rows: int, columns: int) -> Ternary:
+        codes = torch.randint(-1, 2, (rows, columns), device="cuda", generator=generator, dtype=torch.int8)
+        return Ternary(codes, (torch.rand(rows, device="cuda", generator=generator) + 0.5) / columns**0.5)
+
+    shape = Shape(4, 1536, 8960, 12, 2, 128, 32000)
+    d, kv, ffn = shape.d_model, 2 * shape.kv_heads * shape.head_size, shape.d_ffn
+    layers = [
+        Layer(normal(d), matrix(d + kv, d), matrix(d, d), normal(d), matrix(2 * ffn, d), matrix(d, ffn))
+        for _ in range(shape.layers)
+    ]
+    angles = torch.arange(SLOTS, device="cuda").unsqueeze(1) * 1e4 ** (-torch.arange(64, device="cuda") / 64)
+    cos, sin = angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), 1)
+    packed = pack(Weights(shape, layers, normal(d), normal(shape.vocab, d), normal(shape.vocab, d) / 40, cos, sin))
+    batches = (1, 4, 16)
+    done, wrong = 0, torch.zeros((), dtype=torch.int64, device="cuda")
+    for batch in batches:
+        size = (batch, shape.kv_heads, SLOTS, shape.head_size)
+        first = [(normal(*size).bfloat16(), normal(*size).bfloat16()) for _ in range(shape.layers)]
+        step = DecodeStep(packed, [(keys.clone(), values.clone()) for keys, values in first], SLOTS)
+        tokens = torch.randint(shape.vocab, (ROUND, batch), device="cuda", generator=generator)
+        lengths = torch.randint(SLOTS, (ROUND, batch), device="cuda", generator=generator)
+        sums = torch.zeros(ROUND, dtype=torch.int64, device="cuda")
+        end, made = time.monotonic() + seconds / len(batches), 0
+        while made < steps // len(batches) and time.monotonic() < end:
+            for (keys, values), (old_keys, old_values) in zip(step.caches, first, strict=True):
+                keys.copy_(old_keys), values.copy_(old_values)
+            for j in range(ROUND):
+                step.lengths.copy_(lengths[j])
+                total = step.step(tokens[j]).view(torch.int16).sum(dtype=torch.int64)
+                if made == 0:
+                    sums[j] = total
+                else:
+                    wrong += total != sums[j]
+            step.check()
+            made += ROUND
+        done += made
+    return done, int(wrong)
+
+
 def main() -> None:
     """Runs the short pass, then the soak unless only the short pass is wanted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="only one small launch of every kernel")
     parser.add_argument("--launches", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=120.0, help="stop launching after this long")
+    parser.add_argument("--decode_steps", type=int, default=0, help="soak the persistent decode step")
     args = parser.parse_args()
     need_gpu()
     torch.manual_seed(0)
     print(header())
+    if args.decode_steps:
+        start = time.monotonic()
+        done, bad = soak_decode(args.decode_steps, args.seconds)
+        print(f"decode step: {done} steps in {time.monotonic() - start:.0f} s, {bad} differ from the first round")
+        sys.exit(1 if bad else 0)
     wrong = short()
     print(f"short pass: {wrong} wrong elements")
     if not args.short:

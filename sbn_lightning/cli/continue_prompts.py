@@ -105,8 +105,6 @@ def _by_generator(
         queue_size=len(ids),
         decode_step=decode_step,
     ) as generator:
-        if decode_step != "graph":
-            print(f"decode step: {generator.decode_choice}", file=sys.stderr)
         # Each prompt has a seed of its own. With one seed for all, equal prompts would draw alike.
         seeds = [(limits.seed + i) % (1 << 63) for i in range(len(ids))]
         requests = [
@@ -116,12 +114,14 @@ def _by_generator(
             for piece in requests[0]:
                 print(piece, end="", flush=True)
             print()
-            print(requests[0].speed, file=sys.stderr)
+            print(f"decode step: {generator.decode_choice}\n{requests[0].speed}", file=sys.stderr)
             return
         words = opened.need_tokenizer()
         for request in requests:
             done = request.result()
             printer.add(done.text if limits.stop else words.decode(done.tokens), len(done.tokens), done.finish)
+    # The paths are measured with the first step, so the choice is known only now.
+    print(f"decode step: {generator.decode_choice}", file=sys.stderr)
     printer.finish(generator.speed)
 
 

@@ -33,7 +33,7 @@ def generate_text(
     chat: bool = False,
     prefill_chunk: int = 2048,
     head_bits: Literal[8, 16] = 16,
-    decode_step: Literal["graph", "persistent", "auto"] = "graph",
+    decode_step: Literal["graph", "persistent", "auto"] = "auto",
 ) -> None:
     """Continue prompts with a trained model.
 
@@ -63,8 +63,8 @@ def generate_text(
         chat: Whether prompts are messages to a chat model. They are then written with the model's chat template.
         prefill_chunk: The largest number of prompt tokens that are read at a time. A smaller number takes less memory.
         head_bits: 8 rounds the rows of the head to 8 bits. Steps read less memory, and the logits move a little.
-        decode_step: "persistent" computes a whole decode step as one kernel, on Hopper GPUs only. "auto" takes that
-            kernel where it can be used, and prints the choice to stderr.
+        decode_step: "persistent" computes a whole decode step as one kernel, on Hopper GPUs only. "graph" runs the
+            layers of the model. "auto" measures which is faster; the choice is printed to stderr.
     """
     prompts = _prompts(prompt, prompts_file)
     if batch_size < 1:

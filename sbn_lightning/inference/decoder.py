@@ -10,7 +10,7 @@ each other there either.
 On a GPU a step is one CUDA graph: nothing in a step depends on the host, and the tensors that it reads keep their
 place. A step launches hundreds of kernels that run for microseconds each; without the graph the host would be the
 bottleneck. On a Hopper GPU the step can be one persistent kernel instead, where the caller asks for it
-(:mod:`sbn_lightning.inference.gather`).
+(:mod:`sbn_lightning.inference.gather`) or leaves the choice to a measurement (:mod:`sbn_lightning.inference.choice`).
 
 A row can also start while other rows go on: :meth:`Decoder.extend` reads tokens into one row. A step always computes
 all rows of the cache. So the sums of a row have the same shapes whatever the other rows do.
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.inference import choice
 from sbn_lightning.inference.attention import ChunkAttention, PromptAttention, Slots, StepAttention, room_like
 from sbn_lightning.inference.buckets import PromptGraphs, bucket_of
 from sbn_lightning.inference.gather import persistent_step, refusal
@@ -62,10 +63,11 @@ class Decoder:
         cuda_graph: Whether to capture a step as a CUDA graph; None captures on a GPU.
         step: How a step is computed. ``"graph"`` runs the layers of the model. ``"persistent"`` runs the whole step,
             embedding to logits, as one kernel of :mod:`sbn_kernels.decode.step`. The kernel needs a Hopper GPU, Triton
-            3.9, a ternary model in bfloat16 with 8-bit activations, and at most 8 sequences. The kernel packs a copy of
-            the weights at the first step after :meth:`prefill`. The caller has to ask for it, because we have verified
-            the kernel on H200s and with random weights only. ``"auto"`` takes the persistent step where it can be used
-            and the graph elsewhere; :attr:`choice` says which, and why.
+            3.9, a ternary model in bfloat16 with 8-bit activations, and at most 16 sequences. The kernel packs a copy
+            of the weights at the first step after :meth:`prefill`. ``"auto"`` takes the faster of the two. The first
+            step of such a decoder compares their logits and times both, once for a shape, a batch and a GPU in a
+            process. Where the kernel cannot be used, the layers of the model take over. :attr:`choice` says which path
+            runs, and why.
         prefill_chunk: The largest number of tokens of a prompt that :meth:`prefill` reads at a time; None reads prompts
             at once. Activations of a long prompt then take bounded memory. The logits are the same up to the rounding
             of the attention's sums.
@@ -108,7 +110,7 @@ class Decoder:
         self._refusal = None if step == "graph" else refusal(model, batch_size)
         if step == "persistent" and self._refusal is not None:
             raise ConfigError(f'step="persistent" cannot be used: {self._refusal}; use step="graph"')
-        self._gives_way = step == "auto"
+        self._gives_way, self._measured = step == "auto", ""
         self.kind: Literal["graph", "persistent"] = (
             "graph" if step == "graph" or self._refusal is not None else "persistent"
         )
@@ -284,11 +286,15 @@ class Decoder:
         """
         if not self._layers:
             raise ConfigError("a decoder steps on from prompts: call prefill first")
-        if self.kind == "persistent" and (persistent := self._persistent_step()) is not None:
+        if self.kind == "persistent" and (persistent := self._persistent_step(tokens_B)) is not None:
             logits = persistent.step(tokens_B)
             # The kernel has added one to every row. Rows that do not grow have a free slot, so they grew as well.
             self.lengths.sub_(1 - self.growing)
             return logits
+        return self._plain_step(tokens_B)
+
+    def _plain_step(self, tokens_B: Tensor) -> Tensor:
+        """Add a token to each sequence with the layers of the model."""
         self._tokens.copy_(tokens_B.unsqueeze(1))
         if not self._use_graph:
             logits = self._step()
@@ -318,13 +324,22 @@ class Decoder:
     def choice(self) -> str:
         """How a step is computed, in one line."""
         if self.kind == "persistent":
-            return "one persistent kernel"
+            return "one persistent kernel" + self._measured
         plain = "the layers of the model" + (", as a CUDA graph" if self._use_graph else "")
         return plain if self._refusal is None else f"{plain}; the persistent kernel {self._refusal}"
 
-    def _persistent_step(self) -> DecodeStep | None:
+    @property
+    def flag(self) -> Tensor | None:
+        """A tensor on the device that is not 0 once a persistent step has passed its deadline; None for a graph."""
+        return None if self._persistent is None else self._persistent.flag
+
+    def _persistent_step(self, tokens_B: Tensor) -> DecodeStep | None:
         """Make the persistent step, or give way to the layers of the model where the caller allows that."""
-        if self._persistent is None:
+        if self._persistent is not None:
+            return self._persistent
+        key = choice.key_of(self.model, self.batch_size, self._use_graph)
+        verdict = choice.known(key) if self._gives_way else None
+        if verdict is None or verdict.kind == "persistent":
             caches = [(layer.keys, layer.values) for layer in self._layers]
             try:
                 self._persistent = persistent_step(
@@ -334,7 +349,33 @@ class Decoder:
                 if not self._gives_way:
                     raise
                 self.kind, self._refusal = "graph", f"cannot be used: {error}"
+                return None
+            if self._gives_way and verdict is None:
+                verdict = self._judge(key, self._persistent, tokens_B)
+        if verdict is not None:
+            self.kind = verdict.kind
+            if verdict.kind == "persistent":
+                self._measured, self._graph = f": {verdict.reason}", None
+            else:
+                self._refusal, self._persistent = verdict.reason, None
         return self._persistent
+
+    def _judge(self, key: tuple[Any, ...], step: DecodeStep, tokens_B: Tensor) -> choice.Verdict:
+        """Compare and time both paths. A repeated step writes the same keys and values into the same slots."""
+        before = self.lengths.clone()
+
+        def persistent() -> Tensor:
+            self.lengths.copy_(before)
+            return step.step(tokens_B)
+
+        def plain() -> Tensor:
+            self.lengths.copy_(before)
+            return self._plain_step(tokens_B)
+
+        try:
+            return choice.judge(key, persistent, plain, step.check, self.growing.bool())
+        finally:
+            self.lengths.copy_(before)
 
     def _step(self) -> Tensor:
         shared, dtype = self._shared, self._layers[0].keys.dtype

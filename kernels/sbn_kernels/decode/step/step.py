@@ -144,6 +144,11 @@ class DecodeStep:
             self._graph.replay()
         return self.logits
 
+    @property
+    def flag(self) -> Tensor:
+        """The error flag on the device, int32: 0, or 1 once a step has passed its deadline."""
+        return self._state[1]
+
     def check(self) -> None:
         """Waits for the device and checks that no step failed.
 
