@@ -21,6 +21,10 @@ from sbn_lightning.layers.experts_linear import active_share
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.packed import PackedTernaryLinear
 
+# PyTorch's fused inference, which torch's counter of FLOPs does not know. Each token of the first argument meets each
+# matrix once.
+_FUSED = (torch.ops.aten._native_multi_head_attention, torch.ops.aten._transformer_encoder_layer_fwd)
+
 
 @dataclass
 class Audit:
@@ -214,6 +218,7 @@ class _WatchWeights(TorchDispatchMode):
         if any(returned.alias_info for returned in func._schema.returns):  # A view computes nothing.
             return result
         counts = False
+        matrices = 0
         for value in torch.utils._pytree.tree_leaves((args, kwargs)):
             if isinstance(value, Tensor) and not value.is_meta:
                 place = value.untyped_storage().data_ptr()
@@ -221,9 +226,14 @@ class _WatchWeights(TorchDispatchMode):
                 if name is not None and name not in self.inside:
                     self.used.add(name)
                     counts = True
+                    matrices += value.numel()
                 name = self.others.get(place)
-                counts = counts or (name is not None and name not in self.inside)
-        if counts and (formula := flop_registry.get(func._overloadpacket)) is not None:
+                if name is not None and name not in self.inside:
+                    counts = True
+                    matrices += value.numel()
+        if func._overloadpacket in _FUSED:
+            self.flops += 2 * matrices * (args[0].numel() // args[0].shape[-1])
+        elif counts and (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
 

@@ -64,8 +64,16 @@ def test_the_fused_inference_of_torch_is_found(fused):
     assert report.bypassed == (["linear1", "linear2"] if fused else [])
 
 
-def test_products_outside_of_linear_layers_count():
-    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+@pytest.mark.parametrize("training", [True, False])  # in evaluation nn.MultiheadAttention is one fused operator
+def test_products_outside_of_linear_layers_count(training):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).train(training)
     convert_linears(layer, "2:4")
     report = audit(layer, lambda: layer(torch.randn(2, 5, 16)))
     assert report.linear_share == report.flop_share == pytest.approx(0.5)  # q, k, v and the output are the other half
+    assert report.linear_flops == 2 * 10 * (4 * 16 * 16 + 2 * 16 * 32)
+
+
+def test_flops_of_the_fused_encoder_layer_count():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+    report = audit(layer, lambda: layer(torch.randn(2, 5, 16)))
+    assert report.linear_flops == 2 * 10 * (4 * 16 * 16 + 2 * 16 * 32)
