@@ -40,24 +40,26 @@ def held_by_layers(model: nn.Module) -> Iterator[Tensor]:
 
 @contextmanager
 def recorded(known: dict[int, int]) -> Iterator[dict[str, float]]:
-    """Records what autograd saves for the backward inside the context: kind -> bytes.
+    """Records what autograd saves for the backward inside the context: kind -> bytes. No backward can follow.
 
     Args:
         known: Storages that are counted elsewhere, such as those of parameters.
     """
     kinds: dict[str, float] = {}
     seen = dict(known)
+    alive = []  # The address of a storage that is gone could be that of the next one.
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
+            alive.append(storage)
             seen[storage.data_ptr()] = storage.nbytes()
             width = tensor.shape[-1] if tensor.ndim > 1 else 1
             kind = f"{str(tensor.dtype).removeprefix('torch.')} x {width}"
             kinds[kind] = kinds.get(kind, 0.0) + storage.nbytes()
-        return tensor
+        # Nothing is kept for a backward. A node that saves its own output would hold it for ever if it came from here.
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
         yield kinds
 
 

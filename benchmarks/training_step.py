@@ -296,9 +296,9 @@ def main() -> None:
             measure(path, name, args, base)
         except (ImportError, torch.OutOfMemoryError) as error:
             print(f"{name}: not measured: {str(error).splitlines()[0]}", flush=True)
+        torch.compiler.reset()  # first, because the compiler's caches hold tensors of the model
         gc.collect()
         torch.cuda.empty_cache()
-        torch.compiler.reset()
 
 
 if __name__ == "__main__":

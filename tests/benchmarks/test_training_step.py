@@ -3,6 +3,7 @@
 import argparse
 import csv
 import importlib
+import weakref
 from pathlib import Path
 from types import ModuleType
 
@@ -86,13 +87,29 @@ def test_a_foreign_model_and_the_trainer(benchmark: ModuleType, tmp_path: Path) 
     assert all(float(row["ms"]) > 0 and row["vs_bf16"] == "" for row in rows)
 
 
-def test_saved_tensors_are_counted_once() -> None:
-    memory = importlib.import_module("step_memory")
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("step_memory")
+
+
+def test_saved_tensors_are_counted_once(memory: ModuleType) -> None:
     layer, x = nn.Linear(8, 8, bias=False), torch.randn(4, 8, requires_grad=True)
     with memory.recorded(memory.storages(layer.parameters())) as kinds:
         y = layer(x) * layer(x)
     assert y.shape == (4, 8)
     assert kinds == {"float32 x 8": 3 * 4 * 8 * 4}  # x once, and both factors
+
+
+def test_recording_holds_nothing_afterwards(memory: ModuleType) -> None:
+    """A node that saves its own output is a cycle that only the node can break."""
+    x = torch.randn(4, 8, requires_grad=True)
+    with memory.recorded({}) as kinds:
+        y = (x * 2).exp()
+    assert kinds == {"float32 x 8": 4 * 8 * 4}
+    gone = weakref.ref(y)
+    del y
+    assert gone() is None
 
 
 def test_every_variant_can_be_built(benchmark: ModuleType) -> None:
