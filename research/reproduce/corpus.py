@@ -31,6 +31,7 @@ def reproduce_corpus(
     output: str = "data/reproduce",
     suffix: str | list[str] = ".py",
     vocab_size: int = 8192,
+    tokenizer: str | None = None,
     val_fraction: float = 0.02,
     probe_fraction: float = 0.01,
     max_file_bytes: int | str = "1MB",
@@ -45,6 +46,7 @@ def reproduce_corpus(
         output: The folder to write: text/ (JSON lines), tokens/ (train and validation), probe/.
         suffix: The endings of the files to take.
         vocab_size: The vocabulary size of the byte-level BPE, which is trained on the training split.
+        tokenizer: The path of a tokenizer.json to use; not given, the BPE is trained here.
         val_fraction: The share of documents held out for validation.
         probe_fraction: The share of documents held out for the probe.
         max_file_bytes: The size of the largest file to take. Most larger files are tables.
@@ -80,8 +82,8 @@ def reproduce_corpus(
     made = prepare(
         input=str(out / TEXTS / "documents.jsonl"),
         output=str(out / TOKENS),
-        vocab_size=vocab_size,
         val_fraction=val_fraction,
+        **({"vocab_size": vocab_size} if tokenizer is None else {"tokenizer": tokenizer}),
         bpe_sample_bytes="32MB",
         **common,
     )

@@ -12,10 +12,15 @@ With ``top_k``, only the teacher's k most likely classes are compared one by one
 The logits of a long batch do not fit into memory with a vocabulary of 150k, and here there are two sets of them. So
 :func:`linear_distillation` works through the tokens in chunks, computes the gradients of a chunk at once, and keeps
 only the gradients of the hidden states and of the head.
+
+The gradient of the forward divergence over all classes with respect to the student's logits is ``t (Q - P)``. On a GPU
+this case is one compiled function of the logits (:func:`forward_losses_and_gradient`). Elsewhere, and for the other
+divergences, autograd differentiates :meth:`LogitsLoss.compare`.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,6 +51,11 @@ class LogitsLoss:
     divergence: Divergence = "forward"
     temperature: float = 1.0
     top_k: int | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether :func:`forward_losses_and_gradient` computes this comparison."""
+        return self.divergence == "forward" and self.top_k is None
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the divergence of each token, ``[tokens]``, from logits ``[tokens, classes]``."""
@@ -93,8 +103,12 @@ def linear_distillation(
         dtype = torch.get_autocast_dtype(device)
         hidden, teacher_hidden = hidden.to(dtype), teacher_hidden.to(dtype)
     if chunk is None:
-        # Five tensors of logits in float32: both models' logits, their logarithms, and a gradient.
-        chunk = max(64, CHUNK_BYTES // (weight.shape[0] * 20))
+        # Autograd holds five tensors of logits in float32: both models' logits, their logarithms, and a gradient. The
+        # compiled function holds three in the dtype of the hidden states. A power of two divides the tokens of a common
+        # batch into equal chunks.
+        compiled = hidden.is_cuda and options.is_closed
+        most = CHUNK_BYTES // (weight.shape[0] * (3 * hidden.element_size() if compiled else 20))
+        chunk = 1 << (max(64, most).bit_length() - 1)
     differentiate = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
         parts, dh, dw = _in_chunks(
@@ -131,21 +145,73 @@ def _in_chunks(
     dw = None
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        teacher = _wide(teacher_hidden[part] @ teacher_head.t())
-        student = _wide(hidden[part] @ head.t()).requires_grad_(need_dh or need_dw)
-        language = F.cross_entropy(student, target[part], reduction="sum")
-        divergence = options.compare(student, teacher).sum()
-        parts += torch.stack((language.detach(), divergence.detach())).to(parts.dtype)
-        if not (need_dh or need_dw):
+        teacher, student = teacher_hidden[part] @ teacher_head.t(), hidden[part] @ head.t()
+        if hidden.is_cuda and options.is_closed:
+            sums, gradient = _compiled()(
+                student, teacher, target[part], options.language_model, options.teacher, options.temperature
+            )
+            gradient = gradient / len(hidden)
+        else:
+            sums, gradient = _by_autograd(student, teacher, target[part], options, need_dh or need_dw, len(hidden))
+        parts += sums
+        if gradient is None:
             continue
-        both = (options.language_model * language + options.teacher * divergence) / len(hidden)
-        gradient = torch.autograd.grad(both, student)[0].to(hidden.dtype)
+        gradient = gradient.to(hidden.dtype)
         if dh is not None:
             torch.mm(gradient, head, out=dh[part])
         if need_dw:
             product = float32_mm(gradient.t(), hidden[part])  # summed in float32, whatever the dtype of the head
             dw = product if dw is None else dw.add_(product)
     return parts / max(len(hidden), 1), dh, None if dw is None else dw.to(weight.dtype)
+
+
+def _by_autograd(
+    student: Tensor, teacher: Tensor, target: Tensor, options: LogitsLoss, differentiate: bool, count: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return both losses summed over tokens ``[2]``, and the gradient of their weighted sum divided by ``count``."""
+    student = _wide(student).requires_grad_(differentiate)
+    language = F.cross_entropy(student, target, reduction="sum")
+    divergence = options.compare(student, _wide(teacher)).sum()
+    sums = torch.stack((language.detach(), divergence.detach())).float()
+    if not differentiate:
+        return sums, None
+    both = (options.language_model * language + options.teacher * divergence) / count
+    return sums, torch.autograd.grad(both, student)[0]
+
+
+def forward_losses_and_gradient(
+    student: Tensor, teacher: Tensor, target: Tensor, language_model: float, weight: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy and the forward divergence summed over tokens ``[2]``, and the gradient of their sum.
+
+    Args:
+        student: The student's logits, ``[tokens, classes]``.
+        teacher: The teacher's logits, of the same shape.
+        target: The next tokens, int64 ``[tokens]``.
+        language_model: The weight of the cross-entropy in the gradient.
+        weight: The weight of the divergence in the gradient.
+        temperature: The number by which logits are divided for the divergence.
+
+    Returns:
+        The losses without weights, and the gradient with respect to ``student`` in the logits' dtype.
+    """
+    student_logits, teacher_logits = _wide(student), _wide(teacher)
+    log_probabilities = student_logits - student_logits.logsumexp(-1, keepdim=True)
+    q = student_logits / temperature
+    q = q - q.logsumexp(-1, keepdim=True)
+    p = teacher_logits / temperature
+    p = p - p.logsumexp(-1, keepdim=True)
+    language = -log_probabilities.gather(-1, target.unsqueeze(-1)).sum()
+    divergence = (p.exp() * (p - q)).sum() * temperature**2
+    classes = torch.arange(student.shape[-1], device=student.device)
+    right = (classes == target.unsqueeze(-1)).to(q.dtype)
+    gradient = language_model * (log_probabilities.exp() - right) + weight * temperature * (q.exp() - p.exp())
+    return torch.stack((language, divergence)).float(), gradient.to(student.dtype)
+
+
+@functools.cache
+def _compiled() -> Any:
+    return torch.compile(forward_losses_and_gradient)
 
 
 class _WithGradients(torch.autograd.Function):

@@ -241,6 +241,8 @@ class SparseBitNet(LightningModule):
             assert self.distillation is not None
             distiller = Distiller(self.distillation, device=device)
             distiller.check(self.model)
+            if self.model.is_compiled:
+                distiller.teacher.compile_blocks()
             self._distiller = distiller
         return self._distiller
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sbn_lightning.models.distillation import LogitsLoss, hidden_state_loss, linear_distillation, relation_loss
+from sbn_lightning.models.distillation import (
+    LogitsLoss,
+    _by_autograd,
+    forward_losses_and_gradient,
+    hidden_state_loss,
+    linear_distillation,
+    relation_loss,
+)
 
 TOKENS, CLASSES = 13, 40
 
@@ -54,6 +61,19 @@ def test_chunks_give_the_formula_and_its_gradients(tensors, options, chunk):
     ours = torch.autograd.grad(3 * total, tensors[:2])
     theirs = torch.autograd.grad(3 * expected, tensors[:2])
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0, 1.0), (0.5, 2.0, 3.0)])
+def test_the_closed_form_is_what_autograd_gives(weights):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, TOKENS, CLASSES, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, CLASSES, (TOKENS,), generator=generator)
+    options = LogitsLoss(weights[0], weights[1], temperature=weights[2])
+    assert options.is_closed
+    assert not LogitsLoss(top_k=3).is_closed
+    assert not LogitsLoss(divergence="reverse").is_closed
+    expected = _by_autograd(student, teacher, target, options, differentiate=True, count=1)
+    torch.testing.assert_close(forward_losses_and_gradient(student, teacher, target, *weights), expected)
 
 
 def test_all_classes_among_the_top_are_the_whole_loss(tensors):

@@ -1,0 +1,257 @@
+"""``python -m research.pretrained``: make the corpus, or work on the trials until the time is up.
+
+    python -m research.pretrained corpus --weights SmolLM2-135M-Instruct.Q4_1.gguf --output data/pretrained
+    python -m research.pretrained work --weights data/pretrained/model.ckpt --corpus data/pretrained --seconds 900
+
+Several processes, one for each GPU, may work in the same folder: each takes the next trial that nobody has taken. The
+trials that are not at their end when the time is up are saved, and the same command continues them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from research.pretrained.train import FILE, Setting, Training, read_rows
+from research.pretrained.trials import SHORT, Trial, long, short, untrained
+from sbn_lightning.core.files import write_text
+from sbn_lightning.evaluation.probes import make_tasks, probe
+
+# The suffixes of the two kinds of text. Docstrings and comments are English inside of the code.
+KINDS = {"code": [".py"], "english": [".md", ".rst", ".txt"]}
+LENGTHS = [million * 1_000_000 for million in (200, 100, 50, 40, 30, 25, 20, 15, 12, 10, 8, 6, 5, 4, 3, 2)]
+# Seconds that a trial takes besides its steps: loading, compiling, measuring.
+OVERHEAD = 20.0
+# Seconds that the first process waits for the short trials of the others.
+PATIENCE = 60.0
+
+
+def make_corpus(
+    weights: str, output: str, kinds: Sequence[str], max_bytes: str | None, folders: list[str] | None
+) -> None:
+    """Write the model as a checkpoint with its tokenizer, and text as tokens of this tokenizer.
+
+    Args:
+        weights: The published model: a GGUF file, or a Hugging Face folder.
+        output: The folder to write.
+        kinds: The kinds of text to write, of :data:`KINDS`.
+        max_bytes: About how much text of each kind to take; None for all.
+        folders: The folders to search; None for those of the running interpreter.
+    """
+    from research.reproduce.corpus import interpreter_folders, reproduce_corpus
+    from sbn_lightning.cli.import_hf import import_hf
+
+    place = Path(output)
+    place.mkdir(parents=True, exist_ok=True)
+    if not (place / "model.ckpt").is_file():
+        import_hf(weights, str(place / "model.ckpt"))
+    for kind in kinds:
+        roots = folders or [*interpreter_folders(), *(["/usr/share/doc"] if kind == "english" else [])]
+        reproduce_corpus(
+            [root for root in roots if os.path.isdir(root)],
+            str(place / kind),
+            suffix=KINDS[kind],
+            tokenizer=str(place / "model.tokenizer.json"),
+            val_fraction=0.05,
+            max_bytes=max_bytes,
+            num_workers=min(32, os.cpu_count() or 1),
+        )
+    lines = [f"{count} {name}" for name, count in licences().most_common()]
+    (place / "licences.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def licences() -> Counter[str]:
+    """Return how many of the installed packages have which licence, as their metadata say."""
+    found: Counter[str] = Counter()
+    for package in distributions():
+        about = package.metadata
+        classifiers = [text.rpartition(" :: ")[2] for text in about.get_all("Classifier", []) if "License" in text]
+        name = about.get("License-Expression") or (classifiers[0] if classifiers else about.get("License")) or "unknown"
+        found[" ".join(name.split())[:60]] += 1
+    return found
+
+
+def read_corpus(corpus: str, device: torch.device, held_out: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the training text of both kinds, one after the other, and the held-out texts by kind, int32."""
+    from sbn_lightning.evaluation.texts import text_of_folder
+
+    def read(kind: str, split: str, most: int | None = None) -> Tensor:
+        tokens = text_of_folder(str(Path(corpus, kind, "tokens")), split, most).tokens
+        return torch.from_numpy(tokens.astype("int32")).to(device)
+
+    train = torch.cat([read(kind, "train") for kind in KINDS])
+    return train, {kind: read(kind, "val", held_out) for kind in KINDS}
+
+
+def load_tokenizer(weights: str) -> Tokenizer:
+    """Return the tokenizer that lies beside the checkpoint, or in it."""
+    from sbn_lightning.formats.load import read_text
+
+    text = read_text(weights)
+    assert text.tokenizer is not None
+    return text.tokenizer
+
+
+def work(setting: Setting, seconds: float, workers: int, short_tokens: int, tokens: int | None) -> None:
+    """Do one trial after the other until the time is up.
+
+    Args:
+        setting: What all trials share.
+        seconds: The number of seconds until running trials are saved.
+        workers: The number of processes that work in the folder.
+        short_tokens: The number of tokens of the short trials.
+        tokens: The number of tokens of the long trials; None takes what the measured speeds allow.
+    """
+    deadline = time.monotonic() + seconds
+    first = short(short_tokens)
+    for trial in [*first, *untrained()]:
+        _try(trial, setting, deadline)
+    for trial in _plan(setting, [trial.name for trial in first], deadline, workers, tokens):
+        _try(trial, setting, deadline)
+
+
+def _plan(setting: Setting, first: Sequence[str], deadline: float, workers: int, tokens: int | None) -> list[Trial]:
+    """Return the long trials. The first process decides, when the short trials are over; the others read its plan."""
+    from filelock import FileLock
+
+    file = setting.output / "plan.json"
+    with FileLock(f"{file}.lock"):
+        if not file.is_file():
+            until = min(time.monotonic() + PATIENCE, deadline)
+            while time.monotonic() < until:
+                ends = [row for row in read_rows(setting.output / FILE) if row["finished"]]
+                if set(first) <= {row["trial"]["name"] for row in ends}:
+                    break
+                time.sleep(1.0)
+            ends = [row for row in read_rows(setting.output / FILE) if row["finished"]]
+            speeds = _speeds(ends)
+            if tokens is None:
+                tokens = longest(speeds, max(0.0, deadline - time.monotonic()) * workers, long(1, ends))
+            print(f"long trials have {tokens:,} tokens; tokens a second: {speeds}", flush=True)
+            write_text(file, json.dumps([asdict(trial) for trial in long(tokens, ends)]))
+        return [Trial(**values) for values in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def longest(speeds: dict[str, float], seconds: float, trials: Sequence[Trial]) -> int:
+    """Return the largest of :data:`LENGTHS` with which all trials fit into ``seconds``; the smallest if none does."""
+    for tokens in LENGTHS:
+        wanted = sum(OVERHEAD + tokens / _speed_of(trial, speeds) for trial in trials)
+        if wanted <= seconds:
+            return tokens
+    return LENGTHS[-1]
+
+
+def _speeds(rows: Sequence[dict[str, object]]) -> dict[str, float]:
+    """Return the middle of the measured tokens a second, by whether a trial has a teacher."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["tokens_per_second"]:
+            kind = "plain" if row["trial"]["distillation"] is None else "distilled"  # type: ignore[index]
+            found.setdefault(kind, []).append(float(row["tokens_per_second"]))  # type: ignore[arg-type]
+    return {kind: sorted(values)[len(values) // 2] for kind, values in found.items()}
+
+
+def _speed_of(trial: Trial, speeds: dict[str, float]) -> float:
+    return speeds.get("plain" if trial.distillation is None else "distilled", 100_000.0)
+
+
+def _try(trial: Trial, setting: Setting, deadline: float) -> None:
+    """Do a trial unless it is done, somebody else does it, or it fits no more. A failure does not end the others."""
+    rows = read_rows(setting.output / FILE)
+    if any(row["finished"] and row["trial"]["name"] == trial.name for row in rows):
+        return
+    started = (setting.output / trial.name.replace(" ", "_").replace(":", "of") / "state.pt").is_file()
+    left = deadline - time.monotonic()
+    if left < OVERHEAD or (not started and left < 0.5 * trial.tokens / _speed_of(trial, _speeds(rows))):
+        return
+    with _claim(setting.output / "claims" / trial.name.replace(" ", "_").replace(":", "of")) as mine:
+        if not mine:
+            return
+        print(f"{time.strftime('%H:%M:%S')} {trial.name}", flush=True)
+        try:
+            Training(trial, setting).run(deadline)
+        except Exception:  # The other trials are worth having.
+            traceback.print_exc()
+        if setting.device.type == "cuda":
+            gc.collect()
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _claim(file: Path) -> Iterator[bool]:
+    """Hold a trial for this process. The operating system releases it when the process ends."""
+    from filelock import FileLock, Timeout
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(str(file), timeout=0):
+            yield True
+    except Timeout:
+        yield False
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    corpus = commands.add_parser("corpus")
+    corpus.add_argument("--weights", required=True, help="a GGUF file or a Hugging Face folder")
+    corpus.add_argument("--output", default="data/pretrained")
+    corpus.add_argument("--kinds", nargs="*", choices=list(KINDS), default=list(KINDS), help="none: the model alone")
+    corpus.add_argument("--max_bytes", help="about how much text of each kind; like 100MB")
+    corpus.add_argument("--folders", nargs="+", help="the folders to search; default: those of the interpreter")
+    train = commands.add_parser("work")
+    train.add_argument("--weights", required=True, help="the checkpoint that `corpus` wrote")
+    train.add_argument("--corpus", default="data/pretrained")
+    train.add_argument("--output", default="results/pretrained")
+    train.add_argument("--seconds", type=float, default=math.inf)
+    train.add_argument("--workers", type=int, default=1, help="processes that work in the folder")
+    train.add_argument("--tokens", type=int, help="tokens of a long trial; default: what the time allows")
+    train.add_argument("--short_tokens", type=int, default=SHORT)
+    train.add_argument("--length", type=int, default=1024)
+    train.add_argument("--batch", type=int, default=16)
+    train.add_argument("--held_out_batches", type=int, default=4)
+    train.add_argument("--gradients", default="bf16")
+    train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    args = parser.parse_args()
+    if args.command == "corpus":
+        make_corpus(args.weights, args.output, args.kinds, args.max_bytes, args.folders)
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    text, held_out = read_corpus(args.corpus, device, (args.held_out_batches + 1) * args.batch * (args.length + 1))
+    tasks = make_tasks(
+        load_tokenizer(args.weights), args.length, rows=4 * args.batch, text=held_out["code"].cpu().long()
+    )
+
+    def probe_tasks(logits: Callable[[Tensor], Tensor]) -> list[dict[str, Any]]:
+        return [asdict(result) for result in probe(logits, tasks, args.batch)]
+
+    setting = Setting(
+        args.weights, text, held_out, Path(args.output), device, args.length, args.batch,
+        held_out_batches=args.held_out_batches, compile=args.compile, gradients=args.gradients,
+        probe=probe_tasks,
+    )  # fmt: skip
+    print(f"{len(text):,} tokens to train on; held out: { {k: len(v) for k, v in held_out.items()} }", flush=True)
+    work(setting, args.seconds, args.workers, args.short_tokens, args.tokens)
+
+
+if __name__ == "__main__":
+    main()

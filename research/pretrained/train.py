@@ -1,0 +1,309 @@
+"""Train one trial in a plain loop, and write a row each time that the held-out text is measured.
+
+The text lies on the device as one long row of token ids. A step draws its windows with a seed of its own, so a trial
+that continues sees the same windows as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from research.pretrained.trials import Trial
+from sbn_lightning import MaskedDecay, Rounding, SparseTernaryPrecision, SparsitySchedule, TernaryTransformer
+from sbn_lightning.core.files import atomic_file
+from sbn_lightning.formats.load import load_model, read_config
+from sbn_lightning.layers.masked_linear import masked_layers
+from sbn_lightning.layers.sparse_bit_linear import ternary_layers
+from sbn_lightning.training.distillation import Distillation, Distiller
+from sbn_lightning.training.schedules import learning_rate_factor
+
+FILE = "results.jsonl"
+
+
+@dataclass
+class Setting:
+    """What all trials share.
+
+    Attributes:
+        weights: The published model: the start of trials, and the teacher.
+        train: The training text, integers ``[tokens]``, on the device.
+        held_out: The held-out texts by name, each ``[tokens]``.
+        output: The folder of the results.
+        device: The device to train on.
+        length: The number of tokens in a sequence.
+        batch: The number of sequences in a step.
+        marks: The numbers of training tokens after which the held-out texts are measured.
+        held_out_batches: How many batches of each held-out text are measured.
+        compile: Whether blocks are compiled.
+        gradients: How gradients are rounded; an option of :class:`SparseTernaryPrecision`.
+        probe: A function that returns further measurements of a trained model, given a function from token ids
+            ``[batch, length]`` to logits.
+    """
+
+    weights: str
+    train: Tensor
+    held_out: dict[str, Tensor]
+    output: Path
+    device: torch.device
+    length: int = 1024
+    batch: int = 16
+    marks: tuple[int, ...] = tuple(million * 1_000_000 for million in (1, 2, 5, 10, 20, 50, 100))
+    held_out_batches: int = 4
+    compile: bool = True
+    gradients: str = "bf16"
+    probe: Callable[[Callable[[Tensor], Tensor]], list[dict[str, Any]]] | None = field(default=None)
+
+    @property
+    def tokens_of_step(self) -> int:
+        """The number of tokens of an optimiser step."""
+        return self.length * self.batch
+
+
+class Training:
+    """One trial on its way. It continues where an earlier process saved it.
+
+    Args:
+        trial: What to train.
+        setting: What all trials share.
+    """
+
+    def __init__(self, trial: Trial, setting: Setting) -> None:
+        self.trial, self.setting = trial, setting
+        self.steps = math.ceil(trial.tokens / setting.tokens_of_step)
+        self.folder = setting.output / trial.name.replace(" ", "_").replace(":", "of")
+        torch.manual_seed(trial.seed)
+        self.model = make_model(trial, setting)
+        self.plugin = None
+        if ternary_layers(self.model) and setting.device.type == "cuda":
+            self.plugin = SparseTernaryPrecision(gradients=setting.gradients, tokens=setting.tokens_of_step)  # type: ignore[arg-type]
+            self.plugin.convert_module(self.model)
+        if setting.compile and self.steps:
+            self.model.compile_blocks()
+        self.distiller: Distiller | None = None
+        if trial.distillation is not None:
+            options = Distillation(teacher=setting.weights, **trial.distillation)
+            self.distiller = Distiller(options, make_teacher(setting), setting.device)
+            self.distiller.check(self.model)
+            if setting.compile:
+                self.distiller.teacher.compile_blocks()
+        self.optimizer = make_optimizer(self.model, trial)
+        self.schedule: SparsitySchedule | None = None
+        if dict(masked_layers(self.model)):
+            self.schedule = SparsitySchedule(
+                self.model,
+                self.optimizer,
+                total_steps=max(self.steps, 1),
+                rounding=Rounding(end=trial.rounding) if trial.rounding else None,
+                masked_decay=MaskedDecay(trial.masked_decay, until=0.5) if trial.masked_decay else None,
+            )
+        self.step = 0
+        self.seconds = 0.0
+        self._recent: list[Tensor] = []
+        self._load()
+
+    def run(self, deadline: float = math.inf) -> bool:
+        """Train until the end or until a moment of the monotonic clock. Return whether the trial is at its end."""
+        marks = {math.ceil(mark / self.setting.tokens_of_step) for mark in self.setting.marks}
+        if not self.steps:
+            self._report(finished=True)
+            return True
+        since = time.monotonic()
+        while self.step < self.steps:
+            self._train_step()
+            if self.step == 10:  # Compiling and choosing kernels are over.
+                self._synchronize()
+                since, self.seconds = time.monotonic(), 0.0
+            if self.step in marks or self.step == self.steps or time.monotonic() > deadline:
+                self._synchronize()
+                self.seconds += time.monotonic() - since
+                self._report(finished=self.step == self.steps)
+                if self.step < self.steps:
+                    self._save()
+                if time.monotonic() > deadline:
+                    break
+                since = time.monotonic()
+        return self.step == self.steps
+
+    def _train_step(self) -> None:
+        factor = learning_rate_factor(
+            self.step,
+            schedule="cosine",
+            warmup_steps=max(1, min(50, self.steps // 20)),
+            max_steps=self.steps,
+            floor=0.05,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        batch = self._windows(self.step)
+        with self._context():
+            if self.distiller is None:
+                loss = self.model.loss(batch[:, :-1], batch[:, 1:])
+            else:
+                loss, _ = self.distiller.loss(self.model, batch[:, :-1], batch[:, 1:])
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.schedule is not None:
+            self.schedule.step()
+        self._recent = [*self._recent[-9:], loss.detach()]
+        self.step += 1
+
+    def _windows(self, step: int) -> Tensor:
+        """Return the token ids of a step, int64 ``[batch, length + 1]``."""
+        setting = self.setting
+        generator = torch.Generator().manual_seed(self.trial.seed * 1_000_003 + step)
+        starts = torch.randint(len(setting.train) - setting.length, (setting.batch, 1), generator=generator)
+        places = starts + torch.arange(setting.length + 1)
+        return setting.train[places.to(setting.device)].long()
+
+    def _context(self) -> AbstractContextManager[None]:
+        if self.plugin is not None:
+            return self.plugin.forward_context()
+        return torch.autocast(self.setting.device.type, torch.bfloat16, enabled=self.setting.device.type == "cuda")
+
+    def _held_out(self, tokens: Tensor) -> Iterator[Tensor]:
+        rows = tokens[: len(tokens) // (self.setting.length + 1) * (self.setting.length + 1)]
+        batches = rows.view(-1, self.setting.length + 1).split(self.setting.batch)
+        # A batch that is not whole would be compiled anew.
+        yield from (batch for batch in batches[: self.setting.held_out_batches] if len(batch) == self.setting.batch)
+
+    def measure(self) -> dict[str, float]:
+        """Return the mean cross-entropy on each held-out text, in nats.
+
+        Gradients stay enabled after a training: the compiled blocks are then those of the training.
+        """
+        losses: dict[str, float] = {}
+        for name, tokens in self.setting.held_out.items():
+            found = []
+            for batch in self._held_out(tokens):
+                with torch.set_grad_enabled(self.steps > 0), self._context():
+                    found.append(self.model.loss(batch[:, :-1].long(), batch[:, 1:].long()).detach())
+            losses[name] = float(torch.stack(found).mean())
+        return losses
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Token ids ``[batch, length]`` -> logits of the next token, ``[batch, length, vocab_size]``."""
+        with torch.set_grad_enabled(self.steps > 0), self._context():
+            return self.model(tokens.to(self.setting.device)).detach()
+
+    def _report(self, finished: bool) -> None:
+        losses = self.measure()
+        loss = sum(losses.values()) / len(losses)
+        trained = self.step * self.setting.tokens_of_step
+        timed = max(self.step - 10, 0) * self.setting.tokens_of_step
+        row: dict[str, Any] = {
+            "trial": asdict(self.trial),
+            "tokens": trained,
+            "finished": finished,
+            "loss": loss,
+            "held_out": losses,
+            "perplexity": {name: math.exp(min(value, 50.0)) for name, value in losses.items()},
+            "training_loss": float(torch.stack(self._recent).mean()) if self._recent else None,
+            "tokens_per_second": round(timed / self.seconds) if self.seconds and timed else None,
+            "seconds": round(self.seconds, 1),
+        }
+        if finished and self.trial.probed and self.setting.probe is not None:
+            row["probe"] = self.setting.probe(self.logits)
+        append_row(self.setting.output / FILE, row)
+
+    def _synchronize(self) -> None:
+        if self.setting.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.folder / "state.pt") as path:
+            torch.save(state, path)
+
+    def _load(self) -> None:
+        file = self.folder / "state.pt"
+        if not file.is_file():
+            return
+        state = torch.load(file, map_location=self.setting.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def make_model(trial: Trial, setting: Setting) -> TernaryTransformer:
+    """Return the model of a trial at its start, on the device."""
+    config = replace(
+        read_config(setting.weights),
+        linear=trial.linear,
+        pattern=trial.pattern,
+        max_sequence_length=setting.length,
+        sub_norms=trial.sub_norms,
+        loss="auto" if setting.device.type == "cuda" else "plain",
+    )
+    with setting.device:
+        model = TernaryTransformer(config)
+    if trial.start == "weights":
+        _, unexpected = model.load_state_dict(_weights(setting.weights), strict=False)
+        assert not unexpected, unexpected
+    return model
+
+
+def make_teacher(setting: Setting) -> TernaryTransformer:
+    """Return the published model in the dtype that the device computes in."""
+    with setting.device:
+        model = TernaryTransformer(replace(read_config(setting.weights), max_sequence_length=setting.length))
+    model.load_state_dict(_weights(setting.weights))
+    return model.to(torch.bfloat16 if setting.device.type == "cuda" else torch.float32)
+
+
+@functools.cache
+def _weights(path: str) -> dict[str, Tensor]:
+    """Return the weights of the published model, read once."""
+    return load_model(path).model.state_dict()
+
+
+def make_optimizer(model: TernaryTransformer, trial: Trial) -> torch.optim.AdamW:
+    """Return AdamW with the learning rates of the trial: one for each matrix of the blocks, and one for the rest."""
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim >= 2]
+    ids = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    groups: list[dict[str, Any]] = [{"params": rest, "peak": trial.other_lr, "weight_decay": 0.0}]
+    if trial.relative:
+        peaks = [trial.lr * float(parameter.detach().abs().mean()) for parameter in matrices]
+        groups += [
+            {"params": [parameter], "peak": peak, "weight_decay": trial.weight_decay}
+            for parameter, peak in zip(matrices, peaks, strict=True)
+        ]
+    else:
+        groups.append({"params": matrices, "peak": trial.lr, "weight_decay": trial.weight_decay})
+    return torch.optim.AdamW(groups, lr=trial.lr, betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda)
+
+
+def append_row(file: Path, row: dict[str, Any]) -> None:
+    """Add a line to a file that several processes write to."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file; none if there is no file."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

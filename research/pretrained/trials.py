@@ -1,0 +1,112 @@
+"""What the study compares: each trial is one training, and differs from its neighbours in one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+# A trial of this many tokens chooses learning rates and losses for the long ones.
+SHORT = 1_500_000
+# About the mean magnitude of a weight in the blocks of SmolLM2-135M.
+MEAN_WEIGHT = 0.145
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training.
+
+    Args:
+        name: The name of the trial; names its folder, too.
+        tokens: The number of tokens to train on. 0 only measures the model as it is at the start.
+        pattern: The pattern N:M of ternary and masked layers.
+        linear: The kind of the blocks' linear layers.
+        start: ``"weights"`` starts from the published weights, ``"random"`` from new ones.
+        distillation: The options of a distillation, without the teacher; None trains on the text alone.
+        lr: The peak learning rate of the matrices in the blocks.
+        other_lr: The peak learning rate of the embedding and the norms.
+        relative: Whether ``lr`` is a share of the mean magnitude of each layer's weight at the start of training.
+        weight_decay: The weight decay of the matrices in the blocks.
+        rounding: The share of training at which everything is rounded; 0 rounds from the first step.
+        masked_decay: The decay of masked weights, which falls to zero over the first half of training.
+        sub_norms: Whether norms are inserted before the output and the down projection.
+        seed: The seed of new weights and of the choice of text.
+        probed: Whether the probes are asked at the end.
+    """
+
+    name: str
+    tokens: int
+    pattern: str = "6:8"
+    linear: Literal["ternary", "masked", "dense"] = "ternary"
+    start: Literal["weights", "random"] = "weights"
+    distillation: dict[str, Any] | None = field(default=None)
+    lr: float = 1e-3
+    other_lr: float = 1e-3
+    relative: bool = False
+    weight_decay: float = 0.0
+    rounding: float = 0.0
+    masked_decay: float = 0.0
+    sub_norms: bool = False
+    seed: int = 1
+    probed: bool = True
+
+
+LOGITS = {"logits": 1.0}
+
+
+def untrained() -> list[Trial]:
+    """Return the models as they are before any training: the dense one, and its conversions."""
+    return [
+        Trial("dense", 0, linear="dense"),
+        *(Trial(f"masked {p}", 0, p, "masked") for p in ("6:8", "2:4")),
+        *(Trial(f"ternary {p}", 0, p) for p in ("8:8", "6:8", "2:4")),
+    ]
+
+
+def short(tokens: int = SHORT) -> list[Trial]:
+    """Return the trials that choose the learning rate, the losses and the way of rounding."""
+    plain = Trial("plain", tokens)
+    distilled = replace(plain, distillation=LOGITS)
+    both = replace(plain, distillation={"logits": 1.0, "language_model": 0.5})
+    trials = [
+        replace(distilled, name="distilled lr 0.003", lr=3e-3),
+        replace(plain, name="plain lr 0.003", lr=3e-3),
+        replace(distilled, name="distilled lr 0.01", lr=1e-2),
+        replace(plain, name="plain lr 0.01", lr=1e-2),
+        replace(plain, name="plain lr 0.001", lr=1e-3),
+        replace(both, name="distilled and text lr 0.003", lr=3e-3),
+        replace(distilled, name="distilled rounding 0.3 lr 0.003", lr=3e-3, rounding=0.3),
+        replace(distilled, name="distilled sub_norms lr 0.003", lr=3e-3, sub_norms=True),
+        replace(distilled, name="distilled hidden lr 0.003", lr=3e-3, distillation={"logits": 1.0, "hidden": 1.0}),
+    ]
+    return [replace(trial, name=f"short {trial.name}", probed=False) for trial in trials]
+
+
+def long(tokens: int, done: Sequence[dict[str, Any]]) -> list[Trial]:
+    """Return the trials of the comparison, with the learning rates that were best in the short ones.
+
+    Args:
+        tokens: The number of tokens of each trial.
+        done: The last row of each short trial.
+    """
+    plain = best(done, "short plain") or Trial("plain", tokens, lr=3e-3)
+    distilled = best(done, "short distilled") or Trial("distilled", tokens, lr=3e-3, distillation=LOGITS)
+    scratch = Trial("scratch", tokens, lr=3e-3, start="random", weight_decay=0.1)
+    ways = {"distilled": distilled, "plain": plain, "scratch": scratch}
+    order = [
+        ("distilled", "6:8"), ("plain", "6:8"), ("scratch", "6:8"), ("plain", "2:4"), ("distilled", "2:4"),
+        ("plain", "8:8"), ("distilled", "8:8"),
+    ]  # fmt: skip
+    trials = [replace(ways[way], name=f"{way} {p}", tokens=tokens, pattern=p, probed=True) for way, p in order]
+    trials.append(Trial("dense fine-tuned", tokens, linear="dense", lr=3e-4, other_lr=3e-4))
+    # The decay of an optimiser step at the peak was 0.08 in the study of sparse pretraining.
+    peak = distilled.lr * (MEAN_WEIGHT if distilled.relative else 1.0)
+    decayed = replace(distilled, pattern="2:4", tokens=tokens, probed=True, masked_decay=0.08 / peak)
+    trials.append(replace(decayed, name="distilled 2:4 decay"))
+    return trials
+
+
+def best(rows: Iterable[dict[str, Any]], prefix: str) -> Trial | None:
+    """Return the trial with the lowest loss among finished ones whose name starts with ``prefix``; None if none is."""
+    fitting = [row for row in rows if row["trial"]["name"].startswith(prefix) and row["finished"]]
+    return Trial(**min(fitting, key=lambda row: row["loss"])["trial"]) if fitting else None
