@@ -14,6 +14,7 @@ from sbn_kernels.decode.step.attention import load_cache
 from sbn_kernels.decode.step.gemv import fetch_weights, gather_sums, multiply_shared, multiply_tiles
 
 _PUBLISH = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.relaxed.gpu.global.b32 [$0], $1; }")
+_LOAD = gl.constexpr("ld.shared.f32 $0, [$1];")
 _STORE = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.shared.b32 [$0], $1; }")
 _STORE2 = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.shared.v2.b32 [$0], {$1, $2}; }")
 
@@ -120,9 +121,8 @@ def add_to_residual(base, place, words, first, start, count, tag, P: gl.constexp
         inside = (tile < count) & (token < P.batch)
         row = (gl.minimum(start + tile, first[1] - 1) * 16 + h) * P.batch_slots + token
         at = base + P.at_residual + 4 * row
-        load: gl.constexpr = "ld.shared.f32 $0, [$1];"
-        x0 = gl.inline_asm(load, "=f,r,~{memory}", [at], F1, is_pure=False)
-        x1 = gl.inline_asm(load, "=f,r,~{memory}", [at + 32 * P.batch_slots], F1, is_pure=False)
+        x0 = gl.inline_asm(_LOAD, "=f,r,~{memory}", [at], F1, is_pure=False)
+        x1 = gl.inline_asm(_LOAD, "=f,r,~{memory}", [at + 32 * P.batch_slots], F1, is_pure=False)
         y0, y1 = _two_rows(base, place, count, j, P, F)
         x0 = _bits((x0 + y0.to(gl.float32)).to(gl.bfloat16))
         x1 = _bits((x1 + y1.to(gl.float32)).to(gl.bfloat16))
