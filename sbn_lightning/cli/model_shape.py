@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 
 from sbn_lightning.checkpoints import lightning_file, sharded
 from sbn_lightning.checkpoints.io import say
-from sbn_lightning.formats.init_from import FIXED
+from sbn_lightning.formats.init_from import FIXED, inserts_sub_norms
 from sbn_lightning.formats.load import read_config
 from sbn_lightning.models.config import TransformerConfig
 
@@ -21,7 +21,8 @@ def take_shape(config: Namespace, arguments: Sequence[str]) -> None:
     """Set the fields of ``model.config`` that come with the weights of ``model.init_from``.
 
     A field that the command line names keeps its value there. If this value does not fit the weights, loading them
-    raises the error. A value from a recipe is replaced, and a printed line says so. A run that continues from a
+    raises the error. A value from a recipe is replaced, and a printed line says so. Only ``sub_norms: true`` stays,
+    because a run may insert these norms. A run that continues from a
     checkpoint takes the fields from the checkpoint, because the weights that the run started from may be gone.
 
     Args:
@@ -45,6 +46,8 @@ def take_shape(config: Namespace, arguments: Sequence[str]) -> None:
     for name in FIXED:
         value, present = values[name], shape.get(name)
         if name in given or (list(present) if isinstance(present, tuple) else present) == value:
+            continue
+        if name == "sub_norms" and inserts_sub_norms(value, shape.get(name)):
             continue
         changed[name] = value
         shape[name] = Namespace(value) if isinstance(value, dict) else value

@@ -66,6 +66,9 @@ def load_weights(model: TernaryTransformer, path: str) -> TextFiles:
     loaded = load_model(place)
     config = loaded.config
     differing = [name for name in FIXED if getattr(config, name) != getattr(model.config, name)]
+    inserted = inserts_sub_norms(config.sub_norms, model.config.sub_norms)
+    if inserted:
+        differing.remove("sub_norms")
     if differing:
         values = config.to_dict()
         wanted = ", ".join(f"{name}: {values[name]}" for name in differing)
@@ -80,10 +83,17 @@ def load_weights(model: TernaryTransformer, path: str) -> TextFiles:
             stacklevel=2,
         )
     missing, unexpected = model.load_state_dict(state, strict=False)
-    missing = [name for name in missing if not name.endswith(".mask_bits")]
+    # Masks are made from the weights, and norms that are inserted start with the weight 1.
+    made = (".mask_bits", ".sub_norm.weight") if inserted else (".mask_bits",)
+    missing = [name for name in missing if not name.endswith(made)]
     if missing or unexpected:
         raise DataError(f"init_from: {path} does not fit its own configuration: {[*missing, *unexpected][0]}")
     return loaded.text
+
+
+def inserts_sub_norms(given: bool, wanted: bool) -> bool:
+    """Whether norms are inserted into weights: the weights are ``given`` without them, and the model has them."""
+    return wanted and not given
 
 
 def without_masks(state: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import Namespace
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from sbn_lightning import SparseBitNet
 from sbn_lightning.checkpoints.tokenizers import beside, difference
 from sbn_lightning.cli import main
+from sbn_lightning.cli.model_shape import take_shape
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.data.tokenizer import train_bpe
 from sbn_lightning.formats import load_model
@@ -46,6 +48,28 @@ def test_a_sparse_run_starts_from_dense_weights(tmp_path):
     assert step == 0
     assert started.trainer.global_step == 2
     assert not torch.equal(started.model.blocks[0].mlp.down.weight, weight)
+
+
+def test_norms_can_be_inserted_and_start_with_the_weight_one(tmp_path):
+    dense = make_model(linear="dense")
+    started = module(save(dense, tmp_path / "m.ckpt"), sub_norms=True)
+    started.configure_model()
+    block = started.model.blocks[0]
+    assert torch.equal(block.mlp.down.weight, dense.blocks[0].mlp.down.weight)
+    assert bool((block.attention.sub_norm.weight == 1).all())
+    assert bool((block.mlp.sub_norm.weight == 1).all())
+    with_norms = save(make_model(linear="dense", sub_norms=True), tmp_path / "normed.ckpt")
+    with pytest.raises(ConfigError, match="set model.config to sub_norms: True"):
+        module(with_norms).configure_model()
+
+
+def test_a_recipe_inserts_norms_into_weights_that_have_none(tmp_path):
+    path = save(make_model(linear="dense"), tmp_path / "m.ckpt")
+    shape = small_config(sub_norms=True, n_layers=7).to_dict()
+    config = Namespace(model=Namespace(init_from=str(path), config=Namespace(shape)))
+    take_shape(config, [])
+    taken = config["model.config"]
+    assert (taken["sub_norms"], taken["n_layers"]) == (True, load_model(path).config.n_layers)
 
 
 def test_a_run_that_continues_keeps_what_it_learnt(tmp_path):
