@@ -40,6 +40,7 @@ TOOLS = {
     "generate": ("sbn_lightning.cli.generate", "generate_text", "continue prompts with a trained model"),
     "chat": ("sbn_lightning.cli.chat", "chat", "talk with a chat model in the terminal"),
     "evaluate": ("sbn_lightning.cli.evaluate", "evaluate", "perplexity, sparsity report, lm-eval tasks"),
+    "probe": ("sbn_lightning.cli.probe", "probe", "copying, induction, sums, rare identifiers, with their noise"),
     "inspect": ("sbn_lightning.cli.inspect", "inspect", "what a conversion does to a model, by part and by block"),
     "consolidate": (
         "sbn_lightning.checkpoints.sharded",

@@ -1,11 +1,17 @@
 """The probe's tasks have answers that a perfect copier finds, and the noise is that of the rows."""
 
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from sbn_lightning.checkpoints.lightning_file import contents
+from sbn_lightning.cli import main
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.evaluation.probes import ANNOUNCED, SHOTS, SPAN, Task, _score, make_tasks, probe
+from sbn_lightning.models.transformer import TernaryTransformer
+from tests.helpers import small_config
 
 LENGTH = 160
 
@@ -98,3 +104,23 @@ def test_the_error_is_that_of_the_rows_means():
 def test_options_that_cannot_work_are_refused(tokenizer, options, message):
     with pytest.raises(ConfigError, match=message):
         make_tasks(tokenizer, **options)
+
+
+def test_the_command_prints_a_table_and_json(tokenizer, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = TernaryTransformer(small_config(vocab_size=tokenizer.get_vocab_size(), max_sequence_length=LENGTH))
+    torch.save(contents(model.config, model.state_dict()), tmp_path / "m.ckpt")
+    tokenizer.save(str(tmp_path / "m.tokenizer.json"))
+    (tmp_path / "text.txt").write_text("abcaabaac other_name;" * 40)
+    words = ["probe", "--checkpoint", str(tmp_path / "m.ckpt"), "--length", "60", "--rows", "3", "--device", "cpu"]
+    assert main([*words, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["task"] for result in results] == ["copy", "induction"]  # eight sums do not fit into 60 tokens
+    assert all(0 <= result["accuracy"] <= 1 and result["rows"] == 3 for result in results)
+    assert main([*words, "--tasks", "copy"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["task", "setting", "accuracy", "standard", "error", "items", "rows"]
+    assert lines[2].startswith("copy  distance 32")
+    assert main([*words, "--tasks", "identifiers"]) == 1
+    assert "give --data" in capsys.readouterr().err
+    assert main([*words, "--data", str(tmp_path / "text.txt")]) == 0

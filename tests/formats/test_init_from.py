@@ -59,7 +59,7 @@ def test_norms_can_be_inserted_and_start_with_the_weight_one(tmp_path):
     assert bool((block.attention.sub_norm.weight == 1).all())
     assert bool((block.mlp.sub_norm.weight == 1).all())
     with_norms = save(make_model(linear="dense", sub_norms=True), tmp_path / "normed.ckpt")
-    with pytest.raises(ConfigError, match="set model.config to sub_norms: True"):
+    with pytest.raises(ConfigError, match=r"set model\.config to sub_norms: True"):
         module(with_norms).configure_model()
 
 
