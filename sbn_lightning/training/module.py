@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -33,6 +33,7 @@ from sbn_lightning.models.moe import busiest, load_balance_loss, loads
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.training.distillation import Distillation, Distiller
 from sbn_lightning.training.metrics import Perplexity
+from sbn_lightning.training.parameter_groups import SCALE, LearningRateRule, parameter_groups, scale_learning_rates
 from sbn_lightning.training.schedules import Schedule, learning_rate_factor
 
 __all__ = ["Perplexity", "Schedule", "SparseBitNet", "learning_rate_factor"]
@@ -56,6 +57,8 @@ class SparseBitNet(LightningModule):
         init_from: A model whose weights a new run starts from: a checkpoint, the folder of a run, a packed or a Hugging
             Face folder, or a GGUF file. A run that continues from a checkpoint takes the checkpoint's weights.
         distillation: The teacher and the losses of a distillation. None trains on the text alone.
+        learning_rates: Rules for parameters that have a learning rate or a weight decay of their own. A run that
+            resumes needs the same rules.
     """
 
     distillation: Distillation | None = None
@@ -72,13 +75,15 @@ class SparseBitNet(LightningModule):
         compile: bool = False,
         init_from: str | None = None,
         distillation: Distillation | None = None,
+        learning_rates: list[LearningRateRule] | None = None,
     ) -> None:
         super().__init__()
         if isinstance(distillation, dict):
             distillation = Distillation(**distillation)
         if isinstance(config, dict):  # A checkpoint holds the configuration as plain values.
             config = TransformerConfig(**config)
-        self.save_hyperparameters(ignore=["config", "optimizer", "init_from", "distillation"])
+        unsaved = ["config", "optimizer", "init_from", "distillation", "learning_rates"]
+        self.save_hyperparameters(ignore=unsaved)
         self.save_hyperparameters({"config": config.to_dict()})
         if distillation is not None:  # The checkpoint says where the teacher is, and does not hold its weights.
             self.save_hyperparameters({"distillation": asdict(distillation)})
@@ -90,6 +95,7 @@ class SparseBitNet(LightningModule):
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
         self._make_optimizer = optimizer
+        self.learning_rates = learning_rates or []
 
     def setup(self, stage: str) -> None:
         """Check strategy and data against the model.
@@ -172,8 +178,11 @@ class SparseBitNet(LightningModule):
         """Warn if the optimiser of the checkpoint has other options than the command gives."""
         for optimizer in self.trainer.optimizers:
             for name in ("lr", "betas", "eps", "momentum"):
+                group = optimizer.param_groups[0]
                 wanted = _as_tuple(optimizer.defaults.get(name))
-                has = _as_tuple(optimizer.param_groups[0].get("initial_lr" if name == "lr" else name, wanted))
+                if name == "lr" and wanted is not None:
+                    wanted *= group.get(SCALE, 1.0)
+                has = _as_tuple(group.get("initial_lr" if name == "lr" else name, wanted))
                 if has != wanted:
                     rank_zero_warn(
                         f"training goes on with the checkpoint's {name}={has}, not {wanted}: an optimiser's options "
@@ -266,14 +275,8 @@ class SparseBitNet(LightningModule):
         self.log(f"{stage}/perplexity", perplexity, on_epoch=True, on_step=False, prog_bar=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return two optimiser groups: weights of linear layers decay; norms, biases and embeddings do not."""
-        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
-        decay: list[nn.Parameter] = []
-        rest: list[nn.Parameter] = []
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                (decay if parameter.ndim >= 2 and id(parameter) not in embeddings else rest).append(parameter)
-        return [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
+        """Return the optimiser groups that ``learning_rates`` make; without rules, weights that decay and the rest."""
+        return parameter_groups(self.model, self.learning_rates)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimiser and the learning rate's schedule.
@@ -288,6 +291,7 @@ class SparseBitNet(LightningModule):
                 "or the model's schedule_steps"
             )
         optimizer = self._make_optimizer(self.parameter_groups())
+        scale_learning_rates(optimizer)
         factor = partial(
             learning_rate_factor,
             schedule=self.hparams["schedule"],

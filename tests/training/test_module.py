@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from sbn_lightning import SparseBitNet
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.optimizer_states import name_optimizer_states
 from sbn_lightning.training.module import Perplexity, learning_rate_factor
+from sbn_lightning.training.parameter_groups import LearningRateRule, parameter_groups
 from tests.helpers import ForeignModule, quiet_trainer, small_config, small_module, token_loader
 
 
@@ -38,6 +40,31 @@ def test_only_matrices_decay():
     assert {"embed.weight", "norm.weight", "blocks.0.attention.qkv.bias"} <= others
 
 
+def test_rules_give_parameters_a_learning_rate_and_a_weight_decay():
+    rules = [
+        LearningRateRule("embed.*", 0.1),
+        LearningRateRule("blocks.0.*", 0.5, weight_decay=0.02),
+        LearningRateRule("*norm*", 2.0),
+    ]
+    module = small_module()
+    module.learning_rates = rules
+    module.trainer = SimpleNamespace(max_steps=10)
+    module.hparams["warmup_steps"] = 0
+    optimizer = module.configure_optimizers()["optimizer"]
+    names = {id(p): name for name, p in module.model.named_parameters()}
+    found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    base, decay = optimizer.defaults["lr"], optimizer.defaults["weight_decay"]
+    assert found.keys() == set(names.values())
+    assert found["embed.weight"] == pytest.approx((0.1 * base, 0))
+    assert found["blocks.0.mlp.down.weight"] == pytest.approx((0.5 * base, 0.02))
+    assert found["blocks.0.mlp_norm.weight"] == pytest.approx((2 * base, 0))
+    assert found["blocks.1.mlp.down.weight"] == pytest.approx((base, decay))
+    with pytest.raises(ConfigError, match="'block' matches no parameter"):
+        parameter_groups(module.model, [LearningRateRule("block")])
+    with pytest.raises(ConfigError, match=r"scale=-1 of '\*' must be 0 or more"):
+        LearningRateRule("*", -1)
+
+
 def test_learning_rate_factor():
     def rates(schedule):
         options = {"schedule": schedule, "warmup_steps": 4, "max_steps": 12, "floor": 0.1}
@@ -45,6 +72,7 @@ def test_learning_rate_factor():
 
     assert rates("cosine") == pytest.approx([0.25, 1, 1, 0.55, 0.1, 0.1])
     assert rates("linear") == pytest.approx([0.25, 1, 1, 0.55, 0.1, 0.1])
+    assert rates("two_stage") == pytest.approx([0.25, 1, 1, 0.1 + 0.9 * 0.5 * 2 / 3, 0.1, 0.1])
     assert rates("constant") == [0.25, 1, 1, 1, 1, 1]
 
 
