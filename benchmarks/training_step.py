@@ -10,13 +10,15 @@ in a step.
 
 ``--shape`` also takes the blocks of Llama-3-8B, four of them, and a public 1.1B model of ``transformers``
 (``step_variants.py``). ``--memory`` writes the memory by part (``step_memory.py``) to ``training_memory.csv``.
-``--trainer`` measures each variant through Lightning's Trainer as well, with the same batches.
+``--trainer`` measures each variant through Lightning's Trainer as well, with the same batches. ``--graphs`` measures
+each variant a second time with forward and backward replayed as CUDA graphs (``model.cuda_graphs``).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import statistics
 import time
 import warnings
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 
 from sbn_lightning import SparseTernaryPrecision
 from sbn_lightning.models.flops import flops_per_token, peak_flops
+from sbn_lightning.training.graphs import GraphedLoss
 
 __all__ = ["FakeQuantizedLinear"]  # loss_curves.py takes the layer from here
 
@@ -57,7 +60,8 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 class Step:
     """Runs the optimiser step of one variant repeatedly."""
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
+    def __init__(self, name: str, args: argparse.Namespace, graphs: bool = False) -> None:
+        self.graphed = GraphedLoss() if graphs else None
         build, options = VARIANTS[name]
         config = make_config(args.shape, SEQUENCE_LENGTH, args.checkpointing, args.layers)
         torch.manual_seed(0)
@@ -105,7 +109,7 @@ class Step:
     def __call__(self) -> None:
         for batch in self.batches:
             with self.context():
-                loss = self.loss(batch)
+                loss = self.loss(batch) if self.graphed is None else self.graphed(self.model, self.loss, batch)
             (loss / len(self.batches)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -216,12 +220,15 @@ def through_trainer(step: Step, steps: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in list(pairwise(events))[1:]]
 
 
-def measure(path: Path, name: str, args: argparse.Namespace, base: dict[str, float]) -> None:
+def measure(
+    path: Path, name: str, args: argparse.Namespace, base: dict[str, float], graphs: bool = False
+) -> None:  # fmt: skip
     """Times one variant; ``base`` holds the time of the BF16 dense model for the variants after it."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    step = Step(name, args)
+    step = Step(name, args, graphs)
+    name = f"{name}, CUDA graphs" if graphs else name
     for _ in range(2):
         step()
     torch.cuda.synchronize()
@@ -238,14 +245,14 @@ def measure(path: Path, name: str, args: argparse.Namespace, base: dict[str, flo
     ms = statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
     peak = peak_bytes()
     row_of(path, name, args, base, ms, step, {"peak_gib": peak / 2**30, "syncs": syncs[0], "setup_s": setup})
-    if args.memory:
+    if args.memory and not graphs:
         table = path.with_name("training_memory.csv")
         for part, size in memory_by_part(step.model, step.optimizer, step.forward, peak).items():
             row: dict[str, object] = {"shape": args.shape, "micro_batch": args.sequences, "variant": name}
             append(table, row | {"part": part, "gib": size / 2**30})
     if args.profile:
         profile(step)
-    if args.trainer:
+    if args.trainer and not graphs:
         step.optimizer.zero_grad()
         step.optimizer = None  # type: ignore[assignment]  # its states make room for those of the Trainer's optimiser
         if DEVICE.type == "cuda":
@@ -280,6 +287,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
     parser.add_argument("--memory", action="store_true", help="also write the memory by part to training_memory.csv")
     parser.add_argument("--trainer", action="store_true", help="also measure each variant through Lightning's Trainer")
+    parser.add_argument("--graphs", action="store_true", help="also measure each variant with CUDA graphs")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--profile", action="store_true", help="also print where the time of one step goes")
     parser.add_argument("--append", action="store_true", help="keep the rows that the CSV has")
@@ -291,9 +299,9 @@ def main() -> None:
         fresh_results("training_memory", keep=args.append)
     print(header())
     base: dict[str, float] = {}
-    for name in args.variants:
+    for name, graphs in itertools.product(args.variants, (False, True) if args.graphs else (False,)):
         try:
-            measure(path, name, args, base)
+            measure(path, name, args, base, graphs)
         except (ImportError, torch.OutOfMemoryError) as error:
             print(f"{name}: not measured: {str(error).splitlines()[0]}", flush=True)
         torch.compiler.reset()  # first, because the compiler's caches hold tensors of the model

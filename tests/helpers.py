@@ -33,6 +33,16 @@ def token_loader(batches=8, batch_size=4, length=17, vocab_size=320, seed=0, ran
     return DataLoader(_Rows(tokens[rank::world]), batch_size=batch_size)
 
 
+def unbounded(batches):
+    """A loader of given batches that has no length, so that a run which resumes takes the first of them first."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(batches)
+
+    return DataLoader(Stream(), batch_size=None)
+
+
 class _Rows(torch.utils.data.Dataset):
     def __init__(self, rows):
         self.rows = rows

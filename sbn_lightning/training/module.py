@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -32,6 +33,7 @@ from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.moe import busiest, load_balance_loss, loads
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.training.distillation import Distillation, Distiller
+from sbn_lightning.training.graphs import GraphedLoss
 from sbn_lightning.training.metrics import Perplexity
 from sbn_lightning.training.parameter_groups import SCALE, LearningRateRule, parameter_groups, scale_learning_rates
 from sbn_lightning.training.schedules import Schedule, learning_rate_factor
@@ -59,6 +61,9 @@ class SparseBitNet(LightningModule):
         distillation: The teacher and the losses of a distillation. None trains on the text alone.
         learning_rates: Rules for parameters that have a learning rate or a weight decay of their own. A run that
             resumes needs the same rules.
+        cuda_graphs: Whether to replay the forward and the backward of a micro-batch as CUDA graphs
+            (:mod:`sbn_lightning.training.graphs`). A small model, whose step waits for the host, becomes faster. Needs
+            a ``Trainer`` on one GPU with the strategy ``auto``, and micro-batches of one shape.
     """
 
     distillation: Distillation | None = None
@@ -76,13 +81,14 @@ class SparseBitNet(LightningModule):
         init_from: str | None = None,
         distillation: Distillation | None = None,
         learning_rates: list[LearningRateRule] | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(distillation, dict):
             distillation = Distillation(**distillation)
         if isinstance(config, dict):  # A checkpoint holds the configuration as plain values.
             config = TransformerConfig(**config)
-        unsaved = ["config", "optimizer", "init_from", "distillation", "learning_rates"]
+        unsaved = ["config", "optimizer", "init_from", "distillation", "learning_rates", "cuda_graphs"]
         self.save_hyperparameters(ignore=unsaved)
         self.save_hyperparameters({"config": config.to_dict()})
         if distillation is not None:  # The checkpoint says where the teacher is, and does not hold its weights.
@@ -92,6 +98,8 @@ class SparseBitNet(LightningModule):
         self.model = TernaryTransformer(config)
         self.init_from = init_from
         self.text_files = TextFiles()  # Every checkpoint holds tokenizer, chat template, stop tokens.
+        self.cuda_graphs = cuda_graphs
+        self._graphed = GraphedLoss()
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
         self._make_optimizer = optimizer
@@ -104,6 +112,8 @@ class SparseBitNet(LightningModule):
             ConfigError: If the strategy cannot keep masks, the data were made with another tokenizer than the weights
                 of ``init_from``, the tokenizer has more tokens than the embedding has rows, or sequences are too long.
         """
+        if self.cuda_graphs and stage == "fit":
+            self._check_graphs()
         refuse_plain_averaging(self.trainer.callbacks)  # type: ignore[attr-defined]
         check_strategy(self.trainer.strategy)
         keep_masks_out_of_broadcasts(self)
@@ -206,7 +216,11 @@ class SparseBitNet(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of a batch, a scalar, and log what :meth:`compute_loss` reports."""
-        loss, metrics = self.compute_loss(self.model, batch)
+        if self.cuda_graphs and torch.is_grad_enabled():
+            loss = self._graphed(self.model, self._plain_loss, batch)
+            metrics = {"train/loss": loss.detach(), "train/perplexity": loss.detach().exp()}
+        else:
+            loss, metrics = self.compute_loss(self.model, batch)
         # Without prog_bar=True, because Lightning would fetch the values after every batch. LossProgressBar shows them.
         for name, value in metrics.items():
             self.log(name, value)
@@ -243,6 +257,40 @@ class SparseBitNet(LightningModule):
             else:
                 loss = loss + self.config.load_balance * balance
         return loss, {"train/loss": cross_entropy, "train/perplexity": cross_entropy.exp()} | metrics
+
+    def _plain_loss(self, batch: Tensor) -> Tensor:
+        """Return the loss of a batch without distillation and without experts, a scalar."""
+        loss: Tensor = self.model.loss(batch[:, :-1], batch[:, 1:])
+        return loss
+
+    def _check_graphs(self) -> None:
+        """Refuse what a CUDA graph of the step cannot hold.
+
+        Raises:
+            ConfigError: If the run has something that does not work with ``cuda_graphs``. The message names it.
+        """
+        if not isinstance(self.trainer, Trainer):
+            raise ConfigError("model.cuda_graphs works in a Trainer and not in the Fabric loop; set it to false")
+        strategy = self.trainer.strategy
+        reasons = {
+            f"{self.trainer.world_size} processes": self.trainer.world_size > 1,
+            f"{type(strategy).__name__}, only with trainer.strategy: auto": not isinstance(
+                strategy, SingleDeviceStrategy
+            ),
+            "activation_checkpointing, whose recomputation saves the state of random numbers": (
+                self.config.activation_checkpointing
+            ),
+            "a mixture of experts, whose host reads how many tokens each expert has": bool(self.config.n_experts),
+            "distillation": self.distillation is not None,
+            "loss: liger, which waits for the GPU": self.config.loss == "liger",
+            f"a run on {strategy.root_device.type}": strategy.root_device.type != "cuda",
+        }
+        if reason := next((reason for reason, holds in reasons.items() if holds), None):
+            raise ConfigError(f"model.cuda_graphs does not work with {reason}; set model.cuda_graphs to false")
+
+    def teardown(self, stage: str) -> None:
+        """Give the memory of CUDA graphs back."""
+        self._graphed = GraphedLoss()
 
     def _get_distiller(self, device: torch.device) -> Distiller:
         """Return the distiller, made at the first batch: only then is the device known."""

@@ -50,7 +50,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 def arguments(module: ModuleType, **given: object) -> argparse.Namespace:
     plain = {"shape": module.SHAPES[3], "layers": None, "sequences": 2, "accumulate": 2, "steps": 2}
-    plain |= {"checkpointing": False, "memory": False, "trainer": False, "profile": False}
+    plain |= {"checkpointing": False, "memory": False, "trainer": False, "profile": False, "graphs": False}
     return argparse.Namespace(**plain | given)
 
 

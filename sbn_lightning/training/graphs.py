@@ -1,0 +1,283 @@
+"""``GraphedLoss``: the forward and the backward of a micro-batch as two CUDA graphs, replayed for each micro-batch.
+
+A small model launches kernels that run for microseconds each, so the host limits a step. A CUDA graph launches all of
+them at once. The first micro-batches run without graphs: they compile kernels and choose them, which no graph can
+record. Then one forward and one backward are recorded. A replay runs the same kernels on the same addresses, so the
+result is the same to the last bit.
+
+What a graph reads must keep its address:
+
+* The micro-batch is copied into a tensor of the graph.
+* Codes and packed words are prepared outside of the graph, once in an optimiser step, and copied into the tensors that
+  were there at the recording. Masks are buffers, which are written in place. The seeds of rounded gradients are copied.
+* Gradients are added to tensors that stay. If somebody has set ``parameter.grad`` to None, they are zeroed first.
+
+Clipping, the optimiser, the schedule of the learning rate and all callbacks stay outside. What only Python sees (the
+kernel of a layer, whether masked weights get gradients, the address of a parameter) is compared before each replay.
+Each of the last few states has its own graphs. All of them share their memory, and are replayed one after the other.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.mask_tracker import trust_weights
+from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers, prepare_layers
+
+Replay = Callable[[], None]
+
+
+def record(function: Callable[[], None], pool: Any) -> Replay:
+    """Record what a function launches on the GPU.
+
+    Args:
+        function: The function, which has run before. It runs on the host once, and the GPU does nothing.
+        pool: The memory that several graphs share, of ``torch.cuda.graph_pool_handle``.
+
+    Returns:
+        A function that launches the same work.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, for example one that pins batches, may use the GPU meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        function()
+    replay: Replay = graph.replay
+    return replay
+
+
+class GraphedLoss:
+    """A loss whose forward and backward are replayed.
+
+    Args:
+        warm_up: How many micro-batches run without graphs before each recording.
+        most: How many states have graphs at a time. A run whose masks are held for several steps has two states.
+    """
+
+    def __init__(self, warm_up: int = 2, most: int = 4) -> None:
+        self.warm_up = warm_up
+        self.most = most
+        self._shared: _Shared | None = None
+        self._graphs: dict[tuple[Any, ...], _Graphs | int] = {}  # State -> its graphs, or how often it was seen.
+        self._warned = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedLoss:
+        """Return a loss without graphs, because a copy of a model has other addresses."""
+        return type(self)(self.warm_up, self.most)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.warm_up, self.most)
+
+    def __call__(self, model: nn.Module, loss: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """Return ``loss(batch)``, a scalar whose ``backward`` adds to the gradients of the model.
+
+        Args:
+            model: The model that the loss trains.
+            loss: The loss of a micro-batch, without anything that the host has to wait for.
+            batch: The micro-batch, on the GPU.
+
+        Raises:
+            ConfigError: If the loss cannot be recorded.
+        """
+        shared = self._shared
+        if shared is not None and (batch.shape, batch.dtype) != (shared.batch.shape, shared.batch.dtype):
+            if not self._warned:
+                self._warned = True
+                rank_zero_warn(
+                    f"cuda_graphs: a micro-batch of the shape {list(batch.shape)} runs without the graph, which was "
+                    f"recorded for {list(shared.batch.shape)}"
+                )
+            return loss(batch)
+        prepare_layers(model)
+        if shared is not None and shared.where != _addresses(model):
+            self._shared = shared = None
+            self._graphs = {}
+        state = _state_of(model)
+        found = self._graphs.setdefault(state, 0)
+        if isinstance(found, int):
+            if found < self.warm_up:
+                self._graphs[state] = found + 1
+                return loss(batch)
+            while len(self._graphs) > self.most:
+                del self._graphs[next(iter(self._graphs))]
+            if shared is None:
+                shared = self._shared = _Shared(model, batch)
+            found = self._graphs[state] = _Graphs(model, shared, loss)
+        return found(batch)
+
+
+class _Shared:
+    """The tensors that all graphs of a model read and write, and their memory."""
+
+    def __init__(self, model: nn.Module, batch: Tensor) -> None:
+        self.where = _addresses(model)
+        self.batch = batch.clone()
+        self.loss = torch.zeros((), dtype=torch.float32, device=batch.device)
+        self.gradient = torch.ones_like(self.loss)
+        self.anchor = torch.zeros((), device=batch.device, requires_grad=True)  # Autograd calls nobody without one.
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.pool = torch.cuda.graph_pool_handle() if batch.is_cuda else None
+        self.passes = 0
+        self._prepared: dict[tuple[int, Any], Any] = {}  # Number and form of a layer's prepared weight -> its tensors.
+        self._seeds: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def bring_up_to_date(self, layers: list[MaskedLinear]) -> None:
+        """Copy what the layers prepared, and the seeds that were drawn, into the tensors that graphs read."""
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for i, layer in enumerate(layers):
+            now = getattr(layer, "_prepared", None)
+            if isinstance(now, tuple):
+                own = self._prepared.get((i, _form(now)))
+                if own is None:
+                    own = self._prepared[i, _form(now)] = _writable(now)
+                if now is not own:
+                    pairs = [(a, b) for a, b in zip(own, now, strict=True) if isinstance(a, Tensor) and a is not b]
+                    targets += [a for a, _ in pairs]
+                    sources += [b for _, b in pairs]
+                layer._prepared = own  # type: ignore[assignment]
+            drawn = getattr(layer.backend, "seed", None)
+            if drawn is not None:
+                seed = self._seeds.setdefault(i, drawn)
+                if drawn is not seed:
+                    targets.append(seed)
+                    sources.append(drawn)
+                    layer.backend.seed = seed  # type: ignore[attr-defined]
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+
+class _Graphs:
+    """The recorded forward and backward of one state."""
+
+    def __init__(self, model: nn.Module, shared: _Shared, loss: Callable[[Tensor], Tensor]) -> None:
+        gc.collect()  # A graph of autograd that is still alive would tie its parameters to another stream.
+        self.shared = shared
+        self.layers = [layer for _, layer in masked_layers(model)]
+        shared.bring_up_to_date(self.layers)
+        before = [(parameter.grad, own._version) for parameter, own in self._pairs(shared.parameters)]
+        for parameter, own in self._pairs(shared.parameters):
+            parameter.grad = own
+        live: list[Tensor] = []
+
+        def forward() -> None:
+            # The weights were prepared outside. Casts of parameters that autocast remembers would be those of an
+            # earlier step.
+            cached = torch.is_autocast_cache_enabled()
+            torch.set_autocast_cache_enabled(False)
+            try:
+                with trust_weights():
+                    live.append(loss(shared.batch))
+            finally:
+                torch.set_autocast_cache_enabled(cached)
+            shared.loss.copy_(live[0].detach())
+
+        def backward() -> None:
+            torch.autograd.backward(live.pop(), shared.gradient)
+
+        try:
+            self._forward = record(forward, shared.pool)
+            self._backward = record(backward, shared.pool)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"the training step cannot be recorded as a CUDA graph ({reason}); set model.cuda_graphs to false"
+            ) from error
+        finally:
+            # A parameter that the loss does not use has no gradient in a step without graphs, and no weight decay.
+            used = [own._version != old for own, (_, old) in zip(shared.gradients, before, strict=True)]
+            for parameter, (given, _) in zip(shared.parameters, before, strict=True):
+                parameter.grad = given
+        self.used = [pair for pair, is_used in zip(self._pairs(shared.parameters), used, strict=True) if is_used]
+
+    def _pairs(self, parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+        return list(zip(parameters, self.shared.gradients, strict=True))
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Return the loss of a micro-batch."""
+        self.shared.passes += 1
+        self.shared.batch.copy_(batch)
+        loss: Tensor = _Replayed.apply(self.shared.anchor, self, self.shared.passes)
+        return loss
+
+    def forward(self) -> Tensor:
+        """Replay the forward, and return the loss."""
+        self.shared.bring_up_to_date(self.layers)
+        self._forward()
+        return self.shared.loss.clone()
+
+    @torch.no_grad()
+    def backward(self, gradient: Tensor, number: int) -> None:
+        """Replay the backward.
+
+        Args:
+            gradient: The gradient of the loss.
+            number: The number of the forward.
+
+        Raises:
+            ConfigError: If another forward came in between.
+        """
+        if number != self.shared.passes:
+            raise ConfigError(
+                "cuda_graphs: the backward of a micro-batch must come before the forward of the next one; set "
+                "model.cuda_graphs to false"
+            )
+        fresh = [own for parameter, own in self.used if parameter.grad is None]
+        if fresh:
+            torch._foreach_zero_(fresh)
+        for parameter, own in self.used:
+            if parameter.grad is not None and parameter.grad is not own:
+                own.copy_(parameter.grad)
+            parameter.grad = own
+        self.shared.gradient.copy_(gradient)
+        self._backward()
+
+
+class _Replayed(torch.autograd.Function):
+    """The loss of :class:`_Graphs` as autograd sees it: a function of nothing, whose backward fills the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, graphs: _Graphs, number: int) -> Tensor:
+        """Replay the forward."""
+        ctx.graphs, ctx.number = graphs, number
+        return graphs.forward()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
+        ctx.graphs.backward(grad_outputs[0], ctx.number)
+        return None, None, None
+
+
+def _form(prepared: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in prepared)
+
+
+def _writable(prepared: Any) -> Any:
+    """A prepared weight whose tensors can be written to: the reference expands the scale of a part to its rows."""
+    return prepared._make(v.contiguous() if isinstance(v, Tensor) and 0 in v.stride() else v for v in prepared)
+
+
+def _addresses(model: nn.Module) -> list[Any]:
+    return [(parameter.data_ptr(), parameter.requires_grad) for parameter in model.parameters()]
+
+
+def _state_of(model: nn.Module) -> tuple[Any, ...]:
+    """What decides which kernels run on which addresses, and is not a value on the GPU."""
+    layers = []
+    for _, layer in masked_layers(model):
+        prepared, rounding = getattr(layer, "_prepared", None), getattr(layer, "_rounding", None)
+        layers.append((
+            None if prepared is None else _form(prepared), id(layer.backend), layer.regrow, layer.hold_mask,
+            layer.density, layer.mask_bits.data_ptr(), None if rounding is None else rounding[0].data_ptr(),
+        ))  # fmt: skip
+    device = next(model.parameters()).device.type
+    return model.training, torch.is_autocast_enabled(device), tuple(layers)

@@ -1,0 +1,192 @@
+"""CUDA graphs of the training step, as far as a CPU goes: a recording that runs its function again in a replay."""
+
+import copy
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.strategies import DDPStrategy
+
+from sbn_lightning import MaskRefresh
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.fabric import FabricRun
+from sbn_lightning.layers.sparse_linear import masked_layers
+from sbn_lightning.training import graphs
+from sbn_lightning.training.graphs import GraphedLoss
+from sbn_lightning.training.module import SparseBitNet
+from tests.helpers import Losses, quiet_trainer, small_module, token_loader, unbounded
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Record on a CPU: the function runs at once, and again in each replay. The list counts both."""
+    calls = {"recorded": 0, "replayed": 0}
+
+    def record(function, pool):
+        calls["recorded"] += 1
+        function()
+
+        def replay():
+            calls["replayed"] += 1
+            with torch.enable_grad():
+                function()
+
+        return replay
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(SparseBitNet, "_check_graphs", lambda self: None)
+    return calls
+
+
+def train(cuda_graphs, steps=12, interval=3, ckpt_path=None, save=None, loader=None, **changes):
+    module = small_module(pattern="2:4", **changes)
+    module.cuda_graphs = cuda_graphs
+    losses = Losses()
+    trainer = quiet_trainer(
+        [losses, MaskRefresh(interval=interval)], max_steps=steps, accumulate_grad_batches=2, gradient_clip_val=0.5
+    )
+    trainer.fit(module, token_loader(batches=2 * steps) if loader is None else loader, ckpt_path=ckpt_path)
+    if save:
+        trainer.save_checkpoint(save)
+    return module, losses.values
+
+
+def assert_equal(a, b):
+    for (name, one), (_, other) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_training_is_the_same_to_the_last_bit(recordings, interval):
+    """With held masks there are two states: masked weights get gradients after a refresh, and none in between."""
+    plain, expected = train(False, interval=interval)
+    graphed, losses = train(True, interval=interval)
+    assert losses == expected
+    assert_equal(graphed, plain)
+    assert recordings["recorded"] == (2 if interval == 1 else 4)
+    assert recordings["replayed"] == 2 * (24 - 2) if interval == 1 else recordings["replayed"] >= 2 * (24 - 4)
+
+
+def test_a_run_that_resumes_in_the_middle(recordings, tmp_path):
+    plain, _ = train(False)
+    loader = token_loader(batches=24)
+    train(True, steps=5, save=tmp_path / "x.ckpt", loader=loader)
+    rest = unbounded(list(loader)[10:])
+    graphed, _ = train(True, ckpt_path=tmp_path / "x.ckpt", loader=rest)
+    assert_equal(graphed, plain)
+
+
+def test_what_the_loss_does_not_use_gets_no_gradient(recordings):
+    torch.manual_seed(0)
+    model = small_module(pattern="2:4").model
+    unused = torch.nn.Parameter(torch.ones(3))
+    model.register_parameter("unused", unused)
+    graphed, batch = GraphedLoss(warm_up=0), next(iter(token_loader()))
+    graphed(model, lambda rows: model.loss(rows[:, :-1], rows[:, 1:]), batch).backward()
+    assert unused.grad is None
+    assert model.embed.weight.grad is not None
+
+
+def test_gradients_add_up_and_another_gradient_is_taken_over(recordings):
+    model = small_module(pattern="2:4").model
+    graphed, (one, two, *_) = GraphedLoss(warm_up=0), list(token_loader())
+
+    def loss(rows):
+        return model.loss(rows[:, :-1], rows[:, 1:])
+
+    def gradient(*losses):
+        model.zero_grad()
+        for one in losses:
+            one().backward()
+        return model.embed.weight.grad.clone()
+
+    expected = gradient(lambda: 0.5 * loss(one), lambda: 0.5 * loss(two))
+    actual = gradient(lambda: 0.5 * graphed(model, loss, one), lambda: 0.5 * graphed(model, loss, two))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    model.zero_grad()
+    loss(one).backward()
+    given = model.embed.weight.grad
+    graphed(model, loss, two).backward()
+    torch.testing.assert_close(model.embed.weight.grad, given + gradient(lambda: loss(two)), rtol=0, atol=0)
+
+
+def test_a_batch_of_another_shape_runs_without_the_graph(recordings):
+    model = small_module(pattern="2:4").model
+    graphed, batch = GraphedLoss(warm_up=0), next(iter(token_loader()))
+
+    def loss(rows):
+        return model.loss(rows[:, :-1], rows[:, 1:])
+
+    graphed(model, loss, batch).backward()
+    before = dict(recordings)
+    with pytest.warns(UserWarning, match=r"a micro-batch of the shape \[2, 17\] runs without the graph"):
+        assert torch.equal(graphed(model, loss, batch[:2]), loss(batch[:2]))
+    assert recordings == before
+
+
+def test_two_forwards_before_a_backward_are_refused(recordings):
+    model = small_module(pattern="2:4").model
+    graphed, batch = GraphedLoss(warm_up=0), next(iter(token_loader()))
+
+    def loss(rows):
+        return model.loss(rows[:, :-1], rows[:, 1:])
+
+    first, _ = (graphed(model, loss, batch) for _ in range(2))
+    with pytest.raises(ConfigError, match="the backward of a micro-batch must come before the forward of the next"):
+        first.backward()
+
+
+def test_a_new_density_is_another_state_and_a_moved_model_starts_anew(recordings):
+    model = small_module(pattern="2:4").model
+    graphed, batch = GraphedLoss(warm_up=0), next(iter(token_loader()))
+
+    def loss(rows):
+        return model.loss(rows[:, :-1], rows[:, 1:])
+
+    graphed(model, loss, batch).backward()
+    for _, layer in masked_layers(model):
+        layer.set_density(3)
+    assert torch.equal(graphed(model, loss, batch), loss(batch))
+    assert recordings["recorded"] == 4
+    model.double().float()
+    assert torch.equal(graphed(model, loss, batch), loss(batch))
+    assert recordings["recorded"] == 6
+    assert copy.deepcopy(graphed)._shared is None
+
+
+def test_an_operation_that_cannot_be_recorded_is_one_error(monkeypatch):
+    def record(function, pool):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs, "record", record)
+    model, batch = small_module(pattern="2:4").model, next(iter(token_loader()))
+    with pytest.raises(ConfigError, match=r"cannot be recorded as a CUDA graph \(CUDA error: operation not permitted"):
+        GraphedLoss(warm_up=0)(model, lambda rows: model.loss(rows[:, :-1], rows[:, 1:]), batch)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {}, "a run on cpu"),
+        ({"activation_checkpointing": True}, {}, "activation_checkpointing"),
+        ({"n_experts": 4, "d_expert": 32}, {}, "a mixture of experts"),
+        ({"loss": "liger"}, {}, "loss: liger"),
+        ({}, {"strategy": DDPStrategy()}, r"DDPStrategy, only with trainer\.strategy: auto"),
+    ],
+)
+def test_what_does_not_work_is_refused(changes, options, message):
+    module = small_module(pattern="2:4", **changes)
+    module.cuda_graphs, module.trainer = True, quiet_trainer(max_steps=1, **options)
+    with pytest.raises(ConfigError, match=f"model.cuda_graphs does not work with {message}"):
+        module._check_graphs()
+
+
+def test_a_run_is_refused_before_its_first_step():
+    module = small_module(pattern="2:4")
+    module.cuda_graphs = True
+    with pytest.raises(ConfigError, match=r"does not work with a run on cpu; set model\.cuda_graphs to false"):
+        quiet_trainer().fit(module, token_loader())
+    module.trainer = FabricRun(Fabric(accelerator="cpu", devices=1))
+    with pytest.raises(ConfigError, match="works in a Trainer and not in the Fabric loop"):
+        module.setup("fit")

@@ -1,0 +1,100 @@
+"""CUDA graphs of the training step on a GPU: equal to the step without graphs to the last bit."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from sbn_lightning import MaskedWeightDecay, MaskRefresh, NonFiniteGuard, SparseTernaryPrecision
+from sbn_lightning.backends.selection import engines
+from sbn_lightning.training import graphs
+from tests.helpers import Losses, quiet_trainer, small_module, token_loader, unbounded
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SHAPE = {"d_model": 256, "d_ffn": 512, "vocab_size": 512, "n_layers": 2}
+
+
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch):
+    """The backward of attention adds in any order otherwise."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    calls, record = [], graphs.record
+    monkeypatch.setattr(graphs, "record", lambda *given: calls.append(1) or record(*given))
+    return calls
+
+
+def train(cuda_graphs, compile=False, gradients="bf16", steps=20, interval=1, ckpt_path=None, save=None, loader=None):
+    if "sparse" not in engines(torch.device("cuda"))[0]:
+        pytest.skip("sparse does not run on this GPU")
+    module = small_module(**SHAPE, pattern="2:4", loss="chunked")
+    module.cuda_graphs = cuda_graphs
+    module.hparams["compile"] = compile
+    losses = Losses()
+    callbacks: list[Callback] = [losses, MaskRefresh(interval), MaskedWeightDecay(1.0, until=0.9), NonFiniteGuard()]
+    trainer = quiet_trainer(
+        callbacks, accelerator="gpu", devices=1, max_steps=steps, accumulate_grad_batches=2, gradient_clip_val=0.5,
+        plugins=[SparseTernaryPrecision("sparse", gradients)],
+    )  # fmt: skip
+    if loader is None:
+        loader = token_loader(batches=2 * steps, batch_size=8, length=65, vocab_size=512)
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    if save:
+        trainer.save_checkpoint(save)
+    return {name: value.cpu() for name, value in module.state_dict().items()}, losses.values
+
+
+def assert_equal(a, b):
+    for name in b:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("gradients", ["bf16", "int8"])
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("interval", [1, 4])
+def test_twenty_steps_are_the_same_to_the_last_bit(interval, compile, gradients, recorded):
+    expected, losses = train(False, compile, gradients, interval=interval)
+    again, _ = train(False, compile, gradients, interval=interval)
+    assert_equal(again, expected)  # Without this the comparison below would mean nothing.
+    assert not recorded
+    actual, graphed = train(True, compile, gradients, interval=interval)
+    assert len(recorded) == (2 if interval == 1 else 4)
+    assert graphed == losses
+    assert_equal(actual, expected)
+
+
+def test_a_run_that_resumes_in_the_middle(tmp_path, recorded):
+    expected, _ = train(False, gradients="int8", interval=4)
+    loader = token_loader(batches=40, batch_size=8, length=65, vocab_size=512)
+    train(True, gradients="int8", interval=4, steps=9, save=tmp_path / "x.ckpt", loader=loader)
+    rest = unbounded(list(loader)[18:])
+    actual, _ = train(True, gradients="int8", interval=4, ckpt_path=tmp_path / "x.ckpt", loader=rest)
+    assert recorded
+    assert_equal(actual, expected)
+
+
+def test_an_evaluation_in_between_changes_nothing(recorded):
+    module = small_module(**SHAPE, pattern="2:4").cuda()
+    batches = [batch.cuda() for batch in token_loader(batches=8, batch_size=8, length=65, vocab_size=512)]
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, fused=True)
+    graphed = graphs.GraphedLoss()
+    plain = small_module(**SHAPE, pattern="2:4").cuda()
+    other = torch.optim.AdamW(plain.parameters(), lr=1e-2, fused=True)
+    for batch in batches:
+        loss, expected = graphed(module.model, module._plain_loss, batch), plain._plain_loss(batch)
+        assert torch.equal(loss, expected)
+        for each, one in ((loss, optimizer), (expected, other)):
+            each.backward()
+            one.step()
+            one.zero_grad()
+        with torch.no_grad():
+            module.eval()
+            assert torch.equal(module._plain_loss(batch), plain._plain_loss(batch))
+            module.train()
+    assert len(recorded) == 2
