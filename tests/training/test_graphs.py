@@ -40,7 +40,7 @@ def recordings(monkeypatch):
 
 def train(cuda_graphs, steps=12, interval=3, ckpt_path=None, save=None, loader=None, **changes):
     module = small_module(pattern="2:4", **changes)
-    module.cuda_graphs = cuda_graphs
+    module.cuda_graphs, module.hparams["schedule_steps"] = cuda_graphs, 12
     losses = Losses()
     trainer = quiet_trainer(
         [losses, MaskRefresh(interval=interval)], max_steps=steps, accumulate_grad_batches=2, gradient_clip_val=0.5

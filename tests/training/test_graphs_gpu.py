@@ -34,10 +34,15 @@ def train(cuda_graphs, compile=False, gradients="bf16", steps=20, interval=1, ck
     if "sparse" not in engines(torch.device("cuda"))[0]:
         pytest.skip("sparse does not run on this GPU")
     module = small_module(**SHAPE, pattern="2:4", loss="chunked")
-    module.cuda_graphs = cuda_graphs
+    module.cuda_graphs, module.hparams["schedule_steps"] = cuda_graphs, 20
     module.hparams["compile"] = compile
     losses = Losses()
-    callbacks: list[Callback] = [losses, MaskRefresh(interval), MaskedWeightDecay(1.0, until=0.9), NonFiniteGuard()]
+    callbacks: list[Callback] = [
+        losses,
+        MaskRefresh(interval),
+        MaskedWeightDecay(1.0, until=0.9, total_steps=20),
+        NonFiniteGuard(),
+    ]
     trainer = quiet_trainer(
         callbacks, accelerator="gpu", devices=1, max_steps=steps, accumulate_grad_batches=2, gradient_clip_val=0.5,
         plugins=[SparseTernaryPrecision("sparse", gradients)],
