@@ -199,7 +199,7 @@ def _summary(folder: Path, tensors: dict[str, Tensor], linear: str) -> str:
     sizes = Sizes()
     for name, tensor in tensors.items():
         packed = tensor.dtype == torch.uint8  # A byte holds four ternary weights.
-        scale = name.endswith("weight_scale")  # A scale adds bytes, and is not counted as a weight.
+        scale = name.endswith(("weight_scale", ".gamma"))  # A scale adds bytes, and is not counted as a weight.
         weights = 0 if scale else tensor.numel() * (4 if packed else 1)
         sizes.add(_part_of(name, linear), weights, tensor.numel() * tensor.element_size())
     return f"{(folder / WEIGHTS).stat().st_size / 1e6:.2f} MB\n{sizes.table()}"

@@ -29,6 +29,7 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.huggingface.sbn import unpack_codes
 from sbn_lightning.integrations.vllm.linear import check_slice, whole_magnitude
 from sbn_lightning.layers.experts_linear import PackedExperts, Routing
+from sbn_lightning.layers.packed import InferenceBackend
 from sbn_lightning.sparsity.config import SparsityConfig
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -100,7 +101,7 @@ class SBNExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         layer.sbn_shape = (num_experts, hidden_size, inner)  # type: ignore[assignment]
         model = get_current_vllm_config().model_config
         graphs = model is not None and not model.enforce_eager and torch.cuda.is_available()
-        self.backend = "grouped" if graphs else "auto"
+        self.backend: InferenceBackend = "grouped" if graphs else "auto"
 
     def _load(self, layer: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterable[str]:
         rank = self.moe.moe_parallel_config.tp_rank
