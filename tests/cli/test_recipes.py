@@ -65,7 +65,7 @@ def test_the_distillation_fits_two_cpu_cores_too(capsys):
     values = yaml.safe_load(capsys.readouterr().out)
     assert (values["trainer"]["accelerator"], values["trainer"]["plugins"]) == ("cpu", None)
     assert values["model"]["distillation"]["dtype"] == "float32"
-    assert values["trainer"]["max_steps"] * values["data"]["batch_size"] * values["data"]["sequence_length"] == 20480
+    assert values["trainer"]["max_steps"] * values["data"]["batch_size"] * values["data"]["sequence_length"] == 245760
 
 
 def test_there_are_recipes():

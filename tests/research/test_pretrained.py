@@ -1,0 +1,106 @@
+"""The study from published weights: a stopped trial continues, and long trials take what was best in short ones."""
+
+import json
+import time
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from research.pretrained.__main__ import _plan, _try, licences, longest
+from research.pretrained.train import FILE, Setting, Training, append_row, make_optimizer, read_rows
+from research.pretrained.trials import LOGITS, Trial, best, long, short, untrained
+from sbn_lightning.checkpoints import lightning_file
+from sbn_lightning.models.transformer import TernaryTransformer
+from tests.helpers import small_config
+
+TOKENS = 8 * 2 * 6  # six steps
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    model = TernaryTransformer(small_config(linear="dense", n_layers=1))
+    path = tmp_path_factory.mktemp("weights") / "dense.ckpt"
+    torch.save(lightning_file.contents(model.config, model.state_dict()), path)
+    return str(path)
+
+
+@pytest.fixture
+def setting(weights, tmp_path):
+    text = torch.randint(300, (400,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    held_out = {"code": text[:40], "english": text[40:80]}
+    device = torch.device("cpu")
+    return Setting(weights, text, held_out, tmp_path / "out", device, length=8, batch=2, marks=(48,), compile=False)
+
+
+def ends(setting):
+    return {row["trial"]["name"]: row for row in read_rows(setting.output / FILE) if row["finished"]}
+
+
+def test_a_stopped_trial_ends_where_an_uninterrupted_one_does(setting):
+    trial = Trial("distilled 6:8", TOKENS, distillation=LOGITS, rounding=0.5, masked_decay=1.0, sub_norms=True)
+    assert Training(trial, setting).run()
+    whole = ends(setting)[trial.name]
+    assert [row["tokens"] for row in read_rows(setting.output / FILE)] == [48, 96]
+    stopped = replace(setting, output=setting.output / "stopped")
+    assert not Training(trial, stopped).run(deadline=time.monotonic())
+    assert Training(trial, stopped).run()
+    assert ends(stopped)[trial.name]["held_out"] == whole["held_out"]
+
+
+def test_measured_only(setting):
+    calls = []
+    probed = replace(
+        setting, probe=lambda logits: calls.append(logits(torch.zeros(2, 8, dtype=torch.long)).shape) or []
+    )
+    for trial in untrained():
+        assert Training(trial, probed).run()
+    found = ends(setting)
+    assert found.keys() == {"dense", "masked 6:8", "masked 2:4", "ternary 8:8", "ternary 6:8", "ternary 2:4"}
+    assert {tuple(shape) for shape in calls} == {(2, 8, 320)}
+    assert len({round(row["loss"], 6) for row in found.values()}) == 6
+
+
+def test_a_relative_learning_rate_is_a_share_of_each_weight(setting):
+    training = Training(Trial("relative", TOKENS, lr=0.1, relative=True), setting)
+    rest, *matrices = make_optimizer(training.model, training.trial).param_groups
+    assert len(matrices) == 4
+    for group in matrices:
+        assert group["peak"] == pytest.approx(0.1 * float(group["params"][0].detach().abs().mean()))
+    assert rest["peak"] == 1e-3
+
+
+def test_long_trials_take_what_was_best_in_the_short_ones(setting):
+    for i, trial in enumerate(short(64)):
+        append_row(
+            setting.output / FILE, {"trial": asdict(trial), "finished": True, "loss": 9.0 - i, "tokens_per_second": 100}
+        )
+    rows = read_rows(setting.output / FILE)
+    lowest = best(rows, "short distilled")
+    assert lowest.name == "short distilled hidden lr 0.003"
+    plans = [_plan(setting, [trial.name for trial in short(64)], time.monotonic() + 60, 1, 640) for _ in range(2)]
+    assert plans[0] == plans[1] == long(640, rows)  # the second one reads the file
+    by_name = {trial.name: trial for trial in plans[0]}
+    assert by_name["distilled 2:4"] == replace(lowest, name="distilled 2:4", pattern="2:4", tokens=640, probed=True)
+    assert by_name["plain 6:8"].lr == best(rows, "short plain").lr
+    assert json.loads((setting.output / "plan.json").read_text())[0]["name"] == "distilled 6:8"
+
+
+def test_the_length_is_what_fits():
+    trials = [Trial("a", 1), Trial("b", 1, distillation=LOGITS)]
+    assert longest({"plain": 1e6, "distilled": 5e5}, 200 + 2 * 20, trials) == 50_000_000
+    assert longest({"plain": 1e6, "distilled": 5e5}, 1, trials) == 2_000_000
+
+
+def test_a_trial_that_fails_or_is_done_does_not_stop_the_others(setting, capsys):
+    deadline = time.monotonic() + 1000
+    _try(Trial("wrong", TOKENS, pattern="3:5"), setting, deadline)
+    assert "ConfigError" in capsys.readouterr().err
+    for _ in range(2):
+        _try(Trial("right", TOKENS), setting, deadline)
+    assert len([row for row in read_rows(setting.output / FILE) if row["finished"]]) == 1
+
+
+def test_licences_of_installed_packages():
+    assert sum(licences().values()) > 5
