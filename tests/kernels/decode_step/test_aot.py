@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ if not hasattr(language, "inline_asm"):
     pytest.skip("needs Triton >= 3.9", allow_module_level=True)
 
 from sbn_kernels.decode.step.kernel import decode_step_kernel
-from sbn_kernels.decode.step.plan import Shape
+from sbn_kernels.decode.step.plan import Plan, Shape
 from sbn_kernels.decode.step.planner import make_plan
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -34,19 +35,24 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_kernel_compiles_without_spills(name: str, tmp_path: Path) -> None:
-    plan = make_plan(*CASES[name], 132)
+def compile_step(plan: Plan) -> Any:
+    """Compile the kernel for Hopper."""
     names = decode_step_kernel.arg_names
     signature = {n: TYPES.get(n, "*i32") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-    compiled = triton.compile(
+    return triton.compile(
         GluonASTSource(decode_step_kernel, signature, {(names.index("P"),): plan}, aligned),
         target=GPUTarget("cuda", 90, 32),
         options={
             "num_warps": plan.warps, "maxnreg": 255, "enable_fp_fusion": False, "launch_cooperative_grid": True,
         },
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel_compiles_without_spills(name: str, tmp_path: Path) -> None:
+    plan = make_plan(*CASES[name], 132)
+    compiled = compile_step(plan)
     # The kernel addresses the three allocations as one, so there must be no other allocation.
     assert compiled.metadata.shared == 4 * sum(plan.pieces)
     ptx = compiled.asm["ptx"]
