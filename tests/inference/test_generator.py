@@ -10,11 +10,16 @@ import pytest
 import torch
 
 from sbn_lightning.checkpoints.text_files import TextFiles
-from sbn_lightning.core.errors import ConfigError, SBNError
+from sbn_lightning.core.errors import ConfigError, DataError, SBNError
 from sbn_lightning.data.tokenizer import byte_tokenizer
 from sbn_lightning.formats.loaded import LoadedModel
+from sbn_lightning.formats.packed import write_packed
 from sbn_lightning.inference import Generator, QueueFullError, Sampling, generate, stream
+from sbn_lightning.inference.head import use_head
+from sbn_lightning.inference.opening import open_model
 from sbn_lightning.inference.request import Request
+from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.transformer import TernaryTransformer
 from tests.inference.test_decoder import PROMPTS, make, without_cache
 
 MORE = [*PROMPTS, [4, 4], [30, 31, 32, 33], [99]]
@@ -258,3 +263,37 @@ def test_a_prompt_of_several_is_named_before_anything_runs(opened):
         with pytest.raises(ConfigError, match="prompt 1 has 50 tokens"):
             generator.generate([[1], [2] * 50])
         assert generator.speed.sequences == 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A packed model with a tokenizer on disk."""
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        vocab_size=320, d_model=64, n_layers=1, n_heads=4, n_kv_heads=2, d_ffn=96, max_sequence_length=64, init_std=0.2
+    )
+    model = TernaryTransformer(config).eval()
+    path = tmp_path_factory.mktemp("packed")
+    write_packed(model, path, TextFiles({"tokenizer.json": byte_tokenizer().to_str()}, Path("tokenizer.json")))
+    return path
+
+
+@pytest.mark.parametrize("head_bits", [16, 8])
+def test_from_checkpoint_opens_a_model_and_passes_options_on(folder, head_bits):
+    with Generator.from_checkpoint(str(folder), device="cpu", head_bits=head_bits, batch_size=2) as generator:
+        done = generator.submit("def f(", max_new_tokens=6, stop_tokens=()).result(60)
+        assert generator.max_length == 64
+        assert generator.decode_choice.startswith("the layers of the model; the persistent kernel needs")
+    opened = open_model(str(folder), device="cpu")
+    use_head(opened.model, head_bits)
+    assert done.tokens == generate(opened.model, [list(b"def f(")], max_new_tokens=6)[0]
+    assert done.text == byte_tokenizer().decode(done.tokens)
+
+
+def test_from_checkpoint_says_what_is_wrong(folder, tmp_path):
+    with pytest.raises(DataError, match="nothing"):
+        Generator.from_checkpoint(str(tmp_path / "nothing"), device="cpu")
+    with pytest.raises(ConfigError, match="max_length=65 is outside 1 to"):
+        Generator.from_checkpoint(str(folder), device="cpu", max_length=65)
+    with pytest.raises(ConfigError, match="persistent"):
+        Generator.from_checkpoint(str(folder), device="cpu", decode_step="persistent")
