@@ -51,7 +51,8 @@ class SparseBitNet(LightningModule):
         config: The shape and the arithmetic of the transformer.
         optimizer: A function that makes the optimiser from parameter groups. Norms, biases and embeddings get no weight
             decay.
-        schedule: The form of the learning rate after the warm-up: ``"cosine"``, ``"linear"`` or ``"constant"``.
+        schedule: The form of the learning rate after the warm-up: ``"cosine"``, ``"linear"``, ``"two_stage"`` or
+            ``"constant"``.
         warmup_steps: The number of optimiser steps of the linear warm-up.
         final_learning_rate: The learning rate at the last step, as a share of the peak.
         schedule_steps: The number of optimiser steps until the schedule ends. None takes the trainer's ``max_steps``.
