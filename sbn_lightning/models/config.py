@@ -78,8 +78,10 @@ class TransformerConfig(SparsityOptions):
             ``init_std / sqrt(2 n_layers)``.
         linear: The kind of the blocks' linear layers: ``"ternary"``, ``"masked"`` (sparse, not quantised) or
             ``"dense"``.
-        activation_checkpointing: Whether the backward pass recomputes each block, so that its activations need not be
-            saved. Tokens that kernels have quantised are saved all the same. They are freed in the first backward pass.
+        activation_checkpointing: What the backward pass recomputes, so that it need not be saved: nothing (False), each
+            block (True), or only the feed-forward layers (``"mlp"``), whose gates and ups are the largest part of what
+            is saved. Tokens that kernels have quantised are saved all the same. They are freed in the first backward
+            pass.
         loss: How the head and the cross-entropy are computed; see :mod:`sbn_lightning.models.loss`.
         head_dim: The number of features of one head, an even number. None means ``d_model / n_heads``.
         o_bias: Whether the output projection of attention has a bias.
@@ -119,7 +121,7 @@ class TransformerConfig(SparsityOptions):
     tie_embeddings: bool = True
     init_std: float = 0.02
     linear: LinearKind = "ternary"
-    activation_checkpointing: bool = field(default=False, kw_only=True)
+    activation_checkpointing: bool | Literal["mlp"] = field(default=False, kw_only=True)
     loss: LossImplementation = field(default="auto", kw_only=True)
     head_dim: int | None = field(default=None, kw_only=True, metadata=FAMILY_OPTION)
     o_bias: bool = field(default=False, kw_only=True, metadata=FAMILY_OPTION)
@@ -142,6 +144,7 @@ class TransformerConfig(SparsityOptions):
         super().__post_init__()
         check_choice("linear", self.linear, get_args(LinearKind))
         check_choice("activation", self.activation, get_args(Activation))
+        check_choice("activation_checkpointing", self.activation_checkpointing, (False, True, "mlp"))
         check_choice("qk_norm", self.qk_norm, (None, *get_args(QKNorm)))
         if isinstance(self.rope_scaling, dict):  # A checkpoint holds only plain values.
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))

@@ -55,6 +55,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, index: int = 0) -> None:
         super().__init__()
         self.post_norm = config.post_norm
+        self.recompute_mlp = config.activation_checkpointing == "mlp"
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config, index)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -63,9 +64,15 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal_attention) -> Tensor:
         if self.post_norm:
             x_BTD = x_BTD + self.attention_norm(self.attention(x_BTD, cos, sin, attend))
-            return x_BTD + self.mlp_norm(self.mlp(x_BTD))
+            return x_BTD + self.mlp_norm(self._mlp(x_BTD))
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, attend)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + self._mlp(self.mlp_norm(x_BTD))
+
+    def _mlp(self, x_BTD: Tensor) -> Tensor:
+        if self.recompute_mlp and self.training and torch.is_grad_enabled():
+            return _checkpoint(self.mlp, x_BTD)
+        y_BTD: Tensor = self.mlp(x_BTD)
+        return y_BTD
 
 
 _QUANTIZING_OPS = ("sbn_kernels.quantize_tokens.default", "sbn_kernels.swiglu_quantize.default")
@@ -80,12 +87,13 @@ def _keep_quantized_tokens() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(policy)
 
 
-def _checkpoint(block: nn.Module, x_BTD: Tensor, *rope: Tensor) -> Tensor:
-    """Compute ``block(x, *rope)`` without saving activations; the backward pass computes the block again."""
-    options: dict[str, Any] = {"use_reentrant": False}
-    if any(layer.backend is not REFERENCE for layer in ternary_layers(block).values()):
+def _checkpoint(part: nn.Module, x_BTD: Tensor, *rope: Tensor) -> Tensor:
+    """Compute ``part(x, *rope)`` without saving activations; the backward pass computes the part again."""
+    # Nothing here draws random numbers: int8 gradients have seeds of their own.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if any(layer.backend is not REFERENCE for layer in ternary_layers(part).values()):
         options["context_fn"] = _keep_quantized_tokens
-    y: Tensor = checkpoint(block, x_BTD, *rope, **options)
+    y: Tensor = checkpoint(part, x_BTD, *rope, **options)
     return y
 
 
@@ -186,7 +194,7 @@ class TernaryTransformer(nn.Module):
             for i, block in enumerate(self.blocks):
                 if attend is not None:
                     x_BTD = block(x_BTD, *rope, attend[i])
-                elif self.config.activation_checkpointing and self.training:
+                elif self.config.activation_checkpointing is True and self.training:
                     x_BTD = _checkpoint(block, x_BTD, *rope)
                 else:
                     x_BTD = block(x_BTD, *rope)

@@ -87,11 +87,14 @@ def test_rope_depends_on_the_distance_only():
 def test_activation_checkpointing_changes_nothing():
     tokens = torch.randint(320, (2, 17))
     gradients = []
-    for activation_checkpointing in (False, True):
+    for activation_checkpointing in (False, True, "mlp"):
         model = make(activation_checkpointing=activation_checkpointing)
         model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+    with pytest.raises(ConfigError, match="activation_checkpointing='all' is not one of False, True, 'mlp'"):
+        make(activation_checkpointing="all")
 
 
 @pytest.mark.parametrize("linear", ["ternary", "masked"])

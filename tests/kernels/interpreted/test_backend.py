@@ -187,11 +187,14 @@ def test_recomputed_activations_round_as_the_first_ones_did() -> None:
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_recomputed_blocks_do_not_quantise_again(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recomputed", [True, "mlp"])
+def test_recomputed_blocks_do_not_quantise_again(
+    recomputed: bool | str, compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs, blocks, interpreting = [], swiglu.blocks, quantize.interpreting
     monkeypatch.setattr(swiglu, "blocks", lambda features: runs.append("swiglu") or blocks(features))
     monkeypatch.setattr(quantize, "interpreting", lambda: runs.append("tokens") or interpreting())
-    module = small_module(pattern="2:4", activation_checkpointing=True, **TINY)
+    module = small_module(pattern="2:4", activation_checkpointing=recomputed, **TINY)
     backend = KernelBackend("portable")
     for layer in ternary_layers(module).values():
         layer.backend = backend
