@@ -8,7 +8,8 @@
   a CUDA graph.
 * :mod:`~sbn_lightning.inference.attention` has the attention of a decoder, and
   :mod:`~sbn_lightning.inference.buckets` reads a prompt as one CUDA graph.
-* :mod:`~sbn_lightning.inference.gather` hands a model to the persistent decode step of the kernels, which is opt-in.
+* :mod:`~sbn_lightning.inference.gather` hands a model to the persistent decode step of the kernels;
+  :mod:`~sbn_lightning.inference.choice` measures whether that step is the faster one.
 * :mod:`~sbn_lightning.inference.sampling` chooses tokens from logits, on the device.
 * :mod:`~sbn_lightning.inference.loop` has :func:`generate` and :func:`stream`: token ids in, token ids out.
 * :mod:`~sbn_lightning.inference.text` turns token ids into text while they come, and

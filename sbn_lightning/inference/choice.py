@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -48,9 +49,10 @@ def key_of(model: TernaryTransformer, batch_size: int, cuda_graph: bool) -> tupl
     device = model.embed.weight.device
     config = model.config
     shape = (config.n_layers, config.d_model, config.d_ffn, config.n_heads, config.n_kv_heads, config.vocab_size)
-    layers = tuple(str(getattr(block.attention.qkv, "backend", "")) for block in model.blocks[:1])
+    block: Any = model.blocks[0]
     # A model whose blocks are compiled has another speed.
-    return str(device), shape, config.qkv_bias, config.pattern, layers, model.is_compiled, batch_size, cuda_graph
+    backend = str(getattr(block.attention.qkv, "backend", ""))
+    return str(device), shape, config.qkv_bias, config.pattern, backend, model.is_compiled, batch_size, cuda_graph
 
 
 def known(key: tuple[Any, ...]) -> Verdict | None:
@@ -64,25 +66,36 @@ def judge(
     plain: Callable[[], Tensor],
     check: Callable[[], object],
     rows: Tensor,
+    lengths: Tensor,
 ) -> Verdict:
     """Compare the logits of both paths, then time both, and remember the verdict.
+
+    The same step is computed again and again: it writes the same keys and values into the same slots.
 
     Args:
         key: What :func:`key_of` gives.
         persistent: Computes the next step with the persistent kernel, and returns its logits ``[B, vocab_size]``.
-            Calls may be repeated.
         plain: The same with the layers of the model.
         check: Raises a ``RuntimeError`` if a persistent step has passed its deadline.
         rows: Which rows hold a sequence, bool ``[B]``.
+        lengths: The number of tokens of each row, which a step changes; the numbers are those of now afterwards.
     """
+    before = lengths.clone()
+
+    def again(step: Callable[[], Tensor]) -> Tensor:
+        lengths.copy_(before)
+        return step()
+
     try:
-        differs = difference(persistent().clone(), plain(), rows)
+        differs = difference(again(persistent).clone(), again(plain), rows)
         check()
         if differs is None:
-            ours, theirs = _milliseconds(persistent, plain, rows.device)
+            ours, theirs = _milliseconds(partial(again, persistent), partial(again, plain), rows.device)
             check()
     except RuntimeError as error:
         differs = str(error).splitlines()[0]
+    finally:
+        lengths.copy_(before)
     if differs is not None:
         verdict = Verdict("graph", f"is not used: {differs}")
     elif ours <= theirs:

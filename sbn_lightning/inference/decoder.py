@@ -19,15 +19,16 @@ all rows of the cache. So the sums of a row have the same shapes whatever the ot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.inference import choice
 from sbn_lightning.inference.attention import ChunkAttention, PromptAttention, Slots, StepAttention, room_like
 from sbn_lightning.inference.buckets import PromptGraphs, bucket_of
+from sbn_lightning.inference.choice import judge, key_of, known
 from sbn_lightning.inference.gather import persistent_step, refusal
 from sbn_lightning.inference.prompts import check_prompt
 from sbn_lightning.layers.mask_tracker import seem_unchanged, trust_weights
@@ -337,8 +338,8 @@ class Decoder:
         """Make the persistent step, or give way to the layers of the model where the caller allows that."""
         if self._persistent is not None:
             return self._persistent
-        key = choice.key_of(self.model, self.batch_size, self._use_graph)
-        verdict = choice.known(key) if self._gives_way else None
+        key = key_of(self.model, self.batch_size, self._use_graph)
+        verdict = known(key) if self._gives_way else None
         if verdict is None or verdict.kind == "persistent":
             caches = [(layer.keys, layer.values) for layer in self._layers]
             try:
@@ -351,7 +352,8 @@ class Decoder:
                 self.kind, self._refusal = "graph", f"cannot be used: {error}"
                 return None
             if self._gives_way and verdict is None:
-                verdict = self._judge(key, self._persistent, tokens_B)
+                ours, theirs = partial(self._persistent.step, tokens_B), partial(self._plain_step, tokens_B)
+                verdict = judge(key, ours, theirs, self._persistent.check, self.growing.bool(), self.lengths)
         if verdict is not None:
             self.kind = verdict.kind
             if verdict.kind == "persistent":
@@ -359,23 +361,6 @@ class Decoder:
             else:
                 self._refusal, self._persistent = verdict.reason, None
         return self._persistent
-
-    def _judge(self, key: tuple[Any, ...], step: DecodeStep, tokens_B: Tensor) -> choice.Verdict:
-        """Compare and time both paths. A repeated step writes the same keys and values into the same slots."""
-        before = self.lengths.clone()
-
-        def persistent() -> Tensor:
-            self.lengths.copy_(before)
-            return step.step(tokens_B)
-
-        def plain() -> Tensor:
-            self.lengths.copy_(before)
-            return self._plain_step(tokens_B)
-
-        try:
-            return choice.judge(key, persistent, plain, step.check, self.growing.bool())
-        finally:
-            self.lengths.copy_(before)
 
     def _step(self) -> Tensor:
         shared, dtype = self._shared, self._layers[0].keys.dtype

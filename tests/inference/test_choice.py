@@ -14,6 +14,7 @@ from sbn_lightning.inference import decoder as decoder_module
 from tests.inference.test_gather import ReferenceStep, make
 
 ALL = torch.ones(2, dtype=torch.bool)
+LENGTHS = torch.tensor([3, 4])
 LOGITS = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
 
 
@@ -35,21 +36,21 @@ def never() -> None:
 
 
 def test_the_faster_path_is_taken_and_remembered() -> None:
-    verdict = choice.judge(("a",), slow(0), slow(0.005), never, ALL)
+    verdict = choice.judge(("a",), slow(0), slow(0.005), never, ALL, LENGTHS)
     assert verdict.kind == "persistent"
     assert "ms a step, the layers of the model 5." in verdict.reason
     assert choice.known(("a",)) is verdict
-    verdict = choice.judge(("b",), slow(0.005), slow(0), never, ALL)
+    verdict = choice.judge(("b",), slow(0.005), slow(0), never, ALL, LENGTHS)
     assert verdict.kind == "graph"
     assert verdict.reason.startswith("is slower: 5.")
     assert choice.known(("c",)) is None
 
 
 def test_other_logits_are_not_used_however_fast_they_come() -> None:
-    verdict = choice.judge(("a",), slow(0, 2 * LOGITS), slow(0.005), never, ALL)
+    verdict = choice.judge(("a",), slow(0, 2 * LOGITS), slow(0.005), never, ALL, LENGTHS)
     assert verdict.kind == "graph"
     assert "its logits differ from those of the layers by 1.000" in verdict.reason
-    assert choice.judge(("b",), slow(0, LOGITS * float("nan")), slow(0), never, ALL).kind == "graph"
+    assert choice.judge(("b",), slow(0, LOGITS * float("nan")), slow(0), never, ALL, LENGTHS).kind == "graph"
 
 
 def test_a_row_without_a_sequence_is_not_compared() -> None:
@@ -75,7 +76,7 @@ def test_a_step_that_fails_while_it_is_measured_gives_way() -> None:
     def fail() -> None:
         raise RuntimeError("a decode step waited longer\nthan its deadline")
 
-    verdict = choice.judge(("a",), slow(0), slow(0), fail, ALL)
+    verdict = choice.judge(("a",), slow(0), slow(0), fail, ALL, LENGTHS)
     assert verdict == choice.Verdict("graph", "is not used: a decode step waited longer")
 
 
