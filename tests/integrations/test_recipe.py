@@ -1,5 +1,6 @@
 """recipes/from_hugging_face.yaml, from training to evaluation, text and every export."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ transformers = pytest.importorskip("transformers", minversion="5")
 
 from sbn_lightning.cli import main  # noqa: E402
 from sbn_lightning.cli.model_class import model_class  # noqa: E402
+from sbn_lightning.core.errors import DataError  # noqa: E402
+from sbn_lightning.inference import Generator  # noqa: E402
 from sbn_lightning.integrations.huggingface.causal_lm import CausalLM  # noqa: E402
+from sbn_lightning.integrations.opening import open_any  # noqa: E402
 from sbn_lightning.training.module import SparseBitNet  # noqa: E402
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -122,6 +126,25 @@ def test_evaluate_measures_it(last, tokens, capsys):
     assert results["perplexity"]["scored"] == 63
     assert 200 < results["perplexity"]["perplexity"] < 400
     assert all(layer["follows_pattern"] for layer in results["layers"] if layer["kind"] == "ternary")
+
+
+def test_chat_inspect_and_a_generator_read_it(last, monkeypatch, capsys):
+    Path("template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    Path("text.txt").write_text("import os, sys\n" * 9)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def main(\n"))
+    words = ["--template", "template.jinja", "--max_new_tokens", "4"]
+    assert main(["chat", "--checkpoint", str(last), *words]) == 0
+    chat = capsys.readouterr().out
+    opened = open_any(str(last))
+    with Generator(opened) as generator:
+        assert chat.startswith(generator.submit("def main(", max_new_tokens=4).result().text)
+    with pytest.raises(DataError, match=r"holds a qwen3 of transformers: .*integrations.opening.open_any"):
+        Generator.from_checkpoint(str(last))
+    words = ["--data", "text.txt", "--window", "8", "--by", "whole", "--json", "true"]
+    assert main(["inspect", "--checkpoint", str(last), *words]) == 0
+    losses = [one["loss"] for one in json.loads(capsys.readouterr().out)["results"]]
+    assert len(losses) == 4
+    assert all(4 < loss < 7 for loss in losses)  # two steps of training: a uniform guess has ln 320 = 5.8
 
 
 def test_an_architecture_that_is_not_ours_is_evaluated_with_transformers(capsys):

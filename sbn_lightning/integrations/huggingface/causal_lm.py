@@ -91,6 +91,8 @@ class CausalLM(SparseBitNet):
         init_from: str | None = None,
     ) -> None:
         super(SparseBitNet, self).__init__()  # SparseBitNet's own __init__ would build a TernaryTransformer
+        # What SparseBitNet's methods ask for and this class has no option for.
+        self.cuda_graphs, self.learning_rates, self.answers, self.answer_loss = False, [], None, None
         network, self.report = make_network(
             source,
             linear,
