@@ -81,8 +81,9 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
 
     checkpoint = fabric_checkpoint.read(run, ckpt_path) if ckpt_path else None
     sharded = isinstance(fabric.strategy, FabricShardedStrategy)
-    if sharded and module.distillation is not None:
-        raise ConfigError("model.distillation does not work with a strategy that shards the model; use ddp")
+    if sharded and (module.distillation is not None or module.answers is not None):
+        name = "distillation" if module.answers is None else "answers"
+        raise ConfigError(f"model.{name} does not work with a strategy that shards the model; use ddp")
     if sharded:  # Sharding replaces the parameters, so the optimiser comes after it.
         model = fabric.setup_module(module.model)
     if checkpoint:
@@ -96,7 +97,7 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
         keep_masks_out_of_broadcasts(module.model)
         model, optimizer = fabric.setup(module.model, optimizer)
     model.mark_forward_method("loss")
-    if module.distillation is not None:
+    if module.distillation is not None or module.answers is not None:
         model.mark_forward_method("run")
     if checkpoint:
         fabric_checkpoint.restore_progress(run, checkpoint)
@@ -198,17 +199,17 @@ def evaluate(fabric: Fabric, module: SparseBitNet, loader: Iterable[Tensor], bat
     if batches == 0:
         return {}
     perplexity = Perplexity().to(fabric.device)
-    loss_sum, sequences = torch.zeros(2, device=fabric.device)
+    loss_sum, weights = torch.zeros(2, device=fabric.device)
     module.model.eval()
     for batch in islice(loader, batches):
         batch = fabric.to_device(batch)
         with fabric.autocast():
-            loss = module.model.loss(batch[:, :-1], batch[:, 1:])
-        perplexity.update(loss, batch[:, 1:].numel())
-        loss_sum, sequences = loss_sum + loss * len(batch), sequences + len(batch)
+            loss, tokens, weight = module.held_out_loss(batch)
+        perplexity.update(loss, tokens)
+        loss_sum, weights = loss_sum + loss * weight, weights + weight
     module.model.train()
-    loss_sum, sequences = fabric.all_reduce(torch.stack([loss_sum, sequences]), reduce_op="sum")
-    return {"val/loss": loss_sum / sequences, "val/perplexity": perplexity.compute()}
+    loss_sum, weights = fabric.all_reduce(torch.stack([loss_sum, weights]), reduce_op="sum")
+    return {"val/loss": loss_sum / weights, "val/perplexity": perplexity.compute()}
 
 
 def check(run: FabricRun) -> None:

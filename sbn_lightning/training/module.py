@@ -32,6 +32,7 @@ from sbn_lightning.formats.init_from import SHAPE, check_tokenizer, load_weights
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.moe import busiest, load_balance_loss, loads
 from sbn_lightning.models.transformer import TernaryTransformer
+from sbn_lightning.training.answers import AnswerLoss, Answers
 from sbn_lightning.training.distillation import Distillation, Distiller
 from sbn_lightning.training.graphs import GraphedLoss
 from sbn_lightning.training.metrics import Perplexity
@@ -60,6 +61,8 @@ class SparseBitNet(LightningModule):
         init_from: A model whose weights a new run starts from: a checkpoint, the folder of a run, a packed or a Hugging
             Face folder, or a GGUF file. A run that continues from a checkpoint takes the checkpoint's weights.
         distillation: The teacher and the losses of a distillation. None trains on the text alone.
+        answers: The markers of a chat format: the loss is over the answers of conversations alone, in training and in
+            validation. None takes all tokens.
         learning_rates: Rules for parameters that have a learning rate or a weight decay of their own. A run that
             resumes needs the same rules.
         cuda_graphs: Whether to replay the forward and the backward of a micro-batch as CUDA graphs
@@ -81,6 +84,7 @@ class SparseBitNet(LightningModule):
         compile: bool = False,
         init_from: str | None = None,
         distillation: Distillation | None = None,
+        answers: Answers | None = None,
         learning_rates: list[LearningRateRule] | None = None,
         cuda_graphs: bool = False,
     ) -> None:
@@ -89,7 +93,7 @@ class SparseBitNet(LightningModule):
             distillation = Distillation(**distillation)
         if isinstance(config, dict):  # A checkpoint holds the configuration as plain values.
             config = TransformerConfig(**config)
-        unsaved = ["config", "optimizer", "init_from", "distillation", "learning_rates", "cuda_graphs"]
+        unsaved = ["config", "optimizer", "init_from", "distillation", "answers", "learning_rates", "cuda_graphs"]
         self.save_hyperparameters(ignore=unsaved)
         self.save_hyperparameters({"config": config.to_dict()})
         if distillation is not None:  # The checkpoint says where the teacher is, and does not hold its weights.
@@ -105,6 +109,10 @@ class SparseBitNet(LightningModule):
         self.test_perplexity = Perplexity()
         self._make_optimizer = optimizer
         self.learning_rates = learning_rates or []
+        self.answers = answers
+        self.answer_loss: AnswerLoss | None = None  # Made when the tokenizer of the data is known.
+        if answers is not None and (distillation is not None or config.n_experts):
+            raise ConfigError("model.answers works neither with model.distillation nor with experts; take one of them")
 
     def setup(self, stage: str) -> None:
         """Check strategy and data against the model.
@@ -128,6 +136,8 @@ class SparseBitNet(LightningModule):
                     f"import-hf --input MODEL --output {self.distillation.teacher}"
                 )
             check_tokenizer(self.distillation.teacher, data, "distillation.teacher")
+        if self.answers is not None:
+            self.answer_loss = AnswerLoss(*self.answers.ids(data.tokenizer))  # type: ignore[union-attr]
         vocab_size = getattr(data, "vocab_size", None)
         if vocab_size is not None and vocab_size > self.config.vocab_size:
             raise ConfigError(
@@ -149,8 +159,9 @@ class SparseBitNet(LightningModule):
         if self.hparams["compile"] and not self.model.is_compiled:
             self.model.compile_blocks()
         if self.device_mesh is not None:  # ModelParallelStrategy
-            if self.distillation is not None:
-                raise ConfigError("model.distillation does not work with a strategy that shards the model; use ddp")
+            if self.distillation is not None or self.answers is not None:
+                name = "distillation" if self.answers is None else "answers"
+                raise ConfigError(f"model.{name} does not work with a strategy that shards the model; use ddp")
             options = getattr(self.trainer.strategy, "sharding", {"gather": "latent"})  # ShardedStrategy says more
             shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",), **options)
 
@@ -247,6 +258,10 @@ class SparseBitNet(LightningModule):
             cross_entropy = parts.pop("loss")
             metrics["train/distillation"] = loss.detach()
             metrics |= {f"train/distillation_{name}": part for name, part in parts.items()}
+        elif self.answer_loss is not None:
+            loss, count = model.run(self.answer_loss, batch)
+            cross_entropy = loss.detach()
+            metrics["train/answer_tokens"] = torch.tensor(float(count))
         else:
             loss = model.loss(batch[:, :-1], batch[:, 1:])
             cross_entropy = loss.detach()
@@ -283,6 +298,7 @@ class SparseBitNet(LightningModule):
             ),
             "a mixture of experts, whose host reads how many tokens each expert has": bool(self.config.n_experts),
             "distillation": self.distillation is not None,
+            "answers": self.answers is not None,
             "loss: liger, which waits for the GPU": self.config.loss == "liger",
             f"a run on {strategy.root_device.type}": strategy.root_device.type != "cuda",
         }
@@ -317,10 +333,21 @@ class SparseBitNet(LightningModule):
         log_probabilities = self.model(batch[:, :-1]).float().log_softmax(-1)
         return log_probabilities.gather(-1, batch[:, 1:].unsqueeze(-1)).squeeze(-1)
 
+    def held_out_loss(self, batch: Tensor) -> tuple[Tensor, int, int]:
+        """Return the loss of a held-out batch, the number of tokens in it, and the weight of the batch in a mean.
+
+        Args:
+            batch: The token ids, int64 ``[batch, sequence_length + 1]``.
+        """
+        if self.answer_loss is not None:
+            loss, count = self.answer_loss(self.model, batch)
+            return loss, count, count
+        return self.model.loss(batch[:, :-1], batch[:, 1:]), batch[:, 1:].numel(), len(batch)
+
     def _evaluate(self, batch: Tensor, perplexity: Perplexity, stage: str) -> None:
-        loss = self.model.loss(batch[:, :-1], batch[:, 1:])
-        perplexity.update(loss, batch[:, 1:].numel())
-        self.log(f"{stage}/loss", loss, on_epoch=True, on_step=False, batch_size=len(batch), sync_dist=True)
+        loss, tokens, weight = self.held_out_loss(batch)
+        perplexity.update(loss, tokens)
+        self.log(f"{stage}/loss", loss, on_epoch=True, on_step=False, batch_size=weight, sync_dist=True)
         self.log(f"{stage}/perplexity", perplexity, on_epoch=True, on_step=False, prog_bar=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
