@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.mask_tracker import trust_weights
-from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers, prepare_layers
+from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers
 
 Replay = Callable[[], None]
 
@@ -95,20 +96,20 @@ class GraphedLoss:
                 )
             return loss(batch)
         prepare_layers(model)
-        if shared is not None and shared.where != _addresses(model):
-            self._shared = shared = None
+        if shared is None or shared.where != _addresses(model):
+            self._shared = shared = _Shared(model, batch)
             self._graphs = {}
+        shared.bring_up_to_date()
         state = _state_of(model)
         found = self._graphs.setdefault(state, 0)
         if isinstance(found, int):
             if found < self.warm_up:
                 self._graphs[state] = found + 1
-                return loss(batch)
+                with trust_weights():
+                    return loss(batch)
             while len(self._graphs) > self.most:
                 del self._graphs[next(iter(self._graphs))]
-            if shared is None:
-                shared = self._shared = _Shared(model, batch)
-            found = self._graphs[state] = _Graphs(model, shared, loss)
+            found = self._graphs[state] = _Graphs(shared, loss)
         return found(batch)
 
 
@@ -122,18 +123,23 @@ class _Shared:
         self.gradient = torch.ones_like(self.loss)
         self.anchor = torch.zeros((), device=batch.device, requires_grad=True)  # Autograd calls nobody without one.
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.layers = [layer for _, layer in masked_layers(model)]
         self.pool = torch.cuda.graph_pool_handle() if batch.is_cuda else None
         self.passes = 0
         self._prepared: dict[tuple[int, Any], Any] = {}  # Number and form of a layer's prepared weight -> its tensors.
         self._seeds: dict[int, Tensor] = {}
 
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the parameters, made for the first recording."""
+        return [torch.zeros_like(parameter) for parameter in self.parameters]
+
     @torch.no_grad()
-    def bring_up_to_date(self, layers: list[MaskedLinear]) -> None:
+    def bring_up_to_date(self) -> None:
         """Copy what the layers prepared, and the seeds that were drawn, into the tensors that graphs read."""
         targets: list[Tensor] = []
         sources: list[Tensor] = []
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(self.layers):
             now = getattr(layer, "_prepared", None)
             if isinstance(now, tuple):
                 own = self._prepared.get((i, _form(now)))
@@ -158,26 +164,21 @@ class _Shared:
 class _Graphs:
     """The recorded forward and backward of one state."""
 
-    def __init__(self, model: nn.Module, shared: _Shared, loss: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, shared: _Shared, loss: Callable[[Tensor], Tensor]) -> None:
         gc.collect()  # A graph of autograd that is still alive would tie its parameters to another stream.
         self.shared = shared
-        self.layers = [layer for _, layer in masked_layers(model)]
-        shared.bring_up_to_date(self.layers)
         before = [(parameter.grad, own._version) for parameter, own in self._pairs(shared.parameters)]
         for parameter, own in self._pairs(shared.parameters):
             parameter.grad = own
         live: list[Tensor] = []
 
         def forward() -> None:
-            # The weights were prepared outside. Casts of parameters that autocast remembers would be those of an
-            # earlier step.
-            cached = torch.is_autocast_cache_enabled()
-            torch.set_autocast_cache_enabled(False)
-            try:
-                with trust_weights():
-                    live.append(loss(shared.batch))
-            finally:
-                torch.set_autocast_cache_enabled(cached)
+            # Casts of parameters that autocast remembers would be those of an earlier step, and those made here belong
+            # to the graph. (To turn the cache off would be another state for torch.compile, which cannot compile now.)
+            torch.clear_autocast_cache()
+            with trust_weights():  # The weights were prepared outside.
+                live.append(loss(shared.batch))
+            torch.clear_autocast_cache()
             shared.loss.copy_(live[0].detach())
 
         def backward() -> None:
@@ -210,7 +211,6 @@ class _Graphs:
 
     def forward(self) -> Tensor:
         """Replay the forward, and return the loss."""
-        self.shared.bring_up_to_date(self.layers)
         self._forward()
         return self.shared.loss.clone()
 

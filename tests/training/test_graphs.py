@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.strategies import DDPStrategy
+from torch._dynamo.testing import CompileCounter
 
 from sbn_lightning import MaskRefresh
 from sbn_lightning.core.errors import ConfigError
@@ -190,3 +191,19 @@ def test_a_run_is_refused_before_its_first_step():
     module.trainer = FabricRun(Fabric(accelerator="cpu", devices=1))
     with pytest.raises(ConfigError, match="works in a Trainer and not in the Fabric loop"):
         module.setup("fit")
+
+
+def test_compiled_blocks_are_not_compiled_again_while_recording(recordings):
+    model, counter = small_module(pattern="2:4").model, CompileCounter()
+    model.compile_blocks(backend=counter)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    graphed, compiled = GraphedLoss(), []
+    for batch in token_loader():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = graphed(model, lambda rows: model.loss(rows[:, :-1], rows[:, 1:]), batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        compiled.append(counter.frame_count)
+    assert recordings["recorded"] == 2
+    assert compiled == [compiled[0]] * len(compiled)
