@@ -9,38 +9,64 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+TURN = "SBN_BENCHMARK_TURN"  # The variable that names the file a process waits for before it uses a GPU.
 
 
-def run_ranks(command: Sequence[str], ranks: int, limit: float, environment: Mapping[str, str]) -> tuple[str, str]:
-    """Runs a command in one process for each rank. If one fails, or time is up, all processes are killed.
+class Ranks:
+    """A command in one process for each rank. The processes start at once, and wait for their turn on the GPUs.
 
     Args:
-        command: The program and its arguments.
+        command: The program and its arguments. The program imports its modules and calls :func:`wait_for_turn`.
         ranks: The number of processes. With one, the process does not learn that it is a rank.
-        limit: The most seconds that the run may take.
         environment: Variables that are added to those of this process.
-
-    Returns:
-        What rank 0 printed, and what failed, which is empty if nothing did.
     """
-    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    with tempfile.TemporaryFile("w+") as output:
-        processes = []
+
+    def __init__(self, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> None:
+        inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        self._folder = tempfile.TemporaryDirectory()
+        self._turn = Path(self._folder.name, "turn")
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (the processes write to it until `finish` closes it)
+        self._processes = []
         for rank in range(ranks):
             # Lightning takes a process with these variables for one that somebody else has started.
             own = {**place, "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            stdout = output if rank == 0 else subprocess.DEVNULL
-            processes.append(
-                subprocess.Popen(
-                    command, stdout=stdout, env={**inherited, **environment, **own}, start_new_session=True
-                )
-            )
-        failure = _wait(processes, limit)
-        output.seek(0)
-        return output.read(), failure
+            stdout = self._output if rank == 0 else subprocess.DEVNULL
+            variables = {**inherited, **environment, **own, TURN: str(self._turn)}
+            self._processes.append(subprocess.Popen(command, stdout=stdout, env=variables, start_new_session=True))
+
+    def finish(self, limit: float) -> tuple[str, str]:
+        """Give the processes their turn, and wait for them. If one fails, or time is up, all are killed.
+
+        Args:
+            limit: The most seconds that this may take.
+
+        Returns:
+            What rank 0 printed, and what failed, which is empty if nothing did.
+        """
+        self._turn.touch()
+        failure = _wait(self._processes, limit)
+        self._output.seek(0)
+        printed = self._output.read()
+        self.kill()
+        return printed, failure
+
+    def kill(self) -> None:
+        """End the processes, if they have not ended."""
+        _kill(self._processes)
+        self._output.close()
+        self._folder.cleanup()
+
+
+def wait_for_turn() -> None:
+    """Wait until the process that has started this one says that the GPUs are free."""
+    path = os.environ.get(TURN)
+    while path is not None and not os.path.exists(path) and os.path.isdir(os.path.dirname(path)):
+        time.sleep(0.05)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], limit: float) -> str:
@@ -51,8 +77,12 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], limit: float) -> str:
         if time.monotonic() > end:
             failure = f"killed after {limit:.0f} seconds"
         failure = next((f"exit status {one.returncode}" for one in processes if one.poll()), failure)
+    _kill(processes)
+    return failure or next((f"exit status {one.returncode}" for one in processes if one.returncode), "")
+
+
+def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for one in processes:
         if one.poll() is None:
             os.killpg(one.pid, signal.SIGKILL)  # The process leads a session, so its children end with it.
             one.wait()
-    return failure or next((f"exit status {one.returncode}" for one in processes if one.returncode), "")

@@ -43,7 +43,7 @@ from common import append, fresh_results, header, need_gpu
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from processes import run_ranks
+from processes import Ranks, wait_for_turn
 from step_profile import summary
 from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -244,18 +244,20 @@ def link(devices: int) -> None:
     dist.destroy_process_group()
 
 
-def child(
-    name: str, options: list[str], args: argparse.Namespace, ranks: int, gpu: int | None = None
-) -> dict[str, Any] | None:
-    """Runs this file with ``options``, on all GPUs or on one; returns its line of JSON, or None if it fails."""
-    limit = args.limit if args.budget is None else min(args.limit, args.budget - (time.time() - args.started))
-    say(name, args.started, "starts")
+def start(name: str, options: list[str], args: argparse.Namespace, ranks: int, gpu: int | None = None) -> Ranks:
+    """Starts this file with ``options``, for all GPUs or for one."""
     environment = {}
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.devices)))
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu]
-    command = [sys.executable, __file__, *options, "--started", str(args.started)]
-    printed, failure = run_ranks(command, ranks, limit, environment)
+    say(name, args.started, "starts")
+    return Ranks([sys.executable, __file__, *options, "--started", str(args.started)], ranks, environment)
+
+
+def result(name: str, ranks: Ranks, args: argparse.Namespace) -> dict[str, Any] | None:
+    """The line of JSON of processes that were started; None if they fail."""
+    limit = args.limit if args.budget is None else min(args.limit, args.budget - (time.time() - args.started))
+    printed, failure = ranks.finish(limit)
     lines = [line for line in printed.splitlines() if line.startswith("{")]
     if failure or not lines:
         say(name, args.started, f"{'after its measurement' if lines else 'not measured'}: {failure or 'no result'}")
@@ -303,8 +305,8 @@ class Table:
         self.alone: dict[tuple[Any, ...], float] = {}  # tokens a second of one GPU, by model and batch
         self.missing: list[str] = []
 
-    def measure(self, cell: Cell, gpu: int | None = None) -> dict[str, Any] | None:
-        """Runs :func:`run` in separate processes, unless the budget is spent."""
+    def start(self, cell: Cell, gpu: int | None = None) -> Ranks | None:
+        """Starts the processes of :func:`run`, unless the budget is spent."""
         if self.args.budget is not None and time.time() - self.args.started > self.args.budget - LEAST_SECONDS:
             return None
         shape, strategy, gradients, sequences, accumulate = cell
@@ -314,14 +316,23 @@ class Table:
         options += [text for name, number in numbers.items() for text in (name, str(number))]
         if self.args.profile:
             options.append("--profile")
-        return child(f"{shape} {strategy}", options, self.args, ranks, gpu)
+        return start(f"{shape} {strategy}", options, self.args, ranks, gpu)
+
+    def finish(self, cell: Cell, ranks: Ranks | None) -> dict[str, Any] | None:
+        """Lets the processes of a cell run, and returns what they measured."""
+        return None if ranks is None else result(f"{cell.shape} {cell.strategy}", ranks, self.args)
 
     def add_all(self, cells: list[Cell]) -> None:
-        """Measures cells of one shape and batch: those of one GPU, which ``scaling`` needs, and then the others."""
+        """Measures cells of one shape and batch: those of one GPU, which ``scaling`` needs, and then the others.
+
+        The processes of the next cell import their modules while those of this one have the GPUs.
+        """
+        several = [cell for cell in cells if not cell.strategy.endswith("one")]
+        coming = self.start(several[0]) if several else None
         self.add_singles([cell for cell in cells if cell.strategy.endswith("one")])
-        for cell in cells:
-            if not cell.strategy.endswith("one"):
-                self.add(cell, self.measure(cell))
+        for i, cell in enumerate(several):
+            now, coming = coming, self.start(several[i + 1]) if i + 1 < len(several) else None
+            self.add(cell, self.finish(cell, now))
 
     def add(self, cell: Cell, found: dict[str, Any] | None) -> None:
         """Writes a row, if there is one and the ranks agree."""
@@ -351,7 +362,7 @@ class Table:
         def on_a_free_one(cell: Cell) -> dict[str, Any] | None:
             gpu = free.get()
             try:
-                return self.measure(cell, gpu)
+                return self.finish(cell, self.start(cell, gpu))
             finally:
                 free.put(gpu)
 
@@ -384,6 +395,8 @@ def main() -> None:
     if args.all:
         args.shapes, args.strategies, args.gradients = list(BATCHES), list(STRATEGIES), ["int8", "bf16"]
         args.accumulate = list(MICRO_BATCHES)
+    if args.run:
+        wait_for_turn()
     need_gpu()
     if args.run == "link":
         link(args.devices)
@@ -398,7 +411,8 @@ def main() -> None:
     wanted = cells(args)
     between = None
     if any(not cell.strategy.endswith("one") for cell in wanted) and args.devices > 1 and not args.no_link:
-        found = child("link", ["--run", "link", "--devices", str(args.devices)], args, args.devices)
+        options = ["--run", "link", "--devices", str(args.devices)]
+        found = result("link", start("link", options, args, args.devices), args)
         between = found and found["link_gb_per_s"]
         if between:
             print(f"all-reduce of 1 GiB over {args.devices} GPUs: {between:.1f} GB/s of bus bandwidth", flush=True)

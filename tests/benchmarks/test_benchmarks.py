@@ -187,12 +187,16 @@ def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = importlib.import_module("scaling")
     commands: list[list[str]] = []
 
-    def child(name: str, options: list[str], args: object, ranks: int, gpu: int | None) -> dict[str, object] | None:
+    def start(name: str, options: list[str], *_: object) -> str:
         commands.append(options)
+        return name
+
+    def result(name: str, *_: object) -> dict[str, object] | None:
         found = {"ms": 1000.0, "peak_gib": 1.0, "wire_mib": 5.0, "same_masks": "fsdp2" not in name}
         return None if name == "qwen2.5-3b ddp" else found
 
-    monkeypatch.setattr(scaling, "child", child)
+    monkeypatch.setattr(scaling, "start", start)
+    monkeypatch.setattr(scaling, "result", result)
     args = argparse.Namespace(
         sequences=None, accumulate=None, gradients=["int8"], devices=2, steps=6, shapes=["qwen2.5-0.5b", "qwen2.5-3b"],
         strategies=["ddp"], budget=None, profile=False, started=0.0,
@@ -200,9 +204,9 @@ def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = scaling.cells(args)
     table = scaling.Table(tmp_path / "scaling.csv", args, 300.0)
     table.add_singles([small._replace(strategy="one")])
-    for cell in (small, large):
-        table.add(cell, table.measure(cell))
-    table.measure(large._replace(strategy="fsdp2 packed", accumulate=8))
+    table.add_all([small])
+    table.add_all([large])
+    table.start(large._replace(strategy="fsdp2 packed", accumulate=8))
     assert [options[:4] for options in commands[::3]] == [
         ["--run", "one", "--shapes", "qwen2.5-0.5b"],
         ["--run", "fsdp2 packed", "--shapes", "qwen2.5-3b"],
@@ -226,18 +230,18 @@ def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table.add(small._replace(strategy="fsdp2"), {"ms": 1.0, "peak_gib": 1.0, "same_masks": False})
     assert table.missing[-1] == "qwen2.5-0.5b fsdp2, int8 gradients, 2 micro-batches: ranks hold different masks"
     args.budget = 400.0  # The run started in 1970, so nothing of the budget is left.
-    assert table.measure(small) is None
+    assert table.start(small) is None
     assert len(commands) == 4
 
 
 def test_a_run_that_fails_or_takes_too_long_leaves_no_process() -> None:
-    run_ranks = importlib.import_module("processes").run_ranks
+    ranks = importlib.import_module("processes").Ranks
     code = "import os, sys, time; print(os.environ['LOCAL_RANK'], flush=True); "
     fails = code + "sys.exit(3) if os.environ['LOCAL_RANK'] == '1' else time.sleep(60)"
     start = time.monotonic()
-    assert run_ranks([sys.executable, "-c", fails], 2, 30, {})[1] == "exit status 3"
-    assert run_ranks([sys.executable, "-c", code + "time.sleep(60)"], 2, 1, {}) == ("0\n", "killed after 1 seconds")
-    assert run_ranks([sys.executable, "-c", code], 2, 30, {}) == ("0\n", "")
+    assert ranks([sys.executable, "-c", fails], 2, {}).finish(30)[1] == "exit status 3"
+    assert ranks([sys.executable, "-c", code + "time.sleep(60)"], 2, {}).finish(3) == ("0\n", "killed after 3 seconds")
+    assert ranks([sys.executable, "-c", code], 2, {}).finish(30) == ("0\n", "")
     assert time.monotonic() - start < 30
 
 
