@@ -134,13 +134,15 @@ def torchao_bitnet(config: TransformerConfig | None, layers: int | None = None) 
     return model
 
 
-def ternary(config: TransformerConfig | None, layers: int | None = None, *, pattern: str) -> Any:
-    """Makes our model, or converts the foreign one."""
+def ternary(config: TransformerConfig | None, layers: int | None = None, *, pattern: str, **changes: Any) -> Any:
+    """Makes our model with changes of its config, or converts the foreign one, which has none."""
+    if config is None and changes:
+        raise ImportError("a foreign model does not recompute its feed-forward layers alone")
     if config is None:
         model = ForeignModel(**({"num_hidden_layers": layers} if layers else {}))
         convert_linears(model, pattern)
         return model
-    return TernaryTransformer(TransformerConfig(**config.to_dict() | {"pattern": pattern}))
+    return TernaryTransformer(TransformerConfig(**config.to_dict() | {"pattern": pattern} | changes))
 
 
 def masked(config: TransformerConfig | None, layers: int | None = None) -> Any:
@@ -154,6 +156,7 @@ def masked(config: TransformerConfig | None, layers: int | None = None) -> Any:
 
 Build = Callable[[TransformerConfig | None, int | None], Any]
 _OURS = partial(ternary, pattern="2:4")
+_RECOMPUTED = partial(_OURS, activation_checkpointing="mlp")
 VARIANTS: dict[str, tuple[Build, dict[str, str] | None]] = {
     "bf16 dense": (dense, None),
     "float8 tensorwise (torchao)": (partial(torchao_float8, recipe="tensorwise"), None),
@@ -166,6 +169,7 @@ VARIANTS: dict[str, tuple[Build, dict[str, str] | None]] = {
     "ours 2:4, int8 gradients": (_OURS, {"backend": "sparse", "gradients": "int8"}),
     "ours 2:4, int8 dX": (_OURS, {"backend": "sparse", "gradients": "int8-dx"}),
     "ours 2:4, int8 dW": (_OURS, {"backend": "sparse", "gradients": "int8-dw"}),
+    "ours 2:4, int8 gradients, MLP recomputed": (_RECOMPUTED, {"backend": "sparse", "gradients": "int8"}),
     "ours 2:4, auto": (_OURS, {"backend": "auto"}),
     "ours 6:8": (partial(ternary, pattern="6:8"), {"backend": "int8"}),
     "ours 6:8, int8 gradients": (partial(ternary, pattern="6:8"), {"backend": "int8", "gradients": "int8"}),

@@ -116,8 +116,8 @@ def test_every_variant_can_be_built(benchmark: ModuleType) -> None:
     pytest.importorskip("transformers")
     for shape in benchmark.SHAPES[3:]:
         for name, (build, _) in benchmark.VARIANTS.items():
-            if "torchao" in name:
-                continue  # needs a package that the tests do not
+            if "torchao" in name or (shape == benchmark.SHAPES[4] and "recomputed" in name):
+                continue  # a package that the tests do not need; an option of our own model
             model = build(benchmark.make_config(shape, 16, False, None), None)
             assert callable(model.loss), name
 
