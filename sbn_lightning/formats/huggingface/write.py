@@ -210,4 +210,6 @@ def _part_of(name: str, linear: str) -> str:
         return "embeddings"
     if name.startswith("lm_head"):
         return "head"
+    if name.endswith(".gate.weight"):
+        return "routers"
     return "norms and biases" if "norm" in name or name.endswith(".bias") else linear
