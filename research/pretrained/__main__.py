@@ -37,7 +37,7 @@ from sbn_lightning.evaluation.probes import make_tasks, probe
 KINDS = {"code": [".py"], "english": [".md", ".rst", ".txt"]}
 LENGTHS = [million * 1_000_000 for million in (200, 100, 50, 40, 30, 25, 20, 15, 12, 10, 8, 6, 5, 4, 3, 2)]
 # Seconds that a trial takes besides its steps: loading, compiling, measuring.
-OVERHEAD = 20.0
+OVERHEAD = 15.0
 # Seconds that the first process waits for the short trials of the others.
 PATIENCE = 60.0
 
@@ -108,7 +108,14 @@ def load_tokenizer(weights: str) -> Tokenizer:
     return text.tokenizer
 
 
-def work(setting: Setting, seconds: float, workers: int, short_tokens: int, tokens: int | None) -> None:
+def work(
+    setting: Setting,
+    seconds: float,
+    workers: int,
+    short_tokens: int,
+    tokens: int | None,
+    trials: Sequence[Trial] | None = None,
+) -> None:
     """Do one trial after the other until the time is up.
 
     Args:
@@ -117,8 +124,13 @@ def work(setting: Setting, seconds: float, workers: int, short_tokens: int, toke
         workers: The number of processes that work in the folder.
         short_tokens: The number of tokens of the short trials.
         tokens: The number of tokens of the long trials; None takes what the measured speeds allow.
+        trials: The trials to do in place of those of :mod:`research.pretrained.trials`.
     """
     deadline = time.monotonic() + seconds
+    if trials is not None:
+        for trial in trials:
+            _try(trial, setting, deadline)
+        return
     first = short(short_tokens)
     for trial in [*first, *untrained()]:
         _try(trial, setting, deadline)
@@ -142,17 +154,28 @@ def _plan(setting: Setting, first: Sequence[str], deadline: float, workers: int,
             ends = [row for row in read_rows(setting.output / FILE) if row["finished"]]
             speeds = _speeds(ends)
             if tokens is None:
-                tokens = longest(speeds, max(0.0, deadline - time.monotonic()) * workers, long(1, ends))
+                # Few processes do the most valuable trials at a length that says something.
+                wanted = long(1, ends)[: max(6, 2 * workers)]
+                tokens = longest(speeds, max(0.0, deadline - time.monotonic()), wanted, workers)
             print(f"long trials have {tokens:,} tokens; tokens a second: {speeds}", flush=True)
             write_text(file, json.dumps([asdict(trial) for trial in long(tokens, ends)]))
         return [Trial(**values) for values in json.loads(file.read_text(encoding="utf-8"))]
 
 
-def longest(speeds: dict[str, float], seconds: float, trials: Sequence[Trial]) -> int:
-    """Return the largest of :data:`LENGTHS` with which all trials fit into ``seconds``; the smallest if none does."""
+def longest(speeds: dict[str, float], seconds: float, trials: Sequence[Trial], workers: int) -> int:
+    """Return the largest of :data:`LENGTHS` with which all trials fit; the smallest if none does.
+
+    Args:
+        speeds: The tokens a second of a process, for trials with and without a teacher.
+        seconds: The number of seconds that each process has.
+        trials: The trials, in their order. Each process takes the next one when it is free.
+        workers: The number of processes.
+    """
     for tokens in LENGTHS:
-        wanted = sum(OVERHEAD + tokens / _speed_of(trial, speeds) for trial in trials)
-        if wanted <= seconds:
+        busy = [0.0] * workers
+        for trial in trials:
+            busy[busy.index(min(busy))] += OVERHEAD + tokens / _speed_of(trial, speeds)
+        if max(busy) <= seconds:
             return tokens
     return LENGTHS[-1]
 
@@ -225,6 +248,7 @@ def main() -> None:
     train.add_argument("--workers", type=int, default=1, help="processes that work in the folder")
     train.add_argument("--tokens", type=int, help="tokens of a long trial; default: what the time allows")
     train.add_argument("--short_tokens", type=int, default=SHORT)
+    train.add_argument("--trials", help="a JSON file with other trials: a list of the fields of Trial")
     train.add_argument("--length", type=int, default=1024)
     train.add_argument("--batch", type=int, default=16)
     train.add_argument("--held_out_batches", type=int, default=4)
@@ -237,12 +261,17 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     text, held_out = read_corpus(args.corpus, device, (args.held_out_batches + 1) * args.batch * (args.length + 1))
-    tasks = make_tasks(
-        load_tokenizer(args.weights), args.length, rows=4 * args.batch, text=held_out["code"].cpu().long()
-    )
+    # Rows of the probe are short, because a small model copies little in a long row of random tokens.
+    length = min(args.length, 256)
+    text_of_probe = held_out["code"].cpu().long()
+    tasks = make_tasks(load_tokenizer(args.weights), length, rows=4 * args.batch, text=text_of_probe)
 
     def probe_tasks(logits: Callable[[Tensor], Tensor]) -> list[dict[str, Any]]:
-        return [asdict(result) for result in probe(logits, tasks, args.batch)]
+        def of_short(tokens: Tensor) -> Tensor:
+            # What follows a token does not change its logits, and a compiled model has one shape.
+            return logits(torch.nn.functional.pad(tokens, (0, args.length - length)))[:, :length]
+
+        return [asdict(result) for result in probe(of_short, tasks, args.batch)]
 
     setting = Setting(
         args.weights, text, held_out, Path(args.output), device, args.length, args.batch,
@@ -250,7 +279,10 @@ def main() -> None:
         probe=probe_tasks,
     )  # fmt: skip
     print(f"{len(text):,} tokens to train on; held out: { {k: len(v) for k, v in held_out.items()} }", flush=True)
-    work(setting, args.seconds, args.workers, args.short_tokens, args.tokens)
+    trials = None
+    if args.trials is not None:
+        trials = [Trial(**values) for values in json.loads(Path(args.trials).read_text(encoding="utf-8"))]
+    work(setting, args.seconds, args.workers, args.short_tokens, args.tokens, trials)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,20 @@ def short(tokens: int = SHORT) -> list[Trial]:
     """Return the trials that choose the learning rate, the losses and the way of rounding."""
     plain = Trial("plain", tokens)
     distilled = replace(plain, distillation=LOGITS)
+    ways = [
+        ("distilled", distilled, 0.3, 1e-3), ("plain", plain, 0.3, 1e-3), ("distilled", distilled, 0.6, 1e-3),
+        ("plain", plain, 0.6, 1e-3), ("distilled", distilled, 0.6, 3e-3), ("distilled", distilled, 0.3, 3e-4),
+    ]  # fmt: skip
+    return [
+        replace(trial, name=f"short {way} rounding {end} lr {lr:g}", rounding=end, lr=lr, probed=False)
+        for way, trial, end, lr in ways
+    ]
+
+
+def without_warmup(tokens: int = SHORT) -> list[Trial]:
+    """Return the short trials that round from the first step; all but one, which has the shortest warm-up."""
+    plain = Trial("plain", tokens)
+    distilled = replace(plain, distillation=LOGITS)
     both = replace(plain, distillation={"logits": 1.0, "language_model": 0.5})
     trials = [
         replace(distilled, name="distilled lr 0.003", lr=3e-3),
@@ -83,26 +97,34 @@ def short(tokens: int = SHORT) -> list[Trial]:
 
 
 def long(tokens: int, done: Sequence[dict[str, Any]]) -> list[Trial]:
-    """Return the trials of the comparison, with the learning rates that were best in the short ones.
+    """Return the trials of the comparison in the order of their value, with what was best in the short ones.
 
     Args:
         tokens: The number of tokens of each trial.
         done: The last row of each short trial.
     """
-    plain = best(done, "short plain") or Trial("plain", tokens, lr=3e-3)
-    distilled = best(done, "short distilled") or Trial("distilled", tokens, lr=3e-3, distillation=LOGITS)
-    scratch = Trial("scratch", tokens, lr=3e-3, start="random", weight_decay=0.1)
-    ways = {"distilled": distilled, "plain": plain, "scratch": scratch}
+    start = Trial("start", tokens, lr=1e-3, rounding=0.3)
+    ways = {
+        "distilled": best(done, "short distilled") or replace(start, distillation=LOGITS),
+        "plain": best(done, "short plain") or start,
+        "scratch": Trial("scratch", tokens, lr=2e-3, start="random", weight_decay=0.1),
+    }
     order = [
-        ("distilled", "6:8"), ("plain", "6:8"), ("scratch", "6:8"), ("plain", "2:4"), ("distilled", "2:4"),
-        ("plain", "8:8"), ("distilled", "8:8"),
+        ("distilled", "6:8", 1), ("plain", "6:8", 1), ("distilled", "2:4", 1), ("plain", "2:4", 1),
+        ("distilled", "8:8", 1), ("scratch", "6:8", 1), ("distilled", "6:8", 2), ("plain", "6:8", 2),
+        ("plain", "8:8", 1),
     ]  # fmt: skip
-    trials = [replace(ways[way], name=f"{way} {p}", tokens=tokens, pattern=p, probed=True) for way, p in order]
+    trials = [
+        replace(ways[way], name=f"{way} {p} seed {seed}", tokens=tokens, pattern=p, seed=seed, probed=True)
+        for way, p, seed in order
+    ]
     trials.append(Trial("dense fine-tuned", tokens, linear="dense", lr=3e-4, other_lr=3e-4))
+    distilled = replace(ways["distilled"], tokens=tokens, probed=True)
     # The decay of an optimiser step at the peak was 0.08 in the study of sparse pretraining.
-    peak = distilled.lr * (MEAN_WEIGHT if distilled.relative else 1.0)
-    decayed = replace(distilled, pattern="2:4", tokens=tokens, probed=True, masked_decay=0.08 / peak)
-    trials.append(replace(decayed, name="distilled 2:4 decay"))
+    decay = 0.08 / (distilled.lr * (MEAN_WEIGHT if distilled.relative else 1.0))
+    trials.append(replace(distilled, name="distilled 2:4 decay", pattern="2:4", masked_decay=decay))
+    both = {**(distilled.distillation or LOGITS), "language_model": 0.5}
+    trials.append(replace(distilled, name="distilled and text 6:8", pattern="6:8", distillation=both))
     return trials
 
 

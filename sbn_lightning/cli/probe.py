@@ -26,8 +26,8 @@ def probe(
 ) -> None:
     """Ask a model small tasks that perplexity does not show: copying, induction, sums of two digits, rare identifiers.
 
-    Each accuracy comes with its standard error over rows. Two models differ where their accuracies differ by more than
-    about twice the root of the summed squares of both errors.
+    Each number comes with its standard error over rows (+-). Log-probabilities are means over the asked tokens. Two
+    models differ where their numbers differ by more than about twice the root of the summed squares of both errors.
 
     Args:
         checkpoint: A .ckpt, the folder of a run, a packed or a Hugging Face folder, or a GGUF file.
@@ -85,9 +85,9 @@ def probe(
         about = {"model": str(loaded.path), "length": length, "seed": seed}
         print(json_text.dumps(about | {"results": [asdict(result) for result in results]}, indent=2))
         return
-    header = ["task", "setting", "accuracy", "standard error", "items", "rows"]
-    cells = [
-        [one.task, one.setting, f"{one.accuracy:.3f}", f"{one.error:.3f}", str(one.items), str(one.rows)]
-        for one in results
-    ]
+    header = ["task", "setting", "accuracy", "+-", "log-probability", "+-", "items", "rows"]
+    cells = []
+    for one in results:
+        numbers = (one.accuracy, one.error, one.log_probability, one.log_probability_error)
+        cells.append([one.task, one.setting, *(f"{x:.3f}" for x in numbers), str(one.items), str(one.rows)])
     print(format_table(header, cells, left=(0, 1)))

@@ -1,7 +1,8 @@
 """Small tasks that separate models where perplexity does not: copying, induction, sums, rare identifiers.
 
 Each task is a set of rows of token ids, and some tokens of a row belong to an item. The model sees the whole row at
-once, and an item is right if the model ranks each of the item's tokens first. The items of a row share their context.
+once, and an item is right if the model ranks each of the item's tokens first. The mean log-probability of these tokens
+separates models that get almost no item right. The items of a row share their context.
 The noise is therefore the standard error over rows: the deviation of the rows' accuracies, divided by the square root
 of the number of rows.
 
@@ -66,6 +67,9 @@ class Probed:
         setting: The setting of the task.
         accuracy: The share of items that were right: the mean over rows of the row's share.
         error: The standard error of ``accuracy``.
+        log_probability: The mean logarithm of the probability of an item's token, in nats: the mean over rows of the
+            row's mean. It separates models that get almost no item right.
+        log_probability_error: The standard error of ``log_probability``.
         items: The number of items.
         rows: The number of rows with an item.
     """
@@ -74,6 +78,8 @@ class Probed:
     setting: str
     accuracy: float
     error: float
+    log_probability: float
+    log_probability_error: float
     items: int
     rows: int
 
@@ -136,26 +142,48 @@ def probe(logits: Callable[[Tensor], Tensor], tasks: Sequence[Task], batch_size:
     for task in tasks:
         if not bool((task.items >= 0).any()):
             continue
-        answers = []
-        for batch in task.tokens.split(batch_size):
+        rights, logs = [], []
+        for batch, items in zip(task.tokens.split(batch_size), task.items.split(batch_size), strict=True):
             filled = torch.cat((batch, batch[:1].expand(batch_size - len(batch), -1)))
-            answers.append(logits(filled)[: len(batch), :-1].argmax(-1).cpu())
-        right = torch.cat(answers) == task.tokens[:, 1:]
-        results.append(_score(task, right))
+            found = logits(filled)[: len(batch), :-1]
+            asked = items[:, 1:] >= 0
+            targets = batch[:, 1:][asked].unsqueeze(-1)
+            chosen = found[asked.to(found.device)].float()
+            right = torch.zeros_like(asked)
+            right[asked] = chosen.argmax(-1).cpu() == targets.squeeze(-1)
+            log = torch.zeros(asked.shape)
+            log[asked] = chosen.log_softmax(-1).cpu().gather(-1, targets).squeeze(-1)
+            rights.append(right)
+            logs.append(log)
+        results.append(_score(task, torch.cat(rights), torch.cat(logs)))
     return results
 
 
-def _score(task: Task, right: Tensor) -> Probed:
+def _score(task: Task, right: Tensor, log: Tensor) -> Probed:
+    """Return the result of a task.
+
+    Args:
+        task: The task.
+        right: Whether the token after each token was ranked first, bool ``[rows, length - 1]``.
+        log: The logarithm of its probability, float32 ``[rows, length - 1]``.
+    """
     shares: list[float] = []
+    means: list[float] = []
     count = 0
-    for row, items in zip(right, task.items[:, 1:], strict=True):
+    for row, logs, items in zip(right, log, task.items[:, 1:], strict=True):
         numbers = items[items >= 0].unique().tolist()
         if numbers:
             shares.append(sum(bool(row[items == number].all()) for number in numbers) / len(numbers))
+            means.append(float(logs[items >= 0].mean()))
             count += len(numbers)
-    values = torch.tensor(shares, dtype=torch.float64)
-    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
-    return Probed(task.name, task.setting, float(values.mean()), error, count, len(shares))
+    return Probed(task.name, task.setting, *_mean(shares), *_mean(means), count, len(shares))
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error, which is NaN for a single value."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    error = float(tensor.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
+    return float(tensor.mean()), error
 
 
 def _words(tokenizer: Tokenizer, length: int) -> Tensor:

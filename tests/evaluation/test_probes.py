@@ -88,7 +88,9 @@ def test_identifiers_are_long_names_seen_before_and_only_in_this_row(tokenizer):
 def test_the_error_is_that_of_the_rows_means():
     items = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 2], [-1, -1, -1, -1]])
     right = torch.tensor([[True, False, True], [True, True, True], [False, False, False]])
-    result = _score(Task("copy", "", items, items), right)
+    log = torch.tensor([[-1.0, -3, -2], [-1, -1, -1], [-9, -9, -9]])
+    result = _score(Task("copy", "", items, items), right, log)
+    assert (result.log_probability, result.log_probability_error) == (-1.5, 0.5)
     assert (result.accuracy, result.items, result.rows) == (0.75, 5, 2)
     assert result.error == pytest.approx(0.25)  # rows of 0.5 and 1
 
@@ -119,7 +121,7 @@ def test_the_command_prints_a_table_and_json(tokenizer, tmp_path, capsys):
     assert all(0 <= result["accuracy"] <= 1 and result["rows"] == 3 for result in results)
     assert main([*words, "--tasks", "copy"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["task", "setting", "accuracy", "standard", "error", "items", "rows"]
+    assert lines[0].split() == ["task", "setting", "accuracy", "+-", "log-probability", "+-", "items", "rows"]
     assert lines[2].startswith("copy  distance 32")
     assert main([*words, "--tasks", "identifiers"]) == 1
     assert "give --data" in capsys.readouterr().err

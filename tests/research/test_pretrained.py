@@ -9,7 +9,7 @@ import torch
 
 from research.pretrained.__main__ import _plan, _try, licences, longest
 from research.pretrained.train import FILE, Setting, Training, append_row, make_optimizer, read_rows
-from research.pretrained.trials import LOGITS, Trial, best, long, short, untrained
+from research.pretrained.trials import LOGITS, Trial, best, long, short, untrained, without_warmup
 from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.models.transformer import TernaryTransformer
 from tests.helpers import small_config
@@ -78,19 +78,24 @@ def test_long_trials_take_what_was_best_in_the_short_ones(setting):
         )
     rows = read_rows(setting.output / FILE)
     lowest = best(rows, "short distilled")
-    assert lowest.name == "short distilled hidden lr 0.003"
+    assert lowest.name == "short distilled rounding 0.3 lr 0.0003"
     plans = [_plan(setting, [trial.name for trial in short(64)], time.monotonic() + 60, 1, 640) for _ in range(2)]
     assert plans[0] == plans[1] == long(640, rows)  # the second one reads the file
     by_name = {trial.name: trial for trial in plans[0]}
-    assert by_name["distilled 2:4"] == replace(lowest, name="distilled 2:4", pattern="2:4", tokens=640, probed=True)
-    assert by_name["plain 6:8"].lr == best(rows, "short plain").lr
-    assert json.loads((setting.output / "plan.json").read_text())[0]["name"] == "distilled 6:8"
+    name = "distilled 2:4 seed 1"
+    assert by_name[name] == replace(lowest, name=name, pattern="2:4", tokens=640, probed=True)
+    assert by_name["plain 6:8 seed 2"] == replace(by_name["plain 6:8 seed 1"], name="plain 6:8 seed 2", seed=2)
+    assert by_name["plain 6:8 seed 1"].rounding == best(rows, "short plain").rounding == 0.6
+    assert json.loads((setting.output / "plan.json").read_text())[0]["name"] == "distilled 6:8 seed 1"
+    assert len({trial.name for trial in [*short(64), *without_warmup(64)]}) == 15
 
 
 def test_the_length_is_what_fits():
     trials = [Trial("a", 1), Trial("b", 1, distillation=LOGITS)]
-    assert longest({"plain": 1e6, "distilled": 5e5}, 200 + 2 * 20, trials) == 50_000_000
-    assert longest({"plain": 1e6, "distilled": 5e5}, 1, trials) == 2_000_000
+    speeds = {"plain": 1e6, "distilled": 5e5}
+    assert longest(speeds, 50 + 100 + 2 * 15, trials, 1) == 50_000_000
+    assert longest(speeds, 100 + 15, trials, 2) == 50_000_000
+    assert longest(speeds, 1, trials, 2) == 2_000_000
 
 
 def test_a_trial_that_fails_or_is_done_does_not_stop_the_others(setting, capsys):
