@@ -275,7 +275,11 @@ class Program:
         elif kind == "redux":
             warps = values[0].reshape(-1, 32)
             assert len(set(active.reshape(-1, 32).sum(1)) - {0, 32}) == 0, "a part of a warp reduces"
-            result = np.repeat(warps.max(1) if parts[2] == "max" else _bits32(_s32(warps).sum(1)), 32)
+            if parts[2] == "max":
+                result = np.repeat(warps.max(1), 32)
+            else:
+                signed = _s32(warps.reshape(-1)).reshape(-1, 32)
+                result = np.repeat(_bits32(signed.min(1) if parts[2] == "min" else signed.sum(1)), 32)
         else:
             result = self._arithmetic(kind, parts, values)
         self._set(operands[0], result, active)

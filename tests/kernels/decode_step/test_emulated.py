@@ -79,7 +79,7 @@ class Step:
             "attended": zeros(p.direct_parts, batch, p.heads, p.head_size),
             "attended_m": zeros(p.direct_parts, batch, p.heads, 2, dtype=torch.int64),
             "hidden": zeros(batch, SHAPE.d_ffn),
-            "shared": zeros(p.shared_bytes if p.shared_codes else 16, dtype=torch.uint8),
+            "shared": zeros(2, p.shared_bytes if p.shared_codes else 16, dtype=torch.uint8).fill_(ptx.EMPTY),
             "places": zeros(5, batch, 2, dtype=torch.int64),
             "table": torch.tensor(schedule(p), dtype=torch.int32),
         }  # fmt: skip

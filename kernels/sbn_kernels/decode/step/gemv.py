@@ -18,10 +18,12 @@ Warps split K into ``groups`` and the tiles into the rest. Their partial sums me
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from triton.experimental import gluon
 
 from sbn_kernels.decode.step.plan import COLUMNS, STEP, Phase, Plan
-from sbn_kernels.decode.step.ptx import assembly, helper, wait_mbarrier
+from sbn_kernels.decode.step.ptx import assembly, helper, verify_codes, wait_mbarrier
 
 _MASKS = ("0x03030303", "0x0c0c0c0c", "0x30303030", "0xc0c0c0c0")
 _PRELOADED = 96  # registers for a warp's share of the tokens, where several tiles use it
@@ -75,12 +77,30 @@ def _shared_addresses(p: Plan, f: Phase, codes: str) -> list[str]:
 def _shared_tokens(p: Plan, f: Phase, s: int) -> list[str]:
     """Loads a lane's 32 values of step ``s`` of this warp for each group of tokens, from the L2 cache."""
     where = STEP * f.groups * s
-    return [
-        f"ld.relaxed.gpu.global.v4.b32 {{{','.join(f'{b}{8 * s + 4 * h + r}' for r in range(4))}}}, "
+    on, lines = "", []
+    if (s + 1) * f.groups > f.steps:  # not every warp has a step left
+        lines = [f"setp.lt.u32 p, kg, {f.steps - f.groups * s};"]
+        lines += [f"mov.b32 {r}, 0;" for r in _step_registers(p, s)]
+        on = "@p "
+    return lines + [
+        f"{on}ld.relaxed.gpu.global.v4.b32 {{{','.join(f'{b}{8 * s + 4 * h + r}' for r in range(4))}}}, "
         f"[xa{q}+{where + 16 * h}];"
         for q, (_, b) in enumerate(_REGISTERS[: p.token_groups])
         for h in range(2)
     ]
+
+
+@helper
+def _step_registers(p: Plan, s: int) -> list[str]:
+    """The registers that :func:`_shared_tokens` loads."""
+    return [f"{b}{8 * s + k}" for _, b in _REGISTERS[: p.token_groups] for k in range(8)]
+
+
+@helper
+def _verify(p: Plan, f: Phase, steps: Sequence[int], flag: str, deadline: str) -> list[str]:
+    """Makes sure that the tokens of some steps have come."""
+    registers = [r for s in steps for r in _step_registers(p, s)]
+    return verify_codes(registers, [line for s in steps for line in _shared_tokens(p, f, s)], flag, deadline)
 
 
 @helper
@@ -184,6 +204,7 @@ def multiply_shared(p, f):
         for s in range(ahead):
             lines += _shared_tokens(p, f, s)
         lines += ["{", *wait_mbarrier(barrier, parity, flag, deadline), "}"]
+        lines += _verify(p, f, range(ahead), flag, deadline)
         for i in range(mine):
             lines += [f"add.u32 tmp, rg, {tile_groups * i}; setp.ge.u32 skip, tmp, {tiles}; @skip bra END;"]
             if i and not preload:
@@ -199,6 +220,8 @@ def multiply_shared(p, f):
                             for k in range(4)
                         ]
                     lines += [f"setp.ge.u32 skip, kg, {f.steps - f.groups * s}; @skip bra SUM{i};"]
+                if i == 0 and s >= ahead:
+                    lines += _verify(p, f, [s], flag, deadline)
                 lines += _multiply(p, f.tile_bytes * tile_groups * i + 512 * f.groups * s, 8 * s, s == 0)
                 if s + ahead < steps:
                     lines += _shared_tokens(p, f, s + ahead)

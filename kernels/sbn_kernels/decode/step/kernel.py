@@ -200,25 +200,25 @@ def _await(base, places, epoch, flag, deadline, P: gl.constexpr):
 
 
 @gluon.jit
-def _share(base, words, codes, places, tag, epoch, flag, deadline, P: gl.constexpr, VALUES: gl.constexpr):
+def _share(base, words, codes, other, places, tag, epoch, flag, deadline, P: gl.constexpr, VALUES: gl.constexpr):
     """Quantises this program's tokens for all programs, and waits for the tokens of the others."""
     WIDTH: gl.constexpr = (VALUES + 127) // 128 * 128
     for token in range(P.programs - 1 - gl.program_id(0), P.batch, P.programs):
-        args = [words + token * VALUES, tag, codes + token * WIDTH, places + token * 2, epoch, base + P.at_small, flag,
-                deadline]  # fmt: skip
+        args = [words + token * VALUES, tag, codes + token * WIDTH, other + token * WIDTH, places + token * 2, epoch,
+                base + P.at_small, flag, deadline]  # fmt: skip
         asm: gl.constexpr = share_codes(P.token_plan, VALUES, False)
-        gl.inline_asm(asm, "l,r,l,l,r,r,l,l,~{memory}", args, (), is_pure=False)
+        gl.inline_asm(asm, "l,r,l,l,l,r,r,l,l,~{memory}", args, (), is_pure=False)
     _await(base, places, epoch, flag, deadline, P)
 
 
 @gluon.jit
-def _share_normalized(base, words, codes, places, gain, tag, epoch, flag, deadline, P: gl.constexpr):
+def _share_normalized(base, words, codes, other, places, gain, tag, epoch, flag, deadline, P: gl.constexpr):
     """As :func:`_share`, for the residual stream behind a norm."""
-    constraints: gl.constexpr = "l,r,l,l,r,r,l,l," + "r," * gain.shape[2] + "~{memory}"
+    constraints: gl.constexpr = "l,r,l,l,l,r,r,l,l," + "r," * gain.shape[2] + "~{memory}"
     WIDTH: gl.constexpr = (P.d_model + 127) // 128 * 128
     for token in range(P.programs - 1 - gl.program_id(0), P.batch, P.programs):
-        args = [words + token * P.d_model, tag, codes + token * WIDTH, places + token * 2, epoch, base + P.at_small,
-                flag, deadline, gain]  # fmt: skip
+        args = [words + token * P.d_model, tag, codes + token * WIDTH, other + token * WIDTH, places + token * 2, epoch,
+                base + P.at_small, flag, deadline, gain]  # fmt: skip
         gl.inline_asm(share_codes(P.token_plan, P.d_model, True), constraints, args, (), is_pure=False)
     _await(base, places, epoch, flag, deadline, P)
 
@@ -362,16 +362,17 @@ def _step(
         gl.inline_asm(PREFETCH, "l,r", [values + cached + mine[3] * P.head_size, ahead], (), is_pure=False)
         kv = load_cache_tokens(keys + cached, values + cached, mine[3], end, mine[5], P)
         now = epoch + layer + 1
+        codes, other = shared + (now & 1) * P.shared_bytes, shared + (1 - (now & 1)) * P.shared_bytes
         # A
         if P.shared_codes:
-            _share_normalized(base, x, shared, places, gain, (epoch + layer) & 255, now, flag, deadline, P)
+            _share_normalized(base, x, codes, other, places, gain, (epoch + layer) & 255, now, flag, deadline, P)
         if my_qkv[1] > 0:
             if not P.shared_codes:
                 _normalize_and_quantize(base, x, gain, (epoch + layer) & 255, flag, deadline, P)
             for start in range(0, my_qkv[1], P.qkv.tiles):
                 place, count = unit_place(base, unit, P), gl.minimum(P.qkv.tiles, my_qkv[1] - start)
                 following = fetch(base, following, unit - 1, weights, P)
-                multiply(base, place, count, unit, shared, flag, deadline, P, P.qkv)
+                multiply(base, place, count, unit, codes, flag, deadline, P, P.qkv)
                 write_qkv(base, place, qkv, keys, values, my_qkv, start, count, slots, tag, P)
                 barrier()
                 unit += 1
@@ -383,8 +384,8 @@ def _step(
         # C
         gain = _load_norm(norms + (2 * layer + 1) * D, P)
         if P.shared_codes:
-            _share(base, attended, shared + P.at_codes_a, places + 2 * P.batch, tag, now, flag, deadline, P,
-                   P.d_attention)  # fmt: skip
+            _share(base, attended, codes + P.at_codes_a, other + P.at_codes_a, places + 2 * P.batch, tag, now, flag,
+                   deadline, P, P.d_attention)  # fmt: skip
         if my_rows[1] > 0:
             if not P.shared_codes:
                 _quantize_attention(base, attended, attended_m, now, flag, deadline, P)
@@ -392,34 +393,35 @@ def _step(
                 place, count = unit_place(base, unit, P), gl.minimum(P.o.tiles, my_rows[1] - start)
                 if not P.early_o:
                     following = fetch(base, following, unit - 1, weights, P)
-                multiply(base, place, count, unit, shared + P.at_codes_a, flag, deadline, P, P.o)
+                multiply(base, place, count, unit, codes + P.at_codes_a, flag, deadline, P, P.o)
                 add_to_residual(base, place, y, my_rows, start, count, tag, P, P.o)
                 barrier()
                 unit += 1
         # D
         if P.shared_codes:
-            _share_normalized(base, y, shared + P.at_codes_y, places + 4 * P.batch, gain, tag, now, flag, deadline, P)
+            _share_normalized(base, y, codes + P.at_codes_y, other + P.at_codes_y, places + 4 * P.batch, gain, tag, now,
+                              flag, deadline, P)  # fmt: skip
         else:
             _normalize_and_quantize(base, y, gain, tag, flag, deadline, P)
         for start in range(0, my_hidden[1], P.gate_up.tiles):
             place, count = unit_place(base, unit, P), gl.minimum(P.gate_up.tiles, my_hidden[1] - start)
             following = fetch(base, following, unit - 1, weights, P)
-            multiply(base, place, count, unit, shared + P.at_codes_y, flag, deadline, P, P.gate_up)
+            multiply(base, place, count, unit, codes + P.at_codes_y, flag, deadline, P, P.gate_up)
             write_hidden(base, place, hidden, my_hidden, start, count, tag, P)
             barrier()
             unit += 1
         # E
         gain = _load_norm(norms + (2 * layer + 2) * D, P)
         if P.shared_codes:
-            _share(base, hidden, shared + P.at_codes_h, places + 6 * P.batch, tag, now, flag, deadline, P,
-                   P.shape.d_ffn)  # fmt: skip
+            _share(base, hidden, codes + P.at_codes_h, other + P.at_codes_h, places + 6 * P.batch, tag, now, flag,
+                   deadline, P, P.shape.d_ffn)  # fmt: skip
         if my_rows[1] > 0:
             if not P.shared_codes:
                 _quantize(base, hidden, tag, flag, deadline, P, P.d_ffn)
             for start in range(0, my_rows[1], P.down.tiles):
                 place, count = unit_place(base, unit, P), gl.minimum(P.down.tiles, my_rows[1] - start)
                 following = fetch(base, following, unit - 1, weights, P)
-                multiply(base, place, count, unit, shared + P.at_codes_h, flag, deadline, P, P.down)
+                multiply(base, place, count, unit, codes + P.at_codes_h, flag, deadline, P, P.down)
                 add_to_residual(base, place, x, my_rows, start, count, tag, P, P.down)
                 barrier()
                 unit += 1
@@ -427,7 +429,8 @@ def _step(
     # Program 0 has waited for all others in every layer, so all have read what changes here.
     if pid == 0:  # noqa: SIM102 - with `and` every program would load the flag
         if gl.load(flag, volatile=True) == 0:
-            gl.store(state, last + 1)
+            # Two layers take turns with the places of shared codes, across steps too.
+            gl.store(state, last + (2 if P.shared_codes else 1))
             BATCH: gl.constexpr = P.batch
             for n in gl.static_range(BATCH):
                 gl.store(lengths + n, gl.minimum(gl.load(lengths + n) + 1, max_length))
@@ -465,7 +468,8 @@ def decode_step_kernel(
         attended: Attention's result: words, int32 ``[direct_parts, batch, heads, head_size]``.
         attended_m: The maxima and sums of the result: pairs, int64 ``[direct_parts, batch, heads, 2]``.
         hidden: The hidden vector of the MLP: words, int32 ``[batch, d_ffn]``.
-        shared: The codes of all vectors and the final hidden states, uint8 ``[shared_bytes]``, if codes are shared.
+        shared: The codes of all vectors and the final hidden states of two layers, uint8 ``[2, shared_bytes]``, if
+            codes are shared. At first all bytes are ``ptx.EMPTY``.
         places: The sums and scales of the shared vectors: pairs, int64 ``[5, batch, 2]``.
         table: The schedule, int32 ``[programs, units + 1, 4]``.
         timeout: The deadline of a step, in nanoseconds.

@@ -246,8 +246,8 @@ class Plan:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of everything that programs share as codes."""
-        return self.at_final + 2 * self.batch * self.head_columns
+        """Bytes of everything that programs share as codes, of one layer. Two layers take turns."""
+        return _align(self.at_final + 2 * self.batch * self.head_columns, 128)
 
     @property
     def head_columns(self) -> int:

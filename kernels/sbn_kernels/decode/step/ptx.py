@@ -23,6 +23,7 @@ POLLS_BEFORE_CHECK = 64  # polls between two looks at the clock and at the error
 TIMED_OUT = 1  # value of the error flag
 BF16_HIGH = "0xffff0000"
 VALUE = "0xffffff00"
+EMPTY = 0x80  # byte of a vector of codes that has not come; codes are -127 to 127
 
 
 def helper(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,6 +141,38 @@ def poll_pairs(
         for k in (1, 3):
             verdict += [f"xor.b32 {name}t, {regs[k]}, {epoch}; or.b32 {name}d, {name}d, {name}t;"]
     return start + _bounded(name, loads, verdict, flag, deadline)
+
+
+@helper
+def smallest(registers: Sequence[str], name: str) -> list[str]:
+    """The smallest of the registers of a warp, as signed integers, in ``{name}m``; the same in every lane."""
+    return [
+        f"mov.b32 {name}m, {registers[0]};",
+        *(f"min.s32 {name}m, {name}m, {r};" for r in registers[1:]),
+        f"redux.sync.min.s32 {name}m, {name}m, 0xffffffff;",
+    ]
+
+
+@helper
+def verify_codes(
+    registers: Sequence[str], loads: list[str], flag: str, deadline: str, name: str = "k"
+) -> list[str]:
+    """Makes sure that loaded codes have come, and otherwise loads them again until they have.
+
+    A word of four codes is written with one access. Before that its bytes are :data:`EMPTY`, which is less than any
+    codes are. So a vector of codes needs no tag, and its writer no fence.
+    """
+    empty = f"0x{EMPTY:02x}{EMPTY:02x}{EMPTY:02x}{EMPTY:02x}"
+    verdict = [*smallest(registers, name), f"setp.eq.s32 {name}q, {name}m, {empty}; selp.u32 {name}d, 1, 0, {name}q;"]
+    return [
+        "{",
+        f".reg .b32 {name}m; .reg .pred {name}q;",
+        *smallest(registers, name),
+        f"setp.ne.s32 {name}q, {name}m, {empty}; @{name}q bra {name}COME;",
+        *_bounded(name, loads, verdict, flag, deadline),
+        f"{name}COME:",
+        "}",
+    ]
 
 
 @helper

@@ -14,6 +14,7 @@ from sbn_kernels.decode.step.weights import PackedWeights
 from sbn_kernels.runtime.capability import Needs, UnsupportedError, multiprocessors
 
 NEEDS = Needs("decode step", only=(9, 0), gluon=True)
+EMPTY = 0x80  # as in ptx.py, which needs Triton 3.9
 _FIRST_EPOCH = 1  # fresh buffers hold zeros, and no word of the first layer may look like a zero
 
 
@@ -176,6 +177,7 @@ class DecodeStep:
             self._state,
         ):
             buffer.zero_()
+        self._shared.fill_(EMPTY)
         self._state[0] = _FIRST_EPOCH
 
     def _check_caches(self) -> int:
@@ -205,7 +207,7 @@ class DecodeStep:
         self._parts_m = zeros(p.splits, p.batch, p.heads, 2, dtype=torch.int64)
         self._attended = zeros(p.direct_parts, p.batch, p.heads, p.head_size)
         self._attended_m = zeros(p.direct_parts, p.batch, p.heads, 2, dtype=torch.int64)
-        self._shared = zeros(p.shared_bytes if p.shared_codes else 16, dtype=torch.uint8)
+        self._shared = zeros(2, p.shared_bytes if p.shared_codes else 16, dtype=torch.uint8).fill_(EMPTY)
         self._places = zeros(5, p.batch, 2, dtype=torch.int64)
         self._state = zeros(2)
         self._state[0] = _FIRST_EPOCH

@@ -23,6 +23,7 @@ from triton.experimental import gluon
 from sbn_kernels.decode.step.plan import Plan
 from sbn_kernels.decode.step.ptx import (
     BF16_HIGH,
+    EMPTY,
     VALUE,
     add_across,
     assembly,
@@ -175,7 +176,12 @@ def _normalise(at: int) -> list[str]:
 
 @helper
 def _store_codes(p: Plan, c: int, at: int, values: int, norm: bool, target: str = "shared.b32 [xw") -> list[str]:
-    """Quantises chunk ``c``, in the registers number ``at``, into a word at ``xw``, or at another ``target``."""
+    """Quantises chunk ``c``, in the registers number ``at``, into a word at ``xw``, or at another ``target``.
+
+    A code of -128 comes up only where the scale is one rounding below the largest value. It becomes -127 for another
+    ``target``, where four of them would look like a word that has not come.
+    """
+    least = -128.0 if target.startswith("shared") else -127.0
     step = 128 * p.warps_per_token
     lines = []
     if norm:
@@ -183,7 +189,7 @@ def _store_codes(p: Plan, c: int, at: int, values: int, norm: bool, target: str 
     for k in range(4):
         lines += exact_quotient("q", f"x{at}_{k}", "ns", "inv", "e")
         if norm:  # the scale may be one rounding below the largest value
-            lines += [f"min.f32 q, q, {f32(127.0)}; max.f32 q, q, {f32(-128.0)};"]
+            lines += [f"min.f32 q, q, {f32(127.0)}; max.f32 q, q, {f32(least)};"]
         lines += [f"add.rn.f32 q, q, {f32(12582912.0)}; mov.b32 q{k}, q;"]  # 1.5 * 2^23: the low byte is the code
     lines += ["prmt.b32 q0, q0, q1, 0x0040; prmt.b32 q2, q2, q3, 0x0040; prmt.b32 q0, q0, q2, 0x5410;"]
     lines += ["dp4a.s32.s32 total, q0, 0x01010101, total;"]
@@ -257,28 +263,26 @@ def quantize_words(p, values, norm):
     return assembly(asm)
 
 
-@helper
-def _announce(total: str, scale: str, place: str, epoch: str) -> list[str]:
-    """One thread says that a token's shared vector is complete; the barrier before it ends the writing."""
-    return ["fence.acq_rel.gpu;", f"mov.b32 mb, {scale};", *pair_store(place, total, "mb", epoch)]
-
-
 @gluon.constexpr_function
 def share_codes(p, values, norm):
-    """PTX: words, tag, codes, place, epoch, red, flag, deadline, weights of the norm if any -> codes in memory.
+    """PTX: words, tag, codes, other, place, epoch, red, flag, deadline, weights of the norm if any -> codes in memory.
 
     All warps quantise one token, and ``place`` gets the sum of the codes and the scale, as pairs with the epoch. The
-    other programs wait for the pairs (:func:`await_tokens`) and then read the codes. ``p`` is the plan of one token.
+    other programs wait for the pairs (:func:`await_tokens`) and then read the codes, which may still be on their way:
+    see ``ptx.verify_codes``. For that the place of the next layer's codes, ``other``, is emptied. All programs have
+    read the codes of the layer before from there, because those codes have led to the words that arrive here. The fence
+    makes the emptying of the phase before visible before the codes of this phase are. ``p`` is the plan of one token.
     """
 
     def asm(outs, ins):
-        (words,), (tag,), (codes,), (place,), (epoch,), (red,), (flag,), (deadline,) = ins[:8]
+        (words,), (tag,), (codes,), (other,), (place,), (epoch,), (red,), (flag,), (deadline,) = ins[:9]
         inside, predicates = _chunks(p, values)
         count = len(predicates)
-        lines = ["{", *_threads(p), *inside, ".reg .u64 gw;", f"mad.wide.u32 gw, lt, 4, {codes};"]
+        lines = ["fence.acq_rel.gpu;", "{", *_threads(p), *inside, ".reg .u64 gw, ow;"]
+        lines += [f"mad.wide.u32 gw, lt, 4, {codes}; mad.wide.u32 ow, lt, 4, {other};"]
         lines += [f"mad.wide.u32 src, lt, 16, {words};"]
         lines += [f".reg .b32 w{c}_<4>; .reg .f32 x{c}_<4>;" for c in range(count)]
-        lines += _norm_weights(p, ins[8], count) if norm else [".reg .b32 gb;"]
+        lines += _norm_weights(p, ins[9], count) if norm else [".reg .b32 gb;"]
         for start in range(0, count, _AT_ONCE):
             batch = range(start, min(start + _AT_ONCE, count))
             lines += _read(p, batch, True, predicates, (tag, flag, deadline))
@@ -297,7 +301,15 @@ def share_codes(p, values, norm):
             regs = ",".join(f"n{4 * half + k}" for k in range(4))
             lines += [f"ld.shared.v4.b32 {{{regs}}}, [{red}+{64 + 16 * half}];"]
         lines += ["mov.b32 total, n0;", *(f"add.s32 total, total, n{k};" for k in range(1, 8))]
-        return "\n".join([*lines, *_announce("total", "s", place, epoch), "DONE:", "}"])
+        lines += ["mov.b32 mb, s;", *pair_store(place, "total", "mb", epoch), "DONE:"]
+        empty = f"0x{EMPTY:02x}{EMPTY:02x}{EMPTY:02x}{EMPTY:02x}"
+        lines += [f"mov.b32 q0, {empty};"]
+        step, filled = 128 * p.warps_per_token, -(-values // 128) * 128
+        for c in range(count):
+            left = filled - step * c
+            on = "" if left >= step else f"setp.lt.u32 in, lt, {left // 4}; @in "
+            lines += [f"{on}st.global.b32 [ow+{step * c}], q0;"]
+        return "\n".join([*lines, "}"])
 
     return assembly(asm)
 
@@ -306,7 +318,8 @@ def share_codes(p, values, norm):
 def share_final(p):
     """PTX: words, tag, target, place, epoch, red, flag, deadline, weights of the norm -> bfloat16 in memory.
 
-    The same as :func:`share_codes` for the last norm, whose results are not quantised.
+    The same as :func:`share_codes` for the last norm. Its results are not quantised, so a fence orders them before the
+    pairs.
     """
 
     def asm(outs, ins):
@@ -329,8 +342,8 @@ def share_final(p):
                 lines += [f"setp.lt.u32 in, lt, {left // 8};"]
                 on = "@in "
             lines += [f"{on}st.global.v2.b32 [gw+{step * c}], {{h0, h1}};"]
-        lines += ["bar.sync 0; setp.ne.u32 in, tid, 0; @in bra DONE;"]
-        return "\n".join([*lines, *_announce("total", "ss", place, epoch), "DONE:", "}"])
+        lines += ["bar.sync 0; setp.ne.u32 in, tid, 0; @in bra DONE; fence.acq_rel.gpu;"]
+        return "\n".join([*lines, *pair_store(place, "total", "total", epoch), "DONE:", "}"])
 
     return assembly(asm)
 
@@ -339,7 +352,8 @@ def share_final(p):
 def await_tokens(p):
     """PTX: places of all tokens, epoch, statistics in shared memory, flag, deadline -> sums and scales of all tokens.
 
-    One thread waits for one token. After the barrier all threads of the program may read the shared vectors.
+    One thread waits for one token. After the barrier all threads of the program may read vectors that were written
+    before a fence.
     """
 
     def asm(outs, ins):
