@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from modes import table as modes
 from render import read, render, summarize, summarize_gradients
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,7 @@ class Page:
         about: What was measured, and what a reader has to know to read the table.
         table: The function that makes the Markdown table from the CSV.
         options: Options of the benchmark command.
+        file: The page's name if it differs from the CSV's.
     """
 
     csv: str
@@ -38,6 +40,12 @@ class Page:
     about: str
     table: Callable[[Path], str]
     options: str = ""
+    file: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of the page's file, without its ending."""
+        return self.file or self.csv
 
     def text(self) -> str:
         """The page as Markdown."""
@@ -78,7 +86,16 @@ def decode(path: Path) -> str:
     return f"{where}\n\n" + table_of(["layer", "tokens", "bf16", "2:4", "any pattern"], lines)
 
 
+YOUR_GPU = (ROOT / "benchmarks" / "your_gpu.md").read_text().strip()
+
 ALL = (
+    Page(
+        "training_step",
+        "What you get on your GPU",
+        YOUR_GPU,
+        modes,
+        file="your_gpu",
+    ),
     Page(
         "layer_forward",
         "One layer, forward",
@@ -164,7 +181,7 @@ ALL = (
 
 def stale() -> list[Page]:
     """The pages whose text on disk differs from what their CSV says."""
-    files = ((page, PAGES / f"{page.csv}.md") for page in ALL)
+    files = ((page, PAGES / f"{page.name}.md") for page in ALL)
     return [page for page, file in files if not file.is_file() or file.read_text() != page.text()]
 
 
@@ -176,11 +193,11 @@ def main(arguments: list[str]) -> int:
     pages = stale()
     for page in pages:
         if arguments:
-            print(f"docs/benchmarks/{page.csv}.md is stale: run python benchmarks/pages.py", file=sys.stderr)
+            print(f"docs/benchmarks/{page.name}.md is stale: run python benchmarks/pages.py", file=sys.stderr)
         else:
             PAGES.mkdir(parents=True, exist_ok=True)
-            (PAGES / f"{page.csv}.md").write_text(page.text())
-            print(f"docs/benchmarks/{page.csv}.md")
+            (PAGES / f"{page.name}.md").write_text(page.text())
+            print(f"docs/benchmarks/{page.name}.md")
     return 1 if arguments and pages else 0
 
 

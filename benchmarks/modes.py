@@ -1,0 +1,69 @@
+"""The table of "What you get on your GPU": speed, memory and distance from the reference of each way to train.
+
+Speed and memory come from ``training_step.csv``, distances from ``loss_curves.csv``. A cell shows the newest row of its
+shape. Its ratio is to bf16 in the same run.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+from render import read
+
+# Variant of training_step.py, what it is called on the page, and its run of loss_curves.py.
+MODES = (
+    ("bf16 dense", "dense model, BF16, compiled", ""),
+    ("float8 tensorwise (torchao)", "dense model, torchao's float8", ""),
+    ("ours 2:4", "2:4, exact gradients", "sparse"),
+    ("ours 2:4, int8 dX", '2:4, `gradients: int8-dx`', "sparse, int8 dX"),
+    ("ours 2:4, int8 dW", '2:4, `gradients: int8-dw`', "sparse, int8 dW"),
+    ("ours 2:4, int8 gradients", '2:4, `gradients: int8`', "sparse, int8 gradients"),
+    (
+        "ours 2:4, int8 gradients, MLP recomputed",
+        "the same, `activation_checkpointing: mlp`",
+        "sparse, int8 gradients",
+    ),
+    ("ours 2:4, int8 gradients, CUDA graphs", "2:4, `gradients: int8`, `cuda_graphs: true`", "sparse, int8 gradients"),
+    ("ours 6:8", "6:8, exact gradients", "int8 6:8"),
+    ("ours 6:8, int8 gradients", '6:8, `gradients: int8`', "int8 6:8, int8 gradients"),
+)  # fmt: skip
+
+
+def distances(path: Path) -> dict[str, list[float]]:
+    """The distance of each run of ``loss_curves.csv`` from its reference, for every seed."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    newest = {row["run"]: float(row["distance"]) for row in rows}
+    found: dict[str, list[float]] = {}
+    for run, distance in newest.items():
+        found.setdefault(re.sub(r", seed \d+$", "", run), []).append(distance)
+    return found
+
+
+def _span(values: list[float]) -> str:
+    if not values:
+        return ""
+    lowest, highest = min(values), max(values)
+    return f"{lowest:.3f}" if len(values) == 1 else f"{lowest:.3f} to {highest:.3f} ({len(values)} seeds)"
+
+
+def table(steps: Path) -> str:
+    """The environment of the rows, an empty line, and the table as Markdown."""
+    rows, where = read(steps)
+    plain = [row for row in rows if row["checkpointing"] == "False"]
+    shapes = list(dict.fromkeys(row["shape"] for row in plain))
+    newest = {(row["variant"], row["shape"]): row for row in plain}
+    losses = distances(steps.with_name("loss_curves.csv"))
+    lines = [["", *shapes, "distance of the loss"], ["---"] * (len(shapes) + 2)]
+    for variant, name, run in MODES:
+        cells = [newest.get((variant, shape)) for shape in shapes]
+        if not any(cells):
+            continue
+        texts = [
+            f"{float(row['vs_bf16']):.2f}x, {float(row['peak_gib']):.0f} GiB" if row and row["vs_bf16"] else ""
+            for row in cells
+        ]
+        lines.append([name, *texts, _span(losses.get(run, []))])
+    return f"{where}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
