@@ -27,6 +27,7 @@ class FabricShardedStrategy(ModelParallelStrategy):
     Args:
         reduce_dtype: The dtype in which gradients of latent weights travel, float32 or bfloat16.
         gather: What the ranks gather of ternary layers, see :func:`~sbn_lightning.distributed.sharding.shard`.
+        replicate: The number of groups of ranks that hold the same rows.
         timeout: How long a collective may take before the rank gives up; None for torch's own limit.
         **options: The other options of Fabric's ``ModelParallelStrategy``.
     """
@@ -35,11 +36,12 @@ class FabricShardedStrategy(ModelParallelStrategy):
         self,
         reduce_dtype: torch.dtype = torch.float32,
         gather: Gather = "packed_step",
+        replicate: int = 1,
         timeout: timedelta | None = TIMEOUT,
         **options: Any,
     ) -> None:
         super().__init__(self._shard, timeout=timeout, **options)
-        self.sharding: dict[str, Any] = {"reduce_dtype": reduce_dtype, "gather": gather}
+        self.sharding: dict[str, Any] = {"reduce_dtype": reduce_dtype, "gather": gather, "replicate": replicate}
         self._io: CheckpointIO = TorchCheckpointIO()
 
     def _shard(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:

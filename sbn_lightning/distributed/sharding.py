@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +39,7 @@ def shard(
     *,
     gather: Gather = "packed_step",
     reduce_dtype: torch.dtype = torch.float32,
+    replicate: int = 1,
     policy: MixedPrecisionPolicy | None = None,
 ) -> None:
     """Shard a model over the ranks of a mesh, in plain PyTorch or under Lightning's ``ModelParallelStrategy``.
@@ -58,13 +59,16 @@ def shard(
             each block, and their memory is given back after it. ``"latent"``: FSDP2 shards latent weights as well, and
             gathers them in full precision.
         reduce_dtype: The dtype in which gradients of latent weights travel, float32 or bfloat16.
+        replicate: The number of groups of ranks that hold the same rows, for a mesh of one dimension or Lightning's.
+            Neighbouring ranks are in one group. With the number of hosts, rows are shared within a host.
         policy: The dtypes in which FSDP2 gathers its parameters and reduces their gradients. None keeps the dtypes of
             the parameters.
 
     Raises:
-        ConfigError: If ``gather`` or ``reduce_dtype`` has another value, if the mesh has ranks for tensor parallelism,
-            or if a layer that FSDP2 shards has fewer rows than there are ranks. (Lightning gives all GPUs of a node to
-            tensor parallelism by default. Each of them would then train a model of its own, unnoticed.)
+        ConfigError: If ``gather`` or ``reduce_dtype`` has another value, if ``replicate`` does not divide the ranks or
+            the mesh has two dimensions already, if the mesh has ranks for tensor parallelism, or if a layer that FSDP2
+            shards has fewer rows than there are ranks. (Lightning gives all GPUs of a node to tensor parallelism by
+            default. Each of them would then train a model of its own, unnoticed.)
     """
     if gather not in get_args(Gather):
         raise ConfigError(f"gather={gather!r} is not one of {', '.join(get_args(Gather))}")
@@ -80,6 +84,8 @@ def shard(
                 f"data_parallel_size={mesh.size()}, tensor_parallel_size=1)"
             )
         mesh = mesh["data_parallel"]
+    if replicate != 1:
+        mesh = _hybrid(mesh, replicate)
     layered = blocks if gather == "packed_layer" else ()
     ours = set() if gather == "latent" else shard_packed(module, mesh, reduce_dtype=reduce_dtype, layered=layered)
     ranks = mesh.size(mesh.ndim - 1)
@@ -93,6 +99,16 @@ def shard(
         register_fsdp_forward_method(module, method)
     if ours:
         prepare_first(module, methods)
+
+
+def _hybrid(mesh: DeviceMesh, replicate: int) -> DeviceMesh:
+    """A mesh of two dimensions over the ranks of a mesh of one."""
+    if mesh.ndim != 1:
+        raise ConfigError(f"replicate={replicate} is for a mesh of one dimension, and this mesh has {mesh.ndim}")
+    if replicate < 1 or mesh.size() % replicate != 0:
+        raise ConfigError(f"replicate={replicate} does not divide the {mesh.size()} ranks into equal groups")
+    shape = (replicate, mesh.size() // replicate)
+    return init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def prepare_first(module: nn.Module, methods: Sequence[str] = ()) -> None:

@@ -84,6 +84,8 @@ class ShardedStrategy(ModelParallelStrategy):
             codes then stay whole on every rank until the next step. ``"packed_layer"``: 2-bit codes, before the forward
             and the backward of each block. Their memory is given back when the block has run. ``"latent"``: FSDP2
             gathers latent weights, 4 bytes each, in every forward and backward.
+        replicate: The number of groups of ranks that hold the same rows (hybrid sharding). With the number of hosts,
+            rows are shared within a host, and only gradients travel between hosts.
         save_distributed_checkpoint: Whether every rank saves its own shard, so that a checkpoint is a folder. If False,
             a checkpoint is one file that every strategy reads.
         timeout: How long a collective may take before the rank gives up.
@@ -94,6 +96,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self,
         reduce_dtype: Literal["float32", "bfloat16"] = "float32",
         gather: Gather = "packed_step",
+        replicate: int = 1,
         save_distributed_checkpoint: bool = False,
         timeout: timedelta = TIMEOUT,
         **options: Any,
@@ -103,7 +106,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if gather not in get_args(Gather):
             raise ConfigError(f"gather={gather!r} is not one of {', '.join(get_args(Gather))}")
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, timeout=timeout, **options)
-        self.sharding = {"reduce_dtype": getattr(torch, reduce_dtype), "gather": gather}
+        self.sharding = {"reduce_dtype": getattr(torch, reduce_dtype), "gather": gather, "replicate": replicate}
 
     @override
     def setup_environment(self) -> None:

@@ -12,7 +12,7 @@ STEPS, SAVED = 4, 2
 ONWARD = {
     "one": (1, "whole", {}),
     "three": (3, "whole", {"gather": "packed_layer"}),
-    "four": (4, "whole", {"reduce_dtype": "float32"}),
+    "four": (4, "whole", {"replicate": 2}),
     "three of shards": (3, "shards", {"save_distributed_checkpoint": True}),
 }
 

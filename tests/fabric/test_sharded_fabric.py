@@ -43,7 +43,7 @@ def test_fabric_equals_the_trainer_and_each_continues_the_other(forked_runs):
 
 def test_fabric_takes_the_name_and_the_options_of_the_strategy():
     assert isinstance(Fabric(accelerator="cpu", strategy="sbn_fsdp2").strategy, FabricShardedStrategy)
-    taken = fabric_sharded(ShardedStrategy("bfloat16", gather="packed_layer"))
-    assert taken.sharding == {"reduce_dtype": torch.bfloat16, "gather": "packed_layer"}
+    taken = fabric_sharded(ShardedStrategy("bfloat16", gather="packed_layer", replicate=2))
+    assert taken.sharding == {"reduce_dtype": torch.bfloat16, "gather": "packed_layer", "replicate": 2}
     with pytest.raises(ConfigError, match="save_distributed_checkpoint=false"):
         fabric_sharded(ShardedStrategy(save_distributed_checkpoint=True))
