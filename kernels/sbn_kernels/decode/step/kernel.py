@@ -281,21 +281,20 @@ def _head_of_few(base, head, logits, gain, words, tag, flag, deadline, P: gl.con
 @gluon.jit
 def _head(base, head, logits, gain, words, shared, places, epoch, flag, deadline, P: gl.constexpr):
     """Computes the final norm and the head for three tokens or more."""
-    R32: gl.constexpr = gl.BlockedLayout([1, 1, 32], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
+    R64: gl.constexpr = gl.BlockedLayout([1, 1, 64], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
     SUMS: gl.constexpr = 4 * P.token_groups
     R4: gl.constexpr = gl.BlockedLayout([1, 1, SUMS], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
-    W: gl.constexpr = gl.distributed_type(gl.int32, [P.warps, 32, 32], R32)
+    W: gl.constexpr = gl.distributed_type(gl.int32, [P.warps, 32, 64], R64)
     A: gl.constexpr = gl.distributed_type(gl.float32, [P.warps, 32, SUMS], R4)
-    LOAD: gl.constexpr = "=&r," * 32 + "l,r,~{memory}"
-    STEPS: gl.constexpr = P.head_columns // 128
+    LOAD: gl.constexpr = "=&r," * 64 + "l,r,~{memory}"
+    STEPS: gl.constexpr = (P.head_columns + 255) // 256
     TILES: gl.constexpr = (P.shape.vocab + 15) // 16
     STRIDE: gl.constexpr = P.programs * P.warps
     warp = gl.arange(0, P.warps, gl.SliceLayout(1, gl.SliceLayout(2, R4)))[:, None, None]
     lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, R4)))[None, :, None]
     item = gl.arange(0, SUMS, gl.SliceLayout(0, gl.SliceLayout(1, R4)))[None, None, :]
     first = gl.program_id(0) * P.warps
-    one = gl.inline_asm(load_rows(P, 0), LOAD, [head, first], W, is_pure=False)
-    two = gl.inline_asm(load_rows(P, 1 % STEPS), LOAD, [head, first + 1 // STEPS * STRIDE], W, is_pure=False)
+    rows = gl.inline_asm(load_rows(P, 0), LOAD, [head, first], W, is_pure=False)
     if P.shared_codes:
         _share_final(base, words, shared + P.at_final, places + 8 * P.batch, gain, epoch & 255, epoch, flag, deadline,
                      P)  # fmt: skip
@@ -304,11 +303,12 @@ def _head(base, head, logits, gain, words, shared, places, epoch, flag, deadline
     for tile in range(first, TILES, STRIDE):
         acc = gl.zeros([P.warps, 32, SUMS], gl.float32, R4)
         for s in gl.static_range(STEPS):
-            three = gl.inline_asm(
-                load_rows(P, (s + 2) % STEPS), LOAD, [head, tile + (s + 2) // STEPS * STRIDE], W, is_pure=False
+            coming = gl.inline_asm(
+                load_rows(P, (s + 1) % STEPS), LOAD, [head, tile + (s + 1) // STEPS * STRIDE], W, is_pure=False
             )
-            acc = gl.inline_asm(dot_rows(P, s), dot_constraints(P), [acc, one, base + P.at_tokens], A, is_pure=False)
-            one, two = two, three
+            args = [acc, rows, base + P.at_tokens, base + P.at_staging]
+            acc = gl.inline_asm(dot_rows(P, s), dot_constraints(P), args, A, is_pure=False)
+            rows = coming
         row = (tile + warp) * 16 + lane // 4 + item // 2 % 2 * 8
         token = lane % 4 * 2 + item % 2 + item // 4 * 8
         where = logits + token.to(gl.int64) * P.shape.vocab + row

@@ -30,6 +30,8 @@ SHARED_FROM = 9  # batches from this one on quantise each token once; see Plan.s
 CODES_PADDING = 1024  # bytes behind each vector's codes: warps without a step left read there
 SHARED_BYTES = 232448  # the shared memory of a program on compute capability 9.0
 STATISTICS, RESULTS = 2560, 3072  # offsets in attention's shared memory, see attention.py
+HEAD_STEP = 256  # columns of the head that a warp multiplies at a time, for three tokens and more
+STAGING_STRIDE = 2 * HEAD_STEP + 64  # bytes between two rows of the head in shared memory, against bank conflicts
 SMALL = 128  # bytes of maxima, sums and scales, see tokens.py
 PHASES = ("qkv", "o", "gate_up", "down")
 
@@ -251,7 +253,7 @@ class Plan:
 
     @property
     def head_columns(self) -> int:
-        """d_model rounded up to the head's step."""
+        """d_model rounded up to a multiple of 128."""
         return -(-self.d_model // STEP) * STEP
 
     @property
@@ -299,6 +301,16 @@ class Plan:
         attention = RESULTS + 4 * self.result_words * self.warps * max(self.group, 2)
         head = self.batch_slots * self.head_stride
         return _align(max(self.at_sums + sums, self.at_tokens + max(attention, head)), 128)
+
+    @property
+    def at_staging(self) -> int:
+        """Rows of the head, 16 for each warp, behind the hidden states; the ring is not in use any more."""
+        return _align(self.at_tokens + self.batch_slots * self.head_stride, 128)
+
+    @property
+    def staging_end(self) -> int:
+        """Where the room for the head ends."""
+        return self.at_staging + (16 * STAGING_STRIDE * self.warps if self.batch > 2 else 0)
 
     @property
     def phases(self) -> tuple[Phase, Phase, Phase, Phase]:

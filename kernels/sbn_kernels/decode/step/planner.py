@@ -93,7 +93,7 @@ def make_plan(
             ring_bytes=0, pieces=pieces, digest=source_digest(), shared_codes=shared,
         )  # fmt: skip
         ring = room - plan.at_ring
-        if ring >= max(f.tiles * f.tile_bytes for f in plan.phases):
+        if ring >= max(f.tiles * f.tile_bytes for f in plan.phases) and plan.staging_end <= room:
             plan = dataclasses.replace(plan, ring_bytes=ring)
             return dataclasses.replace(plan, early_o=early_o(plan))
     raise ValueError(

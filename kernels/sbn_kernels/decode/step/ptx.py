@@ -154,9 +154,7 @@ def smallest(registers: Sequence[str], name: str) -> list[str]:
 
 
 @helper
-def verify_codes(
-    registers: Sequence[str], loads: list[str], flag: str, deadline: str, name: str = "k"
-) -> list[str]:
+def verify_codes(registers: Sequence[str], loads: list[str], flag: str, deadline: str, name: str = "k") -> list[str]:
     """Makes sure that loaded codes have come, and otherwise loads them again until they have.
 
     A word of four codes is written with one access. Before that its bytes are :data:`EMPTY`, which is less than any
