@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from sbn_kernels.decode.step import pack, reference
 from sbn_kernels.decode.step.planner import make_plan
 
+from sbn_lightning.checkpoints.text_files import TextFiles
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.assemble import cast_model
-from sbn_lightning.inference import Decoder, generate
+from sbn_lightning.formats.loaded import LoadedModel
+from sbn_lightning.inference import Decoder, Generator, choice, generate
 from sbn_lightning.inference import decoder as decoder_module
 from sbn_lightning.inference.gather import gather_weights, persistent_step, refusal
 from sbn_lightning.models.config import TransformerConfig
@@ -101,7 +106,8 @@ def test_gathered_weights_are_packed() -> None:
 
 
 def make(**changes: object) -> TernaryTransformer:
-    return TernaryTransformer(TransformerConfig(**SHAPE, max_sequence_length=64, **changes)).eval()  # type: ignore[arg-type]
+    options: dict[str, Any] = SHAPE | {"max_sequence_length": 64} | changes
+    return TernaryTransformer(TransformerConfig(**options)).eval()
 
 
 @pytest.mark.parametrize(
@@ -182,16 +188,25 @@ def test_rows_start_and_wait_around_the_persistent_step(monkeypatch: pytest.Monk
     assert ReferenceStep.made == 2
 
 
-@pytest.mark.skipif(
+needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
-def test_a_decoder_with_the_persistent_step_gives_the_logits_of_the_graph() -> None:
+
+
+def on_gpu(**changes: object) -> TernaryTransformer:
+    """Make a model on the GPU, on the sparse backend."""
     from sbn_lightning.inference.opening import use_backend
 
     torch.manual_seed(0)
-    model = make(qkv_bias=True, pattern="2:4", init_std=0.08).cuda().requires_grad_(False)
+    model = make(qkv_bias=True, pattern="2:4", init_std=0.08, **changes).cuda().requires_grad_(False)
     cast_model(model, torch.bfloat16)
     use_backend(model, "sparse", torch.bfloat16)
+    return model
+
+
+@needs_hopper
+def test_a_decoder_with_the_persistent_step_gives_the_logits_of_the_graph() -> None:
+    model = on_gpu()
     theirs, ours = Decoder(model, 2, 32), Decoder(model, 2, 32, step="persistent")
     for prompts in ([[1, 2, 3, 4, 5], [7, 8, 9]], [[3], [4, 5]]):  # a decoder may be used for new prompts
         tokens = theirs.prefill(prompts).argmax(-1)
@@ -203,3 +218,40 @@ def test_a_decoder_with_the_persistent_step_gives_the_logits_of_the_graph() -> N
             tokens = expected.argmax(-1)
         assert torch.equal(ours.lengths, theirs.lengths)
     assert len(generate(model, [[1, 2]], max_new_tokens=20, decode_step="persistent")[0]) == 20
+
+
+@needs_hopper
+def test_auto_measures_on_a_gpu_and_gives_way_where_the_launch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sbn_kernels.decode.step import step as step_module
+
+    monkeypatch.setattr(choice, "_verdicts", {})
+    model = on_gpu(d_ffn=4096)
+    for batch in (1, 12):
+        decoder = Decoder(model, batch, 32, step="auto")
+        decoder.prefill([[1, 2, 3 + i] for i in range(batch)])
+        decoder.step(torch.ones(batch, dtype=torch.int64, device="cuda"))
+        decoder.check()
+        assert "ms a step, the layers of the model" in decoder.choice
+        assert decoder.lengths.tolist() == [4] * batch
+    monkeypatch.setattr(choice, "_verdicts", {})
+    monkeypatch.setattr(step_module, "multiprocessors", lambda index: 400)  # More programs than fit at the same time.
+    decoder = Decoder(model, 1, 32, step="auto")
+    decoder.prefill([[1, 2, 3]])
+    decoder.step(torch.ones(1, dtype=torch.int64, device="cuda"))
+    assert decoder.kind == "graph"
+    assert "at the same time" in decoder.choice
+
+
+@needs_hopper
+def test_a_failed_step_fails_its_requests_and_the_next_request_is_served() -> None:
+    model = on_gpu()
+    opened = LoadedModel(model, model.config, "checkpoint", Path("made up"), TextFiles())
+    with Generator(opened, batch_size=2, max_length=60, decode_step="persistent") as generator:
+        first = generator.submit([1, 2, 3], max_new_tokens=20, stop_tokens=()).result(60)
+        step = generator._decoder._persistent
+        assert step is not None
+        step._table[0, 0, 3] = 2**31 - 1  # Its first program waits in vain for weights, for 2 seconds.
+        with pytest.raises(RuntimeError, match="waited longer"):
+            generator.submit([1, 2, 3], max_new_tokens=20, stop_tokens=()).result(60)
+        again = generator.submit([1, 2, 3], max_new_tokens=20, stop_tokens=()).result(60)
+    assert again.tokens == first.tokens
