@@ -293,9 +293,6 @@ class SparseBitNet(LightningModule):
             f"{type(strategy).__name__}, only with trainer.strategy: auto": not isinstance(
                 strategy, SingleDeviceStrategy
             ),
-            "activation_checkpointing, whose recomputation saves the state of random numbers": (
-                self.config.activation_checkpointing
-            ),
             "a mixture of experts, whose host reads how many tokens each expert has": bool(self.config.n_experts),
             "distillation": self.distillation is not None,
             "answers": self.answers is not None,
