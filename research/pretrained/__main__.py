@@ -1,7 +1,8 @@
-"""``python -m research.pretrained``: make the corpus, or work on the trials until the time is up.
+"""``python -m research.pretrained``: make the corpus, work on the trials until the time is up, or print tables.
 
     python -m research.pretrained corpus --weights SmolLM2-135M-Instruct.Q4_1.gguf --output data/pretrained
     python -m research.pretrained work --weights data/pretrained/model.ckpt --corpus data/pretrained --seconds 900
+    python -m research.pretrained report results/pretrained/results.jsonl
 
 Several processes, one for each GPU, may work in the same folder: each takes the next trial that nobody has taken. The
 trials that are not at their end when the time is up are saved, and the same command continues them.
@@ -28,6 +29,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from research.pretrained.report import report
 from research.pretrained.train import FILE, Setting, Training, read_rows
 from research.pretrained.trials import SHORT, Trial, long, short, untrained
 from sbn_lightning.core.files import write_text
@@ -254,7 +256,12 @@ def main() -> None:
     train.add_argument("--held_out_batches", type=int, default=4)
     train.add_argument("--gradients", default="bf16")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    table = commands.add_parser("report")
+    table.add_argument("results", nargs="+", help="files of rows that `work` wrote")
     args = parser.parse_args()
+    if args.command == "report":
+        print(report([row for file in args.results for row in read_rows(Path(file))]))
+        return
     if args.command == "corpus":
         make_corpus(args.weights, args.output, args.kinds, args.max_bytes, args.folders)
         return

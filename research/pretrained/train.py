@@ -171,6 +171,9 @@ class Training:
     def _context(self) -> AbstractContextManager[None]:
         if self.plugin is not None:
             return self.plugin.forward_context()
+        return self._autocast()
+
+    def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self.setting.device.type, torch.bfloat16, enabled=self.setting.device.type == "cuda")
 
     def _held_out(self, tokens: Tensor) -> Iterator[Tensor]:
@@ -191,6 +194,30 @@ class Training:
                 with torch.set_grad_enabled(self.steps > 0), self._context():
                     found.append(self.model.loss(batch[:, :-1].long(), batch[:, 1:].long()).detach())
             losses[name] = float(torch.stack(found).mean())
+        return losses
+
+    def measure_anew(self) -> dict[str, float]:
+        """Return the losses of a new model with the trained weights, in plain PyTorch: kernels and graphs are left out.
+
+        It shows whether :meth:`measure` saw the model whose weights are saved. One batch of each text is measured.
+        """
+        model = make_model(replace(self.trial, start="random"), self.setting)
+        model.load_state_dict(self.model.state_dict())
+        losses: dict[str, float] = {}
+        for name, tokens in self.setting.held_out.items():
+            batch = next(self._held_out(tokens))
+            with torch.no_grad(), self._autocast():
+                parts = [float(model.loss(row[:, :-1].long(), row[:, 1:].long())) for row in batch.split(4)]
+            losses[name] = sum(parts) / len(parts)
+        return losses
+
+    def measure_first(self) -> dict[str, float]:
+        """Return what :meth:`measure` would for the first batch of each text."""
+        losses: dict[str, float] = {}
+        for name, tokens in self.setting.held_out.items():
+            batch = next(self._held_out(tokens))
+            with torch.set_grad_enabled(self.steps > 0), self._context():
+                losses[name] = float(self.model.loss(batch[:, :-1].long(), batch[:, 1:].long()).detach())
         return losses
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -214,6 +241,10 @@ class Training:
             "tokens_per_second": round(timed / self.seconds) if self.seconds and timed else None,
             "seconds": round(self.seconds, 1),
         }
+        layers = list(ternary_layers(self.model).values())
+        row["rounding"] = layers[0].rounding if layers else None
+        if finished and self.steps:
+            row["first_batch"] = {"trained": self.measure_first(), "anew": self.measure_anew()}
         if finished and self.trial.probed and self.setting.probe is not None:
             row["probe"] = self.setting.probe(self.logits)
         append_row(self.setting.output / FILE, row)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from research.pretrained.__main__ import _plan, _try, licences, longest
+from research.pretrained.report import report
 from research.pretrained.train import FILE, Setting, Training, append_row, make_optimizer, read_rows
 from research.pretrained.trials import LOGITS, Trial, best, long, short, untrained, without_warmup
 from sbn_lightning.checkpoints import lightning_file
@@ -47,6 +48,8 @@ def test_a_stopped_trial_ends_where_an_uninterrupted_one_does(setting):
     assert not Training(trial, stopped).run(deadline=time.monotonic())
     assert Training(trial, stopped).run()
     assert ends(stopped)[trial.name]["held_out"] == whole["held_out"]
+    assert whole["rounding"] == [1.0, 1.0]
+    assert whole["first_batch"]["anew"] == pytest.approx(whole["first_batch"]["trained"], rel=1e-4)
 
 
 def test_measured_only(setting):
@@ -60,6 +63,17 @@ def test_measured_only(setting):
     assert found.keys() == {"dense", "masked 6:8", "masked 2:4", "ternary 8:8", "ternary 6:8", "ternary 2:4"}
     assert {tuple(shape) for shape in calls} == {(2, 8, 320)}
     assert len({round(row["loss"], 6) for row in found.values()}) == 6
+
+
+def test_the_report_has_each_trial_and_its_probes():
+    row = {"trial": {"name": "plain 6:8", "tokens": 3_000_000}, "tokens": 1_000_000, "finished": False, "loss": 2.5}
+    row |= {"perplexity": {"code": 14.321, "english": 5030.0}, "tokens_per_second": 81234}
+    probed = {"task": "copy", "setting": "distance 32", "accuracy": 0.25, "error": 0.01}
+    lines = report([row, row | {"tokens": 3_000_000, "finished": True, "probe": [probed]}]).splitlines()
+    assert lines[2] == "| plain 6:8 | 1.0M of 3.0M | 2.500 | 14.32 | 5,030 | 81,234 |"
+    assert lines[3].startswith("| plain 6:8 | 3.0M | 2.500 |")
+    assert lines[-1] == "| plain 6:8 | 0.250 ± 0.010 |"
+    assert lines[-3] == "| trial | copy distance 32 |"
 
 
 def test_a_relative_learning_rate_is_a_share_of_each_weight(setting):

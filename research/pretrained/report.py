@@ -1,0 +1,55 @@
+"""Tables of what the study measured, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def report(rows: Sequence[Row]) -> str:
+    """Return a table of perplexities and a table of probes.
+
+    Args:
+        rows: The rows that trials wrote. Trials that did not come to their end are in the table, too.
+    """
+    return f"{perplexities(rows)}\n\n{probes(rows)}"
+
+
+def perplexities(rows: Sequence[Row]) -> str:
+    """Return a row for each trial, with the perplexities of the held-out texts at each number of tokens."""
+    names = list(dict.fromkeys(row["trial"]["name"] for row in rows))
+    lines = ["| trial | tokens | loss | code | English | tokens/s |", "| --- | --- | --- | --- | --- | --- |"]
+    for name in names:
+        for row in sorted((row for row in rows if row["trial"]["name"] == name), key=lambda row: row["tokens"]):
+            speed = row["tokens_per_second"]
+            done = f"{row['tokens'] / 1e6:.1f}M" + (
+                "" if row["finished"] else f" of {row['trial']['tokens'] / 1e6:.1f}M"
+            )
+            cells = [
+                name,
+                done,
+                f"{row['loss']:.3f}",
+                *(_short(row["perplexity"][kind]) for kind in ("code", "english")),
+            ]
+            lines.append("| " + " | ".join([*cells, f"{speed:,}" if speed else "-"]) + " |")
+    return "\n".join(lines)
+
+
+def probes(rows: Sequence[Row]) -> str:
+    """Return a row for each trial that was probed at its end, and a column for each task."""
+    probed = [row for row in rows if row.get("probe")]
+    tasks = list(dict.fromkeys(f"{one['task']} {one['setting']}".strip() for row in probed for one in row["probe"]))
+    lines = [f"| trial | {' | '.join(tasks)} |", "| --- |" + " --- |" * len(tasks)]
+    for row in probed:
+        found = {f"{one['task']} {one['setting']}".strip(): one for one in row["probe"]}
+        cells = [
+            f"{found[task]['accuracy']:.3f} ± {found[task]['error']:.3f}" if task in found else "-" for task in tasks
+        ]
+        lines.append(f"| {row['trial']['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _short(perplexity: float) -> str:
+    return f"{perplexity:.2f}" if perplexity < 1000 else f"{perplexity:,.0f}"
