@@ -267,7 +267,7 @@ def _names(texts: Sequence[str]) -> list[tuple[str, int, int]]:
     for index, text in enumerate(texts):
         starts.setdefault(place + len(text) - len(text.lstrip(" ")), index)
         place += len(text)
-    ends = {}
+    ends: dict[int, int] = {}  # The place after a character -> the token after the one that ends there.
     place = 0
     for index, text in enumerate(texts):
         place += len(text)

@@ -70,8 +70,8 @@ def parameter_groups(model: nn.Module, rules: Sequence[LearningRateRule] = ()) -
     groups: dict[tuple[bool, LearningRateRule | None], dict[str, Any]] = {(True, None): decay, (False, None): rest}
     for name, parameter in named:
         decays = parameter.ndim >= 2 and id(parameter) not in embeddings
-        rule = next((rule for rule in reversed(rules) if fnmatchcase(name, rule.match)), None)
-        group = groups.setdefault((decays, rule), _group(decays, rule))
+        last = next((rule for rule in reversed(rules) if fnmatchcase(name, rule.match)), None)
+        group = groups.setdefault((decays, last), _group(decays, last))
         group["params"].append(parameter)
     if not rules:
         return [decay, rest]
