@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from sbn_lightning.core.errors import ConfigError
@@ -45,7 +46,10 @@ class SparseWeightAveraging(WeightAveraging):
     The averaged weights are in the model during validation and after training, and in the ``state_dict`` of
     checkpoints. Their masks keep the largest averaged weights, at the present density of training. Training itself goes
     on with its own masks, also with masks that ``MaskRefresh`` holds. The callback may stand before or after
-    ``TernarySparseConversion``.
+    ``TernarySparseConversion``. It works on one process and under DDP.
+
+    Raises:
+        ConfigError: When training starts, if the weights are sharded.
     """
 
     # Whether the weights have changed places: the average is in the model, and the trained weights are in the average.
@@ -82,6 +86,11 @@ class SparseWeightAveraging(WeightAveraging):
 
     def _make_average(self, pl_module: LightningModule) -> AveragedModel:
         if self._average_model is None:
+            if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+                raise ConfigError(
+                    f"{type(self).__name__} needs a copy of the model, and FSDP2 allows none: use the strategy ddp, or "
+                    "leave the callback out"
+                )
             device = self._device or pl_module.device
             self._average_model = AveragedModel(pl_module, device, use_buffers=self._use_buffers, **self._kwargs)
             for _, layer in masked_layers(self._average_model):

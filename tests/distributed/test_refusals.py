@@ -1,0 +1,39 @@
+"""What sharded weights do not allow is refused in one line, with the way out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from sbn_lightning import RoundingWarmup
+from sbn_lightning.callbacks import SparseEMAWeightAveraging
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed import shard
+from tests.helpers import small_module
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_averages_and_a_rounding_warm_up(mesh):
+    module = small_module(n_layers=1)
+    shard(module.model, module.model.blocks, mesh)
+    with pytest.raises(ConfigError, match=r"SparseEMAWeightAveraging needs a copy.*use the strategy ddp"):
+        SparseEMAWeightAveraging().on_fit_start(SimpleNamespace(), module)
+    with pytest.raises(ConfigError, match="set gather: latent in the strategy"):
+        RoundingWarmup(end=0.5, total_steps=4).on_step(SimpleNamespace(), module, 0)
+
+
+@pytest.mark.parametrize("replicate", [0, 2])
+def test_groups_that_are_not_equal(replicate, mesh):
+    model = small_module(n_layers=1).model
+    with pytest.raises(ConfigError, match=f"replicate={replicate} does not divide the 1 ranks"):
+        shard(model, model.blocks, mesh, replicate=replicate)
