@@ -17,7 +17,7 @@ import time
 from datetime import timedelta
 from uuid import uuid4
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch documents it there.
 
 from sbn_lightning.core.errors import SBNError
 
