@@ -118,8 +118,8 @@ ALL = (
         "Prefill and decoding",
         "Tokens a second of whole models with random weights in the loop of `sbn generate`. Prefill reads 2,048 tokens "
         "of each prompt; decoding is measured after 256 tokens of context. The ratio is to bf16 in the same loop and "
-        "the same run. Prefill of a single prompt is limited by the host, which launches the kernels: there, "
-        "run-to-run variation is large (8 to 40 ms), and we can be slower than bf16.",
+        "the same run. A single prompt is read as `Generator` reads it, from a CUDA graph; rows that were measured "
+        'before November 28 have no graph and are limited by the host. "one kernel" is the persistent decode step.',
         summarize,
     ),
     Page(

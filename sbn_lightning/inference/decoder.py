@@ -31,7 +31,7 @@ from sbn_lightning.inference.buckets import PromptGraphs, bucket_of
 from sbn_lightning.inference.choice import judge, key_of, known
 from sbn_lightning.inference.gather import persistent_step, refusal
 from sbn_lightning.inference.prompts import check_prompt
-from sbn_lightning.layers.mask_tracker import seem_unchanged, trust_weights
+from sbn_lightning.layers.mask_tracker import seem_unchanged, trust_weights, version
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.layers.sparse_linear import prepare_layers, ternary_layers
 from sbn_lightning.models.attention import in_window
@@ -139,6 +139,7 @@ class Decoder:
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self.growing = torch.ones_like(self.lengths)
+        self._ones = -1  # The version of ``growing`` that holds ones only.
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read prompts, one for each row of the batch; what was in the cache is forgotten.
@@ -181,6 +182,7 @@ class Decoder:
             last = found if last is None else torch.where((ends >= 0).unsqueeze(1), found, last)
         self.lengths.copy_(lengths_B)
         self.growing.fill_(1)
+        self._ones = version(self.growing)
         logits: Tensor = self.model.lm_head(last)
         return logits
 
@@ -289,8 +291,9 @@ class Decoder:
             raise ConfigError("a decoder steps on from prompts: call prefill first")
         if self.kind == "persistent" and (persistent := self._persistent_step(tokens_B)) is not None:
             logits = persistent.step(tokens_B)
-            # The kernel has added one to every row. Rows that do not grow have a free slot, so they grew as well.
-            self.lengths.sub_(1 - self.growing)
+            if self.growing.is_inference() or self.growing._version != self._ones:
+                # The kernel has added one to every row. Rows that do not grow have a free slot, so they grew as well.
+                self.lengths.sub_(1 - self.growing)
             return logits
         return self._plain_step(tokens_B)
 
