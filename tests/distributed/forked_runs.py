@@ -45,6 +45,7 @@ def _run_jobs(session: pytest.Session, root: Path, tokens: Path) -> None:
     file = root / "jobs.json"
     file.write_text(json.dumps([job | {"folder": str(job["folder"])} for job in jobs]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment["TRITON_INTERPRET"] = "1"  # Kernels of the precision plugin run on the CPU.
     command = [sys.executable, "-m", "tests.distributed.forked", str(file)]
     subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300 * (1 + len(jobs)))
 

@@ -14,12 +14,16 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+import sbn_lightning.cli.training
+import sbn_lightning.data.stream.loader  # noqa: F401
 from sbn_lightning import DurableCheckpoint
 from sbn_lightning.callbacks import DurableCheckpointIO, RankWatch
 from sbn_lightning.checkpoints import io
+from sbn_lightning.distributed import watch as watching
 from sbn_lightning.distributed.strategies import ShardedStrategy
 from tests.helpers import quiet_trainer, small_module, token_loader
 
+watching.BROKEN = 2.0  # The other rank is dead in the tests, so nobody has to be patient.
 SEQUENCES = 12  # In a step of all ranks: 1, 2, 3 and 4 ranks divide them.
 
 
@@ -52,8 +56,7 @@ def full_disk(path: Any) -> Any:
 
 def fail(folder: Path, kind: str, rank: int) -> None:
     """Train 5 steps that save each, while something happens to one rank after the second step."""
-    # On a busy machine a rank that is well may be silent for some seconds.
-    watch = RankWatch(silence=12 if kind == "killed" else 30, grace=3)
+    watch = RankWatch(silence=30, grace=3)
     watch.recipe = {"trainer.max_steps": "5"}
     if kind == "recipe" and int(os.environ["RANK"]) == rank:
         watch.recipe["trainer.max_steps"] = "6"
@@ -133,6 +136,23 @@ def fit_recipe(tokens: str) -> None:
     status = main(["fit", "--config", str(RECIPE), *options])
     if status != 0:
         raise SystemExit(status)
+
+
+def trained(folder: Path, runs: dict[str, dict[str, Any]], consolidated: list[str]) -> None:
+    """Make single files of sharded checkpoints, and then train."""
+    from sbn_lightning.checkpoints.sharded import consolidate
+    from tests.distributed import worker
+
+    for checkpoint in consolidated:
+        consolidate(checkpoint, f"{checkpoint}.consolidated")
+    worker.train_all(runs)
+
+
+def spoilt(folder: Path) -> None:
+    """Train steps in which the output of a layer is NaN on some ranks."""
+    from tests.distributed.steps_worker import write_errors
+
+    write_errors(folder)
 
 
 def packed(folder: Path, what: str) -> None:

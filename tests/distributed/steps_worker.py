@@ -1,10 +1,8 @@
-"""Run accumulated steps under FSDP2. ``torchrun steps_worker.py FOLDER`` writes what each rank saw to FOLDER."""
+"""Accumulated steps under FSDP2 in which a value is not finite."""
 
 import json
 import os
-import sys
 from datetime import timedelta
-from pathlib import Path
 
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -56,11 +54,8 @@ def error_of_spoilt(at):
     return "none"
 
 
-def main(folder):
+def write_errors(folder):
+    """Write what each rank saw to ``folder``."""
     rank = int(os.environ["RANK"])
     seen = {name: error_of_spoilt(at[rank]) for name, at in NON_FINITE.items()}
-    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    (folder / f"rank{rank}.json").write_text(json.dumps(seen))

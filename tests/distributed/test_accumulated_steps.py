@@ -6,8 +6,8 @@ import pytest
 
 from sbn_lightning import UnshardedAccumulation
 from tests.distributed.steps_worker import LAYER, NON_FINITE
-from tests.distributed.test_two_processes import ROOT, launch
 
+pytestmark = pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
 ELSEWHERE, EARLIER = "in optimiser step 1 on another process; there is", "; it came with an earlier micro-batch"
 NAMED = f"; it begins in {LAYER}: its output is not finite"
 ERRORS = {
@@ -18,11 +18,14 @@ ERRORS = {
 }
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def jobs_of_ranks(folder, tokens):
+    return [{"ranks": 2, "function": "spoilt", "folder": folder}]
+
+
+@pytest.fixture
+def seen(forked_runs):
     """What each rank saw."""
-    folder = tmp_path_factory.mktemp("steps")
-    launch([str(ROOT / "tests/distributed/steps_worker.py"), str(folder)], folder, timeout=120)
+    folder = forked_runs / "test_accumulated_steps"
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -11,7 +11,7 @@ from sbn_lightning.checkpoints.resume import why_unreadable
 pytestmark = pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
 # What fails, the rank, what each rank says, and the last step that is saved.
 FAULTS = {
-    "killed": (1, ("rank 1: gone without a word for 12 seconds; was it killed?", ""), 2),
+    "killed": (1, ("rank 1: gone without a word for 2 seconds; was it killed?", ""), 2),
     "memory": (1, ("rank 1: OutOfMemoryError: CUDA out of memory", "OutOfMemoryError: CUDA out of memory"), 2),
     "disk": (0, ("No space left on device", "rank 0: DataError: cannot write the checkpoint"), 1),
     "recipe": (1, ("rank 1 has another recipe than rank 0: trainer.max_steps=6, not 5",) * 2, 0),

@@ -1,11 +1,7 @@
 """DDP and FSDP2 on two CPU processes, compared with one process; each continues the checkpoints of the others."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,11 +14,12 @@ from sbn_lightning.checkpoints.sharded import consolidate
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.data import prepare
 from sbn_lightning.distributed.strategies import check_checkpoint, check_strategy
-from tests.distributed import worker
+from tests.distributed.forked_runs import statuses
 from tests.distributed.worker import EPOCH, GLOBAL_BATCH, TINY_EPOCH
 from tests.helpers import Interrupted
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
+JOBS = ("first1", "first2", "onward1", "onward2")
 STEPS = 6
 ONWARD = [
     ("auto", "ddp"),
@@ -54,32 +51,13 @@ ACCUMULATED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def counting(tmp_path_factory):
-    """A folder of tokens that count upwards, so that no two blocks of tokens are equal."""
-    folder = tmp_path_factory.mktemp("counting")
-    for i in range(8):
-        (folder / f"{i}.txt").write_text(" ".join(str(n) for n in range(i * 5000, i * 5000 + 300)))
-    output = folder / "tokens"
-    prepare(str(folder / "*.txt"), str(output), tokenizer="byte", val_fraction=0.2, num_workers=1)
-    return output
-
-
-@pytest.fixture(scope="module")
-def epoch(counting):
-    index = json.loads((counting / "train/index.json").read_text())
-    return sum(chunk["dim"] // 64 for chunk in index["chunks"]) // GLOBAL_BATCH
-
-
-@pytest.fixture(scope="module")
-def runs(counting, epoch, tmp_path_factory):
-    """What each rank saw, by the name of the run: whole runs, runs of half an epoch, and runs that continue them."""
-    folder = tmp_path_factory.mktemp("runs")
-    first, onward = {}, {"refused": {"strategy": "tensor-parallel", "steps": 1}}
-    data = {"tokens": str(counting)}
+def jobs_of_ranks(folder, tokens):
+    """Whole runs, runs of half an epoch, and runs that continue them: those on one process, and those on two."""
+    data, onward = {"tokens": str(counting(folder))}, {"refused": {"strategy": "tensor-parallel", "steps": 1}}
+    first, half = {}, epoch_of(folder) // 2
     for strategy in ("auto", "ddp", "fsdp2", "sharded", "packed"):
         first[strategy] = {"strategy": strategy, "steps": STEPS}
-        first[f"{strategy} half"] = {"strategy": strategy, "steps": epoch // 2, **data}
+        first[f"{strategy} half"] = {"strategy": strategy, "steps": half, **data}
     for name, strategy in ACCUMULATED:
         first[name] = {"strategy": strategy, "steps": STEPS // 2, "accumulate": 2}
     for strategy in ("auto", "ddp", "fsdp2", "packed"):
@@ -91,31 +69,51 @@ def runs(counting, epoch, tmp_path_factory):
         onward[f"{name} rest"] = job | {"checkpoint": str(folder / name / f"step={TINY_EPOCH}.ckpt")}
     for before, after in ONWARD:
         kind = "ckpt.consolidated" if before == "sharded" and after != "sharded" else "ckpt"
-        whole, half = folder / before / f"step={EPOCH}.{kind}", folder / f"{before} half" / f"step={epoch // 2}.{kind}"
+        whole, part = folder / before / f"step={EPOCH}.{kind}", folder / f"{before} half" / f"step={half}.{kind}"
         onward[f"{before} to {after}"] = {"strategy": after, "steps": STEPS, "checkpoint": str(whole)}
-        onward[f"{before} to {after} rest"] = {"strategy": after, "steps": epoch - 2, "checkpoint": str(half), **data}
+        rest = {"strategy": after, "steps": epoch_of(folder) - 2, "checkpoint": str(part), **data}
+        onward[f"{before} to {after} rest"] = rest
+    sharded = [str(folder / f"sharded/step={EPOCH}.ckpt"), str(folder / f"sharded half/step={half}.ckpt")]
+    found = []
+    for name, runs in (("first", first), ("onward", onward)):
+        for ranks in (1, 2):
+            some = {str(folder / key): run for key, run in runs.items() if (run["strategy"] == "auto") == (ranks == 1)}
+            options = {"runs": some, "consolidated": sharded if (name, ranks) == ("onward", 1) else []}
+            found.append({"ranks": ranks, "function": "trained", "folder": folder / f"{name}{ranks}"})
+            found[-1]["options"] = options
+    return found
+
+
+def counting(folder):
+    """A folder of tokens that count upwards, so that no two blocks of tokens are equal."""
+    texts, output = folder / "texts", folder / "counting"
+    texts.mkdir(parents=True)
+    for i in range(8):
+        (texts / f"{i}.txt").write_text(" ".join(str(n) for n in range(i * 5000, i * 5000 + 300)))
+    prepare(str(texts / "*.txt"), str(output), tokenizer="byte", val_fraction=0.2, num_workers=1)
+    return output
+
+
+def epoch_of(folder):
+    index = json.loads((folder / "counting/train/index.json").read_text())
+    return sum(chunk["dim"] // 64 for chunk in index["chunks"]) // GLOBAL_BATCH
+
+
+@pytest.fixture(scope="module")
+def runs(forked_runs):
+    """What each rank saw, by the name of the run."""
+    folder = forked_runs / "test_two_processes"
+    logs = [(folder / job / "rank0.log").read_text()[-2000:] for job in JOBS if any(statuses(folder / job))]
+    assert not logs, logs[0]
     seen = {"folder": folder}
-    for jobs in (first, onward):
-        alone = {name: job for name, job in jobs.items() if job["strategy"] == "auto"}
-        for name, job in alone.items():
-            seen[name] = [worker.train(str(folder / name), **job)]
-        together = [name for name in jobs if name not in alone]
-        path = folder / "jobs.json"
-        path.write_text(json.dumps({str(folder / name): jobs[name] for name in together}))
-        launch([str(ROOT / "tests/distributed/worker.py"), str(path)], folder)
-        for name in together:
-            seen[name] = [torch.load(folder / f"{name}.rank{rank}.pt", weights_only=True) for rank in range(2)]
-        if jobs is first:
-            for checkpoint in (f"sharded/step={EPOCH}.ckpt", f"sharded half/step={epoch // 2}.ckpt"):
-                consolidate(str(folder / checkpoint), str(folder / f"{checkpoint}.consolidated"))
+    for path in sorted(folder.glob("*.rank*.pt")):
+        seen.setdefault(path.name.rpartition(".rank")[0], []).append(torch.load(path, weights_only=True))
     return seen
 
 
-def launch(words, folder, timeout=None):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.fixture(scope="module")
+def epoch(runs):
+    return epoch_of(runs["folder"])
 
 
 def rows(ranks):

@@ -1,15 +1,11 @@
 """Train a small model under a strategy and record what each rank saw.
 
-``torchrun worker.py JOBS`` runs all jobs of a JSON file, ``{output folder: arguments of train}``, because processes
-take far longer to start than to train. Without a folder of tokens the ranks share random batches in a fixed way, so
-that together they see what a single process sees.
+Without a folder of tokens the ranks share random batches in a fixed way, so that together they see what a single
+process sees.
 """
 
-import json
 import os
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
@@ -35,7 +31,7 @@ from tests.helpers import quiet_trainer, small_module, token_loader
 GLOBAL_BATCH = 8
 EPOCH = 4  # no folder of tokens: random batches
 TINY = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 16}  # kernels run in Triton's interpreter
-TINY_EPOCH = 2
+TINY_EPOCH = 1
 sharding = partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
 STRATEGIES = {
     "auto": lambda: "auto",
@@ -89,14 +85,14 @@ def measure_on_rank_0_only():
 
 
 def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None, accumulate=1, decay=0.0):
-    """Train, save after every second step (a run on tokens: at its end), and return what the rank saw."""
+    """Train, save after each epoch or half an epoch (on tokens: at the end), and return what the rank saw."""
     world = 1 if strategy == "auto" else 2
     options = {"strategy": STRATEGIES[strategy](), "devices": world, "use_distributed_sampler": False}
     options["logger"] = TensorBoardLogger(f"{output}.logs") if tokens is None else False
     if plugin is not None:
         options["plugins"] = [SparseTernaryPrecision(dtype="fp32", **plugin)]
     witness, sparsity = Witness(), SparsityPatternLogger(2)
-    every = 2 if tokens is None else steps
+    every = steps if tokens is not None else 2 if plugin is None else TINY_EPOCH
     saver = DurableCheckpoint(
         dirpath=output, filename="{step}", every_n_train_steps=every, save_top_k=-1, save_last=tokens is None
     )
@@ -119,8 +115,9 @@ def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None, ac
     return {**{key: getattr(witness, key) for key in kept}, "counts": counts, "ignored": ignored}
 
 
-def main(jobs):
-    for output, options in json.loads(Path(jobs).read_text()).items():
+def train_all(runs):
+    """Train runs one after the other, ``{output folder: arguments of train}``. Records lie beside the folders."""
+    for output, options in runs.items():
         measured, options = precision.choose, dict(options)
         if options.pop("measured", False):
             measure_on_rank_0_only()
@@ -131,7 +128,3 @@ def main(jobs):
         finally:
             precision.choose = measured
         torch.save(record, f"{output}.rank{os.environ['RANK']}.pt")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
