@@ -386,7 +386,9 @@ bandwidth, the latencies of rings, and what a backward hides. [Several GPUs](sca
 
 One number was fitted to these two rows, so their errors say how well one number serves both, and no more. Two limits:
 a third row, FSDP2 that gathers float32 latent weights (715 ms measured), is far off the model. There the host and not
-the link was the limit. And a step of `sbn_fsdp2` with packed words has not been timed on GPUs yet.
+the link was the limit. A later run on a host that was busy with other work had 565 ms for `sbn_fsdp2` with packed words
+(one GPU 486 ms, model 536, -5.2%), 602 ms for DDP (model 532, -11.6%) and 709 ms for BF16 under FSDP2 (model 693,
+-2.3%).
 
 ## Scaling: throughput over that of one GPU times the number of GPUs
 
