@@ -9,6 +9,7 @@ import torch
 
 def summary(events: Any) -> str:
     """A table of the kernels and of the host's calls that took most of one step."""
+    events = [event for event in events if not getattr(event, "is_user_annotation", False)]  # They contain kernels.
     kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     busy = sum(event.self_device_time_total for event in kernels) / 1e3
     sent = sum(event.self_device_time_total for event in kernels if "nccl" in event.key.lower()) / 1e3
