@@ -134,8 +134,8 @@ ALL = (
         "A decode step as one kernel",
         "Microseconds of a whole decode step, embedding to logits, as one persistent kernel: "
         '`Decoder(step="persistent")`. The weights are random, and the choice of a token is not part of the time. '
-        "These rows were measured beside the tests of the kernel, on packed random weights without the model around "
-        "them. BF16 was not measured in the same run, so there is no ratio.",
+        "There is no ratio, because BF16 was not measured in the same run. The page of prefill and decoding has "
+        "ratios, with the choice of a token. The rows of 0.5B and 3B are of an older version of the kernel.",
         render,
     ),
     Page(
