@@ -254,6 +254,11 @@ def trust_weights() -> Iterator[None]:
         _trusting.depth -= 1
 
 
+def weights_are_trusted() -> bool:
+    """Whether this thread is in a context of :func:`trust_weights`."""
+    return _trusting.depth > 0
+
+
 class _Trusting(threading.local):
     depth = 0
 

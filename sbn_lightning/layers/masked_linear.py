@@ -28,7 +28,13 @@ from torch.distributed.tensor import DTensor
 from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.density import check_density, kept_in_rows
-from sbn_lightning.layers.mask_tracker import MaskTracker, fingerprint, look_at_all, trust_weights
+from sbn_lightning.layers.mask_tracker import (
+    MaskTracker,
+    fingerprint,
+    look_at_all,
+    trust_weights,
+    weights_are_trusted,
+)
 from sbn_lightning.layers.options import check_tokens, config_option
 from sbn_lightning.layers.saved_masks import SavedMask
 from sbn_lightning.sparsity.config import Gradient, Kind, MaskSource, SparsityConfig
@@ -373,10 +379,11 @@ def weights_stay(model: nn.Module) -> Iterator[None]:
     Args:
         model: The model with the masked layers.
     """
-    look_at_all(
-        (layer.tracker, layer._weight(), layer.training)
-        for _, layer in masked_layers(model)
-        if not isinstance(layer._weight(), DTensor)
-    )
+    if not weights_are_trusted():
+        look_at_all(
+            (layer.tracker, layer._weight(), layer.training)
+            for _, layer in masked_layers(model)
+            if not isinstance(layer._weight(), DTensor)
+        )
     with trust_weights():
         yield

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.mask_tracker import weights_are_trusted
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers, weights_stay
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.models.attention import Attend, Attention, causal_attention
@@ -178,7 +179,7 @@ class TernaryTransformer(nn.Module):
             raise ConfigError(
                 f"a sequence of {length} tokens is longer than max_sequence_length={self.config.max_sequence_length}"
             )
-        if self.is_compiled:
+        if self.is_compiled and not weights_are_trusted():
             prepare_layers(self)
         x_BTD = self.embed(tokens_BT)
         if torch.is_autocast_enabled(x_BTD.device.type):
