@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from sbn_lightning.callbacks.mask_refresh import MaskRefresh
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
 from sbn_lightning.checkpoints.text_files import KEY, TextFiles, text_of_run
 from sbn_lightning.core.errors import ConfigError, DataError
@@ -288,7 +289,12 @@ class SparseBitNet(LightningModule):
         if not isinstance(self.trainer, Trainer):
             raise ConfigError("model.cuda_graphs works in a Trainer and not in the Fabric loop; set it to false")
         strategy = self.trainer.strategy
+        refreshes = [callback for callback in self.trainer.callbacks if isinstance(callback, MaskRefresh)]  # type: ignore[attr-defined]
+        holds = any(callback.refresh.holds_masks for callback in refreshes)
+        # The tests on a GPU do not all pass with recomputation, or with masks that compiled blocks hold for some steps.
         reasons = {
+            "activation_checkpointing": bool(self.config.activation_checkpointing),
+            "mask_refresh.interval above 1 or freeze_after, and compile": holds and self.hparams["compile"],
             f"{self.trainer.world_size} processes": self.trainer.world_size > 1,
             f"{type(strategy).__name__}, only with trainer.strategy: auto": not isinstance(
                 strategy, SingleDeviceStrategy

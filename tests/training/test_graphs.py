@@ -170,6 +170,12 @@ def test_an_operation_that_cannot_be_recorded_is_one_error(monkeypatch):
     ("changes", "options", "message"),
     [
         ({}, {}, "a run on cpu"),
+        ({"activation_checkpointing": "mlp"}, {}, "activation_checkpointing"),
+        (
+            {},
+            {"callbacks": [MaskRefresh(freeze_after=3)]},
+            r"mask_refresh\.interval above 1 or freeze_after, and compile",
+        ),
         ({"n_experts": 4, "d_expert": 32}, {}, "a mixture of experts"),
         ({"loss": "liger"}, {}, "loss: liger"),
         ({}, {"strategy": DDPStrategy()}, r"DDPStrategy, only with trainer\.strategy: auto"),
@@ -178,6 +184,7 @@ def test_an_operation_that_cannot_be_recorded_is_one_error(monkeypatch):
 def test_what_does_not_work_is_refused(changes, options, message):
     module = small_module(pattern="2:4", **changes)
     module.cuda_graphs, module.trainer = True, quiet_trainer(max_steps=1, **options)
+    module.hparams["compile"] = "callbacks" in options
     with pytest.raises(ConfigError, match=f"model.cuda_graphs does not work with {message}"):
         module._check_graphs()
 
