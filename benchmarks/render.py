@@ -93,7 +93,7 @@ def _summarize_generation(rows: list[dict[str, str]], where: str) -> str:
     found = list(dict.fromkeys(row["variant"] for row in rows))
     variants = [name for name in known if name in found] + [name for name in found if name not in known]
     lines = [where, "", "| tokens/s | " + " | ".join(variants) + " |", "|" + " --- |" * (len(variants) + 1)]
-    for model, what, batch in sorted(table, key=lambda cell: (cell[0], cell[1] != "prefill", cell[2])):
+    for model, what, batch in sorted(table, key=lambda cell: (cell[0], not cell[1].startswith("prefill"), *cell[1:])):
         values = " | ".join(table[model, what, batch].get(variant, "") for variant in variants)
         lines.append(f"| {model}, {what}, batch {batch} | {values} |")
     return "\n".join(lines)
