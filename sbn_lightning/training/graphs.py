@@ -2,8 +2,7 @@
 
 A small model launches kernels that run for microseconds each, so the host limits a step. A CUDA graph launches all of
 them at once. The first micro-batches run without graphs: they compile kernels and choose them, which no graph can
-record. Then one forward and one backward are recorded. A replay runs the same kernels on the same addresses, so the
-result is the same to the last bit.
+record. Then one forward and one backward are recorded. A replay runs the same kernels on the same addresses.
 
 What a graph reads must keep its address:
 
