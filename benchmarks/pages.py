@@ -117,9 +117,11 @@ ALL = (
         "generation",
         "Prefill and decoding",
         "Tokens a second of whole models with random weights in the loop of `sbn generate`. Prefill reads 2,048 tokens "
-        "of each prompt; decoding is measured after 256 tokens of context. The ratio is to bf16 in the same loop and "
-        "the same run. A single prompt is read as `Generator` reads it, from a CUDA graph; rows that were measured "
-        'before November 28 have no graph and are limited by the host. "one kernel" is the persistent decode step.',
+        "of each prompt, or the number in the row; decoding is measured after 256 tokens of context. The ratio is to bf16 in the same loop and "
+        "the same run. A row can hold cells of different runs, so compare a cell with its own ratio and not with the "
+        "bf16 cell beside it. A single prompt is read as `Generator` reads it, from a CUDA graph. Prefill at 0.5B and "
+        "3B, and of 6:8 at 1.5B, was measured before there were such graphs; single prompts there were limited by the "
+        'host. "one kernel" is the persistent decode step. An empty cell was not measured.',
         summarize,
     ),
     Page(
@@ -166,7 +168,9 @@ ALL = (
         "Several GPUs",
         "Training steps on two GPUs of one host. `scaling` is the throughput divided by twice the throughput of one "
         "GPU. `wire_mib` is what a rank receives in a step, counted as the collectives run; it is empty in rows from "
-        "before it was counted. `same_masks` says whether both ranks had the same masks at the end.",
+        "before it was counted. `same_masks` says whether both ranks had the same masks at the end. Strategies that "
+        "begin with `bf16` train the dense model, which has no int8 gradients. The row of DDP at 1.5B may be too slow, "
+        "because other work started on these GPUs; an earlier run had a scaling of 0.91.",
         render,
     ),
     Page(

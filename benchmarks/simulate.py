@@ -347,11 +347,11 @@ def first_to_fit(shape: Shape, room: float, plan: Plan) -> str:
 
 
 def fit_table() -> str:
-    """The number of ranks that each shape needs."""
+    """The number of ranks that each shape needs, with one sequence on each and blocks that are recomputed."""
     one = {"sequences": 1, "length": 4096}
     plans = [Plan(**one), Plan(gather="packed_layer", **one)]  # type: ignore[arg-type]
     rows = [[shape.name, *(first_to_fit(shape, 72.0, plan) for plan in plans)] for shape in SHAPES]
-    return table(["ranks needed with 72 GiB each", "packed_step", "packed_layer"], rows)
+    return table(["ranks needed with 72 GiB each, checkpointing", "packed_step", "packed_layer"], rows)
 
 
 def page() -> str:
@@ -429,6 +429,9 @@ The same with rows shared within a host (a mesh of two dimensions), 50 Gbit/s:
 
 The int8 codes that the products read weigh more than the words on the wire: a byte a weight, with packed words for the
 forward and for the gradient of the input 1.5 bytes. `packed_layer` holds those of two blocks.
+
+The next table takes one sequence of 4,096 tokens on each GPU and recomputes whole blocks. So a model fits on fewer
+ranks than the first column above says:
 
 {fit_table()}
 
