@@ -117,11 +117,11 @@ ALL = (
         "generation",
         "Prefill and decoding",
         "Tokens a second of whole models with random weights in the loop of `sbn generate`. Prefill reads 2,048 tokens "
-        "of each prompt, or the number in the row; decoding is measured after 256 tokens of context. The ratio is to bf16 in the same loop and "
-        "the same run. A row can hold cells of different runs, so compare a cell with its own ratio and not with the "
-        "bf16 cell beside it. A single prompt is read as `Generator` reads it, from a CUDA graph. Prefill at 0.5B and "
-        "3B, and of 6:8 at 1.5B, was measured before there were such graphs; single prompts there were limited by the "
-        'host. "one kernel" is the persistent decode step. An empty cell was not measured.',
+        "of each prompt, or the number in the row; decoding is measured after 256 tokens of context. The ratio is to "
+        "bf16 in the same loop and the same run. A row can hold cells of different runs, so compare a cell with its "
+        "own ratio and not with the bf16 cell beside it. A single prompt is read as `Generator` reads it, from a CUDA "
+        "graph. Prefill at 0.5B and 3B, and of 6:8 at 1.5B, was measured before there were such graphs; single prompts "
+        'there were limited by the host. "one kernel" is the persistent decode step. An empty cell was not measured.',
         summarize,
     ),
     Page(
