@@ -60,15 +60,23 @@ class Watch:
 
     def stop(self) -> None:
         """End the thread. A rank that has reached the end of the run is not gone."""
-        if not self._ended.is_set() and self.cause() is None:
-            self._store.set(f"{self._prefix}/beat/{self.rank}", "done")
+        if self._ended.is_set():
+            return
         self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(self.silence)  # A sign of life that is on its way would replace the last one.
+        if self.cause() is None:
+            with suppress(RuntimeError):  # Rank 0 may have ended, and the store with it.
+                self._store.set(f"{self._prefix}/beat/{self.rank}", "done")
 
     def report(self, cause: str) -> str:
         """Write down why this rank fails, unless another rank has failed before. Return the first cause."""
         own = f"rank {self.rank}: {cause}"
         if self.cause() is None:
-            self._known = self._store.compare_set(f"{self._prefix}/cause", "", own).decode() or own
+            try:
+                self._known = self._store.compare_set(f"{self._prefix}/cause", "", own).decode() or own
+            except RuntimeError:
+                self._known = GONE
             time.sleep(3 * BEAT)  # The store may end with this process, so the others have time to read the cause.
         assert self._known is not None
         return self._known
@@ -123,7 +131,7 @@ class Watch:
                     silent = f"rank {following}: gone without a word for {limit:g} seconds; was it killed?"
                     store.compare_set(f"{self._prefix}/cause", "", silent)
             except RuntimeError:
-                # Rank 0 owns the store.
+                # Rank 0 owns the store. (torchrun does in a program that does not call `meet_afresh`.)
                 if zero == b"done":
                     return
                 self._known = self._known or GONE

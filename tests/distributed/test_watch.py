@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -40,3 +43,52 @@ def test_errors_that_only_say_that_another_rank_is_gone():
 def test_seconds_must_be_positive(name):
     with pytest.raises(ConfigError, match=f"{name}=0 must be more than 0 seconds"):
         RankWatch(**{name: 0})
+
+
+class SlowStore:
+    """A store in which a sign of life takes a while."""
+
+    def __init__(self, store):
+        self.store, self.on_its_way = store, threading.Event()
+
+    def clone(self):
+        return self
+
+    def set(self, key, value):
+        if value.isdecimal() and value != "0":
+            self.on_its_way.set()
+            time.sleep(0.3)
+        self.store.set(key, value)
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+
+def test_the_last_sign_of_a_rank_says_that_it_is_done(alone, monkeypatch):
+    """A sign of life that is on its way when the run ends must not come after it: the rank would count as gone."""
+    monkeypatch.setattr(watching, "BEAT", 0.01)
+    watch = Watch(silence=5, grace=5)
+    store = watch._store = SlowStore(watch._store)
+    watch.start()
+    assert store.on_its_way.wait(5)
+    watch.stop()
+    watch._thread.join()
+    assert store.get(f"{watch._prefix}/beat/0") == b"done"
+
+
+def test_a_store_that_vanishes_hides_no_error(alone, monkeypatch):
+    monkeypatch.setattr(watching, "BEAT", 0.01)
+    watch = Watch(silence=1, grace=1)
+
+    class Vanishing:
+        def check(self, keys):
+            return False
+
+        def compare_set(self, *args):
+            raise dist.DistNetworkError("Connection reset by peer")
+
+        set = compare_set
+
+    watch._store = Vanishing()
+    watch.stop()
+    assert watch.report("DataError: no room") == watching.GONE
