@@ -1,8 +1,8 @@
 """Choose how a decoder steps: with one persistent kernel, or with the layers of the model.
 
 Both compute the same step, and which one is faster depends on the model, the batch and the GPU. So the choice is
-measured, once for each of them in a process. Before that, both compute the next step of the decoder at hand, and their
-logits are compared. A persistent kernel that computes something else is not used, however fast it is.
+measured, once in a process for each combination of them. Before that, both compute the next step of the decoder at
+hand, and their logits are compared. A persistent kernel that computes something else is not used, however fast it is.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sbn_lightning.inference.gather import shape_of
 from sbn_lightning.models.transformer import TernaryTransformer
 
 # The largest relative RMS difference of the logits. Both paths round, and a rounding may move an 8-bit integer in every
 # later layer. With random weights, which exaggerate that, up to 0.1 was seen.
 BOUND = 0.2
 # A most likely token may differ where the other path finds it about as likely: within this many standard deviations of
-# the logits. At a difference of BOUND that is what two tokens can move apart.
+# the logits. At a difference of BOUND, two tokens can move that far apart.
 TIE = 0.5
 _ROUNDS, _STEPS = 5, 8
 
@@ -46,17 +47,14 @@ _verdicts: dict[tuple[Any, ...], Verdict] = {}
 
 def key_of(model: TernaryTransformer, batch_size: int, cuda_graph: bool) -> tuple[Any, ...]:
     """What a verdict depends on."""
-    device = model.embed.weight.device
-    config = model.config
-    shape = (config.n_layers, config.d_model, config.d_ffn, config.n_heads, config.n_kv_heads, config.vocab_size)
+    device, config = model.embed.weight.device, model.config
     block: Any = model.blocks[0]
-    # A model whose blocks are compiled has another speed.
-    backend = str(getattr(block.attention.qkv, "backend", ""))
-    return str(device), shape, config.qkv_bias, config.pattern, backend, model.is_compiled, batch_size, cuda_graph
+    layers = str(getattr(block.attention.qkv, "backend", "")), model.is_compiled  # What their speed depends on.
+    return str(device), shape_of(config), config.qkv_bias, config.pattern, *layers, batch_size, cuda_graph
 
 
 def known(key: tuple[Any, ...]) -> Verdict | None:
-    """The verdict of an earlier measurement in this process."""
+    """The verdict of an earlier measurement in this process; None if there was none."""
     return _verdicts.get(key)
 
 
@@ -78,7 +76,7 @@ def judge(
         plain: The same with the layers of the model.
         check: Raises a ``RuntimeError`` if a persistent step has passed its deadline.
         rows: Which rows hold a sequence, bool ``[B]``.
-        lengths: The number of tokens of each row, which a step changes; the numbers are those of now afterwards.
+        lengths: The number of tokens of each row, int64 ``[B]``. Each step changes it, and it is put back afterwards.
     """
     before = lengths.clone()
 

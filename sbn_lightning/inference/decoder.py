@@ -328,6 +328,8 @@ class Decoder:
     def choice(self) -> str:
         """How a step is computed, in one line."""
         if self.kind == "persistent":
+            if self._gives_way and not self._measured:
+                return "measured at the first step, which has not come yet"
             return "one persistent kernel" + self._measured
         plain = "the layers of the model" + (", as a CUDA graph" if self._use_graph else "")
         return plain if self._refusal is None else f"{plain}; the persistent kernel {self._refusal}"
@@ -349,10 +351,11 @@ class Decoder:
                 self._persistent = persistent_step(
                     self.model, caches, self.max_length, self.lengths, cuda_graph=self._use_graph
                 )
-            except ConfigError as error:
+            except (ConfigError, torch.OutOfMemoryError) as error:  # The kernel has a copy of the weights.
                 if not self._gives_way:
                     raise
-                self.kind, self._refusal = "graph", f"cannot be used: {error}"
+                reason = str(error.__cause__ or error).splitlines()[0]
+                self.kind, self._refusal = "graph", f"cannot be used: {reason}"
                 return None
             if self._gives_way and verdict is None:
                 ours, theirs = partial(self._persistent.step, tokens_B), partial(self._plain_step, tokens_B)

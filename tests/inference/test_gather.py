@@ -155,12 +155,27 @@ def test_auto_gives_way_to_the_layers_of_the_model(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(decoder_module, "refusal", lambda model, batch_size: None)
     assert generate(model, [[1, 2, 3]], max_new_tokens=5, decode_step="auto") == expected
     decoder = Decoder(model, 1, 12, step="auto")
-    assert decoder.choice == "one persistent kernel"
+    assert decoder.choice == "measured at the first step, which has not come yet"
     decoder.prefill([[1]])
     decoder.step(torch.tensor([2]))
     assert decoder.choice.startswith("the layers of the model; the persistent kernel cannot be used:")
     with pytest.raises(ConfigError, match="cast the model to bfloat16"):
         generate(model, [[1, 2, 3]], max_new_tokens=5, decode_step="persistent")
+
+
+def test_auto_gives_way_where_the_copy_of_the_weights_finds_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(decoder_module, "persistent_step", full)
+    monkeypatch.setattr(decoder_module, "refusal", lambda model, batch_size: None)
+    decoder, strict = Decoder(make(), 1, 12, step="auto"), Decoder(make(), 1, 12, step="persistent")
+    for one in (decoder, strict):
+        one.prefill([[1]])
+    decoder.step(torch.tensor([2]))
+    assert decoder.choice == "the layers of the model; the persistent kernel cannot be used: CUDA out of memory."
+    with pytest.raises(torch.OutOfMemoryError):
+        strict.step(torch.tensor([2]))
 
 
 def test_rows_start_and_wait_around_the_persistent_step(monkeypatch: pytest.MonkeyPatch) -> None:
