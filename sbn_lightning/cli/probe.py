@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -81,6 +82,8 @@ def probe(
     where = loaded.model.embed.weight.device
     with torch.inference_mode():
         results = ask(lambda tokens: loaded.model(tokens.to(where)), made, batch_size)
+    if left_out := sorted({task.name for task in made} - {result.task for result in results}):
+        print(f"left out, because rows of {length} tokens have nothing to ask: {', '.join(left_out)}", file=sys.stderr)
     if json:
         about = {"model": str(loaded.path), "length": length, "seed": seed}
         print(json_text.dumps(about | {"results": [asdict(result) for result in results]}, indent=2))

@@ -2,9 +2,9 @@
 
 Each task is a set of rows of token ids, and some tokens of a row belong to an item. The model sees the whole row at
 once, and an item is right if the model ranks each of the item's tokens first. The mean log-probability of these tokens
-separates models that get almost no item right. The items of a row share their context.
-The noise is therefore the standard error over rows: the deviation of the rows' accuracies, divided by the square root
-of the number of rows.
+separates models that get almost no item right. The items of a row share their context. The
+noise is therefore the standard error over rows: the deviation of the rows' accuracies, divided by the square root of
+the number of rows.
 
 * ``copy``: a span of :data:`SPAN` random tokens comes again after a distance. All tokens of the second span but the
   first :data:`ANNOUNCED` are items.
@@ -165,7 +165,7 @@ def _score(task: Task, right: Tensor, log: Tensor) -> Probed:
     Args:
         task: The task.
         right: Whether the token after each token was ranked first, bool ``[rows, length - 1]``.
-        log: The logarithm of its probability, float32 ``[rows, length - 1]``.
+        log: The logarithm of that token's probability, float32 ``[rows, length - 1]``.
     """
     shares: list[float] = []
     means: list[float] = []
@@ -244,7 +244,7 @@ def _sums(tokenizer: Tokenizer, rows: int, length: int, first: int, generator: t
 
 def _identifiers(tokenizer: Tokenizer, rows: int, length: int, text: Tensor) -> Task:
     tokens = text[: len(text) // length * length].long().view(-1, length)[:rows]
-    texts = {i: tokenizer.decode([i], skip_special_tokens=False) for i in tokens.unique().tolist()}
+    texts = {i: _text_in_a_row(tokenizer, i) for i in tokens.unique().tolist()}
     found = [_names([texts[i] for i in row]) for row in tokens.tolist()]
     rows_with = Counter(name for names in found for name in {name for name, _, _ in names})
     items = torch.full_like(tokens, -1)
@@ -255,6 +255,12 @@ def _identifiers(tokenizer: Tokenizer, rows: int, length: int, text: Tensor) -> 
                 items[row, first + 1 : end] = number
             seen.add(name)
     return Task("identifiers", "", tokens, items)
+
+
+def _text_in_a_row(tokenizer: Tokenizer, token: int) -> str:
+    """Return the text of a token that is not the first one. Some tokenizers drop the space of the first token."""
+    once, twice = (tokenizer.decode([token] * count, skip_special_tokens=False) for count in (1, 2))
+    return twice[len(once) :]
 
 
 def _names(texts: Sequence[str]) -> list[tuple[str, int, int]]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from sbn_lightning.checkpoints.lightning_file import contents
 from sbn_lightning.cli import main
@@ -22,6 +22,7 @@ def tokenizer():
     pieces = ["<|endoftext|>", *words, *"0123456789+=\n.;", " quick_", "counter", "other_", "name"]
     made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="."))
     made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.decoder = decoders.Fuse()
     made.add_special_tokens(["<|endoftext|>"])
     return made
 
@@ -85,6 +86,15 @@ def test_identifiers_are_long_names_seen_before_and_only_in_this_row(tokenizer):
     assert torch.nonzero(task.items >= 0).tolist() == [[0, len(row) - 1]]  # `counter`; other_name is in both rows
 
 
+def test_words_of_a_tokenizer_that_drops_the_first_space_are_not_one_name():
+    tokenizer = Tokenizer(models.BPE({"</s>": 0, "▁long": 1, "▁words": 2, "▁counter": 3, "_of": 4, ";": 5}, []))
+    tokenizer.decoder = decoders.Metaspace()
+    row = torch.full((LENGTH,), 5)
+    row[:10] = torch.tensor([1, 2, 5, 3, 4, 5, 1, 2, 3, 4])
+    (task,) = make_tasks(tokenizer, LENGTH, text=row, names=["identifiers"])
+    assert torch.nonzero(task.items >= 0).tolist() == [[0, 9]]  # `_of` of counter_of; there is no `longwords`
+
+
 def test_the_error_is_that_of_the_rows_means():
     items = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 2], [-1, -1, -1, -1]])
     right = torch.tensor([[True, False, True], [True, True, True], [False, False, False]])
@@ -116,8 +126,10 @@ def test_the_command_prints_a_table_and_json(tokenizer, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("abcaabaac other_name;" * 40)
     words = ["probe", "--checkpoint", str(tmp_path / "m.ckpt"), "--length", "60", "--rows", "3", "--device", "cpu"]
     assert main([*words, "--json"]) == 0
-    results = json.loads(capsys.readouterr().out)["results"]
+    printed = capsys.readouterr()
+    results = json.loads(printed.out)["results"]
     assert [result["task"] for result in results] == ["copy", "induction"]  # eight sums do not fit into 60 tokens
+    assert "rows of 60 tokens have nothing to ask: sums" in printed.err
     assert all(0 <= result["accuracy"] <= 1 and result["rows"] == 3 for result in results)
     assert main([*words, "--tasks", "copy"]) == 0
     lines = capsys.readouterr().out.splitlines()
