@@ -36,9 +36,9 @@ def inspect(
         pattern: The pattern N:M to convert to.
         activation_bits: The bits of a quantised token: 8, 4, or null.
         gamma_over: The weights whose mean magnitude is gamma.
-        by: The tables to make: whole (all layers), parts (q, k, v, o, gate, up, down, each alone; the layers of a model
-            of transformers have its own names), blocks (each alone), cumulative (the first blocks). The default is all
-            four.
+        by: The tables to make: whole (all layers), parts (q, k, v, o, gate, up, down, each alone; a model of
+            transformers has its own names for them), blocks (each alone), cumulative (the first blocks). The default is
+            all four.
         max_tokens: How many tokens to score at most, from the beginning.
         window: How many tokens the model sees at a time.
         split: The split of a folder: val or train.

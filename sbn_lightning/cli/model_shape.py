@@ -22,8 +22,8 @@ def take_shape(config: Namespace, arguments: Sequence[str]) -> None:
 
     A field that the command line names keeps its value there. If this value does not fit the weights, loading them
     raises the error. A value from a recipe is replaced, and a printed line says so. Only ``sub_norms: true`` stays,
-    because a run may insert these norms. A run that continues from a
-    checkpoint takes the fields from the checkpoint, because the weights that the run started from may be gone.
+    because a run may insert these norms. A run that continues from a checkpoint takes the fields from the checkpoint,
+    because the weights that the run started from may be gone.
 
     Args:
         config: The options of a training command; changed in place.
@@ -47,7 +47,7 @@ def take_shape(config: Namespace, arguments: Sequence[str]) -> None:
         value, present = values[name], shape.get(name)
         if name in given or (list(present) if isinstance(present, tuple) else present) == value:
             continue
-        if name == "sub_norms" and inserts_sub_norms(value, shape.get(name)):
+        if name == "sub_norms" and inserts_sub_norms(value, present):
             continue
         changed[name] = value
         shape[name] = Namespace(value) if isinstance(value, dict) else value

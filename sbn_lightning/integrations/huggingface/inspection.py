@@ -1,7 +1,7 @@
 """What a conversion does to a model of transformers before training; see :mod:`sbn_lightning.evaluation.inspection`.
 
-The parts are the linear layers of a block by their own names, such as ``q_proj``. Architectures call their blocks in
-many ways, so each measurement runs the whole model.
+The parts are the linear layers of a block by their own names, such as ``q_proj``. Architectures give
+their blocks different arguments, so each measurement runs the whole model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class NetworkInspection(Inspection):
         sparsity: The options of the conversion.
 
     Raises:
-        ConfigError: If the pattern does not fit the layers, or the model has fused experts.
+        ConfigError: If the pattern fits none of the layers, or the model has fused experts.
     """
 
     def __init__(self, model: Network, rows: Tensor, sparsity: SparsityConfig) -> None:
@@ -62,8 +62,8 @@ class NetworkInspection(Inspection):
                 # A conversion skips these layers too.
                 if left_alone(model.hf, name, module) or shape_of(module)[0] % sparsity.nm.m:
                     continue
-                sizes = guess_split_sizes(model.hf, name, module)
-                parts = _PART_NAMES.get((own.rpartition(".")[2], len(sizes or ())), (own.rpartition(".")[2],))
+                sizes, last = guess_split_sizes(model.hf, name, module), own.rpartition(".")[2]
+                parts = _PART_NAMES.get((last, len(sizes or ())), (last,))
                 key = f"{i}/{own.replace('.', '/')}"
                 self._places[key] = Place(module, i, parts, sizes)
         if not self._places:

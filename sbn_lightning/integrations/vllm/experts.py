@@ -2,7 +2,8 @@
 
 A block has two weights, :data:`GATE_UP` and :data:`DOWN`, each with the rows of all experts one after the other. They
 become two :class:`~sbn_lightning.layers.experts_linear.PackedExperts`, the layers that the rest of the project runs.
-vLLM chooses the experts of each token. Routing, products and the weighted sum are :class:`Routing`'s.
+vLLM chooses the experts of each token. :class:`Routing` sorts the tokens by expert, and adds the
+outputs of each token's experts.
 
 The products loop over the experts that got tokens, and the loop reads the number of tokens on the host. A CUDA graph
 cannot hold such a loop. Where vLLM captures graphs, the layers take the kernel that multiplies all experts in one

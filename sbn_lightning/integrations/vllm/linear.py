@@ -3,7 +3,7 @@
 With tensor parallelism a column-parallel layer (qkv, gate_up) gets whole tokens, and computes some rows of the weight.
 A row-parallel layer (o, down) gets a slice of each token on each rank. The scale of a token is that of the whole token,
 so the ranks first exchange one number a token. All ranks together then compute the integers that one rank would. Only
-the order differs in which the ranks' outputs are added, in floating point.
+the order in which the ranks' outputs are added, in floating point, differs.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from sbn_lightning.integrations.vllm.linear import SBNLinearMethod
 
 # The parts of vLLM's fused layers, for models that do not name the parts themselves.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-# Blocks that vLLM names differently from transformers 5: Mixtral's. The folder has transformers' names.
+# Blocks that vLLM names differently from transformers 5: Mixtral's. vLLM's name -> the name in the folder.
 RENAMED_BLOCKS = {".block_sparse_moe": ".mlp"}
 
 
@@ -105,17 +105,15 @@ class SBNConfig(QuantizationConfig):
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> SBNExpertsMethod | None:
         """Return the method of fused experts; None if the folder holds them dense."""
-        theirs = prefix
-        for own, in_folder in RENAMED_BLOCKS.items():
-            if own in prefix:
-                theirs = prefix.replace(own, in_folder)
-                self._renamed[f"{in_folder}."] = f"{own}."
-        up, down = (self.modules.get(f"{theirs}.{name}") for name in (GATE_UP, DOWN))
-        if up is None and down is None:
-            return None
-        if up is None or down is None or up != down:
-            raise ConfigError(f"{GATE_UP} and {DOWN} of {theirs} differ, and vLLM computes them as one layer")
-        return SBNExpertsMethod(layer.moe_config, prefix, **up)
+        in_folder = prefix
+        for theirs, ours in RENAMED_BLOCKS.items():
+            if theirs in prefix:
+                in_folder = prefix.replace(theirs, ours)
+                self._renamed[f"{ours}."] = f"{theirs}."
+        up, down = (self.modules.get(f"{in_folder}.{name}") for name in (GATE_UP, DOWN))
+        if up != down:
+            raise ConfigError(f"{GATE_UP} and {DOWN} of {in_folder} differ, and vLLM computes them as one layer")
+        return None if up is None else SBNExpertsMethod(layer.moe_config, prefix, **up)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
         """Return the names of the folder's tensors that vLLM has other names for."""
