@@ -12,7 +12,7 @@ from pathlib import Path
 
 from render import read
 
-# Variant of training_step.py, what it is called on the page, and its run of loss_curves.py.
+# Variant of training_step.py, what it is called on the page, and its run of loss_curves.py (empty: no such run).
 MODES = (
     ("bf16 dense", "dense model, BF16, compiled", ""),
     ("float8 tensorwise (torchao)", "dense model, torchao's float8", ""),
@@ -23,9 +23,9 @@ MODES = (
     (
         "ours 2:4, int8 gradients, MLP recomputed",
         "the same, `activation_checkpointing: mlp`",
-        "sparse, int8 gradients",
+        "",
     ),
-    ("ours 2:4, int8 gradients, CUDA graphs", "2:4, `gradients: int8`, `cuda_graphs: true`", "sparse, int8 gradients"),
+    ("ours 2:4, int8 gradients, CUDA graphs", "2:4, `gradients: int8`, `cuda_graphs: true`", ""),
     ("ours 6:8", "6:8, exact gradients", "int8 6:8"),
     ("ours 6:8, int8 gradients", '6:8, `gradients: int8`', "int8 6:8, int8 gradients"),
 )  # fmt: skip
