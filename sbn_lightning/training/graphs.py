@@ -27,6 +27,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from sbn_lightning.callbacks.base import is_compiled
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers
@@ -52,8 +53,23 @@ def record(function: Callable[[], None], pool: Any) -> Replay:
     return replay
 
 
+def refusal(model: nn.Module) -> str | None:
+    """Return what of a model does not work with graphs of the step; None if nothing was found.
+
+    The tests on a GPU did not all give equal losses in these cases.
+
+    Args:
+        model: The model, in the state in which a step would be recorded.
+    """
+    if any(getattr(getattr(module, "config", None), "activation_checkpointing", False) for module in model.modules()):
+        return "activation_checkpointing"
+    if is_compiled(model) and any(layer.hold_mask for _, layer in masked_layers(model)):
+        return "masks that compiled blocks hold"
+    return None
+
+
 class GraphedLoss:
-    """A loss whose forward and backward are replayed.
+    """A loss whose forward and backward are replayed. Without gradients there is no graph.
 
     Args:
         warm_up: How many micro-batches run without graphs before each recording.
@@ -83,8 +99,10 @@ class GraphedLoss:
             batch: The micro-batch, on the GPU.
 
         Raises:
-            ConfigError: If the loss cannot be recorded.
+            ConfigError: If the loss cannot be recorded, or if the model is one that :func:`refusal` finds.
         """
+        if not torch.is_grad_enabled():
+            return loss(batch)
         shared = self._shared
         if shared is not None and (batch.shape, batch.dtype) != (shared.batch.shape, shared.batch.dtype):
             if not self._warned:
@@ -100,14 +118,20 @@ class GraphedLoss:
             self._graphs = {}
         shared.bring_up_to_date()
         state = _state_of(model)
+        if state not in self._graphs:
+            if reason := refusal(model):
+                raise ConfigError(
+                    f"CUDA graphs of the step do not work with {reason}; set model.cuda_graphs to false, or call the "
+                    "loss without GraphedLoss"
+                )
+            while len(self._graphs) >= self.most:
+                del self._graphs[next(iter(self._graphs))]
         found = self._graphs.setdefault(state, 0)
         if isinstance(found, int):
             if found < self.warm_up:
                 self._graphs[state] = found + 1
                 with trust_weights():
                     return loss(batch)
-            while len(self._graphs) > self.most:
-                del self._graphs[next(iter(self._graphs))]
             found = self._graphs[state] = _Graphs(shared, loss)
         return found(batch)
 

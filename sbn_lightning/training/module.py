@@ -7,6 +7,7 @@ how weight decay falls, is decided by callbacks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from sbn_lightning.models.moe import busiest, load_balance_loss, loads
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.training.answers import AnswerLoss, Answers
 from sbn_lightning.training.distillation import Distillation, Distiller
-from sbn_lightning.training.graphs import GraphedLoss
+from sbn_lightning.training.graphs import GraphedLoss, refusal
 from sbn_lightning.training.metrics import Perplexity
 from sbn_lightning.training.parameter_groups import SCALE, LearningRateRule, parameter_groups, scale_learning_rates
 from sbn_lightning.training.schedules import Schedule, learning_rate_factor
@@ -71,7 +72,13 @@ class SparseBitNet(LightningModule):
             a ``Trainer`` on one GPU with the strategy ``auto``, and micro-batches of one shape.
     """
 
+    # The values of a subclass whose __init__ has no such options.
     distillation: Distillation | None = None
+    answers: Answers | None = None
+    learning_rates: Sequence[LearningRateRule] = ()
+    cuda_graphs = False
+
+    answer_loss: AnswerLoss | None = None  # Made when the tokenizer of the data is known.
     _distiller: Distiller | None = None  # Made at the first batch.
 
     def __init__(
@@ -109,9 +116,8 @@ class SparseBitNet(LightningModule):
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
         self._make_optimizer = optimizer
-        self.learning_rates = learning_rates or []
+        self.learning_rates = learning_rates or ()
         self.answers = answers
-        self.answer_loss: AnswerLoss | None = None  # Made when the tokenizer of the data is known.
         if answers is not None and (distillation is not None or config.n_experts):
             raise ConfigError("model.answers works neither with model.distillation nor with experts; take one of them")
 
@@ -120,7 +126,8 @@ class SparseBitNet(LightningModule):
 
         Raises:
             ConfigError: If the strategy cannot keep masks, the data were made with another tokenizer than the weights
-                of ``init_from``, the tokenizer has more tokens than the embedding has rows, or sequences are too long.
+                of ``init_from``, the tokenizer has more tokens than the embedding has rows, sequences are too long, or
+                ``answers`` are given and the data have no tokenizer.
         """
         if self.cuda_graphs and stage == "fit":
             self._check_graphs()
@@ -138,7 +145,10 @@ class SparseBitNet(LightningModule):
                 )
             check_tokenizer(self.distillation.teacher, data, "distillation.teacher")
         if self.answers is not None:
-            self.answer_loss = AnswerLoss(*self.answers.ids(data.tokenizer))  # type: ignore[union-attr]
+            tokenizer = getattr(data, "tokenizer", None)
+            if tokenizer is None:
+                raise ConfigError("model.answers needs the tokenizer of the data: give the trainer a TokenDataModule")
+            self.answer_loss = AnswerLoss(*self.answers.ids(tokenizer))
         vocab_size = getattr(data, "vocab_size", None)
         if vocab_size is not None and vocab_size > self.config.vocab_size:
             raise ConfigError(
@@ -204,7 +214,7 @@ class SparseBitNet(LightningModule):
                 group = optimizer.param_groups[0]
                 wanted = _as_tuple(optimizer.defaults.get(name))
                 if name == "lr" and wanted is not None:
-                    wanted *= group.get(SCALE, 1.0)
+                    wanted = wanted * group.get(SCALE, 1.0)  # Not in place: a learning rate may be a tensor.
                 has = _as_tuple(group.get("initial_lr" if name == "lr" else name, wanted))
                 if has != wanted:
                     rank_zero_warn(
@@ -229,7 +239,7 @@ class SparseBitNet(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of a batch, a scalar, and log what :meth:`compute_loss` reports."""
-        if self.cuda_graphs and torch.is_grad_enabled():
+        if self.cuda_graphs:
             loss = self._graphed(self.model, self._plain_loss, batch)
             metrics = {"train/loss": loss.detach(), "train/perplexity": loss.detach().exp()}
         else:
@@ -291,9 +301,7 @@ class SparseBitNet(LightningModule):
         strategy = self.trainer.strategy
         refreshes = [callback for callback in self.trainer.callbacks if isinstance(callback, MaskRefresh)]  # type: ignore[attr-defined]
         holds = any(callback.refresh.holds_masks for callback in refreshes)
-        # The tests on a GPU do not all pass with recomputation, or with masks that compiled blocks hold for some steps.
         reasons = {
-            "activation_checkpointing": bool(self.config.activation_checkpointing),
             "mask_refresh.interval above 1 or freeze_after, and compile": holds and self.hparams["compile"],
             f"{self.trainer.world_size} processes": self.trainer.world_size > 1,
             f"{type(strategy).__name__}, only with trainer.strategy: auto": not isinstance(
@@ -305,7 +313,7 @@ class SparseBitNet(LightningModule):
             "loss: liger, which waits for the GPU": self.config.loss == "liger",
             f"a run on {strategy.root_device.type}": strategy.root_device.type != "cuda",
         }
-        if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        if reason := refusal(self.model) or next((reason for reason, applies in reasons.items() if applies), None):
             raise ConfigError(f"model.cuda_graphs does not work with {reason}; set model.cuda_graphs to false")
 
     def teardown(self, stage: str) -> None:

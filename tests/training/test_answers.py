@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sbn_lightning import SparseBitNet
 from sbn_lightning.cli import main
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data import prepare
 from sbn_lightning.data.tokenizer import byte_tokenizer
 from sbn_lightning.training.answers import AnswerLoss, Answers
-from tests.helpers import quiet_trainer, small_module, token_loader
+from tests.helpers import quiet_trainer, small_config, small_module, token_loader
 
 START, END = [7, 8], [9]
 
@@ -69,6 +70,12 @@ def test_markers_are_text_of_the_tokenizer():
     assert Answers("ab", "c").ids(tokenizer) == ([97, 98], [99])
     with pytest.raises(ConfigError, match=r"answers\.end is empty"):
         Answers(end="")
+
+
+def test_answers_need_data_with_a_tokenizer():
+    module = SparseBitNet(small_config(linear="dense"), answers=Answers())
+    with pytest.raises(ConfigError, match=r"model\.answers needs the tokenizer of the data"):
+        quiet_trainer(max_steps=1).fit(module, token_loader())
 
 
 @pytest.mark.parametrize("command", ["fit", "fabric"])

@@ -36,6 +36,7 @@ def recordings(monkeypatch):
 
     monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(SparseBitNet, "_check_graphs", lambda self: None)
+    monkeypatch.setattr(graphs, "refusal", lambda model: None)
     return calls
 
 
@@ -187,6 +188,35 @@ def test_what_does_not_work_is_refused(changes, options, message):
     module.hparams["compile"] = "callbacks" in options
     with pytest.raises(ConfigError, match=f"model.cuda_graphs does not work with {message}"):
         module._check_graphs()
+
+
+@pytest.mark.parametrize("kind", ["recomputed", "held"])
+def test_an_own_loop_is_refused_before_its_first_step(kind):
+    model = small_module(pattern="2:4", activation_checkpointing=kind == "recomputed").model
+    model.compile_blocks(backend="eager")
+    for _, layer in masked_layers(model):
+        layer.hold_mask = kind == "held"
+    what = "activation_checkpointing" if kind == "recomputed" else "masks that compiled blocks hold"
+    with pytest.raises(ConfigError, match=f"CUDA graphs of the step do not work with {what}; set model"):
+        GraphedLoss()(model, lambda rows: model.loss(rows[:, :-1], rows[:, 1:]), next(iter(token_loader())))
+
+
+def test_states_that_do_not_come_again_are_forgotten(recordings):
+    """A ramp of the density has as many states as steps."""
+    model, graphed, batch = small_module(pattern="2:4").model, GraphedLoss(), next(iter(token_loader()))
+    for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+        for _, layer in masked_layers(model):
+            layer.set_density(2, share)
+        graphed(model, lambda rows: model.loss(rows[:, :-1], rows[:, 1:]), batch).backward()
+    assert len(graphed._graphs) == graphed.most
+
+
+def test_an_evaluation_records_nothing(recordings):
+    model, graphed, batch = small_module(pattern="2:4").model, GraphedLoss(warm_up=0), next(iter(token_loader()))
+    with torch.no_grad():
+        loss = graphed(model, lambda rows: model.loss(rows[:, :-1], rows[:, 1:]), batch)
+    assert not loss.requires_grad
+    assert recordings["recorded"] == 0
 
 
 def test_a_run_is_refused_before_its_first_step():

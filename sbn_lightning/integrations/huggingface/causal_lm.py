@@ -57,7 +57,8 @@ class CausalLM(SparseBitNet):
         gamma_over: The weights that gamma averages; see :class:`SparseBitLinear`.
         optimizer: A function that makes the optimiser from parameter groups. Norms, biases and embeddings get no weight
             decay.
-        schedule: The learning rate after the warm-up: ``"cosine"``, ``"linear"`` or ``"constant"``.
+        schedule: The form of the learning rate after the warm-up: ``"cosine"``, ``"linear"``, ``"two_stage"`` or
+            ``"constant"``.
         warmup_steps: The number of optimiser steps of linear warm-up.
         final_learning_rate: The share of the peak learning rate at the last step.
         schedule_steps: The number of optimiser steps until the schedule ends; the trainer's ``max_steps`` if not given.
@@ -91,8 +92,6 @@ class CausalLM(SparseBitNet):
         init_from: str | None = None,
     ) -> None:
         super(SparseBitNet, self).__init__()  # SparseBitNet's own __init__ would build a TernaryTransformer
-        # What SparseBitNet's methods ask for and this class has no option for.
-        self.cuda_graphs, self.learning_rates, self.answers, self.answer_loss = False, [], None, None
         network, self.report = make_network(
             source,
             linear,
