@@ -54,8 +54,8 @@ def parameter_groups(model: nn.Module, rules: Sequence[LearningRateRule] = ()) -
         rules: The rules. If several match a parameter, the last one counts.
 
     Returns:
-        Without rules two groups: parameters that decay, and parameters that do not. With rules, a group for each
-        combination of weight decay and factor that occurs; the key :data:`SCALE` has the factor.
+        Without rules two groups: parameters that decay, and parameters that do not. With rules, up to two such groups
+        for each rule, and two for parameters without a rule; the key :data:`SCALE` has the factor of the rule.
 
     Raises:
         ConfigError: If a rule matches no parameter.
@@ -91,4 +91,4 @@ def _group(decays: bool, rule: LearningRateRule | None) -> dict[str, Any]:
 def scale_learning_rates(optimizer: Optimizer) -> None:
     """Multiply the learning rate of each group of a new optimiser by the factor of the group."""
     for group in optimizer.param_groups:
-        group["lr"] *= group.get(SCALE, 1.0)
+        group["lr"] = group["lr"] * group.get(SCALE, 1.0)  # Groups share a learning rate that is a tensor.

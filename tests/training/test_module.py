@@ -9,7 +9,7 @@ from sbn_lightning import SparseBitNet
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.optimizer_states import name_optimizer_states
 from sbn_lightning.training.module import Perplexity, learning_rate_factor
-from sbn_lightning.training.parameter_groups import LearningRateRule, parameter_groups
+from sbn_lightning.training.parameter_groups import LearningRateRule, parameter_groups, scale_learning_rates
 from tests.helpers import ForeignModule, quiet_trainer, small_config, small_module, token_loader
 
 
@@ -63,6 +63,14 @@ def test_rules_give_parameters_a_learning_rate_and_a_weight_decay():
         parameter_groups(module.model, [LearningRateRule("block")])
     with pytest.raises(ConfigError, match=r"scale=-1 of '\*' must be 0 or more"):
         LearningRateRule("*", -1)
+
+
+def test_rules_scale_a_learning_rate_that_is_a_tensor():
+    rules = [LearningRateRule("embed.*", 0.5), LearningRateRule("blocks.0.*", 0.25)]
+    optimizer = torch.optim.AdamW(parameter_groups(small_module().model, rules), lr=torch.tensor(0.5))
+    scale_learning_rates(optimizer)
+    assert {float(group["lr"]) for group in optimizer.param_groups} == {0.5, 0.25, 0.125}
+    assert float(optimizer.defaults["lr"]) == 0.5
 
 
 def test_learning_rate_factor():
