@@ -34,6 +34,7 @@ from step_variants import SHAPES, VARIANTS, FakeQuantizedLinear, make_config
 from torch import Tensor, nn
 
 from sbn_lightning import SparseTernaryPrecision
+from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.models.flops import flops_per_token, peak_flops
 from sbn_lightning.training.graphs import GraphedLoss
 
@@ -302,7 +303,7 @@ def main() -> None:
     for name, graphs in itertools.product(args.variants, (False, True) if args.graphs else (False,)):
         try:
             measure(path, name, args, base, graphs)
-        except (ImportError, torch.OutOfMemoryError) as error:
+        except (ImportError, torch.OutOfMemoryError, ConfigError) as error:  # Graphs refuse some variants.
             print(f"{name}: not measured: {str(error).splitlines()[0]}", flush=True)
         torch.compiler.reset()  # first, because the compiler's caches hold tensors of the model
         gc.collect()

@@ -50,9 +50,7 @@ class Wire(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
             self._count(func._opname, args)
-        elif func.namespace == "_c10d_functional" and not func._opname.startswith(
-            ("wait", "_wrap")
-        ):  # Nothing is sent.
+        elif func.namespace == "_c10d_functional" and not func._opname.startswith(SEND_NOTHING):
             self._count_functional(func._opname, args, result)
         return result
 
