@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_text
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 from sbn_lightning.core.errors import ConfigError, DataError
@@ -53,11 +52,10 @@ def inspect(
     for option, number, least in (("max_tokens", max_tokens, 1), ("window", window, 1)):
         if number < least:
             raise ConfigError(f"{option}={number} is below {least}")
-    files = [data] if isinstance(data, str) else data
     import torch
 
     from sbn_lightning.evaluation.inspection import SECTIONS, Inspection, as_records, as_tables, dense_twin
-    from sbn_lightning.evaluation.texts import text_of_files, text_of_folder
+    from sbn_lightning.evaluation.texts import text_of
     from sbn_lightning.integrations.opening import open_any
     from sbn_lightning.models.transformer import TernaryTransformer
     from sbn_lightning.sparsity.config import SparsityConfig
@@ -73,10 +71,7 @@ def inspect(
         model, inspect_with = dense_network(loaded.model), NetworkInspection
     window = min(window, loaded.config.max_sequence_length)
     wanted = max_tokens + -(-max_tokens // window)  # A row of tokens has one more token than it has targets.
-    if len(files) == 1 and Path(files[0]).is_dir():
-        text = text_of_folder(files[0], split, wanted)
-    else:
-        text = text_of_files(files, loaded.need_tokenizer(), wanted)
+    text = text_of(data, loaded, split, wanted)
     count = len(text.tokens) // (window + 1)
     if not count:
         raise DataError(f"{text.name} has {len(text.tokens)} tokens, fewer than a window of {window} and one more")

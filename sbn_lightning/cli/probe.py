@@ -5,7 +5,6 @@ from __future__ import annotations
 import json as json_text
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Literal
 
 from sbn_lightning.core.errors import ConfigError, DataError
@@ -47,7 +46,8 @@ def probe(
 
     Raises:
         ConfigError: If an option cannot work.
-        DataError: If the model or the text cannot be read, or the text is shorter than a row.
+        DataError: If the model or the text cannot be read, the text is shorter than a row, or the tokenizer is
+            not the model's.
     """
     for option, number, least in (("rows", rows, 2), ("batch_size", batch_size, 1)):
         if number < least:
@@ -59,7 +59,7 @@ def probe(
     from sbn_lightning.core.tables import format_table
     from sbn_lightning.evaluation.probes import TASKS, make_tasks
     from sbn_lightning.evaluation.probes import probe as ask
-    from sbn_lightning.evaluation.texts import text_of_files, text_of_folder
+    from sbn_lightning.evaluation.texts import text_of
     from sbn_lightning.inference.opening import open_model
 
     loaded = open_model(checkpoint, tokenizer=tokenizer, device=device, backend=backend)
@@ -69,16 +69,16 @@ def probe(
         )
     text = None
     if data is not None:
-        files = [data] if isinstance(data, str) else data
-        is_folder = len(files) == 1 and Path(files[0]).is_dir()
-        most = rows * length
-        read = (
-            text_of_folder(files[0], split, most) if is_folder else text_of_files(files, loaded.need_tokenizer(), most)
-        )
+        read = text_of(data, loaded, split, rows * length)
         if len(read.tokens) < length:
             raise DataError(f"{read.name} has {len(read.tokens)} tokens, fewer than a row of {length}")
         text = torch.from_numpy(read.tokens.astype("int64"))
     made = make_tasks(loaded.need_tokenizer(), length, rows, text, seed, tasks or TASKS)
+    if (largest := max(int(task.tokens.max()) for task in made)) >= loaded.config.vocab_size:
+        raise DataError(
+            f"the rows have a token id {largest}, beyond the model's vocab_size={loaded.config.vocab_size}: give the "
+            "model's own tokenizer, and a text that was prepared with it"
+        )
     where = loaded.model.embed.weight.device
     with torch.inference_mode():
         results = ask(lambda tokens: loaded.model(tokens.to(where)), made, batch_size)

@@ -15,6 +15,7 @@ from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.core.text import read_text
 from sbn_lightning.data import folders, shards
 from sbn_lightning.data.tokenizer import Encoder, find_eos
+from sbn_lightning.formats.loaded import LoadedModel
 
 _BLOCK = 1024
 
@@ -31,6 +32,25 @@ class Text(NamedTuple):
     name: str
     tokens: np.ndarray
     bytes: int | None
+
+
+def text_of(paths: str | Sequence[str], loaded: LoadedModel, split: str, max_tokens: int) -> Text:
+    """Read a prepared folder, or one or several files.
+
+    Args:
+        paths: The folder, or the files.
+        loaded: The model, whose tokenizer reads the files.
+        split: The split of a folder, ``"val"`` or ``"train"``.
+        max_tokens: How many tokens to take at most, from the beginning.
+
+    Raises:
+        ConfigError: If the folder is not on this machine.
+        DataError: If the text cannot be read, or the model has no tokenizer for the files.
+    """
+    files = [paths] if isinstance(paths, str) else paths
+    if len(files) == 1 and Path(files[0]).is_dir():
+        return text_of_folder(files[0], split, max_tokens)
+    return text_of_files(files, loaded.need_tokenizer(), max_tokens)
 
 
 def text_of_files(files: Sequence[str], tokenizer: Tokenizer, max_tokens: int | None = None) -> Text:

@@ -137,4 +137,9 @@ def test_the_command_prints_a_table_and_json(tokenizer, tmp_path, capsys):
     assert lines[2].startswith("copy  distance 32")
     assert main([*words, "--tasks", "identifiers"]) == 1
     assert "give --data" in capsys.readouterr().err
+    larger = Tokenizer.from_str(tokenizer.to_str())
+    larger.add_tokens([f"x{word}" for word in tokenizer.get_vocab() if word.isalpha()])
+    larger.save(str(tmp_path / "larger.json"))
+    assert main([*words, "--tasks", "copy", "--tokenizer", str(tmp_path / "larger.json")]) == 1
+    assert "give the model's own tokenizer" in capsys.readouterr().err
     assert main([*words, "--data", str(tmp_path / "text.txt")]) == 0
