@@ -27,12 +27,12 @@ class Page:
     """One page: a title, what the table shows, and how the table is made from the CSV.
 
     Attributes:
-        csv: The CSV's name, which is the page's name and the benchmark script's name as well.
+        csv: The CSV's name, which is the benchmark script's name as well.
         title: The page's title.
         about: What was measured, and what a reader has to know to read the table.
         table: The function that makes the Markdown table from the CSV.
         options: Options of the benchmark command.
-        file: The page's name if it differs from the CSV's.
+        file: The name of the page's file if it differs from the CSV's.
     """
 
     csv: str

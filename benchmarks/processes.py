@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -63,9 +64,11 @@ class Ranks:
 
 
 def wait_for_turn() -> None:
-    """Wait until the process that has started this one says that the GPUs are free."""
+    """Wait until the process that has started this one says that the GPUs are free. Exit if that process is gone."""
     path = os.environ.get(TURN)
-    while path is not None and not os.path.exists(path) and os.path.isdir(os.path.dirname(path)):
+    while path is not None and not os.path.exists(path):
+        if not os.path.isdir(os.path.dirname(path)):
+            sys.exit("the process that has started this one has ended")
         time.sleep(0.05)
 
 

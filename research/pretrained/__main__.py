@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from research.pretrained.report import report
-from research.pretrained.train import FILE, Setting, Training, read_rows
+from research.pretrained.train import FILE, STATE, Setting, Training, read_rows
 from research.pretrained.trials import SHORT, Trial, long, short, untrained
 from sbn_lightning.core.files import write_text
 from sbn_lightning.evaluation.probes import make_tasks, probe
@@ -201,11 +201,11 @@ def _try(trial: Trial, setting: Setting, deadline: float) -> None:
     rows = read_rows(setting.output / FILE)
     if any(row["finished"] and row["trial"]["name"] == trial.name for row in rows):
         return
-    started = (setting.output / trial.name.replace(" ", "_").replace(":", "of") / "state.pt").is_file()
+    started = (setting.output / trial.folder / STATE).is_file()
     left = deadline - time.monotonic()
     if left < OVERHEAD or (not started and left < 0.5 * trial.tokens / _speed_of(trial, _speeds(rows))):
         return
-    with _claim(setting.output / "claims" / trial.name.replace(" ", "_").replace(":", "of")) as mine:
+    with _claim(setting.output / "claims" / trial.folder) as mine:
         if not mine:
             return
         print(f"{time.strftime('%H:%M:%S')} {trial.name}", flush=True)

@@ -12,7 +12,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sbn_lightning.training.distillation import Distillation, Distiller
 from sbn_lightning.training.schedules import learning_rate_factor
 
 FILE = "results.jsonl"
+STATE = "state.pt"
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Setting:
     held_out_batches: int = 4
     compile: bool = True
     gradients: str = "bf16"
-    probe: Callable[[Callable[[Tensor], Tensor]], list[dict[str, Any]]] | None = field(default=None)
+    probe: Callable[[Callable[[Tensor], Tensor]], list[dict[str, Any]]] | None = None
 
     @property
     def tokens_of_step(self) -> int:
@@ -81,7 +83,7 @@ class Training:
     def __init__(self, trial: Trial, setting: Setting) -> None:
         self.trial, self.setting = trial, setting
         self.steps = math.ceil(trial.tokens / setting.tokens_of_step)
-        self.folder = setting.output / trial.name.replace(" ", "_").replace(":", "of")
+        self.folder = setting.output / trial.folder
         torch.manual_seed(trial.seed)
         self.model = make_model(trial, setting)
         self.plugin = None
@@ -182,15 +184,18 @@ class Training:
         # A batch that is not whole would be compiled anew.
         yield from (batch for batch in batches[: self.setting.held_out_batches] if len(batch) == self.setting.batch)
 
-    def measure(self) -> dict[str, float]:
+    def measure(self, most: int | None = None) -> dict[str, float]:
         """Return the mean cross-entropy on each held-out text, in nats.
 
         Gradients stay enabled after a training: the compiled blocks are then those of the training.
+
+        Args:
+            most: The largest number of batches of each text; None for the number of the setting.
         """
         losses: dict[str, float] = {}
         for name, tokens in self.setting.held_out.items():
             found = []
-            for batch in self._held_out(tokens):
+            for batch in islice(self._held_out(tokens), most):
                 with torch.set_grad_enabled(self.steps > 0), self._context():
                     found.append(self.model.loss(batch[:, :-1].long(), batch[:, 1:].long()).detach())
             losses[name] = float(torch.stack(found).mean())
@@ -209,15 +214,6 @@ class Training:
             with torch.no_grad(), self._autocast():
                 parts = [float(model.loss(row[:, :-1].long(), row[:, 1:].long())) for row in batch.split(4)]
             losses[name] = sum(parts) / len(parts)
-        return losses
-
-    def measure_first(self) -> dict[str, float]:
-        """Return what :meth:`measure` would for the first batch of each text."""
-        losses: dict[str, float] = {}
-        for name, tokens in self.setting.held_out.items():
-            batch = next(self._held_out(tokens))
-            with torch.set_grad_enabled(self.steps > 0), self._context():
-                losses[name] = float(self.model.loss(batch[:, :-1].long(), batch[:, 1:].long()).detach())
         return losses
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -244,7 +240,7 @@ class Training:
         layers = list(ternary_layers(self.model).values())
         row["rounding"] = layers[0].rounding if layers else None
         if finished and self.steps:
-            row["first_batch"] = {"trained": self.measure_first(), "anew": self.measure_anew()}
+            row["first_batch"] = {"trained": self.measure(1), "anew": self.measure_anew()}
         if finished and self.trial.probed and self.setting.probe is not None:
             row["probe"] = self.setting.probe(self.logits)
         append_row(self.setting.output / FILE, row)
@@ -262,11 +258,11 @@ class Training:
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.folder / "state.pt") as path:
+        with atomic_file(self.folder / STATE) as path:
             torch.save(state, path)
 
     def _load(self) -> None:
-        file = self.folder / "state.pt"
+        file = self.folder / STATE
         if not file.is_file():
             return
         state = torch.load(file, map_location=self.setting.device, weights_only=True)

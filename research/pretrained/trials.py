@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 # A trial of this many tokens chooses learning rates and losses for the long ones.
@@ -17,7 +17,7 @@ class Trial:
     """One training.
 
     Args:
-        name: The name of the trial; names its folder, too.
+        name: The name of the trial.
         tokens: The number of tokens to train on. 0 only measures the model as it is at the start.
         pattern: The pattern N:M of ternary and masked layers.
         linear: The kind of the blocks' linear layers.
@@ -39,7 +39,7 @@ class Trial:
     pattern: str = "6:8"
     linear: Literal["ternary", "masked", "dense"] = "ternary"
     start: Literal["weights", "random"] = "weights"
-    distillation: dict[str, Any] | None = field(default=None)
+    distillation: dict[str, Any] | None = None
     lr: float = 1e-3
     other_lr: float = 1e-3
     relative: bool = False
@@ -49,6 +49,11 @@ class Trial:
     sub_norms: bool = False
     seed: int = 1
     probed: bool = True
+
+    @property
+    def folder(self) -> str:
+        """The name of the trial's folder."""
+        return self.name.replace(" ", "_").replace(":", "of")
 
 
 LOGITS = {"logits": 1.0}
