@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_text
 import sys
-from dataclasses import asdict
 from typing import Literal
 
 from sbn_lightning.core.errors import ConfigError, DataError
@@ -57,7 +56,7 @@ def probe(
     import torch
 
     from sbn_lightning.core.tables import format_table
-    from sbn_lightning.evaluation.probes import TASKS, make_tasks
+    from sbn_lightning.evaluation.probes import TASKS, as_records, make_tasks
     from sbn_lightning.evaluation.probes import probe as ask
     from sbn_lightning.evaluation.texts import text_of
     from sbn_lightning.inference.opening import open_model
@@ -86,7 +85,7 @@ def probe(
         print(f"left out, because rows of {length} tokens have nothing to ask: {', '.join(left_out)}", file=sys.stderr)
     if json:
         about = {"model": str(loaded.path), "length": length, "seed": seed}
-        print(json_text.dumps(about | {"results": [asdict(result) for result in results]}, indent=2))
+        print(json_text.dumps(about | {"results": as_records(results)}, indent=2))
         return
     header = ["task", "setting", "accuracy", "+-", "log-probability", "+-", "items", "rows"]
     cells = []

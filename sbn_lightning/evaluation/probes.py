@@ -22,8 +22,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -66,10 +66,10 @@ class Probed:
         task: The name of the task.
         setting: The setting of the task.
         accuracy: The share of items that were right: the mean over rows of the row's share.
-        error: The standard error of ``accuracy``.
+        error: The standard error of ``accuracy``; NaN for a single row.
         log_probability: The mean logarithm of the probability of an item's token, in nats: the mean over rows of the
             row's mean. It separates models that get almost no item right.
-        log_probability_error: The standard error of ``log_probability``.
+        log_probability_error: The standard error of ``log_probability``; NaN for a single row.
         items: The number of items.
         rows: The number of rows with an item.
     """
@@ -157,6 +157,11 @@ def probe(logits: Callable[[Tensor], Tensor], tasks: Sequence[Task], batch_size:
             logs.append(log)
         results.append(_score(task, torch.cat(rights), torch.cat(logs)))
     return results
+
+
+def as_records(results: Sequence[Probed]) -> list[dict[str, Any]]:
+    """Return plain values for JSON, which has no NaN: the error of a single row is None."""
+    return [{name: None if value != value else value for name, value in asdict(one).items()} for one in results]
 
 
 def _score(task: Task, right: Tensor, log: Tensor) -> Probed:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from sbn_lightning.checkpoints.lightning_file import contents
 from sbn_lightning.cli import main
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.evaluation.probes import ANNOUNCED, SHOTS, SPAN, Task, _score, make_tasks, probe
+from sbn_lightning.evaluation.probes import ANNOUNCED, SHOTS, SPAN, Task, _score, as_records, make_tasks, probe
 from sbn_lightning.models.transformer import TernaryTransformer
 from tests.helpers import small_config
 
@@ -103,6 +103,8 @@ def test_the_error_is_that_of_the_rows_means():
     assert (result.log_probability, result.log_probability_error) == (-1.5, 0.5)
     assert (result.accuracy, result.items, result.rows) == (0.75, 5, 2)
     assert result.error == pytest.approx(0.25)  # rows of 0.5 and 1
+    (alone,) = as_records([_score(Task("copy", "", items[:1], items[:1]), right[:1], log[:1])])
+    assert (alone["accuracy"], alone["error"], alone["log_probability_error"]) == (0.5, None, None)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.evaluation.inspection import (
@@ -70,8 +69,7 @@ class NetworkInspection(Inspection):
             raise ConfigError(f"no linear layer in the blocks of {type(model.hf).__name__} fits {sparsity.pattern}")
 
     def _unchanged(self) -> float:
-        logits = self.model(self.rows[:, :-1])
-        return float(F.cross_entropy(logits.flatten(0, 1).float(), self.rows[:, 1:].flatten()))
+        return float(self.model.loss(self.rows[:, :-1], self.rows[:, 1:]))
 
     def _run(self, convert: Convert, blocks: range, parts: Sequence[str]) -> float:
         convert(blocks, parts)
