@@ -65,9 +65,9 @@ class Ranks:
 
 def wait_for_turn() -> None:
     """Wait until the process that has started this one says that the GPUs are free. Exit if that process is gone."""
-    path = os.environ.get(TURN)
+    path, parent = os.environ.get(TURN), os.getppid()
     while path is not None and not os.path.exists(path):
-        if not os.path.isdir(os.path.dirname(path)):
+        if os.getppid() != parent or not os.path.isdir(os.path.dirname(path)):
             sys.exit("the process that has started this one has ended")
         time.sleep(0.05)
 

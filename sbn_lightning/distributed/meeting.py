@@ -60,7 +60,7 @@ def _open(old: TCPStore, host: str, ranks: int, timeout: timedelta) -> int:
     while (here := new.add("here", 0)) < ranks - 1:
         for question in questions:
             if old.check([question]) and (word := old.get(question).decode()) not in answered:
-                old.set(f"{_OURS}/{word}", str(new.port))  # The word may be that of a dead rank, who does not mind.
+                old.set(f"{_OURS}/{word}", str(new.port))  # If a dead rank asked, nobody reads the answer.
                 answered.add(word)
         if time.monotonic() > end:
             raise RuntimeError(f"{here} came")

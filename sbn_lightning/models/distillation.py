@@ -182,7 +182,7 @@ def _by_autograd(
 def forward_losses_and_gradient(
     student: Tensor, teacher: Tensor, target: Tensor, language_model: float, weight: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy and the forward divergence summed over tokens ``[2]``, and the gradient of their sum.
+    """Return the cross-entropy and the forward divergence, summed over tokens ``[2]``, and one gradient for both.
 
     Args:
         student: The student's logits, ``[tokens, classes]``.
@@ -193,7 +193,8 @@ def forward_losses_and_gradient(
         temperature: The number by which logits are divided for the divergence.
 
     Returns:
-        The losses without weights, and the gradient with respect to ``student`` in the logits' dtype.
+        The losses without weights; and the gradient of their weighted sum with respect to ``student``, in the logits'
+        dtype.
     """
     student_logits, teacher_logits = _wide(student), _wide(teacher)
     log_probabilities = student_logits - student_logits.logsumexp(-1, keepdim=True)

@@ -56,7 +56,7 @@ def record(function: Callable[[], None], pool: Any) -> Replay:
 def refusal(model: nn.Module) -> str | None:
     """Return what of a model does not work with graphs of the step; None if nothing was found.
 
-    The tests on a GPU did not all give equal losses in these cases.
+    One of the tests on a GPU that had one of these failed, and which of the two was the reason is not known.
 
     Args:
         model: The model, in the state in which a step would be recorded.

@@ -246,6 +246,13 @@ def test_a_run_that_fails_or_takes_too_long_leaves_no_process() -> None:
     assert time.monotonic() - start < 30
 
 
+def test_a_process_that_nobody_waits_for_does_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    processes = importlib.import_module("processes")
+    monkeypatch.setenv(processes.TURN, str(tmp_path / "removed" / "turn"))
+    with pytest.raises(SystemExit, match="the process that has started this one has ended"):
+        processes.wait_for_turn()
+
+
 def test_all_rows_of_scaling() -> None:
     scaling = importlib.import_module("scaling")
     args = argparse.Namespace(
