@@ -104,6 +104,17 @@ def judge(
     return verdict
 
 
+def withdraw(key: tuple[Any, ...], reason: str) -> Verdict:
+    """Make the layers of the model the verdict, because a step of the persistent kernel has failed since.
+
+    Args:
+        key: What :func:`key_of` gives.
+        reason: Why the kernel is not used, in one line.
+    """
+    verdict = _verdicts[key] = Verdict("graph", reason)
+    return verdict
+
+
 def difference(logits: Tensor, expected: Tensor, rows: Tensor) -> str | None:
     """Say in one line how logits differ from the expected ones, or None if they differ by rounding only.
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference.attention import ChunkAttention, PromptAttention, Slots, StepAttention, room_like
 from sbn_lightning.inference.buckets import PromptGraphs, bucket_of
-from sbn_lightning.inference.choice import judge, key_of, known
+from sbn_lightning.inference.choice import judge, key_of, known, withdraw
 from sbn_lightning.inference.gather import persistent_step, refusal
 from sbn_lightning.inference.prompts import check_prompt
 from sbn_lightning.layers.mask_tracker import seem_unchanged, trust_weights, version
@@ -317,11 +317,19 @@ class Decoder:
 
         Raises:
             StepTimeoutError: If a persistent step passed its deadline. The logits since the last check are wrong. Rows
-                that are read again start anew.
+                that are read again start anew. With ``step="auto"`` the layers of the model compute all later steps,
+                and those of later decoders of the same shape.
         """
         step, self._persistent = self._persistent, None
         if step is not None:
-            step.check()
+            try:
+                step.check()
+            except RuntimeError:
+                if self._gives_way:  # Whatever held the step up may come again.
+                    key = key_of(self.model, self.batch_size, self._use_graph)
+                    verdict = withdraw(key, "is not used any more: a step passed its deadline")
+                    self.kind, self._refusal = verdict.kind, verdict.reason
+                raise
         self._persistent = step  # A step that has failed is not used again.
 
     @property

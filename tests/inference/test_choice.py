@@ -106,3 +106,32 @@ def test_a_decoder_measures_at_its_first_step_and_the_next_decoder_does_not(
         assert decoder.choice == "one persistent kernel: 1.000 ms a step, the layers of the model 2.000 ms"
     else:
         assert decoder.choice.startswith("the layers of the model; the persistent kernel is slower: 2.000 ms a step")
+
+
+def test_after_a_step_that_passed_its_deadline_the_layers_of_the_model_take_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(step: ReferenceStep) -> None:
+        raise RuntimeError("a decode step waited longer than its deadline")
+
+    monkeypatch.setattr(decoder_module, "persistent_step", ReferenceStep)
+    monkeypatch.setattr(decoder_module, "refusal", lambda model, batch_size: None)
+    monkeypatch.setattr(choice, "_milliseconds", lambda first, second, device: (1.0, 2.0))
+    model = make(qkv_bias=True, init_std=0.08).requires_grad_(False)
+    cast_model(model, torch.bfloat16)
+    plain = Decoder(model, 1, 20)
+    expected = [plain.prefill([[1, 2, 3]]), plain.step(torch.tensor([4]))]
+    decoder = Decoder(model, 1, 20, step="auto")
+    decoder.prefill([[1, 2, 3]])
+    decoder.step(torch.tensor([4]))
+    assert decoder.kind == "persistent"
+    monkeypatch.setattr(ReferenceStep, "check", fail)
+    with pytest.raises(RuntimeError, match="deadline"):
+        decoder.check()
+    for later in (decoder, Decoder(model, 1, 20, step="auto")):
+        logits = [later.prefill([[1, 2, 3]]), later.step(torch.tensor([4]))]
+        later.check()
+        assert later.choice == (
+            "the layers of the model; the persistent kernel is not used any more: a step passed its deadline"
+        )
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(logits, expected, strict=True))
