@@ -58,12 +58,13 @@ def parameter_groups(model: nn.Module, rules: Sequence[LearningRateRule] = ()) -
         for each rule, and two for parameters without a rule; the key :data:`SCALE` has the factor of the rule.
 
     Raises:
-        ConfigError: If a rule matches no parameter.
+        ConfigError: If a rule matches no parameter that is trained.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for rule in rules:
         if not any(fnmatchcase(name, rule.match) for name, _ in named):
-            raise ConfigError(f"learning_rates: {rule.match!r} matches no parameter, such as {named[-1][0]!r}")
+            example = f"none of {len(named)}, such as {named[-1][0]!r}" if named else "the model trains none"
+            raise ConfigError(f"learning_rates: {rule.match!r} matches no parameter: {example}")
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decay: dict[str, Any] = {"params": []}
     rest: dict[str, Any] = {"params": [], "weight_decay": 0.0}

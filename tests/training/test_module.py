@@ -61,6 +61,8 @@ def test_rules_give_parameters_a_learning_rate_and_a_weight_decay():
     assert found["blocks.1.mlp.down.weight"] == pytest.approx((base, decay))
     with pytest.raises(ConfigError, match="'block' matches no parameter"):
         parameter_groups(module.model, [LearningRateRule("block")])
+    with pytest.raises(ConfigError, match=r"'embed\.\*' matches no parameter: the model trains none"):
+        parameter_groups(small_module().model.requires_grad_(False), [LearningRateRule("embed.*")])
     with pytest.raises(ConfigError, match=r"scale=-1 of '\*' must be 0 or more"):
         LearningRateRule("*", -1)
 
