@@ -314,6 +314,27 @@ def share_codes(p, values, norm):
     return assembly(asm)
 
 
+@helper
+def _final_norm(p, predicates, gains, red, wait, space, address):
+    """Reads a hidden state, and stores its last norm in bfloat16 at ``address`` in the state space ``space``."""
+    count, step = len(predicates), 256 * p.warps_per_token
+    lines = [f".reg .b32 w{c}_<4>; .reg .f32 x{c}_<4>;" for c in range(count)]
+    lines += _norm_weights(p, gains, count)
+    lines += _read(p, range(count), True, predicates, wait)
+    for c in range(count):
+        lines += _largest(c, True)
+    lines += _reduce(p, red, True) + _rstd(p, p.d_model)
+    for c in range(count):
+        lines += _normalise(c)
+        left = 2 * p.head_columns - step * c  # beyond d_model there are zeros, up to a multiple of 128 columns
+        on = ""
+        if left < step:
+            lines += [f"setp.lt.u32 in, lt, {left // 8};"]
+            on = "@in "
+        lines += [f"{on}st.{space}.v2.b32 [{address}+{step * c}], {{h0, h1}};"]
+    return lines
+
+
 @gluon.constexpr_function
 def share_final(p):
     """PTX: words, tag, target, place, epoch, red, flag, deadline, weights of the norm -> bfloat16 in memory.
@@ -324,24 +345,10 @@ def share_final(p):
 
     def asm(outs, ins):
         (words,), (tag,), (target,), (place,), (epoch,), (red,), (flag,), (deadline,), gains = ins
-        values, step = p.d_model, 256 * p.warps_per_token
-        inside, predicates = _chunks(p, values)
+        inside, predicates = _chunks(p, p.d_model)
         lines = ["{", *_threads(p), *inside, ".reg .u64 gw;", f"mad.wide.u32 gw, lt, 8, {target};"]
         lines += [f"mad.wide.u32 src, lt, 16, {words};"]
-        lines += [f".reg .b32 w{c}_<4>; .reg .f32 x{c}_<4>;" for c in range(len(predicates))]
-        lines += _norm_weights(p, gains, len(predicates))
-        lines += _read(p, range(len(predicates)), True, predicates, (tag, flag, deadline))
-        for c in range(len(predicates)):
-            lines += _largest(c, True)
-        lines += _reduce(p, red, True) + _rstd(p, values)
-        for c in range(len(predicates)):
-            lines += _normalise(c)
-            left = 2 * p.head_columns - step * c
-            on = ""
-            if left < step:
-                lines += [f"setp.lt.u32 in, lt, {left // 8};"]
-                on = "@in "
-            lines += [f"{on}st.global.v2.b32 [gw+{step * c}], {{h0, h1}};"]
+        lines += _final_norm(p, predicates, gains, red, (tag, flag, deadline), "global", "gw")
         lines += ["bar.sync 0; setp.ne.u32 in, tid, 0; @in bra DONE; fence.acq_rel.gpu;"]
         return "\n".join([*lines, *pair_store(place, "total", "total", epoch), "DONE:", "}"])
 
@@ -451,25 +458,11 @@ def normalize_words(p):
 
     def asm(outs, ins):
         (words,), (tag,), (target,), (red,), (flag,), (deadline,), gains = ins
-        values, step = p.d_model, 256 * p.warps_per_token
-        inside, predicates = _chunks(p, values)
+        inside, predicates = _chunks(p, p.d_model)
         lines = ["{", *_threads(p), *inside]
         lines += [f"mad.lo.u32 xw, token, {p.head_stride}, {target}; mad.lo.u32 xw, lt, 8, xw;"]
-        lines += [f"mad.wide.u32 src, token, {4 * values}, {words}; mad.wide.u32 src, lt, 16, src;"]
-        lines += [f".reg .b32 w{c}_<4>; .reg .f32 x{c}_<4>;" for c in range(len(predicates))]
-        lines += _norm_weights(p, gains, len(predicates))
-        lines += _read(p, range(len(predicates)), True, predicates, (tag, flag, deadline))
-        for c in range(len(predicates)):
-            lines += _largest(c, True)
-        lines += _reduce(p, red, True) + _rstd(p, values)
-        for c in range(len(predicates)):
-            lines += _normalise(c)
-            left = 2 * p.head_columns - step * c  # beyond d_model there are zeros, up to a multiple of 128 columns
-            on = ""
-            if left < step:
-                lines += [f"setp.lt.u32 in, lt, {left // 8};"]
-                on = "@in "
-            lines += [f"{on}st.shared.v2.b32 [xw+{step * c}], {{h0, h1}};"]
+        lines += [f"mad.wide.u32 src, token, {4 * p.d_model}, {words}; mad.wide.u32 src, lt, 16, src;"]
+        lines += _final_norm(p, predicates, gains, red, (tag, flag, deadline), "shared", "xw")
         return "\n".join([*lines, "bar.sync 0;", "}"])
 
     return assembly(asm)
