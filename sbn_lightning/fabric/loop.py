@@ -81,10 +81,9 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
 
     checkpoint = fabric_checkpoint.read(run, ckpt_path) if ckpt_path else None
     sharded = isinstance(fabric.strategy, FabricShardedStrategy)
-    if sharded and (module.distillation is not None or module.answers is not None):
-        name = "distillation" if module.answers is None else "answers"
-        raise ConfigError(f"model.{name} does not work with a strategy that shards the model; use ddp")
-    if sharded:  # Sharding replaces the parameters, so the optimiser comes after it.
+    if sharded:
+        module.check_sharding()
+        # Sharding replaces the parameters, so the optimiser comes after it.
         model = fabric.setup_module(module.model)
     if checkpoint:
         fabric_checkpoint.restore_model(run, checkpoint)

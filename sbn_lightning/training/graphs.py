@@ -190,8 +190,9 @@ class _Graphs:
     def __init__(self, shared: _Shared, loss: Callable[[Tensor], Tensor]) -> None:
         gc.collect()  # A graph of autograd that is still alive would tie its parameters to another stream.
         self.shared = shared
-        before = [(parameter.grad, own._version) for parameter, own in self._pairs(shared.parameters)]
-        for parameter, own in self._pairs(shared.parameters):
+        pairs = list(zip(shared.parameters, shared.gradients, strict=True))
+        before = [(parameter.grad, own._version) for parameter, own in pairs]
+        for parameter, own in pairs:
             parameter.grad = own
         live: list[Tensor] = []
 
@@ -217,13 +218,9 @@ class _Graphs:
             ) from error
         finally:
             # A parameter that the loss does not use has no gradient in a step without graphs, and no weight decay.
-            used = [own._version != old for own, (_, old) in zip(shared.gradients, before, strict=True)]
-            for parameter, (given, _) in zip(shared.parameters, before, strict=True):
+            self.used = [pair for pair, (_, old) in zip(pairs, before, strict=True) if pair[1]._version != old]
+            for (parameter, _), (given, _) in zip(pairs, before, strict=True):
                 parameter.grad = given
-        self.used = [pair for pair, is_used in zip(self._pairs(shared.parameters), used, strict=True) if is_used]
-
-    def _pairs(self, parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
-        return list(zip(parameters, self.shared.gradients, strict=True))
 
     def __call__(self, batch: Tensor) -> Tensor:
         """Return the loss of a micro-batch."""

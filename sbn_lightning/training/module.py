@@ -170,11 +170,19 @@ class SparseBitNet(LightningModule):
         if self.hparams["compile"] and not self.model.is_compiled:
             self.model.compile_blocks()
         if self.device_mesh is not None:  # ModelParallelStrategy
-            if self.distillation is not None or self.answers is not None:
-                name = "distillation" if self.answers is None else "answers"
-                raise ConfigError(f"model.{name} does not work with a strategy that shards the model; use ddp")
+            self.check_sharding()
             options = getattr(self.trainer.strategy, "sharding", {"gather": "latent"})  # ShardedStrategy says more
             shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",), **options)
+
+    def check_sharding(self) -> None:
+        """Refuse losses that need the whole model on each rank.
+
+        Raises:
+            ConfigError: If the module has such a loss.
+        """
+        if self.distillation is not None or self.answers is not None:
+            name = "distillation" if self.answers is None else "answers"
+            raise ConfigError(f"model.{name} does not work with a strategy that shards the model; use ddp")
 
     def load_initial_weights(self, path: str) -> TextFiles:
         """Copy the weights of another model into this one, and return the text files of the other model.
@@ -239,11 +247,7 @@ class SparseBitNet(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of a batch, a scalar, and log what :meth:`compute_loss` reports."""
-        if self.cuda_graphs:
-            loss = self._graphed(self.model, self._plain_loss, batch)
-            metrics = {"train/loss": loss.detach(), "train/perplexity": loss.detach().exp()}
-        else:
-            loss, metrics = self.compute_loss(self.model, batch)
+        loss, metrics = self.compute_loss(self.model, batch)
         # Without prog_bar=True, because Lightning would fetch the values after every batch. LossProgressBar shows them.
         for name, value in metrics.items():
             self.log(name, value)
@@ -274,7 +278,10 @@ class SparseBitNet(LightningModule):
             cross_entropy = loss.detach()
             metrics["train/answer_tokens"] = torch.tensor(float(count))
         else:
-            loss = model.loss(batch[:, :-1], batch[:, 1:])
+            if self.cuda_graphs:  # In a Trainer, where ``model`` is this module's own.
+                loss = self._graphed(model, self._plain_loss, batch)
+            else:
+                loss = model.loss(batch[:, :-1], batch[:, 1:])
             cross_entropy = loss.detach()
         if self.config.n_experts:
             balance = load_balance_loss(loads(self.model))
@@ -286,7 +293,7 @@ class SparseBitNet(LightningModule):
         return loss, {"train/loss": cross_entropy, "train/perplexity": cross_entropy.exp()} | metrics
 
     def _plain_loss(self, batch: Tensor) -> Tensor:
-        """Return the loss of a batch without distillation and without experts, a scalar."""
+        """Return the loss of this module's model against the text, a scalar."""
         loss: Tensor = self.model.loss(batch[:, :-1], batch[:, 1:])
         return loss
 
@@ -353,7 +360,7 @@ class SparseBitNet(LightningModule):
         if self.answer_loss is not None:
             loss, count = self.answer_loss(self.model, batch)
             return loss, count, count
-        return self.model.loss(batch[:, :-1], batch[:, 1:]), batch[:, 1:].numel(), len(batch)
+        return self._plain_loss(batch), batch[:, 1:].numel(), len(batch)
 
     def _evaluate(self, batch: Tensor, perplexity: Perplexity, stage: str) -> None:
         loss, tokens, weight = self.held_out_loss(batch)
