@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.core.tables import format_table
+from sbn_lightning.formats.init_from import without_masks
 from sbn_lightning.layers.candidates import shape_of
 from sbn_lightning.layers.conversion import convert_linears
 from sbn_lightning.models.loss import linear_cross_entropy
@@ -258,7 +259,7 @@ def dense_twin(model: TernaryTransformer) -> TernaryTransformer:
     """
     if model.config.linear == "dense":
         return model
-    state = {name: value for name, value in model.state_dict().items() if not name.endswith(".mask_bits")}
+    state = without_masks(model.state_dict())
     if any(name.endswith(".codes") for name in state):
         raise ConfigError(NO_LATENT_WEIGHTS)
     with torch.device("meta"):

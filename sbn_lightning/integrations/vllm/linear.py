@@ -20,6 +20,7 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.huggingface.sbn import unpack_codes
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.packed_op import run_packed
+from sbn_lightning.sparsity.pattern import NMPattern
 from sbn_lightning.sparsity.ternary import token_magnitude
 
 
@@ -55,7 +56,7 @@ def check_slice(own: int, whole: int, pattern: str, what: str = "input features"
     Raises:
         ConfigError: If the slice does not fit.
     """
-    m = int(pattern.split(":")[1])
+    m = NMPattern.parse(pattern).m
     if own % m or (own % 4 and own != whole):
         raise ConfigError(
             f"a rank's {own} of {whole} {what} are not whole groups of {m} in whole bytes; use fewer ranks "
