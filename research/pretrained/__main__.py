@@ -102,7 +102,7 @@ def read_corpus(corpus: str, device: torch.device, held_out: int) -> tuple[Tenso
 
 
 def load_tokenizer(weights: str) -> Tokenizer:
-    """Return the tokenizer that lies beside the checkpoint, or in it."""
+    """Return the tokenizer from the file beside the checkpoint, or from the checkpoint."""
     from sbn_lightning.formats.load import read_text
 
     text = read_text(weights)

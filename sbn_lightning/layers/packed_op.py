@@ -89,7 +89,7 @@ def run_packed(layer: PackedTernaryLinear, x: Tensor, magnitude: Tensor | None =
     Args:
         layer: The layer. It has chosen its kernel already, on the device where it runs.
         x: The tokens, ``[..., in_features]``.
-        magnitude: The magnitude of the whole tokens, if ``x`` holds slices of them; see :func:`packed_linear`.
+        magnitude: As for :func:`packed_linear`.
     """
     y: Tensor = torch.ops.sbn_lightning.packed_linear(
         x,

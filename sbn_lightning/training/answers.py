@@ -26,7 +26,7 @@ class Answers:
     """The markers around an answer.
 
     Args:
-        start: The text right before an answer; the default is that of ChatML, which SmolLM2 and Qwen2.5 use.
+        start: The text right before an answer. The default is ChatML's text, which SmolLM2 and Qwen2.5 use.
         end: The text that ends an answer.
 
     Raises:
