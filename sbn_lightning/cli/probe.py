@@ -59,9 +59,9 @@ def probe(
     from sbn_lightning.evaluation.probes import TASKS, as_records, make_tasks
     from sbn_lightning.evaluation.probes import probe as ask
     from sbn_lightning.evaluation.texts import text_of
-    from sbn_lightning.inference.opening import open_model
+    from sbn_lightning.integrations.opening import open_any
 
-    loaded = open_model(checkpoint, tokenizer=tokenizer, device=device, backend=backend)
+    loaded = open_any(checkpoint, tokenizer=tokenizer, device=device, backend=backend)
     if length > loaded.config.max_sequence_length:
         raise ConfigError(
             f"length={length} is above the model's max_sequence_length={loaded.config.max_sequence_length}"

@@ -1,4 +1,4 @@
-"""Generator, `sbn chat` and `sbn inspect` with models of transformers."""
+"""Generator, `sbn chat`, `sbn inspect` and `sbn probe` with models of transformers."""
 
 import io
 import json
@@ -13,6 +13,7 @@ from sbn_lightning.checkpoints.text_files import TextFiles  # noqa: E402
 from sbn_lightning.cli import main  # noqa: E402
 from sbn_lightning.core.errors import ConfigError, SBNError  # noqa: E402
 from sbn_lightning.data.tokenizer import byte_tokenizer  # noqa: E402
+from sbn_lightning.evaluation.probes import make_tasks, probe  # noqa: E402
 from sbn_lightning.formats.loaded import LoadedModel  # noqa: E402
 from sbn_lightning.formats.recognise import recognise  # noqa: E402
 from sbn_lightning.inference import Generator, generate  # noqa: E402
@@ -187,3 +188,18 @@ def test_latent_weights_are_inspected_as_dense_ones():
     plain = build("qwen3").eval()
     tokens = torch.arange(12)[None]
     assert torch.equal(dense(tokens), plain(tokens).logits)
+
+
+def test_probe_asks_a_model_of_transformers(tmp_path, capsys):
+    model = build("gpt2", vocab_size=320, n_positions=64).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer().to_str())
+    options = ["--checkpoint", str(tmp_path), "--tasks", "copy", "--length", "60", "--rows", "3", "--device", "cpu"]
+    assert main(["probe", *options, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["results"]
+    tasks = make_tasks(byte_tokenizer(), 60, 3, names=["copy"])
+    with torch.inference_mode():
+        (wanted,) = probe(lambda tokens: model(tokens).logits, tasks, batch_size=8)
+    assert found["log_probability"] == pytest.approx(wanted.log_probability, abs=1e-5)
+    assert main(["probe", *options, "--length", "65"]) == 1
+    assert "length=65 is above the model's max_sequence_length=64" in capsys.readouterr().err

@@ -140,23 +140,27 @@ def test_row_parallel_slices_add_up(monkeypatch, size, bits):
 EXPERTS = 4
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_experts_of_all_ranks_add_up(monkeypatch, size):
+@pytest.mark.parametrize(("size", "weighted_first"), [(1, False), (2, False), (1, True)])
+def test_experts_of_all_ranks_add_up(monkeypatch, size, weighted_first):
     torch.manual_seed(0)
+    top_k = 1 if weighted_first else 2
     options = SparsityConfig.make("2:4")
     up = packed_layer(SparseBitExperts(EXPERTS, HIDDEN, (FFN, FFN), sparsity=options)).eval()
     down = packed_layer(SparseBitExperts(EXPERTS, FFN, (HIDDEN,), sparsity=options)).eval()
-    x, weights = torch.randn(7, HIDDEN), torch.rand(7, 2)
-    ids = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(7)])
+    x, weights = torch.randn(7, HIDDEN), torch.rand(7, top_k)
+    ids = torch.stack([torch.randperm(EXPERTS)[:top_k] for _ in range(7)])
     route = Routing.of(ids, EXPERTS)
-    hidden = up(route.gather(x), route.counts)
-    wanted = route.combine(down(hidden, route.counts, swiglu=True), weights)
+    hidden = up(route.gather(x * weights if weighted_first else x), route.counts)
+    wanted = route.combine(
+        down(hidden, route.counts, swiglu=True), torch.ones_like(weights) if weighted_first else weights
+    )
     gate, value = hidden.chunk(2, dim=-1)
     exchange_magnitudes(monkeypatch, (torch.nn.functional.silu(gate) * value).chunk(size, dim=-1))
     total = torch.zeros_like(x)
     for rank in range(size):
         on_rank(monkeypatch, rank, size)
         layer = torch.nn.Module()
+        layer.apply_router_weight_on_input = weighted_first
         method = SBNExpertsMethod(block_of_experts(rank, size), "a.experts", **OPTIONS)
         method.create_weights(layer, EXPERTS, HIDDEN, FFN // size, torch.float32)
         stored = {"gate_up_proj": up, "w2": down}
@@ -187,6 +191,9 @@ def test_blocks_of_experts_that_are_refused(monkeypatch):
     ):
         with pytest.raises(ConfigError, match=message):
             SBNExpertsMethod(block_of_experts(size=2, **different), "a.experts", **OPTIONS)
+    layer = SimpleNamespace(apply_router_weight_on_input=True)
+    with pytest.raises(ConfigError, match=r"a.experts weights the tokens .* needs one expert a token, and has 2"):
+        method.apply(layer, torch.zeros(3, HIDDEN), torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int32))
     with pytest.raises(ConfigError, match=r"a.experts has no place for the tensor gate.bias of the folder"):
         list(method._load(torch.nn.Module(), [("gate.bias", torch.zeros(1))]))
 

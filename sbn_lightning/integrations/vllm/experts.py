@@ -150,7 +150,17 @@ class SBNExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
         Returns:
             ``[tokens, hidden]``: with tensor parallelism this rank's part of the sum.
+
+        Raises:
+            ConfigError: If the block weights its tokens instead of the outputs, and a token has several experts.
         """
+        if getattr(layer, "apply_router_weight_on_input", False):
+            if topk_weights.shape[1] != 1:
+                raise ConfigError(
+                    f"{self.prefix} weights the tokens before their experts, which needs one expert a token, "
+                    f"and has {topk_weights.shape[1]}"
+                )
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         y: Tensor = torch.ops.sbn_lightning.packed_experts(x, topk_weights, topk_ids, self._key)
         return y
 
