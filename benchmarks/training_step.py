@@ -148,8 +148,8 @@ PARTS = (
 )
 
 
-def profile(step: Callable[[], None], top: int = 12) -> None:
-    """Prints the GPU time of a step by part, with the kernels that take most of it."""
+def profile(step: Callable[[], None], top: int = 40) -> None:
+    """Prints the GPU time of a step by part, with the kernels that take most of it and how often each one ran."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -160,7 +160,7 @@ def profile(step: Callable[[], None], top: int = 12) -> None:
         torch.cuda.synchronize()
         wall = 1e3 * (time.perf_counter() - start)
     parts: dict[str, float] = {}
-    kernels: dict[str, float] = {}
+    kernels: dict[str, list[float]] = {}
     for event in found.events() or []:
         # The annotation of an optimiser spans kernels that are listed separately.
         if event.device_type != torch.autograd.DeviceType.CUDA or event.name.startswith("Optimizer.step"):
@@ -169,13 +169,13 @@ def profile(step: Callable[[], None], top: int = 12) -> None:
         lowered = event.name.lower()
         part = next((part for part, words in PARTS if any(word in lowered for word in words)), "other")
         parts[part] = parts.get(part, 0.0) + ms
-        kernels[event.name] = kernels.get(event.name, 0.0) + ms
+        kernels.setdefault(f"{part}: {event.name}", []).append(ms)
     busy = sum(parts.values())
     print(f"  wall {wall:.1f} ms (under the profiler), kernels {busy:.1f} ms")
     for part, ms in sorted(parts.items(), key=lambda item: -item[1]):
         print(f"    {part:26s} {ms:8.2f} ms  {100 * ms / busy:5.1f} %")
-    for name, ms in sorted(kernels.items(), key=lambda item: -item[1])[:top]:
-        print(f"      {ms:8.2f} ms  {name[:110]}")
+    for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:top]:
+        print(f"      {sum(times):8.2f} ms {len(times):6d} calls  {name[:150]}")
 
 
 def peak_bytes() -> float:
