@@ -30,8 +30,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from research.pretrained.report import report
+from research.pretrained.speed import measure_speed, random_weights
 from research.pretrained.train import FILE, STATE, Setting, Training, read_rows
-from research.pretrained.trials import SHORT, Trial, long, short, untrained
+from research.pretrained.trials import SHORT, WAYS, Trial, long, short, untrained
 from sbn_lightning.core.files import write_text
 from sbn_lightning.evaluation.probes import make_tasks, probe
 
@@ -256,6 +257,18 @@ def main() -> None:
     train.add_argument("--held_out_batches", type=int, default=4)
     train.add_argument("--gradients", default="bf16")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    speed = commands.add_parser("speed")
+    speed.add_argument("--weights", help="the checkpoint that `corpus` wrote; default: random weights of SmolLM2-135M")
+    speed.add_argument("--output", default="results/pretrained")
+    speed.add_argument("--ways", nargs="+", choices=list(WAYS), default=["both"])
+    speed.add_argument("--patterns", nargs="+", default=["2:4"])
+    speed.add_argument("--batches", nargs="+", type=int, default=[16, 32, 64])
+    speed.add_argument("--length", type=int, default=1024)
+    speed.add_argument("--steps", type=int, default=12, help="timed steps before and after the end of the warm-up")
+    speed.add_argument("--seconds", type=float, default=math.inf)
+    speed.add_argument("--top", type=int, default=0, help="how many of the longest kernels to write")
+    speed.add_argument("--gradients", default="bf16")
+    speed.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     table = commands.add_parser("report")
     table.add_argument("results", nargs="+", help="files of rows that `work` wrote")
     args = parser.parse_args()
@@ -267,6 +280,17 @@ def main() -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
+    if args.command == "speed":
+        weights = args.weights or random_weights(Path(args.output, "random.ckpt"))
+        setting = Setting(
+            weights, torch.zeros(0), {}, Path(args.output), device, args.length, compile=args.compile,
+            gradients=args.gradients,
+        )  # fmt: skip
+        trials = [
+            Trial(f"{way} {p}", 0, p, distillation=WAYS[way], rounding=0.5) for p in args.patterns for way in args.ways
+        ]
+        measure_speed(setting, trials, args.batches, time.monotonic() + args.seconds, args.steps, args.top)
+        return
     text, held_out = read_corpus(args.corpus, device, (args.held_out_batches + 1) * args.batch * (args.length + 1))
     # Rows of the probe are short, because a small model copies little in a long row of random tokens.
     length = min(args.length, 256)
@@ -286,10 +310,10 @@ def main() -> None:
         probe=probe_tasks,
     )  # fmt: skip
     print(f"{len(text):,} tokens to train on; held out: { {k: len(v) for k, v in held_out.items()} }", flush=True)
-    trials = None
+    chosen = None
     if args.trials is not None:
-        trials = [Trial(**values) for values in json.loads(Path(args.trials).read_text(encoding="utf-8"))]
-    work(setting, args.seconds, args.workers, args.short_tokens, args.tokens, trials)
+        chosen = [Trial(**values) for values in json.loads(Path(args.trials).read_text(encoding="utf-8"))]
+    work(setting, args.seconds, args.workers, args.short_tokens, args.tokens, chosen)
 
 
 if __name__ == "__main__":

@@ -122,12 +122,12 @@ class Training:
             return True
         since = time.monotonic()
         while self.step < self.steps:
-            self._train_step()
+            self.train_step()
             if self.step == 10:  # Compiling and choosing kernels are over.
-                self._synchronize()
+                self.synchronize()
                 since, self.seconds = time.monotonic(), 0.0
             if self.step in marks or self.step == self.steps or time.monotonic() > deadline:
-                self._synchronize()
+                self.synchronize()
                 self.seconds += time.monotonic() - since
                 self._report(finished=self.step == self.steps)
                 if self.step < self.steps:
@@ -137,7 +137,8 @@ class Training:
                 since = time.monotonic()
         return self.step == self.steps
 
-    def _train_step(self) -> None:
+    def train_step(self) -> None:
+        """Take one optimiser step."""
         factor = learning_rate_factor(
             self.step,
             schedule="cosine",
@@ -245,7 +246,8 @@ class Training:
             row["probe"] = self.setting.probe(self.logits)
         append_row(self.setting.output / FILE, row)
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Wait for the device."""
         if self.setting.device.type == "cuda":
             torch.cuda.synchronize()
 

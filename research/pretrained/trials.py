@@ -57,6 +57,9 @@ class Trial:
 
 
 LOGITS = {"logits": 1.0}
+BOTH = {"logits": 1.0, "language_model": 0.5}
+# From whom a student learns: the text, the teacher, or the teacher and half as much the text.
+WAYS: dict[str, dict[str, Any] | None] = {"plain": None, "distilled": LOGITS, "both": BOTH}
 
 
 def untrained() -> list[Trial]:
@@ -86,7 +89,7 @@ def without_warmup(tokens: int = SHORT) -> list[Trial]:
     """Return the short trials that round from the first step; all but one, which has the shortest warm-up."""
     plain = Trial("plain", tokens)
     distilled = replace(plain, distillation=LOGITS)
-    both = replace(plain, distillation={"logits": 1.0, "language_model": 0.5})
+    both = replace(plain, distillation=BOTH)
     trials = [
         replace(distilled, name="distilled lr 0.003", lr=3e-3),
         replace(plain, name="plain lr 0.003", lr=3e-3),
