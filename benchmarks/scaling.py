@@ -12,6 +12,8 @@ the bytes of one all-reduce over its time. Each run has processes of its own, on
 ``--limit`` seconds. Runs on one GPU run side by side on different GPUs. A run is ``Trainer`` with ``SparseBitNet``
 (2:4, blocks compiled), the precision plugin, clipping and a fused AdamW, as in a recipe, on random tokens. ``fsdp2
 packed`` sends packed weights between GPUs once a step, ``fsdp2 layer`` for each block, ``fsdp2 latent`` latent weights.
+``ddp`` is the strategy ``sbn_ddp``, and ``ddp bfloat16`` sums its gradients in bfloat16, as the rows of FSDP2 do. ``ddp
+lightning`` is Lightning's own strategy.
 Names with ``bf16`` train the dense model in bfloat16, names with ``float8`` on torchao's float8 tensor cores, under
 FSDP2 with its float8 all-gather. Every GPU gets as many tokens as the single GPU, so ``scaling`` is the tokens a second
 of all GPUs over those of one GPU times their number. ``scaling`` is empty if there is no run on one GPU. ``same_masks``
@@ -44,7 +46,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from processes import Ranks, wait_for_turn
-from step_profile import summary
+from step_profile import summary, timeline
 from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
@@ -52,13 +54,13 @@ from wire import Wire
 
 from sbn_lightning import SparseBitNet, SparseTernaryPrecision, TransformerConfig
 from sbn_lightning.distributed.sharding import shard
-from sbn_lightning.distributed.strategies import ShardedStrategy
+from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.layers.sparse_linear import masked_layers
 
 LENGTH = 2048
 WARM_STEPS = 3
 STRATEGIES = ("one", "bf16 one", "float8 one", "fsdp2 packed", "ddp", "bf16 fsdp2", "bf16 ddp", "float8 fsdp2")
-STRATEGIES += ("float8 ddp", "fsdp2 layer", "fsdp2 latent")
+STRATEGIES += ("ddp bfloat16", "float8 ddp", "fsdp2 layer", "fsdp2 latent", "ddp lightning")
 GATHERS = {"fsdp2 packed": "packed_step", "fsdp2 layer": "packed_layer"}  # every other model has its weights gathered
 MICRO_BATCHES = (2, 1, 8)  # of a step, with --all
 # Shape -> sequences of a micro-batch of one GPU, micro-batches of a step: 32,768 tokens, as in training_step.py.
@@ -93,7 +95,8 @@ class Clock(Callback):
     def __init__(self, say: Say, steps: int, profile: bool) -> None:
         self.say = say
         self.steps = steps
-        self.more = 2 if profile else 1  # the steps that are not timed, at the end
+        # The steps at the end that are not timed. The one after the report compiles again.
+        self.more = 3 if profile else 1
         self.events: list[torch.cuda.Event] = []
         self.found: dict[str, Any] = {}
         self.profiler: torch.profiler.profile | None = None
@@ -103,7 +106,9 @@ class Clock(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # type: ignore[override]
         if trainer.global_step == self.steps and not self.found:
             self.report(trainer, pl_module)
-        if trainer.global_step == self.steps and self.more == 2 and self.profiler is None:
+        if trainer.global_step == self.steps + 1 and self.more == 3 and self.profiler is None:
+            torch.cuda.synchronize()
+            trainer.strategy.barrier()
             self.profiler = torch.profiler.profile()
             self.profiler.start()
         if trainer.global_step == self.steps + self.more - 1 and self.wire is None:
@@ -117,11 +122,12 @@ class Clock(Callback):
             if len(self.events) == 1 and trainer.is_global_zero:
                 torch.cuda.synchronize()  # in a warm-up step, so that the timed steps do not wait
                 self.say("first step done")
-        if trainer.global_step == self.steps + 1 and self.profiler is not None and self.wire is None:
+        if trainer.global_step == self.steps + 2 and self.profiler is not None and self.wire is None:
             torch.cuda.synchronize()
             self.profiler.stop()
             if trainer.is_global_zero:
                 self.say(summary(self.profiler.key_averages()))
+                self.say(timeline(self.profiler.events()))
 
     def report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what the timed steps took."""
@@ -154,8 +160,10 @@ def strategy_of(name: str, devices: int) -> Any:
     """A strategy for ``Trainer``."""
     if name.endswith("one"):
         return "auto"
-    if name.endswith("ddp"):
-        return DDPStrategy(gradient_as_bucket_view=True)
+    if name == "ddp lightning":
+        return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+    if "ddp" in name:
+        return ReplicatedStrategy("bfloat16" if name == "ddp bfloat16" else "float32")
     return ShardedStrategy("bfloat16", gather=GATHERS.get(name, "latent"))  # type: ignore[arg-type]
 
 

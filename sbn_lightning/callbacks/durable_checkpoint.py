@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from sbn_lightning.callbacks.lightning_internals import fit_loop_before_validation, last_saved, writes_shards
 from sbn_lightning.checkpoints import sharded
 from sbn_lightning.checkpoints.io import say
+from sbn_lightning.distributed.stopping import Agreement
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,6 +59,7 @@ class DurableCheckpoint(ModelCheckpoint):
     _loops: dict[str, Any] | None = None  # The state of the fit loop from before the validation.
     _before: dict[signal.Signals, Any] | None = None  # The handlers that this callback has replaced.
     _seen = 0  # The last optimiser step that this callback has seen.
+    _agreement: Agreement | None = None  # With other ranks, on whether to stop.
     _stepped = False  # Whether the last micro-batch ended with an optimiser step.
 
     @property
@@ -68,7 +70,7 @@ class DurableCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
         """Start to listen for signals."""
         super().on_train_start(cast(Any, trainer), cast(Any, pl_module))
-        self._seen = trainer.global_step
+        self._seen, self._agreement = trainer.global_step, None
         # Lightning begins to listen earlier, and may have noted a SIGTERM by now.
         self._signal = signal.SIGTERM if getattr(trainer, "received_sigterm", False) else None
         self._when = "before training began" if self._signal else "to another process"
@@ -101,9 +103,15 @@ class DurableCheckpoint(ModelCheckpoint):
             stop = self._signal is not None
             if trainer.world_size > 1:
                 # One process may get the signal one step before another.
-                stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+                stop = self._agree(stop)
             if stop:
                 self._save_and_exit(trainer)
+
+    def _agree(self, stop: bool) -> bool:
+        """Whether a rank has a signal. No GPU is asked, because the host would wait for it in every step."""
+        if self._agreement is None:
+            self._agreement = Agreement()
+        return self._agreement.decide(stop)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         with folder_of_before_kept(cast(Any, trainer), filepath):

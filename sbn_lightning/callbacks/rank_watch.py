@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.stopping import stop_together
 from sbn_lightning.distributed.watch import Watch, check_recipes_are_equal, is_consequence, tell
 
 if TYPE_CHECKING:
@@ -47,11 +48,12 @@ class RankWatch(RunCallback):
         self._watch: Watch | None = None
 
     def setup(self, trainer: Run, pl_module: nn.Module, stage: str) -> None:  # type: ignore[override]
-        """Compare the recipes, and start to watch."""
+        """Compare the recipes, start to watch, and make ranks agree on signals without their GPUs."""
         if stage == "fit" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             check_recipes_are_equal(self.recipe)
             self._watch = Watch(self.silence, self.grace)
             self._watch.start()
+            stop_together(trainer)
 
     def on_exception(self, trainer: Run, pl_module: nn.Module, exception: BaseException) -> None:  # type: ignore[override]
         """Tell the other ranks why this one fails, or say which rank failed before."""

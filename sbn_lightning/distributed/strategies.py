@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from inspect import signature
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as FabricModelParallelStrategy
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
+    DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     Strategy,
     StrategyRegistry,
 )
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
 from sbn_lightning.distributed.sharding import Gather
+from sbn_lightning.distributed.stopping import stop_together
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -115,7 +121,58 @@ class ShardedStrategy(ModelParallelStrategy):
         meet_afresh(self._timeout or TIMEOUT)
         super().setup_environment()
 
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        stop_together(trainer)
+        super().setup(trainer)
 
+
+class ReplicatedStrategy(DDPStrategy):
+    """Lightning's ``DDPStrategy`` with the options that suit masked models: ``trainer.strategy: sbn_ddp``.
+
+    Masks are not broadcast, because every rank computes the same ones. Gradients lie in the buffers that DDP sends, so
+    they take memory once.
+
+    Args:
+        reduce_dtype: The dtype in which gradients travel. With ``"bfloat16"`` half as many bytes travel, and the sum
+            over the ranks is rounded to bfloat16.
+        timeout: How long a collective may take before the rank gives up.
+        **options: The other options of ``DDPStrategy``.
+    """
+
+    def __init__(
+        self,
+        reduce_dtype: Literal["float32", "bfloat16"] = "float32",
+        timeout: timedelta = TIMEOUT,
+        **options: Any,
+    ) -> None:
+        if reduce_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"reduce_dtype={reduce_dtype!r} is not 'float32' or 'bfloat16'")
+        self.reduce_dtype = getattr(torch, reduce_dtype)
+        if reduce_dtype == "bfloat16":
+            options.setdefault("ddp_comm_hook", bf16_compress_hook)
+        # Newer versions of torch have the first name, and deprecate the second one.
+        known = signature(DistributedDataParallel).parameters
+        broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        if "broadcast_buffers" not in options:
+            options.setdefault(broadcast, False)
+        options.setdefault("gradient_as_bucket_view", True)
+        super().__init__(timeout=timeout, **options)
+
+    @override
+    def setup_environment(self) -> None:
+        meet_afresh(self._timeout or TIMEOUT)
+        super().setup_environment()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        stop_together(trainer)
+        super().setup(trainer)
+
+
+StrategyRegistry.register(
+    "sbn_ddp", ReplicatedStrategy, description="DDP without broadcasts of masks, and without waits for the GPU"
+)
 StrategyRegistry.register(
     "sbn_fsdp2", ShardedStrategy, description="FSDP2 with latent weights sharded by rows and 2-bit codes on the wire"
 )

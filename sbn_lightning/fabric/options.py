@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from sbn_lightning.callbacks.lightning_internals import options_of_ddp
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
-from sbn_lightning.distributed.strategies import ShardedStrategy
+from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.fabric.run import FabricRun
 from sbn_lightning.training.precision import SparseTernaryPrecision
 
@@ -99,14 +99,21 @@ def check_fabric_options(config: dict[str, Any]) -> None:
         )
     if config["max_steps"] < 0 and config["max_epochs"] is None:
         raise ConfigError("training would not end: set trainer.max_steps or trainer.max_epochs")
-    strategy = ShardedStrategy() if config["strategy"] == "sbn_fsdp2" else config["strategy"]
+    ours = {"sbn_ddp": ReplicatedStrategy, "sbn_fsdp2": ShardedStrategy}
+    strategy = config["strategy"]
+    if isinstance(strategy, str) and strategy in ours:
+        strategy = ours[strategy]()
     if isinstance(strategy, ShardedStrategy):
         config["strategy"] = fabric_sharded(strategy)
     elif isinstance(strategy, DDPStrategy):
+        if isinstance(strategy, ReplicatedStrategy) and strategy.reduce_dtype != torch.float32:
+            raise ConfigError("the Fabric loop sums the gradients of sbn_ddp in float32: leave reduce_dtype out")
         config["strategy"] = FabricDDPStrategy(**options_of_ddp(strategy))
     elif strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"):
         name = type(strategy).__name__ if isinstance(strategy, Strategy) else strategy
-        raise ConfigError(f"the Fabric loop cannot honour trainer.strategy={name}, only ddp and sbn_fsdp2; use `fit`")
+        raise ConfigError(
+            f"the Fabric loop cannot honour trainer.strategy={name}, only ddp, sbn_ddp and sbn_fsdp2; use `fit`"
+        )
     plugins = config["plugins"] or []
     for plugin in plugins if isinstance(plugins, list) else [plugins]:
         if isinstance(plugin, Precision) and not isinstance(plugin, SparseTernaryPrecision):

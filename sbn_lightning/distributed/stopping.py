@@ -1,0 +1,102 @@
+"""How the ranks of a run agree to stop, without a word from their GPUs.
+
+A SIGTERM reaches ranks at different moments, or only one of them. They must all stop at the same micro-batch, or some
+wait for ever in a collective. Lightning therefore broadcasts a number before each micro-batch, from GPU to GPU, and
+reads it. Reading waits until the GPU has finished everything before, so the GPU then stands still while the host
+prepares the next kernels. On one process Lightning does not ask, so this is lost only where there are several.
+
+Here the ranks agree through the key-value store of the process group. No GPU takes part, so the hosts stay ahead.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from itertools import count
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.distributed_c10d import _get_default_store
+
+_made = count()  # All ranks count alike, so the number makes keys unique.
+_KEPT = 1000  # Decisions that stay in the store. No rank is so far behind the first one.
+
+
+class Agreement:
+    """Lets ranks decide together, again and again, whether to stop. Construct it on all ranks."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self._store = _get_default_store().clone()  # Waiting on one connection must not block other users of it.
+        self._prefix = f"sbn_lightning/stop/{next(_made)}"
+        self._decided = 0
+
+    def ask(self) -> None:
+        """Ask all ranks to stop, at the next decision or the one after."""
+        self._store.set(f"{self._prefix}/asked", "")
+
+    def decide(self, asked: bool = False) -> bool:
+        """Decide whether to stop. All ranks must call this equally often, and get the same answer.
+
+        Args:
+            asked: Whether this rank asks to stop.
+        """
+        if asked:
+            self.ask()
+        number, self._decided = self._decided, self._decided + 1
+        if self.rank != 0:
+            return bool(self._store.get(f"{self._prefix}/{number}") == b"stop")  # Waits until rank 0 has decided.
+        stop = bool(self._store.check([f"{self._prefix}/asked"]))
+        self._store.set(f"{self._prefix}/{number}", "stop" if stop else "go")
+        if number >= _KEPT:
+            self._store.delete_key(f"{self._prefix}/{number - _KEPT}")
+        return stop
+
+
+class _Signals:
+    """Takes the place of two methods of Lightning: of the one that hears a SIGTERM, and of the one that broadcasts it.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._agreement = Agreement()
+        self._heard = False
+
+    def hear(self, number: int, frame: Any) -> None:
+        """Note a SIGTERM, and pass it on to the processes that Lightning has started."""
+        if not self._heard and (launcher := self._trainer.strategy.launcher) is not None:
+            launcher.kill(number)  # type: ignore[arg-type]
+        self._heard = True
+
+    def stop_if_agreed(self) -> None:
+        """Stop this rank at the micro-batch at which all ranks stop.
+
+        Raises:
+            SIGTERMException: If a rank has heard a SIGTERM.
+        """
+        if self._agreement.decide(asked=self._heard):
+            self._trainer._signal_connector.received_sigterm = True
+            with suppress(RuntimeError):
+                dist.barrier()
+            raise SIGTERMException
+
+
+def stop_together(trainer: Any) -> None:
+    """Make the ranks of a Trainer agree on a SIGTERM through the store. All ranks must call this, before training.
+
+    It does nothing if it was called before, with one process, and for what is no Trainer.
+
+    Args:
+        trainer: The Trainer, when the process group is there and before Lightning listens for signals.
+    """
+    if not isinstance(trainer, Trainer) or trainer.world_size == 1 or not dist.is_initialized():
+        return
+    loop: Any = trainer.fit_loop.epoch_loop
+    if hasattr(loop, "_broadcast_sigterm_tensor") and "_broadcast_sigterm_tensor" not in vars(loop):
+        signals = _Signals(trainer)
+        loop._broadcast_sigterm_tensor = signals.stop_if_agreed
+        trainer._signal_connector._sigterm_notifier_fn = signals.hear  # type: ignore[method-assign]
