@@ -1,0 +1,214 @@
+"""The study of sizes: train its models, measure how fast steps are, and write the report.
+
+    python -m research.sizes corpus --output data/sizes
+    python -m research.sizes work --corpus data/sizes --output results/sizes --round sweep --seconds 600
+    python -m research.sizes bench --corpus data/sizes
+    python -m research.sizes report results/sizes/results.jsonl
+
+Several processes may work in one folder, on one GPU or on several, and may join late. Each takes the first trial of the
+round that nobody has taken and that fits into its time. A trial that was cut off continues on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import os
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from research.sizes.train import FILE, STATE, Setting, Training, append_row, read_rows
+from research.sizes.trials import PARAMETERS, ROUNDS, Trial, learning_rate, tokens_of
+
+SUFFIXES = [".py", ".md", ".rst", ".txt"]
+OVERHEAD = 12.0  # seconds of a trial besides its steps
+# Tokens a second of one process that shares a GPU, until rows say more.
+GUESS = 1.2e13  # times 1 / parameters
+
+
+def make_corpus(output: str, folders: Sequence[str], max_bytes: str | None) -> None:
+    """Write code and English of this machine's packages, and of ``folders``, as tokens of a BPE of 8,192."""
+    from research.reproduce.corpus import interpreter_folders, reproduce_corpus
+
+    roots = [*interpreter_folders(), "/usr/share/doc", *folders]
+    reproduce_corpus(
+        [root for root in roots if os.path.isdir(root)],
+        output,
+        suffix=SUFFIXES,
+        val_fraction=0.04,
+        max_bytes=max_bytes,
+        num_workers=min(48, os.cpu_count() or 1),
+    )
+
+
+def read_setting(args: argparse.Namespace) -> Setting:
+    """Return the setting of the command line, with the text on the device."""
+    from sbn_lightning.evaluation.texts import text_of_folder
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    if args.corpus is None:
+        train = torch.randint(8192, (2**21,), device=device, dtype=torch.int32)
+        held_out = train
+    else:
+        texts = [text_of_folder(str(Path(args.corpus, "tokens")), split, None).tokens for split in ("train", "val")]
+        train, held_out = (torch.from_numpy(tokens.astype("int32")).to(device) for tokens in texts)
+    return Setting(
+        train, held_out, Path(args.output), device, length=args.length, batch=args.batch, compile=args.compile,
+        graphs=args.graphs, gradients=args.gradients, backend=args.backend,
+    )  # fmt: skip
+
+
+def work(setting: Setting, trials: Sequence[Trial], seconds: float) -> None:
+    """Do one trial after the other until the time is up.
+
+    Args:
+        setting: What all trials share.
+        trials: The trials, the most valuable first.
+        seconds: The number of seconds until a running trial is saved.
+    """
+    deadline = time.monotonic() + seconds
+    for trial in trials:
+        if time.monotonic() > deadline:
+            return
+        _try(trial, setting, deadline)
+
+
+def _try(trial: Trial, setting: Setting, deadline: float) -> None:
+    """Do a trial unless it is done, somebody else does it, or it does not fit. A failure does not end the others."""
+    if trial.name in {row["name"] for row in read_rows(setting.output / FILE)}:
+        return
+    with _claim(setting.output / "claims" / trial.name) as mine:
+        rows = read_rows(setting.output / FILE)  # Another process may have ended the trial just now.
+        started = (setting.output / "states" / trial.name / STATE).is_file()
+        left = deadline - time.monotonic()
+        if not mine or trial.name in {row["name"] for row in rows}:
+            return
+        if not started and left < OVERHEAD + trial.tokens / speed(trial, rows):
+            return
+        since = time.monotonic()
+        try:
+            done = Training(trial, setting).run(deadline)
+            said = "done" if done else "saved"
+            print(f"{time.strftime('%H:%M:%S')} {trial.name} {said}, {time.monotonic() - since:.0f} s", flush=True)
+        except Exception:  # The other trials are worth having.
+            print(f"{trial.name} failed", flush=True)
+            traceback.print_exc()
+        gc.collect()
+        torch.compiler.reset()
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def speed(trial: Trial, rows: Sequence[dict[str, object]]) -> float:
+    """Return about how many tokens a second a trial will have, from trials of its size that are done."""
+    found = sorted(float(row["tokens_per_second"]) for row in rows if row["trial"]["size"] == trial.size)  # type: ignore[arg-type, index]
+    found = [value for value in found if value > 0]
+    return found[len(found) // 2] if found else GUESS / PARAMETERS[trial.size]
+
+
+@contextmanager
+def _claim(file: Path) -> Iterator[bool]:
+    """Hold a trial for this process. The operating system releases it when the process ends."""
+    from filelock import FileLock, Timeout
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(str(file), timeout=0):
+            yield True
+    except Timeout:
+        yield False
+
+
+# What `bench` measures: size, family, pattern, gradients, graphs, backend.
+BENCHES = [
+    ("15M", "ternary", "2:4", "bf16", True, "auto"),
+    ("15M", "bf16", "8:8", "bf16", True, "auto"),
+    ("2M", "ternary", "2:4", "bf16", True, "auto"),
+    ("15M", "ternary", "2:4", "int8", True, "auto"),
+    ("2M", "bf16", "2:4", "bf16", True, "auto"),
+    ("63M", "ternary", "2:4", "bf16", True, "auto"),
+    ("15M", "ternary", "2:4", "bf16", False, "auto"),
+    ("5M", "ternary", "8:8", "bf16", True, "auto"),
+    ("15M", "ternary", "2:4", "bf16", True, "reference"),
+    ("63M", "bf16", "8:8", "bf16", True, "auto"),
+    ("31M", "ternary", "2:4", "bf16", True, "auto"),
+    ("2M", "ternary", "2:4", "bf16", True, "reference"),
+]
+
+
+def bench(setting: Setting, seconds: float, steps: int) -> None:
+    """Measure the time of a step for some models, one after the other on a GPU of their own."""
+    deadline = time.monotonic() + seconds
+    for size, family, pattern, gradients, graphs, backend in BENCHES:
+        if time.monotonic() > deadline:
+            return
+        setting.gradients, setting.graphs, setting.backend = gradients, graphs, backend
+        since = time.monotonic()
+        label = f"{size} {family} {pattern} gradients {gradients} graphs {graphs} backend {backend}"
+        try:
+            trial = Trial(size, family, pattern, tokens_of(size, 20), learning_rate(size, family))  # type: ignore[arg-type]
+            training = Training(trial, setting)
+            training.advance(10)
+            warm = time.monotonic() - since
+            training.advance(steps)
+            each = training.seconds / training.timed
+            row = {"what": label, "ms": round(1000 * each, 2), "tokens_per_second": round(setting.tokens_of_step / each),
+                   "until_the_tenth_step": round(warm, 1)}  # fmt: skip
+            append_row(setting.output / "bench.jsonl", row)
+            print(row, flush=True)
+        except Exception:
+            print(f"{label} failed", flush=True)
+            traceback.print_exc()
+        gc.collect()
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    corpus = commands.add_parser("corpus")
+    corpus.add_argument("--output", default="data/sizes")
+    corpus.add_argument("--folders", nargs="*", default=[], help="more folders to search")
+    corpus.add_argument("--max_bytes")
+    for name in ("work", "bench"):
+        command = commands.add_parser(name)
+        command.add_argument("--corpus", help="the folder that `corpus` wrote; not given, random tokens")
+        command.add_argument("--output", default="results/sizes")
+        command.add_argument("--seconds", type=float, default=math.inf)
+        command.add_argument("--length", type=int, default=512)
+        command.add_argument("--batch", type=int, default=64)
+        command.add_argument("--gradients", default="bf16")
+        command.add_argument("--backend", default="auto")
+        command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+        command.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    commands.choices["work"].add_argument("--round", choices=list(ROUNDS), default="sweep")
+    commands.choices["work"].add_argument("--names", nargs="*", help="the trials to do; default: all of the round")
+    commands.choices["work"].add_argument("--shrink_tokens", type=int, default=1, help="for a trial run: less tokens")
+    commands.choices["bench"].add_argument("--steps", type=int, default=60)
+    args = parser.parse_args()
+    if args.command == "corpus":
+        make_corpus(args.output, args.folders, args.max_bytes)
+        return
+    setting = read_setting(args)
+    print(f"{len(setting.train):,} tokens to train on, {len(setting.held_out):,} held out", flush=True)
+    if args.command == "bench":
+        bench(setting, args.seconds, args.steps)
+        return
+    from dataclasses import replace
+
+    chosen = [one for one in ROUNDS[args.round] if args.names is None or one.name in args.names]
+    chosen = [replace(one, tokens=one.tokens // args.shrink_tokens) for one in chosen]
+    work(setting, chosen, args.seconds)
+
+
+if __name__ == "__main__":
+    main()
