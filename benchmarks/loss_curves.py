@@ -17,6 +17,7 @@ import sysconfig
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import append, fresh_results, header, need_gpu
@@ -30,7 +31,8 @@ from sbn_lightning.layers.sparse_linear import masked_layers
 
 LENGTH, BATCH = 512, 32
 
-RUNS: dict[str, tuple[str, dict[str, str] | None]] = {
+# The pattern, the options of the precision plugin (None: no plugin), and changes of the model's config.
+RUNS: dict[str, tuple[Any, ...]] = {
     "reference": ("2:4", {"backend": "reference", "dtype": "fp32"}),
     "fake quantised": ("2:4", None),
     "reference, another seed": ("2:4", {"backend": "reference", "dtype": "fp32"}),
@@ -39,6 +41,12 @@ RUNS: dict[str, tuple[str, dict[str, str] | None]] = {
     "sparse, int8 gradients": ("2:4", {"backend": "sparse", "gradients": "int8"}),
     "sparse, int8 dX": ("2:4", {"backend": "sparse", "gradients": "int8-dx"}),
     "sparse, int8 dW": ("2:4", {"backend": "sparse", "gradients": "int8-dw"}),
+    "sparse, int8 head": ("2:4", {"backend": "sparse"}, {"head_precision": "int8"}),
+    "sparse, int8 gradients and head": (
+        "2:4",
+        {"backend": "sparse", "gradients": "int8"},
+        {"head_precision": "int8"},
+    ),
     "reference 6:8": ("6:8", {"backend": "reference", "dtype": "fp32"}),
     "int8 6:8": ("6:8", {"backend": "int8"}),
     "int8 6:8, int8 gradients": ("6:8", {"backend": "int8", "gradients": "int8"}),
@@ -66,10 +74,10 @@ class Curve(Callback):
 
 def train(name: str, data: Tensor, steps: int, seed: int) -> Tensor:
     """Returns the loss of every step, float32 ``[steps]``."""
-    pattern, options = RUNS[name]
+    pattern, options, *changes = RUNS[name]
     seed_everything(seed + 1 if "another seed" in name else seed, verbose=False)
     shape = {"vocab_size": 256, "d_model": 512, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "d_ffn": 1408}
-    config = TransformerConfig(**shape, max_sequence_length=LENGTH, pattern=pattern)
+    config = TransformerConfig(**shape, max_sequence_length=LENGTH, pattern=pattern, **dict(*changes))
     optimizer = partial(torch.optim.AdamW, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     module = SparseBitNet(config, optimizer, warmup_steps=30)
     if options is None:
@@ -80,7 +88,7 @@ def train(name: str, data: Tensor, steps: int, seed: int) -> Tensor:
     curve = Curve()
     trainer = Trainer(
         max_steps=steps, max_epochs=-1, callbacks=[curve], gradient_clip_val=1.0, logger=False, devices=1,
-        plugins=None if options is None else [SparseTernaryPrecision(**options)],  # type: ignore[arg-type]
+        plugins=None if options is None else [SparseTernaryPrecision(**options)],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(rows, batch_size=BATCH, pin_memory=True))  # type: ignore[arg-type]

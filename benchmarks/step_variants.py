@@ -169,6 +169,10 @@ VARIANTS: dict[str, tuple[Build, dict[str, str] | None]] = {
     "ours 2:4, int8 gradients": (_OURS, {"backend": "sparse", "gradients": "int8"}),
     "ours 2:4, int8 dX": (_OURS, {"backend": "sparse", "gradients": "int8-dx"}),
     "ours 2:4, int8 dW": (_OURS, {"backend": "sparse", "gradients": "int8-dw"}),
+    "ours 2:4, int8 gradients, int8 head": (
+        partial(_OURS, head_precision="int8"),
+        {"backend": "sparse", "gradients": "int8"},
+    ),
     "ours 2:4, int8 gradients, MLP recomputed": (_RECOMPUTED, {"backend": "sparse", "gradients": "int8"}),
     "ours 2:4, auto": (_OURS, {"backend": "auto"}),
     "ours 6:8": (partial(ternary, pattern="6:8"), {"backend": "int8"}),

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.models.loss import LossImplementation
+from sbn_lightning.models.loss import HeadPrecision, LossImplementation, check_head
 from sbn_lightning.models.rope_scaling import RopeScaling
 from sbn_lightning.sparsity.config import SparsityConfig, SparsityOptions, check_choice
 
@@ -99,7 +99,9 @@ class TransformerConfig(SparsityOptions):
         d_expert: The width of the hidden layer of an expert. null means ``d_ffn``.
         normalise_experts: Whether the weights of a token's experts add up to 1, as in Mixtral.
         load_balance: The weight of the load-balancing loss, which is part of the training loss.
-
+        head_precision: The precision of the head's products in training: ``"full"`` is the dtype of everything else,
+            ``"int8"`` rounds weight, tokens and gradients to 8 bits (:mod:`sbn_lightning.backends.int8_head`). Not with
+            a distillation, which has a loss of its own. Validation is in full precision.
         layers: Rules for linear layers whose kind is not ``linear``, for example to leave the first block dense. If
             several rules match a layer, the last one counts.
 
@@ -139,12 +141,14 @@ class TransformerConfig(SparsityOptions):
     normalise_experts: bool = field(default=True, kw_only=True, metadata=FAMILY_OPTION)
     load_balance: float = field(default=0.01, kw_only=True, metadata=TRAINING_OPTION)
     layers: tuple[LayerRule, ...] = field(default=(), kw_only=True, metadata=TRAINING_OPTION)
+    head_precision: HeadPrecision = field(default="full", kw_only=True, metadata=TRAINING_OPTION)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("linear", self.linear, get_args(LinearKind))
         check_choice("activation", self.activation, get_args(Activation))
         check_choice("activation_checkpointing", self.activation_checkpointing, (False, True, "mlp"))
+        check_head(self.head_precision, self.loss)
         check_choice("qk_norm", self.qk_norm, (None, *get_args(QKNorm)))
         if isinstance(self.rope_scaling, dict):  # A checkpoint holds only plain values.
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))

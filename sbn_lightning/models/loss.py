@@ -14,6 +14,9 @@ implementations work through the tokens in chunks. There is a choice of implemen
 * ``"auto"`` chooses. On CUDA it takes ``"chunked"`` for a vocabulary of :data:`CHUNKED_VOCABULARY` classes or more.
   Elsewhere it takes ``"torch"``, if PyTorch has it, for :data:`FUSED_VOCABULARY` classes or more. For a smaller
   vocabulary it takes ``"plain"``.
+
+In training, the head's three products can run in 8 bits (:mod:`sbn_lightning.backends.int8_head`). Then ``"chunked"``
+computes the loss. A loss without gradients, as in validation, is computed in full precision.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sbn_lightning.backends.int8_head import Int8Head
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.sparsity.ternary import float32_mm
 
 LossImplementation = Literal["auto", "chunked", "liger", "torch", "plain"]
+HeadPrecision = Literal["full", "int8"]
 
 # The number of classes from which torch's fused loss is faster than "plain" on a CPU.
 FUSED_VOCABULARY = 16384
@@ -68,8 +73,25 @@ def choose_loss(implementation: LossImplementation, vocab_size: int, device: tor
     return implementation
 
 
+def check_head(precision: HeadPrecision, implementation: LossImplementation) -> None:
+    """Check that an implementation can have a head of this precision.
+
+    Raises:
+        ConfigError: If the precision is unknown, or the implementation has no head in 8 bits.
+    """
+    if precision not in get_args(HeadPrecision):
+        known = ", ".join(map(repr, get_args(HeadPrecision)))
+        raise ConfigError(f"head_precision={precision!r} is not one of {known}")
+    if precision == "int8" and implementation not in ("auto", "chunked"):
+        raise ConfigError(f'head_precision="int8" needs loss="chunked" or "auto", not {implementation!r}')
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, target: Tensor, implementation: LossImplementation = "auto"
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    implementation: LossImplementation = "auto",
+    head_precision: HeadPrecision = "full",
 ) -> Tensor:
     """Mean cross-entropy of ``hidden @ weight^T`` against ``target``, in nats.
 
@@ -78,22 +100,25 @@ def linear_cross_entropy(
         weight: The weight of the head, ``[vocab_size, d_model]``.
         target: The classes to predict, int64 ``[tokens]``.
         implementation: The implementation; the docstring of this module lists them.
+        head_precision: The precision of the products in training: ``"full"`` is the dtype of the tokens.
 
     Returns:
         The mean over tokens, a float32 scalar.
 
     Raises:
-        ConfigError: If the implementation cannot run here.
+        ConfigError: If the implementation cannot run here, or not with this precision.
     """
     device = hidden.device.type
-    chosen = choose_loss(implementation, weight.shape[0], hidden.device)
+    check_head(head_precision, implementation)
+    in_int8 = head_precision == "int8" and torch.is_grad_enabled()
+    chosen = "chunked" if in_int8 else choose_loss(implementation, weight.shape[0], hidden.device)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden = hidden.to(dtype)
         weight = weight if chosen == "chunked" else weight.to(dtype)
     with torch.autocast(device, enabled=False):
         if chosen == "chunked":
-            loss: Tensor = ChunkedCrossEntropy.apply(hidden, weight, target, torch.is_grad_enabled())
+            loss: Tensor = ChunkedCrossEntropy.apply(hidden, weight, target, torch.is_grad_enabled(), in_int8)
         elif chosen == "liger":
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -115,29 +140,31 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, differentiate: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, differentiate: bool, in_int8: bool = False
+    ) -> Tensor:
         """Compute the loss, and with ``differentiate`` the gradients. ``weight`` may be wider than ``hidden``."""
         need_dh, need_dw = (differentiate and needed for needed in ctx.needs_input_grad[:2])
-        head = weight.to(hidden.dtype)
-        most = max(256, CHUNK_BYTES // (head.shape[0] * head.element_size()))
+        head = Int8Head(hidden, weight, target) if in_int8 else _Head(hidden, weight)
+        most = max(256, CHUNK_BYTES // (weight.shape[0] * hidden.element_size()))
         rows = 1 << (most.bit_length() - 1)  # A power of two divides the tokens of a common batch into equal chunks.
         scale = 1.0 / max(len(hidden), 1)
         run = _compiled() if hidden.is_cuda else _loss_and_gradient
         total = hidden.new_zeros((), dtype=torch.float32)
         dh = torch.empty_like(hidden) if need_dh else None
         dw = None
-        for start in range(0, len(hidden), rows):
+        for number, start in enumerate(range(0, len(hidden), rows)):
             part = slice(start, start + rows)
-            logits = hidden[part] @ head.t()
+            logits = head.logits(part)
             if not differentiate:
                 total += F.cross_entropy(logits.float(), target[part], reduction="sum")
                 continue
-            loss, gradient = run(logits, target[part], scale)
+            loss, gradient = run(logits, target[part], scale, head.class_scale)
             total += loss
+            dh_part, product = head.gradients(gradient, part, number, need_dh, need_dw)
             if dh is not None:
-                torch.mm(gradient, head, out=dh[part])
-            if need_dw:
-                product = float32_mm(gradient.t(), hidden[part])
+                dh[part] = dh_part
+            if product is not None:
                 dw = product if dw is None else dw.add_(product)
         ctx.save_for_backward(dh, dw)
         ctx.dtype = weight.dtype
@@ -149,12 +176,41 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dh, dw = ctx.saved_tensors
         (dy,) = grad_outputs
         # Nobody else holds these gradients, and that of a float32 head is large, so both are scaled in place.
-        return None if dh is None else dh.mul_(dy), None if dw is None else dw.mul_(dy).to(ctx.dtype), None, None
+        return None if dh is None else dh.mul_(dy), None if dw is None else dw.mul_(dy).to(ctx.dtype), *[None] * 3
 
 
-def _loss_and_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy summed over tokens, and ``(softmax - one-hot) * scale`` in the dtype of the logits."""
+class _Head:
+    """The products of a micro-batch in the dtype of the tokens; see :class:`Int8Head` for the methods."""
+
+    class_scale = None
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        self._hidden, self._weight = hidden, weight.to(hidden.dtype)
+
+    def logits(self, part: slice) -> Tensor:
+        return self._hidden[part] @ self._weight.t()
+
+    def gradients(
+        self, gradient: Tensor, part: slice, number: int, want_hidden: bool, want_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dh = gradient @ self._weight if want_hidden else None
+        return dh, float32_mm(gradient.t(), self._hidden[part]) if want_weight else None
+
+
+def _loss_and_gradient(
+    logits: Tensor, target: Tensor, scale: float, class_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy summed over tokens, and ``(softmax - one-hot) * scale`` in the dtype of the logits.
+
+    Args:
+        logits: The logits, or what gives them when multiplied with ``class_scale``, ``[tokens, classes]``.
+        target: The classes to predict, int64 ``[tokens]``.
+        scale: The factor of the gradient.
+        class_scale: A scale of each class, float32 ``[classes]``; None means 1.
+    """
     wide = logits if logits.dtype == torch.float64 else logits.float()
+    if class_scale is not None:
+        wide = wide * class_scale
     log_sum = wide.logsumexp(-1, keepdim=True)
     loss = (log_sum - wide.gather(-1, target.unsqueeze(-1))).sum()
     classes = torch.arange(logits.shape[-1], device=logits.device)

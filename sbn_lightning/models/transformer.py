@@ -228,7 +228,8 @@ class TernaryTransformer(nn.Module):
             targets_BT: The token that follows each token, int64 ``[B, T]``.
         """
         hidden = self.hidden(tokens_BT).flatten(0, 1)
-        loss = linear_cross_entropy(hidden, self.lm_head.weight, targets_BT.flatten(), self.config.loss)
+        head, config = self.lm_head.weight, self.config
+        loss = linear_cross_entropy(hidden, head, targets_BT.flatten(), config.loss, config.head_precision)
         if self.training and self.config.n_experts and self.config.load_balance:
             loss = loss + self.config.load_balance * load_balance_loss(loads(self))
         return loss

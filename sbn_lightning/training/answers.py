@@ -85,7 +85,8 @@ class AnswerLoss:
         if not len(places):
             return (hidden * 0).sum(dtype=torch.float32), 0
         targets = batch[:, 1:].flatten()[places]
-        return linear_cross_entropy(hidden[places], model.lm_head.weight, targets, model.config.loss), len(places)
+        head, config = model.lm_head.weight, model.config
+        return linear_cross_entropy(hidden[places], head, targets, config.loss, config.head_precision), len(places)
 
     def places(self, tokens: Tensor) -> Tensor:
         """Return which tokens belong to answers, or to the markers that end them, bool ``[B, T]``.

@@ -120,6 +120,8 @@ class SparseBitNet(LightningModule):
         self.answers = answers
         if answers is not None and (distillation is not None or config.n_experts):
             raise ConfigError("model.answers works neither with model.distillation nor with experts; take one of them")
+        if distillation is not None and config.head_precision != "full":
+            raise ConfigError("a distillation has no head in 8 bits; set model.config.head_precision to full")
 
     def setup(self, stage: str) -> None:
         """Check strategy and data against the model.

@@ -1,0 +1,119 @@
+"""The three products of a dense head in training on int8 tensor cores: logits, and the gradients of both factors.
+
+The head is not ternary, so here, other than in a ternary layer, the weight and the tokens are rounded, too::
+
+    logits = s_h s_w (h8 w8^T)               h8: one scale a token; w8: one scale a class; both to the nearest
+    dH     = s_a (a8 w8)                     a8: G s_w, one scale a token, rounded stochastically
+    dW     = s_b (b8^T h8)                   b8: G s_h, one scale a class, rounded stochastically
+
+``G`` is the gradient of the logits. The sums are exact. Given the rounded factors, the gradients are unbiased: the
+formulas are those of a ternary layer (:mod:`sbn_kernels.gradients.reference`), with ``w8`` in the place of the ternary
+codes. The draws come from a seed that is made of the batch itself, so a pass that is run again gives the same bits, and
+there is no state to save.
+
+On a GPU the kernels of the ternary layers' backward multiply. Elsewhere their twins in plain PyTorch do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import sbn_kernels as sk
+import torch
+from sbn_kernels.gradients.reference import QuantizedGradient, quantize_gradient_reference
+from sbn_kernels.gradients.reference import weight_gradient_reference as product_reference
+from sbn_kernels.quantize.reference import quantize_tokens_reference
+from torch import Tensor
+
+
+class _Arithmetic(NamedTuple):
+    """The functions that compute. ``multiply(a8, scale, b8, dtype)`` is ``scale * (a8 @ b8^T)``."""
+
+    quantize: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    round: Callable[[Tensor, Tensor, Tensor, Tensor, int], QuantizedGradient]
+    transpose: Callable[[Tensor], Tensor]
+    multiply: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
+
+
+def _by_twins(a8: Tensor, scale: Tensor, b8: Tensor, dtype: torch.dtype) -> Tensor:
+    return product_reference(a8, scale, b8.t(), dtype)
+
+
+_TWINS = _Arithmetic(quantize_tokens_reference, quantize_gradient_reference, lambda x: x.t().contiguous(), _by_twins)
+
+
+def _arithmetic(tensor: Tensor) -> _Arithmetic:
+    if find_spec("triton") is None:
+        return _TWINS
+    import sbn_kernels.catalog  # noqa: F401 (registers the kernels)
+    from sbn_kernels.gemm import registry
+
+    index = tensor.device.index if tensor.is_cuda else None
+    if registry.gradients_on(index) is None:
+        return _TWINS
+    multiply = registry.gradients(index).weight_gradient
+    return _Arithmetic(sk.quantize_tokens, sk.quantize_gradient, sk.transpose_tokens, multiply)
+
+
+class Int8Head:
+    """The products of one micro-batch.
+
+    Args:
+        hidden: The tokens, bfloat16, float16 or float32 ``[tokens, d_model]``.
+        weight: The weight of the head, of any of these dtypes, ``[classes, d_model]``.
+        target: The classes to predict, int64 ``[tokens]``; a part of the seed.
+
+    Attributes:
+        class_scale: The scale of each class, float32 ``[classes]``, which :meth:`logits` leaves to the caller.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+        hidden, weight = hidden.detach(), weight.detach()
+        self._arithmetic = _arithmetic(hidden)
+        self._dtype = hidden.dtype
+        self._tokens, self._token_scale = self._arithmetic.quantize(hidden, 8)
+        self._codes, self.class_scale = self._arithmetic.quantize(weight, 8)
+        self._codes_t: Tensor | None = None
+        self._seed = seed_of(hidden, target)
+
+    def logits(self, part: slice) -> Tensor:
+        """The logits of some tokens without the scales of the classes, ``[tokens, classes]`` in the tokens' dtype."""
+        return self._arithmetic.multiply(self._tokens[part], self._token_scale[part], self._codes, self._dtype)
+
+    def gradients(
+        self, gradient: Tensor, part: slice, number: int, want_hidden: bool = True, want_weight: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of the tokens and of the weight from some tokens.
+
+        Args:
+            gradient: The gradient of the whole logits, with all scales, ``[tokens, classes]``.
+            part: Which tokens these are.
+            number: The number of the part; parts have draws of their own.
+            want_hidden: Whether to compute the gradient of the tokens.
+            want_weight: Whether to compute the gradient of the weight.
+
+        Returns:
+            ``[tokens, d_model]`` in the dtype of the tokens, and float32 ``[classes, d_model]``.
+        """
+        do, dh, dw = self._arithmetic, None, None
+        rounded = do.round(gradient, self.class_scale, self._token_scale[part], self._seed, number)
+        if want_hidden:
+            if self._codes_t is None:
+                self._codes_t = do.transpose(self._codes)
+            dh = do.multiply(rounded.tokens, rounded.token_scale, self._codes_t, self._dtype)
+        if want_weight:
+            tokens_t = do.transpose(self._tokens[part])
+            dw = do.multiply(rounded.channels, rounded.channel_scale, tokens_t, torch.float32)
+        return dh, dw
+
+
+def seed_of(hidden: Tensor, target: Tensor) -> Tensor:
+    """A seed made of the bits of a micro-batch, int64 ``[1]`` on its device.
+
+    Other tokens, other targets or other weights give another seed.
+    """
+    bits = hidden.view({2: torch.int16, 4: torch.int32}[hidden.element_size()]).sum(dtype=torch.int64)
+    # Odd factors spread the sums over all 64 bits; int64 products wrap.
+    return (bits * 0x5851F42D4C957F2D + target.sum(dtype=torch.int64) * 0x14057B7EF767814F).reshape(1)
