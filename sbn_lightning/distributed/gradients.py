@@ -22,7 +22,7 @@ from sbn_lightning.distributed.rows import RowCut
 # Newer versions of torch have the first name, and deprecate the second one.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-IN_FLIGHT = 2  # The number of whole gradients that may be in memory at a time, each in its reduce-scatter.
+IN_FLIGHT = 2**28  # The bytes of whole gradients that may be in memory at a time, each in its reduce-scatter.
 
 
 def stand_in(rows: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -50,6 +50,8 @@ class GradientScatter:
 
     def __init__(self, shard_group: dist.ProcessGroup, replicate_group: dist.ProcessGroup | None, average: int) -> None:
         self.shard_group, self.replicate_group, self.average = shard_group, replicate_group, average
+        # NCCL divides while it sums. gloo does not know how.
+        self._operation = dist.ReduceOp.AVG if dist.get_backend(shard_group) == "nccl" else dist.ReduceOp.SUM
         self._sent: deque[_Sent] = deque()
         self._waits_for_end = False
 
@@ -73,13 +75,19 @@ class GradientScatter:
         if not self._waits_for_end:
             self._waits_for_end = True
             Variable._execution_engine.queue_callback(self._finish)
-        while sum(sent.whole is not None for sent in self._sent) >= IN_FLIGHT:
-            self._wait(next(sent for sent in self._sent if sent.whole is not None))
+        travelling = [sent for sent in self._sent if sent.whole is not None]
+        size = sum(sent.whole.nbytes for sent in travelling if sent.whole is not None)
+        for sent in travelling:
+            if size + gradient.nbytes <= IN_FLIGHT:
+                break
+            assert sent.whole is not None
+            size -= sent.whole.nbytes
+            self._wait(sent)
         if cut.rows != cut.padded * cut.ranks:
             gradient = torch.cat([gradient, gradient.new_zeros(cut.padded * cut.ranks - cut.rows, gradient.shape[1])])
         gradient = gradient.contiguous()
         mine = gradient.new_empty(cut.padded, gradient.shape[1])
-        work = _reduce_scatter(mine, gradient, group=self.shard_group, async_op=True)
+        work = _reduce_scatter(mine, gradient, op=self._operation, group=self.shard_group, async_op=True)
         self._sent.append(_Sent(weight, work, gradient, mine, cut))
 
     def _wait(self, sent: _Sent) -> None:
@@ -87,7 +95,7 @@ class GradientScatter:
         sent.work.wait()  # On a GPU the stream waits here, not the host.
         sent.work = sent.whole = None
         if self.replicate_group is not None:
-            sent.work = dist.all_reduce(sent.mine, group=self.replicate_group, async_op=True)
+            sent.work = dist.all_reduce(sent.mine, op=self._operation, group=self.replicate_group, async_op=True)
 
     def _finish(self) -> None:
         self._waits_for_end = False
@@ -97,7 +105,8 @@ class GradientScatter:
                 self._wait(sent)
             if sent.work is not None:
                 sent.work.wait()
-            _accumulate(sent.weight, sent.mine[: sent.cut.count].div_(self.average))
+            mine = sent.mine[: sent.cut.count]
+            _accumulate(sent.weight, mine if self._operation == dist.ReduceOp.AVG else mine.div_(self.average))
 
 
 def _accumulate(weight: nn.Parameter, mine: Tensor) -> None:

@@ -7,7 +7,8 @@ weight). No row is cut in two, so a group of M never spans two ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
 from typing import Any, Literal, get_args
@@ -23,6 +24,7 @@ from sbn_lightning.distributed.packed import shard_packed
 from sbn_lightning.layers.sparse_linear import masked_layers, prepare_layers
 
 Gather = Literal["packed_step", "packed_layer", "latent"]
+SMALL = 2**20  # A block with more weights than that besides its ternary ones is gathered on its own.
 
 
 def keep_masks_out_of_broadcasts(module: nn.Module) -> None:
@@ -45,7 +47,9 @@ def shard(
     """Shard a model over the ranks of a mesh, in plain PyTorch or under Lightning's ``ModelParallelStrategy``.
 
     Latent weights of ternary layers are sharded by rows, and the ranks exchange 2-bit codes once in an optimiser step
-    (:mod:`sbn_lightning.distributed.packed`). FSDP2 shards all other parameters: first block by block, then the rest.
+    (:mod:`sbn_lightning.distributed.packed`). FSDP2 shards all other parameters. It gathers those of a block when the
+    block runs, if they are many. Few, such as norms and biases, are gathered with embedding and head, once in a
+    micro-batch: a collective for each block would cost the waiting of all ranks and next to no bytes.
 
     Args:
         module: The whole model, with equal weights on all ranks; changed in place, once.
@@ -93,12 +97,35 @@ def shard(
         if layer.weight not in ours and layer.out_features < ranks:
             raise ConfigError(f"{name} has {layer.out_features} rows, fewer than the {ranks} ranks to shard over")
     policy = MixedPrecisionPolicy() if policy is None else policy
-    for part in (*blocks, module):
+    units = [block for block in blocks if not ours or _rest(block, ours) > SMALL]
+    for part in (*units, module):
         fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=ours)
     for method in methods:
         register_fsdp_forward_method(module, method)
     if ours:
         prepare_first(module, methods)
+
+
+def _rest(block: nn.Module, ours: set[nn.Parameter]) -> int:
+    """The number of weights of a block that FSDP2 shards."""
+    return sum(parameter.numel() for parameter in block.parameters() if parameter not in ours)
+
+
+@contextmanager
+def rest_stays_whole(module: nn.Module) -> Iterator[None]:
+    """Leave what FSDP2 has gathered for the whole model in memory after a backward, for the next micro-batch.
+
+    Args:
+        module: The sharded model, or a module that contains one.
+    """
+    root = next((part for part in module.modules() if isinstance(part, FSDPModule)), None)
+    if root is not None:
+        root.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        if root is not None:
+            root.set_reshard_after_backward(True, recurse=False)
 
 
 def _hybrid(mesh: DeviceMesh, replicate: int) -> DeviceMesh:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from inspect import signature
 from itertools import chain
@@ -25,7 +27,7 @@ from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
-from sbn_lightning.distributed.sharding import Gather
+from sbn_lightning.distributed.sharding import Gather, rest_stays_whole
 from sbn_lightning.distributed.stopping import stop_together
 
 
@@ -125,6 +127,14 @@ class ShardedStrategy(ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         stop_together(trainer)
         super().setup(trainer)
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning enters this for each micro-batch but the last of an optimiser step."""
+        assert self.model is not None
+        with rest_stays_whole(self.model):
+            yield
 
 
 class ReplicatedStrategy(DDPStrategy):
