@@ -30,7 +30,7 @@ from tests.kernels.decode_step.emulator import Code, Memory, Program, run_grid
 from tests.kernels.decode_step.test_aot import compile_step
 
 SHAPE, SLOTS = Shape(2, 128, 128, 2, 1, 64, 80), 192
-CASES = {"one token": (1, 4), "twelve tokens": (12, 4)}  # batch and programs
+CASES = {"one token": (1, 4), "twelve tokens": (12, 4), "three tokens": (3, 8)}  # batch and programs
 
 
 @functools.cache
@@ -79,9 +79,9 @@ class Step:
             "attended": zeros(p.direct_parts, batch, p.heads, p.head_size),
             "attended_m": zeros(p.direct_parts, batch, p.heads, 2, dtype=torch.int64),
             "hidden": zeros(batch, SHAPE.d_ffn),
-            "shared": zeros(2, p.shared_bytes if p.shared_codes else 16, dtype=torch.uint8).fill_(ptx.EMPTY),
+            "shared": zeros(2, p.shared_bytes if p.o.shared else 16, dtype=torch.uint8).fill_(ptx.EMPTY),
             "places": zeros(5, batch, 2, dtype=torch.int64),
-            "table": torch.tensor(schedule(p), dtype=torch.int32),
+            "table": torch.tensor(schedule(p), dtype=torch.int32), "trace": torch.zeros(2, dtype=torch.int64),
         }  # fmt: skip
         self.memory, self._tensors = memory, tensors
         self._places = {name: memory.add(bits(tensor)) for name, tensor in tensors.items()}

@@ -198,7 +198,7 @@ def _join_warps(p: Plan, entries: int, stride: int) -> list[str]:
 
 @helper
 def _hand_over(
-    p: Plan, first: str, second: str, pair: str, start: str, words: str, statistics: str, other: str
+    p: Plan, first: str, second: str, pair: str, start: str, words: str, statistics: str, filled: str
 ) -> list[str]:
     """Hands two neighbouring results over in words; the thread with the head's first pair adds maximum and sum.
 
@@ -210,11 +210,12 @@ def _hand_over(
         start: Predicate: the pair is its head's first; ``hd`` is that head's number, counted from ``statistics``.
         words: Address.
         statistics: Address.
-        other: Predicate: writes an empty second part as well, so that all words get this layer's tag in every layer.
+        filled: Register with the number of parts that are written elsewhere or here. The others get empty words, so
+            that all words have this layer's tag in every layer. An old tag could come round again.
 
-    Uses the registers M, L, c0, c1, tag, epo, a.
+    Uses the registers M, L, c0, c1, tag, epo, a, and the predicate unused.
     """
-    part_words, part_statistics = 4 * p.batch * p.d_attention, 16 * p.batch * p.heads
+    part_words = 4 * p.batch * p.d_attention
     lines = [
         f"mov.b32 c0, {first}; mov.b32 c1, {second}; add.u32 c0, c0, 128; add.u32 c1, c1, 128;",
         f"and.b32 c0, c0, {VALUE}; or.b32 c0, c0, tag; and.b32 c1, c1, {VALUE}; or.b32 c1, c1, tag;",
@@ -223,28 +224,29 @@ def _hand_over(
     lines += ["st.relaxed.gpu.global.v2.b32 [a], {c0, c1};"]
     if p.direct_parts == 1:
         return lines
-    lines += [f"@{other} st.relaxed.gpu.global.v2.b32 [a+{part_words}], {{tag, tag}};"]
+    for i in range(1, p.direct_parts):
+        lines += [f"setp.le.u32 unused, {filled}, {i};"]
+        lines += [f"@unused st.relaxed.gpu.global.v2.b32 [a+{part_words * i}], {{tag, tag}};"]
     lines += [f"mad.wide.u32 a, hd, 16, {statistics}; mov.b32 c0, M; mov.b32 c1, L;"]
-    lines += pair_store("a", "c0", "c1", "epo", start)
-    lines += [f"and.pred {start}, {start}, {other}; mov.b32 c0, {f32(_NOTHING)}; mov.b32 c1, 0;"]
-    return [*lines, *pair_store(f"a+{part_statistics}", "c0", "c1", "epo", start)]
+    return [*lines, *pair_store("a", "c0", "c1", "epo", start)]
 
 
 @gluon.constexpr_function
 def finish_attention(p):
-    """PTX: maximum, sum, results, shared memory, epoch, number of parts, then addresses of the group's first head.
+    """PTX: maximum, sum, results, shared memory, epoch, two numbers of parts, addresses of the group's first head.
 
-    The addresses are: pairs and statistics of this part, for :func:`merge_parts`, which come into use from three parts
-    on; and words and statistics of this part for those who join two parts themselves.
+    The numbers are that of all parts, and ``filled`` of :func:`_hand_over`. The addresses are: pairs and statistics of
+    this part, for :func:`merge_parts`, which come into use from ``direct_parts + 1`` parts on; and words and statistics
+    of this part for readers that join the parts themselves.
     """
 
     def asm(outs, ins):
-        (m,), (total,), o, (sm,), (epoch,), (count,), (part,), (part_m,), (words,), (statistics,) = ins
+        (m,), (total,), o, (sm,), (epoch,), (count,), (filled,), (part,), (part_m,), (words,), (statistics,) = ins
         e, row = p.head_size, 4 * p.result_words
         lines = ["{", *_LANES, ".reg .u32 oa, ca, cb, n, hd, pr; .reg .b32 tag, epo; .reg .u64 a;"]
-        lines += [".reg .pred has, few, one, start;"]
+        lines += [".reg .pred has, few, start, unused;"]
         lines += [
-            f"setp.le.u32 few, {count}, {p.direct_parts}; setp.eq.u32 one, {count}, 1;",
+            f"setp.le.u32 few, {count}, {p.direct_parts};",
             f"and.b32 tag, {epoch}, 255; mov.b32 epo, {epoch};",
         ]
         lines += [f"setp.lt.u32 has, g, {p.group}; mad.lo.u32 oa, warp, {p.group}, g; mad.lo.u32 oa, oa, {row}, {sm};"]
@@ -266,7 +268,7 @@ def finish_attention(p):
                 lines += [f"fma.rn.f32 f0, e{i}, x0, f0; fma.rn.f32 f1, e{i}, x1, f1;"]
             # No token in this part: the sum is 0 and the results are 0, which must not become a NaN.
             lines += [f"max.f32 x0, L, {f32(1e-30)}; rcp.approx.f32 x0, x0; mul.f32 f0, f0, x0; mul.f32 f1, f1, x0;"]
-            lines += [f"@!few bra PART{c};", *_hand_over(p, "f0", "f1", "n", "start", words, statistics, "one")]
+            lines += [f"@!few bra PART{c};", *_hand_over(p, "f0", "f1", "n", "start", words, statistics, filled)]
             lines += [f"bra END{c};", f"PART{c}:"]
             lines += [
                 f"mad.wide.u32 a, n, 16, {part}; mov.b32 c0, f0; mov.b32 c1, f1;",
@@ -295,7 +297,7 @@ def merge_parts(p):
         rounds = -(-MERGE_SPLITS // readers)
         part_bytes, statistics_bytes = 8 * p.batch * p.d_attention, 16 * p.batch * p.heads
         lines = ["{", *_LANES, ".reg .u32 sub, d, i, ca, cb, hd; .reg .u64 a, b;"]
-        lines += [f".reg .b32 tag, epo; .reg .pred start, always; and.b32 tag, {epoch}, 255; mov.b32 epo, {epoch};"]
+        lines += [f".reg .b32 tag, epo; .reg .pred start, unused; and.b32 tag, {epoch}, 255; mov.b32 epo, {epoch};"]
         lines += [f"shr.u32 sub, tid, {lanes.bit_length() - 1}; and.b32 d, tid, {lanes - 1};"]
         lines += [f"mad.wide.u32 a, sub, {part_bytes}, {parts}; mad.wide.u32 a, d, 32, a;"]
         lines += [f"mad.wide.u32 b, sub, {statistics_bytes}, {statistics};"]
@@ -329,8 +331,8 @@ def merge_parts(p):
             lines += [f"ld.shared.v2.f32 {{x0, x1}}, [cb+{RESULTS + 4 * p.result_words * i}];"]
             lines += [f"fma.rn.f32 f5, e{i}, x0, f5; fma.rn.f32 f6, e{i}, x1, f6;"]
         lines += ["rcp.approx.f32 x0, L; mul.f32 f5, f5, x0; mul.f32 f6, f6, x0; mov.b32 hd, 0;"]
-        lines += ["setp.eq.u32 start, tid, 0; setp.eq.u32 always, tid, tid;"]
-        lines += _hand_over(p, "f5", "f6", "tid", "start", words, result_m, "always")
+        lines += ["setp.eq.u32 start, tid, 0;"]
+        lines += _hand_over(p, "f5", "f6", "tid", "start", words, result_m, "1")
         lines += ["END:", "bar.sync 0;", "}"]
         return "\n".join(lines)
 

@@ -11,7 +11,7 @@ A tile is 16 rows. A *step* is 128 columns of a tile: 512 bytes, 16 for each lan
 the columns permuted in such a way that a lane's tokens are 32 neighbouring bytes.
 
 The weights stand in shared memory, and so do the tokens of a small batch. Codes that programs share
-(``plan.Plan.shared_codes``) are read from the L2 cache.
+(``plan.Phase.shared``) are read from the L2 cache.
 
 Warps split K into ``groups`` and the tiles into the rest. Their partial sums meet in shared memory.
 """
@@ -39,14 +39,14 @@ def _addresses(p: Plan, f: Phase, weights: str, xq: str, red: str) -> list[str]:
         "mov.u32 tid, %tid.x; shr.u32 warp, tid, 5; and.b32 lane, tid, 31; shr.u32 g, lane, 2; and.b32 t, lane, 3;",
         f"and.b32 kg, warp, {f.groups - 1}; shr.u32 rg, warp, {f.groups.bit_length() - 1};",
         f"mad.lo.u32 wa, kg, 512, {weights}; mad.lo.u32 wa, lane, 16, wa; mad.lo.u32 wa, rg, {f.tile_bytes}, wa;",
-        f"mad.lo.u32 xa, t, 32, {'0' if p.shared_codes else xq}; mad.lo.u32 xa, kg, 128, xa;",
+        f"mad.lo.u32 xa, t, 32, {'0' if f.shared else xq}; mad.lo.u32 xa, kg, 128, xa;",
         f"mad.lo.u32 ra, kg, 4, {red}; mad.lo.u32 ra, rg, {p.sums_bytes(f)}, ra;",
     ]
     row = 4 * f.groups * p.sum_slots
     if p.batch == 1:
         # Lane t = 0 writes row g, lane t = 1 row g + 8.
         return [*lines, f"mad.lo.u32 tmp, t, 8, g; mad.lo.u32 ra, tmp, {row}, ra;"]
-    if not p.shared_codes:
+    if not f.shared:
         lines += [f"and.b32 tmp, g, {p.batch_slots - 1}; mad.lo.u32 xa, tmp, {p.x_stride(f.columns)}, xa;"]
     # Row g, tokens 2 t and 2 t + 1.
     return [*lines, f"mad.lo.u32 ra, g, {row}, ra; mad.lo.u32 ra, t, {8 * f.groups}, ra;"]
@@ -263,7 +263,7 @@ def gather_sums(p, f):
         eight = 8 * 4 * f.groups * p.sum_slots
         lines = ["{", ".reg .b32 t<8>, u<8>, v<8>, total; .reg .u32 a;"]
         lines += [f"ld.shared.v4.f32 {{{g0}, {g1}, {b0}, {b1}}}, [{rows}];"]
-        if p.shared_codes:
+        if f.shared:
             lines += [f"mad.lo.u32 a, {token}, 8, {statistics}; ld.shared.v2.b32 {{total, t0}}, [a]; mov.b32 {s}, t0;"]
         else:
             lines += [f"mad.lo.u32 a, {token}, 4, {statistics}; ld.shared.f32 {s}, [a+96];"]

@@ -13,9 +13,11 @@ A program owns tiles of 16 rows of each matrix, the same rows in every layer. We
 through a ring in shared memory, several phases ahead of their use (``schedule``). The programs hand over vectors of a
 few thousand words, which carry the tag of their layer (``ptx``).
 
-For a small batch each program quantises all tokens itself. For a larger batch (``plan.Plan.shared_codes``) one program
+For a small batch each program quantises all tokens itself. For a larger batch (``plan.Phase.shared``) one program
 quantises a token for all, and the programs read the codes from the L2 cache. That is one more hand-over a phase, and
-work that does not grow with the batch in every program.
+work that does not grow with the batch in every program. From three tokens on the result of attention goes that way. The
+program that quantises a token then also joins the parts of the token's context, so more programs take part in
+attention.
 
 No program overwrites a vector that another still has
 to read: the writer has waited for results, and each reader of the old vector made its part of those results after
@@ -61,6 +63,7 @@ from sbn_kernels.decode.step.tokens import (
     normalize_words,
     quantize_attention,
     quantize_words,
+    share_attention,
     share_codes,
     share_final,
 )
@@ -73,8 +76,18 @@ mov.u32 t, %tid.x;
 AGAIN: setp.ge.u32 p, t, $2; @p bra DONE; mad.wide.u32 s, t, 16, $1; mad.lo.u32 a, t, 16, $0;
 ld.global.nc.v4.b32 {w0, w1, w2, w3}, [s]; st.shared.v4.b32 [a], {w0, w1, w2, w3}; add.u32 t, t, 256; bra AGAIN;
 DONE: }""")
+_STAMP = gl.constexpr("""{ .reg .pred p; .reg .u32 t; .reg .u64 c, g; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+mov.u64 c, %clock64; mov.u64 g, %globaltimer; @p st.global.v2.u64 [$0], {c, g}; }""")
 _LOWEST = gl.constexpr("min.u32 $0, $1, $2; min.u32 $0, $0, $3;")
 _DEADLINE = gl.constexpr("mov.u64 $0, %globaltimer; add.u64 $0, $0, $1;")
+
+
+@gluon.jit
+def _stamp(trace, layer, place: gl.constexpr, P: gl.constexpr):
+    """Writes down the time in cycles of this multiprocessor and in nanoseconds, if the plan says so."""
+    if P.traced:
+        at = trace + 2 * ((gl.program_id(0) * (P.layers + 1) + layer) * P.stamps + place)
+        gl.inline_asm(_STAMP, "l,~{memory}", [at], (), is_pure=False)
 
 
 @gluon.jit
@@ -122,9 +135,10 @@ def _attend_item(base, kv, item, qkv, keys, values, slots, parts, parts_m, atten
         kv = load_cache_tokens(k, v, start + 128, end, position, P)
     head = token * P.heads + group * P.group
     there = split * P.batch * P.heads + head
-    args = [m, total, o, sm, epoch, splits, parts + there.to(gl.int64) * E, parts_m + there * 2, attended + there * E,
-            attended_m + there * 2]  # fmt: skip
-    constraints: gl.constexpr = "f,f," + "f," * (E // 4) + "r,r,r,l,l,l,l,~{memory}"
+    filled = gl.where(split == 0, splits, P.direct_parts)
+    args = [m, total, o, sm, epoch, splits, filled, parts + there.to(gl.int64) * E, parts_m + there * 2,
+            attended + there * E, attended_m + there * 2]  # fmt: skip
+    constraints: gl.constexpr = "f,f," + "f," * (E // 4) + "r,r,r,r,l,l,l,l,~{memory}"
     gl.inline_asm(finish_attention(P), constraints, args, (), is_pure=False)
 
 
@@ -175,13 +189,13 @@ def _normalize_and_quantize(base, words, gain, tag, flag, deadline, P: gl.conste
 
 
 @gluon.jit
-def _quantize_attention(base, attended, attended_m, epoch, flag, deadline, P: gl.constexpr):
-    """Waits for the result of attention, which may come in two parts, and leaves the codes in shared memory."""
+def _quantize_attention(base, attended, attended_m, count, epoch, flag, deadline, P: gl.constexpr):
+    """Waits for the result of attention, which may come in parts, and leaves the codes in shared memory."""
     if P.direct_parts == 1:
         _quantize(base, attended, epoch & 255, flag, deadline, P, P.d_attention)
     else:
-        args = [attended, attended_m, epoch, base + P.at_tokens, base + P.at_small, flag, deadline]
-        gl.inline_asm(quantize_attention(P), "l,l,r,r,r,l,l,~{memory}", args, (), is_pure=False)
+        args = [attended, attended_m, count, epoch, base + P.at_tokens, base + P.at_small, flag, deadline]
+        gl.inline_asm(quantize_attention(P), "l,l,r,r,r,r,l,l,~{memory}", args, (), is_pure=False)
 
 
 @gluon.jit
@@ -201,14 +215,13 @@ def _await(base, places, epoch, flag, deadline, P: gl.constexpr):
 
 @gluon.jit
 def _share(base, words, codes, other, places, tag, epoch, flag, deadline, P: gl.constexpr, VALUES: gl.constexpr):
-    """Quantises this program's tokens for all programs, and waits for the tokens of the others."""
+    """Quantises this program's tokens for all programs."""
     WIDTH: gl.constexpr = (VALUES + 127) // 128 * 128
     for token in range(P.programs - 1 - gl.program_id(0), P.batch, P.programs):
         args = [words + token * VALUES, tag, codes + token * WIDTH, other + token * WIDTH, places + token * 2, epoch,
                 base + P.at_small, flag, deadline]  # fmt: skip
         asm: gl.constexpr = share_codes(P.token_plan, VALUES, False)
         gl.inline_asm(asm, "l,r,l,l,l,r,r,l,l,~{memory}", args, (), is_pure=False)
-    _await(base, places, epoch, flag, deadline, P)
 
 
 @gluon.jit
@@ -220,7 +233,19 @@ def _share_normalized(base, words, codes, other, places, gain, tag, epoch, flag,
         args = [words + token * P.d_model, tag, codes + token * WIDTH, other + token * WIDTH, places + token * 2, epoch,
                 base + P.at_small, flag, deadline, gain]  # fmt: skip
         gl.inline_asm(share_codes(P.token_plan, P.d_model, True), constraints, args, (), is_pure=False)
-    _await(base, places, epoch, flag, deadline, P)
+
+
+@gluon.jit
+def _share_attention(base, attended, attended_m, count, codes, other, places, epoch, flag, deadline, P: gl.constexpr):
+    """As :func:`_share`, for the result of attention, which may come in parts."""
+    WIDTH: gl.constexpr = (P.d_attention + 127) // 128 * 128
+    if P.direct_parts == 1:
+        _share(base, attended, codes, other, places, epoch & 255, epoch, flag, deadline, P, P.d_attention)
+    else:
+        for token in range(P.programs - 1 - gl.program_id(0), P.batch, P.programs):
+            args = [attended + token * P.d_attention, attended_m + token * (2 * P.heads), count, codes + token * WIDTH,
+                    other + token * WIDTH, places + token * 2, epoch, base + P.at_small, flag, deadline]  # fmt: skip
+            gl.inline_asm(share_attention(P), "l,l,r,l,l,l,r,r,l,l,~{memory}", args, (), is_pure=False)
 
 
 @gluon.jit
@@ -246,7 +271,7 @@ def _merge(base, parts, parts_m, attended, attended_m, splits, epoch, flag, dead
 
 
 @gluon.jit
-def _head_of_few(base, head, logits, gain, words, tag, flag, deadline, P: gl.constexpr):
+def _head_of_few(base, head, logits, gain, words, tag, flag, deadline, trace, P: gl.constexpr):
     """Computes the final norm and the head for one or two tokens. The first rows are loaded ahead of the norm."""
     REGS: gl.constexpr = (P.d_model + 255) // 256 * 4
     AHEAD: gl.constexpr = 96 // REGS if REGS <= 48 else 2
@@ -265,6 +290,7 @@ def _head_of_few(base, head, logits, gain, words, tag, flag, deadline, P: gl.con
     for i in gl.static_range(AHEAD):
         rows += (gl.inline_asm(load_row(P), LOAD, [head, first + i * STRIDE], W, is_pure=False),)
     _final_norm(base, words, gain, tag, flag, deadline, P)
+    _stamp(trace, P.layers, 1, P)
     for start in range(first, P.shape.vocab, AHEAD * STRIDE):
         coming = ()
         for i in gl.static_range(AHEAD):
@@ -279,7 +305,7 @@ def _head_of_few(base, head, logits, gain, words, tag, flag, deadline, P: gl.con
 
 
 @gluon.jit
-def _head(base, head, logits, gain, words, shared, places, epoch, flag, deadline, P: gl.constexpr):
+def _head(base, head, logits, gain, words, shared, places, epoch, flag, deadline, trace, P: gl.constexpr):
     """Computes the final norm and the head for three tokens or more."""
     R64: gl.constexpr = gl.BlockedLayout([1, 1, 64], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
     SUMS: gl.constexpr = 4 * P.token_groups
@@ -300,6 +326,7 @@ def _head(base, head, logits, gain, words, shared, places, epoch, flag, deadline
                      P)  # fmt: skip
     else:
         _final_norm(base, words, gain, epoch & 255, flag, deadline, P)
+    _stamp(trace, P.layers, 1, P)
     for tile in range(first, TILES, STRIDE):
         acc = gl.zeros([P.warps, 32, SUMS], gl.float32, R4)
         for s in gl.static_range(STEPS):
@@ -318,7 +345,7 @@ def _head(base, head, logits, gain, words, shared, places, epoch, flag, deadline
 @gluon.jit
 def _step(
     tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits,
-    x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, timeout, slots, max_length,
+    x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, trace, timeout, slots, max_length,
     P: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = P.d_model
@@ -345,6 +372,7 @@ def _step(
     rotation(base, my_qkv, lengths, max_length, cos, sin, P)
     barrier()
     splits, part = _split_context(longest, P)
+    joined = gl.where(splits > P.direct_parts, 1, splits)
     has_item = P.programs - 1 - pid < P.batch * P.groups * splits
     mine = item_of(gl.where(has_item, P.programs - 1 - pid, 0), lengths, max_length, splits, part, P)
     end = gl.where(has_item, mine[4], 0)
@@ -364,11 +392,15 @@ def _step(
         now = epoch + layer + 1
         codes, other = shared + (now & 1) * P.shared_bytes, shared + (1 - (now & 1)) * P.shared_bytes
         # A
+        _stamp(trace, layer, 0, P)
         if P.shared_codes:
             _share_normalized(base, x, codes, other, places, gain, (epoch + layer) & 255, now, flag, deadline, P)
+            _stamp(trace, layer, 1, P)
+            _await(base, places, now, flag, deadline, P)
         if my_qkv[1] > 0:
             if not P.shared_codes:
                 _normalize_and_quantize(base, x, gain, (epoch + layer) & 255, flag, deadline, P)
+            _stamp(trace, layer, 2, P)
             for start in range(0, my_qkv[1], P.qkv.tiles):
                 place, count = unit_place(base, unit, P), gl.minimum(P.qkv.tiles, my_qkv[1] - start)
                 following = fetch(base, following, unit - 1, weights, P)
@@ -376,19 +408,26 @@ def _step(
                 write_qkv(base, place, qkv, keys, values, my_qkv, start, count, slots, tag, P)
                 barrier()
                 unit += 1
+        _stamp(trace, layer, 3, P)
         # B
         _attention(base, kv, mine, qkv, keys, values, lengths, max_length, slots, parts, parts_m, attended, attended_m,
                    splits, part, now, flag, deadline, P)  # fmt: skip
-        if splits > P.direct_parts:
-            _merge(base, parts, parts_m, attended, attended_m, splits, now, flag, deadline, P)
+        _stamp(trace, layer, 4, P)
+        if P.splits > P.direct_parts:  # noqa: SIM102 - known when the kernel is compiled
+            if splits > P.direct_parts:
+                _merge(base, parts, parts_m, attended, attended_m, splits, now, flag, deadline, P)
+        _stamp(trace, layer, 5, P)
         # C
         gain = _load_norm(norms + (2 * layer + 1) * D, P)
-        if P.shared_codes:
-            _share(base, attended, codes + P.at_codes_a, other + P.at_codes_a, places + 2 * P.batch, tag, now, flag,
-                   deadline, P, P.d_attention)  # fmt: skip
+        if P.o.shared:
+            _share_attention(base, attended, attended_m, joined, codes + P.at_codes_a, other + P.at_codes_a,
+                             places + 2 * P.batch, now, flag, deadline, P)  # fmt: skip
+            _stamp(trace, layer, 6, P)
+            _await(base, places + 2 * P.batch, now, flag, deadline, P)
         if my_rows[1] > 0:
-            if not P.shared_codes:
-                _quantize_attention(base, attended, attended_m, now, flag, deadline, P)
+            if not P.o.shared:
+                _quantize_attention(base, attended, attended_m, joined, now, flag, deadline, P)
+            _stamp(trace, layer, 7, P)
             for start in range(0, my_rows[1], P.o.tiles):
                 place, count = unit_place(base, unit, P), gl.minimum(P.o.tiles, my_rows[1] - start)
                 if not P.early_o:
@@ -398,11 +437,15 @@ def _step(
                 barrier()
                 unit += 1
         # D
+        _stamp(trace, layer, 8, P)
         if P.shared_codes:
             _share_normalized(base, y, codes + P.at_codes_y, other + P.at_codes_y, places + 4 * P.batch, gain, tag, now,
                               flag, deadline, P)  # fmt: skip
+            _stamp(trace, layer, 9, P)
+            _await(base, places + 4 * P.batch, now, flag, deadline, P)
         else:
             _normalize_and_quantize(base, y, gain, tag, flag, deadline, P)
+        _stamp(trace, layer, 10, P)
         for start in range(0, my_hidden[1], P.gate_up.tiles):
             place, count = unit_place(base, unit, P), gl.minimum(P.gate_up.tiles, my_hidden[1] - start)
             following = fetch(base, following, unit - 1, weights, P)
@@ -411,13 +454,17 @@ def _step(
             barrier()
             unit += 1
         # E
+        _stamp(trace, layer, 11, P)
         gain = _load_norm(norms + (2 * layer + 2) * D, P)
-        if P.shared_codes:
+        if P.down.shared:
             _share(base, hidden, codes + P.at_codes_h, other + P.at_codes_h, places + 6 * P.batch, tag, now, flag,
                    deadline, P, P.shape.d_ffn)  # fmt: skip
+            _stamp(trace, layer, 12, P)
+            _await(base, places + 6 * P.batch, now, flag, deadline, P)
         if my_rows[1] > 0:
-            if not P.shared_codes:
+            if not P.down.shared:
                 _quantize(base, hidden, tag, flag, deadline, P, P.d_ffn)
+            _stamp(trace, layer, 13, P)
             for start in range(0, my_rows[1], P.down.tiles):
                 place, count = unit_place(base, unit, P), gl.minimum(P.down.tiles, my_rows[1] - start)
                 following = fetch(base, following, unit - 1, weights, P)
@@ -425,25 +472,28 @@ def _step(
                 add_to_residual(base, place, x, my_rows, start, count, tag, P, P.down)
                 barrier()
                 unit += 1
+        _stamp(trace, layer, 14, P)
     last = epoch + P.layers
+    _stamp(trace, P.layers, 0, P)
     # Program 0 has waited for all others in every layer, so all have read what changes here.
     if pid == 0:  # noqa: SIM102 - with `and` every program would load the flag
         if gl.load(flag, volatile=True) == 0:
             # Two layers take turns with the places of shared codes, across steps too.
-            gl.store(state, last + (2 if P.shared_codes else 1))
+            gl.store(state, last + (2 if P.o.shared else 1))
             BATCH: gl.constexpr = P.batch
             for n in gl.static_range(BATCH):
                 gl.store(lengths + n, gl.minimum(gl.load(lengths + n) + 1, max_length))
     if P.batch <= 2:
-        _head_of_few(base, head, logits, gain, x, last & 255, flag, deadline, P)
+        _head_of_few(base, head, logits, gain, x, last & 255, flag, deadline, trace, P)
     else:
-        _head(base, head, logits, gain, x, shared, places, last, flag, deadline, P)
+        _head(base, head, logits, gain, x, shared, places, last, flag, deadline, trace, P)
+    _stamp(trace, P.layers, 2, P)
 
 
 @gluon.jit(do_not_specialize=("timeout", "slots", "max_length"))
 def decode_step_kernel(
     tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits,
-    x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, timeout, slots, max_length,
+    x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, trace, timeout, slots, max_length,
     P: gl.constexpr,
 ):  # fmt: skip
     """Adds one token to each sequence.
@@ -472,6 +522,7 @@ def decode_step_kernel(
             codes are shared. At first all bytes are ``ptx.EMPTY``.
         places: The sums and scales of the shared vectors: pairs, int64 ``[5, batch, 2]``.
         table: The schedule, int32 ``[programs, units + 1, 4]``.
+        trace: Times in cycles and in nanoseconds, int64 ``[programs, layers + 1, stamps, 2]``, if the plan is traced.
         timeout: The deadline of a step, in nanoseconds.
         slots: The number of tokens that a cache has room for.
         max_length: The number of tokens that a sequence can have; at most ``slots``.
@@ -479,5 +530,5 @@ def decode_step_kernel(
     """
     if gl.load(state + 1) == 0:
         _step(tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits,
-              x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, timeout, slots,
+              x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, trace, timeout, slots,
               max_length, P)  # fmt: skip

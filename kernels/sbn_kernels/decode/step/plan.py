@@ -26,7 +26,11 @@ MERGE_SPLITS = 64  # most parts of a context
 DIRECT = 512  # tokens up to which the parts of a context need no phase to be joined
 MAX_BATCH = 16
 COLUMNS = 8  # tokens that one instruction multiplies
-SHARED_FROM = 7  # batches from this one on quantise each token once; measured at 1.5B, see Plan.shared_codes
+SHARED_FROM = 7  # batches from this one on quantise each token once; measured at 1.5B, see Phase.shared
+SHARED_ATTENTION_FROM = 3  # the same for the result of attention only
+SHARED_DOWN_FROM = 99  # the same for the hidden vector
+ONE_PARTS = 2  # most parts of a context that the readers join for one token
+SHARED_PARTS = 4  # most parts of a context that the program joins which quantises a token for all
 CODES_PADDING = 1024  # bytes behind each vector's codes: warps without a step left read there
 SHARED_BYTES = 232448  # the shared memory of a program on compute capability 9.0
 STATISTICS, RESULTS = 2560, 3072  # offsets in attention's shared memory, see attention.py
@@ -34,6 +38,13 @@ HEAD_STEP = 256  # columns of the head that a warp multiplies at a time, for thr
 STAGING_STRIDE = 2 * HEAD_STEP + 64  # bytes between two rows of the head in shared memory, against bank conflicts
 SMALL = 128  # bytes of maxima, sums and scales, see tokens.py
 PHASES = ("qkv", "o", "gate_up", "down")
+# Moments of a layer, in their order. The last row of a trace has the first three only: of the head.
+STAMPS = (
+    "start", "qkv: own tokens quantised", "qkv: all codes here", "qkv: multiplied", "attention: computed",
+    "attention: joined", "o: own tokens quantised", "o: all codes here", "o: multiplied",
+    "gate_up: own tokens quantised", "gate_up: all codes here", "gate_up: multiplied", "down: own tokens quantised",
+    "down: all codes here", "down: multiplied",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,12 +56,16 @@ class Phase:
         all_tiles: The number of tiles of 16 rows in the matrix.
         tiles: The number of tiles in a *unit*, which is what a program multiplies at a time.
         groups: The number of groups of warps that split K; the warps of a group split the tiles.
+        shared: Whether one program quantises the matrix's input of a token for all others, which read the codes from
+            memory. Otherwise each program quantises every token itself. That saves a hand-over, but its work grows with
+            the batch.
     """
 
     columns: int
     all_tiles: int
     tiles: int
     groups: int
+    shared: bool = False
 
     @property
     def steps(self) -> int:
@@ -110,10 +125,13 @@ class Plan:
         ring_bytes: The room for weights in shared memory, in bytes.
         pieces: The sizes of the shared-memory allocations, in words. Triton wants powers of two.
         digest: The digest of this package's sources, for Triton's cache.
-        shared_codes: Whether one program quantises a token for all others, which read the codes from memory. Otherwise
-            each program quantises every token itself. That saves a hand-over, but its work grows with the batch.
+        direct_parts: The largest number of parts of a context that the readers of attention's result join themselves.
+            More parts need a phase of their own.
+        shared_codes: Whether the codes of all matrices are shared (``Phase.shared``), and the final hidden states too.
+            Otherwise those of ``o`` and ``down`` may be.
         warps: The number of warps of a program.
-        direct_tokens: The number of tokens up to which the readers join the parts of a context.
+        direct_tokens: The number of tokens up to which a context has at most ``direct_parts`` parts.
+        traced: Whether each program writes down when it reaches each of :data:`STAMPS`.
     """
 
     shape: Shape
@@ -132,9 +150,11 @@ class Plan:
     ring_bytes: int
     pieces: tuple[int, int, int]
     digest: str
+    direct_parts: int
     shared_codes: bool = False
     warps: int = WARPS
     direct_tokens: int = DIRECT
+    traced: bool = False
 
     @property
     def missing_only(self) -> bool:
@@ -168,14 +188,10 @@ class Plan:
 
     @property
     def at_statistics(self) -> int:
-        """Sum of the codes and scale of each token, ``[batch slots, 2]`` of 32 bits, if the codes are shared."""
+        """Sum of the codes and scale of each token, ``[batch slots, 2]`` of 32 bits, if codes are shared."""
         return self.at_positions + 4 * max(8, self.batch_slots)
 
-    @property
-    def direct_parts(self) -> int:
-        """Parts of a context that the readers join themselves. For several tokens that would be too much to read."""
-        return 2 if self.batch == 1 else 1
-
+    stamps = property(lambda self: len(STAMPS))
     layers = property(lambda self: self.shape.layers)
     d_model = property(lambda self: self.shape.d_model)
     d_ffn = property(lambda self: self.shape.d_ffn)
@@ -202,7 +218,7 @@ class Plan:
     @property
     def many_items(self) -> bool:
         """Whether a program may have several items of attention."""
-        return self.batch * self.groups * max(self.splits, 2) > self.programs
+        return self.batch * self.groups * max(self.splits, self.direct_parts) > self.programs
 
     @property
     def warps_per_token(self) -> int:
@@ -274,7 +290,7 @@ class Plan:
     @property
     def at_residual(self) -> int:
         """float32 ``[tiles of a program, 16, batch_slots]``."""
-        return self.at_statistics + (8 * self.batch_slots if self.shared_codes else 0)
+        return self.at_statistics + (8 * self.batch_slots if self.o.shared else 0)
 
     @property
     def at_rotation(self) -> int:
@@ -292,7 +308,7 @@ class Plan:
         """Partial sums of the products."""
         if self.shared_codes:
             return self.at_tokens
-        widest = max(self.x_stride(f.columns) for f in self.phases)
+        widest = max(self.x_stride(f.columns) for f in self.phases if not f.shared)
         return _align(self.at_tokens + self.batch_slots * widest, 128)
 
     @property

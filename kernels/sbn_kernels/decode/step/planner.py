@@ -8,10 +8,14 @@ from sbn_kernels.decode.step.plan import (
     COLUMNS,
     GROUP_HEADS,
     MERGE_SPLITS,
+    ONE_PARTS,
     PHASES,
     ROW_DATA,
+    SHARED_ATTENTION_FROM,
     SHARED_BYTES,
+    SHARED_DOWN_FROM,
     SHARED_FROM,
+    SHARED_PARTS,
     STEP,
     TILE_ROWS,
     WARPS,
@@ -72,6 +76,10 @@ def make_plan(
     shared = batch >= SHARED_FROM if shared_codes is None else shared_codes and batch >= 3
     if batch > COLUMNS and not shared:
         raise ValueError(f"the codes of {batch} tokens must be shared, because shared memory has no room for them")
+    shared_phases = {"o": shared or batch >= SHARED_ATTENTION_FROM, "down": shared or batch >= SHARED_DOWN_FROM}
+    direct_parts = min(SHARED_PARTS, splits) if shared_phases["o"] else ONE_PARTS if batch == 1 else 1
+    if splits < 2 * direct_parts:
+        splits = direct_parts  # A phase that joins the parts takes longer than a few more parts save.
     for most_tiles in (16, 8, 4, 2, 1):
         phases = {}
         for name in PHASES:
@@ -83,14 +91,16 @@ def make_plan(
                 tiles -= 1
             mine = tiles_at_most(all_tiles, programs)
             tiles = -(-mine // -(-mine // tiles))  # units of about the same size
-            phases[name] = Phase(columns, all_tiles, tiles, _split_k(steps, tiles, batch))
+            phases[name] = Phase(
+                columns, all_tiles, tiles, _split_k(steps, tiles, batch), shared_phases.get(name, shared)
+            )
         units = s.layers * max(
             sum(-(-share(f.all_tiles, programs, i)[1] // f.tiles) for f in phases.values()) for i in range(programs)
         )
         plan = Plan(
             s, batch, slots, programs, group, splits, qkv=phases["qkv"], o=phases["o"], gate_up=phases["gate_up"],
             down=phases["down"], units=units, barriers=64, early_o=False,
-            ring_bytes=0, pieces=pieces, digest=source_digest(), shared_codes=shared,
+            ring_bytes=0, pieces=pieces, digest=source_digest(), direct_parts=direct_parts, shared_codes=shared,
         )  # fmt: skip
         ring = room - plan.at_ring
         if ring >= max(f.tiles * f.tile_bytes for f in plan.phases) and plan.staging_end <= room:

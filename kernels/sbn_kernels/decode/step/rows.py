@@ -61,7 +61,7 @@ def unit_place(base, unit, P: gl.constexpr):
 def multiply(base, place, count, unit, codes, flag, deadline, P: gl.constexpr, F: gl.constexpr):
     """Waits for a unit's weights, multiplies, and leaves partial sums in shared memory; ``codes``: if shared."""
     barrier = base + 8 * (unit % P.barriers)
-    if P.shared_codes:
+    if F.shared:
         args = [place, count, codes, base + P.at_sums, barrier, unit // P.barriers % 2, flag, deadline]
         gl.inline_asm(multiply_shared(P, F), "r,r,l,r,r,r,l,l,~{memory}", args, (), is_pure=False)
     else:
@@ -78,7 +78,7 @@ def _two_rows(base, place, count, j: gl.constexpr, P: gl.constexpr, F: gl.conste
     tile, h, token = _item(j, P)
     tile = gl.minimum(tile, count - 1)
     sums = base + P.at_sums + 4 * F.groups * ((tile * 16 + h) * P.sum_slots + token)
-    statistics = base + (P.at_statistics if P.shared_codes else P.at_small)
+    statistics = base + (P.at_statistics if F.shared else P.at_small)
     rows = place + tile * F.tile_bytes + F.steps * 512 + 16 * h
     args = [sums, rows, statistics, gl.minimum(token, P.batch - 1)]
     i0, i1, g0, g1, b0, b1, s = gl.inline_asm(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -80,12 +81,15 @@ class DecodeStep:
         programs: The number of programs of the grid; one for each multiprocessor if not given.
         timeout: The deadline of a step in seconds.
         cuda_graph: Whether to replay the launch from a CUDA graph.
+        traced: Whether to write down when each program reaches each moment of ``plan.STAMPS``; see :attr:`trace`.
 
     Attributes:
         tokens: The token ids that a step reads, int64 ``[batch]``. :meth:`step` copies its argument here.
         logits: The logits that a step writes, ``[batch, vocab]``.
         lengths: The number of tokens of each row, int64 ``[batch]``.
         plan: The plan of the kernel.
+        trace: The times of the last step if it is traced, in cycles of the multiprocessor and in nanoseconds, int64
+            ``[programs, layers + 1, stamps, 2]``.
 
     Raises:
         StepUnavailableError: If the device cannot run the kernel, or refuses to run all programs at the same time.
@@ -103,6 +107,7 @@ class DecodeStep:
         programs: int | None = None,
         timeout: float = 2.0,
         cuda_graph: bool = True,
+        traced: bool = False,
     ) -> None:
         shape, device = weights.shape, weights.words.device
         self.batch = batch = caches[0][0].shape[0]
@@ -112,7 +117,7 @@ class DecodeStep:
         self.weights, self.caches, self.max_length, self.device = weights, list(caches), max_length, device
         self.slots = self._check_caches()
         count = multiprocessors(_index(device)) if programs is None else programs
-        self.plan: Plan = make_plan(shape, batch, count, SHARED_BYTES)
+        self.plan: Plan = replace(make_plan(shape, batch, count, SHARED_BYTES), traced=traced)
         self.timeout = timeout
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device) if lengths is None else lengths
@@ -207,8 +212,9 @@ class DecodeStep:
         self._parts_m = zeros(p.splits, p.batch, p.heads, 2, dtype=torch.int64)
         self._attended = zeros(p.direct_parts, p.batch, p.heads, p.head_size)
         self._attended_m = zeros(p.direct_parts, p.batch, p.heads, 2, dtype=torch.int64)
-        self._shared = zeros(2, p.shared_bytes if p.shared_codes else 16, dtype=torch.uint8).fill_(EMPTY)
+        self._shared = zeros(2, p.shared_bytes if p.o.shared else 16, dtype=torch.uint8).fill_(EMPTY)
         self._places = zeros(5, p.batch, 2, dtype=torch.int64)
+        self.trace = zeros(*((p.programs, p.layers + 1, p.stamps, 2) if p.traced else (2,)), dtype=torch.int64)
         self._state = zeros(2)
         self._state[0] = _FIRST_EPOCH
         addresses = [[keys.data_ptr(), values.data_ptr()] for keys, values in self.caches]
@@ -223,7 +229,7 @@ class DecodeStep:
             self.tokens, self.lengths, self._state, self._addresses, w.cos, w.sin, w.embedding, w.words, w.norms,
             w.head, self.logits, self._x, self._y, self._qkv, self._parts, self._parts_m, self._attended,
             self._attended_m, self._hidden, self._shared, self._places, self._table,
-            int(self.timeout * 1e9), self.slots, self.max_length, self.plan,
+            self.trace, int(self.timeout * 1e9), self.slots, self.max_length, self.plan,
             num_warps=self.plan.warps, maxnreg=255, enable_fp_fusion=False, launch_cooperative_grid=True,
         )  # fmt: skip
 

@@ -37,7 +37,7 @@ from sbn_kernels.decode.step.ptx import (
 
 _KEPT = 40  # chunks that a thread keeps in registers; a longer vector is read twice, the second time from L2
 _AT_ONCE = 16  # chunks that a thread polls together
-_PARTS_AT_ONCE = 6  # the same for the two parts of attention
+_PARTS_AT_ONCE = 12  # the same for parts of attention, over all of a thread's chunks
 
 
 @helper
@@ -263,6 +263,38 @@ def quantize_words(p, values, norm):
     return assembly(asm)
 
 
+@helper
+def _share(one, values, norm, predicates, codes, other, place, epoch, red):
+    """Quantises the chunks ``x{c}_k`` of one token, which all warps hold, and writes the codes for all programs."""
+    count = len(predicates)
+    lines = []
+    for c in range(count):
+        lines += _largest(c, norm)
+    lines += _reduce(one, red, norm)
+    if norm:
+        lines += _rstd(one, values)
+    lines += _scale(norm)
+    lines += [f".reg .u64 gw, ow; mad.wide.u32 gw, lt, 4, {codes}; mad.wide.u32 ow, lt, 4, {other};"]
+    for c in range(count):
+        lines += _store_codes(one, c, c, values, norm, "global.b32 [gw")
+    lines += ["redux.sync.add.s32 total, total, 0xffffffff;"]
+    lines += [f"mad.lo.u32 ra, warp, 4, {red}; @first st.shared.b32 [ra+64], total; bar.sync 0;"]
+    lines += ["setp.ne.u32 in, tid, 0; @in bra DONE; .reg .b32 n<8>;"]
+    for half in range(2):
+        regs = ",".join(f"n{4 * half + k}" for k in range(4))
+        lines += [f"ld.shared.v4.b32 {{{regs}}}, [{red}+{64 + 16 * half}];"]
+    lines += ["mov.b32 total, n0;", *(f"add.s32 total, total, n{k};" for k in range(1, 8))]
+    lines += ["mov.b32 mb, s;", *pair_store(place, "total", "mb", epoch), "DONE:"]
+    empty = f"0x{EMPTY:02x}{EMPTY:02x}{EMPTY:02x}{EMPTY:02x}"
+    lines += [f"mov.b32 q0, {empty};"]
+    step, filled = 128 * one.warps_per_token, -(-values // 128) * 128
+    for c in range(count):
+        left = filled - step * c
+        on = "" if left >= step else f"setp.lt.u32 in, lt, {left // 4}; @in "
+        lines += [f"{on}st.global.b32 [ow+{step * c}], q0;"]
+    return lines
+
+
 @gluon.constexpr_function
 def share_codes(p, values, norm):
     """PTX: words, tag, codes, other, place, epoch, red, flag, deadline, weights of the norm if any -> codes in memory.
@@ -278,37 +310,32 @@ def share_codes(p, values, norm):
         (words,), (tag,), (codes,), (other,), (place,), (epoch,), (red,), (flag,), (deadline,) = ins[:9]
         inside, predicates = _chunks(p, values)
         count = len(predicates)
-        lines = ["fence.acq_rel.gpu;", "{", *_threads(p), *inside, ".reg .u64 gw, ow;"]
-        lines += [f"mad.wide.u32 gw, lt, 4, {codes}; mad.wide.u32 ow, lt, 4, {other};"]
+        lines = ["fence.acq_rel.gpu;", "{", *_threads(p), *inside]
         lines += [f"mad.wide.u32 src, lt, 16, {words};"]
         lines += [f".reg .b32 w{c}_<4>; .reg .f32 x{c}_<4>;" for c in range(count)]
         lines += _norm_weights(p, ins[9], count) if norm else [".reg .b32 gb;"]
         for start in range(0, count, _AT_ONCE):
-            batch = range(start, min(start + _AT_ONCE, count))
-            lines += _read(p, batch, True, predicates, (tag, flag, deadline))
-            for c in batch:
-                lines += _largest(c, norm)
-        lines += _reduce(p, red, norm)
-        if norm:
-            lines += _rstd(p, values)
-        lines += _scale(norm)
-        for c in range(count):
-            lines += _store_codes(p, c, c, values, norm, "global.b32 [gw")
-        lines += ["redux.sync.add.s32 total, total, 0xffffffff;"]
-        lines += [f"mad.lo.u32 ra, warp, 4, {red}; @first st.shared.b32 [ra+64], total; bar.sync 0;"]
-        lines += ["setp.ne.u32 in, tid, 0; @in bra DONE; .reg .b32 n<8>;"]
-        for half in range(2):
-            regs = ",".join(f"n{4 * half + k}" for k in range(4))
-            lines += [f"ld.shared.v4.b32 {{{regs}}}, [{red}+{64 + 16 * half}];"]
-        lines += ["mov.b32 total, n0;", *(f"add.s32 total, total, n{k};" for k in range(1, 8))]
-        lines += ["mov.b32 mb, s;", *pair_store(place, "total", "mb", epoch), "DONE:"]
-        empty = f"0x{EMPTY:02x}{EMPTY:02x}{EMPTY:02x}{EMPTY:02x}"
-        lines += [f"mov.b32 q0, {empty};"]
-        step, filled = 128 * p.warps_per_token, -(-values // 128) * 128
-        for c in range(count):
-            left = filled - step * c
-            on = "" if left >= step else f"setp.lt.u32 in, lt, {left // 4}; @in "
-            lines += [f"{on}st.global.b32 [ow+{step * c}], q0;"]
+            lines += _read(p, range(start, min(start + _AT_ONCE, count)), True, predicates, (tag, flag, deadline))
+        lines += _share(p, values, norm, predicates, codes, other, place, epoch, red)
+        return "\n".join([*lines, "}"])
+
+    return assembly(asm)
+
+
+@gluon.constexpr_function
+def share_attention(p):
+    """PTX: as :func:`share_codes`, for the parts of attention's result: words, statistics and number of parts first.
+
+    ``p`` is the plan of all tokens.
+    """
+
+    def asm(outs, ins):
+        (words,), (statistics,), (count,), (codes,), (other,), (place,), (epoch,), (red,), (flag,), (deadline,) = ins
+        one = p.token_plan
+        inside, predicates = _chunks(one, p.d_attention)
+        lines = ["fence.acq_rel.gpu;", "{", *_threads(one), *inside, f"mad.wide.u32 src, lt, 16, {words};"]
+        lines += _join_parts(p, one, predicates, statistics, count, epoch, flag, deadline)
+        lines += _share(one, p.d_attention, False, predicates, codes, other, place, epoch, red)
         return "\n".join([*lines, "}"])
 
     return assembly(asm)
@@ -392,56 +419,70 @@ def copy_final(p):
     return assembly(asm)
 
 
-@gluon.constexpr_function
-def quantize_attention(p):
-    """PTX: words and statistics of two parts, epoch, xq, red, flag, deadline -> as :func:`quantize_words`.
+@helper
+def _join_parts(p, one, predicates, statistics, count, epoch, flag, deadline):
+    """Reads the parts of attention's result and joins them: chunk ``c`` is then in ``x{c}_k``, rounded to bfloat16.
 
     A part is a result ``o`` with the maximum ``m`` and the sum ``l`` of its exponentials (base 2). The whole is
-    ``sum 2^(m - M) l o / sum 2^(m - M) l``, rounded to bfloat16.
+    ``sum 2^(m - M) l o / sum 2^(m - M) l``. ``one`` is the plan by which the threads share a token, and ``p`` the plan
+    of all tokens.
     """
+    values, wpt, parts = p.d_attention, one.warps_per_token, range(p.direct_parts)
+    lines = [f".reg .b32 gb, tag; .reg .u32 hd; and.b32 tag, {epoch}, 255;"]
+    lines += [f".reg .f32 x{c}_<4>;" for c in range(len(predicates))]
+    lines += [f".reg .f32 M, L, o, f<{len(parts)}>; .reg .pred all; setp.eq.u32 all, tid, tid;"]
+    at_once = max(1, _PARTS_AT_ONCE // len(parts))
+    for start in range(0, len(predicates), at_once):
+        batch = range(start, min(start + at_once, len(predicates)))
+        lines += ["{"]
+        groups, pairs = [], []
+        for c in batch:
+            lines += [f".reg .u64 st{c}; add.u32 hd, lt, {32 * wpt * c};"]
+            lines += [f"shr.u32 hd, hd, {(p.head_size // 4).bit_length() - 1}; mad.lo.u32 hd, token, {p.heads}, hd;"]
+            lines += [f"mad.wide.u32 st{c}, hd, 16, {statistics};"]
+            for i in parts:
+                on = f"on{c}_{i}"
+                lines += [f".reg .pred {on}; setp.gt.and.u32 {on}, {count}, {i}, {predicates[c] or 'all'};"]
+                lines += [f".reg .b32 w{c}_{i}_<4>, m{c}_{i}_<4>;"]
+                lines += [f"mov.b32 m{c}_{i}_0, {f32(-1e30)}; mov.b32 m{c}_{i}_2, 0;"]
+                where = 4 * p.batch * values * i + 512 * wpt * c
+                groups.append((f"src+{where}", on, [f"w{c}_{i}_{k}" for k in range(4)]))
+                where = 16 * p.batch * p.heads * i
+                pairs.append((f"st{c}+{where}", on, [f"m{c}_{i}_{k}" for k in range(4)]))
+        lines += poll_words(groups, "tag", flag, deadline) + poll_pairs(pairs, epoch, flag, deadline)
+        for c in batch:
+            lines += [f"mov.b32 f{i}, m{c}_{i}_0;" for i in parts]
+            lines += ["mov.f32 M, f0;", *(f"max.f32 M, M, f{i};" for i in parts[1:]), "mov.f32 L, 0f00000000;"]
+            for i in parts:
+                lines += [f"sub.f32 f{i}, f{i}, M; ex2.approx.f32 f{i}, f{i}; mov.b32 o, m{c}_{i}_2;"]
+                lines += [f"mul.f32 f{i}, f{i}, o; add.f32 L, L, f{i};"]
+            # A thread without a chunk has L = 0; it must not make a NaN of it.
+            lines += [f"max.f32 L, L, {f32(1e-30)}; rcp.approx.f32 L, L;"]
+            lines += [f"mul.f32 f{i}, f{i}, L;" for i in parts]
+            for k in range(4):
+                for i in parts:
+                    lines += [f"and.b32 w{c}_{i}_{k}, w{c}_{i}_{k}, {VALUE}; mov.b32 o, w{c}_{i}_{k};"]
+                    add = f"fma.rn.f32 x{c}_{k}, f{i}, o, x{c}_{k};" if i else f"mul.f32 x{c}_{k}, f0, o;"
+                    lines += [add]
+            for k in (0, 2):
+                lines += [f"cvt.rn.bf16x2.f32 h0, x{c}_{k + 1}, x{c}_{k};"]
+                lines += [_half(f"x{c}_{k}", "h0", 0), _half(f"x{c}_{k + 1}", "h0", 1)]
+        lines += ["}"]
+    return lines
+
+
+@gluon.constexpr_function
+def quantize_attention(p):
+    """PTX: words, statistics and number of parts, epoch, xq, red, flag, deadline -> as :func:`quantize_words`."""
 
     def asm(outs, ins):
-        (words,), (statistics,), (epoch,), (xq,), (red,), (flag,), (deadline,) = ins
-        values, wpt = p.d_attention, p.warps_per_token
+        (words,), (statistics,), (count,), (epoch,), (xq,), (red,), (flag,), (deadline,) = ins
+        values = p.d_attention
         inside, predicates = _chunks(p, values)
-        lines = ["{", *_threads(p), *inside, ".reg .b32 gb, tag; .reg .u32 hd;", f"and.b32 tag, {epoch}, 255;"]
+        lines = ["{", *_threads(p), *inside]
         lines += [f"mad.lo.u32 xw, token, {p.x_stride(values)}, {xq}; mad.lo.u32 xw, lt, 4, xw;"]
         lines += [f"mad.wide.u32 src, token, {4 * values}, {words}; mad.wide.u32 src, lt, 16, src;"]
-        lines += [f".reg .f32 x{c}_<4>;" for c in range(len(predicates))]
-        lines += [".reg .f32 M, L, w0, w1, o; .reg .pred all; setp.eq.u32 all, tid, tid;"]
-        for start in range(0, len(predicates), _PARTS_AT_ONCE):
-            batch = range(start, min(start + _PARTS_AT_ONCE, len(predicates)))
-            lines += ["{"]
-            groups, pairs = [], []
-            for c in batch:
-                on = predicates[c] or "all"
-                lines += [f".reg .u64 st{c}; add.u32 hd, lt, {32 * wpt * c};"]
-                lines += [
-                    f"shr.u32 hd, hd, {(p.head_size // 4).bit_length() - 1}; mad.lo.u32 hd, token, {p.heads}, hd;"
-                ]
-                lines += [f"mad.wide.u32 st{c}, hd, 16, {statistics};"]
-                for i in range(2):
-                    lines += [f".reg .b32 w{c}_{i}_<4>, m{c}_{i}_<4>; mov.b32 m{c}_{i}_0, 0; mov.b32 m{c}_{i}_2, 0;"]
-                    where = 4 * p.batch * values * i + 512 * wpt * c
-                    groups.append((f"src+{where}", on, [f"w{c}_{i}_{k}" for k in range(4)]))
-                    where = 16 * p.batch * p.heads * i
-                    pairs.append((f"st{c}+{where}", on, [f"m{c}_{i}_{k}" for k in range(4)]))
-            lines += poll_words(groups, "tag", flag, deadline) + poll_pairs(pairs, epoch, flag, deadline)
-            for c in batch:
-                lines += [f"mov.b32 w0, m{c}_0_0; mov.b32 w1, m{c}_1_0; max.f32 M, w0, w1;"]
-                lines += ["sub.f32 w0, w0, M; ex2.approx.f32 w0, w0; sub.f32 w1, w1, M; ex2.approx.f32 w1, w1;"]
-                lines += [f"mov.b32 M, m{c}_0_2; mul.f32 w0, w0, M; mov.b32 M, m{c}_1_2; mul.f32 w1, w1, M;"]
-                # A thread without a chunk has L = 0; it must not make a NaN of it.
-                lines += [f"add.f32 L, w0, w1; max.f32 L, L, {f32(1e-30)}; rcp.approx.f32 L, L;"]
-                lines += ["mul.f32 w0, w0, L; mul.f32 w1, w1, L;"]
-                for k in range(4):
-                    lines += [f"and.b32 w{c}_{i}_{k}, w{c}_{i}_{k}, {VALUE};" for i in range(2)]
-                    lines += [f"mov.b32 o, w{c}_0_{k}; mul.f32 x{c}_{k}, w0, o;"]
-                    lines += [f"mov.b32 o, w{c}_1_{k}; fma.rn.f32 x{c}_{k}, w1, o, x{c}_{k};"]
-                for k in (0, 2):
-                    lines += [f"cvt.rn.bf16x2.f32 h0, x{c}_{k + 1}, x{c}_{k};"]
-                    lines += [_half(f"x{c}_{k}", "h0", 0), _half(f"x{c}_{k + 1}", "h0", 1)]
-            lines += ["}"]
+        lines += _join_parts(p, p, predicates, statistics, count, epoch, flag, deadline)
         for c in range(len(predicates)):
             lines += _largest(c, False)
         lines += _reduce(p, red, False) + _scale(False)
