@@ -29,11 +29,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from research.pretrained import carried
+from research.pretrained.packages import find_archives, licence_name, unpack
 from research.pretrained.report import report
 from research.pretrained.speed import measure_speed, random_weights
 from research.pretrained.train import FILE, STATE, Setting, Training, read_rows
 from research.pretrained.trials import SHORT, WAYS, Trial, long, short, untrained
 from sbn_lightning.core.files import write_text
+from sbn_lightning.data.tokenization.options import parse_bytes
+from sbn_lightning.data.tokenizer import find_eos
 from sbn_lightning.evaluation.probes import make_tasks, probe
 
 # The suffixes of the two kinds of text. Docstrings and comments are English inside of the code.
@@ -46,7 +50,13 @@ PATIENCE = 60.0
 
 
 def make_corpus(
-    weights: str, output: str, kinds: Sequence[str], max_bytes: str | None, folders: list[str] | None
+    weights: str,
+    output: str,
+    kinds: Sequence[str],
+    max_bytes: str | None,
+    folders: list[str] | None,
+    packages: str | None = None,
+    package_bytes: str | None = None,
 ) -> None:
     """Write the model as a checkpoint with its tokenizer, and text as tokens of this tokenizer.
 
@@ -55,7 +65,9 @@ def make_corpus(
         output: The folder to write.
         kinds: The kinds of text to write, of :data:`KINDS`.
         max_bytes: About how much text of each kind to take; None for all.
-        folders: The folders to search; None for those of the running interpreter.
+        folders: The folders to search; None for those of the running interpreter, unless there are packages.
+        packages: A folder with wheels and source distributions, whose text files are searched.
+        package_bytes: About how much text of each kind to take from a package; None for all.
     """
     from research.reproduce.corpus import interpreter_folders, reproduce_corpus
     from sbn_lightning.cli.import_hf import import_hf
@@ -64,8 +76,17 @@ def make_corpus(
     place.mkdir(parents=True, exist_ok=True)
     if not (place / "model.ckpt").is_file():
         import_hf(weights, str(place / "model.ckpt"))
+    found: Counter[str] = Counter()
+    if packages is None:
+        found = licences()
     for kind in kinds:
-        roots = folders or [*interpreter_folders(), *(["/usr/share/doc"] if kind == "english" else [])]
+        roots = list(folders or [])
+        if packages is not None:
+            most = None if package_bytes is None else parse_bytes(package_bytes, "package_bytes")
+            found = unpack(find_archives(Path(packages)), place / "packages" / kind, tuple(KINDS[kind]), most)
+            roots.append(str(place / "packages" / kind))
+        elif not roots:
+            roots = [*interpreter_folders(), *(["/usr/share/doc"] if kind == "english" else [])]
         reproduce_corpus(
             [root for root in roots if os.path.isdir(root)],
             str(place / kind),
@@ -75,28 +96,48 @@ def make_corpus(
             max_bytes=max_bytes,
             num_workers=min(32, os.cpu_count() or 1),
         )
-    lines = [f"{count} {name}" for name, count in licences().most_common()]
+    lines = [f"{count} {name}" for name, count in found.most_common()]
     (place / "licences.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def licences() -> Counter[str]:
     """Return how many of the installed packages have which licence, as their metadata say."""
-    found: Counter[str] = Counter()
-    for package in distributions():
-        about = package.metadata
-        classifiers = [text.rpartition(" :: ")[2] for text in about.get_all("Classifier", []) if "License" in text]
-        name = about.get("License-Expression") or (classifiers[0] if classifiers else about.get("License")) or "unknown"
-        found[" ".join(name.split())[:60]] += 1
-    return found
+    return Counter(licence_name(package.metadata) for package in distributions())
+
+
+def write_held_out(corpus: str, output: str, tokens: int) -> None:
+    """Copy the beginning of the held-out texts of a corpus into a folder that can be carried elsewhere."""
+    from sbn_lightning.evaluation.texts import text_of_folder
+
+    Path(output).mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        found = text_of_folder(str(Path(corpus, kind, "tokens")), "val", tokens).tokens
+        carried.write_tokens(Path(output, f"held_out_{kind}.u16.xz"), found.astype("uint16"))
+
+
+def pack_corpus(corpus: str, output: str, parts: int, max_bytes: str) -> None:
+    """Write the training text of a corpus beside held-out texts, without documents that repeat them."""
+    from sbn_lightning.evaluation.texts import text_of_folder
+
+    tokenizer = Tokenizer.from_file(str(Path(corpus, "model.tokenizer.json")))
+    train = {kind: text_of_folder(str(Path(corpus, kind, "tokens")), "train").tokens.astype("uint16") for kind in KINDS}
+    carried.pack(train, Path(output), find_eos(tokenizer, None)[1], parts, parse_bytes(max_bytes, "max_bytes"))
 
 
 def read_corpus(corpus: str, device: torch.device, held_out: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the training text of both kinds, one after the other, and the held-out texts by kind, int32."""
+    """Return the training text, and the held-out texts by kind, int32."""
     from sbn_lightning.evaluation.texts import text_of_folder
 
-    def read(kind: str, split: str, most: int | None = None) -> Tensor:
-        tokens = text_of_folder(str(Path(corpus, kind, "tokens")), split, most).tokens
+    def move(tokens: Any) -> Tensor:
         return torch.from_numpy(tokens.astype("int32")).to(device)
+
+    if carried.is_carried(Path(corpus)):
+        texts = carried.read_held_out(Path(corpus))
+        train = torch.cat([move(tokens) for tokens in carried.read_train(Path(corpus))])
+        return train, {kind: move(tokens[:held_out]) for kind, tokens in texts.items()}
+
+    def read(kind: str, split: str, most: int | None = None) -> Tensor:
+        return move(text_of_folder(str(Path(corpus, kind, "tokens")), split, most).tokens)
 
     train = torch.cat([read(kind, "train") for kind in KINDS])
     return train, {kind: read(kind, "val", held_out) for kind in KINDS}
@@ -243,6 +284,17 @@ def main() -> None:
     corpus.add_argument("--kinds", nargs="*", choices=list(KINDS), default=list(KINDS), help="none: the model alone")
     corpus.add_argument("--max_bytes", help="about how much text of each kind; like 100MB")
     corpus.add_argument("--folders", nargs="+", help="the folders to search; default: those of the interpreter")
+    corpus.add_argument("--packages", help="a folder with wheels and source distributions to read")
+    corpus.add_argument("--package_bytes", help="about how much text of each kind to take from a package; like 10MB")
+    held = commands.add_parser("held_out")
+    held.add_argument("--corpus", required=True, help="the folder that `corpus` wrote")
+    held.add_argument("--output", required=True, help="the folder to carry")
+    held.add_argument("--tokens", type=int, default=400_000, help="of each kind")
+    packed = commands.add_parser("pack")
+    packed.add_argument("--corpus", required=True, help="the folder that `corpus` wrote")
+    packed.add_argument("--output", required=True, help="the folder that `held_out` wrote")
+    packed.add_argument("--parts", type=int, default=2)
+    packed.add_argument("--max_bytes", default="60MB", help="the largest size of a part")
     train = commands.add_parser("work")
     train.add_argument("--weights", required=True, help="the checkpoint that `corpus` wrote")
     train.add_argument("--corpus", default="data/pretrained")
@@ -276,7 +328,15 @@ def main() -> None:
         print(report([row for file in args.results for row in read_rows(Path(file))]))
         return
     if args.command == "corpus":
-        make_corpus(args.weights, args.output, args.kinds, args.max_bytes, args.folders)
+        make_corpus(
+            args.weights, args.output, args.kinds, args.max_bytes, args.folders, args.packages, args.package_bytes
+        )
+        return
+    if args.command == "held_out":
+        write_held_out(args.corpus, args.output, args.tokens)
+        return
+    if args.command == "pack":
+        pack_corpus(args.corpus, args.output, args.parts, args.max_bytes)
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
