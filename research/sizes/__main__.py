@@ -159,8 +159,12 @@ def bench(setting: Setting, seconds: float, steps: int) -> None:
             warm = time.monotonic() - since
             training.advance(steps)
             each = training.seconds / training.timed
-            row = {"what": label, "ms": round(1000 * each, 2), "tokens_per_second": round(setting.tokens_of_step / each),
-                   "until_the_tenth_step": round(warm, 1)}  # fmt: skip
+            row = {
+                "what": label,
+                "ms": round(1000 * each, 2),
+                "tokens_per_second": round(setting.tokens_of_step / each),
+                "until_the_tenth_step": round(warm, 1),
+            }
             append_row(setting.output / "bench.jsonl", row)
             print(row, flush=True)
         except Exception:
@@ -190,7 +194,7 @@ def main() -> None:
         command.add_argument("--backend", default="auto")
         command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
         command.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    commands.choices["work"].add_argument("--round", choices=list(ROUNDS), default="sweep")
+    commands.choices["work"].add_argument("--round", nargs="+", choices=list(ROUNDS), default=["sweep"])
     commands.choices["work"].add_argument("--names", nargs="*", help="the trials to do; default: all of the round")
     commands.choices["work"].add_argument("--shrink_tokens", type=int, default=1, help="for a trial run: less tokens")
     commands.choices["bench"].add_argument("--steps", type=int, default=60)
@@ -205,7 +209,8 @@ def main() -> None:
         return
     from dataclasses import replace
 
-    chosen = [one for one in ROUNDS[args.round] if args.names is None or one.name in args.names]
+    wanted = [one for name in args.round for one in ROUNDS[name]]
+    chosen = [one for one in wanted if args.names is None or one.name in args.names]
     chosen = [replace(one, tokens=one.tokens // args.shrink_tokens) for one in chosen]
     work(setting, chosen, args.seconds)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from research.sizes.trials import SIZES, Trial
+from research.sizes.variants import EXACT, LearnedMask, learn_masks, settle_masks
 from sbn_lightning import MaskedDecay, SparseTernaryPrecision, SparsitySchedule, TernaryTransformer, TransformerConfig
 from sbn_lightning.core.files import atomic_file
 from sbn_lightning.layers.masked_linear import masked_layers
@@ -33,6 +34,8 @@ STATE = "state.pt"
 WARMUP = 100  # optimiser steps
 FLOOR = 0.03  # the learning rate at the last step, as a share of the peak
 WEIGHT_DECAY = 0.1
+LEARNED = 0.25  # the last share of training, in which the variant "learned" learns its masks
+LOGITS_LR = 0.1  # the learning rate of the masks' logits, times the factor of the schedule
 
 
 @dataclass
@@ -85,11 +88,15 @@ class Training:
         self.trial, self.setting = trial, setting
         self.steps = max(1, trial.tokens // setting.tokens_of_step)
         self.folder = setting.output / "states" / trial.name
+        torch.compiler.set_stance("default")
         torch.manual_seed(trial.seed)
         self.model = make_model(trial, setting)
         self.plugin = None
         on_gpu = setting.device.type == "cuda"
-        if ternary_layers(self.model) and on_gpu:
+        if trial.variant == "exact":
+            for layer in ternary_layers(self.model).values():
+                layer.backend = EXACT
+        elif ternary_layers(self.model) and on_gpu:
             self.plugin = SparseTernaryPrecision(
                 setting.backend,  # type: ignore[arg-type]
                 setting.gradients,  # type: ignore[arg-type]
@@ -106,6 +113,7 @@ class Training:
             self.schedule = SparsitySchedule(
                 self.model, self.optimizers[-1], total_steps=self.steps, masked_decay=decay
             )
+        self.learned: list[LearnedMask] = []
         self.step = 0
         self.seconds = 0.0
         self.timed = 0  # Steps that `seconds` counts.
@@ -118,8 +126,11 @@ class Training:
         while self.step < self.steps:
             self.advance(min(self.steps - self.step, 50 if self.timed else 10))
             if time.monotonic() > deadline and self.step < self.steps:
-                self._save()
+                if not self.learned:
+                    self._save()
                 return False
+        if self.learned:
+            settle_masks(ternary_layers(self.model).values())
         append_row(self.setting.output / FILE, self.row())
         (self.folder / STATE).unlink(missing_ok=True)
         return True
@@ -136,7 +147,22 @@ class Training:
             self.seconds += time.monotonic() - since
             self.timed += steps
 
+    def _learn_masks(self) -> None:
+        """Go over to learned masks: in eager mode, without kernels and graphs."""
+        if self.plugin is not None:
+            self.plugin.teardown()
+        self.plugin = self.graphed = None
+        torch.compiler.set_stance("force_eager")
+        self.learned = learn_masks(ternary_layers(self.model).values())
+        logits = torch.optim.AdamW([one.logits for one in self.learned], lr=LOGITS_LR, betas=(0.9, 0.95))
+        logits.param_groups[0].update(peak=LOGITS_LR, full_decay=0.0)
+        self.optimizers.insert(0, logits)
+
     def _train_step(self) -> None:
+        if self.trial.variant == "learned" and not self.learned and self.step >= (1 - LEARNED) * self.steps:
+            self._learn_masks()
+        for one in self.learned:
+            one.noise = (1 - self.step / self.steps) / LEARNED
         factor = learning_rate_factor(
             self.step,
             schedule="cosine",
@@ -157,7 +183,7 @@ class Training:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-        self.model.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         if self.schedule is not None:
             self.schedule.step()
         self._loss = loss.detach()
@@ -275,12 +301,17 @@ def make_model(trial: Trial, setting: Setting) -> TernaryTransformer:
 
 def make_optimizers(model: nn.Module, trial: Trial) -> list[torch.optim.Optimizer]:
     """Return the optimisers of a trial. The last one holds the matrices of the blocks."""
-    groups = parameter_groups(model)
+    matrices, rest = parameter_groups(model)  # The head is the embedding, which is in the second group.
     on_gpu = next(model.parameters()).is_cuda
-    found: list[torch.optim.Optimizer] = []
-    found.append(
+    groups = [rest] if trial.variant == "muon" else [matrices, rest]
+    found: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=trial.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=WEIGHT_DECAY, fused=on_gpu)
-    )
+    ]
+    if trial.variant == "muon":
+        # Steps of the size that AdamW takes, so that AdamW's learning rates are about right (arXiv 2502.16982).
+        found.append(
+            torch.optim.Muon(matrices["params"], lr=trial.lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+        )
     for optimizer in found:
         for group in optimizer.param_groups:
             group["peak"], group["full_decay"] = group["lr"], group["weight_decay"]

@@ -141,7 +141,19 @@ def extra(seeds: Iterable[int]) -> Iterator[Trial]:
         yield replace(two_of_four, variant="learned")
 
 
+def smoke() -> Iterator[Trial]:
+    """Yield trials of 120 steps that show whether each variant runs."""
+    base = Trial("15M", "ternary", "2:4", 120 * 32_768, learning_rate("15M", "ternary"))
+    yield replace(base, variant="learned")
+    yield replace(base, variant="muon")
+    yield replace(base, variant="exact", pattern="3:4")
+    yield replace(base, shrink=0.08)
+    yield replace(base, variant="relu2")
+    yield replace(base, family="bf16", lr=learning_rate("15M", "bf16"))
+
+
 ROUNDS: dict[str, list[Trial]] = {
+    "smoke": list(smoke()),
     "sweep": [
         *sweep("2M", 20, {"ternary": (16e-3, 8e-3, 32e-3, 4e-3), "bf16": (8e-3, 4e-3, 16e-3, 2e-3)}),
         *sweep("5M", 20, {"ternary": (8e-3, 4e-3, 16e-3), "bf16": (4e-3, 2e-3, 8e-3)}),
