@@ -147,6 +147,8 @@ class Code:
             return "special", text
         if (register := self._find(self._registers, scope, text)) is not None:
             return "register", register
+        if text == "_":
+            return "sink", 0
         if text == "global_smem":
             return "number", 0
         if text.startswith("0f"):
@@ -256,6 +258,8 @@ class Program:
         return self.special[operand[1]]
 
     def _set(self, operand: tuple[Any, ...], value: np.ndarray, active: np.ndarray) -> None:
+        if operand[0] == "sink":
+            return
         self.registers[operand[1]] = np.where(active, value.astype(U), self.registers[operand[1]])
 
     def _address(self, operand: tuple[Any, ...]) -> np.ndarray:
@@ -266,7 +270,7 @@ class Program:
         kind = parts[0]
         if kind in ("bar", "fence") or "prefetch" in parts:
             return
-        if kind in ("mov", "ld", "st", "setp", "mma", "mbarrier", "cp"):
+        if kind in ("mov", "ld", "st", "setp", "mma", "mbarrier", "cp", "red", "atom"):
             getattr(self, f"_{kind}")(parts, operands, active)
             return
         values = [self._value(operand) for operand in operands[1:]]
@@ -328,6 +332,23 @@ class Program:
             self.shared[address[:, None] + np.arange(raw.shape[1])] = raw
         else:
             self.memory.write(address, raw)
+
+    def _red(self, parts: list[str], operands: list[Any], active: np.ndarray) -> None:
+        """A reduction in memory: the larger of two integers, or a sum."""
+        type_ = np.int64 if parts[-1] == "s64" else np.uint32
+        for thread in np.flatnonzero(active):
+            address = self._address(operands[0])[thread : thread + 1]
+            old = self.memory.read(address, np.dtype(type_).itemsize).view(type_)
+            value = self._value(operands[1])[thread : thread + 1].astype(type_)
+            new = np.maximum(old, value) if parts[-2] == "max" else old + value
+            self.memory.write(address, new.view(np.uint8).reshape(1, -1))
+
+    def _atom(self, parts: list[str], operands: list[Any], active: np.ndarray) -> None:
+        """The same for one thread, which gets the old value."""
+        assert active.sum() == 1, "several threads at once"
+        old = self.memory.read(self._address(operands[1])[active], _width(parts[-1]) // 8)
+        self._set(operands[0], np.full(self.threads, int.from_bytes(old.tobytes(), "little"), U), active)
+        self._red(parts, operands[1:], active)
 
     def _setp(self, parts: list[str], operands: list[Any], active: np.ndarray) -> None:
         a, b = (self._value(operand) for operand in operands[1:3])

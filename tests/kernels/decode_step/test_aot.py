@@ -23,7 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 TYPES = {
     "tokens": "*i64", "lengths": "*i64", "caches": "*i64", "parts": "*i64", "parts_m": "*i64", "attended_m": "*i64",
     "shared": "*u8", "places": "*i64", "cos": "*fp32", "sin": "*fp32", "embedding": "*bf16", "norms": "*bf16",
-    "head": "*bf16", "logits": "*bf16", "trace": "*i64",
+    "head": "*bf16", "logits": "*bf16", "trace": "*i64", "best": "*i64", "chosen": "*i64",
     "timeout": "i64", "slots": "i32", "max_length": "i32", "P": "constexpr",
 }  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -73,6 +73,7 @@ class Step:
             "tokens": self.tokens, "lengths": self.lengths, "state": torch.tensor([1, 0], dtype=torch.int32),
             "caches": torch.tensor(addresses), "cos": packed.cos, "sin": packed.sin, "embedding": packed.embedding,
             "weights": packed.words, "norms": packed.norms, "head": packed.head, "logits": self.logits,
+            "best": torch.tensor([-(2**63)] * batch + [0]), "chosen": zeros(batch, dtype=torch.int64),
             "x": zeros(batch, p.d_model), "y": zeros(batch, p.d_model), "qkv": zeros(batch, p.qkv_heads, p.head_size),
             "parts": zeros(p.splits, batch, p.heads, p.head_size, dtype=torch.int64),
             "parts_m": zeros(p.splits, batch, p.heads, 2, dtype=torch.int64),
@@ -117,6 +118,8 @@ def test_the_compiled_kernel_computes_what_the_twin_computes(name: str, monkeypa
         assert torch.equal(step.tensor("lengths"), now)
         for row, wanted in zip(logits, expected, strict=True):
             assert float((row - wanted).norm() / wanted.norm()) < 0.03
+        assert torch.equal(step.tensor("chosen"), logits.argmax(-1))
+        assert step.tensor("best").tolist() == [-(2**63)] * CASES[name][0] + [0]
     assert int(step.tensor("state")[1]) == 0
 
 

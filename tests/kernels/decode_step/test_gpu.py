@@ -69,6 +69,7 @@ def test_steps_equal_the_twin(name: str) -> None:
         expected = reference.decode_step(weights, layers, tokens, now, expected_caches)
         # Attention rounds its weights to bfloat16, and with random weights each layer amplifies that.
         assert relative(logits, expected) < 0.03, i
+        assert torch.equal(step.chosen, logits.argmax(-1))
         now = now + 1
         assert torch.equal(step.lengths, now)
     for (keys, values), (expected_keys, expected_values) in zip(caches, expected_caches, strict=True):
@@ -124,6 +125,26 @@ def test_replays_give_equal_bits_also_beside_other_work() -> None:
             step.step(step.tokens)
         assert torch.equal(step.logits, expected)
     step.check()
+
+
+def test_the_tokens_that_a_step_has_chosen_continue_without_a_copy() -> None:
+    step, logits = make_step()
+    tokens, kept = logits.argmax(-1), []
+    for source in (tokens, step.chosen):
+        step.lengths.fill_(101)
+        kept.append(step.step(source).clone())
+        step.chosen.copy_(tokens)
+    step.check()
+    assert torch.equal(*kept)
+
+
+def test_a_traced_step_says_when_each_program_reached_each_moment() -> None:
+    step, expected = make_step(traced=True)
+    times = step.trace[:, :-1, :, 1]
+    assert (times[:, :, 0] > 0).all()  # every program begins every layer
+    reached = torch.where(times > 0, times, times.cummax(-1).values)
+    assert (reached.diff(dim=-1) >= 0).all()
+    assert torch.equal(expected, make_step()[1])
 
 
 def test_a_full_row_stays_at_its_length() -> None:

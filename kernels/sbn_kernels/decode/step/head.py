@@ -9,6 +9,10 @@ of shared memory brings them into the order of the operand. Operand B holds the 
 shared memory in rows of bfloat16. 16 tokens are two operands B for the same A. Columns are permuted, so that a lane's
 share of both is 16 neighbouring bytes: lane ``(g, t) = (lane / 4, lane % 4)``, piece ``j``, has rows ``g`` and
 ``g + 8`` and columns ``32 j + 8 t ..``.
+
+The most likely token comes with the logits. A *key* is 64 bits: the logit, so that integers have the order of the
+logits, and below it the row, so that the first of equal rows has the larger key. The programs join their largest keys
+in memory, and the last program writes down the tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 
 from sbn_kernels.decode.step.plan import COLUMNS, HEAD_STEP, STAGING_STRIDE
-from sbn_kernels.decode.step.ptx import add_across, assembly
+from sbn_kernels.decode.step.ptx import add_across, assembly, helper
 
+LOWEST = "0x8000000000000000"  # less than the key of any row
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 
 
@@ -142,3 +147,62 @@ def dot_row(p):
         return "\n".join([*lines, f"mov.f32 {y}, a0;", "}"])
 
     return assembly(asm)
+
+
+@helper
+def _larger_across(key, distances):
+    """Makes a 64-bit key the largest one of the lanes whose numbers differ by ``distances``."""
+    lines = []
+    for distance in distances:
+        lines += [f"mov.b64 {{lo, hi}}, {key}; shfl.sync.bfly.b32 lo, lo, {distance}, 31, 0xffffffff;"]
+        lines += [f"shfl.sync.bfly.b32 hi, hi, {distance}, 31, 0xffffffff; mov.b64 k, {{lo, hi}};"]
+        lines += [f"max.s64 {key}, {key}, k;"]
+    return lines
+
+
+@gluon.constexpr_function
+def choose(p):
+    """PTX: a thread's largest keys, shared memory, keys of all programs and their number, result -> tokens.
+
+    The keys belong to a batch as in the accumulators of :func:`dot_rows`, or one to each token for one or two tokens.
+    Behind the keys in memory stands the number of programs that have joined theirs. The last program leaves the keys as
+    they were before the step.
+    """
+
+    def asm(outs, ins):
+        *tensors, (sm,), (joined,), (result,) = ins
+        keys = [register for registers in tensors for register in registers]
+        lines = ["{", ".reg .u32 tid, warp, lane, sa, la; .reg .b32 lo, hi, n; .reg .b64 k, m; .reg .u64 a, b;"]
+        lines += [".reg .pred p, on; mov.u32 tid, %tid.x; shr.u32 warp, tid, 5; and.b32 lane, tid, 31;"]
+        lines += [f"mad.lo.u32 sa, warp, {8 * 16}, {sm}; bar.sync 0;"]
+        if p.batch <= 2:
+            lines += ["setp.eq.u32 p, lane, 0;"]
+            lines += [f"@p st.shared.b64 [sa+{8 * token}], {keys[token]};" for token in range(p.batch)]
+        else:
+            lines += ["setp.lt.u32 p, lane, 4; mad.lo.u32 la, lane, 16, sa;"]
+            for q in range(p.token_groups):
+                for low in range(2):
+                    lines += [f"max.s64 m, {keys[4 * q + low]}, {keys[4 * q + 2 + low]};"]
+                    lines += [*_larger_across("m", (4, 8, 16)), f"@p st.shared.b64 [la+{64 * q + 8 * low}], m;"]
+        lines += ["bar.sync 0; setp.ge.u32 p, tid, 32; @p bra DONE;"]
+        lines += [f"setp.lt.u32 on, lane, {p.batch}; mad.lo.u32 la, lane, 8, {sm}; mov.b64 m, {LOWEST};"]
+        for warp in range(p.warps):
+            lines += [f"@on ld.shared.b64 k, [la+{8 * 16 * warp}]; @on max.s64 m, m, k;"]
+        lines += [f"mad.wide.u32 a, lane, 8, {joined}; mad.wide.u32 b, lane, 8, {result};"]
+        lines += ["@on red.relaxed.gpu.global.max.s64 [a], m; bar.warp.sync 0xffffffff;"]
+        lines += ["setp.eq.u32 p, lane, 0; mov.b32 n, 0; @p fence.acq_rel.gpu;"]
+        lines += [f"@p atom.relaxed.gpu.global.add.u32 n, [{joined}+{8 * p.batch}], 1;"]
+        lines += [f"redux.sync.max.u32 n, n, 0xffffffff; setp.ne.u32 p, n, {p.programs - 1}; @p bra DONE;"]
+        lines += ["fence.acq_rel.gpu; @on ld.relaxed.gpu.global.b64 k, [a]; @on mov.b64 {lo, hi}, k;"]
+        lines += ["sub.u32 lo, 0x7fffffff, lo; cvt.u64.u32 k, lo; @on st.global.b64 [b], k;"]
+        lines += [f"mov.b64 m, {LOWEST}; @on st.global.b64 [a], m; setp.eq.u32 p, lane, 0; mov.b32 n, 0;"]
+        lines += [f"@p st.global.b32 [{joined}+{8 * p.batch}], n;"]
+        return "\n".join([*lines, "DONE:", "}"])
+
+    return assembly(asm)
+
+
+@gluon.constexpr_function
+def choose_constraints(p):
+    """Constraints of :func:`choose`."""
+    return "l," * (p.batch if p.batch <= 2 else 4 * p.token_groups) + "r,l,l,~{memory}"

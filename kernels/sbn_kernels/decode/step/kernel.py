@@ -41,7 +41,15 @@ from sbn_kernels.decode.step.attention import (
     merge_parts,
     state_constraints,
 )
-from sbn_kernels.decode.step.head import dot_constraints, dot_row, dot_rows, load_row, load_rows
+from sbn_kernels.decode.step.head import (
+    choose,
+    choose_constraints,
+    dot_constraints,
+    dot_row,
+    dot_rows,
+    load_row,
+    load_rows,
+)
 from sbn_kernels.decode.step.rows import (
     add_to_residual,
     barrier,
@@ -271,7 +279,16 @@ def _merge(base, parts, parts_m, attended, attended_m, splits, epoch, flag, dead
 
 
 @gluon.jit
-def _head_of_few(base, head, logits, gain, words, tag, flag, deadline, trace, P: gl.constexpr):
+def _largest_key(best, logit, row, P: gl.constexpr):
+    """The larger of ``best`` and the key of a logit; see ``head``."""
+    bits = logit.to(gl.float32).to(gl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (ordered.to(gl.int64) << 32) | (0x7FFFFFFF - row).to(gl.int64)
+    return gl.where((row < P.shape.vocab) & (key > best), key, best)
+
+
+@gluon.jit
+def _head_of_few(base, head, logits, gain, words, tag, flag, deadline, best, chosen, trace, P: gl.constexpr):
     """Computes the final norm and the head for one or two tokens. The first rows are loaded ahead of the norm."""
     REGS: gl.constexpr = (P.d_model + 255) // 256 * 4
     AHEAD: gl.constexpr = 96 // REGS if REGS <= 48 else 2
@@ -291,21 +308,33 @@ def _head_of_few(base, head, logits, gain, words, tag, flag, deadline, trace, P:
         rows += (gl.inline_asm(load_row(P), LOAD, [head, first + i * STRIDE], W, is_pure=False),)
     _final_norm(base, words, gain, tag, flag, deadline, P)
     _stamp(trace, P.layers, 1, P)
+    keys = ()
+    for _token in gl.static_range(BATCH):
+        keys += (gl.full([P.warps, 32], -(2**63), gl.int64, R1),)
     for start in range(first, P.shape.vocab, AHEAD * STRIDE):
         coming = ()
         for i in gl.static_range(AHEAD):
             row = start + i * STRIDE + warp + lane * 0
+            larger = ()
             for token in gl.static_range(BATCH):
                 args = [rows[i], base + P.at_tokens + token * P.head_stride]
                 y = gl.inline_asm(dot_row(P), ("=&f", "r", "r"), args, Y, is_pure=False)
-                where = logits + token * P.shape.vocab + row
-                gl.store(where, y.to(logits.dtype.element_ty), mask=(row < P.shape.vocab) & (lane == 0))
+                y = y.to(logits.dtype.element_ty)
+                gl.store(logits + token * P.shape.vocab + row, y, mask=(row < P.shape.vocab) & (lane == 0))
+                larger += (_largest_key(keys[token], y, row, P),)
+            keys = larger
             coming += (gl.inline_asm(load_row(P), LOAD, [head, start + (AHEAD + i) * STRIDE], W, is_pure=False),)
         rows = coming
+    if BATCH == 1:
+        args = [keys[0], base + P.at_staging, best, chosen]
+    else:
+        args = [keys[0], keys[1], base + P.at_staging, best, chosen]
+    gl.inline_asm(choose(P), choose_constraints(P), args, (), is_pure=False)
 
 
 @gluon.jit
-def _head(base, head, logits, gain, words, shared, places, epoch, flag, deadline, trace, P: gl.constexpr):
+def _head(base, head, logits, gain, words, shared, places, epoch, flag, deadline, best, chosen, trace,
+          P: gl.constexpr):  # fmt: skip
     """Computes the final norm and the head for three tokens or more."""
     R64: gl.constexpr = gl.BlockedLayout([1, 1, 64], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
     SUMS: gl.constexpr = 4 * P.token_groups
@@ -327,6 +356,7 @@ def _head(base, head, logits, gain, words, shared, places, epoch, flag, deadline
     else:
         _final_norm(base, words, gain, epoch & 255, flag, deadline, P)
     _stamp(trace, P.layers, 1, P)
+    keys = gl.full([P.warps, 32, SUMS], -(2**63), gl.int64, R4)
     for tile in range(first, TILES, STRIDE):
         acc = gl.zeros([P.warps, 32, SUMS], gl.float32, R4)
         for s in gl.static_range(STEPS):
@@ -339,12 +369,17 @@ def _head(base, head, logits, gain, words, shared, places, epoch, flag, deadline
         row = (tile + warp) * 16 + lane // 4 + item // 2 % 2 * 8
         token = lane % 4 * 2 + item % 2 + item // 4 * 8
         where = logits + token.to(gl.int64) * P.shape.vocab + row
-        gl.store(where, acc.to(logits.dtype.element_ty), mask=(row < P.shape.vocab) & (token < P.batch))
+        y = acc.to(logits.dtype.element_ty)
+        gl.store(where, y, mask=(row < P.shape.vocab) & (token < P.batch))
+        keys = _largest_key(keys, y, row, P)
+    # The staging rows are not in use any more.
+    args = [keys, base + P.at_staging, best, chosen]
+    gl.inline_asm(choose(P), choose_constraints(P), args, (), is_pure=False)
 
 
 @gluon.jit
 def _step(
-    tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits,
+    tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits, best, chosen,
     x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, trace, timeout, slots, max_length,
     P: gl.constexpr,
 ):  # fmt: skip
@@ -484,15 +519,15 @@ def _step(
             for n in gl.static_range(BATCH):
                 gl.store(lengths + n, gl.minimum(gl.load(lengths + n) + 1, max_length))
     if P.batch <= 2:
-        _head_of_few(base, head, logits, gain, x, last & 255, flag, deadline, trace, P)
+        _head_of_few(base, head, logits, gain, x, last & 255, flag, deadline, best, chosen, trace, P)
     else:
-        _head(base, head, logits, gain, x, shared, places, last, flag, deadline, trace, P)
+        _head(base, head, logits, gain, x, shared, places, last, flag, deadline, best, chosen, trace, P)
     _stamp(trace, P.layers, 2, P)
 
 
 @gluon.jit(do_not_specialize=("timeout", "slots", "max_length"))
 def decode_step_kernel(
-    tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits,
+    tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits, best, chosen,
     x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, trace, timeout, slots, max_length,
     P: gl.constexpr,
 ):  # fmt: skip
@@ -510,6 +545,9 @@ def decode_step_kernel(
         norms: The weights of the norms, bfloat16 ``[2 layers + 1, d_model]``: attention, MLP, ..., the last norm.
         head: The weight of the head, bfloat16 ``[vocab, d_model]``.
         logits: The result ``[batch, vocab]``, bfloat16 or float32.
+        best: The largest key of each token, and the number of programs that have joined theirs, int64 ``[batch + 1]``.
+            Before and behind every step they are :data:`head.LOWEST` and 0.
+        chosen: The most likely token of each sequence, int64 ``[batch]``.
         x: The residual stream before attention: words, int32 ``[batch, d_model]``.
         y: The residual stream after attention: words, int32 ``[batch, d_model]``.
         qkv: Queries, keys and values: words, int32 ``[batch, heads + 2 kv_heads, head_size]``.
@@ -529,6 +567,6 @@ def decode_step_kernel(
         P: The plan.
     """
     if gl.load(state + 1) == 0:
-        _step(tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits,
+        _step(tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits, best, chosen,
               x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, trace, timeout, slots,
               max_length, P)  # fmt: skip

@@ -16,6 +16,7 @@ from sbn_kernels.runtime.capability import Needs, UnsupportedError, multiprocess
 
 NEEDS = Needs("decode step", only=(9, 0), gluon=True)
 EMPTY = 0x80  # as in ptx.py, which needs Triton 3.9
+_LOWEST = -(2**63)  # as in head.py
 _FIRST_EPOCH = 1  # fresh buffers hold zeros, and no word of the first layer may look like a zero
 
 
@@ -86,6 +87,8 @@ class DecodeStep:
     Attributes:
         tokens: The token ids that a step reads, int64 ``[batch]``. :meth:`step` copies its argument here.
         logits: The logits that a step writes, ``[batch, vocab]``.
+        chosen: The most likely token of each row, which a step writes, int64 ``[batch]``. Among equal logits the first
+            wins, as in ``torch.argmax``.
         lengths: The number of tokens of each row, int64 ``[batch]``.
         plan: The plan of the kernel.
         trace: The times of the last step if it is traced, in cycles of the multiprocessor and in nanoseconds, int64
@@ -123,11 +126,14 @@ class DecodeStep:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device) if lengths is None else lengths
         self.logits = torch.zeros(batch, shape.vocab, dtype=logits_dtype, device=device)
         self._make_buffers()
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         with torch.cuda.device(device):
             self._try_launch()
             if cuda_graph:
-                self._capture()
+                for source in (self.tokens, self.chosen):
+                    graph = self._graphs[source.data_ptr()] = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        self._launch(source)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Adds a token to each row.
@@ -136,18 +142,20 @@ class DecodeStep:
         step does nothing.
 
         Args:
-            tokens: The token ids, int64 ``[batch]``. Passing :attr:`tokens` itself saves a copy.
+            tokens: The token ids, int64 ``[batch]``. Passing :attr:`tokens` or :attr:`chosen` itself saves a copy.
 
         Returns:
             The logits of the token after these, ``[batch, vocab]``. The next step overwrites them.
         """
-        if tokens.data_ptr() != self.tokens.data_ptr():
+        source = self.chosen if tokens.data_ptr() == self.chosen.data_ptr() else self.tokens
+        if tokens.data_ptr() != source.data_ptr():
             self.tokens.copy_(tokens)
-        if self._graph is None:
+        graph = self._graphs.get(source.data_ptr())
+        if graph is None:
             with torch.cuda.device(self.device):
-                self._launch()
+                self._launch(source)
         else:
-            self._graph.replay()
+            graph.replay()
         return self.logits
 
     @property
@@ -183,6 +191,8 @@ class DecodeStep:
         ):
             buffer.zero_()
         self._shared.fill_(EMPTY)
+        self._best[: self.batch] = _LOWEST
+        self._best[self.batch] = 0
         self._state[0] = _FIRST_EPOCH
 
     def _check_caches(self) -> int:
@@ -215,20 +225,23 @@ class DecodeStep:
         self._shared = zeros(2, p.shared_bytes if p.o.shared else 16, dtype=torch.uint8).fill_(EMPTY)
         self._places = zeros(5, p.batch, 2, dtype=torch.int64)
         self.trace = zeros(*((p.programs, p.layers + 1, p.stamps, 2) if p.traced else (2,)), dtype=torch.int64)
+        self.chosen = zeros(p.batch, dtype=torch.int64)
+        self._best = zeros(p.batch + 1, dtype=torch.int64)
+        self._best[: p.batch] = _LOWEST
         self._state = zeros(2)
         self._state[0] = _FIRST_EPOCH
         addresses = [[keys.data_ptr(), values.data_ptr()] for keys, values in self.caches]
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=self.device)
         self._table = torch.tensor(schedule(p), dtype=torch.int32, device=self.device)
 
-    def _launch(self) -> None:
+    def _launch(self, tokens: Tensor) -> None:
         from sbn_kernels.decode.step.kernel import decode_step_kernel
 
         w = self.weights
         decode_step_kernel[(self.plan.programs,)](
-            self.tokens, self.lengths, self._state, self._addresses, w.cos, w.sin, w.embedding, w.words, w.norms,
-            w.head, self.logits, self._x, self._y, self._qkv, self._parts, self._parts_m, self._attended,
-            self._attended_m, self._hidden, self._shared, self._places, self._table,
+            tokens, self.lengths, self._state, self._addresses, w.cos, w.sin, w.embedding, w.words, w.norms,
+            w.head, self.logits, self._best, self.chosen, self._x, self._y, self._qkv, self._parts, self._parts_m,
+            self._attended, self._attended_m, self._hidden, self._shared, self._places, self._table,
             self.trace, int(self.timeout * 1e9), self.slots, self.max_length, self.plan,
             num_warps=self.plan.warps, maxnreg=255, enable_fp_fusion=False, launch_cooperative_grid=True,
         )  # fmt: skip
@@ -237,16 +250,10 @@ class DecodeStep:
         """Compiles and launches the kernel with the error flag set, so that it does nothing."""
         self._state[1] = 1
         try:
-            self._launch()
+            self._launch(self.tokens)
             torch.cuda.synchronize()
         except RuntimeError as error:
             raise StepUnavailableError(
                 f"the device does not run {self.plan.programs} programs of the decode step at the same time: {error}"
             ) from error
         self._state[1] = 0
-
-    def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._launch()
-        self._graph = graph
