@@ -198,7 +198,18 @@ def main() -> None:
     commands.choices["work"].add_argument("--names", nargs="*", help="the trials to do; default: all of the round")
     commands.choices["work"].add_argument("--shrink_tokens", type=int, default=1, help="for a trial run: less tokens")
     commands.choices["bench"].add_argument("--steps", type=int, default=60)
+    table = commands.add_parser("report")
+    table.add_argument("results", nargs="+", help="files of rows that `work` wrote")
+    table.add_argument("--output", default="docs/sizes.md", help="the page to write; what stands above its mark stays")
+    table.add_argument("--images", default="docs/images")
     args = parser.parse_args()
+    if args.command == "report":
+        from research.sizes.report import write_report
+
+        write_report(
+            [row for file in args.results for row in read_rows(Path(file))], Path(args.output), Path(args.images)
+        )
+        return
     if args.command == "corpus":
         make_corpus(args.output, args.folders, args.max_bytes)
         return

@@ -45,6 +45,7 @@ SIZES = {
 PARAMETERS = {
     "2M": 1_836_160, "5M": 5_114_112, "9M": 9_440_640, "15M": 15_471_104, "31M": 31_070_976, "63M": 62_044_416
 }  # fmt: skip
+VARIANT_TOKENS = 1536 * 32_768  # of other ideas: as in research/reproduce
 # The best learning rates at 128 features.
 TUNED: dict[Family, float] = {"ternary": 16e-3, "bf16": 8e-3}
 
@@ -127,10 +128,9 @@ def sweep(size: str, each: float, rates: dict[Family, Sequence[float]]) -> Itera
 
 def extra(seeds: Iterable[int]) -> Iterator[Trial]:
     """Yield the trials of other ideas, at 15M and 50M tokens, each with its baseline."""
-    tokens = 1536 * 32_768
     for seed in seeds:
         base = [
-            Trial("15M", "ternary", pattern, tokens, learning_rate("15M", "ternary"), seed)
+            Trial("15M", "ternary", pattern, VARIANT_TOKENS, learning_rate("15M", "ternary"), seed)
             for pattern in ("8:8", "2:4", "6:8", "3:4")
         ]
         dense, two_of_four, _, three_of_four = base
