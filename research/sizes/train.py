@@ -242,6 +242,7 @@ class Training:
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "tokens": self.step * self.setting.tokens_of_step,
             "steps": self.step,
+            "text_tokens": len(self.setting.train),
             "epochs": round(self.step * self.setting.tokens_of_step / len(self.setting.train), 2),
             "seconds": round(self.seconds, 2),
             "tokens_per_second": round(self.timed * self.setting.tokens_of_step / max(self.seconds, 1e-9)),
