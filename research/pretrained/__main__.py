@@ -11,17 +11,15 @@ trials that are not at their end when the time is up are saved, and the same com
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import math
-import os
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -29,127 +27,51 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from research.pretrained import carried
-from research.pretrained.packages import find_archives, licence_name, unpack
+from research.pretrained.corpus import (
+    KINDS,
+    held_out_documents,
+    load_tokenizer,
+    make_corpus,
+    pack_corpus,
+    read_corpus,
+    write_held_out,
+)
+from research.pretrained.items import Item, make_items, read_items, score_items, write_tasks
 from research.pretrained.report import report
 from research.pretrained.speed import measure_speed, random_weights
 from research.pretrained.train import FILE, STATE, Setting, Training, read_rows
-from research.pretrained.trials import SHORT, WAYS, Trial, long, short, untrained
+from research.pretrained.trials import SHORT, WAYS, Trial, lengthy, long, short, untrained
 from sbn_lightning.core.files import write_text
-from sbn_lightning.data.tokenization.options import parse_bytes
-from sbn_lightning.data.tokenizer import find_eos
 from sbn_lightning.evaluation.probes import make_tasks, probe
+from sbn_lightning.models.transformer import TernaryTransformer
 
-# The suffixes of the two kinds of text. Docstrings and comments are English inside of the code.
-KINDS = {"code": [".py"], "english": [".md", ".rst", ".txt"]}
 LENGTHS = [million * 1_000_000 for million in (200, 100, 50, 40, 30, 25, 20, 15, 12, 10, 8, 6, 5, 4, 3, 2)]
+# The number of sequences at the beginning of each held-out text that are read. Fewer of them are measured.
+HELD_OUT_ROWS = 80
 # Seconds that a trial takes besides its steps: loading, compiling, measuring.
 OVERHEAD = 15.0
+# The beginnings of the samples.
+PROMPTS = (
+    'def read_lines(path):\n    """Return the lines of a text file."""\n',
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+    "The configuration file is read when the program starts. If the file does not exist,",
+)
 # Seconds that the first process waits for the short trials of the others.
 PATIENCE = 60.0
 
 
-def make_corpus(
-    weights: str,
-    output: str,
-    kinds: Sequence[str],
-    max_bytes: str | None,
-    folders: list[str] | None,
-    packages: str | None = None,
-    package_bytes: str | None = None,
-) -> None:
-    """Write the model as a checkpoint with its tokenizer, and text as tokens of this tokenizer.
+def ask(model: TernaryTransformer, items: dict[str, list[Item]], tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+    """Return the model's results in the tasks and its greedy continuations of :data:`PROMPTS`."""
+    from sbn_lightning.evaluation.scoring import score_ends
+    from sbn_lightning.inference.loop import generate
 
-    Args:
-        weights: The published model: a GGUF file, or a Hugging Face folder.
-        output: The folder to write.
-        kinds: The kinds of text to write, of :data:`KINDS`.
-        max_bytes: About how much text of each kind to take; None for all.
-        folders: The folders to search; None for those of the running interpreter, unless there are packages.
-        packages: A folder with wheels and source distributions, whose text files are searched.
-        package_bytes: About how much text of each kind to take from a package; None for all.
-    """
-    from research.reproduce.corpus import interpreter_folders, reproduce_corpus
-    from sbn_lightning.cli.import_hf import import_hf
-
-    place = Path(output)
-    place.mkdir(parents=True, exist_ok=True)
-    if not (place / "model.ckpt").is_file():
-        import_hf(weights, str(place / "model.ckpt"))
-    found: Counter[str] = Counter()
-    if packages is None:
-        found = licences()
-    for kind in kinds:
-        roots = list(folders or [])
-        if packages is not None:
-            most = None if package_bytes is None else parse_bytes(package_bytes, "package_bytes")
-            found = unpack(find_archives(Path(packages)), place / "packages" / kind, tuple(KINDS[kind]), most)
-            roots.append(str(place / "packages" / kind))
-        elif not roots:
-            roots = [*interpreter_folders(), *(["/usr/share/doc"] if kind == "english" else [])]
-        reproduce_corpus(
-            [root for root in roots if os.path.isdir(root)],
-            str(place / kind),
-            suffix=KINDS[kind],
-            tokenizer=str(place / "model.tokenizer.json"),
-            val_fraction=0.05,
-            max_bytes=max_bytes,
-            num_workers=min(32, os.cpu_count() or 1),
-        )
-    lines = [f"{count} {name}" for name, count in found.most_common()]
-    (place / "licences.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def licences() -> Counter[str]:
-    """Return how many of the installed packages have which licence, as their metadata say."""
-    return Counter(licence_name(package.metadata) for package in distributions())
-
-
-def write_held_out(corpus: str, output: str, tokens: int) -> None:
-    """Copy the beginning of the held-out texts of a corpus into a folder that can be carried elsewhere."""
-    from sbn_lightning.evaluation.texts import text_of_folder
-
-    Path(output).mkdir(parents=True, exist_ok=True)
-    for kind in KINDS:
-        found = text_of_folder(str(Path(corpus, kind, "tokens")), "val", tokens).tokens
-        carried.write_tokens(Path(output, f"held_out_{kind}.u16.xz"), found.astype("uint16"))
-
-
-def pack_corpus(corpus: str, output: str, parts: int, max_bytes: str) -> None:
-    """Write the training text of a corpus beside held-out texts, without documents that repeat them."""
-    from sbn_lightning.evaluation.texts import text_of_folder
-
-    tokenizer = Tokenizer.from_file(str(Path(corpus, "model.tokenizer.json")))
-    train = {kind: text_of_folder(str(Path(corpus, kind, "tokens")), "train").tokens.astype("uint16") for kind in KINDS}
-    carried.pack(train, Path(output), find_eos(tokenizer, None)[1], parts, parse_bytes(max_bytes, "max_bytes"))
-
-
-def read_corpus(corpus: str, device: torch.device, held_out: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the training text, and the held-out texts by kind, int32."""
-    from sbn_lightning.evaluation.texts import text_of_folder
-
-    def move(tokens: Any) -> Tensor:
-        return torch.from_numpy(tokens.astype("int32")).to(device)
-
-    if carried.is_carried(Path(corpus)):
-        texts = carried.read_held_out(Path(corpus))
-        train = torch.cat([move(tokens) for tokens in carried.read_train(Path(corpus))])
-        return train, {kind: move(tokens[:held_out]) for kind, tokens in texts.items()}
-
-    def read(kind: str, split: str, most: int | None = None) -> Tensor:
-        return move(text_of_folder(str(Path(corpus, kind, "tokens")), split, most).tokens)
-
-    train = torch.cat([read(kind, "train") for kind in KINDS])
-    return train, {kind: read(kind, "val", held_out) for kind in KINDS}
-
-
-def load_tokenizer(weights: str) -> Tokenizer:
-    """Return the tokenizer from the file beside the checkpoint, or from the checkpoint."""
-    from sbn_lightning.formats.load import read_text
-
-    text = read_text(weights)
-    assert text.tokenizer is not None
-    return text.tokenizer
+    prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in PROMPTS]
+    room = min(64, length - max(map(len, prompts)))
+    new = generate(model, prompts, max_new_tokens=room, cuda_graph=False) if room > 0 else []
+    return {
+        "tasks": score_items(items, tokenizer, functools.partial(score_ends, model), length),
+        "samples": [[prompt, tokenizer.decode(tokens)] for prompt, tokens in zip(PROMPTS, new, strict=False)],
+    }
 
 
 def work(
@@ -159,6 +81,7 @@ def work(
     short_tokens: int,
     tokens: int | None,
     trials: Sequence[Trial] | None = None,
+    later: float = 0.0,
 ) -> None:
     """Do one trial after the other until the time is up.
 
@@ -168,12 +91,13 @@ def work(
         workers: The number of processes that work in the folder.
         short_tokens: The number of tokens of the short trials.
         tokens: The number of tokens of the long trials; None takes what the measured speeds allow.
-        trials: The trials to do in place of those of :mod:`research.pretrained.trials`.
+        trials: The trials to do in place of the short and long ones.
+        later: How many seconds a later call on this machine will have for trials that are not at their end.
     """
     deadline = time.monotonic() + seconds
     if trials is not None:
         for trial in trials:
-            _try(trial, setting, deadline)
+            _try(trial, setting, deadline, later)
         return
     first = short(short_tokens)
     for trial in [*first, *untrained()]:
@@ -238,14 +162,23 @@ def _speed_of(trial: Trial, speeds: dict[str, float]) -> float:
     return speeds.get("plain" if trial.distillation is None else "distilled", 100_000.0)
 
 
-def _try(trial: Trial, setting: Setting, deadline: float) -> None:
-    """Do a trial unless it is done, somebody else does it, or it fits no more. A failure does not end the others."""
+def _try(trial: Trial, setting: Setting, deadline: float, later: float | None = None) -> None:
+    """Do a trial unless it is done, somebody else does it, or it fits no more. A failure does not end the others.
+
+    Args:
+        trial: What to train.
+        setting: What all trials share.
+        deadline: The moment of the monotonic clock at which a trial is saved.
+        later: The seconds of a later call. None means that half of a trial is worth its start.
+    """
     rows = read_rows(setting.output / FILE)
     if any(row["finished"] and row["trial"]["name"] == trial.name for row in rows):
         return
     started = (setting.output / trial.folder / STATE).is_file()
     left = deadline - time.monotonic()
-    if left < OVERHEAD or (not started and left < 0.5 * trial.tokens / _speed_of(trial, _speeds(rows))):
+    needed = OVERHEAD + trial.tokens / _speed_of(trial, _speeds(rows))
+    enough = 0.5 * needed if later is None else needed - later
+    if left < 2 * OVERHEAD or (not started and left < enough):
         return
     with _claim(setting.output / "claims" / trial.folder) as mine:
         if not mine:
@@ -290,6 +223,11 @@ def main() -> None:
     held.add_argument("--corpus", required=True, help="the folder that `corpus` wrote")
     held.add_argument("--output", required=True, help="the folder to carry")
     held.add_argument("--tokens", type=int, default=400_000, help="of each kind")
+    asked = commands.add_parser("tasks")
+    asked.add_argument("--corpus", required=True, help="the folder that `held_out` wrote")
+    asked.add_argument("--weights", required=True, help="the checkpoint or tokenizer that `corpus` wrote")
+    asked.add_argument("--output", required=True, help="the folder of tasks to write")
+    asked.add_argument("--items", type=int, default=200, help="the largest number of items of a task")
     packed = commands.add_parser("pack")
     packed.add_argument("--corpus", required=True, help="the folder that `corpus` wrote")
     packed.add_argument("--output", required=True, help="the folder that `held_out` wrote")
@@ -306,7 +244,11 @@ def main() -> None:
     train.add_argument("--trials", help="a JSON file with other trials: a list of the fields of Trial")
     train.add_argument("--length", type=int, default=1024)
     train.add_argument("--batch", type=int, default=16)
-    train.add_argument("--held_out_batches", type=int, default=4)
+    train.add_argument("--held_out_rows", type=int, default=64)
+    train.add_argument("--lengthy", nargs=2, type=int, metavar=("LONGEST", "TOKENS"), help="do the long comparison")
+    train.add_argument("--only", nargs="+", help="of the given trials only those whose names hold one of these texts")
+    train.add_argument("--later", type=float, default=0.0, help="seconds of a later call on this machine")
+    train.add_argument("--tasks", help="a folder that the command `tasks` wrote")
     train.add_argument("--gradients", default="bf16")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     speed = commands.add_parser("speed")
@@ -335,6 +277,11 @@ def main() -> None:
     if args.command == "held_out":
         write_held_out(args.corpus, args.output, args.tokens)
         return
+    if args.command == "tasks":
+        write_tasks(
+            make_items(held_out_documents(args.corpus, load_tokenizer(args.weights)), args.items), Path(args.output)
+        )
+        return
     if args.command == "pack":
         pack_corpus(args.corpus, args.output, args.parts, args.max_bytes)
         return
@@ -351,11 +298,13 @@ def main() -> None:
         ]
         measure_speed(setting, trials, args.batches, time.monotonic() + args.seconds, args.steps, args.top)
         return
-    text, held_out = read_corpus(args.corpus, device, (args.held_out_batches + 1) * args.batch * (args.length + 1))
+    text, held_out = read_corpus(args.corpus, device, HELD_OUT_ROWS * (args.length + 1))
     # Rows of the probe are short, because a small model copies little in a long row of random tokens.
     length = min(args.length, 256)
     text_of_probe = held_out["code"].cpu().long()
-    tasks = make_tasks(load_tokenizer(args.weights), length, rows=4 * args.batch, text=text_of_probe)
+    tokenizer = load_tokenizer(args.weights)
+    items = {} if args.tasks is None else read_items(Path(args.tasks))
+    tasks = make_tasks(tokenizer, length, rows=64, text=text_of_probe)
 
     def probe_tasks(logits: Callable[[Tensor], Tensor]) -> list[dict[str, Any]]:
         def of_short(tokens: Tensor) -> Tensor:
@@ -366,14 +315,16 @@ def main() -> None:
 
     setting = Setting(
         args.weights, text, held_out, Path(args.output), device, args.length, args.batch,
-        held_out_batches=args.held_out_batches, compile=args.compile, gradients=args.gradients,
-        probe=probe_tasks,
+        held_out_rows=args.held_out_rows, compile=args.compile, gradients=args.gradients, probe=probe_tasks,
+        ask=functools.partial(ask, items=items, tokenizer=tokenizer, length=args.length),
     )  # fmt: skip
     print(f"{len(text):,} tokens to train on; held out: { {k: len(v) for k, v in held_out.items()} }", flush=True)
-    chosen = None
+    chosen = None if args.lengthy is None else lengthy(*args.lengthy)
     if args.trials is not None:
         chosen = [Trial(**values) for values in json.loads(Path(args.trials).read_text(encoding="utf-8"))]
-    work(setting, args.seconds, args.workers, args.short_tokens, args.tokens, chosen)
+    if chosen is not None and args.only is not None:
+        chosen = [trial for trial in chosen if any(text in trial.name for text in args.only)]
+    work(setting, args.seconds, args.workers, args.short_tokens, args.tokens, chosen, args.later)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,13 @@ from sbn_lightning.core.files import atomic_file
 from sbn_lightning.formats.load import load_model, read_config
 from sbn_lightning.layers.masked_linear import masked_layers
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
+from sbn_lightning.models.config import LayerRule
 from sbn_lightning.training.distillation import Distillation, Distiller
 from sbn_lightning.training.schedules import learning_rate_factor
 
-FILE = "results.jsonl"
+FILE, ANSWERS = "results.jsonl", "answers.jsonl"
+# Seconds between two saves of a trial that goes on.
+SAVE_EVERY = 100.0
 STATE = "state.pt"
 
 
@@ -46,11 +49,12 @@ class Setting:
         length: The number of tokens in a sequence.
         batch: The number of sequences in a step.
         marks: The numbers of training tokens after which the held-out texts are measured.
-        held_out_batches: How many batches of each held-out text are measured.
+        held_out_rows: How many sequences of each held-out text are measured; a multiple of ``batch``, or below it.
         compile: Whether blocks are compiled.
         gradients: How gradients are rounded; an option of :class:`SparseTernaryPrecision`.
         probe: A function that returns further measurements of a trained model, given a function from token ids
             ``[batch, length]`` to logits.
+        ask: A function that returns what a trained model, without kernels and graphs, answers to further questions.
     """
 
     weights: str
@@ -61,10 +65,11 @@ class Setting:
     length: int = 1024
     batch: int = 16
     marks: tuple[int, ...] = tuple(million * 1_000_000 for million in (1, 2, 5, 10, 20, 50, 100))
-    held_out_batches: int = 4
+    held_out_rows: int = 64
     compile: bool = True
     gradients: str = "bf16"
     probe: Callable[[Callable[[Tensor], Tensor]], list[dict[str, Any]]] | None = None
+    ask: Callable[[TernaryTransformer], dict[str, Any]] | None = None
 
     @property
     def tokens_of_step(self) -> int:
@@ -110,7 +115,8 @@ class Training:
                 masked_decay=MaskedDecay(trial.masked_decay, until=0.5) if trial.masked_decay else None,
             )
         self.step = 0
-        self.seconds = 0.0
+        self.seconds = 0.0  # The time of the timed steps.
+        self.timed = 0
         self._recent: list[Tensor] = []
         self._load()
 
@@ -120,21 +126,27 @@ class Training:
         if not self.steps:
             self._report(finished=True)
             return True
-        since = time.monotonic()
+        since = saved = time.monotonic()
+        warm = self.step + 10  # By then this process has compiled its code and chosen its kernels.
+        first = self.step
         while self.step < self.steps:
             self.train_step()
-            if self.step == 10:  # Compiling and choosing kernels are over.
+            if self.step == warm:
                 self.synchronize()
-                since, self.seconds = time.monotonic(), 0.0
-            if self.step in marks or self.step == self.steps or time.monotonic() > deadline:
+                since, first = time.monotonic(), self.step
+            late = time.monotonic() > deadline
+            if self.step in marks or self.step == self.steps or late:
                 self.synchronize()
-                self.seconds += time.monotonic() - since
+                if self.step >= warm:
+                    self.seconds += time.monotonic() - since
+                    self.timed += self.step - first
                 self._report(finished=self.step == self.steps)
-                if self.step < self.steps:
+                if self.step < self.steps and (late or time.monotonic() - saved > SAVE_EVERY):
                     self._save()
-                if time.monotonic() > deadline:
+                    saved = time.monotonic()
+                if late:
                     break
-                since = time.monotonic()
+                since, first = time.monotonic(), self.step
         return self.step == self.steps
 
     def train_step(self) -> None:
@@ -181,9 +193,10 @@ class Training:
 
     def _held_out(self, tokens: Tensor) -> Iterator[Tensor]:
         rows = tokens[: len(tokens) // (self.setting.length + 1) * (self.setting.length + 1)]
-        batches = rows.view(-1, self.setting.length + 1).split(self.setting.batch)
-        # A batch that is not whole would be compiled anew.
-        yield from (batch for batch in batches[: self.setting.held_out_batches] if len(batch) == self.setting.batch)
+        rows = rows.view(-1, self.setting.length + 1)[: self.setting.held_out_rows]
+        if len(rows) < self.setting.batch:  # A batch that is not whole would be compiled anew.
+            rows = rows[torch.arange(self.setting.batch, device=rows.device) % len(rows)]
+        yield from (batch for batch in rows.split(self.setting.batch) if len(batch) == self.setting.batch)
 
     def measure(self, most: int | None = None) -> dict[str, float]:
         """Return the mean cross-entropy on each held-out text, in nats.
@@ -207,8 +220,7 @@ class Training:
 
         It shows whether :meth:`measure` saw the model whose weights are saved. One batch of each text is measured.
         """
-        model = make_model(replace(self.trial, start="random"), self.setting)
-        model.load_state_dict(self.model.state_dict())
+        model = self.plain_model()
         losses: dict[str, float] = {}
         for name, tokens in self.setting.held_out.items():
             batch = next(self._held_out(tokens))
@@ -216,6 +228,12 @@ class Training:
                 parts = [float(model.loss(row[:, :-1].long(), row[:, 1:].long())) for row in batch.split(4)]
             losses[name] = sum(parts) / len(parts)
         return losses
+
+    def plain_model(self) -> TernaryTransformer:
+        """Return a new model with the present weights, which computes in plain PyTorch."""
+        model = make_model(replace(self.trial, start="random"), self.setting)
+        model.load_state_dict(self.model.state_dict())
+        return model
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Token ids ``[batch, length]`` -> logits of the next token, ``[batch, length, vocab_size]``."""
@@ -226,7 +244,7 @@ class Training:
         losses = self.measure()
         loss = sum(losses.values()) / len(losses)
         trained = self.step * self.setting.tokens_of_step
-        timed = max(self.step - 10, 0) * self.setting.tokens_of_step
+        timed = self.timed * self.setting.tokens_of_step
         row: dict[str, Any] = {
             "trial": asdict(self.trial),
             "tokens": trained,
@@ -245,6 +263,9 @@ class Training:
         if finished and self.trial.probed and self.setting.probe is not None:
             row["probe"] = self.setting.probe(self.logits)
         append_row(self.setting.output / FILE, row)
+        if finished and self.trial.probed and self.setting.ask is not None:
+            answers = {"trial": self.trial.name, "tokens": trained, **self.setting.ask(self.plain_model().eval())}
+            append_row(self.setting.output / ANSWERS, answers)
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -255,6 +276,7 @@ class Training:
         state = {
             "step": self.step,
             "seconds": self.seconds,
+            "timed": self.timed,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
@@ -272,7 +294,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.timed = state["step"], state["seconds"], state["timed"]
 
 
 def make_model(trial: Trial, setting: Setting) -> TernaryTransformer:
@@ -283,6 +305,8 @@ def make_model(trial: Trial, setting: Setting) -> TernaryTransformer:
         pattern=trial.pattern,
         max_sequence_length=setting.length,
         sub_norms=trial.sub_norms,
+        activation_bits=trial.activation_bits,
+        layers=tuple(LayerRule(**rule) for rule in trial.layers),
         loss="auto" if setting.device.type == "cuda" else "plain",
     )
     with setting.device:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from research.pretrained import carried
-from research.pretrained.__main__ import read_corpus
+from research.pretrained.corpus import read_corpus
 from research.pretrained.packages import find_archives, unpack
 
 EOS = 0

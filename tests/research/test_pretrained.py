@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from research.pretrained.__main__ import _plan, _try, licences, longest
+from research.pretrained.__main__ import _plan, _try, longest
+from research.pretrained.corpus import licences
 from research.pretrained.report import report
 from research.pretrained.train import FILE, Setting, Training, append_row, make_optimizer, read_rows
 from research.pretrained.trials import LOGITS, Trial, best, long, short, untrained, without_warmup
