@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import time
@@ -280,3 +281,70 @@ def fabric(folder: Path, steps: int, tokens: str, loop: str, checkpoint: str | N
         lightning.launch()
         train(FabricRun(lightning, enable_progress_bar=False, **options), module, data, checkpoint)
     torch.save(losses, folder / f"rank{rank}.pt")
+
+
+def stopped(folder: Path, rank: int) -> None:
+    """Send a SIGTERM to one rank in its third micro-batch, and write down where this rank stops."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from sbn_lightning.distributed.strategies import ReplicatedStrategy
+
+    here, batches, ended = int(os.environ["RANK"]), [], "nothing"
+
+    class Stop(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            batches.append(batch_idx)
+            if here == rank and batch_idx == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = quiet_trainer([Stop()], strategy=ReplicatedStrategy(), devices=2, max_steps=8)
+    loader = token_loader(batches=8, batch_size=2, length=9, rank=here, world=2)
+    try:
+        trainer.fit(small_module(pattern="4:8", n_layers=1), loader)
+    except SIGTERMException as error:
+        ended = type(error).__name__
+    (folder / f"rank{here}.json").write_text(json.dumps({"batches": batches, "ended": ended}))
+
+
+def averaged(folder: Path, first: str | None = None) -> None:
+    """Train with averaged weights under the sharded strategy, or alone, and write down what a validation saw.
+
+    Args:
+        folder: The folder to write to.
+        first: The folder of the run to continue from its third step; None for a new run.
+    """
+    from sbn_lightning import MaskRefresh
+    from sbn_lightning.callbacks.weight_averaging import SparseEMAWeightAveraging
+    from sbn_lightning.layers import masked_layers
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    seen: dict[str, list[Any]] = {"losses": [], "validations": [], "masks": []}
+
+    class Witness(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            seen["losses"].append(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean").item())
+
+        def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            seen["masks"].append([layer.packed_mask().clone() for _, layer in masked_layers(pl_module)])
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            seen["validations"].append(trainer.callback_metrics["val/loss"].item())
+
+    saver = DurableCheckpoint(dirpath=str(folder), filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    average = SparseEMAWeightAveraging(decay=0.6)
+    strategy: Any = "auto" if ranks == 1 else ShardedStrategy()
+    trainer = quiet_trainer(
+        [MaskRefresh(interval=2), average, Witness(), saver],
+        strategy=strategy,
+        devices=ranks,
+        max_steps=6,
+        limit_val_batches=1,
+        enable_checkpointing=True,
+        use_distributed_sampler=False,
+    )
+    data = {"length": 9, "rank": rank, "world": ranks, "batch_size": 4 // ranks}
+    checkpoint = None if first is None else str(Path(first) / "step=3.ckpt")
+    module = small_module(pattern="4:8", n_layers=1)
+    trainer.fit(module, token_loader(batches=3, **data), token_loader(batches=1, **data), ckpt_path=checkpoint)
+    torch.save(seen, folder / f"rank{rank}.pt")
+    trainer.save_checkpoint(folder / "end.ckpt")

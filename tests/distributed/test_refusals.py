@@ -26,8 +26,9 @@ def mesh(tmp_path):
 def test_averages_and_a_rounding_warm_up(mesh):
     module = small_module(n_layers=1)
     shard(module.model, module.model.blocks, mesh)
-    with pytest.raises(ConfigError, match=r"SparseEMAWeightAveraging needs a copy.*use the strategy ddp"):
-        SparseEMAWeightAveraging().on_fit_start(SimpleNamespace(), module)
+    folders = SimpleNamespace(strategy=SimpleNamespace(_save_distributed_checkpoint=True))
+    with pytest.raises(ConfigError, match=r"SparseEMAWeightAveraging.*set save_distributed_checkpoint=false"):
+        SparseEMAWeightAveraging().on_fit_start(folders, module)
     with pytest.raises(ConfigError, match="set gather: latent in the strategy"):
         RoundingWarmup(end=0.5, total_steps=4).on_step(SimpleNamespace(), module, 0)
 
