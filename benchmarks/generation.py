@@ -233,7 +233,7 @@ def decode_ms(model: TernaryTransformer, batch: int, context: int, steps: int, s
     def eight() -> None:
         nonlocal token
         for _ in range(8):
-            token = GREEDY(decoder.step(token))
+            token = decoder.step_greedy(token)
 
     eight(), eight()
     times = call_times(eight, max(1, steps // 8))

@@ -125,6 +125,7 @@ class Decoder:
         able = self.device.type == "cuda" and not model.config.n_experts
         self._use_graph = able if cuda_graph is None else cuda_graph
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._choosing = self._graph_chooses = False  # Whether a graph that is captured has the greedy choice in it.
         self._prompts: PromptGraphs | None = None
         self._masked: list[MaskedLinear] = []
         self._ternary: list[Any] = []
@@ -297,9 +298,31 @@ class Decoder:
             return logits
         return self._plain_step(tokens_B)
 
+    @torch.no_grad()
+    def step_greedy(self, tokens_B: Tensor) -> Tensor:
+        """Add a token to each sequence, and choose the most likely next tokens.
+
+        The choice is a part of the persistent kernel, or of the CUDA graph if this method makes the first step.
+
+        Args:
+            tokens_B: The token ids, int64 ``[B]`` on the model's device. The result of the step before saves a copy.
+
+        Returns:
+            ``step(tokens_B).argmax(-1)``, int64 ``[B]``. The next step may overwrite it.
+
+        Raises:
+            ConfigError: As :meth:`step`.
+        """
+        self._choosing = True
+        logits = self.step(tokens_B)
+        if self._persistent is not None:
+            return self._persistent.chosen
+        return self._tokens.squeeze(1) if self._graph is not None and self._graph_chooses else logits.argmax(-1)
+
     def _plain_step(self, tokens_B: Tensor) -> Tensor:
         """Add a token to each sequence with the layers of the model."""
-        self._tokens.copy_(tokens_B.unsqueeze(1))
+        if tokens_B.data_ptr() != self._tokens.data_ptr():
+            self._tokens.copy_(tokens_B.unsqueeze(1))
         if not self._use_graph:
             logits = self._step()
         else:
@@ -401,7 +424,9 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(graph):
             self._logits = self._step()
-        self._graph = graph
+            if self._choosing:
+                torch.argmax(self._logits, dim=-1, keepdim=True, out=self._tokens)
+        self._graph, self._graph_chooses = graph, self._choosing
 
     def _weights(self) -> list[Any]:
         """The prepared weights of the ternary layers. A layer prepares another object when its weight has changed."""

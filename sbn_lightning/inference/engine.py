@@ -64,6 +64,10 @@ class Rows(Protocol):
         """Add a token to each row that grows; return the next logits ``[B, vocab_size]``."""
         ...
 
+    def step_greedy(self, tokens_B: Tensor) -> Tensor:
+        """Do the same; return the most likely next tokens, int64 ``[B]``, which the next step may overwrite."""
+        ...
+
     def check(self) -> None:
         """Raise an error if the steps so far are not valid."""
         ...
@@ -221,8 +225,10 @@ class Engine:
         waiting, self._pending = self._pending, None
         if writing:
             self._grow({row.index for row, _ in writing})
-            logits = self._decoder.step(self._tokens)
-            self._choose(logits, writing)
+            if all(request.sampling.temperature == 0 for _, request in writing):
+                self._tokens.copy_(self._decoder.step_greedy(self._tokens))
+            else:
+                self._choose(self._decoder.step(self._tokens), writing)
             for row, _ in writing:
                 row.chosen += 1
             self._pending = self._send(writing)

@@ -190,12 +190,12 @@ def _tokens(
 ) -> Iterator[Tensor]:
     """Yield the next token of each sequence, ``count`` times, int64 ``[B]``; the device may still compute them."""
     generator = torch.Generator(decoder.device).manual_seed(seed)
-    logits = decoder.prefill(prompts)
+    tokens = sampling(decoder.prefill(prompts), generator)
     for i in range(count):
-        tokens = sampling(logits, generator)
         yield tokens
         if i + 1 < count:
-            logits = decoder.step(tokens)
+            greedy = sampling.temperature == 0
+            tokens = decoder.step_greedy(tokens) if greedy else sampling(decoder.step(tokens), generator)
 
 
 def _late(tokens: Iterator[Tensor], device: torch.device) -> Iterator[int]:

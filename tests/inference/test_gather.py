@@ -69,6 +69,7 @@ class ReferenceStep:
         now = self.lengths.clamp(max=self.max_length - 1)
         logits = reference.decode_step(self.weights, self.layers, tokens, now, self.caches)
         self.lengths.add_(1).clamp_(max=self.max_length)
+        self.chosen = logits.argmax(-1)
         return logits
 
     def check(self) -> None:
@@ -90,6 +91,8 @@ def test_a_decoder_steps_on_with_the_persistent_step_and_starts_again(monkeypatc
             expected, logits = theirs.step(tokens).float(), ours.step(tokens)
             assert float((logits - expected).norm() / expected.norm()) < 0.05
             tokens = expected.argmax(-1)
+        assert torch.equal(ours.step_greedy(tokens), ours._persistent.chosen)
+        theirs.step_greedy(tokens)
         assert torch.equal(ours.lengths, theirs.lengths)
     assert ReferenceStep.made == 2  # each prefill forgets the step, which has copies of weights
     ReferenceStep.checks = 0

@@ -106,6 +106,10 @@ class NetworkDecoder:
         self._seen = torch.cat([self._seen, self._seen.new_ones(len(tokens_B), 1)], dim=1)
         return self._forward(tokens_B.unsqueeze(-1))
 
+    def step_greedy(self, tokens_B: Tensor) -> Tensor:
+        """Add a token to each sequence, and return the most likely next ones, int64 ``[B]``."""
+        return self.step(tokens_B).argmax(-1)
+
     def check(self) -> None:
         """Do nothing: a step of transformers has no deadline that could pass."""
 
@@ -186,6 +190,10 @@ class NetworkRows:
                 logits[row] = self._read(row, [token])[0]
                 self.lengths[row] += 1
         return logits
+
+    def step_greedy(self, tokens_B: Tensor) -> Tensor:
+        """Do the same; return the most likely next tokens, int64 ``[B]``."""
+        return self.step(tokens_B).argmax(-1)
 
     def check(self) -> None:
         """Do nothing: a step of transformers has no deadline that could pass."""
