@@ -173,6 +173,11 @@ VARIANTS: dict[str, tuple[Build, dict[str, str] | None]] = {
         partial(_OURS, head_precision="int8"),
         {"backend": "sparse", "gradients": "int8"},
     ),
+    "ours 2:4, int8 gradients, int8 gates": (_OURS, {"backend": "sparse", "gradients": "int8", "saved_gates": "int8"}),
+    "ours 2:4, int8 gradients, head and gates": (
+        partial(_OURS, head_precision="int8"),
+        {"backend": "sparse", "gradients": "int8", "saved_gates": "int8"},
+    ),
     "ours 2:4, int8 gradients, MLP recomputed": (_RECOMPUTED, {"backend": "sparse", "gradients": "int8"}),
     "ours 2:4, auto": (_OURS, {"backend": "auto"}),
     "ours 6:8": (partial(ternary, pattern="6:8"), {"backend": "int8"}),

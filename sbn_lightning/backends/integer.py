@@ -1,7 +1,8 @@
 """The backend on integer tensor cores: the forward pass of training as an integer product.
 
 The forward quantises tokens and multiplies int8 by ternary (:mod:`sbn_kernels`). The reference computes the same sums.
-Saved for the backward are int8 tokens and their scales, half of what bfloat16 would take. Gradients come in two kinds:
+Saved for the backward are int8 tokens and their scales, half of what bfloat16 would take. With ``saved_gates`` the
+gates and ups before a SwiGLU are saved as int8 codes, too. Gradients come in these kinds:
 
 * ``"bf16"``: exact straight-through, ``dx = dy (gamma T)`` and ``dW = dy^T (s x8)`` in the dtype of the activations.
 * ``"int8"``: weights and tokens are exact integers already, so only ``dy`` is rounded, stochastically. Both products
@@ -26,6 +27,7 @@ import torch
 from sbn_kernels.common.packing import LAYOUTS
 from sbn_kernels.exchange.triton import decode_rows
 from sbn_kernels.gemm import registry
+from sbn_kernels.swiglu import swiglu_backward_of_codes, swiglu_quantize_and_save
 from sbn_kernels.swiglu.triton import MAX_FEATURES, swiglu_pair_backward, swiglu_pair_quantize
 from torch import Tensor
 from torch.nn import functional as F
@@ -68,6 +70,7 @@ class KernelBackend:
             keeps no more than that pattern. Until a ramp reaches the pattern, the layer runs on the dense kernel that
             the first kernel names.
         gradients: The kind of gradients, see the module.
+        saved_gates: Whether gates and ups in one tensor are saved for the backward as int8 codes.
 
     Attributes:
         seed: int64 ``[1]`` on the layer's device. int8 gradients need a new seed for each pass.
@@ -77,9 +80,10 @@ class KernelBackend:
     seed: Tensor | None = None
     takes_pairs = True
 
-    def __init__(self, kernel: str, *, gradients: Gradients = "bf16") -> None:
+    def __init__(self, kernel: str, *, gradients: Gradients = "bf16", saved_gates: bool = False) -> None:
         self.kernel = kernel
         self.gradients: Gradients = gradients
+        self.saved_gates = saved_gates
 
     @property
     def name(self) -> str:
@@ -210,7 +214,36 @@ class KernelBackend:
         ups = None if up is None else up.reshape(-1, up.shape[-1])
         y: Tensor = KernelLinearFunction.apply(
             tokens, latent, ups, *prepared, gradient_mask, activation_bits, fused, self.seed if rounds else None,
-            self.gradients != "int8-dx", dtype, x8, scale,
+            self.gradients != "int8-dx", dtype, x8, scale, self.saved_gates,
+        )  # fmt: skip
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def gated(
+        self, x: Tensor, first: tuple[Any, ...], last: tuple[Any, ...], backend: KernelBackend, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Computes both layers around a SwiGLU: ``last(silu(gate) * up)`` with ``gate, up = first(x)``.
+
+        This backend is that of the first layer. Joined, the backward of the SwiGLU finds the maxima that the first
+        layer's int8 gradients need (:mod:`sbn_lightning.backends.gated`).
+
+        Args:
+            x: The tokens, ``[..., in]``.
+            first: The latent weight, the prepared weight, the mask of the gradient and the bits of a token.
+            last: The same for the last layer.
+            backend: The backend of the last layer.
+            dtype: The dtype of the results.
+
+        Returns:
+            ``[..., out]``; None if the two have to run one after the other.
+        """
+        from sbn_lightning.backends.gated import GatedFunction
+
+        joins = self.gradients == backend.gradients == "int8" and None not in (self.seed, backend.seed)
+        if not joins or last[0].shape[1] > MAX_FEATURES or not torch.is_grad_enabled():
+            return None
+        y: Tensor = GatedFunction.apply(
+            x.reshape(-1, x.shape[-1]), first[0], last[0],
+            *first[1], *first[2:], self.seed, *last[1], *last[2:], backend.seed, dtype, backend.saved_gates,
         )  # fmt: skip
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -308,30 +341,33 @@ class KernelLinearFunction(torch.autograd.Function):
         dtype: torch.dtype,
         x8: Tensor | None,
         scale: Tensor | None,
+        saved_gates: bool,
     ) -> Tensor:
         """Computes ``y [tokens, out]`` in ``dtype``.
 
         ``x`` is ``[tokens, in]``. With ``swiglu`` it holds gates and ups, ``[tokens, 2 in]``, or gates if there is an
         ``up``. ``x8`` and ``scale`` are the quantised tokens if they exist already. With a
         ``seed``, the gradient of ``x`` is rounded if there is a ``transposed``, and the gradient of ``latent`` is
-        rounded if ``rounds_dw`` is true.
+        rounded if ``rounds_dw`` is true. With ``saved_gates``, gates and ups in one tensor are saved as int8 codes.
         """
+        before, code_scale = x if swiglu else None, None
         if up is not None:
             x8, scale = swiglu_pair_quantize(x, up, activation_bits)
+        elif swiglu and saved_gates:
+            x8, scale, before, code_scale = swiglu_quantize_and_save(x, activation_bits)
         elif swiglu:
             x8, scale = sk.swiglu_quantize(x, activation_bits)
         elif x8 is None or scale is None:
             x8, scale = quantize(x, activation_bits)
         y = multiply(x8, scale, codes, row_scale, packed, registry.product(kernel).form, kernel, dtype)
-        before = x if swiglu else None
-        ctx.save_for_backward(x8, scale, codes, row_scale, transposed, gradient_mask, seed, before, up)
+        ctx.save_for_backward(x8, scale, codes, row_scale, transposed, gradient_mask, seed, before, up, code_scale)
         ctx.dtype, ctx.x_dtype, ctx.latent_dtype, ctx.rounds_dw = dtype, x.dtype, latent.dtype, rounds_dw
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x8, scale, codes, row_scale, transposed, gradient_mask, seed, before, up = ctx.saved_tensors
+        x8, scale, codes, row_scale, transposed, gradient_mask, seed, before, up, code_scale = ctx.saved_tensors
         dy = grad_outputs[0].to(ctx.dtype)
         need_dx, need_dw = ctx.needs_input_grad[0] or ctx.needs_input_grad[2], ctx.needs_input_grad[1]
         dx = dw = d_up = None
@@ -354,10 +390,12 @@ class KernelLinearFunction(torch.autograd.Function):
             dw = (dy.t() @ tokens).to(ctx.latent_dtype)
         if dx is not None and up is not None:
             dx, d_up = swiglu_pair_backward(dx, before, up)
+        elif dx is not None and code_scale is not None:
+            dx = swiglu_backward_of_codes(dx, before, code_scale)
         elif dx is not None and before is not None:
             dx = sk.swiglu_backward(dx, before)
         if dx is not None:
             dx = dx.to(ctx.x_dtype)
         if dw is not None and gradient_mask is not None:
             dw = dw * gradient_mask
-        return dx, dw, d_up, *[None] * 14
+        return dx, dw, d_up, *[None] * 15

@@ -78,13 +78,18 @@ class Choice:
     kernel: str | None
     why: str
 
-    def make(self, gradients: Gradients) -> Backend:
-        """Makes the backend for a layer with latent weights."""
+    def make(self, gradients: Gradients, saved_gates: bool = False) -> Backend:
+        """Makes the backend for a layer with latent weights.
+
+        Args:
+            gradients: The kind of gradients.
+            saved_gates: Whether gates and ups are saved for the backward as int8 codes.
+        """
         if self.kernel is None:
             return REFERENCE
         from sbn_lightning.backends.integer import KernelBackend
 
-        return KernelBackend(self.kernel, gradients=gradients)
+        return KernelBackend(self.kernel, gradients=gradients, saved_gates=saved_gates)
 
 
 def require(

@@ -189,17 +189,30 @@ class SparseBitLinear(MaskedLinear):
         """A key that changes with the weight, its device and the mask. The buffer's version counts mask refreshes."""
         return (self.tracker.changes, self.weight.device, id(self.mask_bits), version(self.mask_bits))
 
-    def _multiply(self, x: Tensor, swiglu: bool, dtype: torch.dtype) -> Tensor:
+    def operands(self) -> tuple[Any, Tensor]:
+        """Return the prepared weight and the packed mask for one forward."""
         if torch.compiler.is_compiling() and not self.owner_prepares:
             fused = self.sparsity.mask_source == "latent" and not self._mask_stays()
             keep = self._keep() if fused else self._most_kept
             given = None if fused else self._graph_mask()
             prepared = self._backend.prepare(self._for_backend(), given, keep, self.sparsity)
-            mask_bits = prepared.mask_bits
-        else:
-            if not torch.compiler.is_compiling():
-                self.prepare()
-            prepared, mask_bits = self._prepared, self.mask_bits
+            return prepared, prepared.mask_bits
+        if not torch.compiler.is_compiling():
+            self.prepare()
+        return self._prepared, self.mask_bits
+
+    def for_gradients(self) -> tuple[Tensor, Any, Tensor | None, int | None]:
+        """Return the latent weight, the prepared weight, the mask of the gradient, and the bits of a token."""
+        prepared, mask_bits = self.operands()
+        return self.weight, prepared, self._gradient_mask(mask_bits), self.activation_bits
+
+    @property
+    def is_partly_rounded(self) -> bool:
+        """Whether only a share of the rounding takes effect."""
+        return self._rounding is not None
+
+    def _multiply(self, x: Tensor, swiglu: bool, dtype: torch.dtype) -> Tensor:
+        prepared, mask_bits = self.operands()
         gradient_mask = self._gradient_mask(mask_bits)
         bits = self.activation_bits
         if self._rounding is not None:

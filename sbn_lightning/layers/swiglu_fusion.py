@@ -21,10 +21,10 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from sbn_lightning.layers.gated import is_hooked
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
 _PRODUCTS: tuple[Any, ...] = (operator.mul, torch.mul, "mul")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class FusedSwiGLU(nn.Module):
@@ -42,9 +42,9 @@ class FusedSwiGLU(nn.Module):
         """Compute what the module's own forward computes."""
         gate, up, down, activation = self.swiglu_parts
         last = getattr(self, down)
-        if kwargs or len(args) != 1 or not _takes_pair(last) or _hooked(last):
+        if kwargs or len(args) != 1 or not _takes_pair(last) or is_hooked(last):
             return super().forward(*args, **kwargs)
-        if activation is not None and _hooked(getattr(self, activation)):
+        if activation is not None and is_hooked(getattr(self, activation)):
             return super().forward(*args, **kwargs)
         return last(getattr(self, gate)(args[0]), swiglu=getattr(self, up)(args[0]))
 
@@ -74,10 +74,6 @@ def _takes_pair(layer: nn.Module) -> bool:
     if type(layer) is not SparseBitLinear or not getattr(layer.backend, "takes_pairs", False):
         return False
     return getattr(layer, "_rounding", None) is None  # A partial rounding is computed in plain PyTorch.
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def fuse_swiglu(model: nn.Module) -> list[str]:

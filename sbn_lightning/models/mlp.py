@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sbn_lightning.layers.gated import swiglu_between
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.linear import make_linear
@@ -36,12 +37,10 @@ class GatedMLP(nn.Module):
         self.sub_norm = RMSNorm(config.d_ffn, config.norm_eps) if config.sub_norms else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate_up = self.gate_up(x_BTD)
         if self.activation == "silu" and self.sub_norm is None and isinstance(self.down, MaskedLinear):
-            out: Tensor = self.down(gate_up, swiglu=True)  # The backend may fuse SwiGLU with the quantisation.
-            return out
-        hidden = GATES[self.activation](gate_up)
-        out = self.down(hidden if self.sub_norm is None else self.sub_norm(hidden))
+            return swiglu_between(self.gate_up, self.down, x_BTD)  # The backend may fuse SwiGLU with its neighbours.
+        hidden = GATES[self.activation](self.gate_up(x_BTD))
+        out: Tensor = self.down(hidden if self.sub_norm is None else self.sub_norm(hidden))
         return out
 
 

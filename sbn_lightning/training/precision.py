@@ -73,6 +73,9 @@ class SparseTernaryPrecision(Precision):
         tokens: The number of tokens in a micro-batch, which the measurement uses. None counts the token ids of the
             first batch; without ids the number is 8,192.
         seed: The seed of the stochastic rounding.
+        saved_gates: How the gates and ups of a fused layer wait for the backward: ``"full"``: in ``dtype``.
+            ``"int8"``: as codes with two scales a token, in half the memory. The forward stays as it is; the gradients
+            are those of the rounded gates and ups. Layers on the reference backend save them in full.
 
     Raises:
         ConfigError: If an option has a value that is not listed here.
@@ -87,11 +90,13 @@ class SparseTernaryPrecision(Precision):
         dtype: ComputeDtype = "bf16",
         tokens: int | None = None,
         seed: int = 0,
+        saved_gates: Literal["full", "int8"] = "full",
     ) -> None:
         for option, value, known in (
             ("backend", backend, BACKENDS),
             ("gradients", gradients, ("bf16", "int8", "int8-dx", "int8-dw")),
             ("dtype", dtype, ("bf16", "fp32")),
+            ("saved_gates", saved_gates, ("full", "int8")),
         ):
             if value not in known:
                 raise ConfigError(f"SparseTernaryPrecision: {option}={value!r} is not one of {', '.join(known)}")
@@ -100,9 +105,12 @@ class SparseTernaryPrecision(Precision):
                 f'SparseTernaryPrecision: gradients="{gradients}" run on integer tensor cores: use backend="auto", '
                 '"int8" or "sparse"'
             )
+        if saved_gates != "full" and backend == "reference":
+            raise ConfigError('SparseTernaryPrecision: saved_gates="int8" needs backend="auto", "int8" or "sparse"')
         if tokens is not None and tokens < 1:
             raise ConfigError(f"SparseTernaryPrecision: tokens={tokens} must be at least 1")
         self.backend, self.gradients, self.dtype, self.tokens, self.seed = backend, gradients, dtype, tokens, seed
+        self.saved_gates = saved_gates
         self.precision = "bf16-mixed" if dtype == "bf16" else "32-true"
         self._models: list[_Model] = []
         self._passes = 0
@@ -138,7 +146,7 @@ class SparseTernaryPrecision(Precision):
         choices = self._agreed_choices(layers, device)
         exact = sum(choice.kernel is None for choice in choices.values())
         for name, layer in layers.items():
-            layer.backend = choices[name].make(self.gradients)
+            layer.backend = choices[name].make(self.gradients, self.saved_gates == "int8")
         model.layers, model.device = [weakref.ref(layer) for layer in layers.values()], device
         rank_zero_info(f"{self!r}:\n{table(layers, choices)}")
         if self.gradients != "bf16" and exact:

@@ -23,6 +23,7 @@ from sbn_kernels.gemm.sm90 import split_k
 from sbn_kernels.prepare import device as prepare_kernels
 from sbn_kernels.quantize import triton as quantize
 from sbn_kernels.runtime.capability import gluon_missing
+from sbn_kernels.swiglu import rounded
 from sbn_kernels.swiglu import triton as swiglu
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
@@ -34,7 +35,7 @@ POINTERS = {
     "sum_pointer": "*fp32", "count_pointer": "*i32", "gamma_pointer": "*fp32", "row_scale_pointer": "*fp32",
     "old_pointer": "*u8", "keep_pointer": "*i32", "bits_pointer": "*u8", "codes_pointer": "*i8",
     "packed_pointer": "*i32", "stats_pointer": "*i64", "y_pointer": "*bf16", "bias_pointer": "*bf16",
-    "acc_pointer": "*i32", "part_pointer": "*i32",
+    "acc_pointer": "*i32", "part_pointer": "*i32", "code_scale_pointer": "*fp32", "token_scale_pointer": "*fp32",
 }  # fmt: skip
 
 
@@ -86,6 +87,24 @@ PLAIN = {
         {"BLOCK": 2048},
         {"d_pointer": "*bf16", "dx_pointer": "*bf16"},
         4,
+    ),
+    "swiglu backward with maxima": (
+        rounded.swiglu_backward_maxima_kernel,
+        {"CODES": False, "MAXIMA": True, "R": 4, "C": 256},
+        {"d_pointer": "*bf16", "dx_pointer": "*bf16", "max_pointer": "*i32"},
+        4,
+    ),
+    "swiglu backward of codes": (
+        rounded.swiglu_backward_maxima_kernel,
+        {"CODES": True, "MAXIMA": True, "R": 4, "C": 256},
+        {"d_pointer": "*bf16", "dx_pointer": "*bf16", "max_pointer": "*i32", "x_pointer": "*i8"},
+        4,
+    ),
+    "swiglu quantize and save": (
+        rounded.swiglu_quantize_and_save_kernel,
+        {"BITS": 8, "MAIN": 8192, "TAIL": 4096, "FUSED": True},
+        {"code_pointer": "*i8"},
+        8,
     ),
     "row sums": (prepare_kernels.row_sums_kernel, {"MASKED": True, "BLOCK": 4096}, {}, 4),
     "gamma": (prepare_kernels.gamma_kernel, {"KEPT": True, "GIVEN": False, "BLOCK": 1024}, {}, 8),

@@ -28,7 +28,8 @@ _scales = Launcher(gradient_scales_kernel, enable_fp_fusion=True)
 _round = Launcher(quantize_gradient_kernel, enable_fp_fusion=False, maxnreg=128)
 
 
-def _outputs(dy: Tensor, want_tokens: bool, want_channels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def outputs_for(dy: Tensor, want_tokens: bool, want_channels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised codes of tokens with their scales, and codes of channels with theirs; empty if not wanted."""
     rows, columns = dy.shape
     a_shape = (rows, columns) if want_tokens else (0, 0)
     b_shape = (columns, rows) if want_channels else (0, 0)
@@ -38,6 +39,47 @@ def _outputs(dy: Tensor, want_tokens: bool, want_channels: bool) -> tuple[Tensor
         empty_tokens(*b_shape, dy.device),
         empty_vector(b_shape[0], dy.device),
     )
+
+
+def zero_maxima(dy: Tensor, want_tokens: bool, want_channels: bool) -> tuple[Tensor, int]:
+    """Zeros for the bits of the maxima of tokens and then of channels, int32, and the place of the first channel.
+
+    Channels start at a multiple of 16, as the memory of a tensor would.
+    """
+    rows, columns = dy.shape
+    first_channel = ceil_div(rows, 16) * 16 if want_tokens else 0
+    length = first_channel + (columns if want_channels else 0)
+    return torch.zeros(length, dtype=torch.int32, device=dy.device), first_channel
+
+
+def maxima_grid(dy: Tensor, block_rows: int, strips: int) -> tuple[int, int, int]:
+    """(Strips of columns, spans of rows, rows of a span) of a kernel that makes maxima of ``dy``."""
+    rows = dy.shape[0]
+    spans = ceil_div(rows, block_rows)
+    if dy.is_cuda:  # about sixteen programs a multiprocessor: few atomic operations, and no multiprocessor is idle
+        spans = min(spans, max(1, 16 * multiprocessors(dy.device.index) // strips))
+    span = ceil_div(ceil_div(rows, spans), block_rows) * block_rows
+    return strips, ceil_div(rows, span), span
+
+
+def round_to(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor], dy: Tensor, row_scale: Tensor, token_scale: Tensor,
+    maxima: Tensor, first_channel: int, seed: Tensor, stream: int, want_tokens: bool, want_channels: bool,
+) -> None:  # fmt: skip
+    """Writes scales and codes to ``outputs``, given the bits of the maxima, which are overwritten."""
+    rows, columns = dy.shape
+    a, sa, b, sb = outputs
+    if len(maxima) > 0:
+        numbers = (rows if want_tokens else 0, columns if want_channels else 0, first_channel)
+        _scales((ceil_div(len(maxima), 1024), 1, 1), (maxima, sa, sb), numbers, (1024,))
+    if rows > 0:
+        octets, block_columns = 16, 64
+        _round(
+            (ceil_div(rows, 8 * octets) * ceil_div(columns, block_columns), 1, 1),
+            (dy, row_scale, token_scale, maxima, seed, a, b),
+            (rows, columns, dy.stride(0), a.stride(0), b.stride(0), first_channel, stream),
+            (want_tokens, want_channels, octets, block_columns, not interpreting()),
+        )
 
 
 @kernel_op("quantize_gradient")
@@ -54,35 +96,18 @@ def _quantize_gradient(
     if dy.stride(1) != 1:
         dy = dy.contiguous()
     rows, columns = dy.shape
-    a, sa, b, sb = outputs = _outputs(dy, want_tokens, want_channels)
-    # maxima of tokens, then of channels. Channels start at a multiple of 16, as the memory of a tensor would.
-    first_channel = ceil_div(rows, 16) * 16 if want_tokens else 0
-    length = first_channel + (columns if want_channels else 0)
-    maxima = torch.zeros(length, dtype=torch.int32, device=dy.device)
+    outputs = outputs_for(dy, want_tokens, want_channels)
+    maxima, first_channel = zero_maxima(dy, want_tokens, want_channels)
     block_rows, block_columns = 8, 256
     if rows > 0:
-        strips = ceil_div(columns, block_columns)
-        spans = ceil_div(rows, block_rows)
-        if dy.is_cuda:  # about sixteen programs a multiprocessor: few atomic operations, and no multiprocessor is idle
-            spans = min(spans, max(1, 16 * multiprocessors(dy.device.index) // strips))
-        span = ceil_div(ceil_div(rows, spans), block_rows) * block_rows
+        strips, spans, span = maxima_grid(dy, block_rows, ceil_div(columns, block_columns))
         _maxima(
-            (strips, ceil_div(rows, span), 1),
+            (strips, spans, 1),
             (dy, row_scale, token_scale, maxima),
             (rows, columns, dy.stride(0), first_channel, span),
             (want_tokens, want_channels, block_rows, block_columns),
         )
-    if length > 0:
-        numbers = (rows if want_tokens else 0, columns if want_channels else 0, first_channel)
-        _scales((ceil_div(length, 1024), 1, 1), (maxima, sa, sb), numbers, (1024,))
-    if rows > 0:
-        octets, block_columns = 16, 64
-        _round(
-            (ceil_div(rows, 8 * octets) * ceil_div(columns, block_columns), 1, 1),
-            (dy, row_scale, token_scale, maxima, seed, a, b),
-            (rows, columns, dy.stride(0), a.stride(0), b.stride(0), first_channel, stream),
-            (want_tokens, want_channels, octets, block_columns, not interpreting()),
-        )
+    round_to(outputs, dy, row_scale, token_scale, maxima, first_channel, seed, stream, want_tokens, want_channels)
     return outputs
 
 
@@ -96,7 +121,7 @@ def _(
     want_tokens: bool,
     want_channels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(dy, want_tokens, want_channels)
+    return outputs_for(dy, want_tokens, want_channels)
 
 
 def quantize_gradient(

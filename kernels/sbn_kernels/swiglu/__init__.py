@@ -6,10 +6,20 @@ from typing import Any
 _MODULE_OF = {
     "MAX_FEATURES": "triton",
     "swiglu_backward": "triton",
+    "swiglu_backward_of_codes": "rounded",
+    "swiglu_backward_rounded": "rounded",
     "swiglu_quantize": "triton",
+    "swiglu_quantize_and_save": "rounded",
 }
 
-__all__ = ["MAX_FEATURES", "swiglu_backward", "swiglu_quantize"]
+__all__ = [
+    "MAX_FEATURES",
+    "swiglu_backward",
+    "swiglu_backward_of_codes",
+    "swiglu_backward_rounded",
+    "swiglu_quantize",
+    "swiglu_quantize_and_save",
+]
 
 
 def __getattr__(name: str) -> Any:

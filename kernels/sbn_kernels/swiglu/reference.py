@@ -34,3 +34,21 @@ def swiglu_backward_reference(d: Tensor, x: Tensor) -> Tensor:
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(swiglu_reference(wide), wide, d.float())
     return gradient.to(x.dtype)
+
+
+def saved_gates_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The int8 codes of gates and ups that ``swiglu_quantize_and_save`` saves, and their scales.
+
+    Args:
+        x: Gates then ups, ``[tokens, 2 features]``.
+
+    Returns:
+        int8 ``[tokens, 2 features]`` and float32 ``[tokens, 2]``.
+    """
+    codes, scales = zip(*(quantize_tokens_reference(half) for half in x.chunk(2, -1)), strict=True)
+    return torch.cat(codes, -1), torch.stack(scales, -1)
+
+
+def gates_of_codes(codes: Tensor, scale: Tensor) -> Tensor:
+    """The gates and ups that codes stand for, float32 ``[tokens, 2 features]``."""
+    return (codes.unflatten(-1, (2, -1)) * scale.unsqueeze(-1)).flatten(-2)

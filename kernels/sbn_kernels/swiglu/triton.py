@@ -44,7 +44,7 @@ def _reduce(x, BITS: tl.constexpr):
 
 
 @triton.jit
-def _quantize_row(
+def quantize_row(
     gate_row, up_row, q_row, scale_pointer, features,
     BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def swiglu_quantize_kernel(
     """One row a program: gates in the first half, ups in the second."""
     row = tl.program_id(0).to(tl.int64)
     x_row, q_row = x_pointer + row * x_stride, q_pointer + row * q_stride
-    _quantize_row(x_row, x_row + features, q_row, scale_pointer + row, features, BITS, MAIN, TAIL, FUSED)
+    quantize_row(x_row, x_row + features, q_row, scale_pointer + row, features, BITS, MAIN, TAIL, FUSED)
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def swiglu_pair_quantize_kernel(
     row = tl.program_id(0).to(tl.int64)
     gate_row, up_row = gate_pointer + row * gate_stride, up_pointer + row * up_stride
     q_row = q_pointer + row * q_stride
-    _quantize_row(gate_row, up_row, q_row, scale_pointer + row, features, BITS, MAIN, TAIL, FUSED)
+    quantize_row(gate_row, up_row, q_row, scale_pointer + row, features, BITS, MAIN, TAIL, FUSED)
 
 
 @triton.jit
@@ -225,7 +225,12 @@ def _(d: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _check(x: Tensor) -> None:
+def check_gates(x: Tensor) -> None:
+    """Checks gates and ups in one tensor.
+
+    Raises:
+        ValueError: If the shape or the dtype does not fit.
+    """
     refuse_gradients(x)
     if x.dim() != 2 or x.shape[1] % 2 or not 0 < x.shape[1] <= 2 * MAX_FEATURES:
         raise ValueError(f"gates and ups must be [tokens, 2 features], features 1 to {MAX_FEATURES}: {list(x.shape)}")
@@ -258,7 +263,7 @@ def swiglu_quantize(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
         ValueError: If the shape, the dtype or the number of bits does not fit.
         UnsupportedError: If there is no GPU.
     """
-    _check(x)
+    check_gates(x)
     if bits not in (8, 4):
         raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
     q, scale = torch.ops.sbn_kernels.swiglu_quantize(x, bits)
@@ -279,7 +284,7 @@ def swiglu_backward(d: Tensor, x: Tensor) -> Tensor:
         ValueError: If shapes or dtypes do not fit.
         UnsupportedError: If there is no GPU.
     """
-    _check(x)
+    check_gates(x)
     refuse_gradients(d)
     if d.shape != (x.shape[0], x.shape[1] // 2):
         raise ValueError(f"the gradient must be {[x.shape[0], x.shape[1] // 2]}, not {list(d.shape)}")

@@ -1,0 +1,302 @@
+"""SwiGLU's backward with the quantisation of its result in one operation, for the layer that made gates and ups.
+
+That layer's int8 gradients need the largest value of each token and of each channel of their ``dy``, which is the
+result of the SwiGLU's backward. The kernel here finds both while it writes ``dy``. So ``dy``, the widest tensor of a
+block, is read once less than in ``quantize_gradient``.
+
+Gates and ups come as they are, or as the int8 codes that :func:`swiglu_quantize_and_save` saved, with one scale for the
+gates and one for the ups of each token. Codes take half the memory of bfloat16 between forward and backward. The
+backward of codes is that of the rounded gates and ups; the forward does not change.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sbn_kernels.common.buffers import empty_tokens, empty_vector
+from sbn_kernels.common.checks import check_scale, refuse_gradients
+from sbn_kernels.common.integers import ceil_div, next_power_of_2
+from sbn_kernels.common.maxima import larger, magnitude
+from sbn_kernels.common.token_codes import largest, token_codes, token_scale
+from sbn_kernels.gradients.reference import QuantizedGradient
+from sbn_kernels.gradients.triton import maxima_grid, outputs_for, round_to, zero_maxima
+from sbn_kernels.runtime.capability import interpreting, require
+from sbn_kernels.runtime.launch import Launcher
+from sbn_kernels.runtime.ops import kernel_fake, kernel_op
+from sbn_kernels.swiglu.triton import MAX_FEATURES, NEEDS, blocks, check_gates, quantize_row
+
+
+@triton.jit
+def _gradients(d, gate, up):
+    """The gradients of gates and ups, in float32."""
+    sigma = 1.0 / (1.0 + tl.exp(-gate))
+    return d * up * sigma * (1.0 + gate * (1.0 - sigma)), d * gate * sigma
+
+
+@triton.jit(do_not_specialize=["rows", "span"])
+def swiglu_backward_maxima_kernel(
+    d_pointer, x_pointer, code_scale_pointer, dx_pointer, row_scale_pointer, token_scale_pointer, max_pointer,
+    rows, features, d_stride, x_stride, first_channel, span,
+    CODES: tl.constexpr, MAXIMA: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The gradients of C columns of gates and of ups in ``span`` rows, and their maxima as ``gradient_maxima_kernel``.
+
+    Maxima are those of the gradients as they are stored, rounded to the dtype of ``dx``.
+    """
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    there = column < features
+    first = tl.program_id(1) * span
+    if MAXIMA:
+        gate_scale = tl.load(row_scale_pointer + column, mask=there, other=0.0)[None, :]
+        up_scale = tl.load(row_scale_pointer + features + column, mask=there, other=0.0)[None, :]
+        largest_gate = tl.zeros([R, C], tl.float32)
+        largest_up = tl.zeros([R, C], tl.float32)
+    for start in range(first, tl.minimum(first + span, rows), R):
+        row = start + tl.arange(0, R)
+        inside = (row < rows)[:, None] & there[None, :]
+        wide = row.to(tl.int64)[:, None]
+        d = tl.load(d_pointer + wide * d_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        x_where = x_pointer + wide * x_stride + column[None, :]
+        gate = tl.load(x_where, mask=inside, other=0).to(tl.float32)
+        up = tl.load(x_where + features, mask=inside, other=0).to(tl.float32)
+        if CODES:
+            gate *= tl.load(code_scale_pointer + 2 * row, mask=row < rows, other=0.0)[:, None]
+            up *= tl.load(code_scale_pointer + 2 * row + 1, mask=row < rows, other=0.0)[:, None]
+        d_gate, d_up = _gradients(d, gate, up)
+        d_gate, d_up = d_gate.to(dx_pointer.dtype.element_ty), d_up.to(dx_pointer.dtype.element_ty)
+        dx_where = dx_pointer + wide * (2 * features) + column[None, :]
+        tl.store(dx_where, d_gate, mask=inside)
+        tl.store(dx_where + features, d_up, mask=inside)
+        if MAXIMA:
+            d_gate, d_up = tl.abs(d_gate.to(tl.float32)), tl.abs(d_up.to(tl.float32))
+            scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)[:, None]
+            largest_gate = larger(largest_gate, d_gate * tl.abs(scale))
+            largest_up = larger(largest_up, d_up * tl.abs(scale))
+            of_both = larger(d_gate * tl.abs(gate_scale), d_up * tl.abs(up_scale))
+            eights = tl.reshape(of_both, [R, C // 8, 8])
+            of_token = tl.max(magnitude(tl.reduce(eights, 2, larger)), axis=1)
+            tl.atomic_max(max_pointer + row, of_token, mask=row < rows, sem="relaxed")
+    if MAXIMA:
+        where = max_pointer + first_channel + column
+        tl.atomic_max(where, tl.max(magnitude(largest_gate), axis=0), mask=there, sem="relaxed")
+        tl.atomic_max(where + features, tl.max(magnitude(largest_up), axis=0), mask=there, sem="relaxed")
+
+
+@triton.jit
+def _load(row, features, START: tl.constexpr, BLOCK: tl.constexpr):
+    column = START + tl.arange(0, BLOCK)
+    return tl.load(row + column, mask=column < features, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _save_row(x_row, code_row, scale_pointer, features, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr):
+    """The codes of one row of gates, or of ups, and their scale; two blocks, as in ``quantize_row``."""
+    main = _load(x_row, features, 0, MAIN)
+    reduced = largest(main, 0, True)
+    if TAIL > 0:
+        tail = _load(x_row, features, MAIN, TAIL)
+        reduced = larger(reduced, largest(tail, 0, True))
+    scale = token_scale(reduced, features, 8)
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    column = tl.arange(0, MAIN)
+    tl.store(code_row + column, token_codes(main, scale, inverse, 8, FUSED), mask=column < features)
+    if TAIL > 0:
+        column = MAIN + tl.arange(0, TAIL)
+        tl.store(code_row + column, token_codes(tail, scale, inverse, 8, FUSED), mask=column < features)
+    tl.store(scale_pointer + tl.arange(0, 1), scale)
+
+
+@triton.jit
+def swiglu_quantize_and_save_kernel(
+    x_pointer, q_pointer, scale_pointer, code_pointer, code_scale_pointer, features, x_stride, q_stride, code_stride,
+    BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """One row a program, as ``swiglu_quantize_kernel``; then its gates and its ups, which are in the cache by then.
+
+    They are read again: with all three rows in registers, too few programs would fit a multiprocessor.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    x_row, q_row, code_row = x_pointer + row * x_stride, q_pointer + row * q_stride, code_pointer + row * code_stride
+    quantize_row(x_row, x_row + features, q_row, scale_pointer + row, features, BITS, MAIN, TAIL, FUSED)
+    _save_row(x_row, code_row, code_scale_pointer + 2 * row, features, MAIN, TAIL, FUSED)
+    _save_row(x_row + features, code_row + features, code_scale_pointer + 2 * row + 1, features, MAIN, TAIL, FUSED)
+
+
+_backward = Launcher(swiglu_backward_maxima_kernel, enable_fp_fusion=True)
+_quantize_and_save = Launcher(swiglu_quantize_and_save_kernel, enable_fp_fusion=True)
+
+
+def _backward_to(
+    dx: Tensor, d: Tensor, x: Tensor, code_scale: Tensor | None, given: tuple[Tensor, Tensor, Tensor, int] | None
+) -> None:
+    """Writes the gradients to ``dx``, and the bits of maxima if ``given`` has two scales and a place for them."""
+    row_scale, token_scale, maxima, first_channel = given or (dx, dx, dx, 0)
+    rows, features = d.shape
+    block_rows, block_columns = 4, min(256, max(8, next_power_of_2(features)))
+    strips, spans, span = maxima_grid(d, block_rows, ceil_div(features, block_columns))
+    _backward(
+        (strips, spans, 1),
+        (d, x, dx if code_scale is None else code_scale, dx, row_scale, token_scale, maxima),
+        (rows, features, d.stride(0), x.stride(0), first_channel, span),
+        (code_scale is not None, given is not None, block_rows, block_columns),
+    )
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@kernel_op("swiglu_backward_rounded")
+def _swiglu_backward_rounded(
+    d: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor, token_scale: Tensor, seed: Tensor, stream: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    require(NEEDS, x)
+    d, x = _with_rows(d), _with_rows(x)
+    dx = torch.empty(x.shape, dtype=d.dtype if code_scale is not None else x.dtype, device=d.device)
+    outputs = outputs_for(dx, True, True)
+    maxima, first_channel = zero_maxima(dx, True, True)
+    if len(d):
+        _backward_to(dx, d, x, code_scale, (row_scale, token_scale, maxima, first_channel))
+    round_to(outputs, dx, row_scale, token_scale, maxima, first_channel, seed, stream, True, True)
+    return outputs
+
+
+@kernel_fake("swiglu_backward_rounded")
+def _(
+    d: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor, token_scale: Tensor, seed: Tensor, stream: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return outputs_for(x, True, True)
+
+
+@kernel_op("swiglu_backward_of_codes")
+def _swiglu_backward_of_codes(d: Tensor, codes: Tensor, code_scale: Tensor) -> Tensor:
+    require(NEEDS, codes)
+    dx = torch.empty(codes.shape, dtype=d.dtype, device=d.device)
+    if len(d):
+        _backward_to(dx, _with_rows(d), codes, code_scale, None)
+    return dx
+
+
+@kernel_fake("swiglu_backward_of_codes")
+def _(d: Tensor, codes: Tensor, code_scale: Tensor) -> Tensor:
+    return torch.empty(codes.shape, dtype=d.dtype, device=d.device)
+
+
+def _empty_saved(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, features = x.shape[0], x.shape[1] // 2
+    return (
+        empty_tokens(rows, features, x.device),
+        empty_vector(rows, x.device),
+        empty_tokens(rows, 2 * features, x.device),
+        torch.empty((rows, 2), dtype=torch.float32, device=x.device),
+    )
+
+
+@kernel_op("swiglu_quantize_and_save")
+def _swiglu_quantize_and_save(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    require(NEEDS, x)
+    x = _with_rows(x)
+    q, scale, codes, code_scale = outputs = _empty_saved(x)
+    if len(x):
+        main, tail = blocks(q.shape[1])
+        constants = (bits, main, tail, not interpreting())
+        numbers = (q.shape[1], x.stride(0), q.stride(0), codes.stride(0))
+        warps = min(8, max(1, main // 1024))
+        _quantize_and_save((len(x), 1, 1), (x, q, scale, codes, code_scale), numbers, constants, warps)
+    return outputs
+
+
+@kernel_fake("swiglu_quantize_and_save")
+def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_saved(x)
+
+
+def swiglu_quantize_and_save(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes ``swiglu_quantize(x)``, and int8 codes of gates and ups for the backward.
+
+    Args:
+        x: ``[tokens, 2 features]``, gates then ups; float32, bfloat16 or float16; at most 32,768 features.
+        bits: 8 or 4 bits for the product; the codes of gates and ups have 8.
+
+    Returns:
+        int8 ``[tokens, features]`` and its scales, float32 ``[tokens]``, as ``swiglu_quantize`` returns them; the codes
+        of gates and ups, int8 ``[tokens, 2 features]``, and their scales, float32 ``[tokens, 2]``.
+
+    Raises:
+        ValueError: If the shape, the dtype or the number of bits does not fit.
+        UnsupportedError: If there is no GPU.
+    """
+    check_gates(x)
+    if bits not in (8, 4):
+        raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+    q, scale, codes, code_scale = torch.ops.sbn_kernels.swiglu_quantize_and_save(x, bits)
+    return q, scale, codes, code_scale
+
+
+def _check_codes(d: Tensor, x: Tensor, code_scale: Tensor | None) -> None:
+    refuse_gradients(d)
+    if code_scale is None:
+        check_gates(x)
+    elif x.dtype != torch.int8 or x.dim() != 2 or x.shape[1] % 2 or not 0 < x.shape[1] <= 2 * MAX_FEATURES:
+        raise ValueError(f"the codes of gates and ups must be int8 [tokens, 2 features], not {x.dtype} {list(x.shape)}")
+    elif code_scale.shape != (x.shape[0], 2) or code_scale.dtype != torch.float32 or not code_scale.is_contiguous():
+        raise ValueError(f"the scales of the codes must be float32 [{x.shape[0]}, 2], not {list(code_scale.shape)}")
+    if d.shape != (x.shape[0], x.shape[1] // 2):
+        raise ValueError(f"the gradient must be {[x.shape[0], x.shape[1] // 2]}, not {list(d.shape)}")
+
+
+def swiglu_backward_of_codes(d: Tensor, codes: Tensor, code_scale: Tensor) -> Tensor:
+    """Computes the gradient of ``silu(gate) * up`` at the gates and ups that codes stand for.
+
+    Args:
+        d: The gradient of the product, ``[tokens, features]``.
+        codes: The codes of gates and ups, int8 ``[tokens, 2 features]``.
+        code_scale: The scales of gates and of ups, float32 ``[tokens, 2]``.
+
+    Returns:
+        ``[tokens, 2 features]`` in the dtype of ``d``.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+        UnsupportedError: If there is no GPU.
+    """
+    _check_codes(d, codes, code_scale)
+    dx: Tensor = torch.ops.sbn_kernels.swiglu_backward_of_codes(d, codes, code_scale)
+    return dx
+
+
+def swiglu_backward_rounded(
+    d: Tensor,
+    x: Tensor,
+    code_scale: Tensor | None,
+    row_scale: Tensor,
+    token_scale: Tensor,
+    seed: Tensor,
+    stream: int = 0,
+) -> QuantizedGradient:
+    """Computes ``quantize_gradient(swiglu_backward(d, x), row_scale, token_scale, seed, stream)``.
+
+    Args:
+        d: The gradient of the product, ``[tokens, features]``.
+        x: Gates then ups, ``[tokens, 2 features]``, or their codes, int8.
+        code_scale: The scales of the codes, float32 ``[tokens, 2]``; None if ``x`` holds no codes.
+        row_scale: gamma of each row of the weight that made gates and ups, float32 ``[2 features]``.
+        token_scale: The scales of that layer's quantised tokens, float32 ``[tokens]``.
+        seed: One int64 on the device.
+        stream: A number that sets apart layers which share a seed.
+
+    Returns:
+        The gradient of gates and ups, rounded in both orders.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        UnsupportedError: If there is no GPU.
+    """
+    _check_codes(d, x, code_scale)
+    check_scale("row_scale", row_scale, x.shape[1])
+    check_scale("token_scale", token_scale, x.shape[0])
+    args = (d, x, code_scale, row_scale, token_scale, seed, stream)
+    return QuantizedGradient(*torch.ops.sbn_kernels.swiglu_backward_rounded(*args))

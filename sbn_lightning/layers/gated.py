@@ -1,0 +1,50 @@
+"""Two ternary layers with a SwiGLU between them, joined where both run on a backend that joins them.
+
+Joined, the backward does less work (:mod:`sbn_lightning.backends.gated`); the results are the same. The layers run one
+after the other if they have hooks, if the first one has a bias, and while only a share of the rounding takes effect.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody has put a hook on a module."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def swiglu_between(first: nn.Module, last: nn.Module, x: Tensor) -> Tensor:
+    """Compute ``last(silu(gate) * up)`` with ``gate, up = first(x)``, side by side in one tensor.
+
+    Args:
+        first: The layer that makes gates and ups.
+        last: The layer after the SwiGLU, which takes ``swiglu=True``.
+        x: The tokens, ``[..., features]``.
+
+    Returns:
+        ``[..., features]``.
+    """
+    y = _joined(first, last, x)
+    return last(first(x), swiglu=True) if y is None else y
+
+
+def _joined(first: nn.Module, last: nn.Module, x: Tensor) -> Tensor | None:
+    """The result in one step; None if the layers cannot be joined."""
+    if type(first) is not SparseBitLinear or type(last) is not SparseBitLinear or not x.is_floating_point():
+        return None
+    join = getattr(first.backend, "gated", None)
+    if join is None or type(last.backend) is not type(first.backend) or first.bias is not None:
+        return None
+    if first.is_partly_rounded or last.is_partly_rounded or is_hooked(first) or is_hooked(last):
+        return None
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        y: Tensor | None = join(x, first.for_gradients(), last.for_gradients(), last.backend, dtype)
+        return y if y is None or last.bias is None else y + last.bias.to(y.dtype)

@@ -1,0 +1,65 @@
+"""Two layers around a SwiGLU as one function: the bits of the two layers, and gradients near them with saved gates."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sbn_lightning.backends.integer import KernelBackend
+from sbn_lightning.layers.gated import swiglu_between
+from sbn_lightning.layers.sparse_linear import SparseBitLinear
+
+FEATURES, HIDDEN = 16, 24
+
+
+def layers(saved_gates: bool = False, gradient: str = "dense", bias: bool = False) -> list[SparseBitLinear]:
+    torch.manual_seed(0)
+    options = {"pattern": "2:4", "gradient": gradient}
+    first = SparseBitLinear(FEATURES, 2 * HIDDEN, bias, split_sizes=(HIDDEN, HIDDEN), **options)  # type: ignore[arg-type]
+    pair = [first, SparseBitLinear(HIDDEN, FEATURES, True, **options)]  # type: ignore[arg-type]
+    for i, layer in enumerate(pair):
+        layer.backend = backend = KernelBackend("portable", gradients="int8", saved_gates=saved_gates)
+        backend.seed = torch.tensor([i + 7])
+    return pair
+
+
+def run(pair: list[SparseBitLinear], joined: bool) -> list[Tensor]:
+    first, last = pair
+    torch.manual_seed(1)
+    x = torch.randn(3, 5, FEATURES).requires_grad_()
+    y = swiglu_between(first, last, x) if joined else last(first(x), swiglu=True)
+    y.backward(torch.randn_like(y))
+    return [y, x.grad, first.weight.grad, last.weight.grad, last.bias.grad]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(("gradient", "saved_gates"), [("dense", True), ("masked", False)])
+def test_joined_layers_have_the_bits_of_two(gradient: str, saved_gates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(layers(saved_gates, gradient), joined=False)
+    calls = []
+    own = KernelBackend.gated
+    monkeypatch.setattr(KernelBackend, "gated", lambda self, *args: calls.append(1) or own(self, *args))
+    for ours, wanted in zip(run(layers(saved_gates, gradient), joined=True), expected, strict=True):
+        assert torch.equal(ours, wanted)
+    assert calls == [1]
+
+
+def test_saved_gates_change_the_gradients_a_little_and_the_forward_not() -> None:
+    exact, near = run(layers(False), joined=True), run(layers(True), joined=True)
+    assert torch.equal(exact[0], near[0])
+    assert torch.equal(exact[3], near[3])  # the last layer's weight
+    for a, b in zip(exact[1:3], near[1:3], strict=True):
+        assert not torch.equal(a, b)
+        assert (a - b).norm() < 0.03 * a.norm()
+
+
+def test_hooks_biases_and_passes_without_gradients_take_one_layer_after_the_other() -> None:
+    pair = layers()
+    seen = []
+    handle = pair[0].register_forward_hook(lambda *given: seen.append(given[2].shape))
+    with_hook = run(pair, joined=True)
+    assert seen == [(3, 5, 2 * HIDDEN)]
+    handle.remove()
+    for ours, wanted in zip(with_hook, run(layers(), joined=True), strict=True):
+        assert torch.equal(ours, wanted)
+    run(layers(bias=True), joined=True)
+    with torch.no_grad():
+        assert swiglu_between(*pair, torch.randn(2, FEATURES)).shape == (2, FEATURES)

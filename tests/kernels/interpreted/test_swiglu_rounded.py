@@ -1,0 +1,75 @@
+"""SwiGLU's backward with quantisation in one operation, and saved gates: equal to the operations that it joins."""
+
+import pytest
+import sbn_kernels as sk
+import torch
+from sbn_kernels.swiglu.reference import (
+    gates_of_codes,
+    saved_gates_reference,
+    swiglu_backward_reference,
+    swiglu_quantize_reference,
+)
+from sbn_kernels.swiglu.rounded import swiglu_backward_of_codes, swiglu_backward_rounded, swiglu_quantize_and_save
+
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+SEED = torch.tensor([5])
+
+
+def case(tokens: int, features: int) -> tuple[torch.Tensor, ...]:
+    d, x = torch.randn(tokens, features) * 10 ** torch.rand(tokens, 1), 3 * torch.randn(tokens, 2 * features)
+    return d, x, torch.rand(2 * features) + 0.01, torch.rand(tokens) + 0.01
+
+
+@pytest.mark.parametrize(("tokens", "features"), [(1, 1), (9, 20), (37, 300), (0, 16)])
+def test_rounded_backward(tokens: int, features: int) -> None:
+    d, x, row_scale, token_scale = case(tokens, features)
+    one = swiglu_backward_rounded(d, x, None, row_scale, token_scale, SEED, 3)
+    two = sk.quantize_gradient(sk.swiglu_backward(d, x), row_scale, token_scale, SEED, 3)
+    for name, ours, expected in zip(one._fields, one, two, strict=True):
+        assert torch.equal(ours, expected), name
+    twin = sk.quantize_gradient_reference(swiglu_backward_reference(d, x), row_scale, token_scale, SEED, 3)
+    torch.testing.assert_close(one.token_scale, twin.token_scale)
+    torch.testing.assert_close(one.channel_scale, twin.channel_scale)
+    assert ((one.tokens.int() - twin.tokens.int()).abs() <= 1).all()
+
+
+def test_non_finite_gradients_stay_visible() -> None:
+    d, x, row_scale, token_scale = case(20, 30)
+    d[13, 5] = float("nan")
+    q = swiglu_backward_rounded(d, x, None, row_scale, token_scale, SEED)
+    assert (~q.token_scale.isfinite()).nonzero().tolist() == [[13]]
+    assert (~q.channel_scale.isfinite()).nonzero().tolist() == [[5], [35]]
+
+
+@pytest.mark.parametrize(("tokens", "features"), [(1, 1), (9, 20), (6, 300), (0, 16)])
+def test_saved_gates(tokens: int, features: int) -> None:
+    d, x, row_scale, token_scale = case(tokens, features)
+    q, scale, codes, code_scale = swiglu_quantize_and_save(x)
+    for ours, expected in zip((q, scale), sk.swiglu_quantize(x), strict=True):
+        assert torch.equal(ours, expected)
+    for ours, expected in zip((codes, code_scale), saved_gates_reference(x), strict=True):
+        assert torch.equal(ours, expected)
+    if tokens:
+        torch.testing.assert_close(scale, swiglu_quantize_reference(x)[1])
+    wide = gates_of_codes(codes, code_scale)
+    dx = swiglu_backward_of_codes(d, codes, code_scale)
+    torch.testing.assert_close(dx, swiglu_backward_reference(d, wide), rtol=1e-5, atol=1e-6)
+    one = swiglu_backward_rounded(d, codes, code_scale, row_scale, token_scale, SEED)
+    two = sk.quantize_gradient(dx, row_scale, token_scale, SEED)
+    for name, ours, expected in zip(one._fields, one, two, strict=True):
+        assert torch.equal(ours, expected), name
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    d, x, row_scale, token_scale = case(4, 8)
+    codes, code_scale = saved_gates_reference(x)
+    with pytest.raises(ValueError, match="scales of the codes"):
+        swiglu_backward_of_codes(d, codes, code_scale.t())
+    with pytest.raises(ValueError, match="must be int8"):
+        swiglu_backward_of_codes(d, x, code_scale)
+    with pytest.raises(ValueError, match="the gradient must be"):
+        swiglu_backward_rounded(d[:, 1:], x, None, row_scale, token_scale, SEED)
+    with pytest.raises(ValueError, match="row_scale"):
+        swiglu_backward_rounded(d, x, None, row_scale[1:], token_scale, SEED)
+    with pytest.raises(ValueError, match="4 bits"):
+        swiglu_quantize_and_save(x, 5)

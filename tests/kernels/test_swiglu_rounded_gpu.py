@@ -1,0 +1,58 @@
+"""On a GPU: SwiGLU's backward with quantisation, saved gates and the head in 8 bits equal what they join or stand for."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+import sbn_kernels as sk
+from sbn_kernels.swiglu.reference import gates_of_codes, saved_gates_reference, swiglu_backward_reference
+from sbn_kernels.swiglu.rounded import swiglu_backward_of_codes, swiglu_backward_rounded, swiglu_quantize_and_save
+
+from sbn_lightning.backends import int8_head
+
+
+@pytest.mark.parametrize(("tokens", "features"), [(1, 1), (77, 300), (1000, 4864), (4096, 8960), (513, 14336)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounded_backward_and_saved_gates(tokens: int, features: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    d = (torch.randn(tokens, features, device="cuda") * 1e-4).to(dtype)
+    x = (3 * torch.randn(tokens, 2 * features, device="cuda")).to(dtype)
+    row_scale, token_scale = torch.rand(2 * features, device="cuda") + 0.01, torch.rand(tokens, device="cuda") + 0.01
+    seed = torch.tensor([5], device="cuda")
+    one = swiglu_backward_rounded(d, x, None, row_scale, token_scale, seed)
+    two = sk.quantize_gradient(sk.swiglu_backward(d, x), row_scale, token_scale, seed)
+    for name, ours, expected in zip(one._fields, one, two, strict=True):
+        assert torch.equal(ours, expected), name
+    q, scale, codes, code_scale = swiglu_quantize_and_save(x)
+    for ours, expected in zip((q, scale), sk.swiglu_quantize(x), strict=True):
+        assert torch.equal(ours, expected)
+    for ours, expected in zip((codes, code_scale), saved_gates_reference(x), strict=True):
+        assert torch.equal(ours, expected)
+    dx = swiglu_backward_of_codes(d, codes, code_scale)
+    twin = swiglu_backward_reference(d, gates_of_codes(codes, code_scale)).to(dtype)
+    torch.testing.assert_close(dx, twin, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-9)
+    one = swiglu_backward_rounded(d, codes, code_scale, row_scale, token_scale, seed)
+    for name, ours, expected in zip(
+        one._fields, one, sk.quantize_gradient(dx, row_scale, token_scale, seed), strict=True
+    ):
+        assert torch.equal(ours, expected), name
+
+
+def test_int8_head_equals_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 256, device="cuda").bfloat16(), torch.randn(5000, 256, device="cuda")
+    target = torch.randint(5000, (300,), device="cuda")
+    gradient = (torch.randn(300, 5000, device="cuda") / 300).bfloat16()
+    found = []
+    for twins in (False, True):
+        if twins:
+            monkeypatch.setattr(int8_head, "_arithmetic", lambda tensor: int8_head._TWINS)
+        head = int8_head.Int8Head(hidden, weight, target)
+        part = slice(0, 300)
+        found.append([head.class_scale, head.logits(part), *head.gradients(gradient, part, 0)])
+    for by_kernels, by_twins in zip(*found, strict=True):
+        assert torch.equal(by_kernels, by_twins)
