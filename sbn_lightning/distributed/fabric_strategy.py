@@ -25,7 +25,7 @@ class FabricShardedStrategy(ModelParallelStrategy):
     may have a method ``loss`` besides ``forward``.
 
     Args:
-        reduce_dtype: The dtype in which gradients of latent weights travel, float32 or bfloat16.
+        reduce_dtype: The dtype in which gradients travel, float32 or bfloat16.
         gather: What the ranks gather of ternary layers, see :func:`~sbn_lightning.distributed.sharding.shard`.
         replicate: The number of groups of ranks that hold the same rows.
         timeout: How long a collective may take before the rank gives up; None for torch's own limit.

@@ -2,8 +2,8 @@
 
 The backward of a layer needs the codes and not the latent weight. So autograd accumulates a layer's gradient into a
 leaf tensor without storage (:func:`stand_in`). As soon as a gradient is there, a hook starts a reduce-scatter, which
-runs while autograd computes the backward of the earlier layers. At the end of the backward, the rows of this rank are
-added to ``weight.grad``.
+runs while autograd computes the backward of the earlier layers. When it has ended, the rows of this rank are added to
+``weight.grad``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def stand_in(rows: int, in_features: int, dtype: torch.dtype, device: torch.devi
     return torch.empty((), dtype=dtype, device=device).expand(rows, in_features).requires_grad_()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sent:
     weight: nn.Parameter
     work: dist.Work | None
@@ -91,31 +91,39 @@ class GradientScatter:
         self._sent.append(_Sent(weight, work, gradient, mine, cut))
 
     def _wait(self, sent: _Sent) -> None:
+        """Take over what has come. In hybrid sharding, start the sum over the ranks that hold the same rows."""
         assert sent.work is not None
         sent.work.wait()  # On a GPU the stream waits here, not the host.
         sent.work = sent.whole = None
-        if self.replicate_group is not None:
+        if self.replicate_group is None:
+            self._sent.remove(sent)
+            self._take(sent)
+        else:
             sent.work = dist.all_reduce(sent.mine, op=self._operation, group=self.replicate_group, async_op=True)
 
     def _finish(self) -> None:
         self._waits_for_end = False
-        while self._sent:
-            sent = self._sent.popleft()
+        for sent in list(self._sent):
             if sent.whole is not None:
                 self._wait(sent)
-            if sent.work is not None:
-                sent.work.wait()
-            mine = sent.mine[: sent.cut.count]
-            _accumulate(sent.weight, mine if self._operation == dist.ReduceOp.AVG else mine.div_(self.average))
+        while self._sent:
+            sent = self._sent.popleft()
+            assert sent.work is not None
+            sent.work.wait()
+            self._take(sent)
+
+    def _take(self, sent: _Sent) -> None:
+        mine = sent.mine[: sent.cut.count]
+        _accumulate(sent.weight, mine if self._operation == dist.ReduceOp.AVG else mine.div_(self.average))
 
 
 def _accumulate(weight: nn.Parameter, mine: Tensor) -> None:
     """Add rows to the gradient of a sharded weight, in the weight's dtype."""
     assert isinstance(weight, DTensor)
-    rows = mine.to(weight.dtype)
     if weight.grad is None:
+        rows = mine.to(weight.dtype)
         weight.grad = DTensor.from_local(
             rows, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
         )
     else:
-        weight.grad.to_local().add_(rows)  # type: ignore[attr-defined]
+        weight.grad.to_local().add_(mine)  # type: ignore[attr-defined]

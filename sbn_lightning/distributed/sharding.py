@@ -62,11 +62,11 @@ def shard(
             codes stay whole until the next. ``"packed_layer"``: 2-bit codes, before the forward and the backward of
             each block, and their memory is given back after it. ``"latent"``: FSDP2 shards latent weights as well, and
             gathers them in full precision.
-        reduce_dtype: The dtype in which gradients of latent weights travel, float32 or bfloat16.
+        reduce_dtype: The dtype in which gradients travel, float32 or bfloat16.
         replicate: The number of groups of ranks that hold the same rows, for a mesh of one dimension or Lightning's.
             Neighbouring ranks are in one group. With the number of hosts, rows are shared within a host.
-        policy: The dtypes in which FSDP2 gathers its parameters and reduces their gradients. None keeps the dtypes of
-            the parameters.
+        policy: The dtypes in which FSDP2 gathers its parameters and reduces their gradients. None gathers parameters
+            in their own dtype, and reduces gradients in ``reduce_dtype``.
 
     Raises:
         ConfigError: If ``gather`` or ``reduce_dtype`` has another value, if ``replicate`` does not divide the ranks or
@@ -96,7 +96,7 @@ def shard(
     for name, layer in masked_layers(module):
         if layer.weight not in ours and layer.out_features < ranks:
             raise ConfigError(f"{name} has {layer.out_features} rows, fewer than the {ranks} ranks to shard over")
-    policy = MixedPrecisionPolicy() if policy is None else policy
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype) if policy is None else policy
     units = [block for block in blocks if not ours or _rest(block, ours) > SMALL]
     for part in (*units, module):
         fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=ours)

@@ -87,7 +87,7 @@ class ShardedStrategy(ModelParallelStrategy):
     parallelism by default, which these models do not use.
 
     Args:
-        reduce_dtype: The dtype in which gradients of latent weights travel.
+        reduce_dtype: The dtype in which gradients travel.
         gather: What the ranks gather of ternary layers. ``"packed_step"``: 2-bit codes, once in an optimiser step. All
             codes then stay whole on every rank until the next step. ``"packed_layer"``: 2-bit codes, before the forward
             and the backward of each block. Their memory is given back when the block has run. ``"latent"``: FSDP2
