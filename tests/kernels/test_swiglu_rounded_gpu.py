@@ -1,4 +1,4 @@
-"""On a GPU: SwiGLU's backward with quantisation, saved gates and the head in 8 bits equal what they join or stand for."""
+"""On a GPU: the SwiGLU's rounded backward, saved gates and the head in 8 bits equal what they stand for."""
 
 import os
 
