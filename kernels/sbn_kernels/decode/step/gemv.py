@@ -18,12 +18,10 @@ Warps split K into ``groups`` and the tiles into the rest. Their partial sums me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from triton.experimental import gluon
 
 from sbn_kernels.decode.step.plan import COLUMNS, STEP, Phase, Plan
-from sbn_kernels.decode.step.ptx import assembly, helper, verify_codes, wait_mbarrier
+from sbn_kernels.decode.step.ptx import assembly, begin_anew_without, helper, wait_mbarrier
 
 _MASKS = ("0x03030303", "0x0c0c0c0c", "0x30303030", "0xc0c0c0c0")
 _PRELOADED = 96  # registers for a warp's share of the tokens, where several tiles use it
@@ -40,16 +38,16 @@ def _addresses(p: Plan, f: Phase, weights: str, xq: str, red: str) -> list[str]:
         f"and.b32 kg, warp, {f.groups - 1}; shr.u32 rg, warp, {f.groups.bit_length() - 1};",
         f"mad.lo.u32 wa, kg, 512, {weights}; mad.lo.u32 wa, lane, 16, wa; mad.lo.u32 wa, rg, {f.tile_bytes}, wa;",
         f"mad.lo.u32 xa, t, 32, {'0' if f.shared else xq}; mad.lo.u32 xa, kg, 128, xa;",
-        f"mad.lo.u32 ra, kg, 4, {red}; mad.lo.u32 ra, rg, {p.sums_bytes(f)}, ra;",
+        f"mad.lo.u32 ra, rg, {p.sums_bytes(f)}, {red};",
+        f"mad.lo.u32 ra, kg, {4 if p.batch == 1 else 64 * p.sum_pitch}, ra;",
     ]
-    row = 4 * f.groups * p.sum_slots
     if p.batch == 1:
         # Lane t = 0 writes row g, lane t = 1 row g + 8.
-        return [*lines, f"mad.lo.u32 tmp, t, 8, g; mad.lo.u32 ra, tmp, {row}, ra;"]
+        return [*lines, f"mad.lo.u32 tmp, t, 8, g; mad.lo.u32 ra, tmp, {4 * f.groups}, ra;"]
     if not f.shared:
         lines += [f"and.b32 tmp, g, {p.batch_slots - 1}; mad.lo.u32 xa, tmp, {p.x_stride(f.columns)}, xa;"]
     # Row g, tokens 2 t and 2 t + 1.
-    return [*lines, f"mad.lo.u32 ra, g, {row}, ra; mad.lo.u32 ra, t, {8 * f.groups}, ra;"]
+    return [*lines, f"mad.lo.u32 ra, g, {4 * p.sum_pitch}, ra; mad.lo.u32 ra, t, 8, ra;"]
 
 
 @helper
@@ -97,13 +95,6 @@ def _step_registers(p: Plan, s: int) -> list[str]:
 
 
 @helper
-def _verify(p: Plan, f: Phase, steps: Sequence[int], flag: str, deadline: str) -> list[str]:
-    """Makes sure that the tokens of some steps have come."""
-    registers = [r for s in steps for r in _step_registers(p, s)]
-    return verify_codes(registers, [line for s in steps for line in _shared_tokens(p, f, s)], flag, deadline)
-
-
-@helper
 def _multiply(p: Plan, where: int, at: int, first: bool) -> list[str]:
     """A step of one tile: 16 rows by 128 columns. The weights are unpacked once for all groups of tokens."""
     lines = [f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [wa+{where}];"]
@@ -127,7 +118,7 @@ def _multiply(p: Plan, where: int, at: int, first: bool) -> list[str]:
 
 @helper
 def _partial_sums(p: Plan, f: Phase, where: int) -> list[str]:
-    """Joins the four bit positions and writes a tile's partial sums ``[row, token, groups]``."""
+    """Joins the four bit positions and writes a tile's partial sums, see ``Plan.sums_bytes``."""
     count = 2 if p.batch == 1 else 4
     lines = []
     for sums, _ in _REGISTERS[: p.token_groups]:
@@ -141,11 +132,10 @@ def _partial_sums(p: Plan, f: Phase, where: int) -> list[str]:
         lines += ["setp.eq.u32 p, t, 1; selp.b32 tmp, c0_1, c0_0, p; setp.lt.u32 p, t, 2;"]
         return [*lines, f"@p st.shared.b32 [ra+{where}], tmp;"]
     lines += [f"setp.lt.u32 p, t, {max(1, p.batch_slots // 2)};"]
-    eight_rows = 8 * p.sum_slots
     for q, (sums, _) in enumerate(_REGISTERS[: p.token_groups]):
-        for k, offset in enumerate((0, 1, eight_rows, eight_rows + 1)):
-            at = where + 4 * f.groups * (offset + COLUMNS * q)
-            lines += [f"@p st.shared.b32 [ra+{at}], {sums}0_{k};"]
+        for half in range(2):  # rows g and g + 8
+            at = where + 4 * (8 * p.sum_pitch * half + COLUMNS * q)
+            lines += [f"@p st.shared.v2.b32 [ra+{at}], {{{sums}0_{2 * half}, {sums}0_{2 * half + 1}}};"]
     return lines
 
 
@@ -188,7 +178,11 @@ def multiply_shared(p, f):
     """PTX: the same as :func:`multiply_tiles`, with the address of the codes in memory for ``xq``.
 
     A warp needs the tokens' columns of its own place in K only. So the codes go from the L2 cache to registers and
-    never stand in shared memory.
+    never stand in shared memory. Codes may still be on their way. So a warp looks at all of them once, after its first
+    tile, and begins anew if one has not come: see ``ptx.EMPTY``.
+
+    At the end one warp, which has read codes of every token, makes the emptying of older codes visible to the program:
+    see ``tokens.share_codes``.
     """
 
     def asm(outs, ins):
@@ -197,14 +191,13 @@ def multiply_shared(p, f):
         steps, mine = -(-f.steps // f.groups), -(-f.tiles // tile_groups)
         preload = mine > 1 and 8 * steps * p.token_groups <= _AHEAD
         lines = ["{", *_addresses(p, f, weights, "0", red), *_shared_addresses(p, f, codes)]
-        lines += [".reg .b32 w<4>, a<4>;"]
+        lines += [".reg .b32 w<4>, a<4>, low<4>, count; mov.b32 count, 0;"]
         for sums, b in _REGISTERS[: p.token_groups]:
             lines += [f".reg .b32 {b}<{8 * steps}>;", *(f".reg .b32 {sums}{j}_<4>;" for j in range(4))]
         ahead = steps if preload else min(steps, max(1, _AHEAD // (8 * p.token_groups)))
-        for s in range(ahead):
-            lines += _shared_tokens(p, f, s)
+        lines += ["AGAIN:", *(line for s in range(ahead) for line in _shared_tokens(p, f, s))]
         lines += ["{", *wait_mbarrier(barrier, parity, flag, deadline), "}"]
-        lines += _verify(p, f, range(ahead), flag, deadline)
+        lines += [f"mov.b32 low{k}, 0x7fffffff;" for k in range(4)]
         for i in range(mine):
             lines += [f"add.u32 tmp, rg, {tile_groups * i}; setp.ge.u32 skip, tmp, {tiles}; @skip bra END;"]
             if i and not preload:
@@ -220,15 +213,29 @@ def multiply_shared(p, f):
                             for k in range(4)
                         ]
                     lines += [f"setp.ge.u32 skip, kg, {f.steps - f.groups * s}; @skip bra SUM{i};"]
-                if i == 0 and s >= ahead:
-                    lines += _verify(p, f, [s], flag, deadline)
                 lines += _multiply(p, f.tile_bytes * tile_groups * i + 512 * f.groups * s, 8 * s, s == 0)
+                if i == 0:
+                    lines += [f"min.s32 low{k % 4}, low{k % 4}, {r};" for k, r in enumerate(_step_registers(p, s))]
                 if s + ahead < steps:
                     lines += _shared_tokens(p, f, s + ahead)
             lines += [f"SUM{i}:", *_partial_sums(p, f, p.sums_bytes(f) * tile_groups * i)]
-        return "\n".join([*lines, "END:", "bar.sync 0;", "}"])
+            if i == 0:
+                lines += ["min.s32 low0, low0, low1; min.s32 low2, low2, low3; min.s32 low0, low0, low2;"]
+                lines += begin_anew_without("low0", "count", "AGAIN", flag, deadline)
+        lines += ["END:", f"setp.ne.u32 p, warp, {p.warps - 1}; @p bra LAST; fence.acq_rel.gpu;", "LAST:"]
+        return "\n".join([*lines, "bar.sync 0;", "}"])
 
     return assembly(asm)
+
+
+@helper
+def _load_apart(register: str, address: str, count: int, name: str, stride: int) -> list[str]:
+    """Adds up 1, 2, 4 or 8 integers in shared memory that lie ``stride`` bytes apart."""
+    return [
+        *(f"ld.shared.b32 {name}{k}, [{address}+{stride * k}];" for k in range(count)),
+        f"mov.b32 {register}, {name}0;",
+        *(f"add.s32 {register}, {register}, {name}{k};" for k in range(1, count)),
+    ]
 
 
 @helper
@@ -260,7 +267,7 @@ def gather_sums(p, f):
     def asm(outs, ins):
         (i0,), (i1,), (g0,), (g1,), (b0,), (b1,), (s,) = outs
         (sums,), (rows,), (statistics,), (token,) = ins
-        eight = 8 * 4 * f.groups * p.sum_slots
+        eight = 32 * (f.groups if p.batch == 1 else p.sum_pitch)
         lines = ["{", ".reg .b32 t<8>, u<8>, v<8>, total; .reg .u32 a;"]
         lines += [f"ld.shared.v4.f32 {{{g0}, {g1}, {b0}, {b1}}}, [{rows}];"]
         if f.shared:
@@ -269,8 +276,12 @@ def gather_sums(p, f):
             lines += [f"mad.lo.u32 a, {token}, 4, {statistics}; ld.shared.f32 {s}, [a+96];"]
             lines += [f"mad.lo.u32 a, {token}, {4 * p.warps_per_token}, {statistics}; add.u32 a, a, 64;"]
             lines += _load_sum("total", "a", p.warps_per_token, "t")
-        lines += _load_sum(i0, sums, f.groups, "u")
-        lines += [f"add.u32 a, {sums}, {eight};", *_load_sum(i1, "a", f.groups, "v")]
+        lines += [f"add.u32 a, {sums}, {eight};"]
+        if p.batch == 1:
+            lines += _load_sum(i0, sums, f.groups, "u") + _load_sum(i1, "a", f.groups, "v")
+        else:
+            lines += _load_apart(i0, sums, f.groups, "u", 64 * p.sum_pitch)
+            lines += _load_apart(i1, "a", f.groups, "v", 64 * p.sum_pitch)
         lines += [f"shr.s32 {i}, {i}, 6; sub.s32 {i}, {i}, total;" for i in (i0, i1)]
         return "\n".join([*lines, "}"])
 

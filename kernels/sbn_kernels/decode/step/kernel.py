@@ -86,6 +86,7 @@ ld.global.nc.v4.b32 {w0, w1, w2, w3}, [s]; st.shared.v4.b32 [a], {w0, w1, w2, w3
 DONE: }""")
 _STAMP = gl.constexpr("""{ .reg .pred p; .reg .u32 t; .reg .u64 c, g; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
 mov.u64 c, %clock64; mov.u64 g, %globaltimer; @p st.global.v2.u64 [$0], {c, g}; }""")
+_ACQUIRE = gl.constexpr("fence.acq_rel.gpu;")
 _LOWEST = gl.constexpr("min.u32 $0, $1, $2; min.u32 $0, $0, $3;")
 _DEADLINE = gl.constexpr("mov.u64 $0, %globaltimer; add.u64 $0, $0, $1;")
 
@@ -215,10 +216,16 @@ def _final_norm(base, words, gain, tag, flag, deadline, P: gl.constexpr):
 
 
 @gluon.jit
-def _await(base, places, epoch, flag, deadline, P: gl.constexpr):
+def _await(base, places, epoch, flag, deadline, P: gl.constexpr, ACQUIRE: gl.constexpr):
     """Waits until the shared vectors of all tokens are complete, and copies their sums and scales."""
     args = [places, epoch, base + P.at_statistics, flag, deadline]
-    gl.inline_asm(await_tokens(P), "l,r,r,l,l,~{memory}", args, (), is_pure=False)
+    gl.inline_asm(await_tokens(P, ACQUIRE), "l,r,r,l,l,~{memory}", args, (), is_pure=False)
+
+
+@gluon.jit
+def _acquire():
+    """Makes the emptying of older codes visible to a program that has nothing to multiply; see ``share_codes``."""
+    gl.inline_asm(_ACQUIRE, "~{memory}", [], (), is_pure=False)
 
 
 @gluon.jit
@@ -264,7 +271,7 @@ def _share_final(base, words, target, places, gain, tag, epoch, flag, deadline, 
         args = [words + token * P.d_model, tag, target + token * (2 * P.head_columns), places + token * 2, epoch,
                 base + P.at_small, flag, deadline, gain]  # fmt: skip
         gl.inline_asm(share_final(P.token_plan), constraints, args, (), is_pure=False)
-    _await(base, places, epoch, flag, deadline, P)
+    _await(base, places, epoch, flag, deadline, P, True)
     gl.inline_asm(copy_final(P), "l,r,~{memory}", [target, base + P.at_tokens], (), is_pure=False)
 
 
@@ -420,10 +427,11 @@ def _step(
         tag = (epoch + layer + 1) & 255
         keys = gl.load(caches + 2 * layer).to(gl.pointer_type(gl.bfloat16))
         values = gl.load(caches + 2 * layer + 1).to(gl.pointer_type(gl.bfloat16))
-        # Keys and values that B needs first: their loads run while A computes.
+        # Keys and values that B needs first come to L2 while A computes.
         gl.inline_asm(PREFETCH, "l,r", [keys + cached + mine[3] * P.head_size, ahead], (), is_pure=False)
         gl.inline_asm(PREFETCH, "l,r", [values + cached + mine[3] * P.head_size, ahead], (), is_pure=False)
-        kv = load_cache_tokens(keys + cached, values + cached, mine[3], end, mine[5], P)
+        if P.early_cache:
+            kv = load_cache_tokens(keys + cached, values + cached, mine[3], end, mine[5], P)
         now = epoch + layer + 1
         codes, other = shared + (now & 1) * P.shared_bytes, shared + (1 - (now & 1)) * P.shared_bytes
         # A
@@ -431,7 +439,7 @@ def _step(
         if P.shared_codes:
             _share_normalized(base, x, codes, other, places, gain, (epoch + layer) & 255, now, flag, deadline, P)
             _stamp(trace, layer, 1, P)
-            _await(base, places, now, flag, deadline, P)
+            _await(base, places, now, flag, deadline, P, False)
         if my_qkv[1] > 0:
             if not P.shared_codes:
                 _normalize_and_quantize(base, x, gain, (epoch + layer) & 255, flag, deadline, P)
@@ -443,6 +451,10 @@ def _step(
                 write_qkv(base, place, qkv, keys, values, my_qkv, start, count, slots, tag, P)
                 barrier()
                 unit += 1
+        elif P.qkv.shared:
+            _acquire()
+        if not P.early_cache:
+            kv = load_cache_tokens(keys + cached, values + cached, mine[3], end, mine[5], P)
         _stamp(trace, layer, 3, P)
         # B
         _attention(base, kv, mine, qkv, keys, values, lengths, max_length, slots, parts, parts_m, attended, attended_m,
@@ -458,7 +470,7 @@ def _step(
             _share_attention(base, attended, attended_m, joined, codes + P.at_codes_a, other + P.at_codes_a,
                              places + 2 * P.batch, now, flag, deadline, P)  # fmt: skip
             _stamp(trace, layer, 6, P)
-            _await(base, places + 2 * P.batch, now, flag, deadline, P)
+            _await(base, places + 2 * P.batch, now, flag, deadline, P, False)
         if my_rows[1] > 0:
             if not P.o.shared:
                 _quantize_attention(base, attended, attended_m, joined, now, flag, deadline, P)
@@ -471,13 +483,15 @@ def _step(
                 add_to_residual(base, place, y, my_rows, start, count, tag, P, P.o)
                 barrier()
                 unit += 1
+        elif P.o.shared:
+            _acquire()
         # D
         _stamp(trace, layer, 8, P)
         if P.shared_codes:
             _share_normalized(base, y, codes + P.at_codes_y, other + P.at_codes_y, places + 4 * P.batch, gain, tag, now,
                               flag, deadline, P)  # fmt: skip
             _stamp(trace, layer, 9, P)
-            _await(base, places + 4 * P.batch, now, flag, deadline, P)
+            _await(base, places + 4 * P.batch, now, flag, deadline, P, False)
         else:
             _normalize_and_quantize(base, y, gain, tag, flag, deadline, P)
         _stamp(trace, layer, 10, P)
@@ -495,7 +509,7 @@ def _step(
             _share(base, hidden, codes + P.at_codes_h, other + P.at_codes_h, places + 6 * P.batch, tag, now, flag,
                    deadline, P, P.shape.d_ffn)  # fmt: skip
             _stamp(trace, layer, 12, P)
-            _await(base, places + 6 * P.batch, now, flag, deadline, P)
+            _await(base, places + 6 * P.batch, now, flag, deadline, P, False)
         if my_rows[1] > 0:
             if not P.down.shared:
                 _quantize(base, hidden, tag, flag, deadline, P, P.d_ffn)
@@ -507,6 +521,8 @@ def _step(
                 add_to_residual(base, place, x, my_rows, start, count, tag, P, P.down)
                 barrier()
                 unit += 1
+        elif P.down.shared:
+            _acquire()
         _stamp(trace, layer, 14, P)
     last = epoch + P.layers
     _stamp(trace, P.layers, 0, P)

@@ -27,9 +27,8 @@ DIRECT = 512  # tokens up to which the parts of a context need no phase to be jo
 MAX_BATCH = 16
 COLUMNS = 8  # tokens that one instruction multiplies
 SHARED_FROM = 7  # batches from this one on quantise each token once; measured at 1.5B, see Phase.shared
-SHARED_ATTENTION_FROM = 3  # the same for the result of attention only
-SHARED_DOWN_FROM = 99  # the same for the hidden vector
-ONE_PARTS = 2  # most parts of a context that the readers join for one token
+PARTLY_SHARED_FROM = 3  # the same for the result of attention and for the hidden vector only
+ONE_PARTS = 4  # most parts of a context that the readers join for one token
 SHARED_PARTS = 4  # most parts of a context that the program joins which quantises a token for all
 CODES_PADDING = 1024  # bytes behind each vector's codes: warps without a step left read there
 SHARED_BYTES = 232448  # the shared memory of a program on compute capability 9.0
@@ -128,9 +127,11 @@ class Plan:
         direct_parts: The largest number of parts of a context that the readers of attention's result join themselves.
             More parts need a phase of their own.
         shared_codes: Whether the codes of all matrices are shared (``Phase.shared``), and the final hidden states too.
-            Otherwise those of ``o`` and ``down`` may be.
+            Otherwise those of ``o`` and ``down`` may be: both, because the codes of one make the emptying of the others
+            visible, see ``tokens.share_codes``.
         warps: The number of warps of a program.
         direct_tokens: The number of tokens up to which a context has at most ``direct_parts`` parts.
+        early_cache: Whether keys and values go to registers before the product with q, k and v, and not after it.
         traced: Whether each program writes down when it reaches each of :data:`STAMPS`.
     """
 
@@ -155,6 +156,7 @@ class Plan:
     warps: int = WARPS
     direct_tokens: int = DIRECT
     traced: bool = False
+    early_cache: bool = False
 
     @property
     def missing_only(self) -> bool:
@@ -180,6 +182,11 @@ class Plan:
     def sum_slots(self) -> int:
         """Places for tokens in a row of partial sums."""
         return 1 if self.batch == 1 else COLUMNS * self.token_groups
+
+    @property
+    def sum_pitch(self) -> int:
+        """Words between two rows of partial sums; 4 more than a multiple of 8, against bank conflicts."""
+        return 1 if self.batch == 1 else self.sum_slots + 4
 
     @property
     def at_positions(self) -> int:
@@ -234,8 +241,8 @@ class Plan:
         return -(-columns // STEP) * STEP + 16
 
     def sums_bytes(self, f: Phase) -> int:
-        """Bytes of a tile's partial sums, int32 ``[16, sum_slots, groups]``."""
-        return 64 * f.groups * self.sum_slots
+        """Bytes of a tile's partial sums, int32 ``[groups, 16, sum_pitch]``; for one token ``[16, groups]``."""
+        return 64 * f.groups * self.sum_pitch
 
     def codes_bytes(self, columns: int) -> int:
         """Bytes of all tokens' codes of a vector in memory."""

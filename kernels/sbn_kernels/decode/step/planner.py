@@ -9,11 +9,10 @@ from sbn_kernels.decode.step.plan import (
     GROUP_HEADS,
     MERGE_SPLITS,
     ONE_PARTS,
+    PARTLY_SHARED_FROM,
     PHASES,
     ROW_DATA,
-    SHARED_ATTENTION_FROM,
     SHARED_BYTES,
-    SHARED_DOWN_FROM,
     SHARED_FROM,
     SHARED_PARTS,
     STEP,
@@ -76,8 +75,8 @@ def make_plan(
     shared = batch >= SHARED_FROM if shared_codes is None else shared_codes and batch >= 3
     if batch > COLUMNS and not shared:
         raise ValueError(f"the codes of {batch} tokens must be shared, because shared memory has no room for them")
-    shared_phases = {"o": shared or batch >= SHARED_ATTENTION_FROM, "down": shared or batch >= SHARED_DOWN_FROM}
-    direct_parts = min(SHARED_PARTS, splits) if shared_phases["o"] else ONE_PARTS if batch == 1 else 1
+    partly = shared or batch >= PARTLY_SHARED_FROM
+    direct_parts = min(SHARED_PARTS, splits) if partly else ONE_PARTS if batch == 1 else 1
     if splits < 2 * direct_parts:
         splits = direct_parts  # A phase that joins the parts takes longer than a few more parts save.
     for most_tiles in (16, 8, 4, 2, 1):
@@ -92,7 +91,7 @@ def make_plan(
             mine = tiles_at_most(all_tiles, programs)
             tiles = -(-mine // -(-mine // tiles))  # units of about the same size
             phases[name] = Phase(
-                columns, all_tiles, tiles, _split_k(steps, tiles, batch), shared_phases.get(name, shared)
+                columns, all_tiles, tiles, _split_k(steps, tiles, batch), partly if name in ("o", "down") else shared
             )
         units = s.layers * max(
             sum(-(-share(f.all_tiles, programs, i)[1] // f.tiles) for f in phases.values()) for i in range(programs)

@@ -70,6 +70,7 @@ def poll_words(
     deadline: str,
     missing_only: bool = True,
     name: str = "w",
+    also: tuple[list[str], list[str]] = ([], []),
 ) -> list[str]:
     """Reads groups of four words until all carry ``tag``.
 
@@ -82,6 +83,8 @@ def poll_words(
         missing_only: Read again only the groups that have not come. Polls of everybody for everything fill L2's
             bandwidth; but with many groups this takes more registers than there are.
         name: Prefix of labels and registers, unique within an asm block.
+        also: Loads of something else that is read in the same polls, and PTX that puts bits into ``{name}d`` as long as
+            something is missing.
     """
     if not missing_only:
         start = [f"mov.b32 {r}, {tag};" for _, predicate, regs in groups if predicate for r in regs]
@@ -92,7 +95,8 @@ def poll_words(
             loads += [f"{on}ld.relaxed.gpu.global.v4.b32 {{{','.join(regs)}}}, [{address}];"]
             for r in regs:
                 verdict += [f"xor.b32 {name}t, {r}, {tag}; or.b32 {name}d, {name}d, {name}t;"]
-        return start + _bounded(name, loads, [*verdict, f"and.b32 {name}d, {name}d, 0xff;"], flag, deadline)
+        verdict = [*verdict, f"and.b32 {name}d, {name}d, 0xff;", *also[1]]
+        return start + _bounded(name, loads + also[0], verdict, flag, deadline)
     start = [f"mov.b32 {r}, {tag};" for _, predicate, regs in groups if predicate for r in regs]
     start += [f".reg .b32 {name}t; .reg .pred {name}m;", *(f".reg .b32 {name}l{i};" for i in range(len(groups)))]
     start += [
@@ -109,7 +113,33 @@ def poll_words(
         for r in regs:
             verdict += [f"xor.b32 {name}t, {r}, {tag}; or.b32 {name}l{i}, {name}l{i}, {name}t;"]
         verdict += [f"and.b32 {name}l{i}, {name}l{i}, 0xff; or.b32 {name}d, {name}d, {name}l{i};"]
-    return start + _bounded(name, loads, verdict, flag, deadline)
+    return start + _bounded(name, loads + also[0], verdict + also[1], flag, deadline)
+
+
+@helper
+def read_pairs(
+    groups: Sequence[tuple[str, str | None, Sequence[str]]], epoch: str, name: str, missing: str
+) -> tuple[list[str], list[str], list[str]]:
+    """PTX of :func:`poll_pairs`: before its polls, in each poll, and then to see what is not there.
+
+    Args:
+        groups: As in :func:`poll_pairs`.
+        epoch: As in :func:`poll_pairs`.
+        name: As in :func:`poll_words`.
+        missing: The register that gets bits.
+    """
+    start = [f"mov.b32 {regs[k]}, {epoch};" for _, predicate, regs in groups if predicate for k in (1, 3)]
+    start += [f".reg .b64 {name}x, {name}y; .reg .b32 {name}t;"]
+    loads, verdict = [], []
+    for address, predicate, regs in groups:
+        on = f"@{predicate} " if predicate else ""
+        loads += [
+            f"{on}ld.relaxed.gpu.global.v2.b64 {{{name}x, {name}y}}, [{address}];",
+            f"{on}mov.b64 {{{regs[0]},{regs[1]}}}, {name}x; {on}mov.b64 {{{regs[2]},{regs[3]}}}, {name}y;",
+        ]
+        for k in (1, 3):
+            verdict += [f"xor.b32 {name}t, {regs[k]}, {epoch}; or.b32 {missing}, {missing}, {name}t;"]
+    return start, loads, verdict
 
 
 @helper
@@ -129,46 +159,35 @@ def poll_pairs(
         deadline: As in :func:`poll_words`.
         name: As in :func:`poll_words`.
     """
-    start = [f"mov.b32 {regs[k]}, {epoch};" for _, predicate, regs in groups if predicate for k in (1, 3)]
-    start += [f".reg .b64 {name}x, {name}y; .reg .b32 {name}t;"]
-    loads, verdict = [], [f"mov.b32 {name}d, 0;"]
-    for address, predicate, regs in groups:
-        on = f"@{predicate} " if predicate else ""
-        loads += [
-            f"{on}ld.relaxed.gpu.global.v2.b64 {{{name}x, {name}y}}, [{address}];",
-            f"{on}mov.b64 {{{regs[0]},{regs[1]}}}, {name}x; {on}mov.b64 {{{regs[2]},{regs[3]}}}, {name}y;",
-        ]
-        for k in (1, 3):
-            verdict += [f"xor.b32 {name}t, {regs[k]}, {epoch}; or.b32 {name}d, {name}d, {name}t;"]
-    return start + _bounded(name, loads, verdict, flag, deadline)
+    start, loads, verdict = read_pairs(groups, epoch, name, f"{name}d")
+    return start + _bounded(name, loads, [f"mov.b32 {name}d, 0;", *verdict], flag, deadline)
 
 
 @helper
-def smallest(registers: Sequence[str], name: str) -> list[str]:
-    """The smallest of the registers of a warp, as signed integers, in ``{name}m``; the same in every lane."""
-    return [
-        f"mov.b32 {name}m, {registers[0]};",
-        *(f"min.s32 {name}m, {name}m, {r};" for r in registers[1:]),
-        f"redux.sync.min.s32 {name}m, {name}m, 0xffffffff;",
-    ]
-
-
-@helper
-def verify_codes(registers: Sequence[str], loads: list[str], flag: str, deadline: str, name: str = "k") -> list[str]:
-    """Makes sure that loaded codes have come, and otherwise loads them again until they have.
+def begin_anew_without(smallest: str, count: str, again: str, flag: str, deadline: str) -> list[str]:
+    """Goes back to a label if a word of codes that a warp has read had not come.
 
     A word of four codes is written with one access. Before that its bytes are :data:`EMPTY`, which is less than any
     codes are. So a vector of codes needs no tag, and its writer no fence.
+
+    Args:
+        smallest: Register with the smallest word that this thread has read, as a signed integer.
+        count: Register that counts the attempts; 0 at first.
+        again: The label.
+        flag: Register with the address of the error flag. Once the flag is set, nobody goes back.
+        deadline: As in :func:`poll_words`.
     """
     empty = f"0x{EMPTY:02x}{EMPTY:02x}{EMPTY:02x}{EMPTY:02x}"
-    verdict = [*smallest(registers, name), f"setp.eq.s32 {name}q, {name}m, {empty}; selp.u32 {name}d, 1, 0, {name}q;"]
     return [
         "{",
-        f".reg .b32 {name}m; .reg .pred {name}q;",
-        *smallest(registers, name),
-        f"setp.ne.s32 {name}q, {name}m, {empty}; @{name}q bra {name}COME;",
-        *_bounded(name, loads, verdict, flag, deadline),
-        f"{name}COME:",
+        ".reg .b32 m; .reg .u64 now; .reg .pred q;",
+        f"redux.sync.min.s32 m, {smallest}, 0xffffffff; setp.ne.s32 q, m, {empty}; @q bra COME;",
+        f"add.u32 {count}, {count}, 1; and.b32 m, {count}, {POLLS_BEFORE_CHECK - 1};",
+        f"setp.ne.u32 q, m, 0; @q bra {again};",
+        f"ld.relaxed.gpu.global.u32 m, [{flag}]; setp.ne.u32 q, m, 0; @q bra COME;",
+        f"mov.u64 now, %globaltimer; setp.lt.u64 q, now, {deadline}; @q bra {again};",
+        f"st.relaxed.gpu.global.u32 [{flag}], {TIMED_OUT};",
+        "COME:",
         "}",
     ]
 

@@ -77,7 +77,8 @@ def _two_rows(base, place, count, j: gl.constexpr, P: gl.constexpr, F: gl.conste
     F1: gl.constexpr = gl.distributed_type(gl.float32, [32 * P.warps], V1)
     tile, h, token = _item(j, P)
     tile = gl.minimum(tile, count - 1)
-    sums = base + P.at_sums + 4 * F.groups * ((tile * 16 + h) * P.sum_slots + token)
+    ROW: gl.constexpr = 4 * (F.groups if P.batch == 1 else P.sum_pitch)
+    sums = base + P.at_sums + tile * (64 * F.groups * P.sum_pitch) + h * ROW + 4 * token
     statistics = base + (P.at_statistics if F.shared else P.at_small)
     rows = place + tile * F.tile_bytes + F.steps * 512 + 16 * h
     args = [sums, rows, statistics, gl.minimum(token, P.batch - 1)]

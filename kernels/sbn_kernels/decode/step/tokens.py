@@ -33,6 +33,7 @@ from sbn_kernels.decode.step.ptx import (
     pair_store,
     poll_pairs,
     poll_words,
+    read_pairs,
 )
 
 _KEPT = 40  # chunks that a thread keeps in registers; a longer vector is read twice, the second time from L2
@@ -301,9 +302,12 @@ def share_codes(p, values, norm):
 
     All warps quantise one token, and ``place`` gets the sum of the codes and the scale, as pairs with the epoch. The
     other programs wait for the pairs (:func:`await_tokens`) and then read the codes, which may still be on their way:
-    see ``ptx.verify_codes``. For that the place of the next layer's codes, ``other``, is emptied. All programs have
-    read the codes of the layer before from there, because those codes have led to the words that arrive here. The fence
-    makes the emptying of the phase before visible before the codes of this phase are. ``p`` is the plan of one token.
+    see ``ptx.begin_anew_without``. For that the place of the next layer's codes, ``other``, is emptied. All programs
+    have read the codes of the layer before from there, because those codes have led to the words that arrive here.
+
+    A reader must see that a place is empty. The fence makes the emptying of the phase before visible before the codes
+    of this phase are. A reader sees these codes, has a fence behind them, and reads the emptied place a layer later.
+    ``p`` is the plan of one token.
     """
 
     def asm(outs, ins):
@@ -383,12 +387,13 @@ def share_final(p):
 
 
 @gluon.constexpr_function
-def await_tokens(p):
+def await_tokens(p, acquire):
     """PTX: places of all tokens, epoch, statistics in shared memory, flag, deadline -> sums and scales of all tokens.
 
-    One thread waits for one token. After the barrier all threads of the program may read vectors that were written
-    before a fence.
+    One thread waits for one token. With ``acquire`` all threads of the program may afterwards read what was written
+    before the pairs. Codes do without, because a reader sees by their values whether they have come.
     """
+    fence = "fence.acq_rel.gpu;" if acquire else ""
 
     def asm(outs, ins):
         (places,), (epoch,), (statistics,), (flag,), (deadline,) = ins
@@ -396,7 +401,7 @@ def await_tokens(p):
         lines += [f"setp.ge.u32 in, tid, {p.batch}; @in bra DONE;"]
         lines += [f"mad.wide.u32 a, tid, 16, {places}; mad.lo.u32 sa, tid, 8, {statistics};"]
         lines += poll_pairs([("a", None, [f"m{k}" for k in range(4)])], epoch, flag, deadline)
-        return "\n".join([*lines, "fence.acq_rel.gpu; st.shared.v2.b32 [sa], {m0, m2};", "DONE:", "bar.sync 0;", "}"])
+        return "\n".join([*lines, fence, "st.shared.v2.b32 [sa], {m0, m2};", "DONE:", "bar.sync 0;", "}"])
 
     return assembly(asm)
 
@@ -449,7 +454,8 @@ def _join_parts(p, one, predicates, statistics, count, epoch, flag, deadline):
                 groups.append((f"src+{where}", on, [f"w{c}_{i}_{k}" for k in range(4)]))
                 where = 16 * p.batch * p.heads * i
                 pairs.append((f"st{c}+{where}", on, [f"m{c}_{i}_{k}" for k in range(4)]))
-        lines += poll_words(groups, "tag", flag, deadline) + poll_pairs(pairs, epoch, flag, deadline)
+        declare, loads, verdict = read_pairs(pairs, epoch, "v", "wd")
+        lines += [*declare, *poll_words(groups, "tag", flag, deadline, also=(loads, verdict))]
         for c in batch:
             lines += [f"mov.b32 f{i}, m{c}_{i}_0;" for i in parts]
             lines += ["mov.f32 M, f0;", *(f"max.f32 M, M, f{i};" for i in parts[1:]), "mov.f32 L, 0f00000000;"]
