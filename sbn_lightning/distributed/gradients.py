@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from sbn_kernels.runtime.sharing import begin_collectives, end_collectives
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.tensor import DTensor
@@ -74,6 +75,7 @@ class GradientScatter:
     def _send(self, gradient: Tensor, weight: nn.Parameter, cut: RowCut) -> None:
         if not self._waits_for_end:
             self._waits_for_end = True
+            begin_collectives()  # Kernels of the backward make room for them.
             Variable._execution_engine.queue_callback(self._finish)
         travelling = [sent for sent in self._sent if sent.whole is not None]
         size = sum(sent.whole.nbytes for sent in travelling if sent.whole is not None)
@@ -103,6 +105,7 @@ class GradientScatter:
 
     def _finish(self) -> None:
         self._waits_for_end = False
+        end_collectives()
         for sent in list(self._sent):
             if sent.whole is not None:
                 self._wait(sent)

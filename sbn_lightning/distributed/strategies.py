@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from inspect import signature
 from itertools import chain
@@ -21,6 +22,8 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from sbn_kernels.runtime.sharing import beside_collectives
+from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
@@ -120,6 +123,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._tensor_parallel_size = 1
         self._data_parallel_size = self.num_nodes * self.num_processes
+        _send_first()
         meet_afresh(self._timeout or TIMEOUT)
         super().setup_environment()
 
@@ -171,6 +175,7 @@ class ReplicatedStrategy(DDPStrategy):
 
     @override
     def setup_environment(self) -> None:
+        _send_first()
         meet_afresh(self._timeout or TIMEOUT)
         super().setup_environment()
 
@@ -178,6 +183,18 @@ class ReplicatedStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         stop_together(trainer)
         super().setup(trainer)
+
+    @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sends = isinstance(self.model, DistributedDataParallel) and self.model.require_backward_grad_sync
+        with beside_collectives() if sends and self.world_size > 1 else nullcontext():
+            result: Tensor = super().backward(closure_loss, *args, **kwargs)
+            return result
+
+
+def _send_first() -> None:
+    """Let NCCL's kernels start before others that wait for the GPU. NCCL must not be there yet."""
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
 
 
 StrategyRegistry.register(

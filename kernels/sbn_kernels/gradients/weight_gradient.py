@@ -27,6 +27,7 @@ from sbn_kernels.runtime.capability import Needs, multiprocessors, place, requir
 from sbn_kernels.runtime.descriptors import descriptor
 from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
+from sbn_kernels.runtime.sharing import programs
 
 NEEDS = Needs("weight_gradient", only=(9, 0), gluon=True)
 
@@ -142,7 +143,7 @@ def _hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, lau
     chunk, stages = launch_shape(tile, y.element_size())
     half = _ROWS // 2
     _kernel()(
-        (min(processors, units), 1, 1),
+        (programs(processors, units, per_split), 1, 1),
         (padded_to(scale, _ROWS),),
         (steps, per_split, row_tiles, column_tiles, whole, units, _BAND),
         (tile, chunk, stages),

@@ -26,6 +26,7 @@ from sbn_kernels.runtime.capability import Needs, multiprocessors, require
 from sbn_kernels.runtime.descriptors import descriptor
 from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
+from sbn_kernels.runtime.sharing import programs
 
 SPARSE_NEEDS = Needs("sparse_gemm", only=(9, 0), gluon=True)
 DENSE_NEEDS = Needs("ternary_gemm", only=(9, 0), gluon=True)
@@ -126,7 +127,7 @@ def _hopper_gemm(
     scale = padded_to(scale, tile)
     of_rows = [scale if vector is None else padded_to(vector, PANEL) for vector in (row_scale, bias)]
     _kernel()(
-        (min(processors, token_tiles * panels), 1, 1),
+        (programs(processors, token_tiles * panels, k_steps), 1, 1),
         (scale, *of_rows),
         (k_steps, token_tiles, panels, _BAND, 0),
         (tile, chunk, stages, sparse, row_scale is not None, bias is not None),
