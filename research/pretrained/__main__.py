@@ -238,6 +238,7 @@ def main() -> None:
     train.add_argument("--corpus", default="data/pretrained")
     train.add_argument("--output", default="results/pretrained")
     train.add_argument("--seconds", type=float, default=math.inf)
+    train.add_argument("--until", type=float, help="in place of --seconds: a time, in seconds since 1970")
     train.add_argument("--workers", type=int, default=1, help="processes that work in the folder")
     train.add_argument("--tokens", type=int, help="tokens of a long trial; default: what the time allows")
     train.add_argument("--short_tokens", type=int, default=SHORT)
@@ -324,7 +325,9 @@ def main() -> None:
         chosen = [Trial(**values) for values in json.loads(Path(args.trials).read_text(encoding="utf-8"))]
     if chosen is not None and args.only is not None:
         chosen = [trial for trial in chosen if any(text in trial.name for text in args.only)]
-    work(setting, args.seconds, args.workers, args.short_tokens, args.tokens, chosen, args.later)
+    # Imports may have taken a while, so a time is safer than a number of seconds.
+    seconds = args.seconds if args.until is None else args.until - time.time()
+    work(setting, seconds, args.workers, args.short_tokens, args.tokens, chosen, args.later)
 
 
 if __name__ == "__main__":

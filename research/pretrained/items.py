@@ -28,9 +28,12 @@ from tokenizers import Tokenizer
 
 from sbn_lightning.core.files import write_text
 
-NAME = re.compile(r"\b[A-Za-z_][A-Za-z_0-9]{9,}\b")
+# Ten characters or more, and more than one word: read_lines or LineReader, but not Foundation or __init__.
+NAME = re.compile(r"\b(?!__)(?=\w*[a-z0-9](?:_|[A-Z]))[A-Za-z_][A-Za-z_0-9]{9,}\b")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 CHOICES = 4
+# The most questions about one document. There is less English text than code.
+PER_DOCUMENT = {"names": 3, "code": 3, "english": 10}
 # The number of characters and lines before a question.
 CONTEXT, LINES, SENTENCES = 700, 12, 3
 
@@ -74,7 +77,7 @@ def make_items(documents: dict[str, Sequence[str]], count: int = 200, seed: int 
 
 
 def _names(documents: Sequence[str]) -> Iterator[Item]:
-    """Yield at most three items of each document: the second occurrence of a name, not far after the first one."""
+    """Yield some items of each document: the second occurrence of a name, not far after the first one."""
     of_document = [set(NAME.findall(text)) for text in documents]
     documents_with = Counter(name for names in of_document for name in names)
     for text in documents:
@@ -84,7 +87,12 @@ def _names(documents: Sequence[str]) -> Iterator[Item]:
             name, place = match.group(), match.start()
             again = name in seen
             first = seen.setdefault(name, place)
-            if not again or documents_with[name] > 1 or place - first > CONTEXT - 100 or len(items) == 3:
+            if (
+                not again
+                or documents_with[name] > 1
+                or place - first > CONTEXT - 100
+                or len(items) == PER_DOCUMENT["names"]
+            ):
                 continue
             start = text.find("\n", max(0, place - CONTEXT)) + 1
             if start <= first:
@@ -97,8 +105,9 @@ def _names(documents: Sequence[str]) -> Iterator[Item]:
 
 def _next_lines(text: str, rng: random.Random) -> Iterator[Item]:
     lines = text.splitlines(keepends=True)
-    places = [i for i in range(LINES, len(lines)) if 20 <= len(lines[i].strip()) <= 100]
-    for place in rng.sample(places, min(3, len(places))):
+    # Half of the characters are letters, so that tables of numbers are left out.
+    places = [i for i in range(LINES, len(lines)) if 20 <= len(lines[i].strip()) <= 100 and _letters(lines[i]) >= 0.5]
+    for place in rng.sample(places, min(PER_DOCUMENT["code"], len(places))):
         far = [i for i in places if abs(i - place) > 2 * LINES and lines[i].strip() != lines[place].strip()]
         if len(far) >= CHOICES - 1:
             # The same indentation for all choices, so that it gives nothing away.
@@ -108,10 +117,16 @@ def _next_lines(text: str, rng: random.Random) -> Iterator[Item]:
             yield _mixed("".join(lines[place - LINES : place]), line.rstrip() + "\n", wrong, rng)
 
 
+def _letters(line: str) -> float:
+    """Return the share of letters in a line that is not empty."""
+    text = line.strip()
+    return sum(map(str.isalpha, text)) / len(text)
+
+
 def _next_sentences(text: str, rng: random.Random) -> Iterator[Item]:
     sentences = [" ".join(part.split()) for part in SENTENCE.split(text)]
     places = [i for i in range(SENTENCES, len(sentences)) if 40 <= len(sentences[i]) <= 250]
-    for place in rng.sample(places, min(3, len(places))):
+    for place in rng.sample(places, min(PER_DOCUMENT["english"], len(places))):
         far = [i for i in places if abs(i - place) > SENTENCES and sentences[i] != sentences[place]]
         if len(far) >= CHOICES - 1:
             context = " ".join(sentences[place - SENTENCES : place])[-CONTEXT:]
