@@ -29,11 +29,14 @@ from lightning.pytorch.plugins.precision.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.backends.selection import BACKENDS, BackendName, Choice, choose, table
+from sbn_lightning.callbacks.base import is_compiled
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.masked_linear import prepare_layers
 from sbn_lightning.layers.sparse_linear import SparseBitLinear, ternary_layers
 
 ComputeDtype = Literal["bf16", "fp32"]
@@ -183,16 +186,23 @@ class SparseTernaryPrecision(Precision):
     def forward_context(self) -> Generator[None, None, None]:
         """Set autocast, draw seeds, and give a backend to layers that are new or have moved to another device."""
         layers = []
+        ready: list[SparseBitLinear] = []
         for model in self._models:
             module, known = model.module(), model.ternary_layers()
             if module is not None and (model.device is None or (known and known[0].weight.device != model.device)):
                 self._install(model, module)
                 known = model.ternary_layers()
+            if module is not None and _weights_stay_in_a_pass(module):
+                ready += _prepared_for_a_graph(module, known)
             layers += known
         if self.gradients != "bf16" and torch.is_grad_enabled() and layers:
             self._draw_seeds(layers)
-        with torch.autocast(self._device_type, torch.bfloat16, enabled=self.dtype == "bf16"):
-            yield
+        try:
+            with torch.autocast(self._device_type, torch.bfloat16, enabled=self.dtype == "bf16"):
+                yield
+        finally:
+            for layer in ready:
+                layer.owner_prepares = False
 
     @override
     def convert_input(self, data: Any) -> Any:
@@ -253,6 +263,29 @@ class SparseTernaryPrecision(Precision):
     def optimizer_step(self, optimizer: Any, model: nn.Module | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         given = {} if model is None else {"model": model}
         return _hooks(model).optimizer_step(self, optimizer, **given, **kwargs)
+
+
+def _weights_stay_in_a_pass(module: nn.Module) -> bool:
+    """Whether no optimiser can change weights inside a forward context.
+
+    A Trainer's context holds one step of the user, who steps the optimiser in it under manual optimisation. Fabric's
+    context holds one forward.
+    """
+    return getattr(module, "automatic_optimization", True) is True
+
+
+def _prepared_for_a_graph(module: nn.Module, layers: list[SparseBitLinear]) -> list[SparseBitLinear]:
+    """Prepare the layers of a compiled model that has no owner for them, and return those that were prepared.
+
+    A compiled graph cannot ask whether a weight has changed, so it would prepare each weight in every micro-batch.
+    """
+    mine = [layer for layer in layers if not layer.owner_prepares]
+    if not mine or any(isinstance(layer._weight(), DTensor) for layer in mine) or not is_compiled(module):
+        return []
+    prepare_layers(module)
+    for layer in mine:
+        layer.owner_prepares = True
+    return mine
 
 
 def _token_ids(batch: Any) -> int:

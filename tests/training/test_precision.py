@@ -345,3 +345,34 @@ def test_level_times_are_settled_by_a_fixed_order(samples, best, level):
         name, why = decide(order)
         assert name == best
         assert ("level within the noise" in why) == level
+
+
+def test_layers_of_a_compiled_foreign_model_are_prepared_before_the_graph_and_once_a_step():
+    losses = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(SparseBitLinear(8, 8, pattern="2:4"), SparseBitLinear(8, 8, pattern="2:4"))
+        plugin = SparseTernaryPrecision("reference", dtype="fp32")
+        plugin.convert_module(model)
+        if compiled:
+            model.compile(backend="aot_eager", fullgraph=True)
+        optimizer, x = torch.optim.SGD(model.parameters(), lr=0.5), torch.randn(4, 8)
+        losses[compiled] = []
+        for _ in range(3):
+            made = []
+            for _ in range(2):
+                with plugin.forward_context():
+                    assert model[0].owner_prepares is compiled
+                    loss = model(x).square().mean()
+                loss.backward()
+                made.append(id(model[0]._prepared))
+            assert made[0] == made[1]
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[compiled].append(float(loss.detach()))
+        assert not model[0].owner_prepares
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True][0] > losses[True][2]
+    model.automatic_optimization = False  # as in a LightningModule that steps its optimiser itself
+    with plugin.forward_context():
+        assert not model[0].owner_prepares

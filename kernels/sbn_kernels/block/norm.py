@@ -1,0 +1,271 @@
+"""RMSNorm with the sum before it and the quantisation after it, and its backward with the sum after it.
+
+A compiler fuses these, too, but reads a row once for each of its three loops (mean square, maximum, codes), and takes
+two to five times as long. Here a row stays in registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sbn_kernels.common.buffers import empty_tokens, empty_vector
+from sbn_kernels.common.checks import FLOAT_DTYPES, check_scale, refuse_gradients
+from sbn_kernels.common.maxima import larger
+from sbn_kernels.common.token_codes import largest, token_codes, token_scale
+from sbn_kernels.runtime.capability import Needs, interpreting, multiprocessors, require
+from sbn_kernels.runtime.launch import Launcher
+from sbn_kernels.runtime.ops import kernel_fake, kernel_op
+from sbn_kernels.swiglu.triton import blocks
+
+MAX_FEATURES = 16384
+NEEDS = Needs("norm", least=(0, 0), interpreter=True)
+
+
+@triton.jit
+def _sum(x_row, residual_row, h_row, features, START: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    """BLOCK columns of ``x``, or of ``x + residual``, which is rounded and stored."""
+    column = START + tl.arange(0, BLOCK)
+    inside = column < features
+    x = tl.load(x_row + column, mask=inside, other=0.0)
+    if ADD:
+        total = x.to(tl.float32) + tl.load(residual_row + column, mask=inside, other=0.0).to(tl.float32)
+        x = total.to(h_row.dtype.element_ty)
+        tl.store(h_row + column, x, mask=inside)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _normed(x, rstd, weight_pointer, features, like, START: tl.constexpr, BLOCK: tl.constexpr):
+    """x * rstd * weight; the weight is rounded to the dtype of the tokens."""
+    column = START + tl.arange(0, BLOCK)
+    weight = tl.load(weight_pointer + column, mask=column < features, other=0.0)
+    return x * rstd * weight.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _store_codes(
+    q_row, x, scale, inverse, features,
+    BITS: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    column = START + tl.arange(0, BLOCK)
+    tl.store(q_row + column, token_codes(x, scale, inverse, BITS, FUSED), mask=column < features)
+
+
+@triton.jit
+def _reduce(x, BITS: tl.constexpr):
+    """The number that the scale is computed from: max|x| for 8 bits, sum|x| for 4."""
+    return largest(x, 0, True) if BITS == 8 else tl.sum(tl.abs(x), axis=0, keep_dims=True)
+
+
+@triton.jit
+def norm_quantize_kernel(
+    x_pointer, residual_pointer, h_pointer, weight_pointer, q_pointer, scale_pointer, rstd_pointer,
+    features, x_stride, residual_stride, q_stride, eps_bits,
+    ADD: tl.constexpr, BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """One row a program. ``eps_bits`` are the bits of eps as a float32."""
+    row = tl.program_id(0).to(tl.int64)
+    x_row, residual_row = x_pointer + row * x_stride, residual_pointer + row * residual_stride
+    h_row, q_row = h_pointer + row * features, q_pointer + row * q_stride
+    main = _sum(x_row, residual_row, h_row, features, 0, MAIN, ADD)
+    squares = tl.sum(main * main, axis=0, keep_dims=True)
+    if TAIL > 0:
+        tail = _sum(x_row, residual_row, h_row, features, MAIN, TAIL, ADD)
+        squares += tl.sum(tail * tail, axis=0, keep_dims=True)
+    eps = tl.full([1], 0, tl.int32) + eps_bits
+    rstd = 1.0 / tl.sqrt(squares / features + eps.to(tl.float32, bitcast=True))
+    main = _normed(main, rstd, weight_pointer, features, x_pointer, 0, MAIN)
+    reduced = _reduce(main, BITS)
+    if TAIL > 0:
+        tail = _normed(tail, rstd, weight_pointer, features, x_pointer, MAIN, TAIL)
+        reduced = larger(reduced, _reduce(tail, BITS)) if BITS == 8 else reduced + _reduce(tail, BITS)
+    scale = token_scale(reduced, features, BITS)
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    _store_codes(q_row, main, scale, inverse, features, BITS, 0, MAIN, FUSED)
+    if TAIL > 0:
+        _store_codes(q_row, tail, scale, inverse, features, BITS, MAIN, TAIL, FUSED)
+    tl.store(scale_pointer + row + tl.arange(0, 1), scale)
+    tl.store(rstd_pointer + row + tl.arange(0, 1), rstd)
+
+
+@triton.jit
+def _backward_inputs(dy_row, h_row, weight_pointer, rstd, features, START: tl.constexpr, BLOCK: tl.constexpr):
+    """dy, the normed row without the weight, and dy * weight, of BLOCK columns."""
+    column = START + tl.arange(0, BLOCK)
+    inside = column < features
+    dy = tl.load(dy_row + column, mask=inside, other=0.0).to(tl.float32)
+    normed = tl.load(h_row + column, mask=inside, other=0.0).to(tl.float32) * rstd
+    weight = tl.load(weight_pointer + column, mask=inside, other=0.0)
+    return dy, normed, dy * weight.to(h_row.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _store_dx(dx_row, dh_row, scaled, normed, mean, rstd, features, START: tl.constexpr, BLOCK: tl.constexpr):
+    column = START + tl.arange(0, BLOCK)
+    inside = column < features
+    dh = tl.load(dh_row + column, mask=inside, other=0.0).to(tl.float32)
+    dx = rstd * (scaled - normed * mean) + dh
+    tl.store(dx_row + column, dx.to(dx_row.dtype.element_ty), mask=inside)
+
+
+# Not specialised: numbers that vary from call to call and that no vector of loads depends on.
+@triton.jit(do_not_specialize=["rows"])
+def norm_backward_kernel(
+    dy_pointer, h_pointer, dh_pointer, weight_pointer, rstd_pointer, dx_pointer, part_pointer,
+    rows, features, dy_stride, h_stride, dh_stride, MAIN: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Every so many rows a program; each program writes its part of the weight's gradient."""
+    d_main = tl.zeros([MAIN], tl.float32)
+    if TAIL > 0:
+        d_tail = tl.zeros([TAIL], tl.float32)
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.full([], 0, tl.int64) + index
+        dy_row, h_row, dh_row = dy_pointer + row * dy_stride, h_pointer + row * h_stride, dh_pointer + row * dh_stride
+        dx_row = dx_pointer + row * features
+        rstd = tl.load(rstd_pointer + row)
+        dy, normed, scaled = _backward_inputs(dy_row, h_row, weight_pointer, rstd, features, 0, MAIN)
+        d_main += dy * normed
+        mean = tl.sum(scaled * normed, axis=0)
+        if TAIL > 0:
+            dy, tail_normed, tail_scaled = _backward_inputs(dy_row, h_row, weight_pointer, rstd, features, MAIN, TAIL)
+            d_tail += dy * tail_normed
+            mean += tl.sum(tail_scaled * tail_normed, axis=0)
+        mean = mean / features
+        _store_dx(dx_row, dh_row, scaled, normed, mean, rstd, features, 0, MAIN)
+        if TAIL > 0:
+            _store_dx(dx_row, dh_row, tail_scaled, tail_normed, mean, rstd, features, MAIN, TAIL)
+    part = part_pointer + tl.program_id(0).to(tl.int64) * features
+    column = tl.arange(0, MAIN)
+    tl.store(part + column, d_main, mask=column < features)
+    if TAIL > 0:
+        column = MAIN + tl.arange(0, TAIL)
+        tl.store(part + column, d_tail, mask=column < features)
+
+
+_quantize = Launcher(norm_quantize_kernel, enable_fp_fusion=True)
+_backward = Launcher(norm_backward_kernel, enable_fp_fusion=True)
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _empty(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, features = x.shape
+    h = torch.empty((0, features) if residual is None else x.shape, dtype=x.dtype, device=x.device)
+    return h, empty_tokens(rows, features, x.device), empty_vector(rows, x.device), empty_vector(rows, x.device)
+
+
+@kernel_op("norm_quantize")
+def _norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    require(NEEDS, x)
+    x = _with_rows(x)
+    h, q, scale, rstd = outputs = _empty(x, residual)
+    other = x if residual is None else _with_rows(residual)
+    if len(x):
+        features = x.shape[1]
+        main, tail = blocks(features)
+        eps_bits = int(torch.tensor(eps, dtype=torch.float32).view(torch.int32))
+        numbers = (features, x.stride(0), other.stride(0), q.stride(0), eps_bits)
+        constants = (residual is not None, bits, main, tail, not interpreting())
+        warps = min(8, max(1, main // 512))
+        _quantize((len(x), 1, 1), (x, other, h, weight, q, scale, rstd), numbers, constants, warps)
+    return outputs
+
+
+@kernel_fake("norm_quantize")
+def _(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty(x, residual)
+
+
+@kernel_op("norm_backward")
+def _norm_backward(dy: Tensor, h: Tensor, dh: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    require(NEEDS, dy)
+    dy, h, dh = _with_rows(dy), _with_rows(h), _with_rows(dh)
+    rows, features = h.shape
+    dx = torch.empty((rows, features), dtype=h.dtype, device=h.device)
+    if rows == 0:
+        return dx, torch.zeros(features, dtype=torch.float32, device=h.device)
+    programs = min(rows, 4 * multiprocessors(h.device.index)) if h.is_cuda else min(rows, 2)
+    parts = torch.empty((programs, features), dtype=torch.float32, device=h.device)
+    main, tail = blocks(features)
+    numbers = (rows, features, dy.stride(0), h.stride(0), dh.stride(0))
+    warps = min(8, max(1, main // 256))
+    _backward((programs, 1, 1), (dy, h, dh, weight, rstd, dx, parts), numbers, (main, tail), warps)
+    return dx, parts.sum(0)
+
+
+@kernel_fake("norm_backward")
+def _(dy: Tensor, h: Tensor, dh: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(h.shape, dtype=h.dtype, device=h.device),
+        torch.empty(h.shape[1], dtype=torch.float32, device=h.device),
+    )
+
+
+def _check(weight: Tensor, *rows: Tensor) -> None:
+    refuse_gradients(weight, *rows)
+    first = rows[0]
+    if first.dim() != 2 or not 0 < first.shape[1] <= MAX_FEATURES or first.dtype not in FLOAT_DTYPES:
+        shape = list(first.shape)
+        raise ValueError(f"rows must be floats [tokens, features], features 1 to {MAX_FEATURES}, not {shape}")
+    if any(other.shape != first.shape for other in rows) or weight.shape != first.shape[1:]:
+        raise ValueError(f"rows and weight must fit [tokens, features] = {list(first.shape)}")
+
+
+def norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int = 8
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Adds the residual, and quantises the RMSNorm of the sum.
+
+    Args:
+        x: ``[tokens, features]``; float32, bfloat16 or float16; at most 16,384 features.
+        residual: The same shape and dtype; None: nothing is added.
+        weight: The weight of the norm, ``[features]``; rounded to the dtype of ``x`` first.
+        eps: What is added to the mean square.
+        bits: 8 or 4.
+
+    Returns:
+        The sum in the dtype of ``x``, which is empty without a residual; int8 codes, and their scales, float32
+        ``[tokens]``, as ``quantize_tokens`` returns them; and one over the root of the mean square, float32
+        ``[tokens]``.
+
+    Raises:
+        ValueError: If shapes, the dtype or the number of bits do not fit.
+        UnsupportedError: If there is no GPU.
+    """
+    _check(weight, x, *(() if residual is None else (residual,)))
+    if bits not in (8, 4):
+        raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+    h, q, scale, rstd = torch.ops.sbn_kernels.norm_quantize(x, residual, weight, eps, bits)
+    return h, q, scale, rstd
+
+
+def norm_backward(dy: Tensor, h: Tensor, dh: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the gradients of RMSNorm's input and weight, and adds the input's gradient from elsewhere.
+
+    Args:
+        dy: The gradient of the norm's result, ``[tokens, features]``.
+        h: The input of the norm.
+        dh: The gradient of ``h`` from elsewhere, as of a residual.
+        weight: The weight of the norm, ``[features]``.
+        rstd: What ``norm_quantize`` returned, float32 ``[tokens]``.
+
+    Returns:
+        The gradient of ``h`` in its dtype, and that of ``weight``, float32.
+
+    Raises:
+        ValueError: If shapes do not fit.
+        UnsupportedError: If there is no GPU.
+    """
+    _check(weight, h, dy, dh)
+    check_scale("rstd", rstd, h.shape[0])
+    dx, dweight = torch.ops.sbn_kernels.norm_backward(dy, h, dh, weight, rstd)
+    return dx, dweight
