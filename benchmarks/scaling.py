@@ -13,7 +13,8 @@ the bytes of one all-reduce over its time. Each run has processes of its own, on
 (2:4, blocks compiled), the precision plugin, clipping and a fused AdamW, as in a recipe, on random tokens. ``fsdp2
 packed`` sends packed weights between GPUs once a step, ``fsdp2 layer`` for each block, ``fsdp2 latent`` latent weights.
 ``ddp`` is the strategy ``sbn_ddp``, and ``ddp bfloat16`` sums its gradients in bfloat16, as the rows of FSDP2 do. ``ddp
-lightning`` is Lightning's own strategy.
+lightning`` is Lightning's own strategy. Names that end in ``waiting`` are to compare: persistent kernels start one
+program for each multiprocessor, though collectives occupy some.
 Names with ``bf16`` train the dense model in bfloat16, names with ``float8`` on torchao's float8 tensor cores, under
 FSDP2 with its float8 all-gather. Every GPU gets as many tokens as the single GPU, so ``scaling`` is the tokens a second
 of all GPUs over those of one GPU times their number. ``scaling`` is empty if there is no run on one GPU. ``same_masks``
@@ -46,6 +47,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from processes import Ranks, wait_for_turn
+from sbn_kernels.runtime import sharing
 from step_profile import summary, timeline
 from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -62,6 +64,8 @@ WARM_STEPS = 3
 STRATEGIES = ("one", "bf16 one", "float8 one", "fsdp2 packed", "ddp", "bf16 fsdp2", "bf16 ddp", "float8 fsdp2")
 STRATEGIES += ("ddp bfloat16", "float8 ddp", "fsdp2 layer", "fsdp2 latent", "ddp lightning")
 GATHERS = {"fsdp2 packed": "packed_step", "fsdp2 layer": "packed_layer"}  # every other model has its weights gathered
+WAITING = " waiting"  # Kernels do not make room for collectives.
+STRATEGIES += tuple(name + WAITING for name in ("fsdp2 packed", "ddp", "ddp bfloat16"))
 MICRO_BATCHES = (2, 1, 8)  # of a step, with --all
 # Shape -> sequences of a micro-batch of one GPU, micro-batches of a step: 32,768 tokens, as in training_step.py.
 BATCHES = {"qwen2.5-1.5b": (8, 2), "qwen2.5-3b": (4, 4), "qwen2.5-0.5b": (8, 2)}
@@ -95,8 +99,8 @@ class Clock(Callback):
     def __init__(self, say: Say, steps: int, profile: bool) -> None:
         self.say = say
         self.steps = steps
-        # The steps at the end that are not timed. The one after the report compiles again.
-        self.more = 3 if profile else 1
+        # The steps at the end that are not timed. The one after the report compiles again, and two are profiled.
+        self.more = 4 if profile else 1
         self.events: list[torch.cuda.Event] = []
         self.found: dict[str, Any] = {}
         self.profiler: torch.profiler.profile | None = None
@@ -106,9 +110,7 @@ class Clock(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # type: ignore[override]
         if trainer.global_step == self.steps and not self.found:
             self.report(trainer, pl_module)
-        if trainer.global_step == self.steps + 1 and self.more == 3 and self.profiler is None:
-            torch.cuda.synchronize()
-            trainer.strategy.barrier()
+        if trainer.global_step == self.steps + 1 and self.more == 4 and self.profiler is None:
             self.profiler = torch.profiler.profile()
             self.profiler.start()
         if trainer.global_step == self.steps + self.more - 1 and self.wire is None:
@@ -122,12 +124,16 @@ class Clock(Callback):
             if len(self.events) == 1 and trainer.is_global_zero:
                 torch.cuda.synchronize()  # in a warm-up step, so that the timed steps do not wait
                 self.say("first step done")
-        if trainer.global_step == self.steps + 2 and self.profiler is not None and self.wire is None:
+        if trainer.global_step == self.steps + 3 and self.profiler is not None and self.wire is None:
             torch.cuda.synchronize()
             self.profiler.stop()
             if trainer.is_global_zero:
-                self.say(summary(self.profiler.key_averages()))
+                self.say(summary(self.profiler.key_averages(), steps=2))
                 self.say(timeline(self.profiler.events()))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.say("training starts")
 
     def report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what the timed steps took."""
@@ -163,8 +169,8 @@ def strategy_of(name: str, devices: int) -> Any:
     if name == "ddp lightning":
         return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
     if "ddp" in name:
-        return ReplicatedStrategy("bfloat16" if name == "ddp bfloat16" else "float32")
-    return ShardedStrategy("bfloat16", gather=GATHERS.get(name, "latent"))  # type: ignore[arg-type]
+        return ReplicatedStrategy("bfloat16" if "bfloat16" in name else "float32")
+    return ShardedStrategy("bfloat16", gather=GATHERS.get(name.removesuffix(WAITING), "latent"))  # type: ignore[arg-type]
 
 
 class Dense(SparseBitNet):
@@ -201,6 +207,8 @@ class Dense(SparseBitNet):
 def run(shape: str, strategy: str, devices: int, args: argparse.Namespace) -> None:
     """Runs one process of one run, to the last step."""
     torch.set_float32_matmul_precision("high")
+    if strategy.endswith(WAITING):
+        sharing.LEAST_TILES = 2**30
     dense = strategy.startswith(("bf16", "float8"))
     linear = "dense" if dense else "ternary"
     config = TransformerConfig.preset(shape, max_sequence_length=LENGTH, pattern="2:4", linear=linear)
@@ -224,6 +232,8 @@ def run(shape: str, strategy: str, devices: int, args: argparse.Namespace) -> No
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, logger=False,
     )  # fmt: skip
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        clock.say("model made")
     trainer.fit(module, DataLoader(tokens, batch_size=args.sequences, pin_memory=True))  # type: ignore[arg-type]
 
 

@@ -9,18 +9,24 @@ from typing import Any
 
 import torch
 
+APART = 50  # Milliseconds between the optimiser's kernels of two steps, at least.
 LONG_GAP = 0.1  # Milliseconds in which the GPU does nothing that are worth a line.
 
 Span = tuple[float, float]
 
 
-def summary(events: Any) -> str:
-    """A table of the kernels and of the host's calls that took most of one step."""
+def summary(events: Any, steps: int = 1) -> str:
+    """A table of the kernels and of the host's calls that took most of a step.
+
+    Args:
+        events: The sums of a profiler by name, ``profiler.key_averages()``.
+        steps: The number of steps that were profiled.
+    """
     events = [event for event in events if not getattr(event, "is_user_annotation", False)]  # They contain kernels.
     kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(event.self_device_time_total for event in kernels) / 1e3
-    sent = sum(event.self_device_time_total for event in kernels if "nccl" in event.key.lower()) / 1e3
-    host = sum(event.self_cpu_time_total for event in events) / 1e3
+    busy = sum(event.self_device_time_total for event in kernels) / 1e3 / steps
+    sent = sum(event.self_device_time_total for event in kernels if "nccl" in event.key.lower()) / 1e3 / steps
+    host = sum(event.self_cpu_time_total for event in events) / 1e3 / steps
     lines = [f"one step: kernels {busy:.1f} ms, {sent:.1f} ms of them collectives; host {host:.1f} ms while profiled"]
     for told, chosen, time_of in (
         ("kernels", kernels, lambda event: event.self_device_time_total),
@@ -28,12 +34,15 @@ def summary(events: Any) -> str:
     ):
         lines.append(f"  {told}: ms, calls, name")
         for event in sorted(chosen, key=time_of, reverse=True)[:25]:
-            lines.append(f"  {time_of(event) / 1e3:9.2f} {event.count:6d}  {event.key[:100]}")
+            lines.append(f"  {time_of(event) / 1e3 / steps:9.2f} {event.count // steps:6d}  {event.key[:100]}")
     return "\n".join(lines)
 
 
 def timeline(events: Any) -> str:
-    """How computing and collectives lie beside each other in one step, and when the GPU did nothing.
+    """How computing and collectives lie beside each other in a step, and when the GPU did nothing.
+
+    If several steps were profiled, the last one is told: from the end of the optimiser's kernels before to the end of
+    its own. At the beginning of a profile the GPU waits for the host, as it does not in training.
 
     Args:
         events: The single events of a profiler, ``profiler.events()``.
@@ -46,6 +55,10 @@ def timeline(events: Any) -> str:
     seen = sorted(one for one in seen if not one[2].startswith(("nccl:", "Optimizer.", "DistributedData")))
     if not seen:
         return "no kernels were seen"
+    ends = [end for _, end, name in seen if "FusedAdam" in name]
+    last_of_steps = [a for a, b in pairwise([*ends, float("inf")]) if b - a > APART]
+    if len(last_of_steps) > 1:
+        seen = [one for one in seen if last_of_steps[-2] <= one[0] and one[1] <= last_of_steps[-1]]
     sent = _union([(start, end) for start, end, name in seen if "nccl" in name.lower()])
     computed = _union([(start, end) for start, end, name in seen if "nccl" not in name.lower()])
     busy = _union([*sent, *computed])
