@@ -48,15 +48,19 @@ class GatedFunction(torch.autograd.Function):
         seed_last: Tensor,
         dtype: torch.dtype,
         saved_gates: bool,
+        x8: Tensor | None,
+        scale: Tensor | None,
     ) -> Tensor:
         """Computes ``[tokens, out]`` in ``dtype``.
 
         ``x`` is ``[tokens, in]``. Each of the two layers brings its latent weight, for the gradient; the fields of its
         :class:`~sbn_lightning.backends.integer.KernelWeight`; the mask of its gradient (None lets all weights have
         gradients); the bits of a quantised token; and a seed. ``dtype`` is that of gates and ups, too. With
-        ``saved_gates`` these are saved as int8 codes.
+        ``saved_gates`` these are saved as int8 codes. ``x8`` and ``scale`` are the quantised tokens if they exist
+        already.
         """
-        x8, scale = quantize(x, bits_first)
+        if x8 is None or scale is None:
+            x8, scale = quantize(x, bits_first)
         form = registry.product(kernel_first).form
         gates = multiply(x8, scale, codes_first, row_scale_first, packed_first, form, kernel_first, dtype)
         code_scale = None
@@ -99,4 +103,4 @@ class GatedFunction(torch.autograd.Function):
             d_first = kernels.weight_gradient(rounded.channels, rounded.channel_scale, tokens_t, first_dtype)
         d_first = d_first if d_first is None or mask is None else d_first * mask
         d_last = d_last if d_last is None or last_mask is None else d_last * last_mask
-        return dx, d_first, d_last, *[None] * 20
+        return dx, d_first, d_last, *[None] * 22

@@ -75,10 +75,11 @@ class KernelBackend:
     Attributes:
         seed: int64 ``[1]`` on the layer's device. int8 gradients need a new seed for each pass.
         takes_pairs: ``linear`` takes gates and ups in two tensors, too.
+        takes_quantized: ``linear`` takes the codes of tokens that are quantised already.
     """
 
     seed: Tensor | None = None
-    takes_pairs = True
+    takes_pairs = takes_quantized = True
 
     def __init__(self, kernel: str, *, gradients: Gradients = "bf16", saved_gates: bool = False) -> None:
         self.kernel = kernel
@@ -194,8 +195,13 @@ class KernelBackend:
         activation_bits: int | None,
         swiglu: bool | Tensor = False,
         dtype: torch.dtype | None = None,
+        quantized: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Multiplies, as :meth:`Backend.linear` says; ``swiglu`` may also be the ups, and ``x`` the gates alone."""
+        """Multiplies, as :meth:`Backend.linear` says; ``swiglu`` may also be the ups, and ``x`` the gates alone.
+
+        ``quantized`` are the codes of ``x``, int8 ``[tokens, in]``, and their scales. Then the values of ``x`` are not
+        read.
+        """
         rounds = self.gradients != "bf16"
         if rounds and self.seed is None and torch.is_grad_enabled():
             raise ValueError(f'gradients="{self.gradients}" need a seed: set backend.seed before each pass')
@@ -205,8 +211,8 @@ class KernelBackend:
         if fused and (latent.shape[1] > MAX_FEATURES or dtype != x.dtype):
             x = apply_swiglu(x) if up is None else F.silu(x) * up
             fused, up = False, None
-        x8 = scale = None
-        if not fused and not torch.compiler.is_compiling():
+        x8, scale = quantized or (None, None)
+        if quantized is None and not fused and not torch.compiler.is_compiling():
             x8, scale = quantized_once(x, activation_bits, sk.quantize_tokens)  # type: ignore[arg-type]
         # Reshaped outside the function: autograd forbids an in-place change of a view that a function returns, and an
         # activation after the layer may work in place.
@@ -219,8 +225,9 @@ class KernelBackend:
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def gated(
-        self, x: Tensor, first: tuple[Any, ...], last: tuple[Any, ...], backend: KernelBackend, dtype: torch.dtype
-    ) -> Tensor | None:
+        self, x: Tensor, first: tuple[Any, ...], last: tuple[Any, ...], backend: KernelBackend, dtype: torch.dtype,
+        quantized: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """Computes both layers around a SwiGLU: ``last(silu(gate) * up)`` with ``gate, up = first(x)``.
 
         This backend is that of the first layer. Joined, the backward of the SwiGLU finds the maxima that the first
@@ -232,6 +239,7 @@ class KernelBackend:
             last: The same for the last layer.
             backend: The backend of the last layer.
             dtype: The dtype of the results.
+            quantized: The codes of ``x`` and their scales, if they exist already.
 
         Returns:
             ``[..., out]``; None if the two have to run one after the other.
@@ -244,6 +252,7 @@ class KernelBackend:
         y: Tensor = GatedFunction.apply(
             x.reshape(-1, x.shape[-1]), first[0], last[0],
             *first[1], *first[2:], self.seed, *last[1], *last[2:], backend.seed, dtype, backend.saved_gates,
+            *(quantized or (None, None)),
         )  # fmt: skip
         return y.reshape(*x.shape[:-1], y.shape[-1])
 

@@ -19,22 +19,28 @@ def is_hooked(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
-def swiglu_between(first: nn.Module, last: nn.Module, x: Tensor) -> Tensor:
+def swiglu_between(
+    first: nn.Module, last: nn.Module, x: Tensor, quantized: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Compute ``last(silu(gate) * up)`` with ``gate, up = first(x)``, side by side in one tensor.
 
     Args:
         first: The layer that makes gates and ups.
         last: The layer after the SwiGLU, which takes ``swiglu=True``.
         x: The tokens, ``[..., features]``.
+        quantized: The codes of the tokens and their scales, if the first layer's backend takes them.
 
     Returns:
         ``[..., features]``.
     """
-    y = _joined(first, last, x)
-    return last(first(x), swiglu=True) if y is None else y
+    y = _joined(first, last, x, quantized)
+    if y is None:
+        given = {} if quantized is None else {"quantized": quantized}
+        y = last(first(x, **given), swiglu=True)
+    return y
 
 
-def _joined(first: nn.Module, last: nn.Module, x: Tensor) -> Tensor | None:
+def _joined(first: nn.Module, last: nn.Module, x: Tensor, quantized: tuple[Tensor, Tensor] | None) -> Tensor | None:
     """The result in one step; None if the layers cannot be joined."""
     if type(first) is not SparseBitLinear or type(last) is not SparseBitLinear or not x.is_floating_point():
         return None
@@ -46,5 +52,5 @@ def _joined(first: nn.Module, last: nn.Module, x: Tensor) -> Tensor | None:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
-        y: Tensor | None = join(x, first.for_gradients(), last.for_gradients(), last.backend, dtype)
+        y: Tensor | None = join(x, first.for_gradients(), last.for_gradients(), last.backend, dtype, quantized)
         return y if y is None or last.bias is None else y + last.bias.to(y.dtype)

@@ -224,13 +224,15 @@ class MaskedLinear(SavedMask):
         """Bring all derived values up to date. Nothing is computed if the weight has not changed."""
         self._sync_mask()
 
-    def forward(self, input: Tensor, swiglu: bool = False) -> Tensor:
+    def forward(self, input: Tensor, swiglu: bool = False, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Multiply tokens with the sparse weight, and add the bias.
 
         Args:
             input: The tokens, ``[..., in_features]``; with ``swiglu`` gate and up side by side,
                 ``[..., 2 in_features]``.
             swiglu: Whether the layer first computes ``silu(gate) * up``, which gives its tokens.
+            quantized: The int8 codes of the tokens and their scales, if somebody has made them already and the
+                layer's backend has ``takes_quantized``.
 
         Returns:
             ``[..., out_features]``, in the dtype of ``input``, or in autocast's dtype where autocast is on.
@@ -243,10 +245,12 @@ class MaskedLinear(SavedMask):
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         with torch.autocast(device, enabled=False):
-            y = self._multiply(input, swiglu, dtype)
+            y = self._multiply(input, swiglu, dtype, quantized)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _multiply(self, x: Tensor, swiglu: bool, dtype: torch.dtype) -> Tensor:
+    def _multiply(
+        self, x: Tensor, swiglu: bool, dtype: torch.dtype, quantized: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Compute the forward without the bias, in ``dtype``."""
         raise NotImplementedError
 

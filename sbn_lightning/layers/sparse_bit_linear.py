@@ -211,7 +211,9 @@ class SparseBitLinear(MaskedLinear):
         """Whether only a share of the rounding takes effect."""
         return self._rounding is not None
 
-    def _multiply(self, x: Tensor, swiglu: bool, dtype: torch.dtype) -> Tensor:
+    def _multiply(
+        self, x: Tensor, swiglu: bool, dtype: torch.dtype, quantized: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         prepared, mask_bits = self.operands()
         gradient_mask = self._gradient_mask(mask_bits)
         bits = self.activation_bits
@@ -225,7 +227,8 @@ class SparseBitLinear(MaskedLinear):
             x = x.to(dtype)
         # Tokens are quantised in the precision that they come in, because rounding them to bfloat16 first would double
         # the error. Only the product has the dtype of autocast.
-        return self._backend.linear(x, self.weight, prepared, gradient_mask, bits, swiglu, dtype)
+        given = {} if quantized is None else {"quantized": quantized}
+        return self._backend.linear(x, self.weight, prepared, gradient_mask, bits, swiglu, dtype, **given)
 
     def _mask_scores(self) -> Tensor:
         return self._for_backend(None if self.sparsity.mask_source == "latent" else self._dense_codes())

@@ -50,7 +50,9 @@ class SparseLinear(MaskedLinear):
     def effective_weight(self) -> Tensor:
         return self.values()
 
-    def _multiply(self, x: Tensor, swiglu: bool, dtype: torch.dtype) -> Tensor:
+    def _multiply(
+        self, x: Tensor, swiglu: bool, dtype: torch.dtype, quantized: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         x = x.to(dtype)
         if swiglu:
             x = apply_swiglu(x)

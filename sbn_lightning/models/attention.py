@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sbn_lightning.backends.blocks import can_turn, turned_heads
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.linear import make_linear
 from sbn_lightning.models.norm import RMSNorm
@@ -89,8 +90,29 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps) for size in sizes)
         self.sub_norm = RMSNorm(width, config.norm_eps) if config.sub_norms else None
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal_attention) -> Tensor:
-        q, k, v = self.qkv(x_BTD).split(self.splits, -1)
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend = causal_attention,
+        quantized: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Compute the layer; ``quantized`` are the codes of the tokens and their scales, if they exist already."""
+        qkv = self.qkv(x_BTD) if quantized is None else self.qkv(x_BTD, quantized=quantized)
+        q, k, v = self._heads(qkv, cos, sin)
+        y_BHTE = attend(q, k, v) if self.window is None else attend(q, k, v, self.window)
+        y_BTD = y_BHTE.transpose(1, 2).flatten(2)
+        if self.sub_norm is not None:
+            y_BTD = self.sub_norm(y_BTD)
+        out: Tensor = self.o(y_BTD)
+        return out
+
+    def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """The queries, keys and values of all heads, queries and keys rotated by position, ``[B, heads, T, E]``."""
+        if self.qk_norm is None and self.has_positions and can_turn(qkv, cos):
+            return turned_heads(qkv, cos, sin, self.splits, self.head_size)
+        q, k, v = qkv.split(self.splits, -1)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in (q, k, v))
@@ -98,9 +120,4 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.has_positions:
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        y_BHTE = attend(q, k, v) if self.window is None else attend(q, k, v, self.window)
-        y_BTD = y_BHTE.transpose(1, 2).flatten(2)
-        if self.sub_norm is not None:
-            y_BTD = self.sub_norm(y_BTD)
-        out: Tensor = self.o(y_BTD)
-        return out
+        return q, k, v

@@ -36,10 +36,13 @@ class GatedMLP(nn.Module):
         self.down = make_linear(config, config.d_ffn, (config.d_model,), bias=config.mlp_bias)
         self.sub_norm = RMSNorm(config.d_ffn, config.norm_eps) if config.sub_norms else None
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Compute the layer; ``quantized`` are the codes of the tokens and their scales, if they exist already."""
         if self.activation == "silu" and self.sub_norm is None and isinstance(self.down, MaskedLinear):
-            return swiglu_between(self.gate_up, self.down, x_BTD)  # The backend may fuse SwiGLU with its neighbours.
-        hidden = GATES[self.activation](self.gate_up(x_BTD))
+            # The backend may fuse SwiGLU with its neighbours.
+            return swiglu_between(self.gate_up, self.down, x_BTD, quantized)
+        given = {} if quantized is None else {"quantized": quantized}
+        hidden = GATES[self.activation](self.gate_up(x_BTD, **given))
         out: Tensor = self.down(hidden if self.sub_norm is None else self.sub_norm(hidden))
         return out
 

@@ -23,11 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from sbn_lightning.backends.blocks import Normed, can_join, norm_and_quantize
 from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.gated import is_hooked
 from sbn_lightning.layers.mask_tracker import weights_are_trusted
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers, weights_stay
-from sbn_lightning.layers.sparse_bit_linear import ternary_layers
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
 from sbn_lightning.models.attention import Attend, Attention, causal_attention
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.linear import apply_rules
@@ -66,14 +68,28 @@ class Block(nn.Module):
         if self.post_norm:
             x_BTD = x_BTD + self.attention_norm(self.attention(x_BTD, cos, sin, attend))
             return x_BTD + self.mlp_norm(self._mlp(x_BTD))
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, attend)
-        return x_BTD + self._mlp(self.mlp_norm(x_BTD))
+        first = _normed(self.attention_norm, x_BTD, None, self.attention.qkv)
+        given = {} if first.quantized is None else {"quantized": first.quantized}
+        a_BTD = self.attention(first.tokens, cos, sin, attend, **given)
+        # Recomputation would save the tokens, whose values nobody reads once they are quantised.
+        layer = None if self.recompute_mlp else getattr(self.mlp, "gate_up", None)
+        second = _normed(self.mlp_norm, first.residual, a_BTD, layer)
+        return second.residual + self._mlp(second.tokens, second.quantized)
 
-    def _mlp(self, x_BTD: Tensor) -> Tensor:
+    def _mlp(self, x_BTD: Tensor, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if self.recompute_mlp and self.training and torch.is_grad_enabled():
             return _checkpoint(self.mlp, x_BTD)
-        y_BTD: Tensor = self.mlp(x_BTD)
+        y_BTD: Tensor = self.mlp(x_BTD) if quantized is None else self.mlp(x_BTD, quantized)
         return y_BTD
+
+
+def _normed(norm: RMSNorm, x: Tensor, residual: Tensor | None, layer: nn.Module | None) -> Normed:
+    """Add the residual, and norm the sum; also quantise it where a kernel does all of it for the layer after."""
+    plain = type(layer) is SparseBitLinear and not layer.is_partly_rounded and not is_hooked(norm)
+    if plain and can_join(x, layer.backend, layer.activation_bits, norm):
+        return norm_and_quantize(x, residual, norm, layer.activation_bits)
+    h = x if residual is None else x + residual
+    return Normed(h, norm(h), None)
 
 
 _QUANTIZING_OPS = ("sbn_kernels.quantize_tokens.default", "sbn_kernels.swiglu_quantize.default")

@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from sbn_kernels.block import norm, rope
 from sbn_kernels.decode import head
 from sbn_kernels.decode import triton as decode
 from sbn_kernels.exchange import device as exchange
@@ -72,6 +73,12 @@ def spilled_bytes(compiled, folder: Path) -> int:
 
 NO_PREPARE = dict.fromkeys(("GIVEN", "KEEP", "OLD", "BITS", "CODES", "STATS"), False)
 TILE = {"R": 64, "C": 128}
+BLOCK_TYPES = {
+    "part_pointer": "*fp32",
+    **dict.fromkeys(("residual_pointer", "h_pointer", "dy_pointer", "dh_pointer", "dx_pointer"), "*bf16"),
+    **dict.fromkeys(("dq_pointer", "dk_pointer", "dv_pointer"), "*bf16"),
+    **dict.fromkeys(("weight_pointer", "rstd_pointer", "cos_pointer", "sin_pointer"), "*fp32"),
+}
 PLAIN = {
     "quantize rows": (quantize.quantize_rows_kernel, {"BITS": 8, "ROWS": 1, "BLOCK": 4096, "FUSED": True}, {}, 8),
     "quantize a column": (  # Triton turns an argument of 1 into a constant
@@ -106,6 +113,15 @@ PLAIN = {
         {"code_pointer": "*i8"},
         8,
     ),
+    "norm and quantise": (
+        norm.norm_quantize_kernel,
+        {"ADD": True, "BITS": 8, "MAIN": 4096, "TAIL": 2048, "FUSED": True},
+        BLOCK_TYPES,
+        8,
+    ),
+    "norm backward": (norm.norm_backward_kernel, {"MAIN": 1024, "TAIL": 512}, BLOCK_TYPES, 4),
+    "wide norm backward": (norm.norm_backward_kernel, {"MAIN": 4096, "TAIL": 0}, BLOCK_TYPES, 8),
+    "rotary backward": (rope.rope_backward_kernel, {"HALF": 64, "R": 8}, BLOCK_TYPES, 4),
     "row sums": (prepare_kernels.row_sums_kernel, {"MASKED": True, "BLOCK": 4096}, {}, 4),
     "gamma": (prepare_kernels.gamma_kernel, {"KEPT": True, "GIVEN": False, "BLOCK": 1024}, {}, 8),
     "mask": (

@@ -5,6 +5,9 @@ import torch
 from sbn_kernels.block import norm_backward, norm_quantize, rope_backward
 from sbn_kernels.block.reference import norm_backward_reference, norm_quantize_reference, rope_backward_reference
 
+from sbn_lightning.backends.blocks import norm_and_quantize, turned_heads
+from sbn_lightning.models.rope import apply_rope
+
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 
@@ -66,3 +69,27 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         rope_backward(d, d, d, torch.ones(2, 4), torch.ones(2, 4))
     with pytest.raises(ValueError, match="do not fit"):
         rope_backward(d, d[..., :2], d[..., :2], torch.ones(3, 4), torch.ones(3, 4))
+
+
+def test_the_functions_of_a_block_have_the_gradients_of_plain_pytorch() -> None:
+    """A norm with the residual on both sides, and heads that are turned by position."""
+    norm = torch.nn.RMSNorm(16, 1e-6)
+    angles = torch.randn(5, 2)
+    tables = angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), 1)
+    found = []
+    inputs = [torch.randn(2, 5, 16, requires_grad=True) for _ in range(2)] + [norm.weight]
+    for by_kernels in (True, False):
+        for residual in (None, inputs[1]):
+            if by_kernels:
+                h, y, (codes, scale) = norm_and_quantize(inputs[0], residual, norm, 8)
+                torch.testing.assert_close(codes * scale[:, None], y.detach().flatten(0, 1), rtol=0, atol=0.02)
+                heads = turned_heads(y, *tables, (8, 4, 4), 4)
+            else:
+                h = inputs[0] if residual is None else inputs[0] + residual
+                q, k, v = (x.unflatten(-1, (-1, 4)).transpose(1, 2) for x in norm(h).split((8, 4, 4), -1))
+                heads = apply_rope(q, *tables), apply_rope(k, *tables), v
+            loss = (h.sin().sum() + sum((head.sin() * (i + 1)).sum() for i, head in enumerate(heads))).square()
+            gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+            found.append([g for g in (*heads, *gradients) if g is not None])
+    for ours, expected in zip(found[0] + found[1], found[2] + found[3], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
