@@ -1,7 +1,7 @@
 """The study of sizes: train its models, measure how fast steps are, and write the report.
 
     python -m research.sizes corpus --output data/sizes
-    python -m research.sizes work --corpus data/sizes --output results/sizes --round sweep --seconds 600
+    python -m research.sizes work --corpus data/sizes --output results/sizes --seconds 600 --workers 6
     python -m research.sizes bench --corpus data/sizes
     python -m research.sizes report results/sizes/results.jsonl
 
@@ -20,16 +20,21 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from research.sizes.rates import AT_15M, best_rates, is_complete, resolve
+from research.sizes.rounds import ROUNDS
 from research.sizes.train import FILE, STATE, Setting, Training, append_row, read_rows
-from research.sizes.trials import PARAMETERS, ROUNDS, Trial, learning_rate, tokens_of
+from research.sizes.trials import Trial, tokens_of
 
 SUFFIXES = [".py", ".md", ".rst", ".txt"]
 OVERHEAD = 12.0  # seconds of a trial besides its steps
-# Tokens a second of one process that shares a GPU, until rows say more.
-GUESS = 1.2e13  # times 1 / parameters
+PATIENCE = 150.0  # seconds that a worker waits for the sweep of learning rates
+# About the tokens a second of an H200 for each size, until rows say more.
+ALONE = {"2M": 12e6, "5M": 6e6, "9M": 4e6, "15M": 3.1e6, "31M": 1.5e6, "63M": 0.8e6, "150M": 0.35e6}
+Row = dict[str, Any]
 
 
 def make_corpus(output: str, folders: Sequence[str], max_bytes: str | None) -> None:
@@ -65,52 +70,67 @@ def read_setting(args: argparse.Namespace) -> Setting:
     )  # fmt: skip
 
 
-def work(setting: Setting, trials: Sequence[Trial], seconds: float) -> None:
-    """Do one trial after the other until the time is up.
+def work(setting: Setting, trials: Sequence[Trial], seconds: float, workers: int = 1) -> None:
+    """Do one trial after the other until the time is up or nothing is left that fits.
+
+    Trials whose learning rate comes from the rule wait until the sweep is done, or for :data:`PATIENCE` seconds.
 
     Args:
         setting: What all trials share.
         trials: The trials, the most valuable first.
         seconds: The number of seconds until a running trial is saved.
+        workers: The number of processes on this GPU, for an estimate of the time of a trial.
     """
-    deadline = time.monotonic() + seconds
-    for trial in trials:
-        if time.monotonic() > deadline:
+    begun = time.monotonic()
+    left_out: set[str] = set()
+    while time.monotonic() < begun + seconds:
+        rows = read_rows(setting.output / FILE)
+        known = all(trial.lr for trial in trials) or is_complete(rows) or time.monotonic() > begun + PATIENCE
+        ready = [resolve(trial, best_rates(rows)) for trial in trials if trial.lr or known]
+        done = {row["name"] for row in rows} | left_out
+        if any(
+            _try(trial, setting, begun + seconds, rows, workers, left_out) for trial in ready if trial.name not in done
+        ):
+            continue
+        if known:
             return
-        _try(trial, setting, deadline)
+        time.sleep(1.0)
 
 
-def _try(trial: Trial, setting: Setting, deadline: float) -> None:
-    """Do a trial unless it is done, somebody else does it, or it does not fit. A failure does not end the others."""
-    if trial.name in {row["name"] for row in read_rows(setting.output / FILE)}:
-        return
+def _try(
+    trial: Trial, setting: Setting, deadline: float, rows: Sequence[Row], workers: int, left_out: set[str]
+) -> bool:
+    """Do a trial unless somebody else does it or it does not fit. Return whether the time was spent.
+
+    A failure does not end the others. The trial is left out from then on.
+    """
+    started = (setting.output / "states" / trial.name / STATE).is_file()
+    if not started and deadline - time.monotonic() < OVERHEAD + trial.tokens / speed(trial, rows, workers):
+        return False
     with _claim(setting.output / "claims" / trial.name) as mine:
-        rows = read_rows(setting.output / FILE)  # Another process may have ended the trial just now.
-        started = (setting.output / "states" / trial.name / STATE).is_file()
-        left = deadline - time.monotonic()
-        if not mine or trial.name in {row["name"] for row in rows}:
-            return
-        if not started and left < OVERHEAD + trial.tokens / speed(trial, rows):
-            return
+        # Another process may have ended the trial just now.
+        if not mine or trial.name in {row["name"] for row in read_rows(setting.output / FILE)}:
+            return False
         since = time.monotonic()
         try:
-            done = Training(trial, setting).run(deadline)
-            said = "done" if done else "saved"
-            print(f"{time.strftime('%H:%M:%S')} {trial.name} {said}, {time.monotonic() - since:.0f} s", flush=True)
-        except Exception:  # The other trials are worth having.
-            print(f"{trial.name} failed", flush=True)
+            said = "done" if Training(trial, setting).run(deadline) else "saved"
+        except Exception:
             traceback.print_exc()
+            left_out.add(trial.name)
+            said = "failed"
+        print(f"{time.strftime('%H:%M:%S')} {trial.name} {said}, {time.monotonic() - since:.0f} s", flush=True)
         gc.collect()
         torch.compiler.reset()
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
+    return True
 
 
-def speed(trial: Trial, rows: Sequence[dict[str, object]]) -> float:
+def speed(trial: Trial, rows: Sequence[Row], workers: int) -> float:
     """Return about how many tokens a second a trial will have, from trials of its size that are done."""
-    found = sorted(float(row["tokens_per_second"]) for row in rows if row["trial"]["size"] == trial.size)  # type: ignore[arg-type, index]
+    found = sorted(row["tokens_per_second"] for row in rows if row["trial"]["size"] == trial.size)
     found = [value for value in found if value > 0]
-    return found[len(found) // 2] if found else GUESS / PARAMETERS[trial.size]
+    return float(found[len(found) // 2]) if found else ALONE[trial.size] / workers
 
 
 @contextmanager
@@ -153,7 +173,7 @@ def bench(setting: Setting, seconds: float, steps: int) -> None:
         since = time.monotonic()
         label = f"{size} {family} {pattern} gradients {gradients} graphs {graphs} backend {backend}"
         try:
-            trial = Trial(size, family, pattern, tokens_of(size, 20), learning_rate(size, family))  # type: ignore[arg-type]
+            trial = Trial(size, family, pattern, tokens_of(size, 20), AT_15M[family])  # type: ignore[arg-type, index]
             training = Training(trial, setting)
             training.advance(10)
             warm = time.monotonic() - since
@@ -191,10 +211,11 @@ def main() -> None:
         command.add_argument("--length", type=int, default=512)
         command.add_argument("--batch", type=int, default=64)
         command.add_argument("--gradients", default="bf16")
-        command.add_argument("--backend", default="auto")
+        command.add_argument("--backend", help="of ternary layers; default: sparse for 2:4, else int8")
         command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
         command.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    commands.choices["work"].add_argument("--round", nargs="+", choices=list(ROUNDS), default=["sweep"])
+    commands.choices["work"].add_argument("--round", nargs="+", choices=list(ROUNDS), default=["main"])
+    commands.choices["work"].add_argument("--workers", type=int, default=1, help="the processes on this GPU")
     commands.choices["work"].add_argument("--names", nargs="*", help="the trials to do; default: all of the round")
     commands.choices["work"].add_argument("--shrink_tokens", type=int, default=1, help="for a trial run: less tokens")
     commands.choices["bench"].add_argument("--steps", type=int, default=60)
@@ -223,7 +244,7 @@ def main() -> None:
     wanted = [one for name in args.round for one in ROUNDS[name]]
     chosen = [one for one in wanted if args.names is None or one.name in args.names]
     chosen = [replace(one, tokens=one.tokens // args.shrink_tokens) for one in chosen]
-    work(setting, chosen, args.seconds)
+    work(setting, chosen, args.seconds, args.workers)
 
 
 if __name__ == "__main__":

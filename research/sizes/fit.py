@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from research.sizes.trials import PARAMETERS, SIZES, learning_rate
+from research.sizes.rates import best_rates, learning_rate
+from research.sizes.trials import PARAMETERS, SIZES, Family
 
 Row = dict[str, Any]
 Array = NDArray[np.float64]
@@ -82,7 +83,8 @@ def family_and_way(row: Row) -> tuple[str, str]:
     """Return the family of a row, and its way: the pattern, with the masked decay and the variant."""
     trial = row["trial"]
     decay = " with masked decay" if trial["shrink"] else ""
-    return trial["family"], trial["pattern"] + decay + (f", {trial['variant']}" if trial["variant"] else "")
+    variant = f", {trial['variant']}" if trial["variant"] else ""
+    return trial["family"], trial["pattern"] + decay + variant
 
 
 def tokens_each(row: Row) -> float:
@@ -90,18 +92,19 @@ def tokens_each(row: Row) -> float:
     return round(2 * row["tokens"] / PARAMETERS[row["trial"]["size"]]) / 2
 
 
-def by_the_rule(row: Row) -> bool:
+def by_the_rule(row: Row, best: dict[Family, float]) -> bool:
     """Whether a row has the learning rate of the rule and no variant."""
     trial = row["trial"]
-    return trial["lr"] == learning_rate(trial["size"], trial["family"]) and not trial["variant"]
+    return trial["lr"] == learning_rate(trial["size"], trial["family"], best) and not trial["variant"]
 
 
 def gaps(rows: Sequence[Row], family: str, way: str) -> list[Gap]:
     """Return the gaps of a family and a way, the smallest size first."""
     dense: dict[tuple[str, float, int], float] = {}
     sparse: dict[tuple[str, float, int], float] = {}
+    best = best_rates(rows)
     for row in rows:
-        if not by_the_rule(row) or row["trial"]["family"] != family:
+        if not by_the_rule(row, best) or row["trial"]["family"] != family:
             continue
         place = row["trial"]["size"], tokens_each(row), row["trial"]["seed"]
         if family_and_way(row)[1] == "8:8":

@@ -14,7 +14,9 @@ import numpy as np
 from research.reproduce.noise import t_factor
 from research.reproduce.tables import change, number, table
 from research.sizes.fit import Gap, Row, by_the_rule, deviation, family_and_way, fit, gaps, tokens_each
-from research.sizes.trials import PARAMETERS, SIZES, VARIANT_TOKENS, learning_rate
+from research.sizes.rates import EACH, best_rates, learning_rate
+from research.sizes.rounds import VARIANTS_AT
+from research.sizes.trials import PARAMETERS, SIZES, tokens_of
 
 # The part of a page from this line on is written by `report`.
 MARK = "<!-- From here on, this page is written by python -m research.sizes report. -->"
@@ -50,7 +52,7 @@ def report(rows: Sequence[Row]) -> str:
         fit_table(rows),
         "## Learning rates",
         rate_table(rows),
-        "## Other ideas at 15M",
+        f"## Other ideas at {VARIANTS_AT[0]}",
         variant_table(rows),
         "## Losses",
         loss_table(rows),
@@ -121,7 +123,7 @@ def rate_table(rows: Sequence[Row]) -> str:
     for (size, family, pattern, each), losses in sorted(found.items(), key=lambda item: PARAMETERS[item[0][0]]):
         if len(losses) < 2:
             continue
-        rule = learning_rate(size, family)  # type: ignore[arg-type]
+        rule = learning_rate(size, family, best_rates(rows))  # type: ignore[arg-type]
         text = ", ".join(
             f"{lr:g}: {fmean(values):.4f}" + (" (rule)" if lr == rule else "") for lr, values in sorted(losses.items())
         )
@@ -132,17 +134,18 @@ def rate_table(rows: Sequence[Row]) -> str:
 
 def variant_table(rows: Sequence[Row]) -> str:
     """Return the other ideas, each against the same training without the idea, with the noise of one seed's loss."""
-    at = [row for row in rows if row["trial"]["size"] == "15M" and row["tokens"] == VARIANT_TOKENS]
+    size, each = VARIANTS_AT
+    at = [row for row in rows if row["trial"]["size"] == size and row["trial"]["tokens"] == tokens_of(size, each)]
     cells: dict[tuple[str, str, float], list[float]] = defaultdict(list)
     for row in at:
-        cells[(*family_and_way(row), row["trial"]["lr"])].append(row["loss"])
+        cells[(*family_and_way(row), row["trial"]["lr"] * row["trial"]["scale"])].append(row["loss"])
     freedom = sum(len(losses) - 1 for losses in cells.values())
     squares = sum(sum((loss - fmean(losses)) ** 2 for loss in losses) for losses in cells.values())
     noise = math.sqrt(squares / freedom) if freedom else None
     lines = []
     for (family, way, lr), losses in sorted(cells.items()):
         pattern, _, variant = way.partition(", ")
-        rule = learning_rate("15M", family)  # type: ignore[arg-type]
+        rule = learning_rate(size, family, best_rates(rows))  # type: ignore[arg-type]
         base = cells.get((family, pattern, rule))
         line = [family, pattern, variant or "baseline", f"{lr:g}", str(len(losses)), f"{fmean(losses):.4f}"]
         if base is None or (not variant and lr == rule):
@@ -153,15 +156,25 @@ def variant_table(rows: Sequence[Row]) -> str:
         said = "noise not known" if error is None else "within noise" if abs(difference) <= error else (
             "better" if difference < 0 else "worse")  # fmt: skip
         lines.append([*line, f"{difference:+.4f}" + ("" if error is None else f" ±{error:.4f}"), said])
-    header = ("family", "pattern", "idea", "learning rate", "seeds", "loss", "against the baseline", "verdict")
+    header = (
+        "family",
+        "pattern",
+        "idea",
+        "learning rate of matrices",
+        "seeds",
+        "loss",
+        "against the baseline",
+        "verdict",
+    )
     return table(header, lines) if lines else "Not run."
 
 
 def loss_table(rows: Sequence[Row]) -> str:
     """Return the mean loss of every cell with the rule's learning rate."""
     cells: dict[tuple[str, float, str, str], list[Row]] = defaultdict(list)
+    best = best_rates(rows)
     for row in rows:
-        if by_the_rule(row):
+        if by_the_rule(row, best):
             cells[(row["trial"]["size"], tokens_each(row), *family_and_way(row))].append(row)
     lines = []
     for (size, each, family, way), found in sorted(
@@ -191,9 +204,11 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     for family, axis in zip(FAMILIES, axes, strict=False):
         for way in WAYS:
             places = gaps(rows, family, way)
-            usual = [place for place in places if place.each == 20]
+            usual = [place for place in places if place.each == EACH]
             _bars(axis, [PARAMETERS[p.size] for p in usual], usual, _noise(places), colours[way], way, styles[family])
-        axis.set(xscale="log", xlabel="parameters, 20 tokens each", ylabel="loss minus dense (nats)", title=family)
+        axis.set(
+            xscale="log", xlabel=f"parameters, {EACH:g} tokens each", ylabel="loss minus dense (nats)", title=family
+        )
     most = max(SIZES, key=lambda size: len({tokens_each(row) for row in rows if row["trial"]["size"] == size}))
     for family in FAMILIES:
         for way in ("2:4", "2:4 with masked decay"):

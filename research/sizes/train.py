@@ -54,7 +54,8 @@ class Setting:
         compile: Whether blocks are compiled.
         graphs: Whether forward and backward are replayed as CUDA graphs.
         gradients: How gradients are rounded; an option of :class:`SparseTernaryPrecision`.
-        backend: The backend of ternary layers; an option of :class:`SparseTernaryPrecision`.
+        backend: The backend of ternary layers, an option of :class:`SparseTernaryPrecision`. None takes sparse tensor
+            cores for 2:4 and dense ones for other patterns: nothing is measured while other processes run.
     """
 
     train: Tensor
@@ -68,7 +69,7 @@ class Setting:
     compile: bool = True
     graphs: bool = True
     gradients: str = "bf16"
-    backend: str = "auto"
+    backend: str | None = None
 
     @property
     def tokens_of_step(self) -> int:
@@ -98,7 +99,7 @@ class Training:
                 layer.backend = EXACT
         elif ternary_layers(self.model) and on_gpu:
             self.plugin = SparseTernaryPrecision(
-                setting.backend,  # type: ignore[arg-type]
+                setting.backend or ("sparse" if trial.pattern == "2:4" else "int8"),  # type: ignore[arg-type]
                 setting.gradients,  # type: ignore[arg-type]
                 tokens=setting.tokens_of_step,
             )
@@ -109,7 +110,7 @@ class Training:
         self.optimizers = make_optimizers(self.model, trial)
         self.schedule: SparsitySchedule | None = None
         if dict(masked_layers(self.model)):
-            decay = MaskedDecay(trial.shrink / trial.lr, until=0.5) if trial.shrink else None
+            decay = MaskedDecay(trial.shrink / (trial.lr * trial.scale), until=0.5) if trial.shrink else None
             self.schedule = SparsitySchedule(
                 self.model, self.optimizers[-1], total_steps=self.steps, masked_decay=decay
             )
@@ -304,7 +305,8 @@ def make_optimizers(model: nn.Module, trial: Trial) -> list[torch.optim.Optimize
     """Return the optimisers of a trial. The last one holds the matrices of the blocks."""
     matrices, rest = parameter_groups(model)  # The head is the embedding, which is in the second group.
     on_gpu = next(model.parameters()).is_cuda
-    groups = [rest] if trial.variant == "muon" else [matrices, rest]
+    scaled = trial.lr * trial.scale
+    groups = [rest] if trial.variant == "muon" else [matrices | {"lr": scaled}, rest]
     found: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=trial.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=WEIGHT_DECAY, fused=on_gpu)
     ]

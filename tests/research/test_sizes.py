@@ -7,20 +7,13 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from research.sizes.__main__ import work
+from research.sizes.__main__ import ALONE, work
 from research.sizes.fit import fit, gaps
+from research.sizes.rates import AT_15M, best_rates, is_complete, learning_rate, resolve, sweep
 from research.sizes.report import MARK, write_report
-from research.sizes.train import FILE, Setting, Training, make_optimizers, read_rows
-from research.sizes.trials import (
-    PARAMETERS,
-    ROUNDS,
-    SIZES,
-    VARIANT_TOKENS,
-    Size,
-    Trial,
-    learning_rate,
-    tokens_of,
-)
+from research.sizes.rounds import ROUNDS
+from research.sizes.train import FILE, Setting, Training, append_row, make_optimizers, read_rows
+from research.sizes.trials import PARAMETERS, SIZES, Size, Trial, tokens_of
 from research.sizes.variants import candidates
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.sparsity.pattern import NMPattern, nonzeros_per_group
@@ -30,7 +23,9 @@ TOKENS = 8 * 2 * 12  # twelve steps
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setitem(SIZES, "2M", Size(64, 1, 1, 64))
+    monkeypatch.setitem(SIZES, "tiny", Size(128, 1, 1, 64))
+    monkeypatch.setitem(PARAMETERS, "tiny", 100_000)
+    monkeypatch.setitem(ALONE, "tiny", 1e6)
 
 
 @pytest.fixture
@@ -43,7 +38,7 @@ def setting(tmp_path):
 
 
 def trial(pattern="2:4", **options):
-    return Trial("2M", options.pop("family", "ternary"), pattern, TOKENS, 1e-2, **options)
+    return Trial("tiny", options.pop("family", "ternary"), pattern, TOKENS, 1e-2, **options)
 
 
 def test_a_stopped_trial_ends_where_an_uninterrupted_one_does(setting):
@@ -123,30 +118,67 @@ def test_workers_do_each_trial_once_and_leave_what_does_not_fit(setting, capsys)
     assert len(read_rows(setting.output / FILE)) == 2
 
 
-def test_rounds_have_no_trial_twice_and_follow_the_rule():
-    for one in ROUNDS.values():
-        assert len({trial.name for trial in one}) == len(one)
-    assert learning_rate("15M", "ternary") == pytest.approx(learning_rate("31M", "ternary") * 768 / 512, rel=1e-2)
+def row_of(one, loss, **more):
+    return {"name": one.name, "trial": asdict(one), "loss": loss, "tokens": one.tokens, "tokens_per_second": 1e6} | more
+
+
+def swept(best=16e-3):
+    """Rows of a sweep in which one rate of each family is the best one."""
+    return [row_of(one, 3.0 + (one.lr != (best if one.family == "ternary" else best / 2))) for one in sweep()]
+
+
+def test_the_rule_goes_through_the_best_rates_of_both_sizes():
+    rows = swept()
+    assert is_complete(rows)
+    best = best_rates(rows)
+    assert best == {"ternary": 16e-3, "bf16": 8e-3}
+    assert learning_rate("2M", "ternary", best) == 16e-3
+    assert learning_rate("15M", "ternary", best) == AT_15M["ternary"]
+    assert learning_rate("5M", "bf16", best) == 4e-3
+    assert learning_rate("31M", "ternary", best) == pytest.approx(4e-3 * 512 / 768, rel=1e-2)
+    assert learning_rate("5M", "ternary", best_rates(swept(4e-3))) == 4e-3
+    assert not is_complete(rows[1:])
+    assert best_rates([])["ternary"] == 8e-3
+
+
+def test_trials_by_the_rule_wait_for_the_sweep(setting):
+    waiting = replace(trial(), lr=0.0)
+    for row in swept(8e-3):
+        append_row(setting.output / FILE, row)
+    work(setting, [waiting, trial(seed=3)], seconds=60)
+    rows = read_rows(setting.output / FILE)[len(sweep()) :]
+    assert [row["trial"]["lr"] for row in rows] == [8e-3, 1e-2]
+    assert rows[0]["name"] == resolve(waiting, best_rates(rows + swept(8e-3))).name
+
+
+def test_rounds_know_their_sizes():
+    for one in ROUNDS["main"]:
+        assert one.size in PARAMETERS
+        assert one.tokens % 32_768 == 0
     assert tokens_of("15M", 20) == pytest.approx(20 * PARAMETERS["15M"], rel=1e-3)
 
 
 def rows_of(slope, of_tokens=0.0, sizes=("2M", "5M", "9M", "15M"), each=(20,), noise=0.003, at=0.05, seeds=4):
     """Rows whose gap between 2:4 and dense is known."""
     generator = torch.Generator().manual_seed(0)
-    rows = []
+    rows = swept()
+    best = best_rates(rows)
     for size in sizes:
         for ratio in each:
             gap = at + slope * math.log10(PARAMETERS[size] / PARAMETERS["15M"]) + of_tokens * math.log10(ratio / 20)
             for seed in range(1, seeds + 1):
                 for pattern, loss in (("8:8", 3.0), ("2:4", 3.0 + gap)):
-                    one = Trial(size, "ternary", pattern, tokens_of(size, ratio), learning_rate(size, "ternary"), seed)
-                    drawn = loss + noise * float(torch.randn((), generator=generator))
-                    rows.append({"name": one.name, "trial": asdict(one), "loss": drawn, "tokens": one.tokens})
+                    one = Trial(
+                        size, "ternary", pattern, tokens_of(size, ratio), learning_rate(size, "ternary", best), seed
+                    )
+                    rows = [row for row in rows if row["name"] != one.name]
+                    rows.append(row_of(one, loss + noise * float(torch.randn((), generator=generator))))
     return rows
 
 
 def test_the_fit_finds_the_slope_within_its_interval():
     places = gaps(rows_of(-0.03, each=(10, 20)), "ternary", "2:4")
+    assert all(len(one.values) == 4 for one in places)
     assert [(one.size, one.each) for one in places[:3]] == [("2M", 10), ("2M", 20), ("5M", 10)]
     found = fit(places)
     slope, of_tokens = found.line["a decade of size"], found.line["a decade of tokens"]
@@ -158,27 +190,27 @@ def test_the_fit_finds_the_slope_within_its_interval():
 
 def test_gaps_pair_seeds_and_leave_other_learning_rates_out():
     rows = rows_of(0.0, sizes=("2M",), noise=0.0, seeds=2)
-    rows.append({**rows[0], "trial": rows[0]["trial"] | {"lr": 0.5, "pattern": "2:4", "seed": 1}, "loss": 9.0})
+    rows.append(row_of(Trial("2M", "ternary", "2:4", tokens_of("2M", 20), 0.5), 9.0))
     rows = [row for row in rows if not (row["trial"]["pattern"] == "8:8" and row["trial"]["seed"] == 2)]
-    (place,) = gaps(rows, "ternary", "2:4")
+    (place,) = (place for place in gaps(rows, "ternary", "2:4") if place.each == 20)
     assert len(place.values) == 1  # the second seed has no dense model
     assert fit([place]) is None
 
 
 def test_the_report_keeps_the_words_above_its_mark(tmp_path):
-    rows = rows_of(-0.03, each=(10, 20))
+    rows = rows_of(-0.03, sizes=("2M", "9M", "15M"))
     for seed in (1, 2):
         for variant, loss in (("", 3.0), ("muon", 2.9)):
-            one = Trial("15M", "ternary", "2:4", VARIANT_TOKENS, learning_rate("15M", "ternary"), seed, variant=variant)
-            rows.append({"name": one.name, "trial": asdict(one), "loss": loss + 0.001 * seed, "tokens": one.tokens})
+            one = Trial("5M", "ternary", "2:4", tokens_of("5M", 10), 8e-3, seed, variant=variant)
+            rows.append(row_of(one, loss + 0.001 * seed))
     for row in rows:
-        row |= {"epochs": 1.0, "tokens_per_second": 1e6}
+        row["epochs"] = 1.0
     page = tmp_path / "page.md"
     page.write_text(f"# Words\n\nKept.\n\n{MARK}\n\nOld tables.\n", encoding="utf-8")
     write_report(rows, page, tmp_path / "images")
     text = page.read_text(encoding="utf-8")
     assert text.startswith("# Words\n\nKept.\n\n")
     assert "Old tables" not in text
-    assert "| ternary | 2:4 | muon | 0.004 | 2 | 2.9015 | -0.1000 ±" in text
+    assert "| ternary | 2:4 | muon | 0.008 | 2 | 2.9015 | -0.1000 ±" in text
     assert "better" in text
     assert (tmp_path / "images" / "sizes_gap.png").stat().st_size > 1000

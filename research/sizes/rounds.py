@@ -1,0 +1,85 @@
+"""Lists of trials in the order of their worth. A worker takes the first one that nobody has taken and that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from research.sizes.rates import sweep
+from research.sizes.trials import Family, Trial, tokens_of
+
+FAMILIES: tuple[Family, ...] = ("ternary", "bf16")
+WAYS = ("8:8", "2:4", "decay", "6:8")
+PAIR = ("8:8", "2:4")
+SHRINK = 0.08
+VARIANTS_AT = "5M", 10.0  # the size and the tokens a parameter of other ideas
+
+
+def trials(
+    size: str, each: float, seeds: Iterable[int], ways: Sequence[str] = WAYS, families: Sequence[Family] = FAMILIES
+) -> Iterator[Trial]:
+    """Yield the trials of a size with ``each`` tokens a parameter; ``"decay"`` is 2:4 with the masked decay."""
+    for seed in seeds:
+        for way in ways:
+            for family in families:
+                pattern, shrink = ("2:4", SHRINK) if way == "decay" else (way, 0.0)
+                yield Trial(size, family, pattern, tokens_of(size, each), seed=seed, shrink=shrink)
+
+
+def ideas(seed: int) -> Iterator[Trial]:
+    """Yield the trials of other ideas. Their baselines are among the trials of the same size."""
+    size, each = VARIANTS_AT
+    dense, sparse, three = (
+        Trial(size, "ternary", pattern, tokens_of(size, each), seed=seed) for pattern in ("8:8", "2:4", "3:4")
+    )
+    yield replace(sparse, variant="muon")
+    yield replace(dense, variant="muon")
+    yield replace(sparse, variant="relu2")
+    yield replace(dense, variant="relu2")
+    yield three
+    yield replace(three, variant="exact")
+    yield replace(sparse, variant="learned")
+    yield replace(sparse, variant="exact")
+    yield replace(sparse, variant="muon", scale=0.5)
+    yield replace(sparse, variant="muon", scale=2.0)
+
+
+def main() -> Iterator[Trial]:
+    """Yield the study. The longest trials come first, because several processes share a GPU."""
+    yield from trials("15M", 10, [1], PAIR)
+    yield from sweep()
+    yield from trials("2M", 10, [1, 2])
+    yield from trials("5M", 10, [1])
+    yield from trials("2M", 40, [1], ("8:8", "2:4", "decay"))
+    yield from ideas(1)
+    yield from trials("5M", 10, [2], ("8:8", "2:4", "decay"))
+    yield from trials("2M", 10, [3, 4], ("8:8", "2:4", "decay"))
+    yield from trials("9M", 10, [1], PAIR)
+    yield from trials("5M", 40, [1], PAIR)
+    yield from trials("15M", 10, [1], ("decay", "6:8"))
+    yield from ideas(2)
+    yield from trials("2M", 40, [2], PAIR)
+    yield from trials("15M", 10, [2], PAIR)
+    yield from trials("2M", 160, [1], PAIR)
+    yield from trials("9M", 10, [1], ("decay", "6:8"))
+    yield from trials("5M", 10, [2], ("6:8",))
+    yield from trials("9M", 10, [2], PAIR)
+    yield from trials("15M", 20, [1], PAIR)
+    yield from trials("31M", 10, [1], PAIR)
+    yield from trials("15M", 20, [1], ("decay",))
+    yield from trials("63M", 20, [1, 2])
+    yield from trials("150M", 20, [1])
+
+
+def smoke() -> Iterator[Trial]:
+    """Yield short trials that show whether each variant runs."""
+    base = Trial("2M", "ternary", "2:4", 120 * 32_768, lr=8e-3)
+    yield replace(base, variant="learned")
+    yield replace(base, variant="muon")
+    yield replace(base, variant="exact", pattern="3:4")
+    yield replace(base, shrink=SHRINK)
+    yield replace(base, variant="relu2")
+    yield replace(base, family="bf16", lr=4e-3)
+
+
+ROUNDS = {"main": list(main()), "smoke": list(smoke())}
