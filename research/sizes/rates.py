@@ -55,6 +55,7 @@ def best_rates(rows: Sequence[dict[str, Any]]) -> dict[Family, float]:
     for family, usual in AT_15M.items():
         means = {lr: fmean(each) for (of, lr), each in losses.items() if of == family and len(each) == len(PATTERNS)}
         width = SIZES["15M"].d_model / SIZES[SMALLEST].d_model
+        means = {lr: mean for lr, mean in means.items() if math.isfinite(mean)}  # A high rate may diverge.
         found[family] = min(means, key=lambda lr: means[lr]) if means else usual * width**UNKNOWN
     return found
 

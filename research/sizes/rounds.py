@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from research.sizes.rates import sweep
+from research.sizes.rates import AT_15M, sweep
 from research.sizes.trials import Family, Trial, tokens_of
 
 FAMILIES: tuple[Family, ...] = ("ternary", "bf16")
@@ -23,7 +23,8 @@ def trials(
         for way in ways:
             for family in families:
                 pattern, shrink = ("2:4", SHRINK) if way == "decay" else (way, 0.0)
-                yield Trial(size, family, pattern, tokens_of(size, each), seed=seed, shrink=shrink)
+                lr = AT_15M[family] if size == "15M" else 0.0  # These need not wait for the sweep.
+                yield Trial(size, family, pattern, tokens_of(size, each), lr, seed, shrink)
 
 
 def ideas(seed: int) -> Iterator[Trial]:
