@@ -15,7 +15,7 @@ A buffer for the words of a very large model would be large itself. So a collect
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
@@ -71,10 +71,14 @@ class Exchange:
 
     Args:
         group: The ranks that share the rows of a weight.
+
+    Attributes:
+        beside: What to start when the words are on their way. It then runs while they are unpacked.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
+        self.beside: Callable[[], object] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         return self  # A copy of a model exchanges with the same ranks.
@@ -108,6 +112,8 @@ class Exchange:
         prepared: list[Any] = []
         for some in _that_fit(asked, words):
             gather = self.gather([words[i] for i in some], [asked[i] for i in some])
+            if self.beside is not None and not prepared:
+                self.beside()
             for i, whole in zip(some, gather.wait(), strict=True):
                 prepared.append(asked[i].backend.take(asked[i], words[i], whole, scales[i]))
             for unit in {id(unit): unit for i in some if (unit := asked[i].backend.unit) is not None}.values():

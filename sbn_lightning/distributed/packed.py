@@ -143,6 +143,12 @@ class PackedRows:
         return self.inner.linear(x, self.leaf, prepared, gradient_mask, activation_bits, swiglu, dtype)
 
 
+def exchange_of(module: nn.Module) -> Exchange | None:
+    """The exchange of a model's sharded layers; None if there are none."""
+    backends = (layer.backend for layer in ternary_layers(module).values())
+    return next((backend.exchange for backend in backends if isinstance(backend, PackedRows)), None)
+
+
 def local_rows(weight: Tensor) -> Tensor:
     """The rows of a sharded weight that this rank has, without their gradient."""
     return cast(DTensor, weight.detach()).to_local()

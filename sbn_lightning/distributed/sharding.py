@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from types import MethodType
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.distributed.packed import shard_packed
+from sbn_lightning.distributed.packed import exchange_of, shard_packed
 from sbn_lightning.layers.sparse_linear import masked_layers, prepare_layers
 
 Gather = Literal["packed_step", "packed_layer", "latent"]
@@ -154,7 +154,16 @@ def prepare_first(module: nn.Module, methods: Sequence[str] = ()) -> None:
 
 @torch._dynamo.disable  # type: ignore[untyped-decorator]  # A graph cannot ask whether a weight has changed.
 def _prepare(module: nn.Module, *_: Any) -> None:
-    prepare_layers(module)
+    exchange = exchange_of(module)
+    if exchange is None or not isinstance(module, FSDPModule):
+        prepare_layers(module)
+        return
+    # The forward begins with the embedding. FSDP2 would start to gather it only when all layers are prepared.
+    exchange.beside = partial(module.unshard, async_op=True)
+    try:
+        prepare_layers(module)
+    finally:
+        exchange.beside = None
 
 
 def _after_preparing(method: Callable[..., Any]) -> Callable[..., Any]:
