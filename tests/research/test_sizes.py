@@ -12,7 +12,7 @@ from research.sizes.fit import fit, gaps
 from research.sizes.rates import AT_15M, best_rates, is_complete, learning_rate, resolve, sweep
 from research.sizes.report import MARK, write_report
 from research.sizes.rounds import ROUNDS
-from research.sizes.train import FILE, Setting, Training, append_row, make_optimizers, read_rows
+from research.sizes.train import FILE, Setting, Training, append_row, make_model, make_optimizers, read_rows
 from research.sizes.trials import PARAMETERS, SIZES, Size, Trial, tokens_of
 from research.sizes.variants import candidates
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
@@ -214,3 +214,11 @@ def test_the_report_keeps_the_words_above_its_mark(tmp_path):
     assert "| ternary | 2:4 | muon | 0.008 | 2 | 2.9015 | -0.1000 ±" in text
     assert "better" in text
     assert (tmp_path / "images" / "sizes_gap.png").stat().st_size > 1000
+
+
+def test_sizes_have_the_parameters_that_the_table_says(setting):
+    here = replace(setting, device=torch.device("meta"), vocab_size=8192)
+    for size, expected in PARAMETERS.items():
+        if size != "tiny":
+            model = make_model(Trial(size, "bf16", "8:8", 1, 1e-3), here)
+            assert sum(parameter.numel() for parameter in model.parameters()) == expected
