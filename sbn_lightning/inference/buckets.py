@@ -11,6 +11,7 @@ bucket runs without a graph, and the second prompt captures the graph.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sbn_lightning.inference.attention import RowAttention, StepAttention
+from sbn_lightning.inference.prompt_pass import PromptPass
 from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.models.transformer import TernaryTransformer
 
@@ -48,24 +50,44 @@ def bucket_of(length: int, slots: int) -> int | None:
     return bucket if bucket <= slots else None
 
 
+def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Copy integers to a device, int64, without waiting for the device."""
+    host = torch.frombuffer(array("q", numbers), dtype=torch.int64)
+    if device.type != "cuda":
+        return host.clone()
+    # A copy from pinned memory does not wait. The allocator keeps the memory until the copy has run.
+    return torch.empty_like(host, pin_memory=True).copy_(host).to(device, non_blocking=True)
+
+
 class PromptGraphs:
     """The graphs of a decoder, one for each bucket that was needed twice.
 
     Args:
         model: The model.
         layers: The caches of the decoder's layers.
+        lengths: The number of tokens of each row, int64 on the device; reading a prompt sets its row's.
+        prompt_pass: What reads prompts; None reads with the model's blocks.
         cuda_graph: Whether to capture graphs at all. Without graphs a padded prompt runs in the plain way.
     """
 
-    def __init__(self, model: TernaryTransformer, layers: Sequence[StepAttention], *, cuda_graph: bool) -> None:
+    def __init__(
+        self,
+        model: TernaryTransformer,
+        layers: Sequence[StepAttention],
+        lengths: Tensor,
+        prompt_pass: PromptPass | None,
+        *,
+        cuda_graph: bool,
+    ) -> None:
         """Start without any graph."""
-        self._model, self._cuda_graph = model, cuda_graph
+        self._model, self._lengths, self._pass, self._cuda_graph = model, lengths, prompt_pass, cuda_graph
         self._device = layers[0].keys.device
-        # The row and the position of the last token; all graphs read these two tensors.
+        self._caches = [(layer.keys, layer.values) for layer in layers]
+        # The row, for the blocks of the model: a compiled block must see the same tensor in every graph.
         self._row = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._last = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._attend = [RowAttention(layer.keys, layer.values, self._row) for layer in layers]
-        self._tokens: dict[int, Tensor] = {}
+        # For each bucket what its graph reads: the tokens, the position of the last one, the row, the row's new length.
+        self._inputs: dict[int, Tensor] = {}
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None  # The handle of the pool of memory that all graphs share.
 
@@ -80,13 +102,13 @@ class PromptGraphs:
         Returns:
             The logits of the token after the prompt, ``[1, vocab_size]``. They are a copy.
         """
-        seen = bucket in self._tokens
+        count = len(tokens)
+        given = to_device([*tokens, *[0] * (bucket - count), count - 1, row, count], self._device)
+        seen = bucket in self._inputs
         if not seen:
-            self._tokens[bucket] = torch.zeros(1, bucket, dtype=torch.int64, device=self._device)
-        padded = [*tokens, *[0] * (bucket - len(tokens))]
-        self._tokens[bucket].copy_(torch.tensor([padded]))
-        self._row.fill_(row)
-        self._last.fill_(len(tokens) - 1)
+            self._inputs[bucket] = given
+        else:
+            self._inputs[bucket].copy_(given)
         if not seen or not self._cuda_graph:
             return self._read(bucket)
         if bucket not in self._graphs:
@@ -97,9 +119,15 @@ class PromptGraphs:
         return logits.clone()
 
     def _read(self, bucket: int) -> Tensor:
+        inputs = self._inputs[bucket]
+        tokens, (last, row, length) = inputs[:bucket].unsqueeze(0), inputs[bucket:].split(1)
+        self._lengths.index_copy_(0, row, length)
         with trust_weights():  # The decoder has looked at the weights.
-            hidden = self._model.hidden(self._tokens[bucket], attend=self._attend)
-        logits: Tensor = self._model.lm_head(hidden.index_select(1, self._last)[:, 0])
+            if self._pass is not None:
+                return self._pass(tokens, last, row, self._caches)
+            self._row.copy_(row)
+            hidden = self._model.hidden(tokens, attend=self._attend)
+        logits: Tensor = self._model.lm_head(hidden.index_select(1, last)[:, 0])
         return logits
 
     def _capture(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:

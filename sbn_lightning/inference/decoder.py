@@ -20,16 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference.attention import ChunkAttention, PromptAttention, Slots, StepAttention, room_like
-from sbn_lightning.inference.buckets import PromptGraphs, bucket_of
+from sbn_lightning.inference.buckets import PromptGraphs, bucket_of, to_device
 from sbn_lightning.inference.choice import judge, key_of, known, withdraw
 from sbn_lightning.inference.gather import persistent_step, refusal
+from sbn_lightning.inference.prompt_pass import PromptPass, make_pass
 from sbn_lightning.inference.prompts import check_prompt
 from sbn_lightning.layers.mask_tracker import seem_unchanged, trust_weights, version
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
@@ -45,6 +47,40 @@ StepKind = Literal["graph", "persistent", "auto"]
 # The length of the cache is a multiple of this: attention kernels want the rows of a mask aligned.
 _SLOTS = 64
 _WARM_UP = 2  # How many steps run before a CUDA graph is captured.
+
+
+class _Sign(NamedTuple):
+    """What a layer looked like when its prepared weight was made; to look again takes less than a microsecond."""
+
+    layer: MaskedLinear
+    weight: Tensor
+    version: int
+    dtype: torch.dtype
+    density: tuple[int, float]
+    prepared: Any
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        weight = self.weight
+        return (
+            self.layer._parameters.get("weight") is weight
+            and weight._version == self.version
+            and weight.dtype == self.dtype
+            and self.layer.density == self.density
+            and getattr(self.layer, "_prepared", None) is self.prepared
+        )
+
+
+def _signs(layers: Sequence[MaskedLinear]) -> list[_Sign] | None:
+    """The signs of layers whose weights no optimiser steps; None if there are others."""
+    signs = []
+    for layer in layers:
+        weight = layer._weight()
+        if weight.requires_grad or weight.is_inference() or isinstance(weight, DTensor):
+            return None
+        prepared = getattr(layer, "_prepared", None)
+        signs.append(_Sign(layer, weight, weight._version, weight.dtype, layer.density, prepared))
+    return signs
 
 
 class Decoder:
@@ -127,6 +163,8 @@ class Decoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._choosing = self._graph_chooses = False  # Whether a graph that is captured has the greedy choice in it.
         self._prompts: PromptGraphs | None = None
+        self._pass: PromptPass | None = None
+        self._seen: list[_Sign] | None = None
         self._masked: list[MaskedLinear] = []
         self._ternary: list[Any] = []
         self._recorded: list[Any] | None = None
@@ -174,6 +212,10 @@ class Decoder:
         self._persistent = None  # The weights may have changed since the step copied them.
         length, rows = tokens_BT.shape[1], self._shared.rows
         chunk = length if self.prefill_chunk is None else self.prefill_chunk
+        if chunk >= length and (prompt_pass := self._usable_pass()) is not None:
+            logits = prompt_pass(tokens_BT, lengths_B - 1, rows, [(layer.keys, layer.values) for layer in self._layers])
+            self._start_rows(lengths_B)
+            return logits
         last = None
         for start in range(0, length, chunk):
             hidden = self._read(slice(None), tokens_BT[:, start : start + chunk], start)
@@ -181,11 +223,26 @@ class Decoder:
             ends = lengths_B - 1 - start
             found = hidden[rows, ends.clamp(0, hidden.shape[1] - 1)]
             last = found if last is None else torch.where((ends >= 0).unsqueeze(1), found, last)
+        self._start_rows(lengths_B)
+        logits = self.model.lm_head(last)
+        return logits
+
+    def _start_rows(self, lengths_B: Tensor) -> None:
         self.lengths.copy_(lengths_B)
         self.growing.fill_(1)
         self._ones = version(self.growing)
-        logits: Tensor = self.model.lm_head(last)
-        return logits
+
+    def _usable_pass(self) -> PromptPass | None:
+        """The pass that reads prompts without the model's blocks, with a cache to write to; None without one."""
+        if self._pass is None or torch.is_autocast_enabled(self.device.type):
+            return None
+        if not self._layers:
+            config = self.model.config
+            like = self.model.embed.weight.new_empty(1, config.n_kv_heads, 1, config.head_size)
+            for _ in self.model.blocks:
+                keys, values = (room_like(like, self.batch_size, self.slots) for _ in range(2))
+                self._layers.append(StepAttention(keys, values, self._shared))
+        return self._pass
 
     @torch.no_grad()
     def extend(self, row: int, tokens: Sequence[int], start: int) -> Tensor:
@@ -211,20 +268,27 @@ class Decoder:
             raise ConfigError(f"a new decoder holds no tokens, so row {row} cannot keep {start}")
         self._prepare()
         bucket = bucket_of(len(tokens), self.slots) if start == 0 and self._use_graph else None
-        if bucket is None or not self._layers:
+        prompt_pass = self._usable_pass() if start == 0 else None
+        if bucket is None and prompt_pass is not None:
+            numbers = to_device([*tokens, len(tokens) - 1, row], self.device)
+            caches = [(layer.keys, layer.values) for layer in self._layers]
+            logits = prompt_pass(numbers[: len(tokens)].unsqueeze(0), numbers[-2:-1], numbers[-1:], caches)
+        elif bucket is None or not self._layers:
             # The very first prompt makes the cache. It is padded like those after it, so its sums have their shapes.
             padded = [*tokens, *[0] * ((bucket or len(tokens)) - len(tokens))]
             hidden = self._read(slice(row, row + 1), torch.tensor([padded], device=self.device), start)
-            logits: Tensor = self.model.lm_head(hidden[:, len(tokens) - 1])
+            logits = self.model.lm_head(hidden[:, len(tokens) - 1])
         else:
             if self._prompts is None:
-                self._prompts = PromptGraphs(self.model, self._layers, cuda_graph=True)
-            logits = self._prompts.read(tokens, row, bucket)
+                self._prompts = PromptGraphs(self.model, self._layers, self.lengths, prompt_pass, cuda_graph=True)
+            return self._prompts.read(tokens, row, bucket)
         self.lengths[row] = end
         return logits
 
     def _prepare(self) -> None:
         """Prepare the weights of the layers, and drop graphs that read weights which have been replaced."""
+        if self._seen is not None and all(sign.holds() for sign in self._seen):
+            return
         if self._recorded is None:
             self._masked = [layer for _, layer in masked_layers(self.model)]
             self._ternary = list(ternary_layers(self.model).values())
@@ -234,12 +298,14 @@ class Decoder:
             and [layer.density for layer in self._masked] == self._densities
             and all(a is b for a, b in zip(self._weights(), self._recorded, strict=True))
         ):
+            self._seen = _signs(self._masked)
             return
         prepare_layers(self.model)
         now, before = self._weights(), self._recorded or []
         if any(a is not b for a, b in zip(now, before, strict=False)):
             self._graph = self._prompts = self._persistent = None
         self._recorded, self._densities = now, [layer.density for layer in self._masked]
+        self._pass, self._seen = make_pass(self.model), _signs(self._masked)
 
     def _read(self, rows: slice, tokens_RT: Tensor, start: int) -> Tensor:
         """Compute the hidden states of tokens that stand behind ``start`` tokens; write their keys and values.

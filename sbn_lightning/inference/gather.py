@@ -43,20 +43,29 @@ def refusal(model: TernaryTransformer, batch_size: int) -> str | None:
     from sbn_kernels.decode.step import supports
 
     config = model.config
+    if not isinstance(model.lm_head, torch.nn.Linear):
+        return "needs a head in bfloat16, not in 8 bits"
+    reason = outside_of_the_family(model)
+    if reason is not None:
+        return reason
+    return supports(shape_of(config), batch_size, model.embed.weight.device, config.activation_bits)
+
+
+def outside_of_the_family(model: TernaryTransformer) -> str | None:
+    """Say in one line why a model is none of ternary layers alone, computed as Qwen2.5 and Llama are; None if it is."""
+    config = model.config
     if config.linear != "ternary":
         return f"needs ternary layers, not linear={config.linear!r}"
     if config.layers:
         return "needs every layer to be ternary, and model.config.layers has rules"
-    if not isinstance(model.lm_head, torch.nn.Linear):
-        return "needs a head in bfloat16, not in 8 bits"
-    # The kernel knows Qwen2.5 and Llama. The size of a head is part of the shape, which the kernel checks itself.
+    # The kernels know Qwen2.5 and Llama. The size of a head is part of the shape, which the kernel checks itself.
     for option in dataclasses.fields(config):
         value = getattr(config, option.name)
         if option.metadata == FAMILY_OPTION and option.name != "head_dim" and value != option.default:
             return f"does not compute {option.name}={value!r}"
     if not all(isinstance(block.mlp, GatedMLP) for block in model.blocks):
         return "computes one feed-forward layer a block, and no experts"
-    return supports(shape_of(config), batch_size, model.embed.weight.device, config.activation_bits)
+    return None
 
 
 def _ternary(layer: Any) -> Ternary:

@@ -104,12 +104,12 @@ def test_padding_to_a_bucket_changes_nothing(model, length):
     padded, plain = Decoder(model, 2, 100), Decoder(model, 2, 100)
     for decoder in (padded, plain):
         decoder.prefill([tokens_of(90, 5), tokens_of(40, 6)])
-    graphs = PromptGraphs(model, padded._layers, cuda_graph=False)
+    graphs = PromptGraphs(model, padded._layers, padded.lengths, None, cuda_graph=False)
     bucket = bucket_of(length, padded.slots)
     with torch.no_grad():
         for _ in range(2):
             logits = graphs.read(prompt, 1, bucket)
-    padded.lengths[1] = length
+    assert padded.lengths.tolist() == [90, length]
     torch.testing.assert_close(logits, plain.extend(1, prompt, 0))
     for a, b in zip(padded._layers, plain._layers, strict=True):
         torch.testing.assert_close(a.keys[1, :, :length], b.keys[1, :, :length])
@@ -123,7 +123,7 @@ def test_padding_to_a_bucket_changes_nothing(model, length):
 def test_a_graph_is_captured_at_the_second_prompt_of_a_bucket(model, monkeypatch):
     decoder = Decoder(model, 1, 100)
     decoder.prefill([[1]])
-    graphs = PromptGraphs(model, decoder._layers, cuda_graph=True)
+    graphs = PromptGraphs(model, decoder._layers, decoder.lengths, None, cuda_graph=True)
     captured = []
 
     class Replay:

@@ -1,0 +1,122 @@
+"""The forward of prompts without modules: nine kernels a block, where a compiled block has fifteen.
+
+A block's own forward has to serve every backend and training. Between its products it launches a kernel for each
+addition, and the norms read their rows again and again. Here the products and the attention are those of the block.
+Fused kernels stand between them (:mod:`sbn_kernels.block`, :mod:`sbn_kernels.prompt`). Nothing has to be compiled by
+torch first.
+
+The results are those of the blocks up to the rounding of sums. A model that the fused kernels do not cover runs
+through its blocks: :func:`make_pass` says whether there is a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sbn_lightning.backends.integer import KernelBackend, multiply
+from sbn_lightning.inference.gather import outside_of_the_family
+from sbn_lightning.layers.gated import is_hooked
+from sbn_lightning.layers.packed import PackedTernaryLinear
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
+from sbn_lightning.models.attention import causal_attention
+from sbn_lightning.models.transformer import TernaryTransformer
+
+_HEAD_SIZES = (32, 64, 128, 256)
+
+
+def make_pass(model: TernaryTransformer) -> PromptPass | None:
+    """Make the pass of a model in bfloat16 whose layers all run on integer kernels; None for another model."""
+    config = model.config
+    if model.embed.weight.dtype != torch.bfloat16 or config.head_size not in _HEAD_SIZES or config.activation_bits != 8:
+        return None
+    if outside_of_the_family(model) is not None or any(block.recompute_mlp for block in model.blocks):
+        return None
+    modules = [part for block in model.blocks for part in block.modules()]
+    if any(is_hooked(part) for part in modules):
+        return None
+    layers = [part for part in modules if isinstance(part, nn.Linear | SparseBitLinear | PackedTernaryLinear)]
+    if len(layers) != 4 * config.n_layers or not all(map(_has_kernel, layers)):
+        return None
+    return PromptPass(model)
+
+
+def _has_kernel(layer: nn.Module) -> bool:
+    """Whether an integer kernel multiplies for a layer, and nothing changes its result afterwards."""
+    if type(layer) is SparseBitLinear:
+        return type(layer.backend) is KernelBackend and not layer.is_partly_rounded
+    return type(layer) is PackedTernaryLinear and layer.backend != "reference"
+
+
+def _product(layer: Any, x8: Tensor, scale: Tensor) -> Tensor:
+    """Multiply quantised tokens with a layer's weight; the bias is left out."""
+    if isinstance(layer, SparseBitLinear):
+        weight = layer._prepared
+        form, kernel = _form_of(weight.kernel), weight.kernel
+        return multiply(x8, scale, weight.codes, weight.row_scale, weight.packed, form, kernel, torch.bfloat16)
+    if layer._settled_for != (layer.backend, layer.codes.device):
+        layer._settle()
+    return multiply(
+        x8, scale, layer.codes, layer.row_scale, layer._packed, layer._layout, layer._kernel, torch.bfloat16
+    )
+
+
+def _form_of(kernel: str) -> str:
+    from sbn_kernels.gemm import registry
+
+    return registry.product(kernel).form
+
+
+class PromptPass:
+    """Reads prompts from their first tokens on; :func:`make_pass` says for which models.
+
+    Args:
+        model: The model. Its weights must be prepared before each call.
+    """
+
+    def __init__(self, model: TernaryTransformer) -> None:
+        self._model = model
+
+    def __call__(
+        self, tokens_BT: Tensor, last_B: Tensor, rows_B: Tensor, caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """Compute the logits after each prompt, and write keys and values to the cache.
+
+        Args:
+            tokens_BT: The prompts, padded at their ends, int64 ``[B, T]``.
+            last_B: The position of each prompt's last token, int64 ``[B]``.
+            rows_B: The row of the cache of each prompt, int64 ``[B]``.
+            caches: The keys and values of each layer, bfloat16 ``[rows, K, slots, E]``.
+
+        Returns:
+            The logits, ``[B, vocab_size]``.
+        """
+        from sbn_kernels import quantize_tokens, swiglu_quantize
+        from sbn_kernels.block import norm_quantize
+        from sbn_kernels.prompt import rotate_and_store
+
+        model, config = self._model, self._model.config
+        batch, length = tokens_BT.shape
+        splits = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+        x, delta = model.embed(tokens_BT).flatten(0, 1), None
+        block: Any
+        for block, (keys, values) in zip(model.blocks, caches, strict=True):
+            attention, mlp = block.attention, block.mlp
+            total, x8, scale, _ = norm_quantize(x, delta, block.attention_norm.weight, config.norm_eps)
+            x = x if delta is None else total
+            qkv = _product(attention.qkv, x8, scale).view(batch, length, -1)
+            rotate_and_store(qkv, attention.qkv.bias, model.cos, model.sin, keys, values, rows_B, config.n_heads)
+            parts = qkv.unflatten(-1, (-1, config.head_size)).transpose(1, 2).split(splits, 1)
+            attended = causal_attention(*parts).transpose(1, 2).reshape(batch * length, -1)
+            delta = _product(attention.o, *quantize_tokens(attended))
+            x, x8, scale, _ = norm_quantize(x, delta, block.mlp_norm.weight, config.norm_eps)
+            delta = _product(mlp.down, *swiglu_quantize(_product(mlp.gate_up, x8, scale)))
+        ends = torch.arange(batch, device=last_B.device) * length + last_B
+        hidden = x.index_select(0, ends)
+        if delta is not None:
+            hidden = hidden + delta.index_select(0, ends)
+        logits: Tensor = model.lm_head(model.norm(hidden))
+        return logits

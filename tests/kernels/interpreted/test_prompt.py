@@ -1,0 +1,77 @@
+"""The fused kernel of a prompt equals its plain-PyTorch twin in the interpreter."""
+
+import pytest
+import torch
+from sbn_kernels.gemm.registry import registered
+from sbn_kernels.prompt import rotate_and_store, rotate_and_store_reference
+
+from sbn_lightning.backends.integer import KernelBackend
+from sbn_lightning.inference import Decoder
+from sbn_lightning.inference.prompt_pass import make_pass
+from sbn_lightning.layers.sparse_linear import ternary_layers
+from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.transformer import TernaryTransformer
+from tests.kernels.toy import TOY
+
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_queries_keys_and_values_are_turned_in_place_and_stored(dtype: torch.dtype, biased: bool) -> None:
+    heads, kv_heads, size, length = 3, 2, 16, 5
+    qkv = torch.randn(2, length, (heads + 2 * kv_heads) * size).to(dtype)
+    bias = torch.randn(qkv.shape[2]).to(dtype) if biased else None
+    cos, sin = torch.randn(9, size), torch.randn(9, size)
+    caches = [torch.randn(4, kv_heads, 8, size).to(dtype) for _ in range(2)]
+    expected = [cache.clone() for cache in caches]
+    rows = torch.tensor([3, 1])
+    wanted = rotate_and_store_reference(qkv, bias, cos, sin, *expected, rows, heads)
+    assert rotate_and_store(qkv, bias, cos, sin, *caches, rows, heads) is qkv
+    bound = {"rtol": 2**-6, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(qkv, wanted, **bound)
+    for ours, theirs in zip(caches, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **bound)
+    assert torch.equal(
+        caches[0][3, :, :length], qkv[0].unflatten(-1, (-1, size))[:, heads : heads + kv_heads].transpose(0, 1)
+    )
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    cache, table = torch.zeros(1, 1, 2, 16), torch.zeros(8, 16)
+    with pytest.raises(ValueError, match="do not fit"):
+        rotate_and_store(torch.zeros(1, 3, 48), None, table, table, cache, cache, torch.zeros(1).long(), 1)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_pass_over_the_kernels_reads_prompts_as_the_blocks_do(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"d_model": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 48, "vocab_size": 40}
+    config = TransformerConfig(**shape, qkv_bias=biased, pattern="2:4", init_std=0.1, max_sequence_length=64)
+    torch.manual_seed(0)
+    model = TernaryTransformer(config).bfloat16().eval().requires_grad_(False)
+    for block in model.blocks:
+        block.attention.qkv.bias is None or block.attention.qkv.bias.normal_()
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
+    plain = Decoder(model, 2, 16)
+    expected = plain.prefill(prompts)
+    for layer in ternary_layers(model).values():
+        layer.backend = KernelBackend(TOY.name)
+    ours = Decoder(model, 2, 16)
+    monkeypatch.setattr(model, "hidden", None)  # the blocks do not run
+    with registered(TOY):
+        logits = ours.prefill(prompts)
+        assert ours.lengths.tolist() == [5, 3]
+        first = ours.extend(0, prompts[1], 0)
+    for a, b in ((logits, expected), (first, expected[1:])):
+        assert (a - b).float().norm() < 0.05 * b.float().norm()
+    for mine, theirs in zip(ours._layers, plain._layers, strict=True):
+        for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            assert (a[1, :, :3] - b[1, :, :3]).float().norm() < 0.05 * b[1, :, :3].float().norm()
+    assert ours.lengths.tolist() == [3, 3]
+
+
+def test_models_that_the_kernels_do_not_cover_have_no_pass() -> None:
+    options = {"d_model": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 48, "vocab_size": 40}
+    for changes in ({"linear": "dense"}, {"qk_norm": "head"}, {"activation_bits": 4}, {}):
+        model = TernaryTransformer(TransformerConfig(**options, **changes)).bfloat16()
+        assert make_pass(model) is None  # the last one runs on the reference backend
