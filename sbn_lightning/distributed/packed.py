@@ -139,8 +139,19 @@ class PackedRows:
         activation_bits: int | None,
         swiglu: bool = False,
         dtype: torch.dtype | None = None,
+        **given: Any,
     ) -> Tensor:
-        return self.inner.linear(x, self.leaf, prepared, gradient_mask, activation_bits, swiglu, dtype)
+        return self.inner.linear(x, self.leaf, prepared, gradient_mask, activation_bits, swiglu, dtype, **given)
+
+    def gated(
+        self, x: Tensor, first: tuple[Any, ...], last: tuple[Any, ...], backend: PackedRows, *options: Any
+    ) -> Tensor | None:
+        """Compute this layer, a SwiGLU and another layer in one step; None if the inner backend does not."""
+        join = getattr(self.inner, "gated", None)
+        if join is None:
+            return None
+        y: Tensor | None = join(x, (self.leaf, *first[1:]), (backend.leaf, *last[1:]), backend.inner, *options)
+        return y
 
 
 def exchange_of(module: nn.Module) -> Exchange | None:
