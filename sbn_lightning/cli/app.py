@@ -35,6 +35,11 @@ TRAINING = {
 }
 TOOLS = {
     "prepare": ("sbn_lightning.data", "prepare", "turn text into tokenised litdata shards"),
+    "teacher-logits": (
+        "sbn_lightning.cli.teacher_logits",
+        "teacher_logits",
+        "store a teacher's likely next tokens with the text",
+    ),
     "import-hf": ("sbn_lightning.cli.import_hf", "import_hf", "start from a Hugging Face model"),
     "export": ("sbn_lightning.cli.export", "export", "write a model to run elsewhere, or packed"),
     "generate": ("sbn_lightning.cli.generate", "generate_text", "continue prompts with a trained model"),

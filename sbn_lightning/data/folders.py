@@ -87,14 +87,19 @@ def check_same_tokenizer(metas: dict[str, dict[str, Any]]) -> None:
             )
 
 
-def count_blocks(split: Path, sequence_length: int) -> int:
+def count_blocks(split: Path, sequence_length: int, block_size: int | None = None) -> int:
     """Return how many blocks of ``sequence_length + 1`` tokens a local split holds.
+
+    Args:
+        split: The folder of the split.
+        sequence_length: The number of inputs in a block.
+        block_size: The number of integers in a block, if a block holds more than its tokens.
 
     Raises:
         DataError: Not even the longest shard holds a block.
     """
     index = json.loads((split / "index.json").read_text(encoding="utf-8"))
-    blocks = shards.count_blocks(index, sequence_length + 1)
+    blocks = shards.count_blocks(index, block_size or sequence_length + 1)
     if blocks == 0:
         longest = max(int(chunk["dim"]) for chunk in index["chunks"])
         raise DataError(

@@ -35,7 +35,9 @@ FORMAT_VERSION = 1
 _ITEM_TOKENS = 1 << 16
 
 
-def write_shards(folder: Path, segments: Iterable[Path], dtype: np.dtype[Any], chunk_bytes: int) -> None:
+def write_shards(
+    folder: Path, segments: Iterable[Path], dtype: np.dtype[Any], chunk_bytes: int, item: int | None = None
+) -> None:
     """Cut token files into litdata chunks.
 
     Args:
@@ -43,12 +45,15 @@ def write_shards(folder: Path, segments: Iterable[Path], dtype: np.dtype[Any], c
         segments: The files of token ids, in order.
         dtype: The dtype of the token ids.
         chunk_bytes: The size of a chunk, in bytes.
+        item: A number of tokens of which every chunk holds a whole multiple; None leaves the choice to this function.
     """
     from litdata.streaming.item_loader import TokensLoader
     from litdata.streaming.writer import BinaryWriter
 
     folder.mkdir(parents=True)
-    item = max(1, min(_ITEM_TOKENS, chunk_bytes // dtype.itemsize // 8))
+    if item is None:
+        item = max(1, min(_ITEM_TOKENS, chunk_bytes // dtype.itemsize // 8))
+    chunk_bytes = max(chunk_bytes, item * dtype.itemsize)
     writer = BinaryWriter(str(folder), chunk_bytes=chunk_bytes, item_loader=TokensLoader())
     for index, tokens in enumerate(_blocks(segments, dtype, item)):
         writer.add_item(index, tokens)

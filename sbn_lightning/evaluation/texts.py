@@ -95,6 +95,8 @@ def text_of_folder(folder: str, split: str, max_tokens: int | None = None) -> Te
     if folders.is_remote(folder):
         raise ConfigError(f"data {folder} is not on this machine; copy the folder here to evaluate on it")
     meta = folders.load_meta(folder, None)
+    if "teacher" in meta:
+        raise DataError(f"{folder} holds a teacher's logits between its tokens; give the folder of the text")
     if split not in meta["splits"]:
         raise DataError(f"{folder} has no split {split!r}, only {', '.join(meta['splits'])}")
     shards.verify(Path(folder), meta, checksum=False)

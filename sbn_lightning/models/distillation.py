@@ -13,6 +13,9 @@ The logits of a long batch do not fit into memory with a vocabulary of 150k, and
 :func:`linear_distillation` works through the tokens in chunks, computes the gradients of a chunk at once, and keeps
 only the gradients of the hidden states and of the head.
 
+The teacher may be a model, or what a model said before: its k most likely classes and their log-probabilities, stored
+with the text (:class:`StoredLogits`). All other classes count as one there, too.
+
 The gradient of the forward divergence over all classes with respect to the student's logits is ``t (Q - P)``. On a GPU
 this case is one compiled function of the logits (:func:`forward_losses_and_gradient`). Elsewhere, and for the other
 divergences, autograd differentiates :meth:`LogitsLoss.compare`.
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,10 +66,59 @@ class LogitsLoss:
         p = (teacher.to(q.dtype) / self.temperature).log_softmax(-1)
         if self.top_k is not None and self.top_k < p.shape[-1]:
             p, classes = p.topk(self.top_k, -1)
-            q = q.gather(-1, classes)
-            p, q = (torch.cat((part, _log_rest(part)), -1) for part in (p, q))
+            return self._with_rest(q.gather(-1, classes), p)
+        return self._divergence(q, p)
+
+    def compare_stored(self, student: Tensor, classes: Tensor, log_probabilities: Tensor) -> Tensor:
+        """Return the divergence of each token, ``[tokens]``, from a teacher's stored classes, at temperature 1.
+
+        Args:
+            student: The student's logits, ``[tokens, classes]``.
+            classes: The teacher's most likely classes, int64 ``[tokens, k]``.
+            log_probabilities: Their log-probabilities, ``[tokens, k]``.
+        """
+        q = student.log_softmax(-1).gather(-1, classes)
+        return self._with_rest(q, log_probabilities.to(q.dtype))
+
+    def _with_rest(self, q: Tensor, p: Tensor) -> Tensor:
+        p, q = (torch.cat((part, _log_rest(part)), -1) for part in (p, q))
+        return self._divergence(q, p)
+
+    def _divergence(self, q: Tensor, p: Tensor) -> Tensor:
         a, b = (p, q) if self.divergence == "forward" else (q, p)
         return (a.exp() * (a - b)).sum(-1) * self.temperature**2
+
+
+class StoredLogits(NamedTuple):
+    """What a teacher said about each token: its most likely classes, and their log-probabilities.
+
+    Attributes:
+        classes: The classes, int64 ``[tokens, k]``.
+        log_probabilities: Their log-probabilities at temperature 1, ``[tokens, k]``.
+    """
+
+    classes: Tensor
+    log_probabilities: Tensor
+
+
+def likeliest(hidden: Tensor, weight: Tensor, top_k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """Return the most likely classes of a linear head and their log-probabilities, both ``[..., top_k]``.
+
+    Args:
+        hidden: The hidden states, ``[..., d_model]``.
+        weight: The weight of the head, ``[classes, d_model]``.
+        top_k: The number of classes of each token, the likeliest first.
+        chunk: How many tokens' logits exist at once.
+    """
+    parts = [
+        (part.to(weight.dtype) @ weight.t()).float().log_softmax(-1).topk(top_k, -1)
+        for part in hidden.flatten(0, -2).split(chunk)
+    ]
+    shape = (*hidden.shape[:-1], top_k)
+    return (
+        torch.cat([part.indices for part in parts]).view(shape),
+        torch.cat([part.values for part in parts]).view(shape),
+    )
 
 
 def _log_rest(log_probabilities: Tensor) -> Tensor:
@@ -77,8 +129,8 @@ def _log_rest(log_probabilities: Tensor) -> Tensor:
 def linear_distillation(
     hidden: Tensor,
     weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | StoredLogits,
+    teacher_weight: Tensor | None,
     target: Tensor,
     options: LogitsLoss,
     chunk: int | None = None,
@@ -88,8 +140,9 @@ def linear_distillation(
     Args:
         hidden: The student's hidden states, ``[tokens, d_model]``.
         weight: The weight of the student's head, ``[classes, d_model]``.
-        teacher_hidden: The teacher's hidden states, ``[tokens, width]``; the width may differ from the student's.
-        teacher_weight: The weight of the teacher's head, ``[classes, width]``.
+        teacher_hidden: The teacher's hidden states, ``[tokens, width]``; the width may differ from the student's. Or
+            what the teacher said before.
+        teacher_weight: The weight of the teacher's head, ``[classes, width]``; None for a teacher that was stored.
         target: The next tokens, int64 ``[tokens]``.
         options: How the logits are compared.
         chunk: The number of tokens in a chunk. None takes what fits into about a gigabyte.
@@ -101,12 +154,15 @@ def linear_distillation(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden, teacher_hidden = hidden.to(dtype), teacher_hidden.to(dtype)
+        hidden = hidden.to(dtype)
+        if isinstance(teacher_hidden, Tensor):
+            teacher_hidden = teacher_hidden.to(dtype)
+    closed = options.is_closed and isinstance(teacher_hidden, Tensor)
     if chunk is None:
         # Autograd holds five tensors of logits in float32: both models' logits, their logarithms, and a gradient. The
         # compiled function holds three in the dtype of the hidden states. A power of two divides the tokens of a common
         # batch into equal chunks.
-        compiled = hidden.is_cuda and options.is_closed
+        compiled = hidden.is_cuda and closed
         most = CHUNK_BYTES // (weight.shape[0] * (3 * hidden.element_size() if compiled else 20))
         chunk = 1 << (max(64, most).bit_length() - 1)
     differentiate = torch.is_grad_enabled()
@@ -114,8 +170,7 @@ def linear_distillation(
         parts, dh, dw = _in_chunks(
             hidden.detach(),
             weight.detach(),
-            teacher_hidden.detach(),
-            teacher_weight.detach(),
+            _detach(teacher_hidden, teacher_weight),
             target,
             options,
             chunk,
@@ -127,11 +182,17 @@ def linear_distillation(
     return total, parts[0], parts[1]
 
 
+def _detach(hidden: Tensor | StoredLogits, weight: Tensor | None) -> tuple[Tensor, Tensor] | StoredLogits:
+    if isinstance(hidden, StoredLogits):
+        return hidden
+    assert weight is not None
+    return hidden.detach(), weight.detach().to(hidden.dtype)
+
+
 def _in_chunks(
     hidden: Tensor,
     weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher: tuple[Tensor, Tensor] | StoredLogits,
     target: Tensor,
     options: LogitsLoss,
     chunk: int,
@@ -139,20 +200,24 @@ def _in_chunks(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return both losses ``[2]``, and the gradients of ``hidden`` and ``weight`` where they are needed."""
     need_dh, need_dw = needed
-    head, teacher_head = weight.to(hidden.dtype), teacher_weight.to(teacher_hidden.dtype)
+    head = weight.to(hidden.dtype)
     parts = hidden.new_zeros(2, dtype=torch.float32)
     dh = torch.empty_like(hidden) if need_dh else None
     dw = None
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        teacher, student = teacher_hidden[part] @ teacher_head.t(), hidden[part] @ head.t()
-        if hidden.is_cuda and options.is_closed:
+        student = hidden[part] @ head.t()
+        if isinstance(teacher, StoredLogits):
+            its: Tensor | StoredLogits = StoredLogits(teacher.classes[part], teacher.log_probabilities[part])
+        else:
+            its = teacher[0][part] @ teacher[1].t()
+        if hidden.is_cuda and options.is_closed and isinstance(its, Tensor):
             sums, gradient = _compiled()(
-                student, teacher, target[part], options.language_model, options.teacher, options.temperature
+                student, its, target[part], options.language_model, options.teacher, options.temperature
             )
             gradient = gradient / len(hidden)
         else:
-            sums, gradient = _by_autograd(student, teacher, target[part], options, need_dh or need_dw, len(hidden))
+            sums, gradient = _by_autograd(student, its, target[part], options, need_dh or need_dw, len(hidden))
         parts += sums
         if gradient is None:
             continue
@@ -166,12 +231,20 @@ def _in_chunks(
 
 
 def _by_autograd(
-    student: Tensor, teacher: Tensor, target: Tensor, options: LogitsLoss, differentiate: bool, count: int
+    student: Tensor,
+    teacher: Tensor | StoredLogits,
+    target: Tensor,
+    options: LogitsLoss,
+    differentiate: bool,
+    count: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Return both losses summed over tokens ``[2]``, and the gradient of their weighted sum divided by ``count``."""
     student = _wide(student).requires_grad_(differentiate)
     language = F.cross_entropy(student, target, reduction="sum")
-    divergence = options.compare(student, _wide(teacher)).sum()
+    if isinstance(teacher, StoredLogits):
+        divergence = options.compare_stored(student, teacher.classes, teacher.log_probabilities).sum()
+    else:
+        divergence = options.compare(student, _wide(teacher)).sum()
     sums = torch.stack((language.detach(), divergence.detach())).float()
     if not differentiate:
         return sums, None

@@ -9,7 +9,8 @@
     loss.backward()
 
 ``SparseBitNet(distillation=...)`` does the same. The teacher is frozen and belongs to no module, so neither a
-checkpoint nor an optimiser holds its weights. A run that resumes reads the teacher again from its file.
+checkpoint nor an optimiser holds its weights. A run that resumes reads the teacher again from its file. With
+``teacher=None`` there is no model: the data hold what a teacher said before (:mod:`sbn_lightning.data.teacher_rows`).
 :mod:`sbn_lightning.models.distillation` has the formulas.
 """
 
@@ -27,6 +28,7 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.models.distillation import (
     Divergence,
     LogitsLoss,
+    StoredLogits,
     hidden_state_loss,
     linear_distillation,
     relation_loss,
@@ -40,7 +42,8 @@ class Distillation:
     """The options of a distillation. A loss with the weight 0 is not computed.
 
     Args:
-        teacher: The teacher's weights: a checkpoint, the folder of a run, a Hugging Face folder, or a GGUF file.
+        teacher: The teacher's weights: a checkpoint, the folder of a run, a Hugging Face folder, or a GGUF file. None
+            takes what ``teacher-logits`` stored with the text (:mod:`sbn_lightning.data.teacher_rows`).
         logits: The weight of the divergence between the two models' next tokens.
         language_model: The weight of the cross-entropy against the text, as in a training without a teacher.
         divergence: ``"forward"`` or ``"reverse"``; :mod:`sbn_lightning.models.distillation` has the formulas.
@@ -57,7 +60,7 @@ class Distillation:
         ConfigError: If an option cannot work, or no loss is left.
     """
 
-    teacher: str
+    teacher: str | None
     logits: float = 1.0
     language_model: float = 0.0
     divergence: Divergence = "forward"
@@ -83,6 +86,14 @@ class Distillation:
             raise ConfigError(f"distillation.temperature={self.temperature} must be above 0")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"distillation.top_k={self.top_k} must be 1 or more")
+        if self.teacher is None:
+            wanted = {"hidden": 0.0, "relations": 0.0, "temperature": 1.0, "top_k": None}
+            for name, value in wanted.items():
+                if getattr(self, name) != value:
+                    raise ConfigError(
+                        f"distillation.{name} needs the teacher itself, and distillation.teacher is null; the data "
+                        "hold the teacher's most likely tokens alone"
+                    )
 
 
 class Distiller:
@@ -104,6 +115,9 @@ class Distiller:
         device: torch.device | str = "cpu",
     ) -> None:
         self.options = options
+        self.teacher: TernaryTransformer | None = None
+        if options.teacher is None:
+            return
         if teacher is None:
             from sbn_lightning.formats.load import load_model
 
@@ -116,6 +130,8 @@ class Distiller:
         Raises:
             ConfigError: If the vocabularies differ, or a loss needs blocks or widths that are not equal.
         """
+        if self.teacher is None:
+            return
         ours, theirs = student.config, self.teacher.config
         if ours.vocab_size != theirs.vocab_size:
             raise ConfigError(
@@ -140,7 +156,11 @@ class Distiller:
                 )
 
     def loss(
-        self, student: TernaryTransformer, tokens_BT: Tensor, targets_BT: Tensor
+        self,
+        student: TernaryTransformer,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        stored: StoredLogits | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss, a scalar with gradients for the student, and its parts without gradients.
 
@@ -148,12 +168,16 @@ class Distiller:
             student: The student.
             tokens_BT: The token ids, int64 ``[B, T]``.
             targets_BT: The token that follows each token, int64 ``[B, T]``.
+            stored: What the teacher said about these tokens, ``[B * T, k]``, if there is no teacher.
 
         Returns:
             The loss, and by name the cross-entropy (``"loss"``), the divergence of the logits (``"logits"``), and the
             other losses that are computed (``"hidden"``, ``"relations"``).
         """
         options = self.options
+        if self.teacher is None:
+            assert stored is not None
+            return self._against_stored(student, tokens_BT, targets_BT, stored)
         with torch.no_grad(), self._watch(self.teacher) as theirs:
             teacher_hidden = self.teacher.hidden(tokens_BT, after_blocks=theirs.after_blocks)
         with self._watch(student) as ours:
@@ -179,6 +203,20 @@ class Distiller:
             parts["relations"] = value.detach()
             total = total + options.relations * value
         return total, parts
+
+    def _against_stored(
+        self, student: TernaryTransformer, tokens_BT: Tensor, targets_BT: Tensor, stored: StoredLogits
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        options = self.options
+        total, language, divergence = linear_distillation(
+            student.hidden(tokens_BT).flatten(0, 1),
+            student.lm_head.weight,
+            stored,
+            None,
+            targets_BT.flatten(),
+            LogitsLoss(options.language_model, options.logits, options.divergence),
+        )
+        return total, {"loss": language, "logits": divergence}
 
     @contextmanager
     def _watch(self, model: TernaryTransformer) -> Iterator[_Seen]:

@@ -32,6 +32,7 @@ from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts, sha
 from sbn_lightning.distributed.strategies import check_strategy
 from sbn_lightning.formats.init_from import SHAPE, check_tokenizer, load_weights, without_masks
 from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.distillation import StoredLogits
 from sbn_lightning.models.moe import busiest, load_balance_loss, loads
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.training.answers import AnswerLoss, Answers
@@ -41,6 +42,9 @@ from sbn_lightning.training.metrics import Perplexity
 from sbn_lightning.training.parameter_groups import SCALE, LearningRateRule, parameter_groups, scale_learning_rates
 from sbn_lightning.training.schedules import Schedule, learning_rate_factor
 
+# Token ids, or a tuple of token ids, a teacher's likely next tokens and their log-probabilities.
+Batch = Tensor | Sequence[Tensor]
+
 __all__ = ["Perplexity", "Schedule", "SparseBitNet", "learning_rate_factor"]
 
 
@@ -48,7 +52,7 @@ class SparseBitNet(LightningModule):
     """Train a :class:`TernaryTransformer` on next-token prediction.
 
     A batch is int64 ``[batch, sequence_length + 1]``. The inputs are all tokens of a row but the last one, the targets
-    are all but the first one.
+    are all but the first one. A folder with a teacher's logits gives tuples that begin with such a tensor.
 
     Args:
         config: The shape and the arithmetic of the transformer.
@@ -139,7 +143,20 @@ class SparseBitNet(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if self.init_from is not None:
             check_tokenizer(self.init_from, data)
-        if self.distillation is not None and stage == "fit":
+        if self.distillation is not None and self.distillation.teacher is None and stage == "fit":
+            rows = getattr(data, "teacher_rows", None)
+            if rows is None:
+                raise ConfigError(
+                    "distillation.teacher is null, and the data hold no teacher's logits: give the teacher, or a "
+                    "data.path that `sbn teacher-logits` wrote"
+                )
+            if rows.vocab_size != self.config.vocab_size:
+                raise ConfigError(
+                    f"distillation: the teacher {rows.teacher} has {rows.vocab_size} tokens, the student "
+                    f"{self.config.vocab_size}: they must share a tokenizer"
+                )
+        elif self.distillation is not None and stage == "fit":
+            assert self.distillation.teacher is not None
             if not Path(self.distillation.teacher).exists():
                 raise DataError(
                     f"distillation: the teacher {self.distillation.teacher} does not exist; write it with: sbn "
@@ -247,7 +264,7 @@ class SparseBitNet(LightningModule):
         logits: Tensor = self.model(tokens)
         return logits
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch, a scalar, and log what :meth:`compute_loss` reports."""
         loss, metrics = self.compute_loss(self.model, batch)
         # Without prog_bar=True, because Lightning would fetch the values after every batch. LossProgressBar shows them.
@@ -257,12 +274,13 @@ class SparseBitNet(LightningModule):
         self.log("learning_rate", torch.as_tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
         return loss
 
-    def compute_loss(self, model: Any, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss that training minimises, and values to log.
 
         Args:
             model: This module's model, or a wrapper of Fabric around it.
-            batch: The token ids, int64 ``[batch, sequence_length + 1]``.
+            batch: The token ids, int64 ``[batch, sequence_length + 1]``; or a tuple of them, a teacher's likely next
+                tokens, and their log-probabilities.
 
         Returns:
             The loss, a scalar with gradients; and by name the mean cross-entropy in nats (``train/loss``), its
@@ -270,8 +288,10 @@ class SparseBitNet(LightningModule):
             times the average load the busiest expert has.
         """
         metrics: dict[str, Tensor] = {}
+        batch, stored = _split(batch)
         if self.distillation is not None:
-            loss, parts = model.run(self._get_distiller(batch.device).loss, batch[:, :-1], batch[:, 1:])
+            given = () if self.distillation.teacher is not None else (stored,)
+            loss, parts = model.run(self._get_distiller(batch.device).loss, batch[:, :-1], batch[:, 1:], *given)
             cross_entropy = parts.pop("loss")
             metrics["train/distillation"] = loss.detach()
             metrics |= {f"train/distillation_{name}": part for name, part in parts.items()}
@@ -335,36 +355,38 @@ class SparseBitNet(LightningModule):
             assert self.distillation is not None
             distiller = Distiller(self.distillation, device=device)
             distiller.check(self.model)
-            if self.model.is_compiled:
+            if self.model.is_compiled and distiller.teacher is not None:
                 distiller.teacher.compile_blocks()
             self._distiller = distiller
         return self._distiller
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log ``val/loss`` and ``val/perplexity``."""
         self._evaluate(batch, self.val_perplexity, "val")
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Log ``test/loss`` and ``test/perplexity``."""
         self._evaluate(batch, self.test_perplexity, "test")
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the log-likelihood of each token after the first, float32 ``[batch, sequence_length]``."""
+        batch, _ = _split(batch)
         log_probabilities = self.model(batch[:, :-1]).float().log_softmax(-1)
         return log_probabilities.gather(-1, batch[:, 1:].unsqueeze(-1)).squeeze(-1)
 
-    def held_out_loss(self, batch: Tensor) -> tuple[Tensor, int, int]:
+    def held_out_loss(self, batch: Batch) -> tuple[Tensor, int, int]:
         """Return the loss of a held-out batch, the number of tokens in it, and the weight of the batch in a mean.
 
         Args:
-            batch: The token ids, int64 ``[batch, sequence_length + 1]``.
+            batch: The token ids, int64 ``[batch, sequence_length + 1]``; or a tuple that begins with them.
         """
+        batch, _ = _split(batch)
         if self.answer_loss is not None:
             loss, count = self.answer_loss(self.model, batch)
             return loss, count, count
         return self._plain_loss(batch), batch[:, 1:].numel(), len(batch)
 
-    def _evaluate(self, batch: Tensor, perplexity: Perplexity, stage: str) -> None:
+    def _evaluate(self, batch: Batch, perplexity: Perplexity, stage: str) -> None:
         loss, tokens, weight = self.held_out_loss(batch)
         perplexity.update(loss, tokens)
         self.log(f"{stage}/loss", loss, on_epoch=True, on_step=False, batch_size=weight, sync_dist=True)
@@ -397,6 +419,14 @@ class SparseBitNet(LightningModule):
         )
         scheduler = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _split(batch: Batch) -> tuple[Tensor, StoredLogits | None]:
+    """Return the token ids of a batch, and what a teacher said about them if the data hold that."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    tokens, classes, log_probabilities = batch
+    return tokens, StoredLogits(classes.flatten(0, 1), log_probabilities.flatten(0, 1))
 
 
 def _as_tuple(option: Any) -> Any:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.core.files import CHECKSUM_LIMIT
 from sbn_lightning.data import folders, shards
+from sbn_lightning.data.teacher_rows import CollateRows, TeacherRows, rows_of
 from sbn_lightning.data.tokenization.prepare import prepare
 from sbn_lightning.data.tokenization.sources import digest
 
@@ -40,7 +41,8 @@ class TokenDataModule(LightningDataModule):
     """Stream blocks of tokens from folders written by ``prepare``.
 
     Batches are ``torch.long`` tensors [batch, sequence_length + 1]: inputs are ``batch[:, :-1]``, targets
-    ``batch[:, 1:]``. An interrupted run resumes at the next sample.
+    ``batch[:, 1:]``. An interrupted run resumes at the next sample. A folder that ``teacher-logits`` wrote gives tuples
+    of such a tensor, likely next tokens and their log-probabilities (:mod:`sbn_lightning.data.teacher_rows`).
 
     Args:
         path: The folder that ``prepare`` wrote, or its URL (s3://, gs://, ...). The default is prepared on first use.
@@ -147,6 +149,11 @@ class TokenDataModule(LightningDataModule):
         return int(self.meta["eos_id"])
 
     @property
+    def teacher_rows(self) -> TeacherRows | None:
+        """The form of the rows of text with a teacher's logits; None for text alone. ``setup`` checks it."""
+        return rows_of(self.meta)
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the data were prepared with."""
         if self._tokenizer is None:
@@ -205,10 +212,35 @@ class TokenDataModule(LightningDataModule):
                     shards.verify(Path(source), meta, self._wants_checksum(meta))
             self._is_verified = True
         splits = {"fit": ["train", "val"], None: ["train", "val"]}.get(stage, ["val"])
+        self._check_rows(metas)
         for source, meta in metas.items():
             for split in splits:
                 if split in meta["splits"] and not folders.is_remote(source):
                     self._check_enough(source, split)
+
+    def _check_rows(self, metas: dict[str, dict[str, Any]]) -> None:
+        """Refuse a sequence length that is not the rows', and mixtures of rows of different forms."""
+        forms = {
+            source: None if rows is None else (rows.sequence_length, rows.top_k, rows.vocab_size)
+            for source, rows in ((source, rows_of(meta)) for source, meta in metas.items())
+        }
+        (first, form), *others = forms.items()
+        for other, its in others:
+            if its != form:
+                raise ConfigError(
+                    f"data.paths: {first} and {other} hold different things: a teacher's logits need the same "
+                    "sequence_length, top_k and vocabulary in all folders, and folders of text alone cannot be mixed with them"
+                )
+        if form is not None and self.sequence_length != form[0]:
+            raise ConfigError(
+                f"data.sequence_length={self.sequence_length}, but the teacher's logits in {first} are of windows of "
+                f"{form[0]} tokens: set data.sequence_length to {form[0]}, or run teacher-logits again"
+            )
+
+    @property
+    def _block_size(self) -> int:
+        rows = self.teacher_rows
+        return self.sequence_length + 1 if rows is None else rows.size
 
     def _wants_checksum(self, meta: dict[str, Any]) -> bool:
         if self.verify != "auto":
@@ -223,7 +255,7 @@ class TokenDataModule(LightningDataModule):
         batch = self.batch_size if training else self.val_batch_size
         # Only a run with one rank validates on a batch that is not full.
         needed = batch * world if training or world > 1 else 1
-        blocks = folders.count_blocks(Path(source, split), self.sequence_length)
+        blocks = folders.count_blocks(Path(source, split), self.sequence_length, self._block_size)
         if blocks < needed:
             raise DataError(
                 f"{Path(source, split)} has {blocks} blocks of {self.sequence_length + 1} tokens, one batch needs "
@@ -315,7 +347,7 @@ class TokenDataModule(LightningDataModule):
         training = split == "train"
         return open_split(
             folders.join(source, split),
-            self.sequence_length + 1,
+            self._block_size,
             # `overfit_batches` trains on the same batches again and again, so nothing may be shuffled.
             shuffle=self.shuffle and training and not getattr(self.trainer, "overfit_batches", 0),
             drop_last=True if training else None,
@@ -327,10 +359,12 @@ class TokenDataModule(LightningDataModule):
         from sbn_lightning.data.stream.loader import Collate, keep_working
 
         where = " or ".join(folders.join(source, split) for source in self.sources)
+        rows = self.teacher_rows
+        collate = Collate(self.vocab_size, where) if rows is None else CollateRows(rows, where)
         return {
             "num_workers": num_workers,
             "worker_init_fn": keep_working,
-            "collate_fn": Collate(self.vocab_size, where),
+            "collate_fn": collate,
             "pin_memory": torch.cuda.is_available(),
         }
 
