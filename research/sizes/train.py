@@ -147,6 +147,8 @@ class Training:
         if not first:
             self.seconds += time.monotonic() - since
             self.timed += steps
+        elif self.setting.device.type == "cuda":
+            torch.cuda.empty_cache()  # The steps before the recording had memory of their own.
 
     def _learn_masks(self) -> None:
         """Go over to learned masks: in eager mode, without kernels and graphs."""
