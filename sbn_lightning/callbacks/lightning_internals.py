@@ -1,4 +1,4 @@
-"""All access to Lightning's private state. No other file of this project reads or changes it.
+"""All access to Lightning's private state, but for ``distributed/stopping.py``, which replaces two of its methods.
 
 Each function here exists because Lightning has no public name for its result. When a new version of Lightning breaks
 one of them, this file is the place to look, and the docstring says what the function must return or do.

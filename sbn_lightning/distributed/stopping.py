@@ -96,7 +96,8 @@ def stop_together(trainer: Any) -> None:
     if not isinstance(trainer, Trainer) or trainer.world_size == 1 or not dist.is_initialized():
         return
     loop: Any = trainer.fit_loop.epoch_loop
+    listener: Any = trainer._signal_connector
     if hasattr(loop, "_broadcast_sigterm_tensor") and "_broadcast_sigterm_tensor" not in vars(loop):
         signals = _Signals(trainer)
         loop._broadcast_sigterm_tensor = signals.stop_if_agreed
-        trainer._signal_connector._sigterm_notifier_fn = signals.hear  # type: ignore[method-assign]
+        listener._sigterm_notifier_fn = signals.hear
