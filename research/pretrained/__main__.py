@@ -36,12 +36,14 @@ from research.pretrained.corpus import (
     read_corpus,
     write_held_out,
 )
+from research.pretrained.heads import induction_scores, repeated_rows
 from research.pretrained.items import Item, make_items, read_items, score_items, write_tasks
 from research.pretrained.report import report
 from research.pretrained.speed import measure_speed, random_weights
 from research.pretrained.train import FILE, STATE, Setting, Training, read_rows
 from research.pretrained.trials import SHORT, WAYS, Trial, lengthy, long, short, untrained
 from sbn_lightning.core.files import write_text
+from sbn_lightning.data.tokenizer import find_eos
 from sbn_lightning.evaluation.probes import make_tasks, probe
 from sbn_lightning.models.transformer import TernaryTransformer
 
@@ -61,14 +63,20 @@ PATIENCE = 60.0
 
 
 def ask(model: TernaryTransformer, items: dict[str, list[Item]], tokenizer: Tokenizer, length: int) -> dict[str, Any]:
-    """Return the model's results in the tasks and its greedy continuations of :data:`PROMPTS`."""
+    """Return what a model answers: its best induction heads (block, head, score), tasks, and greedy samples."""
     from sbn_lightning.evaluation.scoring import score_ends
     from sbn_lightning.inference.loop import generate
 
     prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in PROMPTS]
     room = min(64, length - max(map(len, prompts)))
     new = generate(model, prompts, max_new_tokens=room, cuda_graph=False) if room > 0 else []
+    words = torch.arange(1000, min(20_000, model.config.vocab_size))
+    span = min(64, length // 2 - 1)
+    scores = induction_scores(model, repeated_rows(words, find_eos(tokenizer, None)[1], span, 8), span)
+    best = scores.flatten().sort(descending=True)
+    heads = [[*divmod(int(i), scores.shape[1]), round(float(s), 4)] for s, i in zip(*best, strict=True)][:8]
     return {
+        "induction_heads": heads,
         "tasks": score_items(items, tokenizer, functools.partial(score_ends, model), length),
         "samples": [[prompt, tokenizer.decode(tokens)] for prompt, tokens in zip(PROMPTS, new, strict=False)],
     }

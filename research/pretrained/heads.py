@@ -1,0 +1,62 @@
+"""Which attention heads find the token after an earlier occurrence of the present token: induction heads.
+
+A row is a span of random words, twice (Olsson et al., arXiv 2209.11895). A head that copies attends from a token of the
+second span to the token that followed the same token in the first span. The score of a head is the mean attention
+weight on that place. It is 1 for a perfect induction head, and about one over the number of tokens for any other head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sbn_lightning.models.attention import causal_attention
+from sbn_lightning.models.transformer import TernaryTransformer
+
+
+class _Score:
+    """Attention that also notes how much each head attends to the token after the earlier occurrence."""
+
+    def __init__(self, span: int) -> None:
+        self.span = span
+        self.scores: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        logits = (q.float() @ keys.float().transpose(-1, -2)) / q.shape[-1] ** 0.5
+        length = q.shape[2]
+        causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        weights = logits.masked_fill(~causal, float("-inf")).softmax(-1)
+        # The token at place t came at t - span before, and was followed by the token at t - span + 1.
+        found = weights.diagonal(1 - self.span, -2, -1)  # Of the places from span - 1 on.
+        self.scores = found[..., 2:].mean((0, 2)).cpu()
+        return causal_attention(q, k, v, window)
+
+
+@torch.no_grad()
+def induction_scores(model: TernaryTransformer, tokens: Tensor, span: int) -> Tensor:
+    """Return the score of each head, float32 ``[blocks, heads]``.
+
+    Args:
+        model: The model, not compiled.
+        tokens: Rows of a first token and a span that comes twice, int64 ``[rows, 1 + 2 * span]``.
+        span: The number of tokens of the span.
+    """
+    watchers = [_Score(span) for _ in model.blocks]
+    model.hidden(tokens.to(model.embed.weight.device), attend=watchers)
+    return torch.stack([watcher.scores for watcher in watchers if watcher.scores is not None])
+
+
+def repeated_rows(words: Tensor, first: int, span: int, rows: int, seed: int = 0) -> Tensor:
+    """Return rows for :func:`induction_scores`.
+
+    Args:
+        words: The tokens to draw from, without repetition in a span.
+        first: The token at the beginning of a row.
+        span: The number of tokens of the span.
+        rows: The number of rows.
+        seed: The seed of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spans = torch.stack([words[torch.randperm(len(words), generator=generator)[:span]] for _ in range(rows)])
+    return torch.cat((torch.full((rows, 1), first), spans, spans), 1)

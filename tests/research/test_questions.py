@@ -1,0 +1,89 @@
+"""What the study asks trained models: tasks of held-out text, and which heads copy."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from research.pretrained.heads import induction_scores, repeated_rows
+from research.pretrained.items import Item, make_items, read_items, score_items, write_tasks
+from research.pretrained.trials import lengthy
+from sbn_lightning.data.tokenizer import byte_tokenizer
+from sbn_lightning.models.transformer import TernaryTransformer
+from tests.helpers import small_config
+
+CODE = "\n".join(
+    [f"def first_thing_{n}(value):\n    return value + {n} * long_number_{n}" for n in range(40)]
+    + ["total_of_all = first_thing_3(1)", "other_total = total_of_all + 1", "    print(total_of_all)"]
+)
+ENGLISH = " ".join(f"This is the sentence with the number {n}, and it is long enough to ask." for n in range(30))
+
+
+@pytest.fixture(scope="module")
+def items():
+    return make_items({"code": [CODE, "x = 1\n"], "english": [ENGLISH]}, count=9)
+
+
+def test_items_ask_for_what_follows(items):
+    assert {task: len(found) for task, found in items.items()} == {
+        "heldout_names": 1,
+        "heldout_code": 3,
+        "heldout_english": 9,
+    }
+    for item in items["heldout_names"]:
+        assert item.context + item.choices[0] in CODE
+        assert item.choices[0].strip() in item.context
+    for item in items["heldout_code"]:
+        assert item.context + item.choices[item.answer] in CODE + "\n"
+        assert len({choice for choice in item.choices}) == 4
+        assert len({len(choice) - len(choice.lstrip()) for choice in item.choices}) == 1
+    for item in items["heldout_english"]:
+        assert item.context + item.choices[item.answer] in ENGLISH
+    assert items == make_items({"code": [CODE, "x = 1\n"], "english": [ENGLISH]}, count=9)
+
+
+def test_items_are_written_for_the_harness_and_read_again(items, tmp_path):
+    write_tasks(items, tmp_path)
+    assert read_items(tmp_path) == items
+    task = yaml.safe_load((tmp_path / "heldout_code.yaml").read_text())
+    assert task["output_type"] == "multiple_choice"
+    file = task["dataset_kwargs"]["data_files"]["test"]
+    assert len(Path(file).read_text(encoding="utf-8").splitlines()) == 3
+    assert yaml.safe_load((tmp_path / "heldout_names.yaml").read_text())["output_type"] == "loglikelihood"
+
+
+def test_scores_take_the_likeliest_choice():
+    items = {
+        "choose": [Item("ab", ["x", "yy", "z"], 1), Item("ab", ["x", "yy", "z"], 0)],
+        "write": [Item("ab", ["yes"]), Item("ab", ["no"])],
+    }
+    logs = {"x": -2.0, "yy": -3.0, "z": -9.0, "yes": -1.0, "no": -1.0}
+
+    def score(rows, counts):
+        texts = [bytes(row[-count:]).decode() for row, count in zip(rows, counts, strict=True)]
+        return [(logs[text], text == "yes") for text in texts]
+
+    found = score_items(items, byte_tokenizer(), score, most_tokens=4, batch_size=2)
+    assert (found["choose"]["acc"], found["choose"]["acc_norm"]) == (0.5, 0.5)  # x by sum, yy by byte
+    assert found["choose"]["log_probability"] == -2.5
+    assert (found["write"]["acc"], found["write"]["items"]) == (0.5, 2)
+
+
+def test_heads_that_see_nothing_attend_to_all_places_alike():
+    model = TernaryTransformer(small_config(linear="dense"))
+    span = 10
+    for block in model.blocks:
+        block.attention.qkv.weight.data.zero_()
+    rows = repeated_rows(torch.arange(5, 300), 0, span, 3)
+    assert torch.equal(rows[:, 1 : span + 1], rows[:, span + 1 :])
+    scores = induction_scores(model, rows, span)
+    expected = sum(1 / (place + 1) for place in range(span + 1, 2 * span + 1)) / span
+    torch.testing.assert_close(scores, torch.full((2, 4), expected))
+
+
+def test_the_long_comparison_has_each_trial_once():
+    names = [trial.name for trial in lengthy(200_000_000, 50_000_000)]
+    assert names[:3] == ["200M both 2:4 seed 1", "200M both 8:8 seed 1", "50M both 2:4 seed 1"]
+    short = [trial.name for trial in lengthy(50_000_000, 50_000_000)]
+    assert len(set(short)) == len(short) == len(names) - 2
