@@ -246,8 +246,14 @@ class KernelBackend:
         """
         from sbn_lightning.backends.gated import GatedFunction
 
-        joins = self.gradients == backend.gradients == "int8" and None not in (self.seed, backend.seed)
-        if not joins or last[0].shape[1] > MAX_FEATURES or not torch.is_grad_enabled():
+        joins = self.gradients == backend.gradients == "int8"
+        if (
+            not joins
+            or self.seed is None
+            or backend.seed is None
+            or last[0].shape[1] > MAX_FEATURES
+            or not torch.is_grad_enabled()
+        ):
             return None
         y: Tensor = GatedFunction.apply(
             x.reshape(-1, x.shape[-1]), first[0], last[0],
