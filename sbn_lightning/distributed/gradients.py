@@ -3,13 +3,14 @@
 The backward of a layer needs the codes and not the latent weight. So autograd accumulates a layer's gradient into a
 leaf tensor without storage (:func:`stand_in`). As soon as a gradient is there, a hook starts a reduce-scatter, which
 runs while autograd computes the backward of the earlier layers. When it has ended, the rows of this rank are added to
-``weight.grad``.
+``weight.grad``. Small gradients wait for each other, and travel together. What is small grows with the number of ranks.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from sbn_lightning.distributed.rows import RowCut
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 IN_FLIGHT = 2**28  # The bytes of whole gradients that may be in memory at a time, each in its reduce-scatter.
+PIECE = 2**22  # A collective sends at least these bytes to each rank, or its latency would outweigh them.
 
 
 def stand_in(rows: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -31,13 +33,34 @@ def stand_in(rows: int, in_features: int, dtype: torch.dtype, device: torch.devi
     return torch.empty((), dtype=dtype, device=device).expand(rows, in_features).requires_grad_()
 
 
+class _Gradient(NamedTuple):
+    """A whole gradient, and where its rows go."""
+
+    whole: Tensor
+    weight: nn.Parameter
+    cut: RowCut
+
+    @property
+    def size(self) -> int:
+        """The elements that each rank gets. The last rows of some ranks may be padding."""
+        return self.cut.padded * self.whole.shape[1]
+
+    def pieces(self) -> Tensor:
+        """What each rank gets, ``[ranks, size]``."""
+        whole, cut = self.whole, self.cut
+        if cut.rows != cut.padded * cut.ranks:
+            whole = torch.cat([whole, whole.new_zeros(cut.padded * cut.ranks - cut.rows, whole.shape[1])])
+        return whole.contiguous().view(cut.ranks, -1)
+
+
 @dataclass(eq=False)
 class _Sent:
-    weight: nn.Parameter
+    """Gradients that travel in one collective."""
+
+    places: list[tuple[nn.Parameter, RowCut, int]]  # Weight, rows, and elements of each gradient.
     work: dist.Work | None
-    whole: Tensor | None  # The gradient must stay alive until the collective has read it.
+    whole: Tensor | None  # The gradients must stay alive until the collective has read them.
     mine: Tensor
-    cut: RowCut
 
 
 class GradientScatter:
@@ -54,6 +77,8 @@ class GradientScatter:
         # NCCL divides while it sums. gloo does not know how.
         self._operation = dist.ReduceOp.AVG if dist.get_backend(shard_group) == "nccl" else dist.ReduceOp.SUM
         self._sent: deque[_Sent] = deque()
+        self._gathered: list[_Gradient] = []  # Small gradients that wait for each other.
+        self._most_alone = min(PIECE * dist.get_world_size(shard_group), IN_FLIGHT // 2)
         self._waits_for_end = False
 
     def attach(self, leaf: Tensor, weight: nn.Parameter, cut: RowCut) -> None:
@@ -68,29 +93,42 @@ class GradientScatter:
         def send(leaf: Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
             assert gradient is not None
-            self._send(gradient, weight, cut)
+            self._collect(_Gradient(gradient, weight, cut))
 
         leaf.register_post_accumulate_grad_hook(send)
 
-    def _send(self, gradient: Tensor, weight: nn.Parameter, cut: RowCut) -> None:
+    def _collect(self, gradient: _Gradient) -> None:
         if not self._waits_for_end:
             self._waits_for_end = True
             begin_collectives()  # Kernels of the backward make room for them.
             Variable._execution_engine.queue_callback(self._finish)
+        if gradient.whole.nbytes >= self._most_alone:
+            self._send([gradient])
+            return
+        self._gathered.append(gradient)
+        if sum(one.whole.nbytes for one in self._gathered) >= self._most_alone:
+            self._send_gathered()
+
+    def _send_gathered(self) -> None:
+        """Send the small gradients, those of each dtype together."""
+        gathered, self._gathered = self._gathered, []
+        for dtype in dict.fromkeys(one.whole.dtype for one in gathered):
+            self._send([one for one in gathered if one.whole.dtype == dtype])
+
+    def _send(self, gradients: list[_Gradient]) -> None:
+        pieces = [one.pieces() for one in gradients]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         travelling = [sent for sent in self._sent if sent.whole is not None]
         size = sum(sent.whole.nbytes for sent in travelling if sent.whole is not None)
         for sent in travelling:
-            if size + gradient.nbytes <= IN_FLIGHT:
+            if size + whole.nbytes <= IN_FLIGHT:
                 break
             assert sent.whole is not None
             size -= sent.whole.nbytes
             self._wait(sent)
-        if cut.rows != cut.padded * cut.ranks:
-            gradient = torch.cat([gradient, gradient.new_zeros(cut.padded * cut.ranks - cut.rows, gradient.shape[1])])
-        gradient = gradient.contiguous()
-        mine = gradient.new_empty(cut.padded, gradient.shape[1])
-        work = _reduce_scatter(mine, gradient, op=self._operation, group=self.shard_group, async_op=True)
-        self._sent.append(_Sent(weight, work, gradient, mine, cut))
+        mine = whole.new_empty(whole.shape[1])
+        work = _reduce_scatter(mine, whole.view(-1), op=self._operation, group=self.shard_group, async_op=True)
+        self._sent.append(_Sent([(one.weight, one.cut, one.size) for one in gradients], work, whole, mine))
 
     def _wait(self, sent: _Sent) -> None:
         """Take over what has come. In hybrid sharding, start the sum over the ranks that hold the same rows."""
@@ -105,6 +143,7 @@ class GradientScatter:
 
     def _finish(self) -> None:
         self._waits_for_end = False
+        self._send_gathered()
         end_collectives()
         for sent in list(self._sent):
             if sent.whole is not None:
@@ -116,8 +155,11 @@ class GradientScatter:
             self._take(sent)
 
     def _take(self, sent: _Sent) -> None:
-        mine = sent.mine[: sent.cut.count]
-        _accumulate(sent.weight, mine if self._operation == dist.ReduceOp.AVG else mine.div_(self.average))
+        if self._operation != dist.ReduceOp.AVG:
+            sent.mine.div_(self.average)
+        parts = sent.mine.split([size for _, _, size in sent.places])
+        for (weight, cut, _), mine in zip(sent.places, parts, strict=True):
+            _accumulate(weight, mine.view(cut.padded, -1)[: cut.count])
 
 
 def _accumulate(weight: nn.Parameter, mine: Tensor) -> None:
