@@ -132,8 +132,9 @@ class Plan:
     accumulate: int = 1
 
 
-BUSY = 1.09  # How much longer several GPUs of a host compute than one: the one number that is fitted, see the page.
-MATRICES = 4  # Ternary matrices of a block: qkv, o, gate and up, down. Each has its own reduce-scatter.
+BUSY = 1.06  # How much longer several GPUs of a host compute than one: the one number that is fitted, see the page.
+MATRICES = 4  # Ternary matrices of a block: qkv, o, gate and up, down.
+PIECE, MOST = 2**22, 2**27  # Gradients travel together until each rank gets PIECE bytes, or all have MOST bytes.
 
 
 @dataclass(frozen=True)
@@ -202,33 +203,40 @@ def step(shape: Shape, cluster: Cluster, plan: Plan) -> Step:
         latency = 2 * buckets * cluster.ring(0.0, n, hosts)
     else:
         times = plan.accumulate
-        pieces = 1 if plan.gather == "bf16" else MATRICES
-        each = over_blocks(size, pieces)
-        last = each / blocks / pieces
-        latency = times * pieces * blocks * cluster.ring(0.0, group, spread)
+        number = float(blocks)
+        if plan.gather != "bf16":
+            number = min(MATRICES * blocks, max(1.0, size * shape.ternary / min(PIECE * group, MOST)))
+        each = number * cluster.ring(size * shape.ternary / number, group, spread)
+        last = each / number
+        latency = times * number * cluster.ring(0.0, group, spread)
         if plan.hybrid and hosts > 1:  # Then each GPU reduces its own rows across hosts.
             own = size * shape.ternary / group
             across = 2 * own * (hosts - 1) / hosts / (cluster.gbit / 8 * GB)
-            far = pieces * blocks * (cluster.start + 2 * ceil(log2(hosts)) * cluster.far_hop)  # a tree, not a ring
+            far = number * (cluster.start + 2 * ceil(log2(hosts)) * cluster.far_hop)  # a tree, not a ring
             each, latency = each + across + far, latency + times * far
-            last += (across + far) / blocks / pieces
+            last += (across + far) / number
     gradients = times * (max(each - backward, 0) + last)
     sent += size * shape.ternary * times * (2 if plan.gather == "ddp" else 1)
 
-    # FSDP2 gathers embedding and head before the forward, and reduces their gradients after the backward.
+    # Embedding and head are gathered before the forward, by us once in a step. Their gradients are reduced after the
+    # backward of each micro-batch.
     width = 2.0 if plan.gather == "bf16" else 4.0
-    rest_bytes = 2 * width * shape.rest
-    rest = times * 2 * cluster.ring(width * shape.rest, n if plan.gather == "ddp" else group, spread)
+    back = 4.0 if plan.gather == "ddp" else size
+    gathers = times if plan.gather == "bf16" else 1
+    members = n if plan.gather == "ddp" else group
+    rest = gathers * cluster.ring(width * shape.rest, members, spread) + times * cluster.ring(
+        back * shape.rest, members, spread
+    )
     if plan.hybrid and hosts > 1:
-        rest += times * 2 * width * shape.rest / group * (hosts - 1) / hosts / (cluster.gbit / 8 * GB)
-    sent += rest_bytes * times
+        rest += times * 2 * back * shape.rest / group * (hosts - 1) / hosts / (cluster.gbit / 8 * GB)
+    sent += (gathers * width + times * back) * shape.rest
     if n == 1:
         words = gradients = rest = latency = sent = 0.0
     total = busy + words + gradients + rest
     milliseconds = [1e3 * seconds for seconds in (compute, words, gradients, rest, latency, total)]
     received = sent * (group - 1) / group
     if plan.hybrid and hosts > 1:
-        received += 2 * (hosts - 1) / hosts * times * (size * shape.ternary + width * shape.rest) / group
+        received += 2 * (hosts - 1) / hosts * times * (size * shape.ternary + back * shape.rest) / group
     return Step(*milliseconds, received / GIB)
 
 
@@ -285,7 +293,7 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 MEASURED = (
-    ("1.5B, ours, DDP", "ddp", 524.4, 476.5),
+    ("1.5B, ours, DDP", "ddp", 508.3, 484.7),
     ("1.5B, BF16 dense, FSDP2, gathered in bf16", "bf16", 668.3, 620.5),
 )
 
@@ -384,11 +392,9 @@ bandwidth, the latencies of rings, and what a backward hides. [Several GPUs](sca
 
 {check_table()}
 
-One number was fitted to these two rows, so their errors say how well one number serves both, and no more. Two limits:
-a third row, FSDP2 that gathers float32 latent weights (715 ms measured), is far off the model. There the host and not
-the link was the limit. A later run on a host that was busy with other work had 565 ms for `sbn_fsdp2` with packed words
-(one GPU 486 ms, model 536, -5.2%), 602 ms for DDP (model 532, -11.6%) and 709 ms for BF16 under FSDP2 (model 693,
--2.3%).
+One number was fitted to these two rows, so their errors say how well one number serves both, and no more. A third row,
+FSDP2 that gathers float32 latent weights (715 ms measured), is far off the model. There the host and not the link was
+the limit.
 
 ## Scaling: throughput over that of one GPU times the number of GPUs
 
@@ -414,11 +420,11 @@ The same with rows shared within a host (a mesh of two dimensions), 50 Gbit/s:
 
 ## What breaks first
 
-- **Slow links: embedding and head.** They are FSDP2's, travel in float32 once a micro-batch, and nothing hides them. At
+- **Slow links: embedding and head.** They are gathered in float32 once a step, and nothing hides them. At
   50 Gbit/s and 64 GPUs they take {slow.rest:,.0f} of the {slow.total:,.0f} ms of an 8B step. The words of all ternary
   layers take {slow.words:,.0f} ms. A `policy` with bfloat16 parameters halves these bytes.
-- **Many GPUs in one ring: latency.** `sbn_fsdp2` reduces each of the four matrices of a block by itself. On 1,024 GPUs
-  these reductions have {flat.latency:,.0f} ms of latency in a 1.5B step that computes for {flat.compute:,.0f} ms. With
+- **Many GPUs in one ring: latency.** Gradients travel together until each rank gets 4 MiB, or all have 128 MiB. On 1,024
+  GPUs these reductions have {flat.latency:,.0f} ms of latency in a 1.5B step that computes for {flat.compute:,.0f} ms. With
   rows shared within a host (a mesh of two dimensions) they have {near.latency:,.0f} ms. Large models hide this latency.
 - **Rows shared within a host need fast links**: gradients then cross hosts twice, in both directions of an all-reduce,
   instead of once. At 50 Gbit/s one ring is better up to some hundred GPUs.
