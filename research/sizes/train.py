@@ -26,6 +26,7 @@ from sbn_lightning.layers.masked_linear import masked_layers
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.schedule.curves import cosine_to_zero
 from sbn_lightning.training.graphs import GraphedLoss
+from sbn_lightning.training.muon import MuonAdamW
 from sbn_lightning.training.parameter_groups import parameter_groups
 from sbn_lightning.training.schedules import learning_rate_factor
 
@@ -107,7 +108,7 @@ class Training:
         if setting.compile:
             self.model.compile_blocks()
         self.graphed = GraphedLoss() if setting.graphs and on_gpu else None
-        self.optimizers = make_optimizers(self.model, trial)
+        self.optimizers = [make_optimizer(self.model, trial)]
         self.schedule: SparsitySchedule | None = None
         if dict(masked_layers(self.model)):
             decay = MaskedDecay(trial.shrink / (trial.lr * trial.scale), until=0.5) if trial.shrink else None
@@ -303,24 +304,16 @@ def make_model(trial: Trial, setting: Setting) -> TernaryTransformer:
         return TernaryTransformer(config)
 
 
-def make_optimizers(model: nn.Module, trial: Trial) -> list[torch.optim.Optimizer]:
-    """Return the optimisers of a trial. The last one holds the matrices of the blocks."""
+def make_optimizer(model: nn.Module, trial: Trial) -> torch.optim.Optimizer:
+    """Return the optimiser of a trial."""
     matrices, rest = parameter_groups(model)  # The head is the embedding, which is in the second group.
-    on_gpu = next(model.parameters()).is_cuda
-    scaled = trial.lr * trial.scale
-    groups = [rest] if trial.variant == "muon" else [matrices | {"lr": scaled}, rest]
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=trial.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=WEIGHT_DECAY, fused=on_gpu)
-    ]
-    if trial.variant == "muon":
-        # Steps of the size that AdamW takes, so that AdamW's learning rates are about right (arXiv 2502.16982).
-        found.append(
-            torch.optim.Muon(matrices["params"], lr=trial.lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
-        )
-    for optimizer in found:
-        for group in optimizer.param_groups:
-            group["peak"], group["full_decay"] = group["lr"], group["weight_decay"]
-    return found
+    groups = [matrices | {"lr": trial.lr * trial.scale}, rest]
+    options: dict[str, Any] = {"lr": trial.lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": WEIGHT_DECAY}
+    options["fused"] = next(model.parameters()).is_cuda
+    optimizer = MuonAdamW(groups, **options) if trial.variant == "muon" else torch.optim.AdamW(groups, **options)
+    for group in optimizer.param_groups:
+        group["peak"], group["full_decay"] = group["lr"], group["weight_decay"]
+    return optimizer
 
 
 def append_row(file: Path, row: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from research.sizes.fit import fit, gaps
 from research.sizes.rates import AT_15M, best_rates, is_complete, learning_rate, resolve, sweep
 from research.sizes.report import MARK, write_report
 from research.sizes.rounds import ROUNDS
-from research.sizes.train import FILE, Setting, Training, append_row, make_model, make_optimizers, read_rows
+from research.sizes.train import FILE, Setting, Training, append_row, make_model, make_optimizer, read_rows
 from research.sizes.trials import PARAMETERS, SIZES, Size, Trial, tokens_of
 from research.sizes.variants import candidates
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
@@ -97,15 +97,13 @@ def test_candidates_are_all_masks_of_a_group():
     assert len(masks.unique(dim=0)) == 6
 
 
-def test_muon_trains_the_matrices_and_adamw_the_rest(setting):
-    training = Training(trial(variant="muon"), setting)
-    adamw, muon = training.optimizers
-    matrices = [p for name, p in training.model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
-    assert [id(p) for p in muon.param_groups[0]["params"]] == [id(p) for p in matrices]
-    assert not {id(p) for p in adamw.param_groups[0]["params"]} & {id(p) for p in matrices}
-    plain = make_optimizers(training.model, trial())
-    assert len(plain) == 1
+def test_the_scale_is_of_the_matrices_alone(setting):
+    training = Training(trial(variant="muon", scale=2.0), setting)
+    rates = {group["muon"]: group["peak"] for group in training.optimizers[0].param_groups}
+    assert rates == {True: 2e-2, False: 1e-2}
     assert training.run()
+    plain = make_optimizer(training.model, trial(scale=0.5))
+    assert [group["peak"] for group in plain.param_groups] == [5e-3, 1e-2]
 
 
 def test_workers_do_each_trial_once_and_leave_what_does_not_fit(setting, capsys):
