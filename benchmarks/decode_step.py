@@ -1,6 +1,6 @@
 """A whole decode step, embedding to logits, as one persistent kernel (`Decoder(step="persistent")`).
 
-    python benchmarks/decode_step.py [--models qwen2.5-1.5b] [--batches 1 4] [--contexts 256 2048] [--compare]
+    python benchmarks/decode_step.py [--models qwen2.5-1.5b] [--batches 1 4] [--compare] [--timeline]
 
 The weights are random, the shapes are those of Qwen2.5, the pattern is 2:4. ``us`` is the median over 9 windows of 40
 steps, without the choice of a token. The caches hold random keys and values of ``context`` tokens.
@@ -11,6 +11,10 @@ difference (relative RMS) above 0.2 ends the benchmark.
 
 ``--compare`` also times the model's own step, as a CUDA graph, for the ternary model and for a dense model in bfloat16.
 These times are printed and not stored. Blocks are not compiled.
+
+``--timeline`` prints where a step spends its time: for each moment of a layer when the last program reaches it, in
+nanoseconds from the moment in which the last program has begun the layer, as a mean over the layers. The stamps
+themselves cost some per cent.
 """
 
 from __future__ import annotations
@@ -21,10 +25,13 @@ from collections.abc import Callable
 
 import torch
 from common import append, fresh_results, header, need_gpu
+from sbn_kernels.decode.step.plan import STAMPS
+from sbn_kernels.decode.step.step import DecodeStep
+from sbn_kernels.decode.step.weights import pack
 
 from sbn_lightning.formats.assemble import cast_model
 from sbn_lightning.inference import Decoder
-from sbn_lightning.inference.gather import persistent_step, refusal
+from sbn_lightning.inference.gather import gather_weights, persistent_step, refusal
 from sbn_lightning.inference.opening import use_backend
 from sbn_lightning.models.config import QWEN2_5_SHAPES, TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
@@ -107,6 +114,27 @@ def print_others(model: TernaryTransformer, label: str, batch: int, context: int
     print(f"{label}, batch {batch}, context {context}: {us:.1f} us")
 
 
+def print_timeline(model: TernaryTransformer, batch: int, context: int) -> None:
+    """Traces a step, and prints when the last program reaches each moment of a layer."""
+    decoder = filled(model, batch, context)
+    caches = [(layer.keys, layer.values) for layer in decoder._layers]
+    step = DecodeStep(pack(gather_weights(model)), caches, decoder.max_length, lengths=decoder.lengths, traced=True)
+    for _ in range(4):
+        decoder.lengths.fill_(context - 1)
+        step.step(step.tokens)
+    step.check()
+    times = step.trace[..., 1].double()  # [programs, layers + 1, stamps], ns; 0 where a program has no part
+    reached = times.amax(0)[1:-1]  # without the first layer, which waits for memory
+    since = (reached - reached[:, :1]).mean(0)
+    print(f"batch {batch}, context {context}: ns after the beginning of a layer")
+    for name, ns in zip(STAMPS, since.tolist(), strict=True):
+        if ns > 0:
+            print(f"  {name:32s} {ns:7.0f}")
+    head = times.amax(0)[-1]
+    print(f"  {'next layer':32s} {float((head[0] - reached[0, 0]) / len(reached)):7.0f}")
+    print(f"  {'head: norm, product':32s} {float(head[1] - head[0]):7.0f} {float(head[2] - head[1]):7.0f}", flush=True)
+
+
 def main() -> None:
     """Checks, then times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,6 +142,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8, 16])
     parser.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 2048])
     parser.add_argument("--compare", action="store_true", help="also time the model's own step and bfloat16")
+    parser.add_argument("--timeline", action="store_true", help="also print where the time goes")
     parser.add_argument("--append", action="store_true", help="keep the rows of the CSV that are not measured again")
     args = parser.parse_args()
     need_gpu()
@@ -142,6 +171,8 @@ def main() -> None:
                 append(path, {"model": name, "batch": batch, "context": context, "us": us}, KEY)
                 if args.compare:
                     print_others(model, f"{name}, ternary", batch, context)
+                if args.timeline:
+                    print_timeline(model, batch, context)
         del model
         torch.cuda.empty_cache()
 

@@ -6,6 +6,8 @@ import torch
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference import Decoder, generate
 from sbn_lightning.inference.buckets import PromptGraphs, bucket_of
+from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.transformer import TernaryTransformer
 from tests.inference.test_decoder import PROMPTS, make, without_cache
 
 WINDOWS = [{"sliding_window": 3}, {"sliding_window": 6, "sliding_layers": (1,), "layers_without_rope": (1,)}]
@@ -165,3 +167,37 @@ def test_prompt_graphs_give_the_logits_of_a_plain_prefill(options):
             decoder.step(torch.tensor([0, 3]).cuda())[1], plain.step(torch.tensor([3]).cuda())[0]
         )
     assert len(decoder._prompts._graphs) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("pattern", "backend"), [("2:4", "sparse"), ("6:8", "int8")])
+def test_a_pass_of_fused_kernels_gives_the_logits_of_the_blocks(pattern, backend, monkeypatch):
+    from sbn_lightning.backends.selection import engines
+    from sbn_lightning.inference import decoder as decoder_module
+    from sbn_lightning.inference.opening import use_backend
+
+    if backend not in engines(torch.device("cuda"))[0]:
+        pytest.skip(f"backend {backend!r} does not run here")
+    torch.manual_seed(0)
+    options = {"d_model": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ffn": 512, "vocab_size": 320}
+    config = TransformerConfig(**options, qkv_bias=True, pattern=pattern, init_std=0.08, max_sequence_length=256)
+    model = TernaryTransformer(config).cuda().bfloat16().eval().requires_grad_(False)
+    use_backend(model, backend, torch.bfloat16)
+    prompts = [tokens_of(90, 5), tokens_of(40, 6)]
+    ours = Decoder(model, 2, 200)
+    logits = [ours.prefill(prompts)]
+    # The second prompt of a bucket captures a graph, and the third replays the graph.
+    logits += [ours.extend(i % 2, prompts[i % 2], 0) for i in range(4)]
+    assert ours._prompts is not None
+    assert ours._pass is not None
+    monkeypatch.setattr(decoder_module, "make_pass", lambda model: None)
+    plain = Decoder(model, 2, 200)
+    expected = plain.prefill(prompts)
+    assert plain._pass is None
+    for got, wanted in zip(logits, [expected, *(expected[i % 2 : i % 2 + 1] for i in range(4))], strict=True):
+        assert (got - wanted).float().norm() < 0.05 * wanted.float().norm()
+    assert torch.equal(ours.lengths, plain.lengths)
+    for mine, theirs in zip(ours._layers, plain._layers, strict=True):
+        assert (mine.keys[1, :, :40] - theirs.keys[1, :, :40]).float().norm() < 0.05 * theirs.keys[
+            1, :, :40
+        ].float().norm()
