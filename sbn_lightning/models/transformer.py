@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from sbn_lightning.backends.blocks import Normed, can_join, norm_and_quantize
 from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.gated import is_hooked
@@ -32,6 +31,7 @@ from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers, we
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
 from sbn_lightning.models.attention import Attend, Attention, causal_attention
 from sbn_lightning.models.config import TransformerConfig
+from sbn_lightning.models.documents import attend_within
 from sbn_lightning.models.linear import apply_rules
 from sbn_lightning.models.loss import linear_cross_entropy
 from sbn_lightning.models.mlp import GatedMLP
@@ -45,6 +45,20 @@ T = TypeVar("T")
 def make_mlp(config: TransformerConfig, index: int) -> nn.Module:
     """Make the feed-forward layer of the block with the number ``index``."""
     return MixtureOfExperts(config) if config.n_experts else GatedMLP(config)
+
+
+class _Normed(NamedTuple):
+    """Tokens after a norm.
+
+    Attributes:
+        residual: What goes on beside the layer after the norm.
+        tokens: The normed tokens. A layer that gets ``quantized`` does not read their values.
+        quantized: Their codes, int8 ``[tokens, features]``, and scales, float32 ``[tokens]``; None: not quantised.
+    """
+
+    residual: Tensor
+    tokens: Tensor
+    quantized: tuple[Tensor, Tensor] | None
 
 
 class Block(nn.Module):
@@ -83,13 +97,14 @@ class Block(nn.Module):
         return y_BTD
 
 
-def _normed(norm: RMSNorm, x: Tensor, residual: Tensor | None, layer: nn.Module | None) -> Normed:
+def _normed(norm: RMSNorm, x: Tensor, residual: Tensor | None, layer: nn.Module | None) -> _Normed:
     """Add the residual, and norm the sum; also quantise it where a kernel does all of it for the layer after."""
-    plain = type(layer) is SparseBitLinear and not layer.is_partly_rounded and not is_hooked(norm)
-    if plain and can_join(x, layer.backend, layer.activation_bits, norm):
-        return norm_and_quantize(x, residual, norm, layer.activation_bits)
+    if type(layer) is SparseBitLinear and not layer.is_partly_rounded and not is_hooked(norm):
+        joins = getattr(layer.backend, "joins_norm", None)
+        if joins is not None and joins(x, layer.activation_bits, norm):
+            return _Normed(*layer.backend.norm_and_quantize(x, residual, norm, layer.activation_bits))  # type: ignore[attr-defined]
     h = x if residual is None else x + residual
-    return Normed(h, norm(h), None)
+    return _Normed(h, norm(h), None)
 
 
 _QUANTIZING_OPS = ("sbn_kernels.quantize_tokens.default", "sbn_kernels.swiglu_quantize.default")
@@ -104,13 +119,13 @@ def _keep_quantized_tokens() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(policy)
 
 
-def _checkpoint(part: nn.Module, x_BTD: Tensor, *rope: Tensor) -> Tensor:
-    """Compute ``part(x, *rope)`` without saving activations; the backward pass computes the part again."""
+def _checkpoint(part: nn.Module, x_BTD: Tensor, *inputs: Any) -> Tensor:
+    """Compute ``part(x, *inputs)`` without saving activations; the backward pass computes the part again."""
     # Nothing here draws random numbers: int8 gradients have seeds of their own.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if any(layer.backend is not REFERENCE for layer in ternary_layers(part).values()):
         options["context_fn"] = _keep_quantized_tokens
-    y: Tensor = checkpoint(part, x_BTD, *rope, **options)
+    y: Tensor = checkpoint(part, x_BTD, *inputs, **options)
     return y
 
 
@@ -136,6 +151,8 @@ class TernaryTransformer(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.is_compiled = False
+        # The token that ends a document, if tokens attend to their own document alone; None for plain causal attention.
+        self.separate_at: int | None = None
         self.reset_parameters()
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
@@ -184,7 +201,8 @@ class TernaryTransformer(nn.Module):
             tokens_BT: The token ids.
             positions_BT: The positions of the tokens in their sequences, int64, each below ``max_sequence_length``.
                 None means 0 to T - 1.
-            attend: The attention of each block. None means causal attention.
+            attend: The attention of each block. None means causal attention, within documents if ``separate_at`` is
+                set.
             after_blocks: A list to which the hidden states after each block are appended, for a distillation.
 
         Raises:
@@ -205,16 +223,17 @@ class TernaryTransformer(nn.Module):
             rope = self.cos[:length], self.sin[:length]
         else:
             rope = self.cos[positions_BT].unsqueeze(1), self.sin[positions_BT].unsqueeze(1)
+        if attend is None and self.separate_at is not None:
+            attend = [attend_within(tokens_BT, self.separate_at)] * len(self.blocks)
         # In evaluation each layer would look by itself whether its weight has changed. Here one look serves all layers.
         traced_or_trained = torch.compiler.is_compiling() or torch.is_grad_enabled()
         with nullcontext() if traced_or_trained else weights_stay(self):
             for i, block in enumerate(self.blocks):
-                if attend is not None:
-                    x_BTD = block(x_BTD, *rope, attend[i])
-                elif self.config.activation_checkpointing is True and self.training:
-                    x_BTD = _checkpoint(block, x_BTD, *rope)
+                inputs = rope if attend is None else (*rope, attend[i])
+                if self.config.activation_checkpointing is True and self.training:
+                    x_BTD = _checkpoint(block, x_BTD, *inputs)
                 else:
-                    x_BTD = block(x_BTD, *rope)
+                    x_BTD = block(x_BTD, *inputs)
                 if after_blocks is not None:
                     after_blocks.append(x_BTD)
         out: Tensor = self.norm(x_BTD)

@@ -74,6 +74,9 @@ class SparseBitNet(LightningModule):
         cuda_graphs: Whether to replay the forward and the backward of a micro-batch as CUDA graphs
             (:mod:`sbn_lightning.training.graphs`). A small model, whose step waits for the host, becomes faster. Needs
             a ``Trainer`` on one GPU with the strategy ``auto``, and micro-batches of one shape.
+        separate_documents: Whether tokens attend to their own document alone, where a row holds several documents
+            (:mod:`sbn_lightning.models.documents`). Needs a :class:`TokenDataModule`, which knows the token that ends a
+            document. Masked attention is slower.
     """
 
     # The values of a subclass whose __init__ has no such options.
@@ -81,6 +84,7 @@ class SparseBitNet(LightningModule):
     answers: Answers | None = None
     learning_rates: Sequence[LearningRateRule] = ()
     cuda_graphs = False
+    separate_documents = False
 
     answer_loss: AnswerLoss | None = None  # Made when the tokenizer of the data is known.
     _distiller: Distiller | None = None  # Made at the first batch.
@@ -99,6 +103,7 @@ class SparseBitNet(LightningModule):
         answers: Answers | None = None,
         learning_rates: list[LearningRateRule] | None = None,
         cuda_graphs: bool = False,
+        separate_documents: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(distillation, dict):
@@ -116,6 +121,7 @@ class SparseBitNet(LightningModule):
         self.init_from = init_from
         self.text_files = TextFiles()  # Every checkpoint holds tokenizer, chat template, stop tokens.
         self.cuda_graphs = cuda_graphs
+        self.separate_documents = separate_documents
         self._graphed = GraphedLoss()
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
@@ -168,6 +174,12 @@ class SparseBitNet(LightningModule):
             if tokenizer is None:
                 raise ConfigError("model.answers needs the tokenizer of the data: give the trainer a TokenDataModule")
             self.answer_loss = AnswerLoss(*self.answers.ids(tokenizer))
+        if self.separate_documents:
+            self.model.separate_at = getattr(data, "eos_id", None)
+            if self.model.separate_at is None:
+                raise ConfigError(
+                    "model.separate_documents needs the token that ends a document: give the trainer a TokenDataModule"
+                )
         vocab_size = getattr(data, "vocab_size", None)
         if vocab_size is not None and vocab_size > self.config.vocab_size:
             raise ConfigError(
@@ -355,8 +367,10 @@ class SparseBitNet(LightningModule):
             assert self.distillation is not None
             distiller = Distiller(self.distillation, device=device)
             distiller.check(self.model)
-            if self.model.is_compiled and distiller.teacher is not None:
-                distiller.teacher.compile_blocks()
+            if distiller.teacher is not None:
+                distiller.teacher.separate_at = self.model.separate_at
+                if self.model.is_compiled:
+                    distiller.teacher.compile_blocks()
             self._distiller = distiller
         return self._distiller
 
