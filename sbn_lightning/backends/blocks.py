@@ -4,78 +4,85 @@ Inside ``torch.compile`` a norm, the residual before it and the quantisation aft
 times, and the gradient of the fused q, k, v layer becomes a concatenation with conditions. The kernels of
 :mod:`sbn_kernels.block` take a half to a fifth of that time. The functions here give them gradients.
 
-They serve graphs on a GPU in training. :func:`can_join` and :func:`can_turn` say where; elsewhere a block computes what
-it always did.
+They serve graphs on a GPU in training; elsewhere a block computes what it always did. Nothing here may be imported or
+looked up while a graph is traced, because that would cut the graph in two.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from sbn_kernels.block.norm import MAX_FEATURES, norm_backward, norm_quantize
+from sbn_kernels.block.rope import rope_backward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbn_lightning.backends.reference import Backend
-
-Quantized = tuple[Tensor, Tensor]
 _HALVES = (torch.bfloat16, torch.float16)
 
 
 def _in_a_training_graph(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() and torch.is_grad_enabled() and x.is_cuda and find_spec("triton") is not None
+    return torch.compiler.is_compiling() and torch.is_grad_enabled() and x.is_cuda and x.dtype in _HALVES
 
 
-def can_join(x: Tensor, backend: Backend, bits: int | None, norm: nn.Module) -> bool:
-    """Whether a norm can quantise the tokens of the layer after it.
+class BlockKernels:
+    """The part of a backend that serves what lies around its layers."""
 
-    Args:
-        x: The tokens before the norm.
-        backend: The backend of the layer.
-        bits: The bits of a quantised token of the layer.
-        norm: The norm, which has a weight and ``eps``.
-    """
-    if not _in_a_training_graph(x) or x.dtype not in _HALVES or bits is None:
-        return False
-    return bool(getattr(backend, "takes_quantized", False)) and x.shape[-1] <= 16384 and norm.eps is not None
+    def joins_norm(self, x: Tensor, bits: int | None, norm: nn.Module) -> bool:
+        """Whether a norm can quantise the tokens of the layer after it, which has this backend.
 
+        Args:
+            x: The tokens before the norm.
+            bits: The bits of a quantised token of the layer.
+            norm: The norm, which has a weight and ``eps``.
+        """
+        return _in_a_training_graph(x) and bits is not None and x.shape[-1] <= MAX_FEATURES and norm.eps is not None
 
-def can_turn(x: Tensor, cos: Tensor) -> bool:
-    """Whether the kernel for rotary heads serves here.
+    def norm_and_quantize(
+        self, x: Tensor, residual: Tensor | None, norm: nn.Module, bits: int
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Add the residual, and norm and quantise the sum.
 
-    Args:
-        x: The result of the fused q, k, v layer.
-        cos: The table of cosines; positions of their own have one for each sequence, which the kernel does not take.
-    """
-    return _in_a_training_graph(x) and x.dtype in _HALVES and cos.dim() == 2
+        Args:
+            x: The tokens, ``[..., features]``.
+            residual: What is added to them; None: nothing.
+            norm: The norm.
+            bits: The bits of a quantised token.
 
+        Returns:
+            The sum, ``[..., features]``; the normed tokens, for gradients, whose values nobody needs; and their codes,
+            int8 ``[tokens, features]``, with scales, float32 ``[tokens]``.
+        """
+        h, y, codes, scale = NormFunction.apply(x, residual, norm.weight, norm.eps, bits)
+        return h, y, (codes, scale)
 
-class Normed(NamedTuple):
-    """Tokens after a norm.
+    def turns_heads(self, x: Tensor, cos: Tensor) -> bool:
+        """Whether the kernel for rotary heads serves here.
 
-    Attributes:
-        residual: What goes on beside the layer, ``[..., features]``.
-        tokens: The normed tokens, for gradients. A layer that takes ``quantized`` does not read their values.
-        quantized: Their codes, int8 ``[tokens, features]``, and scales, float32 ``[tokens]``; None: not quantised.
-    """
+        Args:
+            x: The result of the fused q, k, v layer, which has this backend.
+            cos: The table of cosines; positions of their own have one for each sequence, which the kernel does not
+                take.
+        """
+        return _in_a_training_graph(x) and cos.dim() == 2
 
-    residual: Tensor
-    tokens: Tensor
-    quantized: Quantized | None
+    def turned_heads(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, splits: tuple[int, int, int], size: int
+    ) -> tuple[Tensor, ...]:
+        """Split the result of a fused q, k, v layer into heads, and rotate queries and keys by position.
 
+        Args:
+            qkv: ``[batch, tokens, features]``.
+            cos: float32 ``[tokens, size]``.
+            sin: float32 ``[tokens, size]``, negated in the first half.
+            splits: The features of queries, keys and values.
+            size: The features of a head.
 
-def norm_and_quantize(x: Tensor, residual: Tensor | None, norm: nn.Module, bits: int) -> Normed:
-    """Add the residual, and norm and quantise the sum.
-
-    Args:
-        x: The tokens, ``[..., features]``.
-        residual: What is added to them; None: nothing.
-        norm: The norm.
-        bits: The bits of a quantised token.
-    """
-    h, y, codes, scale = NormFunction.apply(x, residual, norm.weight, norm.eps, bits)
-    return Normed(h, y, (codes, scale))
+        Returns:
+            Queries, keys and values, ``[batch, heads, tokens, size]``.
+        """
+        found: tuple[Tensor, ...] = TurnFunction.apply(qkv, cos, sin, splits, size)
+        return found
 
 
 class NormFunction(torch.autograd.Function):
@@ -88,8 +95,6 @@ class NormFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from sbn_kernels.block import norm_quantize
-
         shape = x.shape
         rows = x.reshape(-1, shape[-1])
         others = None if residual is None else residual.reshape(-1, shape[-1])
@@ -104,30 +109,11 @@ class NormFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        from sbn_kernels.block import norm_backward
-
         h, weight, rstd = ctx.saved_tensors
         dh, dy = (gradient.reshape(h.shape) for gradient in grad_outputs[:2])
         dx, dweight = norm_backward(dy, h, dh, weight, rstd)
         dx = dx.reshape(grad_outputs[0].shape)
         return dx, dx if ctx.adds else None, dweight.to(weight.dtype), None, None
-
-
-def turned_heads(qkv: Tensor, cos: Tensor, sin: Tensor, splits: tuple[int, int, int], size: int) -> tuple[Tensor, ...]:
-    """Split the result of a fused q, k, v layer into heads, and rotate queries and keys by position.
-
-    Args:
-        qkv: ``[batch, tokens, features]``.
-        cos: float32 ``[tokens, size]``.
-        sin: float32 ``[tokens, size]``, negated in the first half.
-        splits: The features of queries, keys and values.
-        size: The features of a head.
-
-    Returns:
-        Queries, keys and values, ``[batch, heads, tokens, size]``.
-    """
-    found: tuple[Tensor, ...] = TurnFunction.apply(qkv, cos, sin, splits, size)
-    return found
 
 
 class TurnFunction(torch.autograd.Function):
@@ -145,7 +131,5 @@ class TurnFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        from sbn_kernels.block import rope_backward
-
         cos, sin = ctx.saved_tensors
         return rope_backward(*grad_outputs, cos, sin), None, None, None, None

@@ -16,7 +16,7 @@ from sbn_kernels.gemm import registry
 from sbn_kernels.swiglu import swiglu_backward_rounded, swiglu_quantize_and_save
 from torch import Tensor
 
-from sbn_lightning.backends.integer import multiply, quantize
+from sbn_lightning.backends.products import multiply, quantize
 
 
 class GatedFunction(torch.autograd.Function):

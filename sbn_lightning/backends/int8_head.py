@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import sbn_kernels as sk
 import torch
-from sbn_kernels.gradients.reference import QuantizedGradient, quantize_gradient_reference
+from sbn_kernels.gradients.reference import QuantizedGradient, cross_entropy_rounded_reference
 from sbn_kernels.gradients.reference import weight_gradient_reference as product_reference
 from sbn_kernels.quantize.reference import quantize_tokens_reference
 from torch import Tensor
@@ -32,7 +32,7 @@ class _Arithmetic(NamedTuple):
     """The functions that compute. ``multiply(a8, scale, b8, dtype)`` is ``scale * (a8 @ b8^T)``."""
 
     quantize: Callable[[Tensor, int], tuple[Tensor, Tensor]]
-    round: Callable[[Tensor, Tensor, Tensor, Tensor, int], QuantizedGradient]
+    cross_entropy: Callable[..., tuple[Tensor, QuantizedGradient]]
     transpose: Callable[[Tensor], Tensor]
     multiply: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
 
@@ -41,7 +41,9 @@ def _by_twins(a8: Tensor, scale: Tensor, b8: Tensor, dtype: torch.dtype) -> Tens
     return product_reference(a8, scale, b8.t(), dtype)
 
 
-_TWINS = _Arithmetic(quantize_tokens_reference, quantize_gradient_reference, lambda x: x.t().contiguous(), _by_twins)
+_TWINS = _Arithmetic(
+    quantize_tokens_reference, cross_entropy_rounded_reference, lambda x: x.t().contiguous(), _by_twins
+)
 
 
 def _arithmetic(tensor: Tensor) -> _Arithmetic:
@@ -49,12 +51,13 @@ def _arithmetic(tensor: Tensor) -> _Arithmetic:
         return _TWINS
     import sbn_kernels.catalog  # noqa: F401 (registers the kernels)
     from sbn_kernels.gemm import registry
+    from sbn_kernels.gradients import cross_entropy_rounded
 
     index = tensor.device.index if tensor.is_cuda else None
     if registry.gradients_on(index) is None:
         return _TWINS
     multiply = registry.gradients(index).weight_gradient
-    return _Arithmetic(sk.quantize_tokens, sk.quantize_gradient, sk.transpose_tokens, multiply)
+    return _Arithmetic(sk.quantize_tokens, cross_entropy_rounded, sk.transpose_tokens, multiply)
 
 
 class Int8Head:
@@ -63,50 +66,48 @@ class Int8Head:
     Args:
         hidden: The tokens, bfloat16, float16 or float32 ``[tokens, d_model]``.
         weight: The weight of the head, of any of these dtypes, ``[classes, d_model]``.
-        target: The classes to predict, int64 ``[tokens]``; a part of the seed.
-
-    Attributes:
-        class_scale: The scale of each class, float32 ``[classes]``, which :meth:`logits` leaves to the caller.
+        target: The classes to predict, int64 ``[tokens]``.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
         hidden, weight = hidden.detach(), weight.detach()
         self._arithmetic = _arithmetic(hidden)
-        self._dtype = hidden.dtype
+        self._dtype, self._target = hidden.dtype, target
         self._tokens, self._token_scale = self._arithmetic.quantize(hidden, 8)
-        self._codes, self.class_scale = self._arithmetic.quantize(weight, 8)
+        self._codes, self._class_scale = self._arithmetic.quantize(weight, 8)
         self._codes_t: Tensor | None = None
         self._seed = seed_of(hidden, target)
 
-    def logits(self, part: slice) -> Tensor:
-        """The logits of some tokens without the scales of the classes, ``[tokens, classes]`` in the tokens' dtype."""
-        return self._arithmetic.multiply(self._tokens[part], self._token_scale[part], self._codes, self._dtype)
-
-    def gradients(
-        self, gradient: Tensor, part: slice, number: int, want_hidden: bool = True, want_weight: bool = True
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of the tokens and of the weight from some tokens.
+    def part(
+        self, part: slice, number: int, scale: float, want_hidden: bool = True, want_weight: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss of some tokens, and the gradients from them.
 
         Args:
-            gradient: The gradient of the whole logits, with all scales, ``[tokens, classes]``.
             part: Which tokens these are.
             number: The number of the part; parts have draws of their own.
+            scale: The factor of the gradients.
             want_hidden: Whether to compute the gradient of the tokens.
             want_weight: Whether to compute the gradient of the weight.
 
         Returns:
-            ``[tokens, d_model]`` in the dtype of the tokens, and float32 ``[classes, d_model]``.
+            The sum of the cross-entropies, float32; ``[tokens, d_model]`` in the dtype of the tokens; and float32
+            ``[classes, d_model]``.
         """
         do, dh, dw = self._arithmetic, None, None
-        rounded = do.round(gradient, self.class_scale, self._token_scale[part], self._seed, number)
+        tokens, token_scale = self._tokens[part], self._token_scale[part]
+        logits = do.multiply(tokens, token_scale, self._codes, self._dtype)
+        loss, rounded = do.cross_entropy(
+            logits, self._class_scale, self._target[part], scale, token_scale, self._seed, number
+        )
+        del logits
         if want_hidden:
             if self._codes_t is None:
                 self._codes_t = do.transpose(self._codes)
             dh = do.multiply(rounded.tokens, rounded.token_scale, self._codes_t, self._dtype)
         if want_weight:
-            tokens_t = do.transpose(self._tokens[part])
-            dw = do.multiply(rounded.channels, rounded.channel_scale, tokens_t, torch.float32)
-        return dh, dw
+            dw = do.multiply(rounded.channels, rounded.channel_scale, do.transpose(tokens), torch.float32)
+        return loss.sum(), dh, dw
 
 
 def seed_of(hidden: Tensor, target: Tensor) -> Tensor:

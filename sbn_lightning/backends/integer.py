@@ -32,11 +32,14 @@ from sbn_kernels.swiglu.triton import MAX_FEATURES, swiglu_pair_backward, swiglu
 from torch import Tensor
 from torch.nn import functional as F
 
+from sbn_lightning.backends.blocks import BlockKernels
+from sbn_lightning.backends.gated import GatedFunction
+from sbn_lightning.backends.products import dequantize, multiply, quantize
 from sbn_lightning.backends.reference import Keep
 from sbn_lightning.backends.shared_tokens import quantized_once
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
-from sbn_lightning.sparsity.ternary import apply_swiglu, quantize_activations
+from sbn_lightning.sparsity.ternary import apply_swiglu
 
 Gradients = Literal["bf16", "int8", "int8-dx", "int8-dw"]
 Engine = str  # version 0.1.0 listed three; kernels have names in the registry now
@@ -62,7 +65,7 @@ class KernelWeight(NamedTuple):
     kernel: str
 
 
-class KernelBackend:
+class KernelBackend(BlockKernels):
     """A ternary layer on integer tensor cores.
 
     Args:
@@ -244,8 +247,6 @@ class KernelBackend:
         Returns:
             ``[..., out]``; None if the two have to run one after the other.
         """
-        from sbn_lightning.backends.gated import GatedFunction
-
         joins = self.gradients == backend.gradients == "int8"
         if (
             not joins
@@ -271,66 +272,6 @@ def _layout(kernel: registry.Product) -> str:
 def _keep_arguments(pattern: NMPattern, keep: Keep) -> tuple[int, Tensor | None]:
     """``keep`` as the kernel takes it: one N, or one N for each row."""
     return (keep, None) if isinstance(keep, int) else (pattern.n, keep.to(torch.int32))
-
-
-def multiply(
-    x8: Tensor,
-    scale: Tensor,
-    codes: Tensor,
-    row_scale: Tensor,
-    packed: Tensor | None,
-    form: str,
-    kernel: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """``(x8 @ codes^T) * scale * row_scale`` by the kernel that serves this number of tokens.
-
-    Args:
-        x8: int8 ``[tokens, in]``.
-        scale: float32 ``[tokens]``.
-        codes: int8 ``[out, in]``.
-        row_scale: float32 ``[out]``.
-        packed: The weight in the form ``form``; None: only the codes exist.
-        form: The form of ``packed``.
-        kernel: The name of the kernel for many tokens.
-        dtype: The dtype of the result.
-
-    Returns:
-        ``[tokens, out]``.
-    """
-    tokens, (out_features, in_features) = x8.shape[0], codes.shape
-    many = registry.product(kernel)
-    if packed is not None:
-        chosen = kernel if many.form == form else None
-        served = registry.serving(form, tokens, out_features, in_features, x8.device.index, chosen)
-        if served is not None:
-            return served.multiply(x8, scale, packed, row_scale, out_features, None, dtype)
-    return many.multiply(x8, scale, codes, row_scale, out_features, None, dtype)
-
-
-def quantize(tokens: Tensor, bits: int, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Quantise tokens; inside ``torch.compile`` in plain PyTorch, see the module.
-
-    Args:
-        tokens: ``[tokens, in]``.
-        bits: 8 or 4.
-        magnitude: The magnitude of the whole tokens, ``[tokens, 1]``, if ``tokens`` holds slices of them. Plain PyTorch
-            quantises slices, because the kernel has no place for a magnitude.
-
-    Returns:
-        int8 ``[tokens, in]`` and the scales, float32 ``[tokens]``.
-    """
-    if magnitude is None and not torch.compiler.is_compiling():
-        return sk.quantize_tokens(tokens, bits)
-    x8, scale = quantize_activations(tokens, bits, magnitude)
-    return x8, scale.squeeze(-1)
-
-
-def _dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``codes [rows, columns] * scale [rows]`` in ``dtype``."""
-    if not torch.compiler.is_compiling():
-        return sk.dequantize_tokens(codes, scale, dtype)
-    return (codes * scale.unsqueeze(-1)).to(dtype)
 
 
 class KernelLinearFunction(torch.autograd.Function):
@@ -398,9 +339,9 @@ class KernelLinearFunction(torch.autograd.Function):
             if round_dw:
                 dw = kernels.weight_gradient(b8, b_scale, sk.transpose_tokens(x8), ctx.latent_dtype)
         if need_dx and not round_dx:
-            dx = dy @ _dequantize(codes, row_scale, ctx.dtype)
+            dx = dy @ dequantize(codes, row_scale, ctx.dtype)
         if need_dw and not round_dw:
-            tokens = _dequantize(x8, scale, ctx.dtype)
+            tokens = dequantize(x8, scale, ctx.dtype)
             # Rounded to the dtype of the activations, as autocast rounds the gradient of a plain linear layer.
             dw = (dy.t() @ tokens).to(ctx.latent_dtype)
         if dx is not None and up is not None:

@@ -145,23 +145,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """Compute the loss, and with ``differentiate`` the gradients. ``weight`` may be wider than ``hidden``."""
         need_dh, need_dw = (differentiate and needed for needed in ctx.needs_input_grad[:2])
-        head = Int8Head(hidden, weight, target) if in_int8 else _Head(hidden, weight)
+        if differentiate and in_int8:
+            head: Int8Head | _Head = Int8Head(hidden, weight, target)
+        else:
+            head = _Head(hidden, weight, target)
         most = max(256, CHUNK_BYTES // (weight.shape[0] * hidden.element_size()))
         rows = 1 << (most.bit_length() - 1)  # A power of two divides the tokens of a common batch into equal chunks.
         scale = 1.0 / max(len(hidden), 1)
-        run = _compiled() if hidden.is_cuda else _loss_and_gradient
         total = hidden.new_zeros((), dtype=torch.float32)
         dh = torch.empty_like(hidden) if need_dh else None
         dw = None
         for number, start in enumerate(range(0, len(hidden), rows)):
             part = slice(start, start + rows)
-            logits = head.logits(part)
-            if not differentiate:
-                total += F.cross_entropy(logits.float(), target[part], reduction="sum")
+            if isinstance(head, _Head) and not differentiate:
+                total += head.loss(part)
                 continue
-            loss, gradient = run(logits, target[part], scale, head.class_scale)
+            loss, dh_part, product = head.part(part, number, scale, need_dh, need_dw)
             total += loss
-            dh_part, product = head.gradients(gradient, part, number, need_dh, need_dw)
             if dh is not None:
                 dh[part] = dh_part
             if product is not None:
@@ -180,37 +180,31 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class _Head:
-    """The products of a micro-batch in the dtype of the tokens; see :class:`Int8Head` for the methods."""
+    """The loss and the gradients of a micro-batch, with products in the dtype of the tokens."""
 
-    class_scale = None
+    def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+        self._hidden, self._weight, self._target = hidden, weight.to(hidden.dtype), target
+        self._run = _compiled() if hidden.is_cuda else _loss_and_gradient
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        self._hidden, self._weight = hidden, weight.to(hidden.dtype)
+    def loss(self, part: slice) -> Tensor:
+        """The sum of the cross-entropies of some tokens."""
+        logits = self._hidden[part] @ self._weight.t()
+        return F.cross_entropy(logits.float(), self._target[part], reduction="sum")
 
-    def logits(self, part: slice) -> Tensor:
-        return self._hidden[part] @ self._weight.t()
-
-    def gradients(
-        self, gradient: Tensor, part: slice, number: int, want_hidden: bool, want_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def part(
+        self, part: slice, number: int, scale: float, want_hidden: bool, want_weight: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The same with gradients, as :meth:`Int8Head.part`."""
+        logits = self._hidden[part] @ self._weight.t()
+        loss, gradient = self._run(logits, self._target[part], scale)
+        del logits
         dh = gradient @ self._weight if want_hidden else None
-        return dh, float32_mm(gradient.t(), self._hidden[part]) if want_weight else None
+        return loss, dh, float32_mm(gradient.t(), self._hidden[part]) if want_weight else None
 
 
-def _loss_and_gradient(
-    logits: Tensor, target: Tensor, scale: float, class_scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy summed over tokens, and ``(softmax - one-hot) * scale`` in the dtype of the logits.
-
-    Args:
-        logits: The logits, or what gives them when multiplied with ``class_scale``, ``[tokens, classes]``.
-        target: The classes to predict, int64 ``[tokens]``.
-        scale: The factor of the gradient.
-        class_scale: A scale of each class, float32 ``[classes]``; None means 1.
-    """
+def _loss_and_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy summed over tokens, and ``(softmax - one-hot) * scale`` in the dtype of the logits."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    if class_scale is not None:
-        wide = wide * class_scale
     log_sum = wide.logsumexp(-1, keepdim=True)
     loss = (log_sum - wide.gather(-1, target.unsqueeze(-1))).sum()
     classes = torch.arange(logits.shape[-1], device=logits.device)

@@ -10,8 +10,8 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from sbn_kernels.gradients import cross_entropy, transpose, weight_gradient
 from sbn_kernels.gradients import device as gradient_kernels
-from sbn_kernels.gradients import transpose, weight_gradient
 from sbn_kernels.prepare import device as prepare_kernels
 
 from tests.kernels.test_aot import TOOLS, build, needs_gluon, spilled_bytes
@@ -19,13 +19,17 @@ from tests.kernels.test_aot import TOOLS, build, needs_gluon, spilled_bytes
 TYPES = {
     "dy_pointer": "*bf16", "token_scale_pointer": "*fp32", "max_pointer": "*i32", "channel_scale_pointer": "*fp32",
     "inverse_pointer": "*i32", "seed_pointer": "*i64", "a_pointer": "*i8", "b_pointer": "*i8", "x_pointer": "*i8",
-    "part_pointer": "*i32",
+    "part_pointer": "*i32", "class_scale_pointer": "*fp32", "target_pointer": "*i64", "log_sum_pointer": "*fp32",
+    "loss_pointer": "*fp32", "factor_pointer": "*fp32",
 }  # fmt: skip
 BOTH = {"TOKENS": True, "CHANNELS": True}
 PLAIN = {
     "maxima": (gradient_kernels.gradient_maxima_kernel, {**BOTH, "R": 8, "C": 256}, 4),
     "scales": (gradient_kernels.gradient_scales_kernel, {"BLOCK": 1024}, 4),
     "rounding": (gradient_kernels.quantize_gradient_kernel, {**BOTH, "R": 16, "C": 64, "PTX": True}, 4),
+    "log sum": (cross_entropy.log_sum_kernel, {"BLOCK": 4096}, 8),
+    "cross-entropy maxima": (cross_entropy.cross_entropy_maxima_kernel, {"R": 8, "C": 256}, 4),
+    "cross-entropy rounding": (cross_entropy.cross_entropy_round_kernel, {"R": 16, "C": 64, "PTX": True}, 8),
     "transpose": (transpose.transpose_kernel, {"R": 32, "C": 128}, 4),
     "dequantize": (transpose.dequantize_kernel, {"R": 4, "C": 1024}, 4),
     "pack transposed": (prepare_kernels.pack_transposed_kernel, {}, 4),
@@ -37,7 +41,8 @@ PLAIN = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_path: Path) -> None:
     kernel, constants, warps = PLAIN[name]
-    compiled = build(kernel, constants, capability, TYPES, warps=warps)
+    types = TYPES | ({"x_pointer": "*bf16"} if "class_scale_pointer" in kernel.arg_names else {})
+    compiled = build(kernel, constants, capability, types, warps=warps)
     assert spilled_bytes(compiled, tmp_path) == 0
 
 

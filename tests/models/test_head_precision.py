@@ -34,7 +34,7 @@ def test_loss_and_gradients_are_close_and_the_mean_over_draws_is_closer(batch: t
     hidden, weight, target = (value.detach() for value in batch)
     expected = F.cross_entropy(hidden.double() @ weight.double().t(), target)
     head = int8_head.Int8Head(hidden, weight, target)
-    h8, w8 = head._tokens * head._token_scale[:, None], head._codes * head.class_scale[:, None]
+    h8, w8 = head._tokens * head._token_scale[:, None], head._codes * head._class_scale[:, None]
     wide = h8.double().requires_grad_(), w8.double().requires_grad_()
     rounded = F.cross_entropy(wide[0] @ wide[1].t(), target)
     exact = torch.autograd.grad(rounded, wide)

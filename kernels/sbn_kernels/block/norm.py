@@ -193,7 +193,7 @@ def _norm_backward(dy: Tensor, h: Tensor, dh: Tensor, weight: Tensor, rstd: Tens
     dx = torch.empty((rows, features), dtype=h.dtype, device=h.device)
     if rows == 0:
         return dx, torch.zeros(features, dtype=torch.float32, device=h.device)
-    programs = min(rows, 4 * multiprocessors(h.device.index)) if h.is_cuda else min(rows, 2)
+    programs = min(rows, 8 * multiprocessors(h.device.index)) if h.is_cuda else min(rows, 2)
     parts = torch.empty((programs, features), dtype=torch.float32, device=h.device)
     main, tail = blocks(features)
     numbers = (rows, features, dy.stride(0), h.stride(0), dh.stride(0))

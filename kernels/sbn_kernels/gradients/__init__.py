@@ -5,6 +5,7 @@ from typing import Any
 
 _MODULE_OF = {
     "QuantizedGradient": "reference",
+    "cross_entropy_rounded": "cross_entropy",
     "dequantize_tokens": "transpose",
     "gradient_draws": "reference",
     "input_gradient_gemm": "input_gradient",
@@ -16,6 +17,7 @@ _MODULE_OF = {
 
 __all__ = [
     "QuantizedGradient",
+    "cross_entropy_rounded",
     "dequantize_tokens",
     "gradient_draws",
     "input_gradient_gemm",

@@ -89,7 +89,7 @@ def _multiply_wide(value, FACTOR: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _philox(seed, c0, c1, c2, ROUNDS: tl.constexpr, PTX: tl.constexpr):
+def philox(seed, c0, c1, c2, ROUNDS: tl.constexpr, PTX: tl.constexpr):
     """Four uint32 of Philox-4x32, as ``tl.philox(seed, c0, c1, c2, 0, ROUNDS)`` has them."""
     key = seed.to(tl.uint64, bitcast=True)
     k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
@@ -105,7 +105,7 @@ def _philox(seed, c0, c1, c2, ROUNDS: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _rounded(value, draw):
+def rounded(value, draw):
     """2 * (round(value) + draw / 2), uint32; ``value`` is in 2^-15 of a step and is rounded half to even.
 
     Bits 16 to 23 of the result are the code, with bit 7 of the code flipped, because the lowest bit of the magic number
@@ -115,7 +115,7 @@ def _rounded(value, draw):
 
 
 @triton.jit
-def _codes(rounded, PTX: tl.constexpr):
+def codes_of(rounded, PTX: tl.constexpr):
     """The codes as int8. PTX: three byte permutations for four codes, where the compiler shifts each by itself."""
     if PTX:
         return tl.inline_asm_elementwise(
@@ -126,7 +126,7 @@ def _codes(rounded, PTX: tl.constexpr):
 
 
 @triton.jit
-def _word(r0, r1, r2, r3, PTX: tl.constexpr):
+def word_of(r0, r1, r2, r3, PTX: tl.constexpr):
     """The codes of four tokens in one word, the first token in the lowest byte."""
     if PTX:
         return tl.inline_asm_elementwise(
@@ -172,22 +172,22 @@ def quantize_gradient_kernel(
     if CHANNELS:
         channel_inverse = tl.load(inverse_pointer + first_channel + column, mask=there, other=0)
         channel_inverse = channel_inverse.to(tl.float32, bitcast=True)[None, :]
-    random = _philox(tl.load(seed_pointer), column[None, :], octet[:, None], stream, _ROUNDS, PTX)
+    random = philox(tl.load(seed_pointer), column[None, :], octet[:, None], stream, _ROUNDS, PTX)
     for_channels = ()
     for j in tl.static_range(8):
         row = octet * 8 + j
         dy = gradients[j].to(tl.float32)
         draw = random[j // 2] >> 16 if j % 2 else (random[j // 2] << 1) & 0xFFFF
         if TOKENS:
-            a = _codes(_rounded(dy * row_scale * inverses[j], draw), PTX)
+            a = codes_of(rounded(dy * row_scale * inverses[j], draw), PTX)
             where = a_pointer + row.to(tl.int64)[:, None] * a_stride + column[None, :]
             tl.store(where, a, mask=(row < rows)[:, None] & there[None, :])
         if CHANNELS:
-            for_channels += (_rounded(dy * token_scales[j] * channel_inverse, draw),)
+            for_channels += (rounded(dy * token_scales[j] * channel_inverse, draw),)
     if CHANNELS:
         b_words = b_pointer.to(tl.pointer_type(tl.uint64), bitcast=True)
         where = b_words + column.to(tl.int64)[:, None] * (b_stride // 8) + octet[None, :]
-        low = _word(for_channels[0], for_channels[1], for_channels[2], for_channels[3], PTX)
-        high = _word(for_channels[4], for_channels[5], for_channels[6], for_channels[7], PTX)
+        low = word_of(for_channels[0], for_channels[1], for_channels[2], for_channels[3], PTX)
+        high = word_of(for_channels[4], for_channels[5], for_channels[6], for_channels[7], PTX)
         words = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
         tl.store(where, tl.trans(words), mask=there[:, None] & (octet * 8 < rows)[None, :])

@@ -149,3 +149,34 @@ def weight_gradient_reference(b8t: Tensor, scale: Tensor, x8: Tensor, out_dtype:
 def dequantize_reference(x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``x8 [tokens, features] * scale [tokens]`` in float32, rounded once to ``dtype``."""
     return (x8.float() * scale[:, None]).to(dtype)
+
+
+def cross_entropy_rounded_reference(
+    logits: Tensor,
+    class_scale: Tensor,
+    target: Tensor,
+    factor: float,
+    token_scale: Tensor,
+    seed: Tensor,
+    stream: int = 0,
+) -> tuple[Tensor, QuantizedGradient]:
+    """The cross-entropy of each token, and the rounded gradient of the logits.
+
+    Args:
+        logits: The logits without the scales of the classes, ``[tokens, classes]``.
+        class_scale: The scale of each class, float32 ``[classes]``.
+        target: The classes to predict, int64 ``[tokens]``.
+        factor: The factor of the gradient ``factor * (softmax - one-hot)``, above 0.
+        token_scale: The scale of each token, by which the gradient is multiplied for the product over tokens.
+        seed: One int64.
+        stream: A number that sets apart parts that share a seed.
+
+    Returns:
+        float32 ``[tokens]``, and the gradient as :func:`quantize_gradient_reference` rounds it.
+    """
+    wide = logits.float() * class_scale
+    log_sum = wide.logsumexp(-1, keepdim=True)
+    hit = torch.arange(logits.shape[1], device=logits.device) == target.unsqueeze(-1)
+    gradient = ((wide - log_sum).exp() - hit.float()) * factor
+    loss = (log_sum - wide.gather(-1, target.unsqueeze(-1))).squeeze(-1)
+    return loss, quantize_gradient_reference(gradient, class_scale, token_scale, seed, stream)

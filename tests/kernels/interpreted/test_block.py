@@ -5,7 +5,7 @@ import torch
 from sbn_kernels.block import norm_backward, norm_quantize, rope_backward
 from sbn_kernels.block.reference import norm_backward_reference, norm_quantize_reference, rope_backward_reference
 
-from sbn_lightning.backends.blocks import norm_and_quantize, turned_heads
+from sbn_lightning.backends.blocks import BlockKernels
 from sbn_lightning.models.rope import apply_rope
 
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
@@ -81,9 +81,9 @@ def test_the_functions_of_a_block_have_the_gradients_of_plain_pytorch() -> None:
     for by_kernels in (True, False):
         for residual in (None, inputs[1]):
             if by_kernels:
-                h, y, (codes, scale) = norm_and_quantize(inputs[0], residual, norm, 8)
+                h, y, (codes, scale) = BlockKernels().norm_and_quantize(inputs[0], residual, norm, 8)
                 torch.testing.assert_close(codes * scale[:, None], y.detach().flatten(0, 1), rtol=0, atol=0.02)
-                heads = turned_heads(y, *tables, (8, 4, 4), 4)
+                heads = BlockKernels().turned_heads(y, *tables, (8, 4, 4), 4)
             else:
                 h = inputs[0] if residual is None else inputs[0] + residual
                 q, k, v = (x.unflatten(-1, (-1, 4)).transpose(1, 2) for x in norm(h).split((8, 4, 4), -1))
