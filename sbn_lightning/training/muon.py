@@ -70,7 +70,7 @@ class MuonAdamW(Optimizer):
         if not matrices:
             raise ConfigError("MuonAdamW: no parameter is a matrix in a group with weight decay; use torch.optim.AdamW")
         self._muon = torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-        self._adamw = torch.optim.AdamW(rest, betas=tuple(betas), eps=eps, fused=fused) if rest else None
+        self._adamw = torch.optim.AdamW(rest, betas=(betas[0], betas[1]), eps=eps, fused=fused) if rest else None
         halves = (self._adamw, self._muon)
         self.param_groups = [group for half in halves if half is not None for group in half.param_groups]
         self.defaults |= {"momentum": momentum, "betas": tuple(betas), "eps": eps}
