@@ -333,9 +333,9 @@ def _head_of_few(base, head, logits, gain, words, tag, flag, deadline, best, cho
             coming += (gl.inline_asm(load_row(P), LOAD, [head, start + (AHEAD + i) * STRIDE], W, is_pure=False),)
         rows = coming
     if BATCH == 1:
-        args = [keys[0], base + P.at_staging, best, chosen]
+        args = [keys[0], base + P.at_staging, best, chosen]  # type: ignore[misc]
     else:
-        args = [keys[0], keys[1], base + P.at_staging, best, chosen]
+        args = [keys[0], keys[1], base + P.at_staging, best, chosen]  # type: ignore[misc]
     gl.inline_asm(choose(P), choose_constraints(P), args, (), is_pure=False)
 
 
