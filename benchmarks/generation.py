@@ -3,8 +3,8 @@
     python benchmarks/generation.py [--models qwen2.5-1.5b] [--batches 1 16] [--variants "bf16 dense" "2:4"]
 
 The weights are random, the shapes are those of Qwen2.5. Every variant runs the loop of ``sbn generate``: blocks
-compiled by ``torch.compile``, anew for each batch; a static cache; a decode step that is one CUDA graph, with the greedy
-choice in it. A single prompt is read as a :class:`Generator` reads it, from a CUDA graph of its bucket. "one kernel"
+compiled by ``torch.compile``, anew for each batch; a static cache; a decode step that is one CUDA graph with the choice
+of the token. A single prompt is read as a :class:`Generator` reads it, from a CUDA graph of its bucket. "one kernel"
 decodes with the persistent step, up to 16 sequences; "8-bit head" has the rows of the head rounded.
 ``transformers generate`` is Hugging Face's, in bfloat16 with its default attention and cache, not compiled: what users
 run otherwise. Its prefill is the forward of the model as ``generate`` calls it. ``transformers generate, static cache,
