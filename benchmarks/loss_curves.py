@@ -47,6 +47,12 @@ RUNS: dict[str, tuple[Any, ...]] = {
         {"backend": "sparse", "gradients": "int8"},
         {"head_precision": "int8"},
     ),
+    "sparse, int8 gradients, int8 gates": ("2:4", {"backend": "sparse", "gradients": "int8", "saved_gates": "int8"}),
+    "sparse, int8 gradients, head and gates": (
+        "2:4",
+        {"backend": "sparse", "gradients": "int8", "saved_gates": "int8"},
+        {"head_precision": "int8"},
+    ),
     "reference 6:8": ("6:8", {"backend": "reference", "dtype": "fp32"}),
     "int8 6:8": ("6:8", {"backend": "int8"}),
     "int8 6:8, int8 gradients": ("6:8", {"backend": "int8", "gradients": "int8"}),
