@@ -21,8 +21,23 @@ MODES = (
     ("ours 2:4, int8 dW", '2:4, `gradients: int8-dw`', "sparse, int8 dW"),
     ("ours 2:4, int8 gradients", '2:4, `gradients: int8`', "sparse, int8 gradients"),
     (
+        "ours 2:4, int8 gradients, head and gates",
+        "the same, `head_precision: int8`, `saved_gates: int8`",
+        "sparse, int8 gradients, head and gates",
+    ),
+    (
+        "ours 2:4, int8 gradients, int8 head",
+        "2:4, `gradients: int8`, `head_precision: int8`",
+        "sparse, int8 gradients and head",
+    ),
+    (
+        "ours 2:4, int8 gradients, int8 gates",
+        "2:4, `gradients: int8`, `saved_gates: int8`",
+        "sparse, int8 gradients, int8 gates",
+    ),
+    (
         "ours 2:4, int8 gradients, MLP recomputed",
-        "the same, `activation_checkpointing: mlp`",
+        "2:4, `gradients: int8`, `activation_checkpointing: mlp`",
         "",
     ),
     ("ours 2:4, int8 gradients, CUDA graphs", "2:4, `gradients: int8`, `cuda_graphs: true`", ""),
