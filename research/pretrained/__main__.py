@@ -36,15 +36,16 @@ from research.pretrained.corpus import (
     read_corpus,
     write_held_out,
 )
-from research.pretrained.heads import induction_scores, repeated_rows
+from research.pretrained.heads import SPAN, best_heads, copying_by_part
 from research.pretrained.items import Item, make_items, read_items, score_items, write_tasks
 from research.pretrained.report import report
 from research.pretrained.speed import measure_speed, random_weights
-from research.pretrained.train import FILE, STATE, Setting, Training, read_rows
+from research.pretrained.train import FILE, STATE, Setting, Training, append_row, read_rows
 from research.pretrained.trials import SHORT, WAYS, Trial, lengthy, long, short, untrained
 from sbn_lightning.core.files import write_text
 from sbn_lightning.data.tokenizer import find_eos
 from sbn_lightning.evaluation.probes import make_tasks, probe
+from sbn_lightning.formats.load import load_model
 from sbn_lightning.models.transformer import TernaryTransformer
 
 LENGTHS = [million * 1_000_000 for million in (200, 100, 50, 40, 30, 25, 20, 15, 12, 10, 8, 6, 5, 4, 3, 2)]
@@ -70,13 +71,8 @@ def ask(model: TernaryTransformer, items: dict[str, list[Item]], tokenizer: Toke
     prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in PROMPTS]
     room = min(64, length - max(map(len, prompts)))
     new = generate(model, prompts, max_new_tokens=room, cuda_graph=False) if room > 0 else []
-    words = torch.arange(1000, min(20_000, model.config.vocab_size))
-    span = min(64, length // 2 - 1)
-    scores = induction_scores(model, repeated_rows(words, find_eos(tokenizer, None)[1], span, 8), span)
-    best = scores.flatten().sort(descending=True)
-    heads = [[*divmod(int(i), scores.shape[1]), round(float(s), 4)] for s, i in zip(*best, strict=True)][:8]
     return {
-        "induction_heads": heads,
+        "induction_heads": best_heads(model, find_eos(tokenizer, None)[1], min(SPAN, length // 2 - 1)),
         "tasks": score_items(items, tokenizer, functools.partial(score_ends, model), length),
         "samples": [[prompt, tokenizer.decode(tokens)] for prompt, tokens in zip(PROMPTS, new, strict=False)],
     }
@@ -166,8 +162,8 @@ def _speeds(rows: Sequence[dict[str, object]]) -> dict[str, float]:
     return {kind: sorted(values)[len(values) // 2] for kind, values in found.items()}
 
 
-def _speed_of(trial: Trial, speeds: dict[str, float]) -> float:
-    return speeds.get("plain" if trial.distillation is None else "distilled", 100_000.0)
+def _speed_of(trial: Trial, speeds: dict[str, float], expected: float = 100_000.0) -> float:
+    return speeds.get("plain" if trial.distillation is None else "distilled", expected)
 
 
 def _try(trial: Trial, setting: Setting, deadline: float, later: float | None = None) -> None:
@@ -184,7 +180,7 @@ def _try(trial: Trial, setting: Setting, deadline: float, later: float | None = 
         return
     started = (setting.output / trial.folder / STATE).is_file()
     left = deadline - time.monotonic()
-    needed = OVERHEAD + trial.tokens / _speed_of(trial, _speeds(rows))
+    needed = OVERHEAD + trial.tokens / _speed_of(trial, _speeds(rows), setting.expected_speed)
     enough = 0.5 * needed if later is None else needed - later
     if left < 2 * OVERHEAD or (not started and left < enough):
         return
@@ -257,6 +253,7 @@ def main() -> None:
     train.add_argument("--lengthy", nargs=2, type=int, metavar=("LONGEST", "TOKENS"), help="do the long comparison")
     train.add_argument("--only", nargs="+", help="of the given trials only those whose names hold one of these texts")
     train.add_argument("--later", type=float, default=0.0, help="seconds of a later call on this machine")
+    train.add_argument("--expected_speed", type=float, default=1e5, help="tokens a second, until some are measured")
     train.add_argument("--tasks", help="a folder that the command `tasks` wrote")
     train.add_argument("--gradients", default="bf16")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
@@ -272,6 +269,12 @@ def main() -> None:
     speed.add_argument("--top", type=int, default=0, help="how many of the longest kernels to write")
     speed.add_argument("--gradients", default="bf16")
     speed.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    copying = commands.add_parser("copying")
+    copying.add_argument("--weights", required=True, help="the checkpoint that `corpus` wrote")
+    copying.add_argument("--output", default="results/pretrained")
+    copying.add_argument("--pattern", default="2:4")
+    copying.add_argument("--length", type=int, default=256)
+    copying.add_argument("--rows", type=int, default=64)
     table = commands.add_parser("report")
     table.add_argument("results", nargs="+", help="files of rows that `work` wrote")
     args = parser.parse_args()
@@ -295,6 +298,15 @@ def main() -> None:
         pack_corpus(args.corpus, args.output, args.parts, args.max_bytes)
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.command == "copying":
+        tokenizer = load_tokenizer(args.weights)
+        asked = make_tasks(tokenizer, args.length, args.rows, names=("copy",))
+        model = load_model(args.weights).model.to(device).eval()
+        for row in copying_by_part(model, asked, find_eos(tokenizer, None)[1], args.pattern):
+            append_row(Path(args.output) / "copying.jsonl", row)
+            right = [round(one["accuracy"], 3) for one in row["probe"]]
+            print(row["converted"], row["variant"], right, row["heads"][0], flush=True)
+        return
     torch.set_float32_matmul_precision("high")
     if args.command == "speed":
         weights = args.weights or random_weights(Path(args.output, "random.ckpt"))
@@ -325,6 +337,7 @@ def main() -> None:
     setting = Setting(
         args.weights, text, held_out, Path(args.output), device, args.length, args.batch,
         held_out_rows=args.held_out_rows, compile=args.compile, gradients=args.gradients, probe=probe_tasks,
+        expected_speed=args.expected_speed,
         ask=functools.partial(ask, items=items, tokenizer=tokenizer, length=args.length),
     )  # fmt: skip
     print(f"{len(text):,} tokens to train on; held out: { {k: len(v) for k, v in held_out.items()} }", flush=True)

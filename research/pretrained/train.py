@@ -52,6 +52,7 @@ class Setting:
         held_out_rows: How many sequences of each held-out text are measured; a multiple of ``batch``, or below it.
         compile: Whether blocks are compiled.
         gradients: How gradients are rounded; an option of :class:`SparseTernaryPrecision`.
+        expected_speed: The tokens a second to plan with until some are measured.
         probe: A function that returns further measurements of a trained model, given a function from token ids
             ``[batch, length]`` to logits.
         ask: A function that returns what a trained model, without kernels and graphs, answers to further questions.
@@ -68,6 +69,7 @@ class Setting:
     held_out_rows: int = 64
     compile: bool = True
     gradients: str = "bf16"
+    expected_speed: float = 100_000.0
     probe: Callable[[Callable[[Tensor], Tensor]], list[dict[str, Any]]] | None = None
     ask: Callable[[TernaryTransformer], dict[str, Any]] | None = None
 

@@ -194,6 +194,21 @@ class Inspection:
         return float(loss)
 
     @contextmanager
+    def converted(self, variant: Variant, parts: Sequence[str]) -> Iterator[TernaryTransformer]:
+        """Yield the model while parts of all its blocks are converted, for measurements of other kinds.
+
+        Args:
+            variant: The kind of conversion.
+            parts: The names of the parts, among :attr:`parts`.
+        """
+        with self._twins(variant) as convert:
+            convert(range(len(self.model.blocks)), parts)
+            try:
+                yield self.model
+            finally:
+                convert(range(0), parts)
+
+    @contextmanager
     def _twins(self, variant: Variant) -> Iterator[Convert]:
         """Give each layer a converted twin, and yield the function that chooses what the twins compute."""
         twins = nn.ModuleDict()

@@ -1,15 +1,17 @@
 """What the study asks trained models: tasks of held-out text, and which heads copy."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from research.pretrained.heads import induction_scores, repeated_rows
+from research.pretrained.heads import copying_by_part, induction_scores, repeated_rows
 from research.pretrained.items import Item, make_items, read_items, score_items, write_tasks
 from research.pretrained.trials import lengthy
 from sbn_lightning.data.tokenizer import byte_tokenizer
+from sbn_lightning.evaluation.probes import make_tasks
 from sbn_lightning.models.transformer import TernaryTransformer
 from tests.helpers import small_config
 
@@ -87,3 +89,22 @@ def test_the_long_comparison_has_each_trial_once():
     assert names[:3] == ["200M both 2:4 seed 1", "200M both 8:8 seed 1", "50M both 2:4 seed 1"]
     short = [trial.name for trial in lengthy(50_000_000, 50_000_000)]
     assert len(set(short)) == len(short) == len(names) - 2
+
+
+def test_copying_is_asked_with_each_part_converted():
+    config = small_config(linear="dense", vocab_size=2000, n_layers=1, max_sequence_length=200)
+    model = TernaryTransformer(config).eval()
+    tasks = make_tasks(byte_tokenizer(), 60, rows=2, names=("copy",))
+    before = model(tasks[0].tokens)
+    rows = list(copying_by_part(model, tasks, 0, "2:4", batch_size=2))
+    assert [(row["converted"], row["variant"]) for row in rows[:3]] == [
+        ("nothing", None),
+        ("q and k", "masked"),
+        ("v and o", "masked"),
+    ]
+    assert len(rows) == 13
+    assert torch.equal(model(tasks[0].tokens), before)  # the model is as it was
+    heads = {json.dumps(row["heads"]) for row in rows}
+    assert len(heads) > 3
+    logs = {row["probe"][0]["log_probability"] for row in rows}
+    assert len(logs) == 13
