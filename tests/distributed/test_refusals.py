@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 
 from sbn_lightning import RoundingWarmup
 from sbn_lightning.callbacks import SparseEMAWeightAveraging
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed import shard
+from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
+from sbn_lightning.fabric.options import check_fabric_options
 from tests.helpers import small_module
 
 
@@ -38,3 +41,14 @@ def test_groups_that_are_not_equal(replicate, mesh):
     model = small_module(n_layers=1).model
     with pytest.raises(ConfigError, match=f"replicate={replicate} does not divide the 1 ranks"):
         shard(model, model.blocks, mesh, replicate=replicate)
+
+
+def test_the_dtypes_of_gradients():
+    assert ReplicatedStrategy()._ddp_comm_hook is None
+    assert ReplicatedStrategy("bfloat16")._ddp_comm_hook is bf16_compress_hook
+    for strategy in (ReplicatedStrategy, ShardedStrategy):
+        with pytest.raises(ConfigError, match="reduce_dtype='half' is not 'float32' or 'bfloat16'"):
+            strategy("half")
+    config = {"strategy": ReplicatedStrategy("bfloat16"), "val_check_interval": 1, "max_steps": 1}
+    with pytest.raises(ConfigError, match="the Fabric loop sums the gradients of sbn_ddp in float32"):
+        check_fabric_options(config)
