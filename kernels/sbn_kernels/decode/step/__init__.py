@@ -4,8 +4,9 @@ A caller gathers the tensors of a model into :class:`Weights` and packs them onc
 says whether the kernel can compute a shape and a batch on a device. :class:`DecodeStep` then runs on caches that the
 caller owns.
 
-* :mod:`~sbn_kernels.decode.step.kernel` describes the kernel. The device code is in ``attention``, ``gemv``, ``head``,
-  ``ptx``, ``rows`` and ``tokens`` as well. These modules need Triton 3.9; they are imported when a step is made.
+* :mod:`~sbn_kernels.decode.step.kernel` describes the kernel. Its device helpers are in ``context``, ``handover``,
+  ``output`` and ``rows``, and the inline PTX is in ``attention``, ``gemv``, ``head``, ``ptx``, ``shared`` and
+  ``tokens``. These modules need Triton 3.9; they are imported when a step is made.
 * :mod:`~sbn_kernels.decode.step.plan` says which models the kernel can compute.
 * :mod:`~sbn_kernels.decode.step.reference` is the same computation in plain PyTorch.
 """

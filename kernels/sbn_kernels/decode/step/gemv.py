@@ -182,7 +182,7 @@ def multiply_shared(p, f):
     tile, and begins anew if one has not come: see ``ptx.EMPTY``.
 
     At the end one warp, which has read codes of every token, makes the emptying of older codes visible to the program:
-    see ``tokens.share_codes``.
+    see ``shared.share_codes``.
     """
 
     def asm(outs, ins):

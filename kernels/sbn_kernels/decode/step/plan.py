@@ -130,7 +130,7 @@ class Plan:
             More parts need a phase of their own.
         shared_codes: Whether the codes of all matrices are shared (``Phase.shared``), and the final hidden states too.
             Otherwise those of ``o`` and ``down`` may be: both, because the codes of one make the emptying of the others
-            visible, see ``tokens.share_codes``.
+            visible, see ``shared.share_codes``.
         warps: The number of warps of a program.
         direct_tokens: The number of tokens up to which a context has at most ``direct_parts`` parts.
         early_cache: Whether keys and values go to registers before the product with q, k and v, and not after it.

@@ -13,6 +13,8 @@ from triton.experimental.gluon import language as gl
 from sbn_kernels.decode.step.attention import load_cache
 from sbn_kernels.decode.step.gemv import fetch_weights, gather_sums, multiply_shared, multiply_tiles
 
+_STAMP = gl.constexpr("""{ .reg .pred p; .reg .u32 t; .reg .u64 c, g; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+mov.u64 c, %clock64; mov.u64 g, %globaltimer; @p st.global.v2.u64 [$0], {c, g}; }""")
 _PUBLISH = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.relaxed.gpu.global.b32 [$0], $1; }")
 _LOAD = gl.constexpr("ld.shared.f32 $0, [$1];")
 _STORE = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.shared.b32 [$0], $1; }")
@@ -248,3 +250,11 @@ def load_cache_tokens(keys, values, first, end, position, P: gl.constexpr):
     return gl.inline_asm(
         load_cache(P), outputs + "l,l,r,r,r,~{memory}", [keys, values, first, end, position], KV, is_pure=False
     )
+
+
+@gluon.jit
+def stamp(trace, layer, place: gl.constexpr, P: gl.constexpr):
+    """Writes down the time in cycles of this multiprocessor and in nanoseconds, if the plan says so."""
+    if P.traced:
+        at = trace + 2 * ((gl.program_id(0) * (P.layers + 1) + layer) * P.stamps + place)
+        gl.inline_asm(_STAMP, "l,~{memory}", [at], (), is_pure=False)

@@ -23,26 +23,23 @@ from triton.experimental import gluon
 from sbn_kernels.decode.step.plan import Plan
 from sbn_kernels.decode.step.ptx import (
     BF16_HIGH,
-    EMPTY,
     VALUE,
     add_across,
     assembly,
     exact_quotient,
     f32,
     helper,
-    pair_store,
-    poll_pairs,
     poll_words,
     read_pairs,
 )
 
 _KEPT = 40  # chunks that a thread keeps in registers; a longer vector is read twice, the second time from L2
-_AT_ONCE = 16  # chunks that a thread polls together
+AT_ONCE = 16  # chunks that a thread polls together
 _PARTS_AT_ONCE = 12  # the same for parts of attention, over all of a thread's chunks
 
 
 @helper
-def _threads(p: Plan) -> list[str]:
+def threads(p: Plan) -> list[str]:
     """tid, warp, lane, the token of this thread, and its number ``lt`` among the token's threads."""
     wpt = p.warps_per_token
     return [
@@ -57,7 +54,7 @@ def _threads(p: Plan) -> list[str]:
 
 
 @helper
-def _chunks(p: Plan, values: int) -> tuple[list[str], list[str | None]]:
+def chunks(p: Plan, values: int) -> tuple[list[str], list[str | None]]:
     """PTX that sets the predicates of a thread's chunks, and the predicates (None: always)."""
     step = 128 * p.warps_per_token
     lines: list[str] = []
@@ -72,7 +69,7 @@ def _chunks(p: Plan, values: int) -> tuple[list[str], list[str | None]]:
 
 
 @helper
-def _norm_weights(p: Plan, gains: Sequence[str], count: int) -> list[str]:
+def norm_weights(p: Plan, gains: Sequence[str], count: int) -> list[str]:
     """The norm's weights of every chunk, two bfloat16 a register."""
     lines = [".reg .b32 gb; .reg .f32 gl, t0, t1;"]
     for c in range(count):
@@ -91,8 +88,8 @@ def load_norm(p):
     def asm(outs, ins):
         (regs,) = outs
         ((norm,),) = ins
-        inside, predicates = _chunks(p, p.d_model)
-        lines = ["{", *_threads(p), *inside, ".reg .u64 ga;", f"mad.wide.u32 ga, lt, 8, {norm};"]
+        inside, predicates = chunks(p, p.d_model)
+        lines = ["{", *threads(p), *inside, ".reg .u64 ga;", f"mad.wide.u32 ga, lt, 8, {norm};"]
         lines += [f"mov.b32 {r}, 0;" for r in regs]
         for c, predicate in enumerate(predicates):
             on = f"@{predicate} " if predicate else ""
@@ -104,19 +101,19 @@ def load_norm(p):
 
 
 @helper
-def _half(target: str, pair: str, k: int) -> str:
+def half_of(target: str, pair: str, k: int) -> str:
     """bfloat16 number ``k`` of the register ``pair`` as float32."""
     return f"{f'shl.b32 gb, {pair}, 16;' if k == 0 else f'and.b32 gb, {pair}, {BF16_HIGH};'} mov.b32 {target}, gb;"
 
 
 @helper
-def _largest(at: int, norm: bool) -> list[str]:
+def largest(at: int, norm: bool) -> list[str]:
     """Updates ``am``, and with a norm ``ss``, with a chunk's values."""
     lines = []
     for k in range(4):
         x = f"x{at}_{k}"
         if norm:
-            lines += [_half("gl", f"g{at}_{k // 2}", k % 2)]
+            lines += [half_of("gl", f"g{at}_{k // 2}", k % 2)]
             lines += [f"fma.rn.f32 ss, {x}, {x}, ss; mul.rn.f32 t0, {x}, gl; mov.b32 mb, t0;"]
         else:
             lines += [f"mov.b32 mb, {x};"]
@@ -125,7 +122,7 @@ def _largest(at: int, norm: bool) -> list[str]:
 
 
 @helper
-def _reduce(p: Plan, red: str, square_sum: bool) -> list[str]:
+def reduce_token(p: Plan, red: str, square_sum: bool) -> list[str]:
     """Maximum of ``am`` and sum of ``ss`` over the warps of a token, with one barrier."""
     wpt = p.warps_per_token
     lines = [".reg .u32 ra, rl; .reg .f32 rs; .reg .b32 rb; .reg .pred first;"]
@@ -143,7 +140,8 @@ def _reduce(p: Plan, red: str, square_sum: bool) -> list[str]:
 
 
 @helper
-def _rstd(p: Plan, values: int) -> list[str]:
+def rstd(p: Plan, values: int) -> list[str]:
+    """ss -> ``rstd``, one over the root of the mean square."""
     return [
         ".reg .f32 rstd;",
         f"fma.rn.f32 ss, ss, {f32(1.0 / values)}, {f32(p.eps)}; rsqrt.approx.f32 rstd, ss;",
@@ -151,7 +149,7 @@ def _rstd(p: Plan, values: int) -> list[str]:
 
 
 @helper
-def _scale(norm: bool) -> list[str]:
+def scale(norm: bool) -> list[str]:
     """am -> the scale, its negative and its reciprocal."""
     lines = [".reg .f32 s, ns, inv, top;", "mov.b32 top, am;"]
     if norm:
@@ -168,7 +166,7 @@ def _normalise(at: int) -> list[str]:
     lines = []
     for k in range(4):
         t = f"t{k % 2}"
-        lines += [_half("gl", f"g{at}_{k // 2}", k % 2)]
+        lines += [half_of("gl", f"g{at}_{k // 2}", k % 2)]
         lines += [f"mul.rn.f32 {t}, x{at}_{k}, rstd; mul.rn.f32 {t}, {t}, gl;"]
         if k % 2:
             lines += [f"cvt.rn.bf16x2.f32 h{k // 2}, t1, t0;"]
@@ -176,7 +174,7 @@ def _normalise(at: int) -> list[str]:
 
 
 @helper
-def _store_codes(p: Plan, c: int, at: int, values: int, norm: bool, target: str = "shared.b32 [xw") -> list[str]:
+def store_codes(p: Plan, c: int, at: int, values: int, norm: bool, target: str = "shared.b32 [xw") -> list[str]:
     """Quantises chunk ``c``, in the registers number ``at``, into a word at ``xw``, or at another ``target``.
 
     A code of -128 comes up only where the scale is one rounding below the largest value. It becomes -127 for another
@@ -186,7 +184,7 @@ def _store_codes(p: Plan, c: int, at: int, values: int, norm: bool, target: str 
     step = 128 * p.warps_per_token
     lines = []
     if norm:
-        lines += [*_normalise(at), *(_half(f"x{at}_{k}", f"h{k // 2}", k % 2) for k in range(4))]
+        lines += [*_normalise(at), *(half_of(f"x{at}_{k}", f"h{k // 2}", k % 2) for k in range(4))]
     for k in range(4):
         lines += exact_quotient("q", f"x{at}_{k}", "ns", "inv", "e")
         if norm:  # the scale may be one rounding below the largest value
@@ -213,11 +211,11 @@ def _finish_codes(red: str) -> list[str]:
 
 
 @helper
-def _read(
+def read_chunks(
     p: Plan, chunks: Sequence[int], kept: bool, predicates: Sequence[str | None], wait: Sequence[str]
 ) -> list[str]:
-    """Polls the words of some chunks; their values are then in ``x{at}_k``, at = c, or c % _AT_ONCE if not kept."""
-    at = {c: c if kept else c % _AT_ONCE for c in chunks}
+    """Polls the words of some chunks; their values are then in ``x{at}_k``, at = c, or c % AT_ONCE if not kept."""
+    at = {c: c if kept else c % AT_ONCE for c in chunks}
     groups = [
         (f"src+{512 * p.warps_per_token * c}", predicates[c], [f"w{at[c]}_{k}" for k in range(4)]) for c in chunks
     ]
@@ -234,127 +232,46 @@ def quantize_words(p, values, norm):
     def asm(outs, ins):
         (words,), (tag,), (xq,), (red,), (flag,), (deadline,) = ins[:6]
         wait = (tag, flag, deadline)
-        inside, predicates = _chunks(p, values)
+        inside, predicates = chunks(p, values)
         count = len(predicates)
         kept = norm or count <= _KEPT
-        lines = ["{", *_threads(p), *inside]
+        lines = ["{", *threads(p), *inside]
         lines += [f"mad.lo.u32 xw, token, {p.x_stride(values)}, {xq}; mad.lo.u32 xw, lt, 4, xw;"]
         lines += [f"mad.wide.u32 src, token, {4 * values}, {words}; mad.wide.u32 src, lt, 16, src;"]
-        lines += [f".reg .b32 w{c}_<4>; .reg .f32 x{c}_<4>;" for c in range(count if kept else _AT_ONCE)]
+        lines += [f".reg .b32 w{c}_<4>; .reg .f32 x{c}_<4>;" for c in range(count if kept else AT_ONCE)]
         if norm:
-            lines += _norm_weights(p, ins[6], count)
+            lines += norm_weights(p, ins[6], count)
         else:
             lines += [".reg .b32 gb;"]
-        batches = [range(c, min(c + _AT_ONCE, count)) for c in range(0, count, _AT_ONCE)]
+        batches = [range(c, min(c + AT_ONCE, count)) for c in range(0, count, AT_ONCE)]
         for batch in batches:
-            lines += _read(p, batch, kept, predicates, wait)
+            lines += read_chunks(p, batch, kept, predicates, wait)
             for c in batch:
-                lines += _largest(c if kept else c % _AT_ONCE, norm)
-        lines += _reduce(p, red, norm)
+                lines += largest(c if kept else c % AT_ONCE, norm)
+        lines += reduce_token(p, red, norm)
         if norm:
-            lines += _rstd(p, values)
-        lines += _scale(norm)
+            lines += rstd(p, values)
+        lines += scale(norm)
         for batch in batches:
             if not kept:
-                lines += _read(p, batch, kept, predicates, wait)
+                lines += read_chunks(p, batch, kept, predicates, wait)
             for c in batch:
-                lines += _store_codes(p, c, c if kept else c % _AT_ONCE, values, norm)
+                lines += store_codes(p, c, c if kept else c % AT_ONCE, values, norm)
         return "\n".join([*lines, *_finish_codes(red), "}"])
 
     return assembly(asm)
 
 
 @helper
-def _share(one, values, norm, predicates, codes, other, place, epoch, red):
-    """Quantises the chunks ``x{c}_k`` of one token, which all warps hold, and writes the codes for all programs."""
-    count = len(predicates)
-    lines = []
-    for c in range(count):
-        lines += _largest(c, norm)
-    lines += _reduce(one, red, norm)
-    if norm:
-        lines += _rstd(one, values)
-    lines += _scale(norm)
-    lines += [f".reg .u64 gw, ow; mad.wide.u32 gw, lt, 4, {codes}; mad.wide.u32 ow, lt, 4, {other};"]
-    for c in range(count):
-        lines += _store_codes(one, c, c, values, norm, "global.b32 [gw")
-    lines += ["redux.sync.add.s32 total, total, 0xffffffff;"]
-    lines += [f"mad.lo.u32 ra, warp, 4, {red}; @first st.shared.b32 [ra+64], total; bar.sync 0;"]
-    lines += ["setp.ne.u32 in, tid, 0; @in bra DONE; .reg .b32 n<8>;"]
-    for half in range(2):
-        regs = ",".join(f"n{4 * half + k}" for k in range(4))
-        lines += [f"ld.shared.v4.b32 {{{regs}}}, [{red}+{64 + 16 * half}];"]
-    lines += ["mov.b32 total, n0;", *(f"add.s32 total, total, n{k};" for k in range(1, 8))]
-    lines += ["mov.b32 mb, s;", *pair_store(place, "total", "mb", epoch), "DONE:"]
-    empty = f"0x{EMPTY:02x}{EMPTY:02x}{EMPTY:02x}{EMPTY:02x}"
-    lines += [f"mov.b32 q0, {empty};"]
-    step, filled = 128 * one.warps_per_token, -(-values // 128) * 128
-    for c in range(count):
-        left = filled - step * c
-        on = "" if left >= step else f"setp.lt.u32 in, lt, {left // 4}; @in "
-        lines += [f"{on}st.global.b32 [ow+{step * c}], q0;"]
-    return lines
-
-
-@gluon.constexpr_function
-def share_codes(p, values, norm):
-    """PTX: words, tag, codes, other, place, epoch, red, flag, deadline, weights of the norm if any -> codes in memory.
-
-    All warps quantise one token, and ``place`` gets the sum of the codes and the scale, as pairs with the epoch. The
-    other programs wait for the pairs (:func:`await_tokens`) and then read the codes, which may still be on their way:
-    see ``ptx.begin_anew_without``. For that the place of the next layer's codes, ``other``, is emptied. All programs
-    have read the codes of the layer before from there, because those codes have led to the words that arrive here.
-
-    A reader must see that a place is empty. The fence makes the emptying of the phase before visible before the codes
-    of this phase are. A reader sees these codes, has a fence behind them, and reads the emptied place a layer later.
-    ``p`` is the plan of one token.
-    """
-
-    def asm(outs, ins):
-        (words,), (tag,), (codes,), (other,), (place,), (epoch,), (red,), (flag,), (deadline,) = ins[:9]
-        inside, predicates = _chunks(p, values)
-        count = len(predicates)
-        lines = ["fence.acq_rel.gpu;", "{", *_threads(p), *inside]
-        lines += [f"mad.wide.u32 src, lt, 16, {words};"]
-        lines += [f".reg .b32 w{c}_<4>; .reg .f32 x{c}_<4>;" for c in range(count)]
-        lines += _norm_weights(p, ins[9], count) if norm else [".reg .b32 gb;"]
-        for start in range(0, count, _AT_ONCE):
-            lines += _read(p, range(start, min(start + _AT_ONCE, count)), True, predicates, (tag, flag, deadline))
-        lines += _share(p, values, norm, predicates, codes, other, place, epoch, red)
-        return "\n".join([*lines, "}"])
-
-    return assembly(asm)
-
-
-@gluon.constexpr_function
-def share_attention(p):
-    """PTX: as :func:`share_codes`, for the parts of attention's result: words, statistics and number of parts first.
-
-    ``p`` is the plan of all tokens.
-    """
-
-    def asm(outs, ins):
-        (words,), (statistics,), (count,), (codes,), (other,), (place,), (epoch,), (red,), (flag,), (deadline,) = ins
-        one = p.token_plan
-        inside, predicates = _chunks(one, p.d_attention)
-        lines = ["fence.acq_rel.gpu;", "{", *_threads(one), *inside, f"mad.wide.u32 src, lt, 16, {words};"]
-        lines += _join_parts(p, one, predicates, statistics, count, epoch, flag, deadline)
-        lines += _share(one, p.d_attention, False, predicates, codes, other, place, epoch, red)
-        return "\n".join([*lines, "}"])
-
-    return assembly(asm)
-
-
-@helper
-def _final_norm(p, predicates, gains, red, wait, space, address):
+def final_norm(p, predicates, gains, red, wait, space, address):
     """Reads a hidden state, and stores its last norm in bfloat16 at ``address`` in the state space ``space``."""
     count, step = len(predicates), 256 * p.warps_per_token
     lines = [f".reg .b32 w{c}_<4>; .reg .f32 x{c}_<4>;" for c in range(count)]
-    lines += _norm_weights(p, gains, count)
-    lines += _read(p, range(count), True, predicates, wait)
+    lines += norm_weights(p, gains, count)
+    lines += read_chunks(p, range(count), True, predicates, wait)
     for c in range(count):
-        lines += _largest(c, True)
-    lines += _reduce(p, red, True) + _rstd(p, p.d_model)
+        lines += largest(c, True)
+    lines += reduce_token(p, red, True) + rstd(p, p.d_model)
     for c in range(count):
         lines += _normalise(c)
         left = 2 * p.head_columns - step * c  # beyond d_model there are zeros, up to a multiple of 128 columns
@@ -366,66 +283,8 @@ def _final_norm(p, predicates, gains, red, wait, space, address):
     return lines
 
 
-@gluon.constexpr_function
-def share_final(p):
-    """PTX: words, tag, target, place, epoch, red, flag, deadline, weights of the norm -> bfloat16 in memory.
-
-    The same as :func:`share_codes` for the last norm. Its results are not quantised, so a fence orders them before the
-    pairs.
-    """
-
-    def asm(outs, ins):
-        (words,), (tag,), (target,), (place,), (epoch,), (red,), (flag,), (deadline,), gains = ins
-        inside, predicates = _chunks(p, p.d_model)
-        lines = ["{", *_threads(p), *inside, ".reg .u64 gw;", f"mad.wide.u32 gw, lt, 8, {target};"]
-        lines += [f"mad.wide.u32 src, lt, 16, {words};"]
-        lines += _final_norm(p, predicates, gains, red, (tag, flag, deadline), "global", "gw")
-        lines += ["bar.sync 0; setp.ne.u32 in, tid, 0; @in bra DONE; fence.acq_rel.gpu;"]
-        return "\n".join([*lines, *pair_store(place, "total", "total", epoch), "DONE:", "}"])
-
-    return assembly(asm)
-
-
-@gluon.constexpr_function
-def await_tokens(p, acquire):
-    """PTX: places of all tokens, epoch, statistics in shared memory, flag, deadline -> sums and scales of all tokens.
-
-    One thread waits for one token. With ``acquire`` all threads of the program may afterwards read what was written
-    before the pairs. Codes do without, because a reader sees by their values whether they have come.
-    """
-    fence = "fence.acq_rel.gpu;" if acquire else ""
-
-    def asm(outs, ins):
-        (places,), (epoch,), (statistics,), (flag,), (deadline,) = ins
-        lines = ["{", ".reg .u32 tid, sa; .reg .u64 a; .reg .pred in; .reg .b32 m<4>; mov.u32 tid, %tid.x;"]
-        lines += [f"setp.ge.u32 in, tid, {p.batch}; @in bra DONE;"]
-        lines += [f"mad.wide.u32 a, tid, 16, {places}; mad.lo.u32 sa, tid, 8, {statistics};"]
-        lines += poll_pairs([("a", None, [f"m{k}" for k in range(4)])], epoch, flag, deadline)
-        return "\n".join([*lines, fence, "st.shared.v2.b32 [sa], {m0, m2};", "DONE:", "bar.sync 0;", "}"])
-
-    return assembly(asm)
-
-
-@gluon.constexpr_function
-def copy_final(p):
-    """PTX: shared final hidden states, target in shared memory -> rows of ``head_stride`` bytes, see Plan."""
-
-    def asm(outs, ins):
-        (source,), (target,) = ins
-        pieces = p.head_columns // 8  # of 16 bytes in a token
-        lines = ["{", ".reg .u32 n, token, part, sa; .reg .u64 a; .reg .pred in; .reg .b32 w<4>; mov.u32 n, %tid.x;"]
-        lines += [f"AGAIN: setp.ge.u32 in, n, {p.batch * pieces}; @in bra DONE;"]
-        lines += [f"div.u32 token, n, {pieces}; mul.lo.u32 part, token, {pieces}; sub.u32 part, n, part;"]
-        lines += [f"mad.wide.u32 a, n, 16, {source}; ld.relaxed.gpu.global.v4.b32 {{w0, w1, w2, w3}}, [a];"]
-        lines += [f"mad.lo.u32 sa, token, {p.head_stride}, {target}; mad.lo.u32 sa, part, 16, sa;"]
-        lines += [f"st.shared.v4.b32 [sa], {{w0, w1, w2, w3}}; add.u32 n, n, {32 * p.warps}; bra AGAIN;"]
-        return "\n".join([*lines, "DONE:", "bar.sync 0;", "}"])
-
-    return assembly(asm)
-
-
 @helper
-def _join_parts(p, one, predicates, statistics, count, epoch, flag, deadline):
+def join_parts(p, one, predicates, statistics, count, epoch, flag, deadline):
     """Reads the parts of attention's result and joins them: chunk ``c`` is then in ``x{c}_k``, rounded to bfloat16.
 
     A part is a result ``o`` with the maximum ``m`` and the sum ``l`` of its exponentials (base 2). The whole is
@@ -472,7 +331,7 @@ def _join_parts(p, one, predicates, statistics, count, epoch, flag, deadline):
                     lines += [add]
             for k in (0, 2):
                 lines += [f"cvt.rn.bf16x2.f32 h0, x{c}_{k + 1}, x{c}_{k};"]
-                lines += [_half(f"x{c}_{k}", "h0", 0), _half(f"x{c}_{k + 1}", "h0", 1)]
+                lines += [half_of(f"x{c}_{k}", "h0", 0), half_of(f"x{c}_{k + 1}", "h0", 1)]
         lines += ["}"]
     return lines
 
@@ -484,16 +343,16 @@ def quantize_attention(p):
     def asm(outs, ins):
         (words,), (statistics,), (count,), (epoch,), (xq,), (red,), (flag,), (deadline,) = ins
         values = p.d_attention
-        inside, predicates = _chunks(p, values)
-        lines = ["{", *_threads(p), *inside]
+        inside, predicates = chunks(p, values)
+        lines = ["{", *threads(p), *inside]
         lines += [f"mad.lo.u32 xw, token, {p.x_stride(values)}, {xq}; mad.lo.u32 xw, lt, 4, xw;"]
         lines += [f"mad.wide.u32 src, token, {4 * values}, {words}; mad.wide.u32 src, lt, 16, src;"]
-        lines += _join_parts(p, p, predicates, statistics, count, epoch, flag, deadline)
+        lines += join_parts(p, p, predicates, statistics, count, epoch, flag, deadline)
         for c in range(len(predicates)):
-            lines += _largest(c, False)
-        lines += _reduce(p, red, False) + _scale(False)
+            lines += largest(c, False)
+        lines += reduce_token(p, red, False) + scale(False)
         for c in range(len(predicates)):
-            lines += _store_codes(p, c, c, values, False)
+            lines += store_codes(p, c, c, values, False)
         return "\n".join([*lines, *_finish_codes(red), "}"])
 
     return assembly(asm)
@@ -505,11 +364,11 @@ def normalize_words(p):
 
     def asm(outs, ins):
         (words,), (tag,), (target,), (red,), (flag,), (deadline,), gains = ins
-        inside, predicates = _chunks(p, p.d_model)
-        lines = ["{", *_threads(p), *inside]
+        inside, predicates = chunks(p, p.d_model)
+        lines = ["{", *threads(p), *inside]
         lines += [f"mad.lo.u32 xw, token, {p.head_stride}, {target}; mad.lo.u32 xw, lt, 8, xw;"]
         lines += [f"mad.wide.u32 src, token, {4 * p.d_model}, {words}; mad.wide.u32 src, lt, 16, src;"]
-        lines += _final_norm(p, predicates, gains, red, (tag, flag, deadline), "shared", "xw")
+        lines += final_norm(p, predicates, gains, red, (tag, flag, deadline), "shared", "xw")
         return "\n".join([*lines, "bar.sync 0;", "}"])
 
     return assembly(asm)
