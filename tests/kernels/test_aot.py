@@ -40,7 +40,20 @@ POINTERS = {
 }  # fmt: skip
 
 
-ALIGNED = ("stride", "x_stride", "w_stride", "q_stride", "d_stride", "inner", "columns", "features", "part_size")
+ALIGNED = (
+    "stride",
+    "x_stride",
+    "gate_stride",
+    "up_stride",
+    "dx_stride",
+    "w_stride",
+    "q_stride",
+    "d_stride",
+    "inner",
+    "columns",
+    "features",
+    "part_size",
+)
 
 
 def build(kernel, constants, capability, types=None, source=ASTSource, warps=4):
@@ -73,6 +86,11 @@ def spilled_bytes(compiled, folder: Path) -> int:
 
 NO_PREPARE = dict.fromkeys(("GIVEN", "KEEP", "OLD", "BITS", "CODES", "STATS"), False)
 TILE = {"R": 64, "C": 128}
+SWIGLU_TYPES = {
+    "up_row_scale_pointer": "*fp32",
+    **dict.fromkeys(("d_pointer", "gate_pointer", "up_pointer", "d_gate_pointer", "d_up_pointer"), "*bf16"),
+    **dict.fromkeys(("max_pointer", "up_max_pointer"), "*i32"),
+}
 BLOCK_TYPES = {
     "part_pointer": "*fp32",
     **dict.fromkeys(("residual_pointer", "h_pointer", "dy_pointer", "dh_pointer", "dx_pointer"), "*bf16"),
@@ -97,14 +115,14 @@ PLAIN = {
     ),
     "swiglu backward with maxima": (
         rounded.swiglu_backward_maxima_kernel,
-        {"CODES": False, "MAXIMA": True, "R": 4, "C": 256},
-        {"d_pointer": "*bf16", "dx_pointer": "*bf16", "max_pointer": "*i32"},
+        {"CODES": False, "MAXIMA": True, "SPLIT": True, "R": 4, "C": 256},
+        SWIGLU_TYPES,
         4,
     ),
     "swiglu backward of codes": (
         rounded.swiglu_backward_maxima_kernel,
-        {"CODES": True, "MAXIMA": True, "R": 4, "C": 256},
-        {"d_pointer": "*bf16", "dx_pointer": "*bf16", "max_pointer": "*i32", "x_pointer": "*i8"},
+        {"CODES": True, "MAXIMA": True, "SPLIT": False, "R": 4, "C": 256},
+        SWIGLU_TYPES | dict.fromkeys(("gate_pointer", "up_pointer"), "*i8"),
         4,
     ),
     "swiglu quantize and save": (

@@ -26,7 +26,7 @@ from sbn_kernels.gradients.triton import maxima_grid, outputs_for, round_to, zer
 from sbn_kernels.runtime.capability import interpreting, require
 from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
-from sbn_kernels.swiglu.triton import MAX_FEATURES, NEEDS, blocks, check_gates, quantize_row
+from sbn_kernels.swiglu.triton import MAX_FEATURES, NEEDS, blocks, check_gates, check_pair, quantize_row
 
 
 @triton.jit
@@ -38,20 +38,22 @@ def _gradients(d, gate, up):
 
 @triton.jit(do_not_specialize=["rows", "span"])
 def swiglu_backward_maxima_kernel(
-    d_pointer, x_pointer, code_scale_pointer, dx_pointer, row_scale_pointer, token_scale_pointer, max_pointer,
-    rows, features, d_stride, x_stride, first_channel, span,
-    CODES: tl.constexpr, MAXIMA: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    d_pointer, gate_pointer, up_pointer, code_scale_pointer, d_gate_pointer, d_up_pointer,
+    row_scale_pointer, up_row_scale_pointer, token_scale_pointer, max_pointer, up_max_pointer,
+    rows, features, d_stride, gate_stride, up_stride, dx_stride, first_channel, up_first_channel, span,
+    CODES: tl.constexpr, MAXIMA: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of C columns of gates and of ups in ``span`` rows, and their maxima as ``gradient_maxima_kernel``.
 
-    Maxima are those of the gradients as they are stored, rounded to the dtype of ``dx``.
+    Maxima are those of the gradients as they are stored, rounded to the dtype of ``dx``. SPLIT: gates and ups come from
+    two layers, which have maxima of their own for each token. Otherwise both layers' pointers are parts of one tensor.
     """
     column = tl.program_id(0) * C + tl.arange(0, C)
     there = column < features
     first = tl.program_id(1) * span
     if MAXIMA:
         gate_scale = tl.load(row_scale_pointer + column, mask=there, other=0.0)[None, :]
-        up_scale = tl.load(row_scale_pointer + features + column, mask=there, other=0.0)[None, :]
+        up_scale = tl.load(up_row_scale_pointer + column, mask=there, other=0.0)[None, :]
         largest_gate = tl.zeros([R, C], tl.float32)
         largest_up = tl.zeros([R, C], tl.float32)
     for start in range(first, tl.minimum(first + span, rows), R):
@@ -59,30 +61,38 @@ def swiglu_backward_maxima_kernel(
         inside = (row < rows)[:, None] & there[None, :]
         wide = row.to(tl.int64)[:, None]
         d = tl.load(d_pointer + wide * d_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        x_where = x_pointer + wide * x_stride + column[None, :]
-        gate = tl.load(x_where, mask=inside, other=0).to(tl.float32)
-        up = tl.load(x_where + features, mask=inside, other=0).to(tl.float32)
+        gate = tl.load(gate_pointer + wide * gate_stride + column[None, :], mask=inside, other=0).to(tl.float32)
+        up = tl.load(up_pointer + wide * up_stride + column[None, :], mask=inside, other=0).to(tl.float32)
         if CODES:
             gate *= tl.load(code_scale_pointer + 2 * row, mask=row < rows, other=0.0)[:, None]
             up *= tl.load(code_scale_pointer + 2 * row + 1, mask=row < rows, other=0.0)[:, None]
         d_gate, d_up = _gradients(d, gate, up)
-        d_gate, d_up = d_gate.to(dx_pointer.dtype.element_ty), d_up.to(dx_pointer.dtype.element_ty)
-        dx_where = dx_pointer + wide * (2 * features) + column[None, :]
-        tl.store(dx_where, d_gate, mask=inside)
-        tl.store(dx_where + features, d_up, mask=inside)
+        d_gate, d_up = d_gate.to(d_gate_pointer.dtype.element_ty), d_up.to(d_up_pointer.dtype.element_ty)
+        tl.store(d_gate_pointer + wide * dx_stride + column[None, :], d_gate, mask=inside)
+        tl.store(d_up_pointer + wide * dx_stride + column[None, :], d_up, mask=inside)
         if MAXIMA:
             d_gate, d_up = tl.abs(d_gate.to(tl.float32)), tl.abs(d_up.to(tl.float32))
-            scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)[:, None]
-            largest_gate = larger(largest_gate, d_gate * tl.abs(scale))
-            largest_up = larger(largest_up, d_up * tl.abs(scale))
-            of_both = larger(d_gate * tl.abs(gate_scale), d_up * tl.abs(up_scale))
-            eights = tl.reshape(of_both, [R, C // 8, 8])
-            of_token = tl.max(magnitude(tl.reduce(eights, 2, larger)), axis=1)
-            tl.atomic_max(max_pointer + row, of_token, mask=row < rows, sem="relaxed")
+            scale = tl.abs(tl.load(token_scale_pointer + row, mask=row < rows, other=0.0))[:, None]
+            largest_gate = larger(largest_gate, d_gate * scale)
+            largest_up = larger(largest_up, d_up * scale)
+            d_gate, d_up = d_gate * tl.abs(gate_scale), d_up * tl.abs(up_scale)
+            if SPLIT:
+                _atomic_largest(up_max_pointer + row, d_up, row < rows, R, C)
+            else:
+                d_gate = larger(d_gate, d_up)
+            _atomic_largest(max_pointer + row, d_gate, row < rows, R, C)
     if MAXIMA:
-        where = max_pointer + first_channel + column
-        tl.atomic_max(where, tl.max(magnitude(largest_gate), axis=0), mask=there, sem="relaxed")
-        tl.atomic_max(where + features, tl.max(magnitude(largest_up), axis=0), mask=there, sem="relaxed")
+        of_gates, of_ups = tl.max(magnitude(largest_gate), axis=0), tl.max(magnitude(largest_up), axis=0)
+        tl.atomic_max(max_pointer + first_channel + column, of_gates, mask=there, sem="relaxed")
+        tl.atomic_max(up_max_pointer + up_first_channel + column, of_ups, mask=there, sem="relaxed")
+
+
+@triton.jit
+def _atomic_largest(pointers, values, mask, R: tl.constexpr, C: tl.constexpr):
+    """Raises what ``pointers`` hold to the bits of the largest value of each row, none of which is negative."""
+    # Reduced as floats within a thread first, where a maximum is one instruction.
+    eights = tl.reshape(values, [R, C // 8, 8])
+    tl.atomic_max(pointers, tl.max(magnitude(tl.reduce(eights, 2, larger)), axis=1), mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -130,19 +140,39 @@ _quantize_and_save = Launcher(swiglu_quantize_and_save_kernel, enable_fp_fusion=
 
 
 def _backward_to(
-    dx: Tensor, d: Tensor, x: Tensor, code_scale: Tensor | None, given: tuple[Tensor, Tensor, Tensor, int] | None
+    dx: tuple[Tensor, Tensor],
+    d: Tensor,
+    x: tuple[Tensor, Tensor],
+    code_scale: Tensor | None = None,
+    scales: tuple[Tensor, Tensor, Tensor] | None = None,
+    maxima: tuple[tuple[Tensor, int], tuple[Tensor, int]] | None = None,
 ) -> None:
-    """Writes the gradients to ``dx``, and the bits of maxima if ``given`` has two scales and a place for them."""
-    row_scale, token_scale, maxima, first_channel = given or (dx, dx, dx, 0)
+    """Writes the gradients of gates and ups, and the bits of their maxima.
+
+    Args:
+        dx: The places for the gradients of gates and of ups, with one row stride.
+        d: The gradient of the product.
+        x: Gates and ups, or their codes.
+        code_scale: The scales of the codes.
+        scales: gamma of the rows that made gates, of those that made ups, and the scales of the tokens.
+        maxima: For gates and for ups a place for maxima, with the place of the first channel. One place twice: tokens
+            have one maximum for both. None: no maxima.
+    """
+    one, two, token_scale = scales or (d, d, d)
+    (gate_max, gate_first), (up_max, up_first) = maxima or ((d, 0), (d, 0))
     rows, features = d.shape
     block_rows, block_columns = 4, min(256, max(8, next_power_of_2(features)))
     strips, spans, span = maxima_grid(d, block_rows, ceil_div(features, block_columns))
-    _backward(
-        (strips, spans, 1),
-        (d, x, dx if code_scale is None else code_scale, dx, row_scale, token_scale, maxima),
-        (rows, features, d.stride(0), x.stride(0), first_channel, span),
-        (code_scale is not None, given is not None, block_rows, block_columns),
-    )
+    tensors = (d, *x, d if code_scale is None else code_scale, *dx, one, two, token_scale, gate_max, up_max)
+    strides = (d.stride(0), x[0].stride(0), x[1].stride(0), dx[0].stride(0))
+    flags = (code_scale is not None, maxima is not None, gate_max is not up_max)
+    numbers = (rows, features, *strides, gate_first, up_first, span)
+    _backward((strips, spans, 1), tensors, numbers, (*flags, block_rows, block_columns))
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    features = x.shape[1] // 2
+    return x[:, :features], x[:, features:]
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -159,7 +189,10 @@ def _swiglu_backward_rounded(
     outputs = outputs_for(dx, True, True)
     maxima, first_channel = zero_maxima(dx, True, True)
     if len(d):
-        _backward_to(dx, d, x, code_scale, (row_scale, token_scale, maxima, first_channel))
+        features = d.shape[1]
+        scales = (row_scale[:features], row_scale[features:], token_scale)
+        places = ((maxima, first_channel), (maxima, first_channel + features))
+        _backward_to(_halves(dx), d, _halves(x), code_scale, scales, places)
     round_to(outputs, dx, row_scale, token_scale, maxima, first_channel, seed, stream, True, True)
     return outputs
 
@@ -171,12 +204,38 @@ def _(
     return outputs_for(x, True, True)
 
 
+@kernel_op("swiglu_pair_backward_rounded")
+def _swiglu_pair_backward_rounded(
+    d: Tensor, gate: Tensor, up: Tensor, gate_row_scale: Tensor, up_row_scale: Tensor, token_scale: Tensor,
+    gate_seed: Tensor, up_seed: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    require(NEEDS, d)
+    d, gate, up = _with_rows(d), _with_rows(gate), _with_rows(up)
+    dx = torch.empty((len(d), 2 * d.shape[1]), dtype=gate.dtype, device=d.device)
+    halves = _halves(dx)
+    outputs = [outputs_for(half, True, True) for half in halves]
+    places = [zero_maxima(half, True, True) for half in halves]
+    if len(d):
+        _backward_to(halves, d, (gate, up), None, (gate_row_scale, up_row_scale, token_scale), (places[0], places[1]))
+    for i, (row_scale, seed) in enumerate(((gate_row_scale, gate_seed), (up_row_scale, up_seed))):
+        round_to(outputs[i], halves[i], row_scale, token_scale, *places[i], seed, 0, True, True)
+    return *outputs[0], *outputs[1]
+
+
+@kernel_fake("swiglu_pair_backward_rounded")
+def _(
+    d: Tensor, gate: Tensor, up: Tensor, gate_row_scale: Tensor, up_row_scale: Tensor, token_scale: Tensor,
+    gate_seed: Tensor, up_seed: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return *outputs_for(gate, True, True), *outputs_for(up, True, True)
+
+
 @kernel_op("swiglu_backward_of_codes")
 def _swiglu_backward_of_codes(d: Tensor, codes: Tensor, code_scale: Tensor) -> Tensor:
     require(NEEDS, codes)
     dx = torch.empty(codes.shape, dtype=d.dtype, device=d.device)
     if len(d):
-        _backward_to(dx, _with_rows(d), codes, code_scale, None)
+        _backward_to(_halves(dx), _with_rows(d), _halves(codes), code_scale)
     return dx
 
 
@@ -300,3 +359,40 @@ def swiglu_backward_rounded(
     check_scale("token_scale", token_scale, x.shape[0])
     args = (d, x, code_scale, row_scale, token_scale, seed, stream)
     return QuantizedGradient(*torch.ops.sbn_kernels.swiglu_backward_rounded(*args))
+
+
+def swiglu_pair_backward_rounded(
+    d: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    row_scales: tuple[Tensor, Tensor],
+    token_scale: Tensor,
+    seeds: tuple[Tensor, Tensor],
+) -> tuple[QuantizedGradient, QuantizedGradient]:
+    """Computes :func:`swiglu_backward_rounded` for gates and ups of two layers that read the same tokens.
+
+    Args:
+        d: The gradient of the product, ``[tokens, features]``.
+        gate: The gates, ``[tokens, features]``.
+        up: The ups, ``[tokens, features]``.
+        row_scales: gamma of each row of the weight that made the gates, and of that that made the ups, float32
+            ``[features]``.
+        token_scale: The scales of both layers' quantised tokens, float32 ``[tokens]``.
+        seeds: A seed for each layer, one int64 on the device.
+
+    Returns:
+        The gradients of the gates and of the ups, rounded in both orders.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        UnsupportedError: If there is no GPU.
+    """
+    check_pair(gate, up)
+    refuse_gradients(d)
+    if d.shape != gate.shape:
+        raise ValueError(f"the gradient must be {list(gate.shape)}, not {list(d.shape)}")
+    for scale in row_scales:
+        check_scale("row_scale", scale, gate.shape[1])
+    check_scale("token_scale", token_scale, len(gate))
+    found = torch.ops.sbn_kernels.swiglu_pair_backward_rounded(d, gate, up, *row_scales, token_scale, *seeds)
+    return QuantizedGradient(*found[:4]), QuantizedGradient(*found[4:])

@@ -238,7 +238,12 @@ def check_gates(x: Tensor) -> None:
         raise ValueError(f"gates and ups must be float32, bfloat16 or float16, not {x.dtype}")
 
 
-def _check_pair(gate: Tensor, up: Tensor) -> None:
+def check_pair(gate: Tensor, up: Tensor) -> None:
+    """Checks gates and ups in two tensors.
+
+    Raises:
+        ValueError: If the shapes or the dtypes do not fit.
+    """
     refuse_gradients(gate, up)
     if gate.dim() != 2 or gate.shape != up.shape or not 0 < gate.shape[1] <= MAX_FEATURES:
         raise ValueError(
@@ -307,7 +312,7 @@ def swiglu_pair_quantize(gate: Tensor, up: Tensor, bits: int = 8) -> tuple[Tenso
         ValueError: If the shapes, the dtypes or the number of bits do not fit.
         UnsupportedError: If there is no GPU.
     """
-    _check_pair(gate, up)
+    check_pair(gate, up)
     if bits not in (8, 4):
         raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
     q, scale = torch.ops.sbn_kernels.swiglu_pair_quantize(gate, up, bits)
@@ -329,7 +334,7 @@ def swiglu_pair_backward(d: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
         ValueError: If shapes or dtypes do not fit.
         UnsupportedError: If there is no GPU.
     """
-    _check_pair(gate, up)
+    check_pair(gate, up)
     refuse_gradients(d)
     if d.shape != gate.shape:
         raise ValueError(f"the gradient must be {list(gate.shape)}, not {list(d.shape)}")
