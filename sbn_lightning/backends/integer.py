@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sbn_lightning.backends.blocks import BlockKernels
-from sbn_lightning.backends.gated import GatedFunction
+from sbn_lightning.backends.gated import GatedFunction, GatedPairFunction
 from sbn_lightning.backends.products import dequantize, multiply, quantize
 from sbn_lightning.backends.reference import Keep
 from sbn_lightning.backends.shared_tokens import quantized_once
@@ -261,6 +261,31 @@ class KernelBackend(BlockKernels):
             *first[1], *first[2:], self.seed, *last[1], *last[2:], backend.seed, dtype, backend.saved_gates,
             *(quantized or (None, None)),
         )  # fmt: skip
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def gated_pair(
+        self, x: Tensor, layers: tuple[tuple[Any, ...], ...], backends: tuple[KernelBackend, ...], dtype: torch.dtype
+    ) -> Tensor | None:
+        """Computes three layers around a SwiGLU: ``last(silu(gate(x)) * up(x))``.
+
+        Args:
+            x: The tokens, ``[..., in]``.
+            layers: For gate, up and last what :meth:`gated` takes of a layer.
+            backends: The backends of the three layers.
+            dtype: The dtype of the results.
+
+        Returns:
+            ``[..., out]``; None if the layers have to run one after the other.
+        """
+        if any(backend.gradients != "int8" or backend.seed is None for backend in backends):
+            return None
+        if layers[2][0].shape[1] > MAX_FEATURES or layers[0][3] != layers[1][3] or not torch.is_grad_enabled():
+            return None
+        operands = []
+        for layer, backend in zip(layers, backends, strict=True):
+            operands += [*layer[1], *layer[2:], backend.seed]
+        latents = [layer[0] for layer in layers]
+        y: Tensor = GatedPairFunction.apply(x.reshape(-1, x.shape[-1]), *latents, dtype, *operands)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

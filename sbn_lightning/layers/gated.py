@@ -40,14 +40,50 @@ def swiglu_between(
     return y
 
 
+def swiglu_of_pair(gate: nn.Module, up: nn.Module, last: nn.Module, x: Tensor) -> Tensor:
+    """Compute ``last(silu(gate(x)) * up(x))``; the backend of the last layer takes gates and ups in two tensors.
+
+    Args:
+        gate: The layer that makes the gates.
+        up: The layer that makes the ups.
+        last: The layer after the SwiGLU.
+        x: The tokens, ``[..., features]``.
+
+    Returns:
+        ``[..., features]``.
+    """
+    y = _joined_pair(gate, up, last, x)
+    return last(gate(x), swiglu=up(x)) if y is None else y
+
+
+def _can_join(layer: nn.Module) -> bool:
+    return type(layer) is SparseBitLinear and not layer.is_partly_rounded and not is_hooked(layer)
+
+
+def _joined_pair(gate: nn.Module, up: nn.Module, last: nn.Module, x: Tensor) -> Tensor | None:
+    """The result in one step; None if the layers cannot be joined."""
+    layers = (gate, up, last)
+    if not all(_can_join(layer) for layer in layers) or not x.is_floating_point():
+        return None
+    join = getattr(gate.backend, "gated_pair", None)
+    backends = tuple(layer.backend for layer in layers)
+    if join is None or any(type(backend) is not type(gate.backend) for backend in backends):
+        return None
+    if gate.bias is not None or up.bias is not None:
+        return None
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        y: Tensor | None = join(x, tuple(layer.for_gradients() for layer in layers), backends, dtype)
+        return y if y is None or last.bias is None else y + last.bias.to(y.dtype)
+
+
 def _joined(first: nn.Module, last: nn.Module, x: Tensor, quantized: tuple[Tensor, Tensor] | None) -> Tensor | None:
     """The result in one step; None if the layers cannot be joined."""
-    if type(first) is not SparseBitLinear or type(last) is not SparseBitLinear or not x.is_floating_point():
+    if not _can_join(first) or not _can_join(last) or not x.is_floating_point():
         return None
     join = getattr(first.backend, "gated", None)
     if join is None or type(last.backend) is not type(first.backend) or first.bias is not None:
-        return None
-    if first.is_partly_rounded or last.is_partly_rounded or is_hooked(first) or is_hooked(last):
         return None
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from sbn_lightning.layers.gated import is_hooked
+from sbn_lightning.layers.gated import is_hooked, swiglu_of_pair
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
 _PRODUCTS: tuple[Any, ...] = (operator.mul, torch.mul, "mul")
@@ -46,7 +46,7 @@ class FusedSwiGLU(nn.Module):
             return super().forward(*args, **kwargs)
         if activation is not None and is_hooked(getattr(self, activation)):
             return super().forward(*args, **kwargs)
-        return last(getattr(self, gate)(args[0]), swiglu=getattr(self, up)(args[0]))
+        return swiglu_of_pair(getattr(self, gate), getattr(self, up), last, args[0])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the class that the module had, because this class is made while the program runs."""

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sbn_lightning.backends.integer import KernelBackend
-from sbn_lightning.layers.gated import swiglu_between
+from sbn_lightning.layers.gated import swiglu_between, swiglu_of_pair
 from sbn_lightning.layers.sparse_linear import SparseBitLinear
 
 FEATURES, HIDDEN = 16, 24
@@ -63,3 +63,26 @@ def test_hooks_biases_and_passes_without_gradients_take_one_layer_after_the_othe
     run(layers(bias=True), joined=True)
     with torch.no_grad():
         assert swiglu_between(*pair, torch.randn(2, FEATURES)).shape == (2, FEATURES)
+
+
+def test_three_layers_have_the_bits_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    own = KernelBackend.gated_pair
+    monkeypatch.setattr(KernelBackend, "gated_pair", lambda self, *args: calls.append(1) or own(self, *args))
+    found = []
+    for joined in (True, False):
+        torch.manual_seed(0)
+        three = [
+            SparseBitLinear(a, b, last, pattern="2:4") for a, b, last in ((16, 24, False),) * 2 + ((24, 16, True),)
+        ]
+        for i, layer in enumerate(three):
+            layer.backend = KernelBackend("portable", gradients="int8")
+            layer.backend.seed = torch.tensor([i])
+        gate, up, last = three
+        x = torch.randn(3, 5, 16).requires_grad_()
+        y = swiglu_of_pair(gate, up, last, x) if joined else last(gate(x), swiglu=up(x))
+        y.backward(torch.randn_like(y))
+        found.append([y, *(layer.weight.grad for layer in three), last.bias.grad, x.grad])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-7)  # two gradients of x are added in any order
+    assert calls == [1]
