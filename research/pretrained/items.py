@@ -159,7 +159,7 @@ def write_tasks(items: dict[str, list[Item]], folder: Path) -> None:
             ),
             'target_delimiter: ""',
             "metric_list:",
-            *(f"  - {{metric: {metric}}}" for metric in (("acc", "acc_norm") if chooses else ("acc", "perplexity"))),
+            *(f"  - {{metric: {metric}}}" for metric in (("acc", "acc_norm") if chooses else ("acc",))),
         ]
         write_text(folder / f"{task}.yaml", "\n".join(lines) + "\n")
 
