@@ -28,8 +28,6 @@ MAX_BATCH = 16
 COLUMNS = 8  # tokens that one instruction multiplies
 SHARED_FROM = 7  # batches from this one on quantise each token once; measured at 1.5B, see Phase.shared
 PARTLY_SHARED_FROM = 3  # the same for the result of attention and for the hidden vector only
-EARLY_CACHE_TO = 0  # batches up to this one load keys and values before the product with q, k and v
-TILE_COST, GROUP_COST = 0.0, 0.25  # of a tile's and of a group's partial sums, in steps of 128 columns
 ONE_PARTS = 4  # most parts of a context that the readers join for one token
 SHARED_PARTS = 4  # most parts of a context that the program joins which quantises a token for all
 CODES_PADDING = 1024  # bytes behind each vector's codes: warps without a step left read there
@@ -133,7 +131,6 @@ class Plan:
             visible, see ``shared.share_codes``.
         warps: The number of warps of a program.
         direct_tokens: The number of tokens up to which a context has at most ``direct_parts`` parts.
-        early_cache: Whether keys and values go to registers before the product with q, k and v, and not after it.
         traced: Whether each program writes down when it reaches each of :data:`STAMPS`.
     """
 
@@ -158,7 +155,6 @@ class Plan:
     warps: int = WARPS
     direct_tokens: int = DIRECT
     traced: bool = False
-    early_cache: bool = False
 
     @property
     def missing_only(self) -> bool:

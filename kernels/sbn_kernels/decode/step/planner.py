@@ -6,8 +6,6 @@ import dataclasses
 
 from sbn_kernels.decode.step.plan import (
     COLUMNS,
-    EARLY_CACHE_TO,
-    GROUP_COST,
     GROUP_HEADS,
     MERGE_SPLITS,
     ONE_PARTS,
@@ -18,7 +16,6 @@ from sbn_kernels.decode.step.plan import (
     SHARED_FROM,
     SHARED_PARTS,
     STEP,
-    TILE_COST,
     TILE_ROWS,
     WARPS,
     Phase,
@@ -36,7 +33,8 @@ def _split_k(steps: int, tiles: int, batch: int) -> int:
     """Warps that split K, for the fewest steps in a row that a warp takes."""
     if batch > COLUMNS and tiles > 2:
         return 4  # More would take too much memory for partial sums; fewer, too many registers for the tokens.
-    tile_cost, group_cost = (TILE_COST, GROUP_COST) if tiles > 2 else (0.0, 0.25)
+    # What the partial sums of a tile and of a group cost, in steps. One or two tiles are a matter of latency.
+    tile_cost, group_cost = (0.8, 0.5) if tiles > 2 else (0.0, 0.25)
     return min((8, 4, 2, 1), key=lambda g: (-(-steps // g) + tile_cost) * -(-tiles * g // WARPS) + group_cost * g)
 
 
@@ -104,7 +102,6 @@ def make_plan(
             s, batch, slots, programs, group, splits, qkv=phases["qkv"], o=phases["o"], gate_up=phases["gate_up"],
             down=phases["down"], units=units, barriers=64, early_o=False,
             ring_bytes=0, pieces=pieces, digest=source_digest(), direct_parts=direct_parts, shared_codes=shared,
-            early_cache=batch <= EARLY_CACHE_TO,
         )  # fmt: skip
         ring = room - plan.at_ring
         if ring >= max(f.tiles * f.tile_bytes for f in plan.phases) and plan.staging_end <= room:
