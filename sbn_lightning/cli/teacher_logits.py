@@ -49,7 +49,7 @@ def teacher_logits(
     from torch import Tensor
 
     from sbn_lightning.data import TokenDataModule
-    from sbn_lightning.data.teacher_rows import TeacherRows, write_teacher_rows
+    from sbn_lightning.data.stream.teacher_rows import TeacherRows, write_teacher_rows
     from sbn_lightning.formats.init_from import check_tokenizer
     from sbn_lightning.inference.opening import open_model
     from sbn_lightning.models.distillation import likeliest

@@ -10,8 +10,8 @@
 
 ``SparseBitNet(distillation=...)`` does the same. The teacher is frozen and belongs to no module, so neither a
 checkpoint nor an optimiser holds its weights. A run that resumes reads the teacher again from its file. With
-``teacher=None`` there is no model: the data hold what a teacher said before (:mod:`sbn_lightning.data.teacher_rows`).
-:mod:`sbn_lightning.models.distillation` has the formulas.
+``teacher=None`` there is no model: the data hold what a teacher said before
+(:mod:`sbn_lightning.data.stream.teacher_rows`). :mod:`sbn_lightning.models.distillation` has the formulas.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Distillation:
 
     Args:
         teacher: The teacher's weights: a checkpoint, the folder of a run, a Hugging Face folder, or a GGUF file. None
-            takes what ``teacher-logits`` stored with the text (:mod:`sbn_lightning.data.teacher_rows`).
+            takes what ``teacher-logits`` stored with the text (:mod:`sbn_lightning.data.stream.teacher_rows`).
         logits: The weight of the divergence between the two models' next tokens.
         language_model: The weight of the cross-entropy against the text, as in a training without a teacher.
         divergence: ``"forward"`` or ``"reverse"``; :mod:`sbn_lightning.models.distillation` has the formulas.

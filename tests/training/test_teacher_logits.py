@@ -11,8 +11,9 @@ from sbn_lightning import SparseBitNet, TransformerConfig
 from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.cli.app import main
 from sbn_lightning.core.errors import ConfigError, DataError
-from sbn_lightning.data import TokenDataModule, teacher_rows
-from sbn_lightning.data.teacher_rows import TeacherRows, write_teacher_rows
+from sbn_lightning.data import TokenDataModule
+from sbn_lightning.data.stream import teacher_rows
+from sbn_lightning.data.stream.teacher_rows import TeacherRows, write_teacher_rows
 from sbn_lightning.evaluation.texts import text_of_folder
 from sbn_lightning.models.distillation import LogitsLoss, StoredLogits, likeliest, linear_distillation
 from sbn_lightning.models.transformer import TernaryTransformer

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.core.files import CHECKSUM_LIMIT
 from sbn_lightning.data import folders, shards
-from sbn_lightning.data.teacher_rows import CollateRows, TeacherRows, rows_of
+from sbn_lightning.data.stream.teacher_rows import CollateRows, TeacherRows, rows_of
 from sbn_lightning.data.tokenization.prepare import prepare
 from sbn_lightning.data.tokenization.sources import digest
 
@@ -42,7 +42,7 @@ class TokenDataModule(LightningDataModule):
 
     Batches are ``torch.long`` tensors [batch, sequence_length + 1]: inputs are ``batch[:, :-1]``, targets
     ``batch[:, 1:]``. An interrupted run resumes at the next sample. A folder that ``teacher-logits`` wrote gives tuples
-    of such a tensor, likely next tokens and their log-probabilities (:mod:`sbn_lightning.data.teacher_rows`).
+    of such a tensor, likely next tokens and their log-probabilities (:mod:`sbn_lightning.data.stream.teacher_rows`).
 
     Args:
         path: The folder that ``prepare`` wrote, or its URL (s3://, gs://, ...). The default is prepared on first use.
@@ -229,7 +229,7 @@ class TokenDataModule(LightningDataModule):
             if its != form:
                 raise ConfigError(
                     f"data.paths: {first} and {other} hold different things: a teacher's logits need the same "
-                    "sequence_length, top_k and vocabulary in all folders, and folders of text alone cannot be mixed with them"
+                    "sequence_length, top_k and vocabulary in all folders, and text alone does not mix with them"
                 )
         if form is not None and self.sequence_length != form[0]:
             raise ConfigError(

@@ -111,8 +111,8 @@ class CollateRows:
         largest = max(int(tokens.max()), int(classes.max()))
         if largest >= self.rows.vocab_size or min(int(tokens.min()), int(classes.min())) < 0:
             raise DataError(
-                f"token id {largest} in {self.where} is outside the vocabulary of {self.rows.vocab_size}; the shards are "
-                "damaged: run `teacher-logits` again"
+                f"token id {largest} in {self.where} is outside the vocabulary of {self.rows.vocab_size}; the shards "
+                "are damaged: run `teacher-logits` again"
             )
         return tokens, classes, log_probabilities
 
