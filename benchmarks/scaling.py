@@ -12,6 +12,7 @@ the bytes of one all-reduce over its time. Each run has processes of its own, on
 ``--limit`` seconds. Runs on one GPU run side by side on different GPUs. A run is ``Trainer`` with ``SparseBitNet``
 (2:4, blocks compiled), the precision plugin, clipping and a fused AdamW, as in a recipe, on random tokens. ``fsdp2
 packed`` sends packed weights between GPUs once a step, ``fsdp2 layer`` for each block, ``fsdp2 latent`` latent weights.
+``fsdp2 step`` is ``fsdp2 packed`` that sends gradients once a step, too, which takes 4 bytes a weight.
 ``ddp`` is the strategy ``sbn_ddp``, and ``ddp bfloat16`` sums its gradients in bfloat16, as the rows of FSDP2 do. ``ddp
 lightning`` is Lightning's own strategy. Names that end in ``waiting`` are to compare: persistent kernels start one
 program for each multiprocessor, though collectives occupy some.
@@ -62,8 +63,13 @@ from sbn_lightning.layers.sparse_linear import masked_layers
 LENGTH = 2048
 WARM_STEPS = 3
 STRATEGIES = ("one", "bf16 one", "float8 one", "fsdp2 packed", "ddp", "bf16 fsdp2", "bf16 ddp", "float8 fsdp2")
-STRATEGIES += ("ddp bfloat16", "float8 ddp", "fsdp2 layer", "fsdp2 latent", "ddp lightning")
-GATHERS = {"fsdp2 packed": "packed_step", "fsdp2 layer": "packed_layer"}  # every other model has its weights gathered
+STRATEGIES += ("ddp bfloat16", "float8 ddp", "fsdp2 step", "fsdp2 layer", "fsdp2 latent")
+STRATEGIES += ("ddp lightning",)
+GATHERS = {
+    "fsdp2 packed": "packed_step",
+    "fsdp2 step": "packed_step",
+    "fsdp2 layer": "packed_layer",
+}  # every other model has its weights gathered
 WAITING = " waiting"  # Kernels do not make room for collectives.
 STRATEGIES += tuple(name + WAITING for name in ("fsdp2 packed", "ddp", "ddp bfloat16"))
 MICRO_BATCHES = (2, 1, 8)  # of a step, with --all
@@ -170,7 +176,8 @@ def strategy_of(name: str, devices: int) -> Any:
         return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
     if "ddp" in name:
         return ReplicatedStrategy("bfloat16" if "bfloat16" in name else "float32")
-    return ShardedStrategy("bfloat16", gather=GATHERS.get(name.removesuffix(WAITING), "latent"))  # type: ignore[arg-type]
+    reduce = "step" if name == "fsdp2 step" else "micro_batch"
+    return ShardedStrategy("bfloat16", reduce=reduce, gather=GATHERS.get(name.removesuffix(WAITING), "latent"))  # type: ignore[arg-type]
 
 
 class Dense(SparseBitNet):

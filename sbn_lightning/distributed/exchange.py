@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sbn_lightning.backends.reference import Keep
 from sbn_lightning.backends.rows import Over, RowMaker, Terms
+from sbn_lightning.distributed.gradients import GradientScatter
 from sbn_lightning.distributed.rows import FlatGather, RowCut
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
@@ -74,11 +75,13 @@ class Exchange:
 
     Attributes:
         beside: What to start when the words are on their way. It then runs while they are unpacked.
+        scatter: Where the gradients of the layers go.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.beside: Callable[[], object] | None = None
+        self.scatter: GradientScatter | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         return self  # A copy of a model exchanges with the same ranks.

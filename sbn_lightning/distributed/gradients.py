@@ -70,10 +70,21 @@ class GradientScatter:
         shard_group: The ranks that share the rows of a weight.
         replicate_group: The ranks that hold the same rows, in hybrid sharding. None means that there are none.
         average: The number of ranks that a gradient is averaged over.
+        dtype: The dtype in which gradients travel.
+
+    Attributes:
+        hold: Whether gradients stay whole for the next micro-batch, whose own are added to them.
     """
 
-    def __init__(self, shard_group: dist.ProcessGroup, replicate_group: dist.ProcessGroup | None, average: int) -> None:
-        self.shard_group, self.replicate_group, self.average = shard_group, replicate_group, average
+    def __init__(
+        self,
+        shard_group: dist.ProcessGroup,
+        replicate_group: dist.ProcessGroup | None,
+        average: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.shard_group, self.replicate_group, self.average, self.dtype = shard_group, replicate_group, average, dtype
+        self.hold = False
         # NCCL divides while it sums. gloo does not know how.
         self._operation = dist.ReduceOp.AVG if dist.get_backend(shard_group) == "nccl" else dist.ReduceOp.SUM
         self._sent: deque[_Sent] = deque()
@@ -91,9 +102,11 @@ class GradientScatter:
         """
 
         def send(leaf: Tensor) -> None:
+            if self.hold:
+                return
             gradient, leaf.grad = leaf.grad, None
             assert gradient is not None
-            self._collect(_Gradient(gradient, weight, cut))
+            self._collect(_Gradient(gradient.to(self.dtype), weight, cut))
 
         leaf.register_post_accumulate_grad_hook(send)
 

@@ -171,6 +171,7 @@ def shard_packed(
     *,
     reduce_dtype: torch.dtype = torch.float32,
     layered: Iterable[nn.Module] = (),
+    reduce: str = "micro_batch",
 ) -> set[nn.Parameter]:
     """Shard the latent weights of a model's ternary layers by rows. FSDP2 must leave these weights alone.
 
@@ -181,6 +182,7 @@ def shard_packed(
         reduce_dtype: The dtype in which gradients travel: float32 or bfloat16.
         layered: The blocks, in the order in which they run, whose codes are whole only while the block computes. The
             codes of all other layers stay whole.
+        reduce: ``"step"`` if gradients are to be added up in float32 where :func:`gradients_stay` says so.
 
     Returns:
         The sharded weights, for ``fully_shard(..., ignored_params=)``.
@@ -188,7 +190,7 @@ def shard_packed(
     sharding = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[1]]  # type: ignore[index]
     replicate = None if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[0]].get_group()  # type: ignore[index]
     exchange = Exchange(sharding.get_group())
-    scatter = GradientScatter(exchange.group, replicate, mesh.size())
+    scatter = exchange.scatter = GradientScatter(exchange.group, replicate, mesh.size(), reduce_dtype)
     units = _units(layered, exchange)
     # FSDP2 places its parameters over the whole mesh, too. A norm of all gradients needs one mesh.
     placements = [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]
@@ -204,7 +206,8 @@ def shard_packed(
             distribute_tensor(latent, mesh, placements, src_data_rank=None), layer.weight.requires_grad
         )
         rows, columns = latent.shape
-        leaf = stand_in(rows, columns, reduce_dtype, local_rows(weight).device)
+        dtype = torch.float32 if reduce == "step" else reduce_dtype
+        leaf = stand_in(rows, columns, dtype, local_rows(weight).device)
         scatter.attach(leaf, weight, cut)
         layer.weight = weight
         layer.wrap_backend(partial(PackedRows, cut=cut, exchange=exchange, leaf=leaf, unit=units.get(layer)))

@@ -24,6 +24,7 @@ from sbn_lightning.distributed.packed import exchange_of, shard_packed
 from sbn_lightning.layers.sparse_linear import masked_layers, prepare_layers
 
 Gather = Literal["packed_step", "packed_layer", "latent"]
+Reduce = Literal["micro_batch", "step"]
 SMALL = 2**20  # A block with more weights than that besides its ternary ones is gathered on its own.
 
 
@@ -42,6 +43,7 @@ def shard(
     gather: Gather = "packed_step",
     reduce_dtype: torch.dtype = torch.float32,
     replicate: int = 1,
+    reduce: Reduce = "micro_batch",
     policy: MixedPrecisionPolicy | None = None,
 ) -> None:
     """Shard a model over the ranks of a mesh, in plain PyTorch or under Lightning's ``ModelParallelStrategy``.
@@ -65,6 +67,9 @@ def shard(
         reduce_dtype: The dtype in which gradients travel, float32 or bfloat16.
         replicate: The number of groups of ranks that hold the same rows, for a mesh of one dimension or Lightning's.
             Neighbouring ranks are in one group. With the number of hosts, rows are shared within a host.
+        reduce: When gradients of ternary layers travel. ``"micro_batch"``: in the backward of each micro-batch.
+            ``"step"``: in that of the last micro-batch of an optimiser step, so each rank keeps whole gradients,
+            4 bytes a weight. The backwards before have to run in :func:`gradients_stay`.
         policy: The dtypes in which FSDP2 gathers its parameters and reduces their gradients. None gathers parameters
             in their own dtype, and reduces gradients in ``reduce_dtype``.
 
@@ -78,6 +83,10 @@ def shard(
         raise ConfigError(f"gather={gather!r} is not one of {', '.join(get_args(Gather))}")
     if reduce_dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"reduce_dtype={reduce_dtype} is not torch.float32 or torch.bfloat16")
+    if reduce not in get_args(Reduce):
+        raise ConfigError(f"reduce={reduce!r} is not one of {', '.join(get_args(Reduce))}")
+    if reduce == "step" and gather == "latent":
+        raise ConfigError('reduce="step" is for packed codes: set gather to packed_step or packed_layer')
     if isinstance(module, FSDPModule):
         return
     blocks = list(blocks)
@@ -91,7 +100,9 @@ def shard(
     if replicate != 1:
         mesh = _hybrid(mesh, replicate)
     layered = blocks if gather == "packed_layer" else ()
-    ours = set() if gather == "latent" else shard_packed(module, mesh, reduce_dtype=reduce_dtype, layered=layered)
+    ours: set[nn.Parameter] = set()
+    if gather != "latent":
+        ours = shard_packed(module, mesh, reduce_dtype=reduce_dtype, layered=layered, reduce=reduce)
     ranks = mesh.size(mesh.ndim - 1)
     for name, layer in masked_layers(module):
         if layer.weight not in ours and layer.out_features < ranks:
@@ -126,6 +137,25 @@ def rest_stays_whole(module: nn.Module) -> Iterator[None]:
     finally:
         if root is not None:
             root.set_reshard_after_backward(True, recurse=False)
+
+
+@contextmanager
+def gradients_stay(module: nn.Module) -> Iterator[None]:
+    """Keep gradients of ternary layers whole on every rank after a backward, for the next micro-batch to add its own.
+
+    Args:
+        module: The sharded model, or a module that contains one, with ``reduce="step"``.
+    """
+    exchange = exchange_of(module)
+    scatter = None if exchange is None else exchange.scatter
+    if scatter is None:
+        yield
+        return
+    scatter.hold = True
+    try:
+        yield
+    finally:
+        scatter.hold = False
 
 
 def _hybrid(mesh: DeviceMesh, replicate: int) -> DeviceMesh:

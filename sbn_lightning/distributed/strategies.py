@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
-from sbn_lightning.distributed.sharding import Gather, rest_stays_whole
+from sbn_lightning.distributed.sharding import Gather, Reduce, gradients_stay, rest_stays_whole
 from sbn_lightning.distributed.stopping import stop_together
 
 
@@ -95,6 +95,8 @@ class ShardedStrategy(ModelParallelStrategy):
             codes then stay whole on every rank until the next step. ``"packed_layer"``: 2-bit codes, before the forward
             and the backward of each block. Their memory is given back when the block has run. ``"latent"``: FSDP2
             gathers latent weights, 4 bytes each, in every forward and backward.
+        reduce: When gradients travel. ``"micro_batch"``: in each backward. ``"step"``: once in an optimiser step, and
+            each rank keeps whole gradients until then, 4 bytes a weight.
         replicate: The number of groups of ranks that hold the same rows (hybrid sharding). With the number of hosts,
             rows are shared within a host, and only gradients travel between hosts.
         save_distributed_checkpoint: Whether every rank saves its own shard, so that a checkpoint is a folder. If False,
@@ -107,6 +109,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self,
         reduce_dtype: Literal["float32", "bfloat16"] = "float32",
         gather: Gather = "packed_step",
+        reduce: Reduce = "micro_batch",
         replicate: int = 1,
         save_distributed_checkpoint: bool = False,
         timeout: timedelta = TIMEOUT,
@@ -116,8 +119,11 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ConfigError(f"reduce_dtype={reduce_dtype!r} is not 'float32' or 'bfloat16'")
         if gather not in get_args(Gather):
             raise ConfigError(f"gather={gather!r} is not one of {', '.join(get_args(Gather))}")
+        if reduce not in get_args(Reduce):
+            raise ConfigError(f"reduce={reduce!r} is not one of {', '.join(get_args(Reduce))}")
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, timeout=timeout, **options)
         self.sharding = {"reduce_dtype": getattr(torch, reduce_dtype), "gather": gather, "replicate": replicate}
+        self.sharding["reduce"] = reduce
 
     @override
     def setup_environment(self) -> None:
@@ -137,7 +143,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def block_backward_sync(self) -> Iterator[None]:
         """Lightning enters this for each micro-batch but the last of an optimiser step."""
         assert self.model is not None
-        with rest_stays_whole(self.model):
+        stay = gradients_stay(self.model) if self.sharding["reduce"] == "step" else nullcontext()
+        with rest_stays_whole(self.model), stay:
             yield
 
 
