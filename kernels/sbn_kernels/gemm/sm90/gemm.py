@@ -55,11 +55,15 @@ def _split_kernel() -> Launcher:
 
 @functools.lru_cache(maxsize=4096)
 def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
-    """Chooses the tokens of a tile: the least waves times (tile + a fixed cost for the epilogue and the codes)."""
+    """Chooses the tokens of a tile: the least waves times (tile + a fixed cost for the epilogue and the codes).
+
+    The fixed cost was fitted to 2:4 products of 512 to 8,192 tokens on an H200, shapes of Qwen2.5 1.5B and 3B. The
+    choice is then the fastest tile in all 24 of them.
+    """
 
     def cost(tile: int) -> tuple[int, int]:
         waves = ceil_div(ceil_div(tokens, tile) * panels, processors)
-        return waves * (tile + 24), -tile
+        return waves * (tile + 78), -tile
 
     return min(_TOKEN_TILES, key=cost)
 
