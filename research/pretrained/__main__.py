@@ -38,7 +38,9 @@ from research.pretrained.corpus import (
 )
 from research.pretrained.heads import SPAN, best_heads, copying_by_part
 from research.pretrained.items import Item, make_items, read_items, score_items, write_tasks
+from research.pretrained.report import copying as report_copying
 from research.pretrained.report import report
+from research.pretrained.report import tasks as report_tasks
 from research.pretrained.speed import measure_speed, random_weights
 from research.pretrained.train import FILE, STATE, Setting, Training, append_row, read_rows
 from research.pretrained.trials import SHORT, WAYS, Trial, lengthy, long, short, untrained
@@ -277,9 +279,14 @@ def main() -> None:
     copying.add_argument("--rows", type=int, default=64)
     table = commands.add_parser("report")
     table.add_argument("results", nargs="+", help="files of rows that `work` wrote")
+    table.add_argument("--answers", nargs="*", default=[], help="files of answers that `work` wrote")
+    table.add_argument("--copying", nargs="*", default=[], help="files that `copying` wrote")
     args = parser.parse_args()
     if args.command == "report":
         print(report([row for file in args.results for row in read_rows(Path(file))]))
+        for make, files in ((report_tasks, args.answers), (report_copying, args.copying)):
+            if files:
+                print("\n" + make([row for file in files for row in read_rows(Path(file))]))
         return
     if args.command == "corpus":
         make_corpus(

@@ -51,5 +51,38 @@ def probes(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def tasks(answers: Sequence[Row]) -> str:
+    """Return a row for each trained model, with its accuracy in each task and its best induction head.
+
+    Args:
+        answers: What the models answered, the rows of ``answers.jsonl``.
+    """
+    names = list(dict.fromkeys(task for row in answers for task in row["tasks"]))
+    lines = [f"| trial | tokens | {' | '.join(names)} | best head |", "| --- | --- |" + " --- |" * (len(names) + 1)]
+    for row in answers:
+        found = [row["tasks"].get(name) for name in names]
+        cells = ["-" if one is None else f"{one['acc']:.3f} ± {one['acc_error']:.3f}" for one in found]
+        block, head, score = row["induction_heads"][0]
+        best = f"{score:.3f} (block {block:.0f}, head {head:.0f})"
+        lines.append(f"| {row['trial']} | {row['tokens'] / 1e6:.1f}M | {' | '.join(cells)} | {best} |")
+    return "\n".join(lines)
+
+
+def copying(rows: Sequence[Row]) -> str:
+    """Return a row for each conversion without training, with what is left of copying and of the best induction heads.
+
+    Args:
+        rows: The rows of ``copying.jsonl``.
+    """
+    names = [f"{one['task']} {one['setting']}" for one in rows[0]["probe"]] if rows else []
+    lines = [f"| converted | how | {' | '.join(names)} | best heads |", "| --- | --- |" + " --- |" * (len(names) + 1)]
+    for row in rows:
+        right = [f"{one['accuracy']:.3f} ± {one['error']:.3f}" for one in row["probe"]]
+        heads = ", ".join(f"{score:.2f}" for _, _, score in row["heads"][:3])
+        how = "-" if row["variant"] is None else f"{row['variant']} {row['pattern']}"
+        lines.append(f"| {row['converted']} | {how} | {' | '.join(right)} | {heads} |")
+    return "\n".join(lines)
+
+
 def _short(perplexity: float) -> str:
     return f"{perplexity:.2f}" if perplexity < 1000 else f"{perplexity:,.0f}"

@@ -9,7 +9,7 @@ import torch
 
 from research.pretrained.__main__ import _plan, _try, longest
 from research.pretrained.corpus import licences
-from research.pretrained.report import report
+from research.pretrained.report import copying, report, tasks
 from research.pretrained.train import FILE, Setting, Training, append_row, make_optimizer, read_rows
 from research.pretrained.trials import LOGITS, Trial, best, long, short, untrained, without_warmup
 from sbn_lightning.checkpoints import lightning_file
@@ -75,6 +75,18 @@ def test_the_report_has_each_trial_and_its_probes():
     assert lines[3].startswith("| plain 6:8 | 3.0M | 2.500 |")
     assert lines[-1] == "| plain 6:8 | 0.250 ± 0.010 |"
     assert lines[-3] == "| trial | copy distance 32 |"
+
+
+def test_the_report_has_tasks_and_copying():
+    task = {"acc": 0.5, "acc_error": 0.1}
+    answers = [{"trial": "a", "tokens": 2_000_000, "tasks": {"names": task}, "induction_heads": [[3, 1, 0.75]]}]
+    assert tasks(answers).splitlines()[2] == "| a | 2.0M | 0.500 ± 0.100 | 0.750 (block 3, head 1) |"
+    asked = [{"task": "copy", "setting": "distance 32", "accuracy": 0.25, "error": 0.01}]
+    heads = [[18, 6, 0.782], [1, 2, 0.5]]
+    rows = [{"converted": "nothing", "variant": None, "pattern": "2:4", "probe": asked, "heads": heads}]
+    lines = copying([*rows, {**rows[0], "converted": "q and k", "variant": "ternary"}]).splitlines()
+    assert lines[2] == "| nothing | - | 0.250 ± 0.010 | 0.78, 0.50 |"
+    assert lines[3].startswith("| q and k | ternary 2:4 |")
 
 
 def test_a_relative_learning_rate_is_a_share_of_each_weight(setting):
