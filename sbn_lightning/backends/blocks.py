@@ -132,4 +132,5 @@ class TurnFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return rope_backward(*grad_outputs, cos, sin), None, None, None, None
+        dq, dk, dv = grad_outputs
+        return rope_backward(dq, dk, dv, cos, sin), None, None, None, None

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbn_lightning.backends.integer import KernelBackend, multiply
+from sbn_lightning.backends.integer import KernelBackend
+from sbn_lightning.backends.products import multiply
 from sbn_lightning.inference.gather import outside_of_the_family
 from sbn_lightning.layers.gated import is_hooked
 from sbn_lightning.layers.packed import PackedTernaryLinear

@@ -336,8 +336,8 @@ class PackedExperts(PackedTernaryLinear):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _grouped_kernels(self, x: Tensor, counts: Tensor, dtype: torch.dtype, magnitude: Tensor | None) -> Tensor:
-        from sbn_lightning.backends.integer import multiply as product
-        from sbn_lightning.backends.integer import quantize
+        from sbn_lightning.backends.products import multiply as product
+        from sbn_lightning.backends.products import quantize
 
         assert self.activation_bits is not None
         x8, token_scale = quantize(x, self.activation_bits, magnitude)

@@ -110,7 +110,7 @@ class PackedTernaryLinear(nn.Module):
         return ternary_linear(x, self.gamma, self.codes, self.row_scale, None, self.activation_bits, dtype)
 
     def _by_kernels(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        from sbn_lightning.backends.integer import multiply, quantize
+        from sbn_lightning.backends.products import multiply, quantize
 
         assert self.activation_bits is not None
         assert self._kernel is not None

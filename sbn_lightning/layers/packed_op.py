@@ -53,7 +53,7 @@ def packed_linear(
     """
     if kernel is None:
         return ternary_linear(x, gamma, codes, row_scale, None, activation_bits, x.dtype, magnitude)
-    from sbn_lightning.backends.integer import multiply, quantize
+    from sbn_lightning.backends.products import multiply, quantize
 
     assert activation_bits is not None
     whole = None if magnitude is None else magnitude.reshape(-1, 1)

@@ -162,7 +162,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             loss, dh_part, product = head.part(part, number, scale, need_dh, need_dw)
             total += loss
-            if dh is not None:
+            if dh is not None and dh_part is not None:
                 dh[part] = dh_part
             if product is not None:
                 dw = product if dw is None else dw.add_(product)

@@ -10,8 +10,9 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from sbn_kernels.gradients import cross_entropy, transpose, weight_gradient
+from sbn_kernels.gradients import cross_entropy_device as cross_entropy
 from sbn_kernels.gradients import device as gradient_kernels
+from sbn_kernels.gradients import transpose, weight_gradient
 from sbn_kernels.prepare import device as prepare_kernels
 
 from tests.kernels.test_aot import TOOLS, build, needs_gluon, spilled_bytes
