@@ -120,8 +120,8 @@ ALL = (
         "of each prompt, or the number in the row; decoding is measured after 256 tokens of context. The ratio is to "
         "bf16 in the same loop and the same run. A row can hold cells of different runs, so compare a cell with its "
         "own ratio and not with the bf16 cell beside it. A single prompt is read as `Generator` reads it, from a CUDA "
-        "graph. Prefill at 0.5B and 3B, and of 6:8 at 1.5B, was measured before there were such graphs; single prompts "
-        'there were limited by the host. "one kernel" is the persistent decode step. An empty cell was not measured.',
+        "graph. Prefill of 6:8, and of 16 and 64 prompts, was measured before there were such graphs and before prompts "
+        'had fused kernels. "one kernel" is the persistent decode step. An empty cell was not measured.',
         summarize,
     ),
     Page(
@@ -137,7 +137,7 @@ ALL = (
         "Microseconds of a whole decode step, embedding to logits, as one persistent kernel: "
         '`Decoder(step="persistent")`. The weights are random, and the choice of a token is not part of the time. '
         "There is no ratio, because BF16 was not measured in the same run. The page of prefill and decoding has "
-        "ratios, with the choice of a token. The rows of 0.5B and 3B are of an older version of the kernel.",
+        "ratios, with the choice of a token. `--timeline` prints where a step spends its time.",
         render,
     ),
     Page(
