@@ -142,6 +142,9 @@ class DurableCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Run, pl_module: nn.Module) -> None:  # type: ignore[override]
         """Restore the signal handlers from before training."""
         self._stop_listening()
+        if self._agreement is not None:
+            self._agreement.end()
+            self._agreement = None
         super().on_train_end(cast(Any, trainer), cast(Any, pl_module))
 
     def on_exception(self, trainer: Run, pl_module: nn.Module, exception: BaseException) -> None:  # type: ignore[override]

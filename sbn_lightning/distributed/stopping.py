@@ -10,6 +10,7 @@ Here the ranks agree through the key-value store of the process group. No GPU ta
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from itertools import count
 from typing import Any
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.distributed_c10d import _get_default_store
 
 _made = count()  # All ranks count alike, so the number makes keys unique.
+_LOOK = 0.01  # Seconds between two looks into the store.
 _KEPT = 1000  # Decisions that stay in the store. No rank is so far behind the first one.
 
 
@@ -52,6 +54,16 @@ class Agreement:
         if number >= _KEPT:
             self._store.delete_key(f"{self._prefix}/{number - _KEPT}")
         return stop
+
+    def end(self) -> None:
+        """Say that this rank decides no more. Rank 0, whose process may hold the store, waits for all others."""
+        key = f"{self._prefix}/ended"
+        if self.rank != 0:
+            self._store.add(key, 1)
+            return
+        end = time.monotonic() + self._store.timeout.total_seconds()
+        while self._store.add(key, 0) < dist.get_world_size() - 1 and time.monotonic() < end:
+            time.sleep(_LOOK)
 
 
 class _Signals:
