@@ -79,7 +79,8 @@ def copying(rows: Sequence[Row]) -> str:
     for row in rows:
         right = [f"{one['accuracy']:.3f} ± {one['error']:.3f}" for one in row["probe"]]
         heads = ", ".join(f"{score:.2f}" for _, _, score in row["heads"][:3])
-        how = "-" if row["variant"] is None else f"{row['variant']} {row['pattern']}"
+        how = "ternary, no mask" if row["variant"] == "rounded" else f"{row['variant']} {row['pattern']}"
+        how = "-" if row["variant"] is None else how
         lines.append(f"| {row['converted']} | {how} | {' | '.join(right)} | {heads} |")
     return "\n".join(lines)
 
