@@ -61,7 +61,7 @@ def cross_entropy_maxima_kernel(
         inside = (row < rows)[:, None] & there[None, :]
         x = tl.load(x_pointer + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=inside, other=0.0)
         log_sum = tl.load(log_sum_pointer + row, mask=row < rows, other=0.0)[:, None]
-        target = tl.load(target_pointer + row, mask=row < rows, other=-1)[:, None]
+        target = tl.load(target_pointer + row, mask=row < rows, other=-1).to(tl.int32)[:, None]
         token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)[:, None]
         g = _gradient(x, class_scale, log_sum, target == column[None, :], factor)
         g = tl.where(inside, tl.abs(g), 0.0)
@@ -93,7 +93,7 @@ def cross_entropy_round_kernel(
         where = x_pointer + row.to(tl.int64)[:, None] * x_stride + column[None, :]
         logits += (tl.load(where, mask=inside, other=0.0),)
         log_sum = tl.load(log_sum_pointer + row, mask=row < rows, other=0.0)
-        target = tl.load(target_pointer + row, mask=row < rows, other=-1)
+        target = tl.load(target_pointer + row, mask=row < rows, other=-1).to(tl.int32)
         inverse = tl.load(inverse_pointer + row, mask=row < rows, other=0).to(tl.float32, bitcast=True)
         token_scale = tl.load(token_scale_pointer + row, mask=row < rows, other=0.0)
         of_tokens += ((log_sum[:, None], target[:, None], inverse[:, None], token_scale[:, None]),)
