@@ -169,8 +169,8 @@ ALL = (
         "Training steps on two GPUs of one host. `scaling` is the throughput divided by twice the throughput of one "
         "GPU. `wire_mib` is what a rank receives in a step, counted as the collectives run; it is empty in rows from "
         "before it was counted. `same_masks` says whether both ranks had the same masks at the end. Strategies that "
-        "begin with `bf16` train the dense model, which has no int8 gradients. The row of DDP at 1.5B may be too slow, "
-        "because other work started on these GPUs; an earlier run had a scaling of 0.91.",
+        "begin with `bf16` train the dense model, which has no int8 gradients. `ddp` is the strategy `sbn_ddp`, and "
+        "`ddp bfloat16` sums gradients in bfloat16. The rows of DDP and FSDP2 at 0.5B are of an old version.",
         render,
     ),
     Page(
