@@ -47,7 +47,8 @@ def test_states_are_shared_and_codes_of_a_step_are_not():
     assert layered["codes and packed words"] < four["codes and packed words"] / 10
 
 
-@pytest.mark.parametrize(("name", "gather", "measured", "alone"), MEASURED)
-def test_the_model_is_near_the_figures_of_two_gpus(name, gather, measured, alone):
-    found = step(SHAPES[0], Cluster(2, 400), Plan(gather=gather, sequences=8, length=2048, accumulate=2))
-    assert alone * found.total / found.compute == pytest.approx(measured, rel=0.03)
+@pytest.mark.parametrize(("number", "gather", "accumulate", "sequences", "measured", "alone"), MEASURED)
+def test_the_model_is_near_the_figures_of_two_gpus(number, gather, accumulate, sequences, measured, alone):
+    plan = Plan(gather=gather, sequences=sequences, length=2048, accumulate=accumulate)
+    found = step(SHAPES[number], Cluster(2, 400), plan)
+    assert alone * found.total / found.compute == pytest.approx(measured, rel=0.045 if gather == "bf16" else 0.01)
