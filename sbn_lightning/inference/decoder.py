@@ -20,11 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference.attention import ChunkAttention, PromptAttention, Slots, StepAttention, room_like
@@ -33,6 +32,7 @@ from sbn_lightning.inference.choice import judge, key_of, known, withdraw
 from sbn_lightning.inference.gather import persistent_step, refusal
 from sbn_lightning.inference.prompt_pass import PromptPass, make_pass
 from sbn_lightning.inference.prompts import check_prompt
+from sbn_lightning.inference.signs import Sign, signs_of
 from sbn_lightning.layers.mask_tracker import seem_unchanged, trust_weights, version
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.layers.sparse_linear import prepare_layers, ternary_layers
@@ -48,40 +48,6 @@ StepKind = Literal["graph", "persistent", "auto"]
 _SLOTS = 64
 _NARROW = 1024
 _WARM_UP = 2  # How many steps run before a CUDA graph is captured.
-
-
-class _Sign(NamedTuple):
-    """What a layer looked like when its prepared weight was made; to look again takes less than a microsecond."""
-
-    layer: MaskedLinear
-    weight: Tensor
-    version: int
-    dtype: torch.dtype
-    density: tuple[int, float]
-    prepared: Any
-
-    def holds(self) -> bool:
-        """Whether nothing has changed."""
-        weight = self.weight
-        return (
-            self.layer._parameters.get("weight") is weight
-            and weight._version == self.version
-            and weight.dtype == self.dtype
-            and self.layer.density == self.density
-            and getattr(self.layer, "_prepared", None) is self.prepared
-        )
-
-
-def _signs(layers: Sequence[MaskedLinear]) -> list[_Sign] | None:
-    """The signs of layers whose weights no optimiser steps; None if there are others."""
-    signs = []
-    for layer in layers:
-        weight = layer._weight()
-        if weight.requires_grad or weight.is_inference() or isinstance(weight, DTensor):
-            return None
-        prepared = getattr(layer, "_prepared", None)
-        signs.append(_Sign(layer, weight, weight._version, weight.dtype, layer.density, prepared))
-    return signs
 
 
 class Decoder:
@@ -165,7 +131,7 @@ class Decoder:
         self._choosing = self._graph_chooses = False  # Whether a graph that is captured has the greedy choice in it.
         self._prompts: PromptGraphs | None = None
         self._pass: PromptPass | None = None
-        self._seen: list[_Sign] | None = None
+        self._seen: list[Sign] | None = None
         self._masked: list[MaskedLinear] = []
         self._ternary: list[Any] = []
         self._recorded: list[Any] | None = None
@@ -302,14 +268,14 @@ class Decoder:
             and [layer.density for layer in self._masked] == self._densities
             and all(a is b for a, b in zip(self._weights(), self._recorded, strict=True))
         ):
-            self._seen = _signs(self._masked)
+            self._seen = signs_of(self._masked)
             return
         prepare_layers(self.model)
         now, before = self._weights(), self._recorded or []
         if any(a is not b for a, b in zip(now, before, strict=False)):
             self._graph = self._prompts = self._persistent = None
         self._recorded, self._densities = now, [layer.density for layer in self._masked]
-        self._pass, self._seen = make_pass(self.model), _signs(self._masked)
+        self._pass, self._seen = make_pass(self.model), signs_of(self._masked)
 
     def _read(self, rows: slice, tokens_RT: Tensor, start: int) -> Tensor:
         """Compute the hidden states of tokens that stand behind ``start`` tokens; write their keys and values.
