@@ -48,6 +48,7 @@ ACCUMULATED = [
     ("accumulated alone", "auto"),
     ("accumulated", "fsdp2"),
     ("accumulated packed", "packed"),
+    ("accumulated step", "packed step"),
 ]
 
 
@@ -198,7 +199,7 @@ def test_masked_weights_decay_on_every_rank(strategy, runs):
                 torch.testing.assert_close(gamma, expected[name], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", ["accumulated", "accumulated packed"])
+@pytest.mark.parametrize("name", ["accumulated", "accumulated packed", "accumulated step"])
 def test_accumulation_under_shards(name, runs):
     (single,) = runs["accumulated alone"]
     for rank in runs[name]:

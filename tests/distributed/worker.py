@@ -39,6 +39,7 @@ STRATEGIES = {
     "fsdp2": partial(sharding, save_distributed_checkpoint=False),
     "sharded": sharding,
     "packed": ShardedStrategy,
+    "packed step": partial(ShardedStrategy, reduce="step"),
     "tensor-parallel": ModelParallelStrategy,
 }
 
