@@ -137,7 +137,7 @@ def torchao_bitnet(config: TransformerConfig | None, layers: int | None = None) 
 def ternary(config: TransformerConfig | None, layers: int | None = None, *, pattern: str, **changes: Any) -> Any:
     """Makes our model with changes of its config, or converts the foreign one, which has none."""
     if config is None and changes:
-        raise ImportError("a foreign model does not recompute its feed-forward layers alone")
+        raise ImportError(f"a foreign model has no {', '.join(changes)}")
     if config is None:
         model = ForeignModel(**({"num_hidden_layers": layers} if layers else {}))
         convert_linears(model, pattern)
