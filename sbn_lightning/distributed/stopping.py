@@ -30,7 +30,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
-        self._store = _get_default_store().clone()  # Waiting on one connection must not block other users of it.
+        self._store: Any = _get_default_store().clone()  # Waiting on one connection must not block other users of it.
         self._prefix = f"sbn_lightning/stop/{next(_made)}"
         self._decided = 0
 
