@@ -143,6 +143,9 @@ def rest_stays_whole(module: nn.Module) -> Iterator[None]:
 def gradients_stay(module: nn.Module) -> Iterator[None]:
     """Keep gradients of ternary layers whole on every rank after a backward, for the next micro-batch to add its own.
 
+    They come into ``weight.grad`` with the first backward outside of this context. ``zero_grad`` does not reach them
+    before.
+
     Args:
         module: The sharded model, or a module that contains one, with ``reduce="step"``.
     """
