@@ -26,7 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.gated import is_hooked
-from sbn_lightning.layers.mask_tracker import weights_are_trusted
+from sbn_lightning.layers.mask_tracker import trust_weights, weights_are_trusted
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers, weights_stay
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
 from sbn_lightning.models.attention import Attend, Attention, causal_attention
@@ -125,8 +125,27 @@ def _checkpoint(part: nn.Module, x_BTD: Tensor, *inputs: Any) -> Tensor:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if any(layer.backend is not REFERENCE for layer in ternary_layers(part).values()):
         options["context_fn"] = _keep_quantized_tokens
-    y: Tensor = checkpoint(part, x_BTD, *inputs, **options)
+    run = part if torch.compiler.is_compiling() else _Recomputed(part)
+    y: Tensor = checkpoint(run, x_BTD, *inputs, **options)
     return y
+
+
+class _Recomputed:
+    """A part of a model whose second forward, in the backward pass, does not ask whether weights have changed.
+
+    Autograd refuses a weight that has changed by then. To ask would compare fingerprints on a CPU, which the first
+    forward did not do.
+    """
+
+    def __init__(self, part: nn.Module) -> None:
+        self._part, self._ran = part, False
+
+    def __call__(self, *inputs: Any) -> Any:
+        if self._ran:
+            with trust_weights():
+                return self._part(*inputs)
+        self._ran = True
+        return self._part(*inputs)
 
 
 class TernaryTransformer(nn.Module):
