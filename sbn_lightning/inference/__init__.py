@@ -7,7 +7,9 @@
 * :mod:`~sbn_lightning.inference.decoder` reads prompts at once and continues them one token a step. On a GPU a step is
   a CUDA graph.
 * :mod:`~sbn_lightning.inference.attention` has the attention of a decoder, and
-  :mod:`~sbn_lightning.inference.buckets` reads a prompt as one CUDA graph.
+  :mod:`~sbn_lightning.inference.buckets` reads a prompt as one CUDA graph. :mod:`~sbn_lightning.inference.prompt_pass`
+  reads prompts with fused kernels where a model allows that.
+* :mod:`~sbn_lightning.inference.signs` sees quickly that no weight has changed.
 * :mod:`~sbn_lightning.inference.gather` hands a model to the persistent decode step of the kernels;
   :mod:`~sbn_lightning.inference.choice` measures whether that step is the faster one.
 * :mod:`~sbn_lightning.inference.sampling` chooses tokens from logits, on the device.
@@ -16,12 +18,11 @@
   :mod:`~sbn_lightning.inference.stops` cuts a text at a stop string.
 * :mod:`~sbn_lightning.inference.prompts` turns prompts into token ids.
 * :mod:`~sbn_lightning.inference.chat` writes a prompt as a turn of a chat.
-
 * :mod:`~sbn_lightning.inference.conversation` keeps the turns of a chat.
 * :mod:`~sbn_lightning.inference.head` has a head of 8 bits, which is opt-in.
 
-The commands are in :mod:`~sbn_lightning.cli.generate` and :mod:`~sbn_lightning.cli.chat`. Only ``gather`` and ``head``
-use a kernel by name. The other modules leave the choice of kernels to the layers of the model.
+The commands are in :mod:`~sbn_lightning.cli.generate` and :mod:`~sbn_lightning.cli.chat`. Only ``gather``, ``head``
+and ``prompt_pass`` use a kernel by name. The other modules leave the choice of kernels to the layers of the model.
 """
 
 from __future__ import annotations

@@ -27,12 +27,15 @@ from sbn_lightning.models.attention import causal_attention
 from sbn_lightning.models.transformer import TernaryTransformer
 
 _HEAD_SIZES = (32, 64, 128, 256)
+_MOST_FEATURES, _MOST_HIDDEN = 16384, 32768  # of a row that a kernel keeps in registers
 
 
 def make_pass(model: TernaryTransformer) -> PromptPass | None:
     """Make the pass of a model in bfloat16 whose layers all run on integer kernels; None for another model."""
     config = model.config
     if model.embed.weight.dtype != torch.bfloat16 or config.head_size not in _HEAD_SIZES or config.activation_bits != 8:
+        return None
+    if config.d_model > _MOST_FEATURES or config.d_ffn > _MOST_HIDDEN:
         return None
     if outside_of_the_family(model) is not None or any(block.recompute_mlp for block in model.blocks):
         return None
@@ -49,7 +52,11 @@ def _has_kernel(layer: nn.Module) -> bool:
     """Whether an integer kernel multiplies for a layer, and nothing changes its result afterwards."""
     if type(layer) is SparseBitLinear:
         return type(layer.backend) is KernelBackend and not layer.is_partly_rounded
-    return type(layer) is PackedTernaryLinear and layer.backend != "reference"
+    if type(layer) is PackedTernaryLinear:
+        if layer._settled_for != (layer.backend, layer.codes.device):
+            layer._settle()
+        return layer._kernel is not None
+    return False
 
 
 def _product(layer: Any, x8: Tensor, scale: Tensor) -> Tensor:
@@ -58,8 +65,6 @@ def _product(layer: Any, x8: Tensor, scale: Tensor) -> Tensor:
         weight = layer._prepared
         form, kernel = _form_of(weight.kernel), weight.kernel
         return multiply(x8, scale, weight.codes, weight.row_scale, weight.packed, form, kernel, torch.bfloat16)
-    if layer._settled_for != (layer.backend, layer.codes.device):
-        layer._settle()
     return multiply(
         x8, scale, layer.codes, layer.row_scale, layer._packed, layer._layout, layer._kernel, torch.bfloat16
     )

@@ -6,6 +6,7 @@ import torch
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference import Decoder, generate
 from sbn_lightning.inference.buckets import PromptGraphs, bucket_of
+from sbn_lightning.layers.packed import pack_layers
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
 from tests.inference.test_decoder import PROMPTS, make, without_cache
@@ -167,6 +168,14 @@ def test_prompt_graphs_give_the_logits_of_a_plain_prefill(options):
             decoder.step(torch.tensor([0, 3]).cuda())[1], plain.step(torch.tensor([3]).cuda())[0]
         )
     assert len(decoder._prompts._graphs) == 3
+
+
+def test_packed_layers_without_a_kernel_read_prompts_with_the_blocks():
+    model = pack_layers(make(torch.bfloat16, qkv_bias=True).requires_grad_(False))
+    decoder = Decoder(model, 1, 40)
+    logits = decoder.prefill([PROMPTS[0]])
+    assert decoder._pass is None
+    assert torch.isfinite(logits).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
