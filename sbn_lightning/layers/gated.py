@@ -65,16 +65,17 @@ def _joined_pair(gate: nn.Module, up: nn.Module, last: nn.Module, x: Tensor) -> 
     layers = (gate, up, last)
     if not all(_can_join(layer) for layer in layers) or not x.is_floating_point():
         return None
-    join = getattr(gate.backend, "gated_pair", None)
     backends = tuple(layer.backend for layer in layers)
-    if join is None or any(type(backend) is not type(gate.backend) for backend in backends):
+    # Looked up in the class: a wrapper that passes attributes on has other latent weights than the layer.
+    if not hasattr(type(gate.backend), "gated_pair") or len({type(backend) for backend in backends}) > 1:
         return None
     if gate.bias is not None or up.bias is not None:
         return None
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
-        y: Tensor | None = join(x, tuple(layer.for_gradients() for layer in layers), backends, dtype)
+        operands = tuple(layer.for_gradients() for layer in layers)
+        y: Tensor | None = gate.backend.gated_pair(x, operands, backends, dtype)
         return y if y is None or last.bias is None else y + last.bias.to(y.dtype)
 
 
