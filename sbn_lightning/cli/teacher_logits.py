@@ -24,8 +24,8 @@ def teacher_logits(
 ) -> None:
     """Ask a teacher about each token of a prepared folder, and store its most likely next tokens with the text.
 
-    Train on the new folder with model.distillation.teacher: null and data.sequence_length as here. The text takes
-    1 + 2 * top_k times the disk of the prepared folder. A call that was interrupted goes on where it stopped.
+    Train on the new folder with model.distillation.teacher: null and data.sequence_length as here. The new
+    folder takes 1 + 2 * top_k times the disk of the text. A call that was interrupted goes on where it stopped.
 
     Args:
         checkpoint: The teacher: a .ckpt, the folder of a run, a packed or a Hugging Face folder, or a GGUF file.
@@ -35,8 +35,8 @@ def teacher_logits(
         top_k: How many next tokens to store for each token. All others count as one in the loss.
         batch_size: The number of windows that the teacher sees at once.
         device: "auto" takes a GPU if there is one; or cpu, cuda, cuda:1.
-        dtype: The precision of the teacher; auto, float32, bfloat16 or float16.
-        overwrite: Replace the output if it is there.
+        dtype: The precision of the teacher: auto, float32, bfloat16 or float16.
+        overwrite: Whether to replace the output if it is there.
 
     Raises:
         ConfigError: If an option cannot work, or the output is there already.

@@ -4,8 +4,8 @@
 each. Without a mask the tokens of a document attend to the documents before it. With one, each token attends to its own
 document alone. Positions need no change: the rotations of queries and keys matter only by their distance.
 
-The kernels for plain causal attention take no mask, so masked attention is slower and its mask takes one byte for each
-pair of tokens in a row.
+The kernels for plain causal attention take no mask, so masked attention is slower. It also needs memory: in training,
+each block keeps a mask for its backward, with one number in the dtype of the queries for each pair of tokens in a row.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Distiller:
 
     Args:
         options: The options, with the place of the teacher's weights.
-        teacher: A teacher that is in memory already; None reads it from ``options.teacher``.
+        teacher: A teacher that is in memory already; None reads it from ``options.teacher``, if that is a path.
         device: The device to put the teacher on.
 
     Raises:
@@ -115,14 +115,11 @@ class Distiller:
         device: torch.device | str = "cpu",
     ) -> None:
         self.options = options
-        self.teacher: TernaryTransformer | None = None
-        if options.teacher is None:
-            return
-        if teacher is None:
+        if teacher is None and options.teacher is not None:
             from sbn_lightning.formats.load import load_model
 
             teacher = load_model(options.teacher, dtype=getattr(torch, options.dtype)).model
-        self.teacher = teacher.to(device).eval().requires_grad_(False)
+        self.teacher = None if teacher is None else teacher.to(device).eval().requires_grad_(False)
 
     def check(self, student: TernaryTransformer) -> None:
         """Check that a student can learn from the teacher.
@@ -173,10 +170,17 @@ class Distiller:
         Returns:
             The loss, and by name the cross-entropy (``"loss"``), the divergence of the logits (``"logits"``), and the
             other losses that are computed (``"hidden"``, ``"relations"``).
+
+        Raises:
+            ConfigError: If there is neither a teacher nor ``stored``.
         """
         options = self.options
         if self.teacher is None:
-            assert stored is not None
+            if stored is None:
+                raise ConfigError(
+                    "distillation.teacher is null, and the batch holds no teacher's logits: give the teacher, or data "
+                    "that `sbn teacher-logits` wrote"
+                )
             return self._against_stored(student, tokens_BT, targets_BT, stored)
         with torch.no_grad(), self._watch(self.teacher) as theirs:
             teacher_hidden = self.teacher.hidden(tokens_BT, after_blocks=theirs.after_blocks)

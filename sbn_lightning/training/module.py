@@ -178,7 +178,8 @@ class SparseBitNet(LightningModule):
             self.model.separate_at = getattr(data, "eos_id", None)
             if self.model.separate_at is None:
                 raise ConfigError(
-                    "model.separate_documents needs the token that ends a document: give the trainer a TokenDataModule"
+                    "model.separate_documents needs the token that ends a document: give the trainer a "
+                    "TokenDataModule, or set model.separate_documents to false"
                 )
         vocab_size = getattr(data, "vocab_size", None)
         if vocab_size is not None and vocab_size > self.config.vocab_size:

@@ -289,16 +289,20 @@ def _prepared_for_a_graph(module: nn.Module, layers: list[SparseBitLinear]) -> l
 
 
 def _token_ids(batch: Any) -> int:
-    """The number of token ids in a batch: the elements of its largest integer tensor of two dimensions or more."""
-    found = [0]
+    """The number of token ids in a batch.
+
+    Token ids are the largest integer tensor among those with the fewest dimensions, at least two. A tensor with one
+    more dimension holds something about each token, such as a teacher's likely next tokens.
+    """
+    found: dict[int, int] = {}  # The number of dimensions -> the elements of the largest tensor.
 
     def count(tensor: Tensor) -> Tensor:
         if tensor.ndim >= 2 and not tensor.is_floating_point() and tensor.dtype != torch.bool:
-            found.append(tensor.numel())
+            found[tensor.ndim] = max(found.get(tensor.ndim, 0), tensor.numel())
         return tensor
 
     apply_to_collection(batch, Tensor, count)
-    return max(found)
+    return found[min(found)] if found else 0
 
 
 def _in_default_dtype(tensor: Tensor) -> Tensor:

@@ -306,6 +306,7 @@ def test_errors_of_inputs_and_options(tmp_path: Path, corpus: Path) -> None:
     empty, folder = write(tmp_path / "empty.txt", ""), tmp_path / "folder"
     folder.mkdir()
     few = write(tmp_path / "few.jsonl", '{"text": "a"}\n')
+    (tmp_path / "mine" / "train").mkdir(parents=True)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"input": str(tmp_path / "nothing.txt")}, r"nothing.txt.* is no file, folder or glob"),
         ({"input": []}, r"input is empty"),
@@ -325,6 +326,7 @@ def test_errors_of_inputs_and_options(tmp_path: Path, corpus: Path) -> None:
         ({"input": few, "chunk_bytes": "64 miles"}, r"chunk_bytes '64 miles' is not a size"),
         ({"input": few, "output": few}, r"output .*few.jsonl is a file"),
         ({"input": few, "output": str(tmp_path)}, r"holds files that `prepare` did not write"),
+        ({"input": few, "output": str(tmp_path / "mine")}, r"did not write \(train, "),
     ]
     for options, message in cases:
         with pytest.raises((ConfigError, DataError), match=message) as caught:

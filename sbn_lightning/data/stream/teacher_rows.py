@@ -29,6 +29,7 @@ from torch import Tensor
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.core.files import sync, write_text
 from sbn_lightning.data import folders, shards
+from sbn_lightning.data.tokenization.options import LOCK, check_output
 from sbn_lightning.data.tokenizer import token_dtype
 
 # Token ids int64 [rows, sequence_length] -> ids of likely next tokens and their log-probabilities, both
@@ -143,7 +144,8 @@ def write_teacher_rows(
         The contents of the new ``meta.json``.
 
     Raises:
-        ConfigError: The source is not on this machine, holds teacher's rows already, or the output is there.
+        ConfigError: The source is not on this machine, or holds teacher's rows already. Or the output is there, or
+            holds something else.
         DataError: The source is no prepared folder, or holds no window.
     """
     if folders.is_remote(source) or folders.is_remote(output):
@@ -154,9 +156,21 @@ def write_teacher_rows(
     out = Path(output)
     if out.resolve() == Path(source).resolve():
         raise ConfigError(f"output {output} is the folder of the text; name another folder")
-    if (out / "meta.json").is_file() and not overwrite:
-        raise ConfigError(f"{output} is there already; give --overwrite to replace it")
+    check_output(out)
+    out.mkdir(parents=True, exist_ok=True)
     shards.verify(Path(source), meta, checksum=False)
+    from filelock import FileLock
+
+    with FileLock(str(out / LOCK)):
+        if shards.read_meta(out) is not None and not overwrite:
+            raise ConfigError(f"{output} is there already; give --overwrite to replace it")
+        return _write(teach, source, out, meta, rows, batch_size)
+
+
+def _write(
+    teach: Teach, source: str, out: Path, meta: dict[str, Any], rows: TeacherRows, batch_size: int
+) -> dict[str, Any]:
+    """Do the work of :func:`write_teacher_rows` while the output is locked."""
     work = out / ".work"
     journal = json.dumps({"rows": asdict(rows), "files": meta["files"]}, sort_keys=True)
     if not (work / "journal.json").is_file() or (work / "journal.json").read_text(encoding="utf-8") != journal:

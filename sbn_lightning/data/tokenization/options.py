@@ -8,7 +8,10 @@ from pathlib import Path
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data.tokenizer import EOS_TOKEN
 
-_OURS = {"train", "val", "tokenizer.json", "meta.json", "meta.json.tmp", ".work", ".prepare.lock"}
+LOCK = ".prepare.lock"
+# One of these is in each folder that `prepare` has begun or finished.
+_MARKS = {"meta.json", "meta.json.tmp", ".work"}
+_OURS = {"train", "val", "tokenizer.json", LOCK} | _MARKS
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -60,13 +63,16 @@ def check_options(tokenizer: str, vocab_size: int | None, val_fraction: float, n
 
 
 def check_output(out: Path) -> None:
-    """Refuse an output folder that holds anything ``prepare`` did not write.
+    """Refuse an output folder that holds anything but prepared data.
+
+    Folders with the names of the splits count as prepared data only beside the files that ``prepare`` writes with them.
 
     Raises:
         ConfigError: The folder holds another file, or the path is no folder.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output {out} is a file; give a folder")
-    strange = sorted(p.name for p in out.iterdir() if p.name not in _OURS) if out.is_dir() else []
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    strange = sorted(names - (_OURS if names & _MARKS else {LOCK}))
     if strange:
         raise ConfigError(f"output {out} holds files that `prepare` did not write ({strange[0]}, ...); give another")

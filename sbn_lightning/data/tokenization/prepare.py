@@ -25,7 +25,7 @@ from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.core.files import file_crc32, sync, write_text
 from sbn_lightning.data import shards
 from sbn_lightning.data.tokenization import hub, readers, sources
-from sbn_lightning.data.tokenization.options import check_options, check_output, default_workers, parse_bytes
+from sbn_lightning.data.tokenization.options import LOCK, check_options, check_output, default_workers, parse_bytes
 from sbn_lightning.data.tokenization.segments import SPLITS, describe_os_error, tokenize
 from sbn_lightning.data.tokenization.sources import Part
 from sbn_lightning.data.tokenization.summary import skipped_records, summary
@@ -127,7 +127,7 @@ def prepare(
     from filelock import FileLock
 
     # torchrun starts several processes at once: one prepares, and the others find the folder finished.
-    with FileLock(str(out / ".prepare.lock")):
+    with FileLock(str(out / LOCK)):
         return _Preparation(out, options, num_workers or default_workers(), overwrite).run()
 
 
