@@ -129,8 +129,8 @@ def write_teacher_rows(
 ) -> dict[str, Any]:
     """Ask a teacher about each window of a prepared folder, and write both as a new folder.
 
-    An interrupted call continues after the last batch that it wrote. The windows are those that a run with the same
-    sequence length reads. Text at the end of a shard that fills no window is left out.
+    An interrupted call continues after the last batch that it wrote, if teacher and text are the same. The windows are
+    those that a run with the same sequence length reads. Text at the end of a shard that fills no window is left out.
 
     Args:
         teach: The teacher.
@@ -172,7 +172,10 @@ def _write(
 ) -> dict[str, Any]:
     """Do the work of :func:`write_teacher_rows` while the output is locked."""
     work = out / ".work"
-    journal = json.dumps({"rows": asdict(rows), "files": meta["files"]}, sort_keys=True)
+    teacher = Path(rows.teacher)
+    # Rows of a teacher that was written anew meanwhile are not continued.
+    written = teacher.stat().st_mtime_ns if rows.teacher and teacher.exists() else None
+    journal = json.dumps({"rows": asdict(rows), "files": meta["files"], "teacher_written": written}, sort_keys=True)
     if not (work / "journal.json").is_file() or (work / "journal.json").read_text(encoding="utf-8") != journal:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -239,6 +242,7 @@ def _assemble(
     new = {
         **meta,
         "teacher": asdict(rows),
+        "fingerprint": f"{meta['fingerprint']}-teacher",  # `prepare` must not take the folder for its own.
         "dtype": dtype.name,
         "splits": {split: {**meta["splits"][split], "tokens": count * rows.tokens} for split, count in counts.items()},
         "files": shards.checksums(assembled, names),
