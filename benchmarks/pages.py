@@ -120,8 +120,8 @@ ALL = (
         "of each prompt, or the number in the row; decoding is measured after 256 tokens of context. The ratio is to "
         "bf16 in the same loop and the same run. A row can hold cells of different runs, so compare a cell with its "
         "own ratio and not with the bf16 cell beside it. A single prompt is read as `Generator` reads it, from a CUDA "
-        "graph. Prefill of 6:8, and of 16 and 64 prompts, was measured before there were such graphs and before prompts "
-        'had fused kernels. "one kernel" is the persistent decode step. An empty cell was not measured.',
+        "graph. Prefill of 6:8, and of 16 and 64 prompts, was measured before there were such graphs and before "
+        'prompts had fused kernels. "one kernel" is the persistent decode step. An empty cell was not measured.',
         summarize,
     ),
     Page(
