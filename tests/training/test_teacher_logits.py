@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch.nn import functional as F
 
 from sbn_lightning import SparseBitNet, TransformerConfig
@@ -15,6 +16,7 @@ from sbn_lightning.data import TokenDataModule
 from sbn_lightning.data.stream import teacher_rows
 from sbn_lightning.data.stream.teacher_rows import TeacherRows, write_teacher_rows
 from sbn_lightning.evaluation.texts import text_of_folder
+from sbn_lightning.fabric.loop import FabricRun, train
 from sbn_lightning.models.distillation import LogitsLoss, StoredLogits, likeliest, linear_distillation
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.training.distillation import Distillation
@@ -106,16 +108,19 @@ def test_the_loss_is_that_of_the_teacher_with_top_k(divergence):
     torch.testing.assert_close(results[0][1].double(), F.nll_loss(q, target), rtol=1e-5, atol=0)
 
 
+def a_student():
+    torch.manual_seed(1)
+    config = TransformerConfig(**json.loads(json.dumps(small_config(pattern="2:4", n_layers=1).to_dict())))
+    return SparseBitNet(
+        config, schedule="constant", warmup_steps=1, separate_documents=True,
+        distillation=Distillation(teacher=None, language_model=0.5),
+    )  # fmt: skip
+
+
 def test_a_run_learns_from_stored_logits_and_resumes(folder, tmp_path):
     def fit(steps, ckpt=None):
-        torch.manual_seed(1)
-        config = TransformerConfig(**json.loads(json.dumps(small_config(pattern="2:4", n_layers=1).to_dict())))
-        module = SparseBitNet(
-            config, schedule="constant", warmup_steps=1,
-            distillation=Distillation(teacher=None, language_model=0.5),
-        )  # fmt: skip
         trainer = quiet_trainer(max_steps=steps, default_root_dir=tmp_path, limit_val_batches=2, val_check_interval=4)
-        trainer.fit(module, datamodule=data_of(folder, shuffle=True), ckpt_path=ckpt)
+        trainer.fit(a_student(), datamodule=data_of(folder, shuffle=True), ckpt_path=ckpt)
         trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
         return trainer.callback_metrics
 
@@ -124,6 +129,13 @@ def test_a_run_learns_from_stored_logits_and_resumes(folder, tmp_path):
     fit(4)
     resumed = fit(8, tmp_path / "4.ckpt")
     assert float(resumed["train/distillation"]) == float(whole["train/distillation"])
+    run = FabricRun(
+        Fabric(accelerator="cpu", devices=1), max_steps=8, limit_val_batches=2, val_check_interval=4,
+        num_sanity_val_steps=0, enable_progress_bar=False,
+    )  # fmt: skip
+    train(run, a_student(), data_of(folder, shuffle=True))
+    for name in ("train/distillation", "val/loss"):
+        assert float(run.callback_metrics[name]) == float(whole[name])
 
 
 def test_an_interrupted_call_goes_on(folder, tmp_path):
