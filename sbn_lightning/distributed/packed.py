@@ -148,9 +148,20 @@ class PackedRows:
     ) -> Tensor | None:
         """Compute this layer, a SwiGLU and another layer in one step; None if the inner backend does not."""
         join = getattr(self.inner, "gated", None)
-        if join is None:
+        if join is None or type(backend.inner) is not type(self.inner):
             return None
         y: Tensor | None = join(x, (self.leaf, *first[1:]), (backend.leaf, *last[1:]), backend.inner, *options)
+        return y
+
+    def gated_pair(
+        self, x: Tensor, layers: tuple[tuple[Any, ...], ...], backends: tuple[PackedRows, ...], dtype: torch.dtype
+    ) -> Tensor | None:
+        """Compute gate, up, a SwiGLU and the last layer in one step; None if the inner backend does not."""
+        join = getattr(self.inner, "gated_pair", None)
+        if join is None or any(type(backend.inner) is not type(self.inner) for backend in backends):
+            return None
+        own = tuple((backend.leaf, *layer[1:]) for backend, layer in zip(backends, layers, strict=True))
+        y: Tensor | None = join(x, own, tuple(backend.inner for backend in backends), dtype)
         return y
 
 

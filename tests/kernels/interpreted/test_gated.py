@@ -1,10 +1,15 @@
 """Two layers around a SwiGLU as one function: the bits of the two layers, and gradients near them with saved gates."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from sbn_lightning.backends.integer import KernelBackend
+from sbn_lightning.backends.reference import REFERENCE
+from sbn_lightning.distributed.packed import PackedRows
+from sbn_lightning.distributed.rows import RowCut
 from sbn_lightning.layers.gated import swiglu_between, swiglu_of_pair
 from sbn_lightning.layers.sparse_linear import SparseBitLinear
 
@@ -60,9 +65,28 @@ def test_hooks_biases_and_passes_without_gradients_take_one_layer_after_the_othe
     handle.remove()
     for ours, wanted in zip(with_hook, run(layers(), joined=True), strict=True):
         assert torch.equal(ours, wanted)
-    run(layers(bias=True), joined=True)
+    for ours, wanted in zip(run(layers(bias=True), joined=True), run(layers(bias=True), joined=False), strict=True):
+        assert torch.equal(ours, wanted)
     with torch.no_grad():
         assert swiglu_between(*pair, torch.randn(2, FEATURES)).shape == (2, FEATURES)
+
+
+def three_layers() -> list[SparseBitLinear]:
+    torch.manual_seed(0)
+    made = [SparseBitLinear(a, b, last, pattern="2:4") for a, b, last in ((16, 24, False),) * 2 + ((24, 16, True),)]
+    for i, layer in enumerate(made):
+        layer.backend = KernelBackend("portable", gradients="int8")
+        layer.backend.seed = torch.tensor([i])
+    return made
+
+
+def run_three(three: list[SparseBitLinear], joined: bool) -> list[Tensor]:
+    gate, up, last = three
+    torch.manual_seed(1)
+    x = torch.randn(3, 5, 16).requires_grad_()
+    y = swiglu_of_pair(gate, up, last, x) if joined else last(gate(x), swiglu=up(x))
+    y.backward(torch.randn_like(y))
+    return [y, x.grad, last.bias.grad]  # type: ignore[list-item]
 
 
 def test_three_layers_have_the_bits_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,18 +95,41 @@ def test_three_layers_have_the_bits_of_three(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(KernelBackend, "gated_pair", lambda self, *args: calls.append(1) or own(self, *args))
     found = []
     for joined in (True, False):
-        torch.manual_seed(0)
-        three = [
-            SparseBitLinear(a, b, last, pattern="2:4") for a, b, last in ((16, 24, False),) * 2 + ((24, 16, True),)
-        ]
-        for i, layer in enumerate(three):
-            layer.backend = KernelBackend("portable", gradients="int8")
-            layer.backend.seed = torch.tensor([i])
-        gate, up, last = three
-        x = torch.randn(3, 5, 16).requires_grad_()
-        y = swiglu_of_pair(gate, up, last, x) if joined else last(gate(x), swiglu=up(x))
-        y.backward(torch.randn_like(y))
-        found.append([y, *(layer.weight.grad for layer in three), last.bias.grad, x.grad])
+        three = three_layers()
+        found.append([*run_three(three, joined), *(layer.weight.grad for layer in three)])
     for ours, wanted in zip(*found, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-7)  # two gradients of x are added in any order
     assert calls == [1]
+
+
+def shard_alone(layer: SparseBitLinear) -> Tensor:
+    """Wrap the backend as for a weight that is sharded by rows over one rank; returns what takes the gradient."""
+    leaf = layer.weight.detach().clone().requires_grad_()
+    exchange = SimpleNamespace(prepare=lambda due: [backend.inner.prepare(*request) for backend, *request in due])
+    cut = RowCut(layer.out_features, 0, 1)
+    layer.wrap_backend(lambda inner: PackedRows(inner, cut, exchange, leaf, None))  # type: ignore[arg-type]
+    return leaf
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_gradients_of_sharded_layers_go_where_their_exchange_begins(count: int) -> None:
+    make, compute = (layers, run) if count == 2 else (three_layers, run_three)
+    whole, sharded = make(), make()
+    leaves = [shard_alone(layer) for layer in sharded]
+    expected = compute(whole, joined=True)
+    found = compute(sharded, joined=True)
+    assert torch.equal(found[0], expected[0])
+    for leaf, layer, own in zip(leaves, whole, sharded, strict=True):
+        assert torch.equal(leaf.grad, layer.weight.grad)  # type: ignore[arg-type]
+        assert own.weight.grad is None
+
+
+def test_sharded_layers_of_which_one_has_no_kernel_take_one_layer_after_the_other() -> None:
+    found = []
+    for joined in (True, False):
+        first, last = layers()
+        last.backend = REFERENCE
+        leaves = [shard_alone(layer) for layer in (first, last)]
+        found.append([run([first, last], joined)[0], *(leaf.grad for leaf in leaves)])
+    for ours, wanted in zip(*found, strict=True):
+        assert torch.equal(ours, wanted)
