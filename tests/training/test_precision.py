@@ -11,7 +11,14 @@ from lightning.pytorch.callbacks import Callback
 from sbn_kernels.runtime.capability import Needs
 from torch import nn
 
-from sbn_lightning import SparseTernaryPrecision, TernarySparseConversion, convert_linears, revert_linears
+from sbn_lightning import (
+    SparseBitNet,
+    SparseTernaryPrecision,
+    TernarySparseConversion,
+    TransformerConfig,
+    convert_linears,
+    revert_linears,
+)
 from sbn_lightning.backends import candidates, selection
 from sbn_lightning.backends.reference import REFERENCE, ReferenceBackend
 from sbn_lightning.backends.selection import choose, decide, table
@@ -168,6 +175,17 @@ def test_what_the_hardware_cannot_do_is_an_error_that_says_what_it_can(backend):
         fit(small_module(pattern="2:4"), [SparseTernaryPrecision(backend)])
 
 
+def test_saved_gates_on_the_reference_are_an_error():
+    with pytest.raises(ConfigError, match='saved_gates="int8" needs backend'):
+        SparseTernaryPrecision("reference", saved_gates="int8")
+
+
+def test_a_distillation_refuses_the_head_in_8_bits():
+    config = TransformerConfig(head_precision="int8")
+    with pytest.raises(ConfigError, match="a distillation has no head in 8 bits"):
+        SparseBitNet(config, distillation={"teacher": "somewhere"})
+
+
 def test_int8_gradients_on_the_reference_are_an_error():
     with pytest.raises(ConfigError, match="integer tensor cores"):
         fit(small_module(), [SparseTernaryPrecision("reference", gradients="int8")])
@@ -178,7 +196,9 @@ def test_a_model_without_ternary_layers_is_an_error():
         fit(small_module(linear="dense"), [SparseTernaryPrecision()])
 
 
-@pytest.mark.parametrize("option", [{"backend": "fast"}, {"gradients": "fp8"}, {"dtype": "fp16"}, {"tokens": 0}])
+@pytest.mark.parametrize(
+    "option", [{"backend": "fast"}, {"gradients": "fp8"}, {"dtype": "fp16"}, {"tokens": 0}, {"saved_gates": "fp8"}]
+)
 def test_unknown_options_are_named(option):
     (name,) = option
     with pytest.raises(ConfigError, match=name):
