@@ -1,34 +1,59 @@
 """The gap between a sparse model and the dense one, over sizes and over tokens a parameter, with error bars.
 
 A gap is the loss of a way (2:4, for example) minus the loss of the dense model of the same family, size, tokens and
-seed, in nats; both read the same text in the same order. The noise of a gap is pooled over all places of a family and a
-way that have several seeds: a single place has too few.
+seed, in nats; both read the same text in the same order.
 
-Two curves are fitted by least squares, each place weighted by its number of seeds:
+The noise of one seed's gap differs much between sizes, so each size has its own. It comes from the first of these that
+there is: the seeds of the way at this size; the seeds of all ways of the family at this size; at 15M the 119 runs of
+``research/reproduce``; and the next smaller size, whose noise is larger in all that was seen. Estimates with less than
+two degrees of freedom do not count.
 
-* a line, ``gap = a + b log10(parameters / 15M) + c log10(tokens a parameter / 20)``;
-* a power law, ``gap = A (parameters / 15M)^p (tokens a parameter / 20)^q``, if all gaps are above zero.
+Two curves are fitted by least squares, each place weighted by the inverse of its variance:
 
-Intervals hold 95 % of bootstrap samples: each place gets as many differences from its mean as it has seeds, drawn with
-replacement from the differences of all places, which are widened by ``sqrt(n / (n - 1))`` first.
+* a line, ``gap = a + b log10(parameters / 15M) + c log10(tokens a parameter / 10)``;
+* a power law, ``gap = A (parameters / 15M)^p (tokens a parameter / 10)^q``, if all gaps are above zero.
+
+Intervals hold 95 % of bootstrap samples. In a sample each place moves by its noise, times a draw of Student's t for the
+degrees of freedom: places have too few seeds to draw from the seeds themselves.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from research.sizes.rates import best_rates, learning_rate
+from research.reproduce.noise import combined, t_factor
+from research.reproduce.results import read_results
+from research.reproduce.tables import LEAST_FREEDOM, Results
+from research.sizes.rates import EACH, best_rates, learning_rate
 from research.sizes.trials import PARAMETERS, SIZES, Family
 
 Row = dict[str, Any]
 Array = NDArray[np.float64]
 SAMPLES = 4000
+EARLIER = Path(__file__).parents[1] / "reproduce" / "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How much one seed's gap varies.
+
+    Args:
+        deviation: The standard deviation, in nats.
+        freedom: The degrees of freedom of the estimate.
+        source: Where the estimate comes from, in a few words.
+    """
+
+    deviation: float
+    freedom: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -39,16 +64,28 @@ class Gap:
         size: The name of the size.
         each: The tokens a parameter, rounded to a half.
         values: The gap of each seed, in nats.
+        noise: The noise of one seed's gap; None if it is not known.
     """
 
     size: str
     each: float
     values: tuple[float, ...]
+    noise: Noise | None = None
 
     @property
     def mean(self) -> float:
         """The mean over seeds."""
         return float(np.mean(self.values))
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation of the mean, in nats."""
+        return None if self.noise is None else self.noise.deviation / len(self.values) ** 0.5
+
+    @property
+    def error(self) -> float | None:
+        """Half of the 95 % interval of the mean, in nats."""
+        return None if self.noise is None else t_factor(self.noise.freedom) * self.deviation  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -71,12 +108,10 @@ class Fit:
         line: The coefficients of the line by name: ``"at 15M"`` (a), ``"a decade of size"`` (b) and ``"a decade of
             tokens"`` (c). A coefficient without two different places is left out.
         power: The exponents of the power law under the same names; None if a gap is not above zero.
-        deviation: The standard deviation of one seed's gap, in nats; None if no place has several seeds.
     """
 
     line: dict[str, Coefficient]
     power: dict[str, Coefficient] | None
-    deviation: float | None
 
 
 def family_and_way(row: Row) -> tuple[str, str]:
@@ -99,7 +134,13 @@ def by_the_rule(row: Row, best: dict[Family, float]) -> bool:
 
 
 def gaps(rows: Sequence[Row], family: str, way: str) -> list[Gap]:
-    """Return the gaps of a family and a way, the smallest size first."""
+    """Return the gaps of a family and a way with their noise, the smallest size first."""
+    ways = {found for of, found in map(family_and_way, rows) if of == family and found != "8:8"}
+    all_ways = {name: _without_noise(rows, family, name) for name in ways}
+    return [replace(place, noise=noise(all_ways, family, way, place.size)) for place in all_ways.get(way, [])]
+
+
+def _without_noise(rows: Sequence[Row], family: str, way: str) -> list[Gap]:
     dense: dict[tuple[str, float, int], float] = {}
     sparse: dict[tuple[str, float, int], float] = {}
     best = best_rates(rows)
@@ -121,30 +162,50 @@ def gaps(rows: Sequence[Row], family: str, way: str) -> list[Gap]:
     ]
 
 
-def residuals(places: Sequence[Gap]) -> Array:
-    """Return the widened differences of single seeds from the mean of their place."""
-    found = [
-        (np.array(place.values) - place.mean) * (len(place.values) / (len(place.values) - 1)) ** 0.5
-        for place in places
-        if len(place.values) > 1
-    ]
-    return np.concatenate(found) if found else np.zeros(0)
+def noise(all_ways: dict[str, list[Gap]], family: str, way: str, size: str) -> Noise | None:
+    """Return the noise of one seed's gap at a size, as the docstring of this module says.
+
+    Args:
+        all_ways: The gaps of the family by way.
+        family: The family.
+        way: The way.
+        size: The name of the size.
+    """
+    own = _pooled([place for place in all_ways.get(way, []) if place.size == size], f"{way} at {size}")
+    if own is not None:
+        return own
+    every = [place for places in all_ways.values() for place in places if place.size == size]
+    if (found := _pooled(every, f"all ways at {size}")) is not None:
+        return found
+    if size == "15M":
+        return earlier_noise(family, way.partition(" ")[0].rstrip(","))
+    before = list(SIZES).index(size) - 1
+    return noise(all_ways, family, way, list(SIZES)[before]) if before >= 0 else None
 
 
-def deviation(places: Sequence[Gap]) -> float | None:
-    """Return the standard deviation of one seed's gap, pooled over places; None without a place of several seeds."""
+def _pooled(places: Sequence[Gap], source: str) -> Noise | None:
     squares = sum(float(np.sum((np.array(place.values) - place.mean) ** 2)) for place in places)
     freedom = sum(len(place.values) - 1 for place in places)
-    return (squares / freedom) ** 0.5 if freedom else None
+    return Noise((squares / freedom) ** 0.5, freedom, source) if freedom >= LEAST_FREEDOM else None
+
+
+@cache
+def earlier_noise(family: str, pattern: str) -> Noise | None:
+    """Return the noise of a gap at 15M from ``research/reproduce``, where seeds have other texts and are not paired."""
+    results = Results(read_results(EARLIER))
+    name = {"bf16": "bf16-sparse"}.get(family, family)
+    parts = [results.noise(name, of) for of in ("8:8", pattern)]
+    if None in parts:
+        return None
+    return Noise(*combined([(part.deviation, part.freedom) for part in parts if part]), "the runs of reproduction.md")
 
 
 def fit(places: Sequence[Gap], seed: int = 0) -> Fit | None:
-    """Fit both curves to the gaps of a family and a way; None with fewer than three places or without noise."""
-    pool = residuals(places)
-    if len(places) < 3 or not len(pool):
+    """Fit both curves to the gaps of a family and a way; None for fewer than three places, or for unknown noise."""
+    if len(places) < 3 or any(place.noise is None for place in places):
         return None
     sizes = np.log10([PARAMETERS[place.size] / PARAMETERS["15M"] for place in places])
-    tokens = np.log10([place.each / 20 for place in places])
+    tokens = np.log10([place.each / EACH for place in places])
     columns = {"at 15M": np.ones(len(places))}
     if len(set(sizes)) > 1:
         columns["a decade of size"] = sizes
@@ -154,27 +215,27 @@ def fit(places: Sequence[Gap], seed: int = 0) -> Fit | None:
     if np.linalg.matrix_rank(design) < design.shape[1] or len(places) <= design.shape[1]:
         columns.pop("a decade of tokens", None)
         design = np.stack(list(columns.values()), axis=1)
-    counts = np.array([len(place.values) for place in places])
     means = np.array([place.mean for place in places])
+    deviations = np.array([place.deviation for place in places], dtype=float)
     generator = np.random.default_rng(seed)
-    draws = np.stack(
-        [means + np.array([generator.choice(pool, n).mean() for n in counts]) for _ in range(SAMPLES)], axis=1
-    )
-    line = _coefficients(columns, design, counts, means, draws)
+    t = np.stack([generator.standard_t(place.noise.freedom, SAMPLES) for place in places])  # type: ignore[union-attr]
+    draws = means[:, None] + deviations[:, None] * t
+    line = _coefficients(columns, design, deviations, means, draws)
     power = None
     if (means > 0).all() and len(columns) > 1:
         # A sample at or below zero has no logarithm; the least gap that is told from zero stands for it.
         floor = float(means.min()) / 20
-        power = _coefficients(columns, design, counts, np.log10(means), np.log10(np.maximum(draws, floor)))
+        logs = np.log10(np.maximum(draws, floor))
+        power = _coefficients(columns, design, deviations / means, np.log10(means), logs)
         power.pop("at 15M")
-    return Fit(line, power, deviation(places))
+    return Fit(line, power)
 
 
 def _coefficients(
-    columns: dict[str, Array], design: Array, counts: Array, means: Array, draws: Array
+    columns: dict[str, Array], design: Array, deviations: Array, means: Array, draws: Array
 ) -> dict[str, Coefficient]:
     """Solve the weighted least squares for the means, and for each column of ``draws``."""
-    root = np.sqrt(counts)[:, None]
+    root = 1 / deviations[:, None]
     solved = np.linalg.lstsq(design * root, means[:, None] * root, rcond=None)[0][:, 0]
     samples = np.linalg.lstsq(design * root, draws * root, rcond=None)[0]
     low, high = np.quantile(samples, [0.025, 0.975], axis=1)

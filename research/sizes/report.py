@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from research.reproduce.noise import t_factor
-from research.reproduce.tables import change, number, table
-from research.sizes.fit import Gap, Row, by_the_rule, deviation, family_and_way, fit, gaps, tokens_each
+from research.reproduce.tables import change, table
+from research.sizes.fit import Gap, Row, by_the_rule, family_and_way, fit, gaps, tokens_each
 from research.sizes.rates import EACH, best_rates, learning_rate
 from research.sizes.rounds import VARIANTS_AT
 from research.sizes.trials import PARAMETERS, SIZES, tokens_of
@@ -60,31 +60,19 @@ def report(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def _error(place: Gap, noise: tuple[float, int] | None) -> float | None:
-    """Return half of the 95 % interval of a gap, in nats."""
-    return None if noise is None else t_factor(noise[1]) * noise[0] / math.sqrt(len(place.values))
-
-
-def _noise(places: Sequence[Gap]) -> tuple[float, int] | None:
-    found = deviation(places)
-    return None if found is None else (found, sum(len(place.values) - 1 for place in places))
-
-
 def gap_table(rows: Sequence[Row]) -> str:
     """Return the gaps of all ways with the rule's learning rates."""
     cells = []
     for family in FAMILIES:
         for way in WAYS:
-            places = gaps(rows, family, way)
-            noise = _noise(places)
-            for place in places:
-                error = _error(place, noise)
-                shown = "one seed" if error is None else f"±{error:.4f}"
+            for place in gaps(rows, family, way):
+                shown = "noise not known" if place.error is None else f"±{place.error:.3f}"
+                source = "-" if place.noise is None else place.noise.source
                 cells.append([
                     family, way, place.size, f"{place.each:g}", str(len(place.values)), f"{place.mean:+.4f} {shown}",
-                    change(math.exp(place.mean)),
+                    change(math.exp(place.mean)), source,
                 ])  # fmt: skip
-    header = ("family", "way", "size", "tokens a parameter", "seeds", "gap in nats", "perplexity")
+    header = ("family", "way", "size", "tokens a parameter", "seeds", "gap in nats", "perplexity", "noise from")
     return table(header, cells) if cells else "Not run."
 
 
@@ -100,11 +88,11 @@ def fit_table(rows: Sequence[Row]) -> str:
             power = "-" if found.power is None else str(found.power.get("a decade of size", "-"))
             cells.append([
                 family, way, str(len(places)), *(str(found.line.get(name, "-")) for name in
-                ("at 15M", "a decade of size", "a decade of tokens")), power, number(found.deviation, 4),
+                ("at 15M", "a decade of size", "a decade of tokens")), power,
             ])  # fmt: skip
     header = (
-        "family", "way", "places", "gap at 15M, 20 tokens a parameter", "change with ten times the size",
-        "change with ten times the tokens a parameter", "exponent of a power law in size", "one seed's deviation",
+        "family", "way", "places", f"gap at 15M, {EACH:g} tokens a parameter", "change with ten times the size",
+        "change with ten times the tokens a parameter", "exponent of a power law in size",
     )  # fmt: skip
     if not cells:
         return "Not run."
@@ -205,7 +193,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         for way in WAYS:
             places = gaps(rows, family, way)
             usual = [place for place in places if place.each == EACH]
-            _bars(axis, [PARAMETERS[p.size] for p in usual], usual, _noise(places), colours[way], way, styles[family])
+            _bars(axis, [PARAMETERS[p.size] for p in usual], usual, colours[way], way, styles[family])
         axis.set(
             xscale="log", xlabel=f"parameters, {EACH:g} tokens each", ylabel="loss minus dense (nats)", title=family
         )
@@ -215,7 +203,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
             places = gaps(rows, family, way)
             here = [place for place in places if place.size == most]
             label = f"{family}, {way}"
-            _bars(axes[2], [p.each for p in here], here, _noise(places), colours[way], label, styles[family])
+            _bars(axes[2], [p.each for p in here], here, colours[way], label, styles[family])
     axes[2].set(xscale="log", xlabel=f"tokens a parameter at {most}", title="more tokens")
     for axis in axes:
         axis.axhline(0, c="grey", lw=0.5)
@@ -226,12 +214,11 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 
 
 def _bars(
-    axis: Any, x: Sequence[float], places: Sequence[Gap], noise: tuple[float, int] | None, colour: str, label: str,
-    style: tuple[str, str],
+    axis: Any, x: Sequence[float], places: Sequence[Gap], colour: str, label: str, style: tuple[str, str]
 ) -> None:  # fmt: skip
     if not places:
         return
-    errors = [_error(place, noise) or 0.0 for place in places]
+    errors = [place.error or 0.0 for place in places]
     mark, line = style
     axis.errorbar(x, [p.mean for p in places], errors, marker=mark, ls=line, ms=4, capsize=2, c=colour, label=label)
 

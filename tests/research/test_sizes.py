@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from research.reproduce.noise import t_factor
 from research.sizes.__main__ import ALONE, work
 from research.sizes.fit import fit, gaps
 from research.sizes.rates import AT_15M, best_rates, is_complete, learning_rate, resolve, sweep
@@ -183,7 +184,18 @@ def test_the_fit_finds_the_slope_within_its_interval():
     assert slope.low < -0.03 < slope.high < 0
     assert of_tokens.low < 0 < of_tokens.high
     assert found.power["a decade of size"].high < 0
-    assert 0.002 < found.deviation < 0.008  # sqrt(2) * 0.003
+    assert all(0.002 < one.noise.deviation < 0.008 for one in places)  # sqrt(2) * 0.003
+    assert all(abs(one.error - t_factor(one.noise.freedom) * one.deviation) < 1e-12 for one in places)
+
+
+def test_the_noise_of_single_runs_comes_from_the_nearest_place_that_knows_it():
+    rows = rows_of(-0.03, sizes=("2M",)) + rows_of(-0.03, sizes=("5M", "15M"), seeds=1)[len(sweep()) :]
+    small, middle, large = (one for one in gaps(rows, "ternary", "2:4") if one.each == 20)
+    assert middle.noise == small.noise
+    assert small.noise.freedom == 3
+    assert large.noise.source == "the runs of reproduction.md"
+    assert 0.003 < large.noise.deviation < 0.03
+    assert fit(gaps(rows_of(0.0, sizes=("2M", "5M", "9M"), seeds=1), "ternary", "2:4")) is None  # Nobody knows it.
 
 
 def test_gaps_pair_seeds_and_leave_other_learning_rates_out():
