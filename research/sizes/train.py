@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from research.sizes.muon import MuonAdamW
 from research.sizes.trials import SIZES, Trial
 from research.sizes.variants import EXACT, LearnedMask, learn_masks, settle_masks
 from sbn_lightning import MaskedDecay, SparseTernaryPrecision, SparsitySchedule, TernaryTransformer, TransformerConfig
@@ -26,7 +27,6 @@ from sbn_lightning.layers.masked_linear import masked_layers
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.schedule.curves import cosine_to_zero
 from sbn_lightning.training.graphs import GraphedLoss
-from sbn_lightning.training.muon import MuonAdamW
 from sbn_lightning.training.parameter_groups import parameter_groups
 from sbn_lightning.training.schedules import learning_rate_factor
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from research.sizes.muon import MUON, MuonAdamW
 from sbn_lightning import MaskedWeightDecay, SparseBitNet, TernaryTransformer, WeightDecaySchedule
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.training.muon import MUON, MuonAdamW
 from sbn_lightning.training.parameter_groups import parameter_groups
 from tests.helpers import Losses, quiet_trainer, small_config, token_loader, unbounded
 

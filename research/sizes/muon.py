@@ -33,7 +33,7 @@ class MuonAdamW(Optimizer):
 
         model:
           optimizer:
-            class_path: sbn_lightning.training.muon.MuonAdamW
+            class_path: research.sizes.muon.MuonAdamW
             init_args: {lr: 4.0e-3}
 
     Args:
