@@ -17,8 +17,7 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,9 @@ from research.pretrained.report import copying as report_copying
 from research.pretrained.report import report
 from research.pretrained.report import tasks as report_tasks
 from research.pretrained.speed import measure_speed, random_weights
-from research.pretrained.train import FILE, STATE, Setting, Training, append_row, read_rows
+from research.pretrained.train import FILE, STATE, Setting, Training
 from research.pretrained.trials import SHORT, WAYS, Trial, lengthy, long, short, untrained
+from research.queue import append_row, claim, read_rows
 from sbn_lightning.core.files import write_text
 from sbn_lightning.data.tokenizer import find_eos
 from sbn_lightning.evaluation.probes import make_tasks, probe
@@ -178,7 +178,7 @@ def _try(trial: Trial, setting: Setting, deadline: float, later: float | None = 
         later: The seconds of a later call. None means that half of a trial is worth its start.
     """
     rows = read_rows(setting.output / FILE)
-    if any(row["finished"] and row["trial"]["name"] == trial.name for row in rows):
+    if _is_done(trial, rows):
         return
     started = (setting.output / trial.folder / STATE).is_file()
     left = deadline - time.monotonic()
@@ -186,8 +186,9 @@ def _try(trial: Trial, setting: Setting, deadline: float, later: float | None = 
     enough = 0.5 * needed if later is None else needed - later
     if left < 2 * OVERHEAD or (not started and left < enough):
         return
-    with _claim(setting.output / "claims" / trial.folder) as mine:
-        if not mine:
+    with claim(setting.output / "claims" / trial.folder) as mine:
+        # Another process may have ended the trial just now.
+        if not mine or _is_done(trial, read_rows(setting.output / FILE)):
             return
         print(f"{time.strftime('%H:%M:%S')} {trial.name}", flush=True)
         try:
@@ -200,17 +201,8 @@ def _try(trial: Trial, setting: Setting, deadline: float, later: float | None = 
             torch.cuda.empty_cache()
 
 
-@contextmanager
-def _claim(file: Path) -> Iterator[bool]:
-    """Hold a trial for this process. The operating system releases it when the process ends."""
-    from filelock import FileLock, Timeout
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(str(file), timeout=0):
-            yield True
-    except Timeout:
-        yield False
+def _is_done(trial: Trial, rows: Sequence[dict[str, Any]]) -> bool:
+    return any(row["finished"] and row["trial"]["name"] == trial.name for row in rows)
 
 
 def main() -> None:
@@ -307,9 +299,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.command == "copying":
         tokenizer = load_tokenizer(args.weights)
-        asked = make_tasks(tokenizer, args.length, args.rows, names=("copy",))
+        copied = make_tasks(tokenizer, args.length, args.rows, names=("copy",))
         model = load_model(args.weights).model.to(device).eval()
-        for row in copying_by_part(model, asked, find_eos(tokenizer, None)[1], args.pattern):
+        for row in copying_by_part(model, copied, find_eos(tokenizer, None)[1], args.pattern):
             append_row(Path(args.output) / "copying.jsonl", row)
             right = [round(one["accuracy"], 3) for one in row["probe"]]
             print(row["converted"], row["variant"], right, row["heads"][0], flush=True)

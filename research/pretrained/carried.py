@@ -14,9 +14,12 @@ from __future__ import annotations
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sbn_lightning.core.errors import DataError
 
 Tokens = NDArray[np.uint16]
 KINDS = ("code", "english")
@@ -25,6 +28,17 @@ RUN = 32
 MOST_SHARED = 0.1
 # How many positions are hashed at a time.
 BLOCK = 1 << 23
+
+
+def as_tokens(ids: NDArray[Any]) -> Tokens:
+    """Return token ids as unsigned 16 bits.
+
+    Raises:
+        DataError: If an id does not fit.
+    """
+    if len(ids) and (largest := int(ids.max())) > 0xFFFF:
+        raise DataError(f"token id {largest} does not fit into 16 bits; take a tokenizer with at most 65,536 tokens")
+    return ids.astype(np.uint16)
 
 
 def write_tokens(path: Path, tokens: Tokens, preset: int = 6) -> None:

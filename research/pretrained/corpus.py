@@ -90,7 +90,7 @@ def write_held_out(corpus: str, output: str, tokens: int) -> None:
     Path(output).mkdir(parents=True, exist_ok=True)
     for kind in KINDS:
         found = text_of_folder(str(Path(corpus, kind, "tokens")), "val", tokens).tokens
-        carried.write_tokens(Path(output, f"held_out_{kind}.u16.xz"), found.astype("uint16"))
+        carried.write_tokens(Path(output, f"held_out_{kind}.u16.xz"), carried.as_tokens(found))
 
 
 def pack_corpus(corpus: str, output: str, parts: int, max_bytes: str) -> None:
@@ -98,7 +98,9 @@ def pack_corpus(corpus: str, output: str, parts: int, max_bytes: str) -> None:
     from sbn_lightning.evaluation.texts import text_of_folder
 
     tokenizer = Tokenizer.from_file(str(Path(corpus, "model.tokenizer.json")))
-    train = {kind: text_of_folder(str(Path(corpus, kind, "tokens")), "train").tokens.astype("uint16") for kind in KINDS}
+    train = {
+        kind: carried.as_tokens(text_of_folder(str(Path(corpus, kind, "tokens")), "train").tokens) for kind in KINDS
+    }
     carried.pack(train, Path(output), find_eos(tokenizer, None)[1], parts, parse_bytes(max_bytes, "max_bytes"))
 
 

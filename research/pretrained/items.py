@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -53,7 +52,6 @@ class Item:
     answer: int = 0
 
 
-Pairs = list[tuple[list[int], int]]
 # Rows of token ids and how many tokens at the end of each are scored -> log-probability of the end, and whether each
 # of its tokens is the most likely one.
 Score = Callable[[Sequence[Sequence[int]], Sequence[int]], list[tuple[float, bool]]]
@@ -227,8 +225,3 @@ def _summary(items: Sequence[Item], scored: Sequence[tuple[float, bool]]) -> dic
         "log_probability": sum(logs) / count,
         "items": len(rights),
     }
-
-
-def as_table(results: dict[str, dict[str, Any]]) -> str:
-    """Return one line with the accuracies of all tasks."""
-    return ", ".join(f"{task} {found['acc']:.3f} +- {found['acc_error']:.3f}" for task, found in results.items())

@@ -6,6 +6,7 @@ package, so that no package is most of the corpus.
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 import zipfile
 from collections import Counter
@@ -45,15 +46,20 @@ def unpack(archives: Sequence[Path], output: Path, suffixes: tuple[str, ...], mo
             if folder.is_dir():
                 continue
             left = float("inf") if most_bytes is None else most_bytes
+            # A call that is interrupted leaves no folder that looks whole.
+            part = output / f".{archive.name}"
+            shutil.rmtree(part, ignore_errors=True)
             chosen = [name for name in members if name.endswith(suffixes) and PurePosixPath(name).name not in LISTS]
             for number, name in enumerate(sorted(chosen, key=share)):
                 if left <= 0:
                     break
                 data = members[name]
                 left -= len(data)
-                folder.mkdir(parents=True, exist_ok=True)
+                part.mkdir(parents=True, exist_ok=True)
                 # The folders inside the archive are left out: their names could lead to other places.
-                (folder / f"{number:06}{PurePosixPath(name).suffix}").write_bytes(data)
+                (part / f"{number:06}{PurePosixPath(name).suffix}").write_bytes(data)
+            if part.is_dir():
+                part.replace(folder)
     return licences
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from research.pretrained.train import Setting, Training, append_row
+from research.pretrained.train import Setting, Training
 from research.pretrained.trials import Trial
+from research.queue import append_row
 from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.formats.load import read_config
 from sbn_lightning.models.config import TransformerConfig

@@ -7,7 +7,6 @@ that continues sees the same windows as one that never stopped.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from research.pretrained.trials import Trial
+from research.queue import append_row
 from sbn_lightning import MaskedDecay, Rounding, SparseTernaryPrecision, SparsitySchedule, TernaryTransformer
 from sbn_lightning.core.files import atomic_file
 from sbn_lightning.formats.load import load_model, read_config
@@ -31,7 +31,7 @@ from sbn_lightning.training.distillation import Distillation, Distiller
 from sbn_lightning.training.schedules import learning_rate_factor
 
 FILE, ANSWERS = "results.jsonl", "answers.jsonl"
-# Seconds between two saves of a trial that goes on.
+# The least seconds between two saves of a trial. It is saved when the held-out text is measured.
 SAVE_EVERY = 100.0
 STATE = "state.pt"
 
@@ -348,17 +348,3 @@ def make_optimizer(model: TernaryTransformer, trial: Trial) -> torch.optim.AdamW
     else:
         groups.append({"params": matrices, "peak": trial.lr, "weight_decay": trial.weight_decay})
     return torch.optim.AdamW(groups, lr=trial.lr, betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda)
-
-
-def append_row(file: Path, row: dict[str, Any]) -> None:
-    """Add a line to a file that several processes write to."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file; none if there is no file."""
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

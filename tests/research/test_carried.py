@@ -11,6 +11,7 @@ import torch
 from research.pretrained import carried
 from research.pretrained.corpus import read_corpus
 from research.pretrained.packages import find_archives, unpack
+from sbn_lightning.core.errors import DataError
 
 EOS = 0
 
@@ -47,6 +48,12 @@ def test_text_files_of_packages(packages, tmp_path):
     assert len(list((tmp_path / "few").rglob("*.py"))) == 1  # the first file passes the limit
     unpack(archives, tmp_path / "text", (".rst", ".txt"), None)
     assert [path.read_text() for path in (tmp_path / "text").rglob("*.*") if path.is_file()] == ["words\n"]
+
+
+def test_token_ids_that_do_not_fit_are_refused():
+    assert carried.as_tokens(np.array([0, 65535])).dtype == np.uint16
+    with pytest.raises(DataError, match="65536 does not fit"):
+        carried.as_tokens(np.array([1, 65536]))
 
 
 def documents(*lengths, seed=0):

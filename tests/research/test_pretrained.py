@@ -10,8 +10,9 @@ import torch
 from research.pretrained.__main__ import _plan, _try, longest
 from research.pretrained.corpus import licences
 from research.pretrained.report import copying, report, tasks
-from research.pretrained.train import FILE, Setting, Training, append_row, make_optimizer, read_rows
+from research.pretrained.train import FILE, Setting, Training, make_optimizer
 from research.pretrained.trials import LOGITS, Trial, best, long, short, untrained, without_warmup
+from research.queue import append_row, read_rows
 from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.models.transformer import TernaryTransformer
 from tests.helpers import small_config
