@@ -17,16 +17,17 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from research.queue import append_row, claim, read_rows
 from research.sizes.rates import AT_15M, best_rates, is_complete, resolve
 from research.sizes.rounds import ROUNDS
-from research.sizes.train import FILE, STATE, Setting, Training, append_row, read_rows
+from research.sizes.train import FILE, STATE, Setting, Training
 from research.sizes.trials import Trial, tokens_of
 
 SUFFIXES = [".py", ".md", ".rst", ".txt"]
@@ -107,7 +108,7 @@ def _try(
     started = (setting.output / "states" / trial.name / STATE).is_file()
     if not started and deadline - time.monotonic() < OVERHEAD + trial.tokens / speed(trial, rows, workers):
         return False
-    with _claim(setting.output / "claims" / trial.name) as mine:
+    with claim(setting.output / "claims" / trial.name) as mine:
         # Another process may have ended the trial just now.
         if not mine or trial.name in {row["name"] for row in read_rows(setting.output / FILE)}:
             return False
@@ -131,19 +132,6 @@ def speed(trial: Trial, rows: Sequence[Row], workers: int) -> float:
     found = sorted(row["tokens_per_second"] for row in rows if row["trial"]["size"] == trial.size)
     found = [value for value in found if value > 0]
     return float(found[len(found) // 2]) if found else ALONE[trial.size] / workers
-
-
-@contextmanager
-def _claim(file: Path) -> Iterator[bool]:
-    """Hold a trial for this process. The operating system releases it when the process ends."""
-    from filelock import FileLock, Timeout
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(str(file), timeout=0):
-            yield True
-    except Timeout:
-        yield False
 
 
 # What `bench` measures: size, family, pattern, gradients, graphs, backend.
@@ -205,19 +193,23 @@ def main() -> None:
     corpus.add_argument("--max_bytes")
     for name in ("work", "bench"):
         command = commands.add_parser(name)
-        command.add_argument("--corpus", help="the folder that `corpus` wrote; not given, random tokens")
+        command.add_argument("--corpus", help="the folder that `corpus` wrote; without it, random tokens")
         command.add_argument("--output", default="results/sizes")
         command.add_argument("--seconds", type=float, default=math.inf)
         command.add_argument("--length", type=int, default=512)
         command.add_argument("--batch", type=int, default=64)
         command.add_argument("--gradients", default="bf16")
-        command.add_argument("--backend", help="of ternary layers; default: sparse for 2:4, else int8")
+        command.add_argument(
+            "--backend", help="the backend of ternary layers; default: sparse for 2:4, int8 for the others"
+        )
         command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
         command.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     commands.choices["work"].add_argument("--round", nargs="+", choices=list(ROUNDS), default=["main"])
     commands.choices["work"].add_argument("--workers", type=int, default=1, help="the processes on this GPU")
     commands.choices["work"].add_argument("--names", nargs="*", help="the trials to do; default: all of the round")
-    commands.choices["work"].add_argument("--shrink_tokens", type=int, default=1, help="for a trial run: less tokens")
+    commands.choices["work"].add_argument(
+        "--shrink_tokens", type=int, default=1, help="for a trial run: divides the tokens of each trial"
+    )
     commands.choices["bench"].add_argument("--steps", type=int, default=60)
     table = commands.add_parser("report")
     table.add_argument("results", nargs="+", help="files of rows that `work` wrote")
@@ -239,8 +231,6 @@ def main() -> None:
     if args.command == "bench":
         bench(setting, args.seconds, args.steps)
         return
-    from dataclasses import replace
-
     wanted = [one for name in args.round for one in ROUNDS[name]]
     chosen = [one for one in wanted if args.names is None or one.name in args.names]
     chosen = [replace(one, tokens=one.tokens // args.shrink_tokens) for one in chosen]

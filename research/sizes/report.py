@@ -185,26 +185,28 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     """Draw the gaps over sizes, and over tokens at the size that has most of them, with 95 % intervals."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
+    most = max(SIZES, key=lambda size: len({tokens_each(row) for row in rows if row["trial"]["size"] == size}))
+    several = len({tokens_each(row) for row in rows if row["trial"]["size"] == most}) > 1
+    figure = Figure(figsize=(11 if several else 8, 4), layout="constrained")
+    axes = figure.subplots(1, 3 if several else 2)
     colours = dict(zip(WAYS, ("#55a868", "#c44e52", "#4c72b0"), strict=True))
     styles = {"bf16": ("s", "--"), "ternary": ("o", "-")}
     for family, axis in zip(FAMILIES, axes, strict=False):
-        for way in WAYS:
-            places = gaps(rows, family, way)
-            usual = [place for place in places if place.each == EACH]
-            _bars(axis, [PARAMETERS[p.size] for p in usual], usual, colours[way], way, styles[family])
+        for shift, way in zip((0.97, 1.0, 1.03), WAYS, strict=True):  # Bars at one place would hide each other.
+            usual = [place for place in gaps(rows, family, way) if place.each == EACH]
+            _bars(axis, [shift * PARAMETERS[p.size] for p in usual], usual, colours[way], way, styles[family])
         axis.set(
             xscale="log", xlabel=f"parameters, {EACH:g} tokens each", ylabel="loss minus dense (nats)", title=family
         )
-    most = max(SIZES, key=lambda size: len({tokens_each(row) for row in rows if row["trial"]["size"] == size}))
-    for family in FAMILIES:
-        for way in ("2:4", "2:4 with masked decay"):
-            places = gaps(rows, family, way)
-            here = [place for place in places if place.size == most]
-            label = f"{family}, {way}"
-            _bars(axes[2], [p.each for p in here], here, colours[way], label, styles[family])
-    axes[2].set(xscale="log", xlabel=f"tokens a parameter at {most}", title="more tokens")
+        there = [size for size in SIZES if any(row["trial"]["size"] == size for row in rows)]
+        axis.set_xticks([PARAMETERS[size] for size in there], there)
+        axis.minorticks_off()
+    if several:
+        for family in FAMILIES:
+            for way in ("2:4", "2:4 with masked decay"):
+                here = [place for place in gaps(rows, family, way) if place.size == most]
+                _bars(axes[2], [p.each for p in here], here, colours[way], f"{family}, {way}", styles[family])
+        axes[2].set(xscale="log", xlabel=f"tokens a parameter at {most}", title="more tokens")
     for axis in axes:
         axis.axhline(0, c="grey", lw=0.5)
         if axis.get_legend_handles_labels()[0]:

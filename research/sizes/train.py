@@ -1,12 +1,12 @@
 """Train one model of the study in a plain loop, with forward and backward as CUDA graphs.
 
 The text lies on the device. An epoch reads rows that do not overlap, in an order that the seed and the epoch choose;
-each epoch cuts the rows at another place. A trial that was stopped continues from its state.
+each epoch cuts the rows at another place. A trial that was stopped continues from its state. One that was learning its
+masks starts anew, since the state has no place for their logits.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from research.queue import append_row
 from research.sizes.muon import MuonAdamW
 from research.sizes.trials import SIZES, Trial
 from research.sizes.variants import EXACT, LearnedMask, learn_masks, settle_masks
@@ -314,17 +315,3 @@ def make_optimizer(model: nn.Module, trial: Trial) -> torch.optim.Optimizer:
     for group in optimizer.param_groups:
         group["peak"], group["full_decay"] = group["lr"], group["weight_decay"]
     return optimizer
-
-
-def append_row(file: Path, row: dict[str, Any]) -> None:
-    """Add a line to a file that several processes write to."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file of results; none if there is no file."""
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
