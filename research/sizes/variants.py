@@ -1,4 +1,4 @@
-"""Ideas that the study tries: exactly N of M codes, and a mask that is learned in the last part of training.
+"""Ideas that the study tries at one size: exactly N of M codes, and a mask that training learns in its last part.
 
 Both are backends of the ternary layers in plain PyTorch. Muon and squared ReLU need no more than options of the
 optimiser and of the model.

@@ -7,13 +7,14 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from research.queue import append_row, read_rows
 from research.reproduce.noise import t_factor
 from research.sizes.__main__ import ALONE, work
 from research.sizes.fit import fit, gaps
 from research.sizes.rates import AT_15M, best_rates, is_complete, learning_rate, resolve, sweep
 from research.sizes.report import MARK, write_report
 from research.sizes.rounds import ROUNDS
-from research.sizes.train import FILE, Setting, Training, append_row, make_model, make_optimizer, read_rows
+from research.sizes.train import FILE, Setting, Training, make_model, make_optimizer
 from research.sizes.trials import PARAMETERS, SIZES, Size, Trial, tokens_of
 from research.sizes.variants import candidates
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
