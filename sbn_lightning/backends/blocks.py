@@ -61,10 +61,10 @@ class BlockKernels:
 
         Args:
             x: The result of the fused q, k, v layer, which has this backend.
-            cos: The table of cosines; positions of their own have one for each sequence, which the kernel does not
-                take.
+            cos: The table of cosines. The kernel takes one float32 table for all sequences. Sequences with positions of
+                their own have a table each, and a model that was cast to bfloat16 has tables in bfloat16.
         """
-        return _in_a_training_graph(x) and cos.dim() == 2
+        return _in_a_training_graph(x) and cos.dim() == 2 and cos.dtype == torch.float32
 
     def turned_heads(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, splits: tuple[int, int, int], size: int

@@ -1,6 +1,6 @@
 """The three products of a dense head in training on int8 tensor cores: logits, and the gradients of both factors.
 
-The head is not ternary, so here, other than in a ternary layer, the weight and the tokens are rounded, too::
+The head is not ternary. Unlike in a ternary layer, weight and tokens are therefore rounded, too::
 
     logits = s_h s_w (h8 w8^T)               h8: one scale a token; w8: one scale a class; both to the nearest
     dH     = s_a (a8 w8)                     a8: G s_w, one scale a token, rounded stochastically
@@ -65,7 +65,7 @@ class Int8Head:
 
     Args:
         hidden: The tokens, bfloat16, float16 or float32 ``[tokens, d_model]``.
-        weight: The weight of the head, of any of these dtypes, ``[classes, d_model]``.
+        weight: The weight of the head, ``[classes, d_model]``, in any of these dtypes.
         target: The classes to predict, int64 ``[tokens]``.
     """
 
@@ -73,6 +73,8 @@ class Int8Head:
         hidden, weight = hidden.detach(), weight.detach()
         self._arithmetic = _arithmetic(hidden)
         self._dtype, self._target = hidden.dtype, target
+        # Without the scales of the classes, logits are outside of float16's range.
+        self._logits_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         self._tokens, self._token_scale = self._arithmetic.quantize(hidden, 8)
         self._codes, self._class_scale = self._arithmetic.quantize(weight, 8)
         self._codes_t: Tensor | None = None
@@ -84,19 +86,19 @@ class Int8Head:
         """The loss of some tokens, and the gradients from them.
 
         Args:
-            part: Which tokens these are.
-            number: The number of the part; parts have draws of their own.
+            part: The place of the tokens in the micro-batch.
+            number: The number of the part; each part has draws of its own.
             scale: The factor of the gradients.
             want_hidden: Whether to compute the gradient of the tokens.
             want_weight: Whether to compute the gradient of the weight.
 
         Returns:
-            The sum of the cross-entropies, float32; ``[tokens, d_model]`` in the dtype of the tokens; and float32
-            ``[classes, d_model]``.
+            The sum of the cross-entropies, float32; the gradient of the tokens, ``[tokens, d_model]`` in their dtype;
+            and the gradient of the weight, float32 ``[classes, d_model]``. A gradient that is not wanted is None.
         """
         do, dh, dw = self._arithmetic, None, None
         tokens, token_scale = self._tokens[part], self._token_scale[part]
-        logits = do.multiply(tokens, token_scale, self._codes, self._dtype)
+        logits = do.multiply(tokens, token_scale, self._codes, self._logits_dtype)
         loss, rounded = do.cross_entropy(
             logits, self._class_scale, self._target[part], scale, token_scale, self._seed, number
         )
@@ -113,8 +115,8 @@ class Int8Head:
 def seed_of(hidden: Tensor, target: Tensor) -> Tensor:
     """A seed made of the bits of a micro-batch, int64 ``[1]`` on its device.
 
-    Other tokens, other targets or other weights give another seed.
+    Another micro-batch gives another seed, and so do other weights, which change ``hidden``.
     """
-    bits = hidden.view({2: torch.int16, 4: torch.int32}[hidden.element_size()]).sum(dtype=torch.int64)
+    bits = hidden.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[hidden.element_size()]).sum(dtype=torch.int64)
     # Odd factors spread the sums over all 64 bits; int64 products wrap.
     return (bits * 0x5851F42D4C957F2D + target.sum(dtype=torch.int64) * 0x14057B7EF767814F).reshape(1)

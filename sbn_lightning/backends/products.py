@@ -46,7 +46,7 @@ def multiply(
 
 
 def quantize(tokens: Tensor, bits: int, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Quantise tokens; inside ``torch.compile`` in plain PyTorch, see the module.
+    """Quantise tokens: by a kernel, or inside ``torch.compile`` in plain PyTorch, which the compiler fuses.
 
     Args:
         tokens: ``[tokens, in]``.

@@ -143,7 +143,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, differentiate: bool, in_int8: bool = False
     ) -> Tensor:
-        """Compute the loss, and with ``differentiate`` the gradients. ``weight`` may be wider than ``hidden``."""
+        """Compute the loss, and with ``differentiate`` the gradients, whose products ``in_int8`` runs in 8 bits.
+
+        ``weight`` may have a wider dtype than ``hidden``.
+        """
         need_dh, need_dw = (differentiate and needed for needed in ctx.needs_input_grad[:2])
         if differentiate and in_int8:
             head: Int8Head | _Head = Int8Head(hidden, weight, target)

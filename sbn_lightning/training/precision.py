@@ -76,9 +76,10 @@ class SparseTernaryPrecision(Precision):
         tokens: The number of tokens in a micro-batch, which the measurement uses. None counts the token ids of the
             first batch; without ids the number is 8,192.
         seed: The seed of the stochastic rounding.
-        saved_gates: How the gates and ups of a fused layer wait for the backward: ``"full"``: in ``dtype``.
+        saved_gates: How the gates and ups of a fused layer are saved for the backward. ``"full"``: in ``dtype``.
             ``"int8"``: as codes with two scales a token, in half the memory. The forward stays as it is; the gradients
-            are those of the rounded gates and ups. Layers on the reference backend save them in full.
+            are those of the rounded gates and ups. Gates and ups from two layers are saved in full, and so are those of
+            layers on the reference backend.
 
     Raises:
         ConfigError: If an option has a value that is not listed here.

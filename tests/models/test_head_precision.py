@@ -94,3 +94,14 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match="not one of 'full', 'int8'"):
         TransformerConfig(head_precision="int4")  # type: ignore[arg-type]
     assert "head_precision" not in TransformerConfig().to_dict(whole=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_have_a_loss_near_the_exact_one(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden, weight = (50 * torch.randn(20, 512)).to(dtype), (0.003 * torch.randn(30, 512)).to(dtype)
+    target = torch.randint(30, (20,))
+    loss, gradients = both((hidden.requires_grad_(), weight.requires_grad_(), target))
+    expected = F.cross_entropy(hidden.detach().double() @ weight.detach().double().t(), target)
+    assert abs(loss - expected) < 0.05
+    assert all(gradient.isfinite().all() and gradient.dtype == dtype for gradient in gradients)

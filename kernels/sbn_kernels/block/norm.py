@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.common.buffers import empty_tokens, empty_vector
+from sbn_kernels.common.buffers import empty_tokens, empty_vector, with_rows
 from sbn_kernels.common.checks import FLOAT_DTYPES, check_scale, refuse_gradients
 from sbn_kernels.common.maxima import larger
 from sbn_kernels.common.token_codes import largest, token_codes, token_scale
@@ -38,11 +38,11 @@ def _sum(x_row, residual_row, h_row, features, START: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def _normed(x, rstd, weight_pointer, features, like, START: tl.constexpr, BLOCK: tl.constexpr):
-    """x * rstd * weight; the weight is rounded to the dtype of the tokens."""
+def _weight(weight_pointer, like, features, START: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK weights of a norm, rounded to the dtype of the tokens."""
     column = START + tl.arange(0, BLOCK)
     weight = tl.load(weight_pointer + column, mask=column < features, other=0.0)
-    return x * rstd * weight.to(like.dtype.element_ty).to(tl.float32)
+    return weight.to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -77,10 +77,10 @@ def norm_quantize_kernel(
         squares += tl.sum(tail * tail, axis=0, keep_dims=True)
     eps = tl.full([1], 0, tl.int32) + eps_bits
     rstd = 1.0 / tl.sqrt(squares / features + eps.to(tl.float32, bitcast=True))
-    main = _normed(main, rstd, weight_pointer, features, x_pointer, 0, MAIN)
+    main = main * rstd * _weight(weight_pointer, x_pointer, features, 0, MAIN)
     reduced = _reduce(main, BITS)
     if TAIL > 0:
-        tail = _normed(tail, rstd, weight_pointer, features, x_pointer, MAIN, TAIL)
+        tail = tail * rstd * _weight(weight_pointer, x_pointer, features, MAIN, TAIL)
         reduced = larger(reduced, _reduce(tail, BITS)) if BITS == 8 else reduced + _reduce(tail, BITS)
     scale = token_scale(reduced, features, BITS)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
@@ -89,13 +89,6 @@ def norm_quantize_kernel(
         _store_codes(q_row, tail, scale, inverse, features, BITS, MAIN, TAIL, FUSED)
     tl.store(scale_pointer + row + tl.arange(0, 1), scale)
     tl.store(rstd_pointer + row + tl.arange(0, 1), rstd)
-
-
-@triton.jit
-def _weight(weight_pointer, like, features, START: tl.constexpr, BLOCK: tl.constexpr):
-    column = START + tl.arange(0, BLOCK)
-    weight = tl.load(weight_pointer + column, mask=column < features, other=0.0)
-    return weight.to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -162,10 +155,6 @@ _quantize = Launcher(norm_quantize_kernel, enable_fp_fusion=True)
 _backward = Launcher(norm_backward_kernel, enable_fp_fusion=True)
 
 
-def _with_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _empty(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, features = x.shape
     h = torch.empty((0, features) if residual is None else x.shape, dtype=x.dtype, device=x.device)
@@ -177,9 +166,9 @@ def _norm_quantize(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     require(NEEDS, x)
-    x = _with_rows(x)
+    x = with_rows(x)
     h, q, scale, rstd = outputs = _empty(x, residual)
-    other = x if residual is None else _with_rows(residual)
+    other = x if residual is None else with_rows(residual)
     if len(x):
         features = x.shape[1]
         main, tail = blocks(features)
@@ -201,7 +190,7 @@ def _(
 @kernel_op("norm_backward")
 def _norm_backward(dy: Tensor, h: Tensor, dh: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     require(NEEDS, dy)
-    dy, h, dh = _with_rows(dy), _with_rows(h), _with_rows(dh)
+    dy, h, dh = with_rows(dy), with_rows(h), with_rows(dh)
     rows, features = h.shape
     dx = torch.empty((rows, features), dtype=h.dtype, device=h.device)
     if rows == 0:
@@ -267,7 +256,7 @@ def norm_backward(dy: Tensor, h: Tensor, dh: Tensor, weight: Tensor, rstd: Tenso
     Args:
         dy: The gradient of the norm's result, ``[tokens, features]``.
         h: The input of the norm.
-        dh: The gradient of ``h`` from elsewhere, as of a residual.
+        dh: The gradient of ``h`` from elsewhere, for example from a residual connection.
         weight: The weight of the norm, ``[features]``.
         rstd: What ``norm_quantize`` returned, float32 ``[tokens]``.
 

@@ -27,6 +27,11 @@ def contiguous(*vectors: Tensor) -> list[Tensor]:
     return [vector.contiguous() for vector in vectors]
 
 
+def with_rows(x: Tensor) -> Tensor:
+    """``x`` itself if a kernel can read its rows element after element, else a copy."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def aligned_tokens(x8: Tensor) -> Tensor:
     """``x8`` itself if its rows can be read in whole 16-byte pieces, else a copy whose rows can."""
     rows, columns = x8.shape

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sbn_kernels.common.buffers import with_rows
 from sbn_kernels.common.checks import FLOAT_DTYPES, check_scale, refuse_gradients
 from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.gradients.cross_entropy_device import (
@@ -18,15 +19,13 @@ from sbn_kernels.gradients.cross_entropy_device import (
     log_sum_kernel,
 )
 from sbn_kernels.gradients.device import gradient_scales_kernel
-from sbn_kernels.gradients.reference import QuantizedGradient
+from sbn_kernels.gradients.reference import QuantizedGradient, check_seed
 from sbn_kernels.gradients.triton import maxima_grid, outputs_for, zero_maxima
 from sbn_kernels.runtime.capability import Needs, interpreting, require
 from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
 
 NEEDS = Needs("cross_entropy", least=(0, 0), interpreter=True)
-
-
 _log_sum = Launcher(log_sum_kernel, enable_fp_fusion=True)
 # The two kernels compute the gradient alike, so a maximum is never below a value that is rounded.
 _maxima = Launcher(cross_entropy_maxima_kernel, enable_fp_fusion=False)
@@ -40,7 +39,7 @@ def _cross_entropy_rounded(
     logits: Tensor, class_scale: Tensor, target: Tensor, factor: float, token_scale: Tensor, seed: Tensor, stream: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     require(NEEDS, logits)
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = with_rows(logits)
     rows, classes = logits.shape
     a, sa, b, sb = outputs = outputs_for(logits, True, True)
     log_sum, loss = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
@@ -101,11 +100,11 @@ def cross_entropy_rounded(
         stream: A number that sets apart parts that share a seed.
 
     Returns:
-        The losses, float32 ``[tokens]``, and the gradient: a token with the scales of the classes folded in, a class
-        with those of the tokens folded in.
+        The losses, float32 ``[tokens]``, and the rounded gradient: by token, times the scales of the classes, and by
+        class, times the scales of the tokens. The loss of a token whose target is no class is NaN.
 
     Raises:
-        ValueError: If shapes or dtypes do not fit.
+        ValueError: If an argument does not fit.
         UnsupportedError: If there is no GPU.
     """
     refuse_gradients(logits, class_scale, token_scale)
@@ -115,6 +114,7 @@ def cross_entropy_rounded(
         raise ValueError(f"target must be int64 [{len(logits)}], not {target.dtype} {list(target.shape)}")
     check_scale("class_scale", class_scale, logits.shape[1])
     check_scale("token_scale", token_scale, logits.shape[0])
+    check_seed(seed, stream, logits.device)
     loss, *found = torch.ops.sbn_kernels.cross_entropy_rounded(
         logits, class_scale, target.contiguous(), factor, token_scale, seed, stream
     )

@@ -17,7 +17,7 @@ def log_sum_kernel(
     x_pointer, class_scale_pointer, target_pointer, log_sum_pointer, loss_pointer, classes, x_stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token a program: log sum exp of its logits, and its loss."""
+    """One token a program: log sum exp of its logits, and its loss, which is NaN if the target is no class."""
     row = tl.program_id(0).to(tl.int64)
     highest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
@@ -32,7 +32,9 @@ def log_sum_kernel(
         highest = new
     log_sum = highest + tl.log(total)
     target = tl.load(target_pointer + row + tl.arange(0, 1))
-    at_target = tl.load(x_pointer + row * x_stride + target).to(tl.float32) * tl.load(class_scale_pointer + target)
+    known = (target >= 0) & (target < classes)
+    at_target = tl.load(x_pointer + row * x_stride + target, mask=known, other=0.0).to(tl.float32)
+    at_target *= tl.load(class_scale_pointer + target, mask=known, other=float("nan"))
     tl.store(log_sum_pointer + row + tl.arange(0, 1), log_sum)
     tl.store(loss_pointer + row + tl.arange(0, 1), log_sum - at_target)
 

@@ -67,8 +67,17 @@ def check_gradient(dy: Tensor, row_scale: Tensor, token_scale: Tensor, seed: Ten
         raise ValueError(f"dy must be float32, bfloat16 or float16 [tokens, channels > 0], not {dy.dtype} {shape}")
     check_scale("row_scale", row_scale, dy.shape[1])
     check_scale("token_scale", token_scale, dy.shape[0])
-    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != dy.device:
-        raise ValueError(f"seed must be one int64 on {dy.device}, not {seed.dtype} {list(seed.shape)} on {seed.device}")
+    check_seed(seed, stream, dy.device)
+
+
+def check_seed(seed: Tensor, stream: int, device: torch.device) -> None:
+    """Checks the seed and the stream of stochastic rounding.
+
+    Raises:
+        ValueError: If one of them does not fit.
+    """
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        raise ValueError(f"seed must be one int64 on {device}, not {seed.dtype} {list(seed.shape)} on {seed.device}")
     if not 0 <= stream < 2**31:
         raise ValueError(f"stream must be in 0 .. 2^31 - 1, not {stream}")
 

@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.common.buffers import empty_tokens, empty_vector
+from sbn_kernels.common.buffers import empty_tokens, empty_vector, with_rows
 from sbn_kernels.common.checks import check_scale, refuse_gradients
 from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.common.maxima import larger, magnitude
 from sbn_kernels.common.token_codes import largest, token_codes, token_scale
-from sbn_kernels.gradients.reference import QuantizedGradient
+from sbn_kernels.gradients.reference import QuantizedGradient, check_seed
 from sbn_kernels.gradients.triton import maxima_grid, outputs_for, round_to, zero_maxima
 from sbn_kernels.runtime.capability import interpreting, require
 from sbn_kernels.runtime.launch import Launcher
@@ -175,16 +175,12 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[:, :features], x[:, features:]
 
 
-def _with_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 @kernel_op("swiglu_backward_rounded")
 def _swiglu_backward_rounded(
     d: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor, token_scale: Tensor, seed: Tensor, stream: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     require(NEEDS, x)
-    d, x = _with_rows(d), _with_rows(x)
+    d, x = with_rows(d), with_rows(x)
     dx = torch.empty(x.shape, dtype=d.dtype if code_scale is not None else x.dtype, device=d.device)
     outputs = outputs_for(dx, True, True)
     maxima, first_channel = zero_maxima(dx, True, True)
@@ -210,7 +206,7 @@ def _swiglu_pair_backward_rounded(
     gate_seed: Tensor, up_seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     require(NEEDS, d)
-    d, gate, up = _with_rows(d), _with_rows(gate), _with_rows(up)
+    d, gate, up = with_rows(d), with_rows(gate), with_rows(up)
     dx = torch.empty((len(d), 2 * d.shape[1]), dtype=gate.dtype, device=d.device)
     halves = _halves(dx)
     outputs = [outputs_for(half, True, True) for half in halves]
@@ -235,7 +231,7 @@ def _swiglu_backward_of_codes(d: Tensor, codes: Tensor, code_scale: Tensor) -> T
     require(NEEDS, codes)
     dx = torch.empty(codes.shape, dtype=d.dtype, device=d.device)
     if len(d):
-        _backward_to(_halves(dx), _with_rows(d), _halves(codes), code_scale)
+        _backward_to(_halves(dx), with_rows(d), _halves(codes), code_scale)
     return dx
 
 
@@ -257,7 +253,7 @@ def _empty_saved(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @kernel_op("swiglu_quantize_and_save")
 def _swiglu_quantize_and_save(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     require(NEEDS, x)
-    x = _with_rows(x)
+    x = with_rows(x)
     q, scale, codes, code_scale = outputs = _empty_saved(x)
     if len(x):
         main, tail = blocks(q.shape[1])
@@ -357,6 +353,7 @@ def swiglu_backward_rounded(
     _check_codes(d, x, code_scale)
     check_scale("row_scale", row_scale, x.shape[1])
     check_scale("token_scale", token_scale, x.shape[0])
+    check_seed(seed, stream, x.device)
     args = (d, x, code_scale, row_scale, token_scale, seed, stream)
     return QuantizedGradient(*torch.ops.sbn_kernels.swiglu_backward_rounded(*args))
 
@@ -375,10 +372,9 @@ def swiglu_pair_backward_rounded(
         d: The gradient of the product, ``[tokens, features]``.
         gate: The gates, ``[tokens, features]``.
         up: The ups, ``[tokens, features]``.
-        row_scales: gamma of each row of the weight that made the gates, and of that that made the ups, float32
-            ``[features]``.
+        row_scales: gamma of each row of two weights, float32 ``[features]``: that of the gates and that of the ups.
         token_scale: The scales of both layers' quantised tokens, float32 ``[tokens]``.
-        seeds: A seed for each layer, one int64 on the device.
+        seeds: The seeds of the two layers, each one int64 on the device.
 
     Returns:
         The gradients of the gates and of the ups, rounded in both orders.
@@ -394,5 +390,7 @@ def swiglu_pair_backward_rounded(
     for scale in row_scales:
         check_scale("row_scale", scale, gate.shape[1])
     check_scale("token_scale", token_scale, len(gate))
+    for seed in seeds:
+        check_seed(seed, 0, gate.device)
     found = torch.ops.sbn_kernels.swiglu_pair_backward_rounded(d, gate, up, *row_scales, token_scale, *seeds)
     return QuantizedGradient(*found[:4]), QuantizedGradient(*found[4:])

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.common.buffers import empty_tokens, empty_vector
+from sbn_kernels.common.buffers import empty_tokens, empty_vector, with_rows
 from sbn_kernels.common.checks import FLOAT_DTYPES, refuse_gradients
 from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.common.maxima import larger
@@ -141,8 +141,7 @@ def blocks(features: int) -> tuple[int, int]:
 @kernel_op("swiglu_quantize")
 def _swiglu_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     require(NEEDS, x)
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x = with_rows(x)
     rows, features = x.shape[0], x.shape[1] // 2
     q, scale = empty_tokens(rows, features, x.device), empty_vector(rows, x.device)
     if rows:
@@ -162,8 +161,7 @@ def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 @kernel_op("swiglu_backward")
 def _swiglu_backward(d: Tensor, x: Tensor) -> Tensor:
     require(NEEDS, x)
-    d = d if d.stride(1) == 1 else d.contiguous()
-    x = x if x.stride(1) == 1 else x.contiguous()
+    d, x = with_rows(d), with_rows(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, features = d.shape
     if rows:
@@ -178,15 +176,10 @@ def _(d: Tensor, x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _with_rows(x: Tensor) -> Tensor:
-    """``x`` itself if a kernel can read its rows element after element, else a copy."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 @kernel_op("swiglu_pair_quantize")
 def _swiglu_pair_quantize(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     require(NEEDS, gate)
-    gate, up = _with_rows(gate), _with_rows(up)
+    gate, up = with_rows(gate), with_rows(up)
     rows, features = gate.shape
     q, scale = empty_tokens(rows, features, gate.device), empty_vector(rows, gate.device)
     if rows:
@@ -206,7 +199,7 @@ def _(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 @kernel_op("swiglu_pair_backward")
 def _swiglu_pair_backward(d: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     require(NEEDS, gate)
-    d, gate, up = _with_rows(d), _with_rows(gate), _with_rows(up)
+    d, gate, up = with_rows(d), with_rows(gate), with_rows(up)
     rows, features = gate.shape
     d_gate = torch.empty((rows, features), dtype=gate.dtype, device=gate.device)
     d_up = torch.empty((rows, features), dtype=up.dtype, device=up.device)

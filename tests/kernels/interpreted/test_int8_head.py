@@ -40,9 +40,18 @@ def test_cross_entropy(tokens: int, classes: int) -> None:
         assert difference.sum() <= 0.01 * difference.numel() + 1
 
 
+def test_a_target_that_is_no_class_makes_its_loss_nan() -> None:
+    target = torch.tensor([-100, 3, 4])
+    seed = torch.zeros(1).long()
+    loss, _ = cross_entropy_rounded(torch.randn(3, 4), torch.ones(4), target, 1.0, torch.ones(3), seed)
+    assert loss.isnan().tolist() == [True, False, True]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     logits, one = torch.randn(3, 4), torch.ones(3)
     with pytest.raises(ValueError, match="target must be"):
         cross_entropy_rounded(logits, torch.ones(4), torch.zeros(2).long(), 1.0, one, torch.zeros(1).long())
+    with pytest.raises(ValueError, match="seed must be"):
+        cross_entropy_rounded(logits, torch.ones(4), torch.zeros(3).long(), 1.0, one, torch.zeros(1))
     with pytest.raises(ValueError, match="class_scale"):
         cross_entropy_rounded(logits, one, torch.zeros(3).long(), 1.0, one, torch.zeros(1).long())

@@ -91,5 +91,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         swiglu_backward_rounded(d[:, 1:], x, None, row_scale, token_scale, SEED)
     with pytest.raises(ValueError, match="row_scale"):
         swiglu_backward_rounded(d, x, None, row_scale[1:], token_scale, SEED)
+    with pytest.raises(ValueError, match="seed must be"):
+        swiglu_backward_rounded(d, x, None, row_scale, token_scale, SEED.float())
     with pytest.raises(ValueError, match="4 bits"):
         swiglu_quantize_and_save(x, 5)
