@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
+from sbn_lightning.distributed.gradients import send_first
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
-from sbn_lightning.distributed.sharding import Gather, shard
+from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches, shard
 
 
 class FabricShardedStrategy(ModelParallelStrategy):
@@ -24,11 +27,16 @@ class FabricShardedStrategy(ModelParallelStrategy):
     parameters. The module must have an attribute ``blocks``, its transformer blocks in the order in which they run, and
     may have a method ``loss`` besides ``forward``.
 
+    In ``fabric.no_backward_sync`` embedding and head stay whole after a backward. With ``reduce="step"`` gradients of
+    ternary layers stay whole, too. All other gradients are reduced in each backward, so they take no memory.
+
     Args:
         reduce_dtype: The dtype in which gradients travel, float32 or bfloat16.
         gather: What the ranks gather of ternary layers, see :func:`~sbn_lightning.distributed.sharding.shard`.
         replicate: The number of groups of ranks that hold the same rows.
         timeout: How long a collective may take before the rank gives up; None for torch's own limit.
+        reduce: When gradients of ternary layers travel, see there. With ``"step"`` all micro-batches of an optimiser
+            step but the last must run in ``fabric.no_backward_sync``.
         **options: The other options of Fabric's ``ModelParallelStrategy``.
     """
 
@@ -38,10 +46,17 @@ class FabricShardedStrategy(ModelParallelStrategy):
         gather: Gather = "packed_step",
         replicate: int = 1,
         timeout: timedelta | None = TIMEOUT,
+        reduce: Reduce = "micro_batch",
         **options: Any,
     ) -> None:
         super().__init__(self._shard, timeout=timeout, **options)
-        self.sharding: dict[str, Any] = {"reduce_dtype": reduce_dtype, "gather": gather, "replicate": replicate}
+        self.sharding: dict[str, Any] = {
+            "reduce_dtype": reduce_dtype,
+            "gather": gather,
+            "replicate": replicate,
+            "reduce": reduce,
+        }
+        self._backward_sync_control = _BetweenMicroBatches(reduce)
         self._io: CheckpointIO = TorchCheckpointIO()
 
     def _shard(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -64,8 +79,20 @@ class FabricShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._tensor_parallel_size = 1
         self._data_parallel_size = self.num_nodes * self.num_processes
+        send_first()
         meet_afresh(self._timeout or TIMEOUT)
         super().setup_environment()
+
+
+class _BetweenMicroBatches(_BackwardSyncControl):
+    """What ``fabric.no_backward_sync`` does under :class:`FabricShardedStrategy`."""
+
+    def __init__(self, reduce: Reduce) -> None:
+        self._reduce = reduce
+
+    @override
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        return between_micro_batches(module, self._reduce) if enabled else nullcontext()
 
 
 STRATEGY_REGISTRY.register(

@@ -8,6 +8,7 @@ runs while autograd computes the backward of the earlier layers. When it has end
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +27,11 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 IN_FLIGHT = 2**28  # The bytes of whole gradients that may be in memory at a time, each in its reduce-scatter.
 PIECE = 2**22  # A collective sends at least these bytes to each rank, or its latency would outweigh them.
+
+
+def send_first() -> None:
+    """Let NCCL's kernels start before others that wait for the GPU. The process group must not be there yet."""
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
 
 
 def stand_in(rows: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -123,10 +129,10 @@ class GradientScatter:
             self._send_gathered()
 
     def _send_gathered(self) -> None:
-        """Send the small gradients, those of each dtype together."""
+        """Send the small gradients together, if there are any."""
         gathered, self._gathered = self._gathered, []
-        for dtype in dict.fromkeys(one.whole.dtype for one in gathered):
-            self._send([one for one in gathered if one.whole.dtype == dtype])
+        if gathered:
+            self._send(gathered)
 
     def _send(self, gradients: list[_Gradient]) -> None:
         pieces = [one.pieces() for one in gradients]

@@ -193,7 +193,8 @@ def shard_packed(
         reduce_dtype: The dtype in which gradients travel: float32 or bfloat16.
         layered: The blocks, in the order in which they run, whose codes are whole only while the block computes. The
             codes of all other layers stay whole.
-        reduce: ``"step"`` if gradients are to be added up in float32 where :func:`gradients_stay` says so.
+        reduce: When gradients travel, as in :func:`~sbn_lightning.distributed.sharding.shard`. With ``"step"``
+            gradients are added up in float32 before they travel.
 
     Returns:
         The sharded weights, for ``fully_shard(..., ignored_params=)``.
@@ -207,10 +208,8 @@ def shard_packed(
     placements = [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]
     weights = set()
     for layer in ternary_layers(module).values():
-        if hasattr(
-            layer, "experts"
-        ):  # Its product is one for each expert, and PackedRows has one for the whole weight.
-            continue
+        if hasattr(layer, "experts"):
+            continue  # The layer has a product for each expert, and PackedRows has one for the whole weight.
         latent = layer.weight.detach()
         cut = RowCut(layer.out_features, sharding.get_local_rank(), sharding.size())
         weight = nn.Parameter(

@@ -8,7 +8,7 @@ weight). No row is cut in two, so a group of M never spans two ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from types import MethodType
 from typing import Any, Literal, get_args
@@ -49,13 +49,14 @@ def shard(
     """Shard a model over the ranks of a mesh, in plain PyTorch or under Lightning's ``ModelParallelStrategy``.
 
     Latent weights of ternary layers are sharded by rows, and the ranks exchange 2-bit codes once in an optimiser step
-    (:mod:`sbn_lightning.distributed.packed`). FSDP2 shards all other parameters. It gathers those of a block when the
-    block runs, if they are many. Few, such as norms and biases, are gathered with embedding and head, once in a
-    micro-batch: a collective for each block would cost the waiting of all ranks and next to no bytes.
+    (:mod:`sbn_lightning.distributed.packed`). FSDP2 shards all other parameters. It gathers embedding and head once in
+    a micro-batch, and the norms and biases of all blocks with them. A collective for each block would make all ranks
+    wait for a few bytes. A block with more than :data:`SMALL` such weights, for example with dense layers, is gathered
+    on its own when the block runs.
 
     Args:
         module: The whole model, with equal weights on all ranks; changed in place, once.
-        blocks: The transformer blocks of the model. FSDP2 gathers the parameters of a block when the block runs.
+        blocks: The transformer blocks of the model, in the order in which they run.
         mesh: The ranks. In a mesh of one dimension all ranks share the rows. In a mesh of two dimensions the ranks of
             the first hold the same rows, and those of the second share the rows. Lightning's mesh has the dimensions
             ``data_parallel`` and ``tensor_parallel``; the size of ``tensor_parallel`` must be 1.
@@ -68,16 +69,17 @@ def shard(
         replicate: The number of groups of ranks that hold the same rows, for a mesh of one dimension or Lightning's.
             Neighbouring ranks are in one group. With the number of hosts, rows are shared within a host.
         reduce: When gradients of ternary layers travel. ``"micro_batch"``: in the backward of each micro-batch.
-            ``"step"``: in that of the last micro-batch of an optimiser step, so each rank keeps whole gradients,
-            4 bytes a weight. The backwards before have to run in :func:`gradients_stay`.
+            ``"step"``: in the backward of the last micro-batch of an optimiser step. Each rank then keeps whole
+            gradients, 4 bytes a weight. The earlier backwards have to run in :func:`gradients_stay`.
         policy: The dtypes in which FSDP2 gathers its parameters and reduces their gradients. None gathers parameters
             in their own dtype, and reduces gradients in ``reduce_dtype``.
 
     Raises:
-        ConfigError: If ``gather`` or ``reduce_dtype`` has another value, if ``replicate`` does not divide the ranks or
-            the mesh has two dimensions already, if the mesh has ranks for tensor parallelism, or if a layer that FSDP2
-            shards has fewer rows than there are ranks. (Lightning gives all GPUs of a node to tensor parallelism by
-            default. Each of them would then train a model of its own, unnoticed.)
+        ConfigError: If ``gather``, ``reduce_dtype`` or ``reduce`` has another value, if ``reduce="step"`` meets
+            ``gather="latent"``, if ``replicate`` does not divide the ranks or the mesh has two dimensions already, if
+            the mesh has ranks for tensor parallelism, or if a layer that FSDP2 shards has fewer rows than there are
+            ranks. (Lightning gives all GPUs of a node to tensor parallelism by default. Each of them would then train
+            a model of its own, unnoticed.)
     """
     if gather not in get_args(Gather):
         raise ConfigError(f"gather={gather!r} is not one of {', '.join(get_args(Gather))}")
@@ -123,6 +125,18 @@ def _rest(block: nn.Module, ours: set[nn.Parameter]) -> int:
 
 
 @contextmanager
+def between_micro_batches(module: nn.Module, reduce: Reduce) -> Iterator[None]:
+    """What a strategy does in each micro-batch of an optimiser step but the last.
+
+    Args:
+        module: The sharded model, or a module that contains one.
+        reduce: When gradients of ternary layers travel, as in :func:`shard`.
+    """
+    with rest_stays_whole(module), gradients_stay(module) if reduce == "step" else nullcontext():
+        yield
+
+
+@contextmanager
 def rest_stays_whole(module: nn.Module) -> Iterator[None]:
     """Leave what FSDP2 has gathered for the whole model in memory after a backward, for the next micro-batch.
 
@@ -141,10 +155,10 @@ def rest_stays_whole(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradients_stay(module: nn.Module) -> Iterator[None]:
-    """Keep gradients of ternary layers whole on every rank after a backward, for the next micro-batch to add its own.
+    """Keep gradients of ternary layers whole on every rank after a backward. The next micro-batch adds its own.
 
-    They come into ``weight.grad`` with the first backward outside of this context. ``zero_grad`` does not reach them
-    before.
+    The first backward outside of this context sends the sums, and writes each rank's rows to ``weight.grad``. Until
+    then ``zero_grad`` does not reach the gradients.
 
     Args:
         module: The sharded model, or a module that contains one, with ``reduce="step"``.

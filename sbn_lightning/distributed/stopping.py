@@ -1,9 +1,9 @@
-"""How the ranks of a run agree to stop, without a word from their GPUs.
+"""How the ranks of a run agree to stop, without their GPUs.
 
-A SIGTERM reaches ranks at different moments, or only one of them. They must all stop at the same micro-batch, or some
-wait for ever in a collective. Lightning therefore broadcasts a number before each micro-batch, from GPU to GPU, and
-reads it. Reading waits until the GPU has finished everything before, so the GPU then stands still while the host
-prepares the next kernels. On one process Lightning does not ask, so this is lost only where there are several.
+A SIGTERM reaches ranks at different moments, or only one of them. All ranks must stop at the same micro-batch, or some
+wait for ever in a collective. Lightning therefore broadcasts a number from GPU to GPU before each micro-batch, and
+reads the number. Reading waits until the GPU has finished all earlier work. The GPU then stands still while the host
+prepares the next kernels. In a run of one process Lightning does not ask.
 
 Here the ranks agree through the key-value store of the process group. No GPU takes part, so the hosts stay ahead.
 """
@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 _made = count()  # All ranks count alike, so the number makes keys unique.
 _LOOK = 0.01  # Seconds between two looks into the store.
-_KEPT = 1000  # Decisions that stay in the store. No rank is so far behind the first one.
+_KEPT = 1000  # Decisions that stay in the store. A rank may be this far behind rank 0.
 
 
 class Agreement:
@@ -34,18 +34,16 @@ class Agreement:
         self._prefix = f"sbn_lightning/stop/{next(_made)}"
         self._decided = 0
 
-    def ask(self) -> None:
-        """Ask all ranks to stop, at the next decision or the one after."""
-        self._store.set(f"{self._prefix}/asked", "")
-
-    def decide(self, asked: bool = False) -> bool:
+    def decide(self, asked: bool) -> bool:
         """Decide whether to stop. All ranks must call this equally often, and get the same answer.
+
+        If one rank asks, the ranks stop at this decision or at the next one.
 
         Args:
             asked: Whether this rank asks to stop.
         """
         if asked:
-            self.ask()
+            self._store.set(f"{self._prefix}/asked", "")
         number, self._decided = self._decided, self._decided + 1
         if self.rank != 0:
             return bool(self._store.get(f"{self._prefix}/{number}") == b"stop")  # Waits until rank 0 has decided.
@@ -56,7 +54,7 @@ class Agreement:
         return stop
 
     def end(self) -> None:
-        """Say that this rank decides no more. Rank 0, whose process may hold the store, waits for all others."""
+        """Say that this rank decides no more. Rank 0 waits for the others, because its process may hold the store."""
         key = f"{self._prefix}/ended"
         if self.rank != 0:
             self._store.add(key, 1)
@@ -67,7 +65,7 @@ class Agreement:
 
 
 class _Signals:
-    """Takes the place of two methods of Lightning: of the one that hears a SIGTERM, and of the one that broadcasts it.
+    """Takes the place of two methods of Lightning: one hears a SIGTERM, and one broadcasts whether a rank has.
 
     Args:
         trainer: The Trainer.
@@ -100,10 +98,10 @@ class _Signals:
 def stop_together(trainer: Any) -> None:
     """Make the ranks of a Trainer agree on a SIGTERM through the store. All ranks must call this, before training.
 
-    It does nothing if it was called before, with one process, and for what is no Trainer.
+    Nothing happens in a run of one process, for a run that has no Trainer, and at a second call.
 
     Args:
-        trainer: The Trainer, when the process group is there and before Lightning listens for signals.
+        trainer: The Trainer. Its process group must be there, and Lightning must not listen for signals yet.
     """
     if not isinstance(trainer, Trainer) or trainer.world_size == 1 or not dist.is_initialized():
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -29,8 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.gradients import send_first
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
-from sbn_lightning.distributed.sharding import Gather, Reduce, gradients_stay, rest_stays_whole
+from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches
 from sbn_lightning.distributed.stopping import stop_together
 
 
@@ -95,24 +95,27 @@ class ShardedStrategy(ModelParallelStrategy):
             codes then stay whole on every rank until the next step. ``"packed_layer"``: 2-bit codes, before the forward
             and the backward of each block. Their memory is given back when the block has run. ``"latent"``: FSDP2
             gathers latent weights, 4 bytes each, in every forward and backward.
-        reduce: When gradients travel. ``"micro_batch"``: in each backward. ``"step"``: once in an optimiser step, and
-            each rank keeps whole gradients until then, 4 bytes a weight.
         replicate: The number of groups of ranks that hold the same rows (hybrid sharding). With the number of hosts,
             rows are shared within a host, and only gradients travel between hosts.
         save_distributed_checkpoint: Whether every rank saves its own shard, so that a checkpoint is a folder. If False,
             a checkpoint is one file that every strategy reads.
         timeout: How long a collective may take before the rank gives up.
+        reduce: When gradients of ternary layers travel. ``"micro_batch"``: in each backward. ``"step"``: once in an
+            optimiser step. Each rank keeps whole gradients until then, 4 bytes a weight.
         **options: The other options of ``ModelParallelStrategy``.
+
+    Raises:
+        ConfigError: If ``reduce_dtype``, ``gather`` or ``reduce`` has another value.
     """
 
     def __init__(
         self,
         reduce_dtype: Literal["float32", "bfloat16"] = "float32",
         gather: Gather = "packed_step",
-        reduce: Reduce = "micro_batch",
         replicate: int = 1,
         save_distributed_checkpoint: bool = False,
         timeout: timedelta = TIMEOUT,
+        reduce: Reduce = "micro_batch",
         **options: Any,
     ) -> None:
         if reduce_dtype not in ("float32", "bfloat16"):
@@ -122,14 +125,18 @@ class ShardedStrategy(ModelParallelStrategy):
         if reduce not in get_args(Reduce):
             raise ConfigError(f"reduce={reduce!r} is not one of {', '.join(get_args(Reduce))}")
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, timeout=timeout, **options)
-        self.sharding = {"reduce_dtype": getattr(torch, reduce_dtype), "gather": gather, "replicate": replicate}
-        self.sharding["reduce"] = reduce
+        self.sharding: dict[str, Any] = {
+            "reduce_dtype": getattr(torch, reduce_dtype),
+            "gather": gather,
+            "replicate": replicate,
+            "reduce": reduce,
+        }
 
     @override
     def setup_environment(self) -> None:
         self._tensor_parallel_size = 1
         self._data_parallel_size = self.num_nodes * self.num_processes
-        _send_first()
+        send_first()
         meet_afresh(self._timeout or TIMEOUT)
         super().setup_environment()
 
@@ -143,22 +150,25 @@ class ShardedStrategy(ModelParallelStrategy):
     def block_backward_sync(self) -> Iterator[None]:
         """Lightning enters this for each micro-batch but the last of an optimiser step."""
         assert self.model is not None
-        stay = gradients_stay(self.model) if self.sharding["reduce"] == "step" else nullcontext()
-        with rest_stays_whole(self.model), stay:
+        with between_micro_batches(self.model, self.sharding["reduce"]):
             yield
 
 
 class ReplicatedStrategy(DDPStrategy):
     """Lightning's ``DDPStrategy`` with the options that suit masked models: ``trainer.strategy: sbn_ddp``.
 
-    Masks are not broadcast, because every rank computes the same ones. Gradients lie in the buffers that DDP sends, so
-    they take memory once.
+    Buffers are not broadcast: every rank computes the same masks. Gradients lie in the buffers that DDP sends, so
+    gradients take memory once. The ranks agree on a SIGTERM without their GPUs
+    (:mod:`~sbn_lightning.distributed.stopping`).
 
     Args:
         reduce_dtype: The dtype in which gradients travel. With ``"bfloat16"`` half as many bytes travel, and the sum
             over the ranks is rounded to bfloat16.
         timeout: How long a collective may take before the rank gives up.
         **options: The other options of ``DDPStrategy``.
+
+    Raises:
+        ConfigError: If ``reduce_dtype`` has another value, or is ``"bfloat16"`` beside a ``ddp_comm_hook``.
     """
 
     def __init__(
@@ -171,7 +181,9 @@ class ReplicatedStrategy(DDPStrategy):
             raise ConfigError(f"reduce_dtype={reduce_dtype!r} is not 'float32' or 'bfloat16'")
         self.reduce_dtype = getattr(torch, reduce_dtype)
         if reduce_dtype == "bfloat16":
-            options.setdefault("ddp_comm_hook", bf16_compress_hook)
+            if options.get("ddp_comm_hook") is not None:
+                raise ConfigError("reduce_dtype='bfloat16' is a ddp_comm_hook itself: leave one of the two out")
+            options["ddp_comm_hook"] = bf16_compress_hook
         # Newer versions of torch have the first name, and deprecate the second one.
         known = signature(DistributedDataParallel).parameters
         broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -182,7 +194,7 @@ class ReplicatedStrategy(DDPStrategy):
 
     @override
     def setup_environment(self) -> None:
-        _send_first()
+        send_first()
         meet_afresh(self._timeout or TIMEOUT)
         super().setup_environment()
 
@@ -197,11 +209,6 @@ class ReplicatedStrategy(DDPStrategy):
         with beside_collectives() if sends and self.world_size > 1 else nullcontext():
             result: Tensor = super().backward(closure_loss, *args, **kwargs)
             return result
-
-
-def _send_first() -> None:
-    """Let NCCL's kernels start before others that wait for the GPU. NCCL must not be there yet."""
-    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
 
 
 StrategyRegistry.register(

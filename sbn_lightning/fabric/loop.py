@@ -128,8 +128,7 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
                 batch = fabric.to_device(batch)
                 run.call("on_train_batch_start", batch=batch, batch_idx=batch_idx)
 
-                # Without a reduction in each micro-batch, every rank would hold whole gradients.
-                with fabric.no_backward_sync(model, enabled=not (run.is_step or sharded)):
+                with fabric.no_backward_sync(model, enabled=not run.is_step):
                     # On a single device Fabric applies its precision to forward alone, not to a marked method.
                     with fabric.autocast():
                         loss, computed = module.compute_loss(model, batch)

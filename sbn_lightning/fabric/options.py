@@ -131,9 +131,6 @@ def fabric_sharded(strategy: ShardedStrategy) -> FabricShardedStrategy:
     """
     if strategy._save_distributed_checkpoint:
         raise ConfigError("the Fabric loop saves a checkpoint as one file: set save_distributed_checkpoint=false")
-    sharding = dict(strategy.sharding)
-    if sharding.pop("reduce") != "micro_batch":
-        raise ConfigError("the Fabric loop sends gradients in each micro-batch: leave reduce out, or use `fit`")
     return FabricShardedStrategy(
-        **sharding, process_group_backend=strategy.process_group_backend, timeout=strategy._timeout
+        **strategy.sharding, process_group_backend=strategy.process_group_backend, timeout=strategy._timeout
     )

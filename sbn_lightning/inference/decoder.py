@@ -127,7 +127,8 @@ class Decoder:
         able = self.device.type == "cuda" and not model.config.n_experts
         self._use_graph = able if cuda_graph is None else cuda_graph
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._choosing = self._graph_chooses = False  # Whether a graph that is captured has the greedy choice in it.
+        self._choosing = False  # Whether a graph that is captured from now on has the greedy choice in it.
+        self._graph_chooses = False  # Whether the captured graph has.
         self._prompts: PromptGraphs | None = None
         self._pass: PromptPass | None = None
         self._seen: list[Sign] | None = None
@@ -334,10 +335,12 @@ class Decoder:
     def step_greedy(self, tokens_B: Tensor) -> Tensor:
         """Add a token to each sequence, and choose the most likely next tokens.
 
-        The choice is a part of the persistent kernel, or of the CUDA graph if this method makes the first step.
+        The choice is a part of the persistent kernel. It is a part of the CUDA graph if this method, and not
+        :meth:`step`, makes the first step.
 
         Args:
-            tokens_B: The token ids, int64 ``[B]`` on the model's device. The result of the step before saves a copy.
+            tokens_B: The token ids, int64 ``[B]`` on the model's device. Without a copy if they are the result of the
+                last step.
 
         Returns:
             ``step(tokens_B).argmax(-1)``, int64 ``[B]``. The next step may overwrite it.

@@ -65,7 +65,7 @@ class Rows(Protocol):
         ...
 
     def step_greedy(self, tokens_B: Tensor) -> Tensor:
-        """Do the same; return the most likely next tokens, int64 ``[B]``, which the next step may overwrite."""
+        """Step as :meth:`step` does; return the most likely tokens, int64 ``[B]``, until the next step."""
         ...
 
     def check(self) -> None:

@@ -27,7 +27,7 @@ from sbn_lightning.models.attention import causal_attention
 from sbn_lightning.models.transformer import TernaryTransformer
 
 _HEAD_SIZES = (32, 64, 128, 256)
-_MOST_FEATURES, _MOST_HIDDEN = 16384, 32768  # of a row that a kernel keeps in registers
+_MOST_FEATURES, _MOST_HIDDEN = 16384, 32768  # A kernel keeps a row in registers, so rows must not be longer.
 
 
 def make_pass(model: TernaryTransformer) -> PromptPass | None:

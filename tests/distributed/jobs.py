@@ -244,7 +244,9 @@ def wire(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def fabric(folder: Path, steps: int, tokens: str, loop: str, checkpoint: str | None = None) -> None:
+def fabric(
+    folder: Path, steps: int, tokens: str, loop: str, checkpoint: str | None = None, reduce: Any = "micro_batch"
+) -> None:
     """Train a recipe with the Fabric loop or the Trainer under the sharded strategy, and write down the losses."""
     from lightning.fabric import Fabric
 
@@ -276,7 +278,7 @@ def fabric(folder: Path, steps: int, tokens: str, loop: str, checkpoint: str | N
         )
         trainer.fit(module, data, ckpt_path=checkpoint)
     else:
-        strategy = FabricShardedStrategy()
+        strategy = FabricShardedStrategy(reduce=reduce)
         lightning = Fabric(accelerator="cpu", devices=ranks, strategy=strategy, callbacks=callbacks)
         lightning.launch()
         train(FabricRun(lightning, enable_progress_bar=False, **options), module, data, checkpoint)

@@ -49,6 +49,8 @@ def test_the_dtypes_of_gradients():
     for strategy in (ReplicatedStrategy, ShardedStrategy):
         with pytest.raises(ConfigError, match="reduce_dtype='half' is not 'float32' or 'bfloat16'"):
             strategy("half")
+    with pytest.raises(ConfigError, match="reduce_dtype='bfloat16' is a ddp_comm_hook itself"):
+        ReplicatedStrategy("bfloat16", ddp_comm_hook=bf16_compress_hook)
     config = {"strategy": ReplicatedStrategy("bfloat16"), "val_check_interval": 1, "max_steps": 1}
     with pytest.raises(ConfigError, match="the Fabric loop sums the gradients of sbn_ddp in float32"):
         check_fabric_options(config)

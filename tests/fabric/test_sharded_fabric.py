@@ -13,7 +13,7 @@ from sbn_lightning.fabric.options import fabric_sharded
 
 pytestmark = pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
 STEPS = 4
-RUNS = ("trainer", "fabric", "fabric rest", "trainer rest")
+RUNS = ("trainer", "fabric", "fabric rest", "trainer rest", "fabric step")
 
 
 def jobs_of_ranks(folder, tokens):
@@ -21,6 +21,7 @@ def jobs_of_ranks(folder, tokens):
     runs = {loop: options | {"loop": loop} for loop in ("trainer", "fabric")}
     for loop, other in (("fabric", "trainer"), ("trainer", "fabric")):
         runs[f"{loop} rest"] = runs[loop] | {"checkpoint": str(folder / other / "step=2.ckpt")}
+    runs["fabric step"] = runs["fabric"] | {"reduce": "step"}
     return [
         {"ranks": 2, "function": "fabric", "folder": folder / name, "options": options}
         for name, options in runs.items()
@@ -37,13 +38,15 @@ def test_fabric_equals_the_trainer_and_each_continues_the_other(forked_runs):
             seen[name] = torch.load(folder / name / f"rank{rank}.pt")
         assert len(seen["trainer"]) == 2 * STEPS
         assert seen["fabric"] == seen["trainer"]
+        assert seen["fabric step"] == pytest.approx(seen["trainer"], rel=1e-6)
         for name in ("trainer rest", "fabric rest"):
             assert seen[name] == seen["trainer"][STEPS:]
 
 
 def test_fabric_takes_the_name_and_the_options_of_the_strategy():
     assert isinstance(Fabric(accelerator="cpu", strategy="sbn_fsdp2").strategy, FabricShardedStrategy)
-    taken = fabric_sharded(ShardedStrategy("bfloat16", gather="packed_layer", replicate=2))
-    assert taken.sharding == {"reduce_dtype": torch.bfloat16, "gather": "packed_layer", "replicate": 2}
+    options = {"gather": "packed_layer", "replicate": 2, "reduce": "step"}
+    taken = fabric_sharded(ShardedStrategy("bfloat16", **options))
+    assert taken.sharding == {"reduce_dtype": torch.bfloat16, **options}
     with pytest.raises(ConfigError, match="save_distributed_checkpoint=false"):
         fabric_sharded(ShardedStrategy(save_distributed_checkpoint=True))

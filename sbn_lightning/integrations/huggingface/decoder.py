@@ -192,7 +192,7 @@ class NetworkRows:
         return logits
 
     def step_greedy(self, tokens_B: Tensor) -> Tensor:
-        """Do the same; return the most likely next tokens, int64 ``[B]``."""
+        """Step as :meth:`step` does; return the most likely next tokens, int64 ``[B]``."""
         return self.step(tokens_B).argmax(-1)
 
     def check(self) -> None:
