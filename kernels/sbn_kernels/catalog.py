@@ -15,14 +15,16 @@ from torch import Tensor
 
 import sbn_kernels.gemm.sm80.gemm
 import sbn_kernels.gradients.weight_gradient  # noqa: F401 (registers the kernels of the gradients)
+from sbn_kernels.block import norm, rope
 from sbn_kernels.decode import head
 from sbn_kernels.decode import triton as decode
 from sbn_kernels.exchange import triton as exchange
 from sbn_kernels.gemm import cusparselt, grouped, portable, registry  # noqa: F401 (grouped registers its kernel)
 from sbn_kernels.gemm.sm90 import gemm as sm90
-from sbn_kernels.gradients import transpose
+from sbn_kernels.gradients import cross_entropy, transpose
 from sbn_kernels.gradients import triton as gradients
 from sbn_kernels.prepare import triton as prepare
+from sbn_kernels.prompt import triton as prompt
 from sbn_kernels.quantize import triton as quantize
 from sbn_kernels.runtime import capability
 from sbn_kernels.runtime.capability import Needs, UnsupportedError
@@ -46,6 +48,10 @@ _STEPS: dict[str, tuple[str, Needs]] = {
     "swiglu": ("SwiGLU and quantisation in one, and the backward", swiglu.NEEDS),
     "quantize_gradient": ("output gradients to int8, in both orders", gradients.NEEDS),
     "transpose": ("tokens and weights turned round", transpose.NEEDS),
+    "norm": ("RMSNorm and quantisation in one, and the backward", norm.NEEDS),
+    "rope": ("the backward of rotary positions", rope.NEEDS),
+    "prompt": ("a prompt's rotary positions, and its way into the cache", prompt.NEEDS),
+    "cross_entropy": ("loss of an 8-bit head in training, with a rounded gradient", cross_entropy.NEEDS),
     "int8_rows": ("an 8-bit head, up to 64 tokens", head.NEEDS),
 }
 

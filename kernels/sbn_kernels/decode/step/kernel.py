@@ -15,13 +15,13 @@ few thousand words, which carry the tag of their layer (``ptx``).
 
 For a small batch each program quantises all tokens itself. For a larger batch (``plan.Phase.shared``) one program
 quantises a token for all, and the programs read the codes from the L2 cache. That is one more hand-over a phase, and
-work that does not grow with the batch in every program. From three tokens on the result of attention goes that way. The
-program that quantises a token then also joins the parts of the token's context, so more programs take part in
-attention.
+work that does not grow with the batch in every program. From three tokens on the result of attention and the hidden
+vector go that way. The program that quantises a token then also joins the parts of the token's context, so more
+programs take part in attention.
 
-No program overwrites a vector that another still has
-to read: the writer has waited for results, and each reader of the old vector made its part of those results after
-reading. For example, the readers of y in phase D make the hidden vector, and phase E waits for the whole hidden vector.
+No program overwrites a vector that another still has to read: the writer has waited for results, and each reader of the
+old vector made its part of those results after reading. For example, the readers of y in phase D make the hidden
+vector, and phase E waits for the whole hidden vector.
 
 Position, step and lengths come from memory, so one CUDA graph serves all steps. Every wait has a deadline. A wait that
 passes the deadline sets an error flag and goes on. The other programs see the flag and go on too, so the kernel ends
