@@ -94,7 +94,7 @@ def rotate_and_store(
         ``qkv``.
 
     Raises:
-        ValueError: If a shape does not fit.
+        ValueError: If an argument does not fit.
         UnsupportedError: If there is no GPU.
     """
     batch, length, width = qkv.shape
@@ -102,6 +102,8 @@ def rotate_and_store(
     count = heads + 2 * kv_heads
     if width != count * size or size != next_power_of_2(size) or length > min(slots, cos.shape[0]):
         raise ValueError(f"{width} values of {length} tokens do not fit {count} heads of {size} and {slots} slots")
+    if rows.shape != (batch,) or rows.dtype != torch.int64 or (bias is not None and bias.shape != (width,)):
+        raise ValueError(f"rows must be int64 [{batch}], and the bias [{width}] or None")
     if not (qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("queries, keys and values and their caches must be contiguous")
     require(NEEDS, qkv)
