@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from research.reproduce.noise import t_factor
+from research.reproduce.paper import ABSOLUTE
 from research.reproduce.tables import change, table
 from research.sizes.fit import Gap, Row, by_the_rule, family_and_way, fit, gaps, tokens_each
 from research.sizes.rates import EACH, best_rates, learning_rate
@@ -22,11 +23,6 @@ from research.sizes.trials import PARAMETERS, SIZES, tokens_of
 MARK = "<!-- From here on, this page is written by python -m research.sizes report. -->"
 WAYS = ("6:8", "2:4", "2:4 with masked decay")
 FAMILIES = ("bf16", "ternary")
-# Perplexity at 6:8 over perplexity of the dense model, by billions of parameters (arXiv 2603.05168).
-PAPER = {
-    "bf16": {0.5: 23.11 / 21.91, 1.5: 18.70 / 18.10, 3.0: 16.48 / 16.03},
-    "ternary": {0.5: 26.31 / 25.99, 1.5: 20.35 / 20.11, 3.0: 17.87 / 17.70},
-}
 
 
 def write_report(rows: Sequence[Row], page: Path, images: Path) -> None:
@@ -96,7 +92,10 @@ def fit_table(rows: Sequence[Row]) -> str:
     )  # fmt: skip
     if not cells:
         return "Not run."
-    return f"{table(header, cells)}\n\nNats, with 95 % of bootstrap samples in brackets (`research/sizes/fit.py`)."
+    paper = ", ".join(f"{family} {slope:+.3f}" for family, slope in paper_slopes())
+    units = "Nats, with 95 % of bootstrap samples in brackets (`research/sizes/fit.py`)."
+    slopes = f"The paper at 6:8, a line through its three sizes (0.5B to 3B): {paper} nats for ten times the size."
+    return f"{table(header, cells)}\n\n{units} {slopes}"
 
 
 def rate_table(rows: Sequence[Row]) -> str:
@@ -217,7 +216,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 
 def _bars(
     axis: Any, x: Sequence[float], places: Sequence[Gap], colour: str, label: str, style: tuple[str, str]
-) -> None:  # fmt: skip
+) -> None:
     if not places:
         return
     errors = [place.error or 0.0 for place in places]
@@ -227,7 +226,7 @@ def _bars(
 
 def paper_slopes() -> Iterator[tuple[str, float]]:
     """Yield the change of the paper's gap at 6:8 with ten times the size, in nats, for each family."""
-    for family, ratios in PAPER.items():
-        x = np.log10(list(ratios))
-        y = np.log(list(ratios.values()))
-        yield family, float(np.polyfit(x, y, 1)[0])
+    for family, perplexities in ABSOLUTE.items():
+        sizes = [math.log10(float(size.removesuffix("B"))) for size in perplexities]
+        logs = [math.log(sparse / dense) for dense, sparse in perplexities.values()]
+        yield family.removesuffix("-sparse"), float(np.polyfit(sizes, logs, 1)[0])
