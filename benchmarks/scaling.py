@@ -12,10 +12,10 @@ the bytes of one all-reduce over its time. Each run has processes of its own, on
 ``--limit`` seconds. Runs on one GPU run side by side on different GPUs. A run is ``Trainer`` with ``SparseBitNet``
 (2:4, blocks compiled), the precision plugin, clipping and a fused AdamW, as in a recipe, on random tokens. ``fsdp2
 packed`` sends packed weights between GPUs once a step, ``fsdp2 layer`` for each block, ``fsdp2 latent`` latent weights.
-``fsdp2 step`` is ``fsdp2 packed`` that sends gradients once a step, too, which takes 4 bytes a weight.
+``fsdp2 step`` is ``fsdp2 packed`` with gradients sent once a step, which takes 4 bytes a weight.
 ``ddp`` is the strategy ``sbn_ddp``, and ``ddp bfloat16`` sums its gradients in bfloat16, as the rows of FSDP2 do. ``ddp
-lightning`` is Lightning's own strategy. Names that end in ``waiting`` are to compare: persistent kernels start one
-program for each multiprocessor, though collectives occupy some.
+lightning`` is Lightning's own strategy. In rows whose names end in ``waiting`` kernels make no room for collectives: a
+kernel starts one program for each multiprocessor.
 Names with ``bf16`` train the dense model in bfloat16, names with ``float8`` on torchao's float8 tensor cores, under
 FSDP2 with its float8 all-gather. Every GPU gets as many tokens as the single GPU, so ``scaling`` is the tokens a second
 of all GPUs over those of one GPU times their number. ``scaling`` is empty if there is no run on one GPU. ``same_masks``
@@ -63,14 +63,10 @@ from sbn_lightning.layers.sparse_linear import masked_layers
 LENGTH = 2048
 WARM_STEPS = 3
 STRATEGIES = ("one", "bf16 one", "float8 one", "fsdp2 packed", "ddp", "bf16 fsdp2", "bf16 ddp", "float8 fsdp2")
-STRATEGIES += ("ddp bfloat16", "float8 ddp", "fsdp2 step", "fsdp2 layer", "fsdp2 latent")
-STRATEGIES += ("ddp lightning",)
-GATHERS = {
-    "fsdp2 packed": "packed_step",
-    "fsdp2 step": "packed_step",
-    "fsdp2 layer": "packed_layer",
-}  # every other model has its weights gathered
-WAITING = " waiting"  # Kernels do not make room for collectives.
+STRATEGIES += ("ddp bfloat16", "float8 ddp", "fsdp2 step", "fsdp2 layer", "fsdp2 latent", "ddp lightning")
+# Under all other strategies of FSDP2 the ranks gather latent weights.
+GATHERS = {"fsdp2 packed": "packed_step", "fsdp2 step": "packed_step", "fsdp2 layer": "packed_layer"}
+WAITING = " waiting"  # The end of the name of a row whose kernels make no room for collectives.
 STRATEGIES += tuple(name + WAITING for name in ("fsdp2 packed", "ddp", "ddp bfloat16"))
 MICRO_BATCHES = (2, 1, 8)  # of a step, with --all
 # Shape -> sequences of a micro-batch of one GPU, micro-batches of a step: 32,768 tokens, as in training_step.py.

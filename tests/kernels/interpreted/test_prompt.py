@@ -6,6 +6,7 @@ from sbn_kernels.gemm.registry import registered
 from sbn_kernels.prompt import rotate_and_store, rotate_and_store_reference
 
 from sbn_lightning.backends.integer import KernelBackend
+from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.inference import Decoder
 from sbn_lightning.inference.prompt_pass import make_pass
 from sbn_lightning.layers.sparse_linear import ternary_layers
@@ -41,6 +42,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     cache, table = torch.zeros(1, 1, 2, 16), torch.zeros(8, 16)
     with pytest.raises(ValueError, match="do not fit"):
         rotate_and_store(torch.zeros(1, 3, 48), None, table, table, cache, cache, torch.zeros(1).long(), 1)
+    for bias, rows in ((torch.zeros(16), torch.zeros(1).long()), (None, torch.zeros(2).long())):
+        with pytest.raises(ValueError, match="rows must be int64"):
+            rotate_and_store(torch.zeros(1, 2, 48), bias, table, table, cache, cache, rows, 1)
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -70,8 +74,28 @@ def test_a_pass_over_the_kernels_reads_prompts_as_the_blocks_do(biased: bool, mo
     assert ours.lengths.tolist() == [3, 3]
 
 
-def test_models_that_the_kernels_do_not_cover_have_no_pass() -> None:
+def on_kernels(**changes: object) -> TernaryTransformer:
+    """A model in bfloat16 whose ternary layers run on an integer kernel."""
     options = {"d_model": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 48, "vocab_size": 40}
-    for changes in ({"linear": "dense"}, {"qk_norm": "head"}, {"activation_bits": 4}, {}):
-        model = TernaryTransformer(TransformerConfig(**options, **changes)).bfloat16()
-        assert make_pass(model) is None  # the last one runs on the reference backend
+    model = TernaryTransformer(TransformerConfig(**options | changes)).bfloat16()
+    for layer in ternary_layers(model).values():
+        layer.backend = KernelBackend(TOY.name)
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes", [{"linear": "dense"}, {"qk_norm": "head"}, {"activation_bits": 4}, {"head_dim": 16}], ids=str
+)
+def test_models_that_the_kernels_do_not_cover_have_no_pass(changes: dict[str, object]) -> None:
+    assert make_pass(on_kernels()) is not None
+    assert make_pass(on_kernels(**changes)) is None
+
+
+def test_layers_without_a_kernel_and_layers_with_a_hook_have_no_pass() -> None:
+    model = on_kernels()
+    assert make_pass(model.float()) is None
+    model.bfloat16().blocks[0].mlp.register_forward_hook(lambda *_: None)
+    assert make_pass(model) is None
+    model = on_kernels()
+    model.blocks[0].mlp.down.backend = REFERENCE
+    assert make_pass(model) is None
