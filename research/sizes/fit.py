@@ -5,7 +5,7 @@ seed, in nats; both read the same text in the same order.
 
 The noise of one seed's gap differs much between sizes, so each size has its own. It comes from the first of these that
 there is: the seeds of the way at this size; the seeds of all ways of the family at this size; at 15M the 119 runs of
-``research/reproduce``; and the next smaller size, whose noise is larger in all that was seen. Estimates with less than
+``research/reproduce``; and the next smaller size, whose noise is larger in all that was seen. Estimates with fewer than
 two degrees of freedom do not count.
 
 Two curves are fitted by least squares, each place weighted by the inverse of its variance:
