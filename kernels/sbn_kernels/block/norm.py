@@ -14,7 +14,7 @@ from torch import Tensor
 from sbn_kernels.common.buffers import empty_tokens, empty_vector, with_rows
 from sbn_kernels.common.checks import FLOAT_DTYPES, check_scale, refuse_gradients
 from sbn_kernels.common.maxima import larger
-from sbn_kernels.common.token_codes import largest, token_codes, token_scale
+from sbn_kernels.common.token_codes import reduced_row, token_codes, token_scale
 from sbn_kernels.runtime.capability import Needs, interpreting, multiprocessors, require
 from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
@@ -55,12 +55,6 @@ def _store_codes(
 
 
 @triton.jit
-def _reduce(x, BITS: tl.constexpr):
-    """The number that the scale is computed from: max|x| for 8 bits, sum|x| for 4."""
-    return largest(x, 0, True) if BITS == 8 else tl.sum(tl.abs(x), axis=0, keep_dims=True)
-
-
-@triton.jit
 def norm_quantize_kernel(
     x_pointer, residual_pointer, h_pointer, weight_pointer, q_pointer, scale_pointer, rstd_pointer,
     features, x_stride, residual_stride, q_stride, eps_bits,
@@ -78,10 +72,10 @@ def norm_quantize_kernel(
     eps = tl.full([1], 0, tl.int32) + eps_bits
     rstd = 1.0 / tl.sqrt(squares / features + eps.to(tl.float32, bitcast=True))
     main = main * rstd * _weight(weight_pointer, x_pointer, features, 0, MAIN)
-    reduced = _reduce(main, BITS)
+    reduced = reduced_row(main, BITS)
     if TAIL > 0:
         tail = tail * rstd * _weight(weight_pointer, x_pointer, features, MAIN, TAIL)
-        reduced = larger(reduced, _reduce(tail, BITS)) if BITS == 8 else reduced + _reduce(tail, BITS)
+        reduced = larger(reduced, reduced_row(tail, BITS)) if BITS == 8 else reduced + reduced_row(tail, BITS)
     scale = token_scale(reduced, features, BITS)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     _store_codes(q_row, main, scale, inverse, features, BITS, 0, MAIN, FUSED)

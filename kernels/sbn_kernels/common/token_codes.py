@@ -37,3 +37,9 @@ def largest(x, axis: tl.constexpr, keep_dims: tl.constexpr):
     """max|x|, or NaN if there is one."""
     bits = tl.max(magnitude(x), axis=axis, keep_dims=keep_dims)
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reduced_row(x, BITS: tl.constexpr):
+    """What :func:`token_scale` takes, of one row or a part of it: max|x| for 8 bits, sum|x| for 4."""
+    return largest(x, 0, True) if BITS == 8 else tl.sum(tl.abs(x), axis=0, keep_dims=True)

@@ -19,7 +19,7 @@ from sbn_kernels.common.buffers import empty_tokens, empty_vector, with_rows
 from sbn_kernels.common.checks import FLOAT_DTYPES, refuse_gradients
 from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.common.maxima import larger
-from sbn_kernels.common.token_codes import largest, token_codes, token_scale
+from sbn_kernels.common.token_codes import reduced_row, token_codes, token_scale
 from sbn_kernels.runtime.capability import Needs, interpreting, require
 from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
@@ -38,22 +38,16 @@ def _product(gate_row, up_row, features, START: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _reduce(x, BITS: tl.constexpr):
-    """The number that the scale is computed from: max|x| for 8 bits, sum|x| for 4."""
-    return largest(x, 0, True) if BITS == 8 else tl.sum(tl.abs(x), axis=0, keep_dims=True)
-
-
-@triton.jit
 def quantize_row(
     gate_row, up_row, q_row, scale_pointer, features,
     BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """The codes and the scale of one row. Two blocks cover it, because 8960 = 8192 + 768 leaves few lanes idle."""
     main = _product(gate_row, up_row, features, 0, MAIN)
-    reduced = _reduce(main, BITS)
+    reduced = reduced_row(main, BITS)
     if TAIL > 0:
         tail = _product(gate_row, up_row, features, MAIN, TAIL)
-        other = _reduce(tail, BITS)
+        other = reduced_row(tail, BITS)
         reduced = larger(reduced, other) if BITS == 8 else reduced + other
     scale = token_scale(reduced, features, BITS)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
