@@ -85,6 +85,11 @@ def options_of_ddp(strategy: Any) -> dict[str, Any]:
     }
 
 
+def has_comm_hook(strategy: Any) -> bool:
+    """Whether a hook changes the gradients that a Trainer's ``DDPStrategy`` sends."""
+    return strategy._ddp_comm_hook is not None
+
+
 def take_next_version(logger: Any) -> None:
     """Make a logger choose a new version number, because another process already has the number that it chose."""
     logger._version = None

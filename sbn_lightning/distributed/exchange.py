@@ -74,7 +74,8 @@ class Exchange:
         group: The ranks that share the rows of a weight.
 
     Attributes:
-        beside: What to start when the words are on their way. It then runs while they are unpacked.
+        beside: A function that is called when the words of the first layers are on their way. What the function starts
+            runs while the words are unpacked.
         scatter: Where the gradients of the layers go.
     """
 

@@ -179,7 +179,6 @@ class ReplicatedStrategy(DDPStrategy):
     ) -> None:
         if reduce_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"reduce_dtype={reduce_dtype!r} is not 'float32' or 'bfloat16'")
-        self.reduce_dtype = getattr(torch, reduce_dtype)
         if reduce_dtype == "bfloat16":
             if options.get("ddp_comm_hook") is not None:
                 raise ConfigError("reduce_dtype='bfloat16' is a ddp_comm_hook itself: leave one of the two out")

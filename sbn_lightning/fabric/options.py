@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sbn_lightning.callbacks.lightning_internals import options_of_ddp
+from sbn_lightning.callbacks.lightning_internals import has_comm_hook, options_of_ddp
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
 from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
@@ -106,8 +106,11 @@ def check_fabric_options(config: dict[str, Any]) -> None:
     if isinstance(strategy, ShardedStrategy):
         config["strategy"] = fabric_sharded(strategy)
     elif isinstance(strategy, DDPStrategy):
-        if isinstance(strategy, ReplicatedStrategy) and strategy.reduce_dtype != torch.float32:
-            raise ConfigError("the Fabric loop sums the gradients of sbn_ddp in float32: leave reduce_dtype out")
+        if has_comm_hook(strategy):
+            raise ConfigError(
+                "the Fabric loop sums the gradients of DDP as they are: leave out reduce_dtype of sbn_ddp, or "
+                "ddp_comm_hook"
+            )
         config["strategy"] = FabricDDPStrategy(**options_of_ddp(strategy))
     elif strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"):
         name = type(strategy).__name__ if isinstance(strategy, Strategy) else strategy

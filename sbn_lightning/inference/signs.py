@@ -17,7 +17,7 @@ from sbn_lightning.layers.masked_linear import MaskedLinear
 
 
 class Sign(NamedTuple):
-    """What a layer looked like when its prepared weight was made; to look again takes less than a microsecond."""
+    """What a layer looked like when its prepared weight was made. A comparison takes less than a microsecond."""
 
     layer: MaskedLinear
     weight: Tensor
