@@ -181,8 +181,8 @@ def multiply_shared(p, f):
     never stand in shared memory. Codes may still be on their way. So a warp looks at all of them once, after its first
     tile, and begins anew if one has not come: see ``ptx.EMPTY``.
 
-    At the end one warp, which has read codes of every token, makes the emptying of older codes visible to the program:
-    see ``shared.share_codes``.
+    At the end warp 0 makes the emptying of older codes visible to the program: see ``shared.share_codes``. Warp 0 has
+    read codes of every token in every shape; where K has few steps, later warps read none.
     """
 
     def asm(outs, ins):
@@ -222,7 +222,7 @@ def multiply_shared(p, f):
             if i == 0:
                 lines += ["min.s32 low0, low0, low1; min.s32 low2, low2, low3; min.s32 low0, low0, low2;"]
                 lines += begin_anew_without("low0", "count", "AGAIN", flag, deadline)
-        lines += ["END:", f"setp.ne.u32 p, warp, {p.warps - 1}; @p bra LAST; fence.acq_rel.gpu;", "LAST:"]
+        lines += ["END:", "setp.ne.u32 p, warp, 0; @p bra LAST; fence.acq_rel.gpu;", "LAST:"]
         return "\n".join([*lines, "bar.sync 0;", "}"])
 
     return assembly(asm)
