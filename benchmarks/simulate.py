@@ -61,14 +61,13 @@ class Shape:
         return 6 * (self.ternary + self.width * self.vocabulary) + 6.0 * self.layers * self.width * length
 
 
-# TFLOP/s and ratios are those of PERFORMANCE measurements on one H200, 32,768 tokens a step in sequences of 2,048: BF16
-# dense 638.9 and 1266.4 ms and 2:4 with int8 gradients 511.8 and 876.6 ms at 1.5B and 3B; four blocks of the 8B shape
-# 376.3 and 231.5 ms.
+# From steps of 32,768 tokens in sequences of 2,048 on one H200 (scaling.csv, training_step.csv): BF16 dense 619.2 and
+# 1221.9 ms, and 2:4 with int8 gradients 463.1 and 838.9 ms at 1.5B and 3B; four blocks of the 8B shape 354.4 and 218.8 ms.
 SHAPES = (
-    Shape("1.5B", 28, 1536, 8960, 512, 151_936, True, 502, 1.25),
-    Shape("3B", 36, 2048, 11008, 512, 151_936, True, 511, 1.44),
-    Shape("8B", 32, 4096, 14336, 2048, 128_256, False, 551, 1.63),
-    Shape("70B", 80, 8192, 28672, 2048, 128_256, False, 551, 1.63),
+    Shape("1.5B", 28, 1536, 8960, 512, 151_936, True, 518, 1.34),
+    Shape("3B", 36, 2048, 11008, 512, 151_936, True, 530, 1.46),
+    Shape("8B", 32, 4096, 14336, 2048, 128_256, False, 585, 1.62),
+    Shape("70B", 80, 8192, 28672, 2048, 128_256, False, 585, 1.62),
 )
 
 
