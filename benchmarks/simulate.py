@@ -61,8 +61,9 @@ class Shape:
         return 6 * (self.ternary + self.width * self.vocabulary) + 6.0 * self.layers * self.width * length
 
 
-# From steps of 32,768 tokens in sequences of 2,048 on one H200 (scaling.csv, training_step.csv): BF16 dense 619.2 and
-# 1221.9 ms, and 2:4 with int8 gradients 463.1 and 838.9 ms at 1.5B and 3B; four blocks of the 8B shape 354.4 and 218.8 ms.
+# From steps of 32,768 tokens in sequences of 2,048 on one H200 (scaling.csv, training_step.csv). BF16 dense takes 619.2
+# and 1221.9 ms at 1.5B and 3B, and 2:4 with int8 gradients 463.1 and 838.9 ms; four blocks of the 8B shape take 354.4
+# and 218.8 ms.
 SHAPES = (
     Shape("1.5B", 28, 1536, 8960, 512, 151_936, True, 518, 1.34),
     Shape("3B", 36, 2048, 11008, 512, 151_936, True, 530, 1.46),
