@@ -7,7 +7,9 @@ from sbn_kernels.gemm.sm90 import gemm as hopper_gemm
 from sbn_kernels.gemm.sm90.split_k import add_splits, choose_splits, split_tile
 from sbn_kernels.runtime.capability import gluon_missing
 
-from tests.kernels.interpreted.test_against_twins import _seed, gemm_case, within_one_rounding  # noqa: F401 (_seed is a fixture: it poisons)
+from tests.kernels.interpreted.test_against_twins import gemm_case, within_one_rounding
+
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 
 @pytest.mark.parametrize(("tokens", "columns", "out"), [(9, 300, 70), (16, 64, 128), (17, 130, 129), (64, 1024, 9)])
