@@ -6,15 +6,17 @@ two to five times as long. Here a row stays in registers.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.common.buffers import empty_tokens, empty_vector, with_rows
-from sbn_kernels.common.checks import FLOAT_DTYPES, check_scale, refuse_gradients
+from sbn_kernels.common.checks import FLOAT_DTYPES, check_bits, check_scale, refuse_gradients
 from sbn_kernels.common.maxima import larger
-from sbn_kernels.common.token_codes import reduced_row, token_codes, token_scale
+from sbn_kernels.common.token_codes import reduced_row, store_codes, token_scale
 from sbn_kernels.runtime.capability import Needs, interpreting, multiprocessors, require
 from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
@@ -46,15 +48,6 @@ def _weight(weight_pointer, like, features, START: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _store_codes(
-    q_row, x, scale, inverse, features,
-    BITS: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr,
-):  # fmt: skip
-    column = START + tl.arange(0, BLOCK)
-    tl.store(q_row + column, token_codes(x, scale, inverse, BITS, FUSED), mask=column < features)
-
-
-@triton.jit
 def norm_quantize_kernel(
     x_pointer, residual_pointer, h_pointer, weight_pointer, q_pointer, scale_pointer, rstd_pointer,
     features, x_stride, residual_stride, q_stride, eps_bits,
@@ -78,9 +71,9 @@ def norm_quantize_kernel(
         reduced = larger(reduced, reduced_row(tail, BITS)) if BITS == 8 else reduced + reduced_row(tail, BITS)
     scale = token_scale(reduced, features, BITS)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    _store_codes(q_row, main, scale, inverse, features, BITS, 0, MAIN, FUSED)
+    store_codes(q_row, main, scale, inverse, features, BITS, 0, MAIN, FUSED)
     if TAIL > 0:
-        _store_codes(q_row, tail, scale, inverse, features, BITS, MAIN, TAIL, FUSED)
+        store_codes(q_row, tail, scale, inverse, features, BITS, MAIN, TAIL, FUSED)
     tl.store(scale_pointer + row + tl.arange(0, 1), scale)
     tl.store(rstd_pointer + row + tl.arange(0, 1), rstd)
 
@@ -149,6 +142,12 @@ _quantize = Launcher(norm_quantize_kernel, enable_fp_fusion=True)
 _backward = Launcher(norm_backward_kernel, enable_fp_fusion=True)
 
 
+@functools.cache
+def _bits_of(number: float) -> int:
+    """The bits of a number as a float32."""
+    return int(torch.tensor(number, dtype=torch.float32).view(torch.int32))
+
+
 def _empty(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, features = x.shape
     h = torch.empty((0, features) if residual is None else x.shape, dtype=x.dtype, device=x.device)
@@ -166,8 +165,7 @@ def _norm_quantize(
     if len(x):
         features = x.shape[1]
         main, tail = blocks(features)
-        eps_bits = int(torch.tensor(eps, dtype=torch.float32).view(torch.int32))
-        numbers = (features, x.stride(0), other.stride(0), q.stride(0), eps_bits)
+        numbers = (features, x.stride(0), other.stride(0), q.stride(0), _bits_of(eps))
         constants = (residual is not None, bits, main, tail, not interpreting())
         warps = min(8, max(1, main // 512))
         _quantize((len(x), 1, 1), (x, other, h, weight, q, scale, rstd), numbers, constants, warps)
@@ -238,8 +236,7 @@ def norm_quantize(
         UnsupportedError: If there is no GPU.
     """
     _check(weight, x, *(() if residual is None else (residual,)))
-    if bits not in (8, 4):
-        raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+    check_bits(bits)
     h, q, scale, rstd = torch.ops.sbn_kernels.norm_quantize(x, residual, weight, eps, bits)
     return h, q, scale, rstd
 

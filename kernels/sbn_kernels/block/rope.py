@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sbn_kernels.common.buffers import with_rows
 from sbn_kernels.common.checks import FLOAT_DTYPES, refuse_gradients
 from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.runtime.capability import Needs, require
@@ -82,7 +83,7 @@ def _empty(dq: Tensor, dk: Tensor) -> Tensor:
 @kernel_op("rope_backward")
 def _rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     require(NEEDS, dq)
-    dq, dk, dv, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv, cos, sin))
+    dq, dk, dv, cos, sin = (with_rows(x) for x in (dq, dk, dv, cos, sin))
     sin = sin if sin.stride() == cos.stride() else sin.contiguous()
     cos = cos if sin.stride() == cos.stride() else cos.contiguous()
     y = _empty(dq, dk)

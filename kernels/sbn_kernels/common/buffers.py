@@ -29,7 +29,7 @@ def contiguous(*vectors: Tensor) -> list[Tensor]:
 
 def with_rows(x: Tensor) -> Tensor:
     """``x`` itself if a kernel can read its rows element after element, else a copy."""
-    return x if x.stride(1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def aligned_tokens(x8: Tensor) -> Tensor:

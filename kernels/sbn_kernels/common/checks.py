@@ -21,6 +21,16 @@ def refuse_gradients(*tensors: Tensor | None) -> None:
         raise ValueError("kernels have no gradient: detach their arguments, or call them in an autograd.Function")
 
 
+def check_bits(bits: int) -> None:
+    """Checks the number of bits of a quantised token.
+
+    Raises:
+        ValueError: If ``bits`` is not 8 or 4.
+    """
+    if bits not in (8, 4):
+        raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+
+
 def check_scale(name: str, scale: Tensor, length: int) -> None:
     """Checks a vector of scales that the kernel reads element after element.
 

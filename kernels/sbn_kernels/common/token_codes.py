@@ -24,6 +24,16 @@ def token_codes(x, scale, inverse, BITS: tl.constexpr, FUSED: tl.constexpr):
 
 
 @triton.jit
+def store_codes(
+    q_row, x, scale, inverse, features,
+    BITS: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """Stores the codes of BLOCK columns of a row, from START on."""
+    column = START + tl.arange(0, BLOCK)
+    tl.store(q_row + column, token_codes(x, scale, inverse, BITS, FUSED), mask=column < features)
+
+
+@triton.jit
 def token_scale(reduced, columns, BITS: tl.constexpr):
     """The scale from max|x| (8 bits) or from sum|x| (4 bits)."""
     if BITS == 8:
@@ -41,5 +51,5 @@ def largest(x, axis: tl.constexpr, keep_dims: tl.constexpr):
 
 @triton.jit
 def reduced_row(x, BITS: tl.constexpr):
-    """What :func:`token_scale` takes, of one row or a part of it: max|x| for 8 bits, sum|x| for 4."""
+    """The number that :func:`token_scale` takes, for a row or a part of a row: max|x| for 8 bits, sum|x| for 4."""
     return largest(x, 0, True) if BITS == 8 else tl.sum(tl.abs(x), axis=0, keep_dims=True)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.common.buffers import contiguous
+from sbn_kernels.common.buffers import contiguous, with_rows
 from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.runtime.capability import Needs, require
 from sbn_kernels.runtime.launch import Launcher
@@ -59,7 +59,7 @@ def _int8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if tokens == 0:
         return y
     codes, scale = contiguous(codes, scale)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = with_rows(x)
     _launch(
         (ceil_div(features, _ROWS), 1, 1),
         (x, codes, y, scale),

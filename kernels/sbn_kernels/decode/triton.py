@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 import sbn_kernels.gemm.sm90.gemm  # noqa: F401 (registers the kernels that read the same words for more tokens)
-from sbn_kernels.common.buffers import aligned_tokens, contiguous
+from sbn_kernels.common.buffers import aligned_tokens, contiguous, with_rows
 from sbn_kernels.common.checks import check_gemm_arguments, check_packed
 from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.common.packing import pack_dense, pack_nonzeros24
@@ -123,7 +123,7 @@ def _decode_gemm(
     k_steps = packed.shape[1]
     scale, row_scale, some_bias = contiguous(scale, row_scale, scale if bias is None else bias)
     if portable:
-        x8 = x8 if x8.stride(1) == 1 else x8.contiguous()
+        x8 = with_rows(x8)
         _portable(
             (ceil_div(out_features, 64), 1, 1),
             (x8, packed, y, scale, row_scale, some_bias),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sbn_kernels.common.buffers import with_rows
 from sbn_kernels.prepare.triton import NEEDS, sums_of_rows
 from sbn_kernels.runtime.capability import require
 
@@ -34,4 +35,4 @@ def row_sums(
     if len(weight) == 0:
         empty = torch.empty(0, dtype=torch.float32, device=weight.device)
         return empty, empty.int() if count else None
-    return sums_of_rows(weight if weight.stride(1) == 1 else weight.contiguous(), mask_bits, row_scale, count)
+    return sums_of_rows(with_rows(weight), mask_bits, row_scale, count)

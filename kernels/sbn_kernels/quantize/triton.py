@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.common.buffers import empty_tokens, empty_vector
-from sbn_kernels.common.checks import FLOAT_DTYPES, refuse_gradients
+from sbn_kernels.common.checks import FLOAT_DTYPES, check_bits, refuse_gradients
 from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.common.maxima import larger
 from sbn_kernels.common.token_codes import largest, token_codes, token_scale
@@ -141,8 +141,7 @@ def quantize_tokens(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
         raise ValueError(f"quantize_tokens needs [tokens, features] with features > 0, not {list(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"quantize_tokens needs float32, bfloat16 or float16, not {x.dtype}")
-    if bits not in (8, 4):
-        raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+    check_bits(bits)
     refuse_gradients(x)
     q, scale = torch.ops.sbn_kernels.quantize_tokens(x, bits)
     return q, scale

@@ -17,23 +17,24 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.common.buffers import empty_tokens, empty_vector, with_rows
-from sbn_kernels.common.checks import check_scale, refuse_gradients
+from sbn_kernels.common.checks import check_bits, check_scale, refuse_gradients
 from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.common.maxima import larger, magnitude
-from sbn_kernels.common.token_codes import largest, token_codes, token_scale
+from sbn_kernels.common.token_codes import largest, store_codes, token_scale
 from sbn_kernels.gradients.reference import QuantizedGradient, check_seed
 from sbn_kernels.gradients.triton import maxima_grid, outputs_for, round_to, zero_maxima
 from sbn_kernels.runtime.capability import interpreting, require
 from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
-from sbn_kernels.swiglu.triton import MAX_FEATURES, NEEDS, blocks, check_gates, check_pair, quantize_row
-
-
-@triton.jit
-def _gradients(d, gate, up):
-    """The gradients of gates and ups, in float32."""
-    sigma = 1.0 / (1.0 + tl.exp(-gate))
-    return d * up * sigma * (1.0 + gate * (1.0 - sigma)), d * gate * sigma
+from sbn_kernels.swiglu.triton import (
+    MAX_FEATURES,
+    NEEDS,
+    blocks,
+    check_gates,
+    check_pair,
+    gradients_of_product,
+    quantize_row,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "span"])
@@ -66,7 +67,7 @@ def swiglu_backward_maxima_kernel(
         if CODES:
             gate *= tl.load(code_scale_pointer + 2 * row, mask=row < rows, other=0.0)[:, None]
             up *= tl.load(code_scale_pointer + 2 * row + 1, mask=row < rows, other=0.0)[:, None]
-        d_gate, d_up = _gradients(d, gate, up)
+        d_gate, d_up = gradients_of_product(d, gate, up)
         d_gate, d_up = d_gate.to(d_gate_pointer.dtype.element_ty), d_up.to(d_up_pointer.dtype.element_ty)
         tl.store(d_gate_pointer + wide * dx_stride + column[None, :], d_gate, mask=inside)
         tl.store(d_up_pointer + wide * dx_stride + column[None, :], d_up, mask=inside)
@@ -111,11 +112,9 @@ def _save_row(x_row, code_row, scale_pointer, features, MAIN: tl.constexpr, TAIL
         reduced = larger(reduced, largest(tail, 0, True))
     scale = token_scale(reduced, features, 8)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    column = tl.arange(0, MAIN)
-    tl.store(code_row + column, token_codes(main, scale, inverse, 8, FUSED), mask=column < features)
+    store_codes(code_row, main, scale, inverse, features, 8, 0, MAIN, FUSED)
     if TAIL > 0:
-        column = MAIN + tl.arange(0, TAIL)
-        tl.store(code_row + column, token_codes(tail, scale, inverse, 8, FUSED), mask=column < features)
+        store_codes(code_row, tail, scale, inverse, features, 8, MAIN, TAIL, FUSED)
     tl.store(scale_pointer + tl.arange(0, 1), scale)
 
 
@@ -285,8 +284,7 @@ def swiglu_quantize_and_save(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, 
         UnsupportedError: If there is no GPU.
     """
     check_gates(x)
-    if bits not in (8, 4):
-        raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+    check_bits(bits)
     q, scale, codes, code_scale = torch.ops.sbn_kernels.swiglu_quantize_and_save(x, bits)
     return q, scale, codes, code_scale
 

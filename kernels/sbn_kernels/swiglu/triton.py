@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.common.buffers import empty_tokens, empty_vector, with_rows
-from sbn_kernels.common.checks import FLOAT_DTYPES, refuse_gradients
+from sbn_kernels.common.checks import FLOAT_DTYPES, check_bits, refuse_gradients
 from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.common.maxima import larger
-from sbn_kernels.common.token_codes import reduced_row, token_codes, token_scale
+from sbn_kernels.common.token_codes import reduced_row, store_codes, token_scale
 from sbn_kernels.runtime.capability import Needs, interpreting, require
 from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
@@ -51,11 +51,9 @@ def quantize_row(
         reduced = larger(reduced, other) if BITS == 8 else reduced + other
     scale = token_scale(reduced, features, BITS)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    column = tl.arange(0, MAIN)
-    tl.store(q_row + column, token_codes(main, scale, inverse, BITS, FUSED), mask=column < features)
+    store_codes(q_row, main, scale, inverse, features, BITS, 0, MAIN, FUSED)
     if TAIL > 0:
-        column = MAIN + tl.arange(0, TAIL)
-        tl.store(q_row + column, token_codes(tail, scale, inverse, BITS, FUSED), mask=column < features)
+        store_codes(q_row, tail, scale, inverse, features, BITS, MAIN, TAIL, FUSED)
     tl.store(scale_pointer + tl.arange(0, 1), scale)
 
 
@@ -83,6 +81,13 @@ def swiglu_pair_quantize_kernel(
 
 
 @triton.jit
+def gradients_of_product(d, gate, up):
+    """The gradients of gates and ups from that of silu(gate) * up, in float32."""
+    sigma = 1.0 / (1.0 + tl.exp(-gate))
+    return d * up * sigma * (1.0 + gate * (1.0 - sigma)), d * gate * sigma
+
+
+@triton.jit
 def _backward_block(d_row, gate_row, up_row, d_gate_row, d_up_row, features, BLOCK: tl.constexpr):
     """The gradients of one block of columns of one row."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -90,8 +95,7 @@ def _backward_block(d_row, gate_row, up_row, d_gate_row, d_up_row, features, BLO
     d = tl.load(d_row + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_row + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_row + column, mask=inside, other=0.0).to(tl.float32)
-    sigma = 1.0 / (1.0 + tl.exp(-gate))
-    d_gate, d_up = d * up * sigma * (1.0 + gate * (1.0 - sigma)), d * gate * sigma
+    d_gate, d_up = gradients_of_product(d, gate, up)
     tl.store(d_gate_row + column, d_gate.to(d_gate_row.dtype.element_ty), mask=inside)
     tl.store(d_up_row + column, d_up.to(d_up_row.dtype.element_ty), mask=inside)
 
@@ -256,8 +260,7 @@ def swiglu_quantize(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
         UnsupportedError: If there is no GPU.
     """
     check_gates(x)
-    if bits not in (8, 4):
-        raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+    check_bits(bits)
     q, scale = torch.ops.sbn_kernels.swiglu_quantize(x, bits)
     return q, scale
 
@@ -300,8 +303,7 @@ def swiglu_pair_quantize(gate: Tensor, up: Tensor, bits: int = 8) -> tuple[Tenso
         UnsupportedError: If there is no GPU.
     """
     check_pair(gate, up)
-    if bits not in (8, 4):
-        raise ValueError(f"activations are quantised to 8 or 4 bits, not {bits}")
+    check_bits(bits)
     q, scale = torch.ops.sbn_kernels.swiglu_pair_quantize(gate, up, bits)
     return q, scale
 
