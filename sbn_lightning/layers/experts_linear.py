@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sbn_lightning.backends.reference import TernaryWeight
-from sbn_lightning.layers.options import check_tokens
+from sbn_lightning.layers.options import check_tokens, result_dtype
 from sbn_lightning.layers.packed import KERNEL_DTYPES, PackedTernaryLinear, packed_layer
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.layers.sparse_linear import SparseLinear
@@ -118,11 +118,6 @@ def _of_one(sparsity: SparsityConfig, experts: int) -> SparsityConfig:
     return replace(sparsity, split_sizes=own)
 
 
-def _result_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 class DenseExperts(nn.Linear):
     """The weights of all experts, dense.
 
@@ -167,7 +162,7 @@ class SparseExpertsLinear(SparseLinear):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input: Tensor, counts: Tensor, swiglu: bool = False) -> Tensor:  # type: ignore[override]
         """Multiply tokens that are sorted by expert; see :meth:`SparseBitExperts.forward`."""
-        dtype = _result_dtype(input)
+        dtype = result_dtype(input)
         with torch.autocast(input.device.type, enabled=False):
             x = input.to(dtype)
             x = apply_swiglu(x) if swiglu else x
@@ -226,7 +221,7 @@ class SparseBitExperts(SparseBitLinear):
             ``[tokens, rows]``, in the dtype of ``input``, or in autocast's dtype where autocast is on.
         """
         check_tokens(input, f"{type(self).__name__}({self.in_features}, {self.out_features})")
-        dtype = _result_dtype(input)
+        dtype = result_dtype(input)
         with torch.autocast(input.device.type, enabled=False):
             self.prepare()
             x = input if self.activation_bits is not None else input.to(dtype)
@@ -311,7 +306,7 @@ class PackedExperts(PackedTernaryLinear):
                 if the layer is given slices of tokens. None means whole tokens.
         """
         check_tokens(x, f"PackedExperts({self.in_features}, {self.out_features})")
-        dtype = _result_dtype(x)
+        dtype = result_dtype(x)
         if self._settled_for != (self.backend, self.codes.device):
             self._settle()
         with torch.autocast(x.device.type, enabled=False):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sbn_lightning.layers.options import result_dtype
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -71,9 +72,8 @@ def _joined_pair(gate: nn.Module, up: nn.Module, last: nn.Module, x: Tensor) -> 
         return None
     if gate.bias is not None or up.bias is not None:
         return None
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = result_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
         operands = tuple(layer.for_gradients() for layer in layers)
         y: Tensor | None = gate.backend.gated_pair(x, operands, backends, dtype)
         return y if y is None or last.bias is None else y + last.bias.to(y.dtype)
@@ -86,8 +86,7 @@ def _joined(first: nn.Module, last: nn.Module, x: Tensor, quantized: tuple[Tenso
     join = getattr(first.backend, "gated", None)
     if join is None or type(last.backend) is not type(first.backend) or first.bias is not None:
         return None
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = result_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
         y: Tensor | None = join(x, first.for_gradients(), last.for_gradients(), last.backend, dtype, quantized)
         return y if y is None or last.bias is None else y + last.bias.to(y.dtype)

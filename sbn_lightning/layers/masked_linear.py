@@ -35,7 +35,7 @@ from sbn_lightning.layers.mask_tracker import (
     trust_weights,
     weights_are_trusted,
 )
-from sbn_lightning.layers.options import check_tokens, config_option
+from sbn_lightning.layers.options import check_tokens, config_option, result_dtype
 from sbn_lightning.layers.saved_masks import SavedMask
 from sbn_lightning.sparsity.config import Gradient, Kind, MaskSource, SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, unpack_mask
@@ -242,9 +242,8 @@ class MaskedLinear(SavedMask):
         """
         if not input.is_floating_point():
             check_tokens(input, f"{type(self).__name__}({self.in_features}, {self.out_features})")
-        device = input.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
-        with torch.autocast(device, enabled=False):
+        dtype = result_dtype(input)
+        with torch.autocast(input.device.type, enabled=False):
             y = self._multiply(input, swiglu, dtype, quantized)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -1,10 +1,11 @@
-"""What every layer with a :class:`~sbn_lightning.sparsity.config.SparsityConfig` shares: its options as attributes."""
+"""What layers share: their options as attributes, a check of the tokens, and the dtype of the result."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sbn_lightning.core.errors import ConfigError
@@ -20,6 +21,12 @@ def config_option(name: str) -> Any:
         layer.sparsity = replace(layer.sparsity, **{name: value})
 
     return property(read, write, doc=f"The field ``{name}`` of ``sparsity``.")
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of a layer's result: autocast's dtype where autocast is on, else the dtype of the tokens."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def check_tokens(x: Tensor, layer: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sbn_lightning.layers.options import check_tokens, config_option
+from sbn_lightning.layers.options import check_tokens, config_option, result_dtype
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, nonzeros_per_group
@@ -95,11 +95,10 @@ class PackedTernaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tokens(x, f"PackedTernaryLinear({self.in_features}, {self.out_features})")
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = result_dtype(x)
         if self._settled_for != (self.backend, self.codes.device):
             self._settle()
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             wants_gradient = torch.is_grad_enabled() and x.requires_grad  # The kernels have no backward.
             by_kernels = self._kernel is not None and x.dtype in KERNEL_DTYPES and not wants_gradient
             y = self._by_kernels(x, dtype) if by_kernels else self._by_reference(x, dtype)
