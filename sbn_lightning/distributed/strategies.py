@@ -83,7 +83,29 @@ def check_checkpoint(path: str | Path | None, strategy: Any) -> None:
                 )
 
 
-class ShardedStrategy(ModelParallelStrategy):
+def _check_reduce_dtype(name: str) -> None:
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError(f"reduce_dtype={name!r} is not 'float32' or 'bfloat16'")
+
+
+class _Together(Strategy):
+    """How the ranks of this package's strategies meet, and how they stop."""
+
+    _timeout: timedelta | None
+
+    @override
+    def setup_environment(self) -> None:
+        send_first()
+        meet_afresh(self._timeout or TIMEOUT)
+        super().setup_environment()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        stop_together(trainer)
+        super().setup(trainer)
+
+
+class ShardedStrategy(_Together, ModelParallelStrategy):
     """Shards latent weights, gradients and optimiser states over all GPUs: ``trainer.strategy: sbn_fsdp2``.
 
     This strategy uses all GPUs for data parallelism. ``ModelParallelStrategy`` would give all GPUs of a node to tensor
@@ -118,8 +140,7 @@ class ShardedStrategy(ModelParallelStrategy):
         reduce: Reduce = "micro_batch",
         **options: Any,
     ) -> None:
-        if reduce_dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"reduce_dtype={reduce_dtype!r} is not 'float32' or 'bfloat16'")
+        _check_reduce_dtype(reduce_dtype)
         if gather not in get_args(Gather):
             raise ConfigError(f"gather={gather!r} is not one of {', '.join(get_args(Gather))}")
         if reduce not in get_args(Reduce):
@@ -136,14 +157,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._tensor_parallel_size = 1
         self._data_parallel_size = self.num_nodes * self.num_processes
-        send_first()
-        meet_afresh(self._timeout or TIMEOUT)
         super().setup_environment()
-
-    @override
-    def setup(self, trainer: Trainer) -> None:
-        stop_together(trainer)
-        super().setup(trainer)
 
     @override
     @contextmanager
@@ -154,7 +168,7 @@ class ShardedStrategy(ModelParallelStrategy):
             yield
 
 
-class ReplicatedStrategy(DDPStrategy):
+class ReplicatedStrategy(_Together, DDPStrategy):
     """Lightning's ``DDPStrategy`` with the options that suit masked models: ``trainer.strategy: sbn_ddp``.
 
     Buffers are not broadcast: every rank computes the same masks. Gradients lie in the buffers that DDP sends, so
@@ -177,8 +191,7 @@ class ReplicatedStrategy(DDPStrategy):
         timeout: timedelta = TIMEOUT,
         **options: Any,
     ) -> None:
-        if reduce_dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"reduce_dtype={reduce_dtype!r} is not 'float32' or 'bfloat16'")
+        _check_reduce_dtype(reduce_dtype)
         if reduce_dtype == "bfloat16":
             if options.get("ddp_comm_hook") is not None:
                 raise ConfigError("reduce_dtype='bfloat16' is a ddp_comm_hook itself: leave one of the two out")
@@ -190,17 +203,6 @@ class ReplicatedStrategy(DDPStrategy):
             options.setdefault(broadcast, False)
         options.setdefault("gradient_as_bucket_view", True)
         super().__init__(timeout=timeout, **options)
-
-    @override
-    def setup_environment(self) -> None:
-        send_first()
-        meet_afresh(self._timeout or TIMEOUT)
-        super().setup_environment()
-
-    @override
-    def setup(self, trainer: Trainer) -> None:
-        stop_together(trainer)
-        super().setup(trainer)
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
