@@ -41,9 +41,10 @@ from research.pretrained.report import copying as report_copying
 from research.pretrained.report import report
 from research.pretrained.report import tasks as report_tasks
 from research.pretrained.speed import measure_speed, random_weights
-from research.pretrained.train import FILE, STATE, Setting, Training
+from research.pretrained.train import FILE, Setting, Training
 from research.pretrained.trials import SHORT, WAYS, Trial, lengthy, long, short, untrained
 from research.queue import append_row, claim, read_rows
+from research.training import STATE
 from sbn_lightning.core.files import write_text
 from sbn_lightning.data.tokenizer import find_eos
 from sbn_lightning.evaluation.probes import make_tasks, probe

@@ -44,7 +44,7 @@ class _Score:
         causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
         weights = logits.masked_fill(~causal, float("-inf")).softmax(-1)
         # The token at place t came at t - span before, and was followed by the token at t - span + 1.
-        found = weights.diagonal(1 - self.span, -2, -1)  # The first column is that of place span - 1.
+        found = weights.diagonal(1 - self.span, -2, -1)  # The first column belongs to place span - 1.
         self.scores = found[..., 2:].mean((0, 2)).cpu()
         return causal_attention(q, k, v, window)
 

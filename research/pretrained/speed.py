@@ -110,7 +110,7 @@ def _time(training: Training, steps: int, top: int) -> dict[str, Any]:
 
 
 def _profile(training: Training, top: int) -> dict[str, Any]:
-    """Return the milliseconds of the kernels of a step (on a CPU: of its operators), and the longest of them."""
+    """Return the milliseconds that the kernels of a step take (on a CPU: its operators), and the longest kernels."""
     activities = torch.profiler.ProfilerActivity
     on, kind = (activities.CUDA, "device") if training.setting.device.type == "cuda" else (activities.CPU, "cpu")
     with torch.profiler.profile(activities=[on]) as profiler:

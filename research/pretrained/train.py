@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from research.pretrained.trials import Trial
 from research.queue import append_row
+from research.training import autocast, forward_context, load_state, save_state
 from sbn_lightning import MaskedDecay, Rounding, SparseTernaryPrecision, SparsitySchedule, TernaryTransformer
-from sbn_lightning.core.files import atomic_file
 from sbn_lightning.formats.load import load_model, read_config
 from sbn_lightning.layers.masked_linear import masked_layers
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
@@ -33,7 +33,6 @@ from sbn_lightning.training.schedules import learning_rate_factor
 FILE, ANSWERS = "results.jsonl", "answers.jsonl"
 # The least seconds between two saves of a trial. It is saved when the held-out text is measured.
 SAVE_EVERY = 100.0
-STATE = "state.pt"
 
 
 @dataclass
@@ -186,12 +185,7 @@ class Training:
         return setting.train[places.to(setting.device)].long()
 
     def _context(self) -> AbstractContextManager[None]:
-        if self.plugin is not None:
-            return self.plugin.forward_context()
-        return self._autocast()
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.setting.device.type, torch.bfloat16, enabled=self.setting.device.type == "cuda")
+        return forward_context(self.plugin, self.setting.device)
 
     def _held_out(self, tokens: Tensor) -> Iterator[Tensor]:
         rows = tokens[: len(tokens) // (self.setting.length + 1) * (self.setting.length + 1)]
@@ -226,7 +220,7 @@ class Training:
         losses: dict[str, float] = {}
         for name, tokens in self.setting.held_out.items():
             batch = next(self._held_out(tokens))
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), autocast(self.setting.device):
                 parts = [float(model.loss(row[:, :-1].long(), row[:, 1:].long())) for row in batch.split(4)]
             losses[name] = sum(parts) / len(parts)
         return losses
@@ -283,15 +277,12 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.folder / STATE) as path:
-            torch.save(state, path)
+        save_state(self.folder, state)
 
     def _load(self) -> None:
-        file = self.folder / STATE
-        if not file.is_file():
+        state = load_state(self.folder, self.setting.device)
+        if state is None:
             return
-        state = torch.load(file, map_location=self.setting.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:

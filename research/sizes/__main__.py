@@ -27,8 +27,9 @@ import torch
 from research.queue import append_row, claim, read_rows
 from research.sizes.rates import AT_15M, best_rates, is_complete, resolve
 from research.sizes.rounds import ROUNDS
-from research.sizes.train import FILE, STATE, Setting, Training
+from research.sizes.train import FILE, Setting, Training
 from research.sizes.trials import Trial, tokens_of
+from research.training import STATE
 
 SUFFIXES = [".py", ".md", ".rst", ".txt"]
 OVERHEAD = 12.0  # seconds of a trial besides its steps

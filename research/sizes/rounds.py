@@ -47,7 +47,7 @@ def ideas(seed: int) -> Iterator[Trial]:
 
 def main() -> Iterator[Trial]:
     """Yield the study. The longest trials come first, because several processes share a GPU."""
-    # These are done (results.jsonl), but for a few seeds at 2M, where 560 steps are too few to tell much.
+    # results.jsonl has these, except a few seeds at 2M. There 560 steps are too few to tell much.
     yield from trials("15M", 10, [1], ("8:8", "2:4", "decay"))
     yield from sweep()
     yield from trials("2M", 10, [1, 2, 3], ("8:8", "2:4", "decay"))

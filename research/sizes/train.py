@@ -22,8 +22,8 @@ from research.queue import append_row
 from research.sizes.muon import MuonAdamW
 from research.sizes.trials import SIZES, Trial
 from research.sizes.variants import EXACT, LearnedMask, learn_masks, settle_masks
+from research.training import STATE, forward_context, load_state, save_state
 from sbn_lightning import MaskedDecay, SparseTernaryPrecision, SparsitySchedule, TernaryTransformer, TransformerConfig
-from sbn_lightning.core.files import atomic_file
 from sbn_lightning.layers.masked_linear import masked_layers
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.schedule.curves import cosine_to_zero
@@ -32,7 +32,6 @@ from sbn_lightning.training.parameter_groups import parameter_groups
 from sbn_lightning.training.schedules import learning_rate_factor
 
 FILE = "results.jsonl"
-STATE = "state.pt"
 WARMUP = 100  # optimiser steps
 FLOOR = 0.03  # the learning rate at the last step, as a share of the peak
 WEIGHT_DECAY = 0.1
@@ -215,10 +214,7 @@ class Training:
         return rows[order[place * setting.batch : (place + 1) * setting.batch]].long()
 
     def _context(self) -> AbstractContextManager[None]:
-        if self.plugin is not None:
-            return self.plugin.forward_context()
-        device = self.setting.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+        return forward_context(self.plugin, self.setting.device)
 
     def _held_out(self) -> Iterator[Tensor]:
         setting = self.setting
@@ -267,15 +263,12 @@ class Training:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.folder / STATE) as path:
-            torch.save(state, path)
+        save_state(self.folder, state)
 
     def _load(self) -> None:
-        file = self.folder / STATE
-        if not file.is_file():
+        state = load_state(self.folder, self.setting.device)
+        if state is None:
             return
-        state = torch.load(file, map_location=self.setting.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
