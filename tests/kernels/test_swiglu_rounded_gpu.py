@@ -9,8 +9,6 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 import sbn_kernels as sk
-from sbn_kernels.gradients import cross_entropy_rounded
-from sbn_kernels.gradients.reference import cross_entropy_rounded_reference
 from sbn_kernels.swiglu.reference import gates_of_codes, saved_gates_reference, swiglu_backward_reference
 from sbn_kernels.swiglu.rounded import (
     swiglu_backward_of_codes,
@@ -20,7 +18,7 @@ from sbn_kernels.swiglu.rounded import (
 )
 from sbn_kernels.swiglu.triton import swiglu_pair_backward
 
-from sbn_lightning.backends import int8_head
+from tests.kernels.int8_head import check_cross_entropy, parts_by_kernels_and_twins
 
 
 @pytest.mark.parametrize(("tokens", "features"), [(1, 1), (77, 300), (1000, 4864), (4096, 8960), (513, 14336)])
@@ -59,13 +57,7 @@ def test_int8_head_equals_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(300, 256, device="cuda").bfloat16(), torch.randn(5000, 256, device="cuda")
     target = torch.randint(5000, (300,), device="cuda")
-    found = []
-    for twins in (False, True):
-        if twins:
-            monkeypatch.setattr(int8_head, "_arithmetic", lambda tensor: int8_head._TWINS)
-        head = int8_head.Int8Head(hidden, weight, target)
-        found.append([x for i in range(2) for x in head.part(slice(200 * i, 200 * i + 200), i, 1 / 300)])
-    for by_kernels, by_twins in zip(*found, strict=True):
+    for by_kernels, by_twins in parts_by_kernels_and_twins(monkeypatch, hidden, weight, target, 200):
         # Exponentials differ in their last bits, so a few codes differ by one.
         assert (by_kernels - by_twins).norm() < 1e-2 * by_twins.norm()
 
@@ -74,13 +66,4 @@ def test_int8_head_equals_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cross_entropy_equals_its_twin(tokens: int, classes: int) -> None:
     torch.manual_seed(0)
     logits = (5 * torch.randn(tokens, classes, device="cuda")).bfloat16()
-    target, seed = torch.randint(classes, (tokens,), device="cuda"), torch.tensor([3], device="cuda")
-    class_scale, token_scale = torch.rand(classes, device="cuda") + 0.1, torch.rand(tokens, device="cuda") + 0.1
-    loss, ours = cross_entropy_rounded(logits, class_scale, target, 0.01, token_scale, seed, 2)
-    wanted, twin = cross_entropy_rounded_reference(logits, class_scale, target, 0.01, token_scale, seed, 2)
-    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-4)
-    for name in ("token_scale", "channel_scale"):
-        torch.testing.assert_close(getattr(ours, name), getattr(twin, name), rtol=1e-3, atol=1e-30)
-    for name in ("tokens", "channels"):
-        difference = (getattr(ours, name).int() - getattr(twin, name).int()).abs()
-        assert difference.sum() <= 0.01 * difference.numel() + 1
+    check_cross_entropy(logits, {"rtol": 1e-4, "atol": 1e-4}, 1e-3)

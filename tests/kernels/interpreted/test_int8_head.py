@@ -3,9 +3,9 @@
 import pytest
 import torch
 from sbn_kernels.gradients import cross_entropy_rounded
-from sbn_kernels.gradients.reference import cross_entropy_rounded_reference
 
 from sbn_lightning.backends import int8_head
+from tests.kernels.int8_head import check_cross_entropy, parts_by_kernels_and_twins
 
 
 @pytest.mark.usefixtures("poisoned_buffers")
@@ -13,13 +13,7 @@ def test_kernels_equal_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     # In float32, because the interpreter does not round results to the nearest bfloat16.
     hidden, weight, target = torch.randn(70, 48), torch.randn(101, 48), torch.randint(101, (70,))
     assert int8_head._arithmetic(hidden) is not int8_head._TWINS
-    found = []
-    for twins in (False, True):
-        if twins:
-            monkeypatch.setattr(int8_head, "_arithmetic", lambda tensor: int8_head._TWINS)
-        head = int8_head.Int8Head(hidden, weight, target)
-        found.append([x for i in range(2) for x in head.part(slice(64 * i, 64 * i + 64), i, 1 / 70)])
-    for by_kernels, by_twins in zip(*found, strict=True):
+    for by_kernels, by_twins in parts_by_kernels_and_twins(monkeypatch, hidden, weight, target, 64):
         assert by_kernels.dtype == by_twins.dtype
         # Exponentials differ in their last bits, so a few codes differ by one.
         assert (by_kernels - by_twins).norm() < 1e-3 * by_twins.norm()
@@ -28,16 +22,7 @@ def test_kernels_equal_twins(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("poisoned_buffers")
 @pytest.mark.parametrize(("tokens", "classes"), [(1, 1), (70, 300), (9, 20), (0, 5)])
 def test_cross_entropy(tokens: int, classes: int) -> None:
-    logits, target = 5 * torch.randn(tokens, classes), torch.randint(classes, (tokens,))
-    class_scale, token_scale, seed = torch.rand(classes) + 0.1, torch.rand(tokens) + 0.1, torch.tensor([3])
-    loss, ours = cross_entropy_rounded(logits, class_scale, target, 0.01, token_scale, seed, 2)
-    wanted, twin = cross_entropy_rounded_reference(logits, class_scale, target, 0.01, token_scale, seed, 2)
-    torch.testing.assert_close(loss, wanted)
-    for name in ("token_scale", "channel_scale"):
-        torch.testing.assert_close(getattr(ours, name), getattr(twin, name), rtol=1e-4, atol=1e-30)
-    for name in ("tokens", "channels"):
-        difference = (getattr(ours, name).int() - getattr(twin, name).int()).abs()
-        assert difference.sum() <= 0.01 * difference.numel() + 1
+    check_cross_entropy(5 * torch.randn(tokens, classes), {}, 1e-4)
 
 
 def test_a_target_that_is_no_class_makes_its_loss_nan() -> None:
