@@ -56,7 +56,7 @@ class GatedFunction(torch.autograd.Function):
 
         ``x`` is ``[tokens, in]``. Each of the two layers brings its latent weight, for the gradient; the fields of its
         :class:`~sbn_lightning.backends.integer.KernelWeight`; the mask of its gradient (None lets all weights have
-        gradients); the bits of a quantised token; and a seed. ``dtype`` is that of gates and ups, too. With
+        gradients); the bits of a quantised token; and a seed. Gates and ups have ``dtype``, too. With
         ``saved_gates`` these are saved as int8 codes. ``x8`` and ``scale`` are the quantised tokens if they exist
         already.
         """

@@ -51,7 +51,7 @@ def quantize(tokens: Tensor, bits: int, magnitude: Tensor | None = None) -> tupl
     Args:
         tokens: ``[tokens, in]``.
         bits: 8 or 4.
-        magnitude: The magnitude of the whole tokens, ``[tokens, 1]``, if ``tokens`` holds slices of them. Plain PyTorch
+        magnitude: The magnitude of the whole tokens, ``[tokens, 1]``, if ``tokens`` holds slices. Plain PyTorch
             quantises slices, because the kernel has no place for a magnitude.
 
     Returns:

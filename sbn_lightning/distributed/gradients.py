@@ -119,7 +119,7 @@ class GradientScatter:
     def _collect(self, gradient: _Gradient) -> None:
         if not self._waits_for_end:
             self._waits_for_end = True
-            begin_collectives()  # Kernels of the backward make room for them.
+            begin_collectives()  # Kernels of the backward make room for the collectives.
             Variable._execution_engine.queue_callback(self._finish)
         if gradient.whole.nbytes >= self._most_alone:
             self._send([gradient])

@@ -45,7 +45,7 @@ class TeacherRows:
     Attributes:
         sequence_length: The number of inputs of the window.
         top_k: How many next tokens of the teacher are stored for each input.
-        vocab_size: The vocabulary size of the teacher. It may be larger than that of the text.
+        vocab_size: The vocabulary size of the teacher. The vocabulary of the text may be smaller.
         teacher: The teacher's path, for messages.
     """
 

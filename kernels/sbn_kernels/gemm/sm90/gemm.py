@@ -58,7 +58,7 @@ def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
     """Chooses the tokens of a tile: the least waves times (tile + a fixed cost for the epilogue and the codes).
 
     The fixed cost was fitted to 2:4 products of 512 to 8,192 tokens on an H200, shapes of Qwen2.5 1.5B and 3B. The
-    choice is then the fastest tile in all 24 of them.
+    rule then chooses the fastest tile in all 24 cases.
     """
 
     def cost(tile: int) -> tuple[int, int]:
