@@ -21,8 +21,9 @@ from sbn_lightning.sparsity.ternary import expand_scale, weight_scale
 
 LLAMA_3_8B_BLOCKS = "llama-3-8b, 4 blocks"
 FOREIGN_1B = "transformers llama-1.1b"
+SMOLLM2_135M = "smollm2-135m"
 SMALL = "15.5M, as in the reproduction"
-SHAPES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", LLAMA_3_8B_BLOCKS, FOREIGN_1B, SMALL)
+SHAPES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", LLAMA_3_8B_BLOCKS, FOREIGN_1B, SMOLLM2_135M, SMALL)
 
 
 class ForeignModel(nn.Module):
@@ -67,6 +68,9 @@ def make_config(shape: str, sequence_length: int, checkpointing: bool, layers: i
     if shape == LLAMA_3_8B_BLOCKS:
         blocks = {"d_model": 4096, "d_ffn": 14336, "n_heads": 32, "n_kv_heads": 8, "n_layers": 4, "vocab_size": 32000}
         return TransformerConfig(**{"rope_theta": 5e5, **blocks, **changes})
+    if shape == SMOLLM2_135M:
+        smol = {"d_model": 576, "d_ffn": 1536, "n_heads": 9, "n_kv_heads": 3, "n_layers": 30, "vocab_size": 49152}
+        return TransformerConfig(**{"rope_theta": 1e5, "tie_embeddings": True, **smol, **changes})
     if shape == SMALL:
         small = {"d_model": 512, "d_ffn": 1408, "n_heads": 8, "n_kv_heads": 2, "n_layers": 4, "vocab_size": 8192}
         return TransformerConfig(**{**small, **changes})
