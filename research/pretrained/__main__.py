@@ -252,6 +252,7 @@ def main() -> None:
     train.add_argument("--tasks", help="a folder that the command `tasks` wrote")
     train.add_argument("--gradients", default="bf16")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    train.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs, on a GPU")
     speed = commands.add_parser("speed")
     speed.add_argument("--weights", help="the checkpoint that `corpus` wrote; default: random weights of SmolLM2-135M")
     speed.add_argument("--output", default="results/pretrained")
@@ -264,6 +265,7 @@ def main() -> None:
     speed.add_argument("--top", type=int, default=0, help="how many of the longest kernels to write")
     speed.add_argument("--gradients", default="bf16")
     speed.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    speed.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs, on a GPU")
     copying = commands.add_parser("copying")
     copying.add_argument("--weights", required=True, help="the checkpoint that `corpus` wrote")
     copying.add_argument("--output", default="results/pretrained")
@@ -312,7 +314,7 @@ def main() -> None:
         weights = args.weights or random_weights(Path(args.output, "random.ckpt"))
         setting = Setting(
             weights, torch.zeros(0), {}, Path(args.output), device, args.length, compile=args.compile,
-            gradients=args.gradients,
+            graphs=args.graphs, gradients=args.gradients,
         )  # fmt: skip
         trials = [
             Trial(f"{way} {p}", 0, p, distillation=WAYS[way], rounding=0.5) for p in args.patterns for way in args.ways
@@ -336,8 +338,8 @@ def main() -> None:
 
     setting = Setting(
         args.weights, text, held_out, Path(args.output), device, args.length, args.batch,
-        held_out_rows=args.held_out_rows, compile=args.compile, gradients=args.gradients, probe=probe_tasks,
-        expected_speed=args.expected_speed,
+        held_out_rows=args.held_out_rows, compile=args.compile, graphs=args.graphs, gradients=args.gradients,
+        probe=probe_tasks, expected_speed=args.expected_speed,
         ask=functools.partial(ask, items=items, tokenizer=tokenizer, length=args.length),
     )  # fmt: skip
     print(f"{len(text):,} tokens to train on; held out: { {k: len(v) for k, v in held_out.items()} }", flush=True)

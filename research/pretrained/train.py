@@ -1,7 +1,8 @@
 """Train one trial in a plain loop, and write a row each time that the held-out text is measured.
 
 The text lies on the device as one long row of token ids. A step draws its windows with a seed of its own, so a trial
-that continues sees the same windows as one that never stopped.
+that continues sees the same windows as one that never stopped. On a GPU, the forward and the backward of a step are two
+CUDA graphs, and nothing in a step makes the host wait for the GPU.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from sbn_lightning.layers.masked_linear import masked_layers
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.models.config import LayerRule
 from sbn_lightning.training.distillation import Distillation, Distiller
+from sbn_lightning.training.graphs import GraphedLoss
 from sbn_lightning.training.schedules import learning_rate_factor
 
 FILE, ANSWERS = "results.jsonl", "answers.jsonl"
 # The least seconds between two saves of a trial. It is saved when the held-out text is measured.
 SAVE_EVERY = 100.0
+# The number of steps whose windows are drawn at once. Their way to the GPU makes the host wait.
+AHEAD = 512
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Setting:
         marks: The numbers of training tokens after which the held-out texts are measured.
         held_out_rows: How many sequences of each held-out text are measured; a multiple of ``batch``, or below it.
         compile: Whether blocks are compiled.
+        graphs: Whether forward and backward are replayed as CUDA graphs; without effect on a CPU.
         gradients: How gradients are rounded; an option of :class:`SparseTernaryPrecision`.
         expected_speed: The tokens a second to plan with until some are measured.
         probe: A function that returns further measurements of a trained model, given a function from token ids
@@ -67,6 +72,7 @@ class Setting:
     marks: tuple[int, ...] = tuple(million * 1_000_000 for million in (1, 2, 5, 10, 20, 50, 100))
     held_out_rows: int = 64
     compile: bool = True
+    graphs: bool = True
     gradients: str = "bf16"
     expected_speed: float = 100_000.0
     probe: Callable[[Callable[[Tensor], Tensor]], list[dict[str, Any]]] | None = None
@@ -105,6 +111,7 @@ class Training:
             self.distiller.check(self.model)
             if setting.compile:
                 self.distiller.teacher.compile_blocks()
+        self.graphed = GraphedLoss() if setting.graphs and setting.device.type == "cuda" else None
         self.optimizer = make_optimizer(self.model, trial)
         self.schedule: SparsitySchedule | None = None
         if dict(masked_layers(self.model)):
@@ -119,6 +126,7 @@ class Training:
         self.seconds = 0.0  # The time of the timed steps.
         self.timed = 0
         self._recent: list[Tensor] = []
+        self._starts: tuple[int, Tensor] | None = None  # The first step that was drawn, and the windows of all drawn.
         self._load()
 
     def run(self, deadline: float = math.inf) -> bool:
@@ -163,10 +171,7 @@ class Training:
             group["lr"] = group["peak"] * factor
         batch = self._windows(self.step)
         with self._context():
-            if self.distiller is None:
-                loss = self.model.loss(batch[:, :-1], batch[:, 1:])
-            else:
-                loss, _ = self.distiller.loss(self.model, batch[:, :-1], batch[:, 1:])
+            loss = self.loss(batch) if self.graphed is None else self.graphed(self.model, self.loss, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -176,13 +181,28 @@ class Training:
         self._recent = [*self._recent[-9:], loss.detach()]
         self.step += 1
 
+    def loss(self, batch: Tensor) -> Tensor:
+        """Return the loss of a batch, int64 ``[batch, length + 1]``: against the text, or against the teacher."""
+        if self.distiller is None:
+            return self.model.loss(batch[:, :-1], batch[:, 1:])
+        return self.distiller.loss(self.model, batch[:, :-1], batch[:, 1:])[0]
+
     def _windows(self, step: int) -> Tensor:
         """Return the token ids of a step, int64 ``[batch, length + 1]``."""
         setting = self.setting
+        first = step // AHEAD * AHEAD
+        if self._starts is None or self._starts[0] != first:
+            last = max(min(first + AHEAD, self.steps), step + 1)
+            self._starts = first, torch.stack([self._draw(one) for one in range(first, last)]).to(setting.device)
+        offsets = torch.arange(setting.length + 1, device=setting.device)
+        return setting.train[self._starts[1][step - first] + offsets].long()
+
+    def _draw(self, step: int) -> Tensor:
+        """Return where the windows of a step begin, int64 ``[batch, 1]``."""
         generator = torch.Generator().manual_seed(self.trial.seed * 1_000_003 + step)
-        starts = torch.randint(len(setting.train) - setting.length, (setting.batch, 1), generator=generator)
-        places = starts + torch.arange(setting.length + 1)
-        return setting.train[places.to(setting.device)].long()
+        return torch.randint(
+            len(self.setting.train) - self.setting.length, (self.setting.batch, 1), generator=generator
+        )
 
     def _context(self) -> AbstractContextManager[None]:
         return forward_context(self.plugin, self.setting.device)

@@ -212,10 +212,8 @@ def _in_chunks(
         else:
             its = teacher[0][part] @ teacher[1].t()
         if hidden.is_cuda and options.is_closed and isinstance(its, Tensor):
-            sums, gradient = _compiled()(
-                student, its, target[part], options.language_model, options.teacher, options.temperature
-            )
-            gradient = gradient / len(hidden)
+            weights = (options.language_model, options.teacher, options.temperature)
+            sums, gradient = _compiled()(student, its, target[part], *weights, 1 / len(hidden))
         else:
             sums, gradient = _by_autograd(student, its, target[part], options, need_dh or need_dw, len(hidden))
         parts += sums
@@ -253,7 +251,13 @@ def _by_autograd(
 
 
 def forward_losses_and_gradient(
-    student: Tensor, teacher: Tensor, target: Tensor, language_model: float, weight: float, temperature: float
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    language_model: float,
+    weight: float,
+    temperature: float,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy and the forward divergence, summed over tokens ``[2]``, and one gradient for both.
 
@@ -264,23 +268,25 @@ def forward_losses_and_gradient(
         language_model: The weight of the cross-entropy in the gradient.
         weight: The weight of the divergence in the gradient.
         temperature: The number by which logits are divided for the divergence.
+        scale: A factor of the gradient alone.
 
     Returns:
         The losses without weights; and the gradient of their weighted sum with respect to ``student``, in the logits'
         dtype.
     """
-    student_logits, teacher_logits = _wide(student), _wide(teacher)
-    log_probabilities = student_logits - student_logits.logsumexp(-1, keepdim=True)
-    q = student_logits / temperature
-    q = q - q.logsumexp(-1, keepdim=True)
-    p = teacher_logits / temperature
-    p = p - p.logsumexp(-1, keepdim=True)
+    q_logits, p_logits = _wide(student), _wide(teacher)
+    log_probabilities = q_logits - q_logits.logsumexp(-1, keepdim=True)
+    q = log_probabilities
+    if temperature != 1:  # A compiler would not see that both are the same at 1.
+        q_logits, p_logits = q_logits / temperature, p_logits / temperature
+        q = q_logits - q_logits.logsumexp(-1, keepdim=True)
+    p = p_logits - p_logits.logsumexp(-1, keepdim=True)
     language = -log_probabilities.gather(-1, target.unsqueeze(-1)).sum()
     divergence = (p.exp() * (p - q)).sum() * temperature**2
     classes = torch.arange(student.shape[-1], device=student.device)
     right = (classes == target.unsqueeze(-1)).to(q.dtype)
     gradient = language_model * (log_probabilities.exp() - right) + weight * temperature * (q.exp() - p.exp())
-    return torch.stack((language, divergence)).float(), gradient.to(student.dtype)
+    return torch.stack((language, divergence)).float(), (gradient * scale).to(student.dtype)
 
 
 @functools.cache
