@@ -100,23 +100,23 @@ class StepAttention:
 
 
 class RowAttention:
-    """Causal attention of a prompt that writes its keys and values into one row of a layer's cache.
+    """Causal attention of prompts that writes their keys and values into rows of a layer's cache.
 
-    The row is a tensor, so a CUDA graph of the call serves every row.
+    The numbers of the rows are a tensor, so a CUDA graph of the call serves all rows.
 
     Args:
         keys: The keys of the layer, ``[B, K, S, E]``.
         values: The values of the layer, ``[B, K, S, E]``.
-        row: The row to write to, int64 ``[1]`` on the device of the cache.
+        rows: The row of each prompt, int64 ``[prompts]`` on the device of the cache.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, row: Tensor) -> None:
-        self.keys, self.values, self.row = keys, values, row
+    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor) -> None:
+        self.keys, self.values, self.rows = keys, values, rows
 
     def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, window: int | None = None) -> Tensor:
         length = k_BKTE.shape[2]
-        self.keys[:, :, :length].index_copy_(0, self.row, k_BKTE)
-        self.values[:, :, :length].index_copy_(0, self.row, v_BKTE)
+        self.keys[:, :, :length].index_copy_(0, self.rows, k_BKTE)
+        self.values[:, :, :length].index_copy_(0, self.rows, v_BKTE)
         return causal_attention(q_BHTE, k_BKTE, v_BKTE, window)
 
 

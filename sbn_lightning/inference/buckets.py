@@ -24,10 +24,11 @@ from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.models.transformer import TernaryTransformer
 
 SHORTEST, LONGEST = 64, 2048
+MOST_TOKENS = 16384  # With more tokens the GPU takes longer than the host, and a graph would hold gigabytes.
 _IN_AN_OCTAVE = 4  # Padding then adds at most a quarter to a prompt of more than 64 tokens.
 
 
-def bucket_of(length: int, slots: int) -> int | None:
+def bucket_of(length: int, slots: int, prompts: int = 1) -> int | None:
     """The length that a prompt is padded to.
 
     The lengths are 64, and for each power of two from 64 on four lengths in even steps: 80, 96, 112, 128, 160 and so
@@ -36,11 +37,13 @@ def bucket_of(length: int, slots: int) -> int | None:
     Args:
         length: The number of tokens of the prompt.
         slots: The number of slots of a row of the cache.
+        prompts: The number of prompts that are read together.
 
     Returns:
-        The length; None for a prompt that is too long for a bucket, or whose padding the row cannot hold.
+        The length; None for a prompt that is too long for a bucket, for prompts of too many tokens together, and for a
+        prompt whose padding the row cannot hold.
     """
-    if length > LONGEST:
+    if length > LONGEST or prompts * length > MOST_TOKENS:
         return None
     if length <= SHORTEST:
         bucket = SHORTEST
@@ -60,14 +63,14 @@ def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
 
 
 class PromptGraphs:
-    """The graphs of a decoder, one for each bucket that was needed twice.
+    """The graphs of a decoder, one for each number of prompts and bucket that was needed twice.
 
     Args:
         model: The model.
         layers: The caches of the decoder's layers.
         lengths: The number of tokens of each row, int64 on the device; reading a prompt sets its row's.
         prompt_pass: What reads prompts; None reads with the model's blocks.
-        cuda_graph: Whether to capture graphs at all. Without graphs a padded prompt runs in the plain way.
+        cuda_graph: Whether to capture graphs at all. Without graphs padded prompts run in the plain way.
     """
 
     def __init__(
@@ -83,12 +86,10 @@ class PromptGraphs:
         self._model, self._lengths, self._pass, self._cuda_graph = model, lengths, prompt_pass, cuda_graph
         self._device = layers[0].keys.device
         self._caches = [(layer.keys, layer.values) for layer in layers]
-        # The row, for the blocks of the model: a compiled block must see the same tensor in every graph.
-        self._row = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._attend = [RowAttention(layer.keys, layer.values, self._row) for layer in layers]
-        # For each bucket what its graph reads: the tokens, the position of the last one, the row, the row's new length.
-        self._inputs: dict[int, Tensor] = {}
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        # The blocks of the model, by number of prompts: a compiled block must see the same tensors in every graph.
+        self._attend: dict[int, list[RowAttention]] = {}
+        self._inputs: dict[tuple[int, int], _Inputs] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None  # The handle of the pool of memory that all graphs share.
 
     def read(self, tokens: Sequence[int], row: int, bucket: int) -> Tensor:
@@ -104,43 +105,84 @@ class PromptGraphs:
         """
         count = len(tokens)
         given = to_device([*tokens, *[0] * (bucket - count), count - 1, row, count], self._device)
-        seen = bucket in self._inputs
-        if not seen:
-            self._inputs[bucket] = given
-        else:
-            self._inputs[bucket].copy_(given)
-        if not seen or not self._cuda_graph:
-            return self._read(bucket)
-        if bucket not in self._graphs:
-            self._graphs[bucket] = self._capture(bucket)
-        graph, logits = self._graphs[bucket]
+        if (1, bucket) not in self._inputs:
+            self._inputs[1, bucket] = _Inputs(given, 1)
+            return self._read(1, bucket)
+        self._inputs[1, bucket].all.copy_(given)
+        return self._replay(1, bucket)
+
+    def read_all(self, tokens_BT: Tensor, lengths_B: Tensor, bucket: int) -> Tensor:
+        """Read a prompt into each row of the cache, from the first slots on, with a graph at once.
+
+        Args:
+            tokens_BT: The prompts on the device, padded at their ends with any token, int64 ``[B, T]``.
+            lengths_B: The lengths of the prompts, int64 ``[B]``.
+            bucket: The length to pad the prompts to, at least T.
+
+        Returns:
+            The logits of the token after each prompt, ``[B, vocab_size]``. They are a copy.
+        """
+        count, length = tokens_BT.shape
+        if (count, bucket) not in self._inputs:
+            self._inputs[count, bucket] = _Inputs(tokens_BT.new_zeros(count * (bucket + 3)), count)
+        inputs = self._inputs[count, bucket]
+        torch.arange(count, out=inputs.rows)
+        inputs.tokens[:, :length] = tokens_BT
+        inputs.lengths.copy_(lengths_B)
+        torch.sub(lengths_B, 1, out=inputs.last)
+        return self._replay(count, bucket)
+
+    def _replay(self, count: int, bucket: int) -> Tensor:
+        if not self._cuda_graph:
+            return self._read(count, bucket)
+        if (count, bucket) not in self._graphs:
+            self._graphs[count, bucket] = self._capture(count, bucket)
+        graph, logits = self._graphs[count, bucket]
         graph.replay()
         # The graphs share one pool of memory, so another graph may overwrite these logits.
         return logits.clone()
 
-    def _read(self, bucket: int) -> Tensor:
-        inputs = self._inputs[bucket]
-        tokens, (last, row, length) = inputs[:bucket].unsqueeze(0), inputs[bucket:].split(1)
-        self._lengths.index_copy_(0, row, length)
+    def _read(self, count: int, bucket: int) -> Tensor:
+        inputs = self._inputs[count, bucket]
+        self._lengths.index_copy_(0, inputs.rows, inputs.lengths)
         with trust_weights():  # The decoder has looked at the weights.
             if self._pass is not None:
-                return self._pass(tokens, last, row, self._caches)
-            self._row.copy_(row)
-            hidden = self._model.hidden(tokens, attend=self._attend)
-        logits: Tensor = self._model.lm_head(hidden.index_select(1, last)[:, 0])
+                return self._pass(inputs.tokens, inputs.last, inputs.rows, self._caches)
+            if count not in self._attend:
+                rows = torch.empty_like(inputs.rows)
+                self._attend[count] = [RowAttention(keys, values, rows) for keys, values in self._caches]
+            self._attend[count][0].rows.copy_(inputs.rows)
+            hidden = self._model.hidden(inputs.tokens, attend=self._attend[count])
+        ends = inputs.last + torch.arange(count, device=self._device) * bucket
+        logits: Tensor = self._model.lm_head(hidden.flatten(0, 1).index_select(0, ends))
         return logits
 
-    def _capture(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        # The first prompt of this bucket has compiled and chosen kernels. This run on another stream gives workspaces
-        # to that stream. Reading the prompt twice writes the same keys and values into the same slots.
+    def _capture(self, count: int, bucket: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        # A graph cannot record what kernels do at their first call, so the first run is no graph. It is on another
+        # stream, because workspaces belong to a stream. Reading a prompt twice writes the same keys and values into the
+        # same slots.
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            self._read(bucket)
+            self._read(count, bucket)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
-            logits = self._read(bucket)
+            logits = self._read(count, bucket)
         return graph, logits
+
+
+class _Inputs:
+    """What a graph reads: views of one tensor, which a prompt on the host fills with one copy.
+
+    Args:
+        all: Room for the tokens of each prompt, then the positions of their last ones, the rows, and the lengths.
+        count: The number of prompts.
+    """
+
+    def __init__(self, all: Tensor, count: int) -> None:
+        self.all = all
+        self.tokens = all[: -3 * count].view(count, -1)
+        self.last, self.rows, self.lengths = all[-3 * count :].view(3, count)

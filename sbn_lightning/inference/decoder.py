@@ -130,6 +130,7 @@ class Decoder:
         self._choosing = False  # Whether a graph that is captured from now on has the greedy choice in it.
         self._graph_chooses = False  # Whether the captured graph has.
         self._prompts: PromptGraphs | None = None
+        self._buckets: set[int] = set()  # Of the prompts that ``prefill`` has read.
         self._pass: PromptPass | None = None
         self._seen: list[Sign] | None = None
         self._masked: list[MaskedLinear] = []
@@ -179,7 +180,15 @@ class Decoder:
         self._persistent = None  # The weights may have changed since the step copied them.
         length, rows = tokens_BT.shape[1], self._shared.rows
         chunk = length if self.prefill_chunk is None else self.prefill_chunk
-        if chunk >= length and (prompt_pass := self._usable_pass()) is not None:
+        prompt_pass = self._usable_pass() if chunk >= length else None
+        bucket = bucket_of(length, self.slots, self.batch_size) if chunk >= length and self._use_graph else None
+        if bucket is not None and bucket in self._buckets:
+            self._start_rows(lengths_B)
+            return self._graphs(prompt_pass).read_all(tokens_BT, lengths_B, bucket)
+        if bucket is not None:
+            # A decoder that reads one batch must not wait for the capture of a graph.
+            self._buckets.add(bucket)
+        if prompt_pass is not None:
             logits = prompt_pass(tokens_BT, lengths_B - 1, rows, [(layer.keys, layer.values) for layer in self._layers])
             self._start_rows(lengths_B)
             return logits
@@ -193,6 +202,11 @@ class Decoder:
         self._start_rows(lengths_B)
         logits = self.model.lm_head(last)
         return logits
+
+    def _graphs(self, prompt_pass: PromptPass | None) -> PromptGraphs:
+        if self._prompts is None:
+            self._prompts = PromptGraphs(self.model, self._layers, self.lengths, prompt_pass, cuda_graph=True)
+        return self._prompts
 
     def _start_rows(self, lengths_B: Tensor) -> None:
         self.lengths.copy_(lengths_B)
@@ -246,9 +260,7 @@ class Decoder:
             hidden = self._read(slice(row, row + 1), torch.tensor([padded], device=self.device), start)
             logits = self.model.lm_head(hidden[:, len(tokens) - 1])
         else:
-            if self._prompts is None:
-                self._prompts = PromptGraphs(self.model, self._layers, self.lengths, prompt_pass, cuda_graph=True)
-            return self._prompts.read(tokens, row, bucket)
+            return self._graphs(prompt_pass).read(tokens, row, bucket)
         self.lengths[row] = end
         return logits
 

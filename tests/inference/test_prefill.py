@@ -93,6 +93,8 @@ def test_buckets():
     ]  # fmt: skip
     assert bucket_of(2049, 4096) is None
     assert bucket_of(100, 100) is None
+    assert [bucket_of(n, 4096, 8) for n in (70, 2048)] == [80, 2048]
+    assert bucket_of(2048, 4096, 9) is None
     for length in range(1, 2049):
         bucket = bucket_of(length, 2048)
         assert bucket is not None
@@ -133,15 +135,51 @@ def test_a_graph_is_captured_at_the_second_prompt_of_a_bucket(model, monkeypatch
         def replay(self):
             captured.append("replay")
 
-    def capture(bucket):
+    def capture(count, bucket):
         captured.append(bucket)
-        return Replay(), torch.zeros(1, 320)
+        return Replay(), torch.zeros(count, 320)
 
     monkeypatch.setattr(graphs, "_capture", capture)
     with torch.no_grad():
         for length in (5, 70, 6, 64, 72):
             graphs.read([1] * length, 0, bucket_of(length, decoder.slots))
     assert captured == [64, "replay", "replay", 80, "replay"]
+
+
+def test_prompts_together_in_a_bucket_give_the_logits_of_a_plain_prefill(model):
+    """The second batch is padded to the bucket of the first, and rows that were longer are forgotten."""
+    decoder, plain = Decoder(model, 3, 100), Decoder(model, 3, 100)
+    decoder.prefill([tokens_of(90, 5), tokens_of(40, 6), tokens_of(96, 7)])
+    graphs = PromptGraphs(model, decoder._layers, decoder.lengths, None, cuda_graph=False)
+    for lengths in ((70, 3, 66), (5, 80, 41)):
+        prompts = [tokens_of(length, length) for length in lengths]
+        padded = torch.zeros(3, max(lengths), dtype=torch.int64)
+        for row, prompt in zip(padded, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        with torch.no_grad():
+            logits = graphs.read_all(padded, torch.tensor(lengths), 80)
+        torch.testing.assert_close(logits, plain.prefill(prompts))
+        assert torch.equal(decoder.lengths, plain.lengths)
+        tokens = torch.tensor([1, 2, 3])
+        torch.testing.assert_close(decoder.step(tokens), plain.step(tokens))
+
+
+def test_a_batch_captures_a_graph_when_its_bucket_comes_again(model, monkeypatch):
+    decoder = Decoder(model, 2, 128)
+    decoder._use_graph = True
+    captured = []
+
+    def read_all(self, tokens, lengths, bucket):
+        captured.append((tuple(tokens.shape), bucket))
+        return torch.zeros(2, 320)
+
+    monkeypatch.setattr(PromptGraphs, "read_all", read_all)
+    for length in (5, 70, 60, 128, 72, 128):
+        decoder.prefill([[1] * length, [2]])
+    assert captured == [((2, 60), 64), ((2, 72), 80), ((2, 128), 128)]
+    decoder.prefill_chunk = 16
+    decoder.prefill([[1] * 70, [2]])
+    assert len(captured) == 3
 
 
 def test_refuses(model):
@@ -168,6 +206,13 @@ def test_prompt_graphs_give_the_logits_of_a_plain_prefill(options):
             decoder.step(torch.tensor([0, 3]).cuda())[1], plain.step(torch.tensor([3]).cuda())[0]
         )
     assert len(decoder._prompts._graphs) == 3
+    together = Decoder(model, 2, 300)
+    for lengths in ((70, 9), (80, 70), (66, 79), (10, 70), (80, 80)):
+        prompts = [tokens_of(length, length) for length in lengths]
+        expected = torch.cat([plain.extend(0, prompt, 0) for prompt in prompts])
+        torch.testing.assert_close(together.prefill(prompts), expected)
+        assert together.lengths.tolist() == list(lengths)
+    assert list(together._prompts._graphs) == [(2, 80)]
 
 
 def test_packed_layers_without_a_kernel_read_prompts_with_the_blocks():
@@ -195,15 +240,17 @@ def test_a_pass_of_fused_kernels_gives_the_logits_of_the_blocks(pattern, backend
     prompts = [tokens_of(90, 5), tokens_of(40, 6)]
     ours = Decoder(model, 2, 200)
     logits = [ours.prefill(prompts)]
-    # The second prompt of a bucket captures a graph, and the third replays the graph.
+    # The second prompt of a bucket captures a graph, and the third replays the graph. The same holds for batches.
     logits += [ours.extend(i % 2, prompts[i % 2], 0) for i in range(4)]
-    assert ours._prompts is not None
+    logits += [ours.prefill(prompts) for _ in range(2)]
+    assert set(ours._prompts._graphs) == {(1, 96), (1, 64), (2, 96)}
     assert ours._pass is not None
     monkeypatch.setattr(decoder_module, "make_pass", lambda model: None)
     plain = Decoder(model, 2, 200)
     expected = plain.prefill(prompts)
     assert plain._pass is None
-    for got, wanted in zip(logits, [expected, *(expected[i % 2 : i % 2 + 1] for i in range(4))], strict=True):
+    all_expected = [expected, *(expected[i % 2 : i % 2 + 1] for i in range(4)), expected, expected]
+    for got, wanted in zip(logits, all_expected, strict=True):
         assert (got - wanted).float().norm() < 0.05 * wanted.float().norm()
     assert torch.equal(ours.lengths, plain.lengths)
     for mine, theirs in zip(ours._layers, plain._layers, strict=True):

@@ -98,15 +98,25 @@ BLOCK_TYPES = {
     **dict.fromkeys(("weight_pointer", "rstd_pointer", "cos_pointer", "sin_pointer"), "*fp32"),
 }
 PLAIN = {
-    "quantize rows": (quantize.quantize_rows_kernel, {"BITS": 8, "ROWS": 1, "BLOCK": 4096, "FUSED": True}, {}, 8),
+    "quantize rows": (
+        quantize.quantize_rows_kernel,
+        {"BITS": 8, "ROWS": 1, "BLOCK": 4096, "FUSED": True, "EARLY": False},
+        {},
+        8,
+    ),
     "quantize a column": (  # Triton turns an argument of 1 into a constant
         quantize.quantize_rows_kernel,
-        {"BITS": 4, "ROWS": 1, "BLOCK": 16, "FUSED": True, "columns": 1},
+        {"BITS": 4, "ROWS": 1, "BLOCK": 16, "FUSED": True, "EARLY": False, "columns": 1},
         {},
         1,
     ),
     "quantize long rows": (quantize.quantize_long_rows_kernel, {"BITS": 4, "BLOCK": 8192, "FUSED": True}, {}, 16),
-    "swiglu quantize": (swiglu.swiglu_quantize_kernel, {"BITS": 8, "MAIN": 8192, "TAIL": 4096, "FUSED": True}, {}, 8),
+    "swiglu quantize": (
+        swiglu.swiglu_quantize_kernel,
+        {"BITS": 8, "MAIN": 8192, "TAIL": 4096, "FUSED": True, "EARLY": False},
+        {},
+        8,
+    ),
     "swiglu backward": (
         swiglu.swiglu_backward_kernel,
         {"BLOCK": 2048},
@@ -133,7 +143,7 @@ PLAIN = {
     ),
     "norm and quantise": (
         norm.norm_quantize_kernel,
-        {"ADD": True, "BITS": 8, "MAIN": 4096, "TAIL": 2048, "FUSED": True},
+        {"ADD": True, "BITS": 8, "MAIN": 4096, "TAIL": 2048, "FUSED": True, "EARLY": False},
         BLOCK_TYPES,
         8,
     ),
@@ -225,7 +235,15 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> No
         "y": f"tensordesc<bf16[{chunk},64],{layouts[16]!r}>",
         "scale": "*fp32", "row_scale": "*fp32", "bias": "*bf16",
     }  # fmt: skip
-    constants = {"BT": tile, "CHUNK": chunk, "STAGES": stages, "SPARSE": sparse, "ROWS": rows, "BIAS": bias}
+    constants = {
+        "BT": tile,
+        "CHUNK": chunk,
+        "STAGES": stages,
+        "SPARSE": sparse,
+        "ROWS": rows,
+        "BIAS": bias,
+        "EARLY": True,
+    }
     compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
     kind = "wgmma.mma_async.sp" if sparse else "wgmma.mma_async.sync"
     assert kind + (".sync" if sparse else "") + ".aligned.m64n256k" in compiled.asm["ptx"]

@@ -33,6 +33,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sbn_kernels.common.decode_ptx import unpack_word
 from sbn_kernels.common.hopper_pipeline import (
@@ -269,7 +270,7 @@ _SIZES = ("k_steps", "token_tiles", "panels", "group", "zero")
 def ternary_gemm_kernel(
     x, w, y, scale, row_scale, bias, k_steps, token_tiles, panels, group, zero,
     BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, ROWS: gl.constexpr,
-    BIAS: gl.constexpr,
+    BIAS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, features] = (x [tokens, K] int8 @ T^T) * scale[token] (* row_scale[feature]) (+ bias[feature]).
 
@@ -281,6 +282,9 @@ def ternary_gemm_kernel(
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, 32, 32], w.layout)
     ys = gl.allocate_shared_memory(y.dtype, [4, CHUNK, 64], y.layout)
     full, empty = ring(STAGES)
+    if EARLY:  # as ``begin`` of common/overlap.py, which Gluon cannot call
+        gdc_launch_dependents()
+        gdc_wait()
     gl.warp_specialize(
         [
             (_consumer, (
