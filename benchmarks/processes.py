@@ -36,9 +36,9 @@ class Ranks:
         for rank in range(ranks):
             # Lightning takes a process with these variables for one that somebody else has started.
             own = {**place, "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            stdout = self._output if rank == 0 else subprocess.DEVNULL
             variables = {**inherited, **environment, **own, TURN: str(self._turn)}
-            self._processes.append(subprocess.Popen(command, stdout=stdout, env=variables, start_new_session=True))
+            process = subprocess.Popen(command, stdout=self._output, env=variables, start_new_session=True)
+            self._processes.append(process)
 
     def finish(self, limit: float) -> tuple[str, str]:
         """Give the processes their turn, and wait for them. If one fails, or time is up, all are killed.
@@ -47,7 +47,7 @@ class Ranks:
             limit: The most seconds that this may take.
 
         Returns:
-            What rank 0 printed, and what failed, which is empty if nothing did.
+            What all ranks printed, and what failed, which is empty if nothing did.
         """
         self._turn.touch()
         failure = _wait(self._processes, limit)

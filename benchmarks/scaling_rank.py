@@ -1,0 +1,358 @@
+"""What one process of ``scaling.py`` does: it trains a list of runs, one after the other, and prints what they took.
+
+All runs share the processes, because a process needs half a minute for its imports and for NCCL. A run is one ``fit``,
+and measures all numbers of micro-batches that are wanted of it, so a model is made and compiled once for them. Runs on
+one GPU come first, and each rank has its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from sbn_kernels.runtime import sharing
+from step_profile import summary, timeline
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader
+from wire import Wire
+
+from sbn_lightning import SparseBitNet, SparseTernaryPrecision, TransformerConfig
+from sbn_lightning.distributed.gradients import send_first
+from sbn_lightning.distributed.sharding import shard
+from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
+from sbn_lightning.layers.sparse_linear import masked_layers
+
+LENGTH = 2048
+LINK_BYTES = 2**30
+# Under all other strategies of FSDP2 the ranks gather latent weights.
+GATHERS = {"fsdp2 packed": "packed_step", "fsdp2 step": "packed_step", "fsdp2 layer": "packed_layer"}
+WAITING = " waiting"  # The end of the name of a row whose kernels make no room for collectives.
+ACCELERATOR = "gpu"
+
+Say = Callable[[str], None]  # Prints progress.
+
+
+class Run(NamedTuple):
+    """A model and a strategy, with the numbers of micro-batches of a step that are measured."""
+
+    shape: str
+    strategy: str
+    gradients: str
+    sequences: int
+    counts: list[int]
+
+    @property
+    def alone(self) -> bool:
+        """Whether the run is on one GPU."""
+        return self.strategy.endswith("one")
+
+    @property
+    def dense(self) -> bool:
+        """Whether the model has no ternary layers."""
+        return self.strategy.startswith(("bf16", "float8"))
+
+
+class Step(NamedTuple):
+    """An optimiser step of a run."""
+
+    count: int  # The number of micro-batches.
+    what: str  # "warm", "timed", "wire" or "profile"
+
+
+def plan(counts: Sequence[int], steps: int, wire: bool, profile: bool) -> list[Step]:
+    """The steps of a run. A number of micro-batches must divide the larger ones, as Lightning counts batches.
+
+    Args:
+        counts: The numbers of micro-batches.
+        steps: How many steps are timed, for up to two micro-batches; fewer, but two or more, for larger numbers.
+        wire: Whether to count bytes in one more step for each number.
+        profile: Whether to profile three more steps, those with the number that comes first in ``counts``.
+    """
+    ordered = sorted(set(counts), reverse=True)
+    warm = min(2, ordered[0])
+    times = 4 if ordered[0] <= 8 else ordered[0] // warm
+    made = [Step(warm, "warm")] * times
+    for count in ordered:
+        made += [Step(count, "timed")] * max(2, min(steps, 2 * steps // count))
+        if wire:
+            made.append(Step(count, "wire"))
+        if profile and count == counts[0]:
+            made += [Step(count, "profile")] * 3
+    return made
+
+
+class Clock(Callback):
+    """Gives each optimiser step its micro-batches, and measures time, memory and bytes on the wire.
+
+    Args:
+        say: Prints progress.
+        steps: The steps of the run.
+    """
+
+    def __init__(self, say: Say, steps: Sequence[Step]) -> None:
+        self.say = say
+        self.steps = steps
+        self.ends: list[Any] = []
+        self.peaks: dict[int, float] = {}
+        self.wires: dict[int, float] = {}
+        self.profiler: torch.profiler.profile | None = None
+        self._wire: Wire | None = None
+        self._began = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.say("training starts")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # type: ignore[override]
+        now = trainer.global_step
+        if now == self._began or now >= len(self.steps):
+            return
+        self._began = now
+        count, what = self.steps[now]
+        trainer.accumulate_grad_batches = count
+        if what == "timed" and self.steps[now - 1] != self.steps[now]:
+            torch.cuda.reset_peak_memory_stats()
+        if what == "wire":
+            self._wire = Wire()  # Blocks run uncompiled until its end.
+            self._wire.__enter__()
+        pl_module.few = what == "wire"  # type: ignore[assignment]
+        if what == "profile" and self.profiler is None:
+            torch.cuda.synchronize()
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # type: ignore[override]
+        now = trainer.global_step
+        if now == len(self.ends):
+            return
+        count, what = self.steps[now - 1]
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.ends.append(event)
+        if now == 1:
+            torch.cuda.synchronize()
+            if trainer.is_global_zero:
+                self.say("first step done")
+        if what == "timed":
+            self.peaks[count] = torch.cuda.max_memory_allocated() / 2**30
+        if self._wire is not None:
+            self._wire.__exit__(None, None, None)
+            self.wires[count] = self._wire.total / 2**20
+            self._wire = None
+        ended = now == len(self.steps) or self.steps[now].what != "profile"
+        if what == "profile" and ended and self.profiler is not None:
+            torch.cuda.synchronize()
+            self.profiler.stop()
+            if trainer.is_global_zero:
+                self.say(summary(self.profiler.key_averages(), steps=3))
+                self.say(timeline(self.profiler.events()))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.cuda.synchronize()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What was measured, for each number of micro-batches."""
+        for count in self.peaks:
+            timed = [i for i, step in enumerate(self.steps) if step == Step(count, "timed")]
+            times = [self.ends[i - 1].elapsed_time(self.ends[i]) for i in timed]
+            wire = self.wires.get(count, "")
+            yield {"accumulate": count, "ms": statistics.median(times), "peak_gib": self.peaks[count], "wire_mib": wire}
+
+
+def masks_of(module: LightningModule) -> str:
+    """A digest of the masks of all layers."""
+    masks = sha256()
+    for _, layer in masked_layers(module):
+        masks.update(layer.packed_mask().cpu().numpy().tobytes())
+    return masks.hexdigest()
+
+
+class Few:
+    """For a module: a step whose bytes are counted has a single sequence, because bytes do not depend on tokens."""
+
+    few = False
+
+    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        return batch[:1] if self.few else batch
+
+
+class Ternary(Few, SparseBitNet):
+    """The model that is measured."""
+
+
+class Dense(Few, SparseBitNet):
+    """The baseline in its best form: under FSDP2 parameters are gathered, and gradients reduced, in bfloat16."""
+
+    float8 = False
+
+    def configure_model(self) -> None:
+        if self.float8 and not self.model.is_compiled:
+            from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+            convert_to_float8_training(
+                self.model,
+                module_filter_fn=lambda module, name: name != "lm_head",
+                config=Float8LinearConfig(enable_fsdp_float8_all_gather=self.device_mesh is not None),
+            )
+        if not self.model.is_compiled:
+            self.model.compile_blocks()
+        if self.device_mesh is not None:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+            shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",), policy=policy)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Lightning's bf16-mixed clips no gradients before a fused optimiser.
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.float8 and self.device_mesh is not None:  # One all-reduce for the scales of all weights.
+            from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+            precompute_float8_dynamic_scale_for_fsdp(self.model)
+
+
+def strategy_of(name: str) -> Any:
+    """A strategy for ``Trainer``."""
+    if name.endswith("one"):
+        return "auto"
+    if name == "ddp lightning":
+        return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+    if "ddp" in name:
+        return ReplicatedStrategy("bfloat16" if "bfloat16" in name else "float32")
+    reduce = "step" if name == "fsdp2 step" else "micro_batch"
+    return ShardedStrategy("bfloat16", reduce=reduce, gather=GATHERS.get(name.removesuffix(WAITING), "latent"))  # type: ignore[arg-type]
+
+
+@contextmanager
+def kernels_of(strategy: str) -> Iterator[None]:
+    """In a run whose name says so, kernels make no room for collectives."""
+    least = sharing.LEAST_TILES
+    sharing.LEAST_TILES = 2**30 if strategy.endswith(WAITING) else least
+    try:
+        yield
+    finally:
+        sharing.LEAST_TILES = least
+
+
+def measure(
+    run: Run, steps: Sequence[Step], rank: int, devices: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Train one run to its last step.
+
+    Returns:
+        What was measured, for each number of micro-batches.
+    """
+    linear = "dense" if run.dense else "ternary"
+    config = TransformerConfig.preset(run.shape, max_sequence_length=LENGTH, pattern="2:4", linear=linear)
+    optimizer = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    torch.manual_seed(0)
+    # Drawing 3 billion numbers on a CPU takes too long.
+    with torch.device("cuda" if ACCELERATOR == "gpu" else "cpu", rank):
+        module = (Dense if run.dense else Ternary)(config, optimizer, schedule="constant", compile=True)
+    if isinstance(module, Dense):
+        module.float8 = run.strategy.startswith("float8")
+    clock = Clock(say, steps)
+    tokens = torch.randint(config.vocab_size, (sum(step.count for step in steps) * run.sequences, LENGTH + 1))
+    precision = {"plugins": [SparseTernaryPrecision("sparse", run.gradients)]}  # type: ignore[arg-type]
+    trainer = Trainer(
+        accelerator=ACCELERATOR, devices=[rank] if run.alone else devices, strategy=strategy_of(run.strategy),
+        callbacks=[clock], max_epochs=1, **({"precision": "bf16-mixed"} if run.dense else precision),
+        accumulate_grad_batches=steps[0].count, gradient_clip_val=None if run.dense else 1.0,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, logger=False,
+    )  # fmt: skip
+    # The teardown of a strategy moves weights and optimiser states to the CPU: 30 to 40 seconds at 3B.
+    trainer.strategy.teardown = trainer.strategy.precision_plugin.teardown  # type: ignore[method-assign]
+    trainer.fit(module, DataLoader(tokens, batch_size=run.sequences, pin_memory=ACCELERATOR == "gpu"))  # type: ignore[arg-type]
+    digest = masks_of(module)
+    digests: list[str | None] = [digest]
+    if not run.alone:
+        digests *= devices
+        dist.all_gather_object(digests, digest)
+    return [row | {"same_masks": len(set(digests)) == 1} for row in clock.rows()]
+
+
+def link(devices: int) -> float:
+    """The bus bandwidth between GPUs in GB a second: all-reduces of 1 GiB.
+
+    Raises:
+        AssertionError: If a sum is wrong.
+    """
+    send_first()
+    fabric = Fabric(accelerator=ACCELERATOR, devices=devices, strategy="ddp")
+    fabric.launch()
+    warm, timed = 2, 5
+    x = torch.ones(LINK_BYTES // 4, device=fabric.device)
+    seconds = []
+    for _ in range(warm + timed):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        dist.all_reduce(x)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    if not bool((x == devices ** (warm + timed)).all()):
+        raise AssertionError("an all-reduce of ones gave another sum than the number of ranks")
+    return 2e-9 * (devices - 1) / devices * LINK_BYTES / statistics.median(seconds[warm:])
+
+
+def put(record: dict[str, Any]) -> None:
+    """Tell the parent something, as a line of JSON."""
+    print(json.dumps(record), flush=True)
+
+
+def train_all(runs: Sequence[Run], args: Any) -> None:
+    """Train the runs of this rank: its share of those on one GPU, and all others. Ends the process.
+
+    Args:
+        runs: All runs.
+        args: The command line's.
+    """
+    torch.set_float32_matmul_precision("high")
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    alone = [run for run in runs if run.alone]
+    several = [run for run in runs if not run.alone]
+    torch.cuda.set_device(rank)
+    for run in [*alone[rank :: args.devices], *several]:
+        if several and run is several[0] and not args.no_link:
+            rate = link(args.devices)
+            if rank == 0:
+                put({"link_gb_per_s": rate})
+        number = runs.index(run)
+        first = run.alone or rank == 0
+        say = partial(_say, f"{run.shape} {run.strategy} {run.gradients}", args.started)
+        if first:
+            put({"run": number, "began": True})
+            say(f"begins; {torch.cuda.memory_allocated() / 2**30:.1f} GiB are taken")
+        steps = plan(run.counts, args.steps, not (args.no_wire or run.alone), run.strategy in args.profile)
+        with kernels_of(run.strategy):
+            rows = measure(run, steps, rank, args.devices, say)
+        for row in rows if first else ():
+            put({"run": number, **row})
+        if first:
+            say(f"done: {', '.join(format(row['ms'], '.1f') for row in rows)} ms")
+        del rows
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _say(name: str, started: float, text: str) -> None:
+    """Print a line of progress to stderr, because the parent reads stdout."""
+    print(f"[{time.time() - started:5.1f} s] {name}: {text}", file=sys.stderr, flush=True)
