@@ -15,6 +15,7 @@ import functools
 import gc
 import json
 import math
+import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -249,6 +251,10 @@ def main() -> None:
     train.add_argument("--only", nargs="+", help="of the given trials only those whose names hold one of these texts")
     train.add_argument("--later", type=float, default=0.0, help="seconds of a later call on this machine")
     train.add_argument("--expected_speed", type=float, default=1e5, help="tokens a second, until some are measured")
+    train.add_argument(
+        "--together", action="store_true",
+        help="under torchrun: process r does trial r, at the same time as the others, and they share the teacher",
+    )  # fmt: skip
     train.add_argument("--tasks", help="a folder that the command `tasks` wrote")
     train.add_argument("--gradients", default="bf16")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
@@ -299,7 +305,10 @@ def main() -> None:
     if args.command == "pack":
         pack_corpus(args.corpus, args.output, args.parts, args.max_bytes)
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", place) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if args.command == "copying":
         tokenizer = load_tokenizer(args.weights)
         copied = make_tasks(tokenizer, args.length, args.rows, names=("copy",))
@@ -339,7 +348,7 @@ def main() -> None:
     setting = Setting(
         args.weights, text, held_out, Path(args.output), device, args.length, args.batch,
         held_out_rows=args.held_out_rows, compile=args.compile, graphs=args.graphs, gradients=args.gradients,
-        probe=probe_tasks, expected_speed=args.expected_speed,
+        together=args.together, probe=probe_tasks, expected_speed=args.expected_speed,
         ask=functools.partial(ask, items=items, tokenizer=tokenizer, length=args.length),
     )  # fmt: skip
     print(f"{len(text):,} tokens to train on; held out: { {k: len(v) for k, v in held_out.items()} }", flush=True)
@@ -348,9 +357,18 @@ def main() -> None:
         chosen = [Trial(**values) for values in json.loads(Path(args.trials).read_text(encoding="utf-8"))]
     if chosen is not None and args.only is not None:
         chosen = [trial for trial in chosen if any(text in trial.name for text in args.only)]
+    if args.together:
+        if chosen is None or "RANK" not in os.environ:
+            parser.error("--together needs torchrun, and --lengthy or --trials")
+        rank = int(os.environ["RANK"])
+        chosen = chosen[rank : rank + 1]
     # Imports may have taken a while, so a time is safer than a number of seconds.
     seconds = args.seconds if args.until is None else args.until - time.time()
-    work(setting, seconds, args.workers, args.short_tokens, args.tokens, chosen, args.later)
+    # Nobody may leave a trial out that others wait for.
+    later = math.inf if args.together else args.later
+    work(setting, seconds, args.workers, args.short_tokens, args.tokens, chosen, later)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from research.pretrained.together import LOOK_EVERY, SharedTeacher
 from research.pretrained.trials import Trial
 from research.queue import append_row
 from research.training import autocast, forward_context, load_state, save_state
@@ -55,6 +56,7 @@ class Setting:
         held_out_rows: How many sequences of each held-out text are measured; a multiple of ``batch``, or below it.
         compile: Whether blocks are compiled.
         graphs: Whether forward and backward are replayed as CUDA graphs; without effect on a CPU.
+        together: Whether the processes that ``torchrun`` started train students of one teacher at the same time.
         gradients: How gradients are rounded; an option of :class:`SparseTernaryPrecision`.
         expected_speed: The tokens a second to plan with until some are measured.
         probe: A function that returns further measurements of a trained model, given a function from token ids
@@ -73,6 +75,7 @@ class Setting:
     held_out_rows: int = 64
     compile: bool = True
     graphs: bool = True
+    together: bool = False
     gradients: str = "bf16"
     expected_speed: float = 100_000.0
     probe: Callable[[Callable[[Tensor], Tensor]], list[dict[str, Any]]] | None = None
@@ -111,6 +114,11 @@ class Training:
             self.distiller.check(self.model)
             if setting.compile:
                 self.distiller.teacher.compile_blocks()
+        self.shared: SharedTeacher | None = None
+        if setting.together and self.distiller is not None and self.distiller.teacher is not None:
+            with self._context():
+                pass  # Kernels are chosen before the processes meet, because students may need different ones.
+            self.shared = SharedTeacher(self.distiller.teacher, (setting.batch, setting.length))
         self.graphed = GraphedLoss() if setting.graphs and setting.device.type == "cuda" else None
         self.optimizer = make_optimizer(self.model, trial)
         self.schedule: SparsitySchedule | None = None
@@ -128,6 +136,8 @@ class Training:
         self._recent: list[Tensor] = []
         self._starts: tuple[int, Tensor] | None = None  # The first step that was drawn, and the windows of all drawn.
         self._load()
+        if self.shared is not None:
+            self.shared.check(self.step, self.steps)
 
     def run(self, deadline: float = math.inf) -> bool:
         """Train until the end or until a moment of the monotonic clock. Return whether the trial is at its end."""
@@ -143,7 +153,7 @@ class Training:
             if self.step == warm:
                 self.synchronize()
                 since, first = time.monotonic(), self.step
-            late = time.monotonic() > deadline
+            late = self._is_late(deadline)
             if self.step in marks or self.step == self.steps or late:
                 self.synchronize()
                 if self.step >= warm:
@@ -158,6 +168,13 @@ class Training:
                 since, first = time.monotonic(), self.step
         return self.step == self.steps
 
+    def _is_late(self, deadline: float) -> bool:
+        """Whether the time is up. Students that share a teacher stop at the same step."""
+        late = time.monotonic() > deadline
+        if self.shared is None:
+            return late
+        return self.step % LOOK_EVERY == 0 and self.shared.agree(late)
+
     def train_step(self) -> None:
         """Take one optimiser step."""
         factor = learning_rate_factor(
@@ -171,6 +188,8 @@ class Training:
             group["lr"] = group["peak"] * factor
         batch = self._windows(self.step)
         with self._context():
+            if self.shared is not None:
+                self.shared.advance(self.step, lambda step: self._windows(step)[:, :-1])
             loss = self.loss(batch) if self.graphed is None else self.graphed(self.model, self.loss, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -185,15 +204,16 @@ class Training:
         """Return the loss of a batch, int64 ``[batch, length + 1]``: against the text, or against the teacher."""
         if self.distiller is None:
             return self.model.loss(batch[:, :-1], batch[:, 1:])
-        return self.distiller.loss(self.model, batch[:, :-1], batch[:, 1:])[0]
+        theirs = None if self.shared is None else self.shared.hidden
+        return self.distiller.loss(self.model, batch[:, :-1], batch[:, 1:], teacher_hidden=theirs)[0]
 
     def _windows(self, step: int) -> Tensor:
         """Return the token ids of a step, int64 ``[batch, length + 1]``."""
         setting = self.setting
         first = step // AHEAD * AHEAD
         if self._starts is None or self._starts[0] != first:
-            last = max(min(first + AHEAD, self.steps), step + 1)
-            self._starts = first, torch.stack([self._draw(one) for one in range(first, last)]).to(setting.device)
+            draws = [self._draw(one) for one in range(first, first + AHEAD)]
+            self._starts = first, torch.stack(draws).to(setting.device)
         offsets = torch.arange(setting.length + 1, device=setting.device)
         return setting.train[self._starts[1][step - first] + offsets].long()
 

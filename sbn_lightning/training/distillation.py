@@ -158,6 +158,7 @@ class Distiller:
         tokens_BT: Tensor,
         targets_BT: Tensor,
         stored: StoredLogits | None = None,
+        teacher_hidden: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss, a scalar with gradients for the student, and its parts without gradients.
 
@@ -166,13 +167,15 @@ class Distiller:
             tokens_BT: The token ids, int64 ``[B, T]``.
             targets_BT: The token that follows each token, int64 ``[B, T]``.
             stored: What the teacher said about these tokens, ``[B * T, k]``, if there is no teacher.
+            teacher_hidden: The teacher's final hidden states of these tokens, ``[B, T, D]``, if somebody has computed
+                them already. The losses on blocks (``hidden`` and ``relations``) need more than these.
 
         Returns:
             The loss, and by name the cross-entropy (``"loss"``), the divergence of the logits (``"logits"``), and the
             other losses that are computed (``"hidden"``, ``"relations"``).
 
         Raises:
-            ConfigError: If there is neither a teacher nor ``stored``.
+            ConfigError: If there is neither a teacher nor ``stored``, or if ``teacher_hidden`` is not enough.
         """
         options = self.options
         if self.teacher is None:
@@ -182,8 +185,11 @@ class Distiller:
                     "that `sbn teacher-logits` wrote"
                 )
             return self._against_stored(student, tokens_BT, targets_BT, stored)
+        if teacher_hidden is not None and (options.hidden or options.relations):
+            raise ConfigError("distillation.hidden and distillation.relations need the blocks of the teacher")
         with torch.no_grad(), self._watch(self.teacher) as theirs:
-            teacher_hidden = self.teacher.hidden(tokens_BT, after_blocks=theirs.after_blocks)
+            if teacher_hidden is None:
+                teacher_hidden = self.teacher.hidden(tokens_BT, after_blocks=theirs.after_blocks)
         with self._watch(student) as ours:
             hidden = student.hidden(tokens_BT, after_blocks=ours.after_blocks)
         total, language, divergence = linear_distillation(

@@ -350,3 +350,32 @@ def averaged(folder: Path, first: str | None = None) -> None:
     trainer.fit(module, token_loader(batches=3, **data), token_loader(batches=1, **data), ckpt_path=checkpoint)
     torch.save(seen, folder / f"rank{rank}.pt")
     trainer.save_checkpoint(folder / "end.ckpt")
+
+
+def students(folder: Path, patterns: list[str]) -> None:
+    """Train students of one teacher in the study from published weights: one on each rank, or one after the other.
+
+    A training that is stopped after its second step goes on in a new one.
+    """
+    from research.pretrained import train
+    from research.pretrained.trials import BOTH, Trial
+    from sbn_lightning.checkpoints import lightning_file
+    from sbn_lightning.models.transformer import TernaryTransformer
+    from tests.helpers import small_config
+
+    train.LOOK_EVERY = 2  # type: ignore[attr-defined]
+    together = int(os.environ["WORLD_SIZE"]) > 1
+    rank = int(os.environ["RANK"])
+    torch.manual_seed(0)
+    teacher = TernaryTransformer(small_config(linear="dense", n_layers=1))
+    weights = folder / f"teacher{rank}.ckpt"
+    torch.save(lightning_file.contents(teacher.config, teacher.state_dict()), weights)
+    text = torch.randint(300, (400,), dtype=torch.int32)
+    setting = train.Setting(
+        str(weights), text, {"code": text[:40]}, folder, torch.device("cpu"), 8, 2, (), compile=False, together=together
+    )
+    for pattern in patterns[rank : rank + 1] if together else patterns:
+        trial = Trial(f"both {pattern}", 7 * 16, pattern, distillation=BOTH, rounding=0.5)
+        if together:  # Only one of the ranks is late.
+            assert not train.Training(trial, setting).run(time.monotonic() if rank else time.monotonic() + 1000)
+        assert train.Training(trial, setting).run()
