@@ -68,7 +68,6 @@ class PromptGraphs:
     Args:
         model: The model.
         layers: The caches of the decoder's layers.
-        lengths: The number of tokens of each row, int64 on the device; reading a prompt sets its row's.
         prompt_pass: What reads prompts; None reads with the model's blocks.
         cuda_graph: Whether to capture graphs at all. Without graphs padded prompts run in the plain way.
     """
@@ -77,13 +76,12 @@ class PromptGraphs:
         self,
         model: TernaryTransformer,
         layers: Sequence[StepAttention],
-        lengths: Tensor,
         prompt_pass: PromptPass | None,
         *,
         cuda_graph: bool,
     ) -> None:
         """Start without any graph."""
-        self._model, self._lengths, self._pass, self._cuda_graph = model, lengths, prompt_pass, cuda_graph
+        self._model, self._pass, self._cuda_graph = model, prompt_pass, cuda_graph
         self._device = layers[0].keys.device
         self._caches = [(layer.keys, layer.values) for layer in layers]
         # The blocks of the model, by number of prompts: a compiled block must see the same tensors in every graph.
@@ -104,7 +102,7 @@ class PromptGraphs:
             The logits of the token after the prompt, ``[1, vocab_size]``. They are a copy.
         """
         count = len(tokens)
-        given = to_device([*tokens, *[0] * (bucket - count), count - 1, row, count], self._device)
+        given = to_device([*tokens, *[0] * (bucket - count), count - 1, row], self._device)
         if (1, bucket) not in self._inputs:
             self._inputs[1, bucket] = _Inputs(given, 1)
             return self._read(1, bucket)
@@ -124,11 +122,10 @@ class PromptGraphs:
         """
         count, length = tokens_BT.shape
         if (count, bucket) not in self._inputs:
-            self._inputs[count, bucket] = _Inputs(tokens_BT.new_zeros(count * (bucket + 3)), count)
+            self._inputs[count, bucket] = _Inputs(tokens_BT.new_zeros(count * (bucket + 2)), count)
         inputs = self._inputs[count, bucket]
         torch.arange(count, out=inputs.rows)
         inputs.tokens[:, :length] = tokens_BT
-        inputs.lengths.copy_(lengths_B)
         torch.sub(lengths_B, 1, out=inputs.last)
         return self._replay(count, bucket)
 
@@ -144,7 +141,6 @@ class PromptGraphs:
 
     def _read(self, count: int, bucket: int) -> Tensor:
         inputs = self._inputs[count, bucket]
-        self._lengths.index_copy_(0, inputs.rows, inputs.lengths)
         with trust_weights():  # The decoder has looked at the weights.
             if self._pass is not None:
                 return self._pass(inputs.tokens, inputs.last, inputs.rows, self._caches)
@@ -178,11 +174,11 @@ class _Inputs:
     """What a graph reads: views of one tensor, which a prompt on the host fills with one copy.
 
     Args:
-        all: Room for the tokens of each prompt, then the positions of their last ones, the rows, and the lengths.
+        all: Room for the tokens of each prompt, then the positions of their last tokens, then the rows.
         count: The number of prompts.
     """
 
     def __init__(self, all: Tensor, count: int) -> None:
         self.all = all
-        self.tokens = all[: -3 * count].view(count, -1)
-        self.last, self.rows, self.lengths = all[-3 * count :].view(3, count)
+        self.tokens = all[: -2 * count].view(count, -1)
+        self.last, self.rows = all[-2 * count :].view(2, count)

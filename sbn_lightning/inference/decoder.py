@@ -20,22 +20,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.inference.attention import ChunkAttention, PromptAttention, Slots, StepAttention, room_like
-from sbn_lightning.inference.buckets import PromptGraphs, bucket_of, to_device
+from sbn_lightning.inference.attention import Slots
 from sbn_lightning.inference.choice import judge, key_of, known, withdraw
 from sbn_lightning.inference.gather import persistent_step, refusal
-from sbn_lightning.inference.prompt_pass import PromptPass, make_pass
 from sbn_lightning.inference.prompts import check_prompt
-from sbn_lightning.inference.signs import Sign, signs_of
-from sbn_lightning.layers.mask_tracker import seem_unchanged, trust_weights, version
-from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
-from sbn_lightning.layers.sparse_linear import prepare_layers, ternary_layers
+from sbn_lightning.inference.reader import PromptReader
+from sbn_lightning.inference.signs import PreparedWeights
+from sbn_lightning.layers.mask_tracker import trust_weights, version
 from sbn_lightning.models.attention import in_window
 from sbn_lightning.models.transformer import TernaryTransformer
 
@@ -129,22 +126,16 @@ class Decoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._choosing = False  # Whether a graph that is captured from now on has the greedy choice in it.
         self._graph_chooses = False  # Whether the captured graph has.
-        self._prompts: PromptGraphs | None = None
-        self._buckets: set[int] = set()  # Of the prompts that ``prefill`` has read.
-        self._pass: PromptPass | None = None
-        self._seen: list[Sign] | None = None
-        self._masked: list[MaskedLinear] = []
-        self._ternary: list[Any] = []
-        self._recorded: list[Any] | None = None
-        self._densities: list[tuple[int, float]] = []
+        self._weights = PreparedWeights(model)
         self._logits: Tensor | None = None
         self._shared = Slots()
         self._shared.rows = torch.arange(batch_size, device=self.device)
-        self._layers: list[StepAttention] = []
         self._windows = {model.config.window(block) for block in range(model.config.n_layers)}
         self._index = torch.arange(self.slots, device=self.device)
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        self._reader = PromptReader(model, self._shared, self.slots, use_graph=self._use_graph)
+        self._layers = self._reader.layers
         self.growing = torch.ones_like(self.lengths)
         self._ones = -1  # The version of ``growing`` that holds ones only.
 
@@ -178,52 +169,20 @@ class Decoder:
         """
         self._prepare()
         self._persistent = None  # The weights may have changed since the step copied them.
-        length, rows = tokens_BT.shape[1], self._shared.rows
-        chunk = length if self.prefill_chunk is None else self.prefill_chunk
-        prompt_pass = self._usable_pass() if chunk >= length else None
-        bucket = bucket_of(length, self.slots, self.batch_size) if chunk >= length and self._use_graph else None
-        if bucket is not None and bucket in self._buckets:
-            self._start_rows(lengths_B)
-            return self._graphs(prompt_pass).read_all(tokens_BT, lengths_B, bucket)
-        if bucket is not None:
-            # A decoder that reads one batch must not wait for the capture of a graph.
-            self._buckets.add(bucket)
-        if prompt_pass is not None:
-            logits = prompt_pass(tokens_BT, lengths_B - 1, rows, [(layer.keys, layer.values) for layer in self._layers])
-            self._start_rows(lengths_B)
-            return logits
-        last = None
-        for start in range(0, length, chunk):
-            hidden = self._read(slice(None), tokens_BT[:, start : start + chunk], start)
-            # Where a prompt ends in another chunk, the clamped position is of no use, and the row is not taken.
-            ends = lengths_B - 1 - start
-            found = hidden[rows, ends.clamp(0, hidden.shape[1] - 1)]
-            last = found if last is None else torch.where((ends >= 0).unsqueeze(1), found, last)
+        logits = self._reader.read_all(tokens_BT, lengths_B, self.prefill_chunk)
         self._start_rows(lengths_B)
-        logits = self.model.lm_head(last)
         return logits
 
-    def _graphs(self, prompt_pass: PromptPass | None) -> PromptGraphs:
-        if self._prompts is None:
-            self._prompts = PromptGraphs(self.model, self._layers, self.lengths, prompt_pass, cuda_graph=True)
-        return self._prompts
+    def _prepare(self) -> None:
+        """Prepare the weights of the layers, and drop what reads weights that have been replaced."""
+        if self._weights.prepare():
+            self._graph = self._persistent = None
+            self._reader.forget()
 
     def _start_rows(self, lengths_B: Tensor) -> None:
         self.lengths.copy_(lengths_B)
         self.growing.fill_(1)
         self._ones = version(self.growing)
-
-    def _usable_pass(self) -> PromptPass | None:
-        """The pass that reads prompts without the model's blocks, with a cache to write to; None without one."""
-        if self._pass is None or torch.is_autocast_enabled(self.device.type):
-            return None
-        if not self._layers:
-            config = self.model.config
-            like = self.model.embed.weight.new_empty(1, config.n_kv_heads, 1, config.head_size)
-            for _ in self.model.blocks:
-                keys, values = (room_like(like, self.batch_size, self.slots) for _ in range(2))
-                self._layers.append(StepAttention(keys, values, self._shared))
-        return self._pass
 
     @torch.no_grad()
     def extend(self, row: int, tokens: Sequence[int], start: int) -> Tensor:
@@ -248,73 +207,9 @@ class Decoder:
         if start and not self._layers:
             raise ConfigError(f"a new decoder holds no tokens, so row {row} cannot keep {start}")
         self._prepare()
-        bucket = bucket_of(len(tokens), self.slots) if start == 0 and self._use_graph else None
-        prompt_pass = self._usable_pass() if start == 0 else None
-        if bucket is None and prompt_pass is not None:
-            numbers = to_device([*tokens, len(tokens) - 1, row], self.device)
-            caches = [(layer.keys, layer.values) for layer in self._layers]
-            logits = prompt_pass(numbers[: len(tokens)].unsqueeze(0), numbers[-2:-1], numbers[-1:], caches)
-        elif bucket is None or not self._layers:
-            # The very first prompt makes the cache. It is padded like those after it, so its sums have their shapes.
-            padded = [*tokens, *[0] * ((bucket or len(tokens)) - len(tokens))]
-            hidden = self._read(slice(row, row + 1), torch.tensor([padded], device=self.device), start)
-            logits = self.model.lm_head(hidden[:, len(tokens) - 1])
-        else:
-            return self._graphs(prompt_pass).read(tokens, row, bucket)
+        logits = self._reader.read_row(row, tokens, start)
         self.lengths[row] = end
         return logits
-
-    def _prepare(self) -> None:
-        """Prepare the weights of the layers, and drop graphs that read weights which have been replaced."""
-        if self._seen is not None and all(sign.holds() for sign in self._seen):
-            return
-        if self._recorded is None:
-            self._masked = [layer for _, layer in masked_layers(self.model)]
-            self._ternary = list(ternary_layers(self.model).values())
-        elif (
-            # To compare all fingerprints takes as long as to read a prompt of a thousand tokens.
-            seem_unchanged((layer.tracker, layer._weight(), layer.training) for layer in self._masked)
-            and [layer.density for layer in self._masked] == self._densities
-            and all(a is b for a, b in zip(self._weights(), self._recorded, strict=True))
-        ):
-            self._seen = signs_of(self._masked)
-            return
-        prepare_layers(self.model)
-        now, before = self._weights(), self._recorded or []
-        if any(a is not b for a, b in zip(now, before, strict=False)):
-            self._graph = self._prompts = self._persistent = None
-        self._recorded, self._densities = now, [layer.density for layer in self._masked]
-        self._pass, self._seen = make_pass(self.model), signs_of(self._masked)
-
-    def _read(self, rows: slice, tokens_RT: Tensor, start: int) -> Tensor:
-        """Compute the hidden states of tokens that stand behind ``start`` tokens; write their keys and values.
-
-        Args:
-            rows: The rows of the cache, R of them.
-            tokens_RT: The tokens, int64 ``[R, T]``.
-            start: The number of tokens before them in each row.
-
-        Returns:
-            The hidden states, ``[R, T, D]``.
-        """
-        end = start + tokens_RT.shape[1]
-        if start:
-            chunks = [ChunkAttention(layer.keys[rows, :, :end], layer.values[rows, :, :end]) for layer in self._layers]
-            positions = torch.arange(start, end, device=self.device).expand(tokens_RT.shape)
-            with trust_weights():
-                return self.model.hidden(tokens_RT, positions, chunks)
-        attend = [PromptAttention() for _ in self.model.blocks]
-        with trust_weights():
-            hidden = self.model.hidden(tokens_RT, attend=attend)
-        if not self._layers:
-            # The dtype of keys and values is known only now: the model may compute in another dtype than it stores.
-            for layer in attend:
-                keys, values = (room_like(new, self.batch_size, self.slots) for new in (layer.keys, layer.values))
-                self._layers.append(StepAttention(keys, values, self._shared))
-        for cache, layer in zip(self._layers, attend, strict=True):
-            cache.keys[rows, :, :end] = layer.keys
-            cache.values[rows, :, :end] = layer.values
-        return hidden
 
     @torch.no_grad()
     def step(self, tokens_B: Tensor) -> Tensor:
@@ -474,10 +369,6 @@ class Decoder:
             if self._choosing:
                 torch.argmax(self._logits, dim=-1, keepdim=True, out=self._tokens)
         self._graph, self._graph_chooses = graph, self._choosing
-
-    def _weights(self) -> list[Any]:
-        """The prepared weights of the ternary layers. A layer prepares another object when its weight has changed."""
-        return [layer._prepared for layer in self._ternary]
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         if len(prompts) != self.batch_size:

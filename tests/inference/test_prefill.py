@@ -109,12 +109,12 @@ def test_padding_to_a_bucket_changes_nothing(model, length):
     padded, plain = Decoder(model, 2, 100), Decoder(model, 2, 100)
     for decoder in (padded, plain):
         decoder.prefill([tokens_of(90, 5), tokens_of(40, 6)])
-    graphs = PromptGraphs(model, padded._layers, padded.lengths, None, cuda_graph=False)
+    graphs = PromptGraphs(model, padded._layers, None, cuda_graph=False)
     bucket = bucket_of(length, padded.slots)
     with torch.no_grad():
         for _ in range(2):
             logits = graphs.read(prompt, 1, bucket)
-    assert padded.lengths.tolist() == [90, length]
+    padded.lengths[1] = length
     torch.testing.assert_close(logits, plain.extend(1, prompt, 0))
     for a, b in zip(padded._layers, plain._layers, strict=True):
         torch.testing.assert_close(a.keys[1, :, :length], b.keys[1, :, :length])
@@ -128,7 +128,7 @@ def test_padding_to_a_bucket_changes_nothing(model, length):
 def test_a_graph_is_captured_at_the_second_prompt_of_a_bucket(model, monkeypatch):
     decoder = Decoder(model, 1, 100)
     decoder.prefill([[1]])
-    graphs = PromptGraphs(model, decoder._layers, decoder.lengths, None, cuda_graph=True)
+    graphs = PromptGraphs(model, decoder._layers, None, cuda_graph=True)
     captured = []
 
     class Replay:
@@ -150,7 +150,7 @@ def test_prompts_together_in_a_bucket_give_the_logits_of_a_plain_prefill(model):
     """The second batch is padded to the bucket of the first, and rows that were longer are forgotten."""
     decoder, plain = Decoder(model, 3, 100), Decoder(model, 3, 100)
     decoder.prefill([tokens_of(90, 5), tokens_of(40, 6), tokens_of(96, 7)])
-    graphs = PromptGraphs(model, decoder._layers, decoder.lengths, None, cuda_graph=False)
+    graphs = PromptGraphs(model, decoder._layers, None, cuda_graph=False)
     for lengths in ((70, 3, 66), (5, 80, 41)):
         prompts = [tokens_of(length, length) for length in lengths]
         padded = torch.zeros(3, max(lengths), dtype=torch.int64)
@@ -158,15 +158,15 @@ def test_prompts_together_in_a_bucket_give_the_logits_of_a_plain_prefill(model):
             row[: len(prompt)] = torch.tensor(prompt)
         with torch.no_grad():
             logits = graphs.read_all(padded, torch.tensor(lengths), 80)
+        decoder.lengths.copy_(torch.tensor(lengths))
         torch.testing.assert_close(logits, plain.prefill(prompts))
-        assert torch.equal(decoder.lengths, plain.lengths)
         tokens = torch.tensor([1, 2, 3])
         torch.testing.assert_close(decoder.step(tokens), plain.step(tokens))
 
 
 def test_a_batch_captures_a_graph_when_its_bucket_comes_again(model, monkeypatch):
     decoder = Decoder(model, 2, 128)
-    decoder._use_graph = True
+    decoder._reader.use_graph = True
     captured = []
 
     def read_all(self, tokens, lengths, bucket):
@@ -205,21 +205,21 @@ def test_prompt_graphs_give_the_logits_of_a_plain_prefill(options):
         torch.testing.assert_close(
             decoder.step(torch.tensor([0, 3]).cuda())[1], plain.step(torch.tensor([3]).cuda())[0]
         )
-    assert len(decoder._prompts._graphs) == 3
+    assert len(decoder._reader.graphs._graphs) == 3
     together = Decoder(model, 2, 300)
     for lengths in ((70, 9), (80, 70), (66, 79), (10, 70), (80, 80)):
         prompts = [tokens_of(length, length) for length in lengths]
         expected = torch.cat([plain.extend(0, prompt, 0) for prompt in prompts])
         torch.testing.assert_close(together.prefill(prompts), expected)
         assert together.lengths.tolist() == list(lengths)
-    assert list(together._prompts._graphs) == [(2, 80)]
+    assert list(together._reader.graphs._graphs) == [(2, 80)]
 
 
 def test_packed_layers_without_a_kernel_read_prompts_with_the_blocks():
     model = pack_layers(make(torch.bfloat16, qkv_bias=True).requires_grad_(False))
     decoder = Decoder(model, 1, 40)
     logits = decoder.prefill([PROMPTS[0]])
-    assert decoder._pass is None
+    assert decoder._reader.prompt_pass is None
     assert torch.isfinite(logits).all()
 
 
@@ -227,7 +227,7 @@ def test_packed_layers_without_a_kernel_read_prompts_with_the_blocks():
 @pytest.mark.parametrize(("pattern", "backend"), [("2:4", "sparse"), ("6:8", "int8")])
 def test_a_pass_of_fused_kernels_gives_the_logits_of_the_blocks(pattern, backend, monkeypatch):
     from sbn_lightning.backends.selection import engines
-    from sbn_lightning.inference import decoder as decoder_module
+    from sbn_lightning.inference import reader
     from sbn_lightning.inference.opening import use_backend
 
     if backend not in engines(torch.device("cuda"))[0]:
@@ -243,12 +243,12 @@ def test_a_pass_of_fused_kernels_gives_the_logits_of_the_blocks(pattern, backend
     # The second prompt of a bucket captures a graph, and the third replays the graph. The same holds for batches.
     logits += [ours.extend(i % 2, prompts[i % 2], 0) for i in range(4)]
     logits += [ours.prefill(prompts) for _ in range(2)]
-    assert set(ours._prompts._graphs) == {(1, 96), (1, 64), (2, 96)}
-    assert ours._pass is not None
-    monkeypatch.setattr(decoder_module, "make_pass", lambda model: None)
+    assert set(ours._reader.graphs._graphs) == {(1, 96), (1, 64), (2, 96)}
+    assert ours._reader.prompt_pass is not None
+    monkeypatch.setattr(reader, "make_pass", lambda model: None)
     plain = Decoder(model, 2, 200)
     expected = plain.prefill(prompts)
-    assert plain._pass is None
+    assert plain._reader.prompt_pass is None
     all_expected = [expected, *(expected[i % 2 : i % 2 + 1] for i in range(4)), expected, expected]
     for got, wanted in zip(logits, all_expected, strict=True):
         assert (got - wanted).float().norm() < 0.05 * wanted.float().norm()
