@@ -183,56 +183,54 @@ def test_summary_of_generation(tmp_path: Path) -> None:
     assert len(text.splitlines()) == 4 + len({(row["model"], row["what"], row["batch"]) for row in rows})
 
 
-def test_scaling_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def line(run: int, count: int, milliseconds: float, masks: bool = True) -> str:
+    """What a process of the scaling benchmark prints for a row."""
+    row = {"run": run, "accumulate": count, "ms": milliseconds, "peak_gib": 1.0, "wire_mib": 5.0, "same_masks": masks}
+    return json.dumps(row)
+
+
+def test_scaling_rows(tmp_path: Path) -> None:
     """The shape sets the batch by default; rows name the link if there is one; a ratio needs a run on one GPU."""
     scaling = importlib.import_module("scaling")
-    commands: list[list[str]] = []
-
-    def start(name: str, options: list[str], *_: object) -> str:
-        commands.append(options)
-        return name
-
-    def result(name: str, *_: object) -> dict[str, object] | None:
-        found = {"ms": 1000.0, "peak_gib": 1.0, "wire_mib": 5.0, "same_masks": "fsdp2" not in name}
-        return None if name == "qwen2.5-3b ddp" else found
-
-    monkeypatch.setattr(scaling, "start", start)
-    monkeypatch.setattr(scaling, "result", result)
-    args = argparse.Namespace(
-        sequences=None, accumulate=None, gradients=["int8"], devices=2, steps=6, shapes=["qwen2.5-0.5b", "qwen2.5-3b"],
-        strategies=["ddp"], budget=None, profile=False, started=0.0,
-    )  # fmt: skip
-    small, large = scaling.cells(args)
-    table = scaling.Table(tmp_path / "scaling.csv", args, 300.0)
-    table.add_singles([small._replace(strategy="one")])
-    table.add_all([small])
-    table.add_all([large])
-    table.start(large._replace(strategy="fsdp2 packed", accumulate=8))
-    assert [options[:4] for options in commands[::3]] == [
-        ["--run", "one", "--shapes", "qwen2.5-0.5b"],
-        ["--run", "fsdp2 packed", "--shapes", "qwen2.5-3b"],
-    ]
-    assert [" ".join(options[6:]) for options in commands] == [
-        "--sequences 8 --accumulate 2 --steps 6 --devices 1",
-        "--sequences 8 --accumulate 2 --steps 6 --devices 2",
-        "--sequences 4 --accumulate 4 --steps 6 --devices 2",
-        "--sequences 4 --accumulate 8 --steps 6 --devices 2",
-    ]
+    options = {"run": None, "sequences": None, "accumulate": None, "gradients": ["int8"]}
+    shapes = ["qwen2.5-0.5b", "qwen2.5-3b"]
+    args = argparse.Namespace(**options, shapes=shapes, strategies=["ddp", "one", "fsdp2 packed"])
+    runs = scaling.runs_of(args)
+    assert [(run.sequences, run.counts) for run in runs] == [(8, [2])] * 3 + [(4, [4])] * 3
+    printed = [json.dumps({"run": i, "began": True}) for i in range(4)] + ["Trainer stopped"]
+    printed += [line(0, 2, 500.0), json.dumps({"link_gb_per_s": 300.0}), line(1, 2, 500.0), line(2, 2, 1.0, False)]
+    table = scaling.Table(tmp_path / "scaling.csv", 2)
+    assert table.take(runs, "\n".join(printed)) == runs[4:]
     rows = read(table.path)
     assert [(row["strategy"], row["tokens_per_s"], row["scaling"], row["link_gb_per_s"]) for row in rows] == [
-        ("one", "32768", "1", ""),
-        ("ddp", "65536", "1", "300"),
+        ("one", "65536", "1", ""),
+        ("ddp", "131072", "1", "300"),
     ]
     assert tuple(rows[0])[: len(scaling.COLUMNS)] == scaling.COLUMNS
-    assert table.missing == ["qwen2.5-3b ddp, int8 gradients, 4 micro-batches"]
+    assert table.missing == [
+        "qwen2.5-0.5b fsdp2 packed, int8 gradients, 2 micro-batches: ranks hold different masks",
+        "qwen2.5-3b ddp, int8 gradients, 4 micro-batches",
+    ]
     table.alone.clear()
-    table.add(small._replace(accumulate=8), {"ms": 500.0, "peak_gib": 1.0, "wire_mib": 5.0, "same_masks": True})
+    table.add(runs[0], 8, json.loads(line(0, 8, 500.0)))
     assert [(row["strategy"], row["scaling"]) for row in read(table.path)] == [("one", "1"), ("ddp", "1"), ("ddp", "")]
-    table.add(small._replace(strategy="fsdp2"), {"ms": 1.0, "peak_gib": 1.0, "same_masks": False})
-    assert table.missing[-1] == "qwen2.5-0.5b fsdp2, int8 gradients, 2 micro-batches: ranks hold different masks"
-    args.budget = 400.0  # The run started in 1970, so nothing of the budget is left.
-    assert table.start(small) is None
-    assert len(commands) == 4
+    args.run = [["qwen2.5-3b", "bf16 one", "bf16", "2,1"]]
+    assert scaling.runs_of(args) == [scaling.Run("qwen2.5-3b", "bf16 one", "bf16", 4, [2, 1])]
+
+
+def test_the_steps_of_a_scaling_run() -> None:
+    """Lightning counts batches from the start, so a step may only begin at a multiple of its micro-batches."""
+    rank = importlib.import_module("scaling_rank")
+    for counts in ([2], [2, 1, 8], [4], [1], [16, 1]):
+        steps = rank.plan(counts, 4, wire=True, profile=True)
+        before = 0
+        for step in steps:
+            assert before % step.count == 0
+            before += step.count
+        assert {step.count for step in steps if step.what == "timed"} == set(counts)
+        assert [step.count for step in steps if step.what == "profile"] == [counts[0]] * 3
+        assert steps[0].what == "warm"
+    assert sum(step == rank.Step(8, "timed") for step in rank.plan([8], 6, wire=False, profile=False)) == 2
 
 
 def test_a_run_that_fails_or_takes_too_long_leaves_no_process() -> None:
@@ -241,8 +239,9 @@ def test_a_run_that_fails_or_takes_too_long_leaves_no_process() -> None:
     fails = code + "sys.exit(3) if os.environ['LOCAL_RANK'] == '1' else time.sleep(60)"
     start = time.monotonic()
     assert ranks([sys.executable, "-c", fails], 2, {}).finish(30)[1] == "exit status 3"
-    assert ranks([sys.executable, "-c", code + "time.sleep(60)"], 2, {}).finish(3) == ("0\n", "killed after 3 seconds")
-    assert ranks([sys.executable, "-c", code], 2, {}).finish(30) == ("0\n", "")
+    assert ranks([sys.executable, "-c", code + "time.sleep(60)"], 2, {}).finish(3)[1] == "killed after 3 seconds"
+    printed, failure = ranks([sys.executable, "-c", code], 2, {}).finish(30)
+    assert (sorted(printed.split()), failure) == (["0", "1"], "")
     assert time.monotonic() - start < 30
 
 
@@ -256,9 +255,10 @@ def test_a_process_that_nobody_waits_for_does_not_run(monkeypatch: pytest.Monkey
 def test_all_rows_of_scaling() -> None:
     scaling = importlib.import_module("scaling")
     args = argparse.Namespace(
-        sequences=None, accumulate=[1, 2, 8], gradients=["bf16", "int8"], shapes=list(scaling.BATCHES),
+        run=None, sequences=None, accumulate=[1, 2, 8], gradients=["bf16", "int8"], shapes=list(scaling.BATCHES),
         strategies=list(scaling.STRATEGIES),
     )  # fmt: skip
-    found = scaling.cells(args)
+    found = scaling.runs_of(args)
     ours = [name for name in scaling.STRATEGIES if not name.startswith(("bf16", "float8"))]
-    assert len(found) == len(set(found)) == 3 * 3 * (2 * len(ours) + len(scaling.STRATEGIES) - len(ours))
+    assert len({run[:3] for run in found}) == len(found) == 3 * (2 * len(ours) + len(scaling.STRATEGIES) - len(ours))
+    assert all(run.counts == [1, 2, 8] for run in found)
