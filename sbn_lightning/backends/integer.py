@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import sbn_kernels as sk
 import sbn_kernels.catalog
 import torch
-from sbn_kernels.common.packing import LAYOUTS
+from sbn_kernels.common.packing import LAYOUTS, unpack
 from sbn_kernels.exchange.triton import decode_rows
 from sbn_kernels.gemm import registry
 from sbn_kernels.swiglu import swiglu_backward_of_codes, swiglu_quantize_and_save
@@ -49,7 +49,7 @@ class KernelWeight(NamedTuple):
     """A ternary weight and the forms of it that the kernels read.
 
     Attributes:
-        codes: int8 ``[out, in]`` in {-1, 0, 1}.
+        codes: int8 ``[out, in]`` in {-1, 0, 1}; None if only ``packed`` and ``transposed`` are read.
         row_scale: float32 ``[out]``: gamma of each row.
         mask_bits: uint8 ``[out, ceil(in / 8)]``.
         packed: The form of the weight that ``kernel`` reads; None: the codes.
@@ -57,7 +57,7 @@ class KernelWeight(NamedTuple):
         kernel: The name of the kernel that multiplies.
     """
 
-    codes: Tensor
+    codes: Tensor | None
     row_scale: Tensor
     mask_bits: Tensor
     packed: Tensor | None
@@ -189,6 +189,18 @@ class KernelBackend(BlockKernels):
             transposed = registry.gradients(codes.device.index).transpose(codes)
         return KernelWeight(codes, row_scale, mask_bits, form, transposed, kernel.name)
 
+    def without_codes(self, prepared: KernelWeight) -> KernelWeight:
+        """The prepared weight without its codes, one byte a weight, if the products read packed words alone."""
+        packed = _layout(registry.product(prepared.kernel)) != "none" and prepared.transposed is not None
+        return prepared._replace(codes=None) if packed else prepared
+
+    def with_codes(self, prepared: KernelWeight, in_features: int) -> KernelWeight:
+        """The prepared weight with its codes, which are unpacked if :meth:`without_codes` has dropped them."""
+        if prepared.codes is not None or prepared.packed is None:
+            return prepared
+        layout = _layout(registry.product(prepared.kernel))
+        return prepared._replace(codes=unpack(prepared.packed, len(prepared.row_scale), in_features, layout))
+
     def linear(
         self,
         x: Tensor,
@@ -308,7 +320,7 @@ class KernelLinearFunction(torch.autograd.Function):
         x: Tensor,
         latent: Tensor,
         up: Tensor | None,
-        codes: Tensor,
+        codes: Tensor | None,
         row_scale: Tensor,
         mask_bits: Tensor,
         packed: Tensor | None,
@@ -343,6 +355,7 @@ class KernelLinearFunction(torch.autograd.Function):
         y = multiply(x8, scale, codes, row_scale, packed, registry.product(kernel).form, kernel, dtype)
         ctx.save_for_backward(x8, scale, codes, row_scale, transposed, gradient_mask, seed, before, up, code_scale)
         ctx.dtype, ctx.x_dtype, ctx.latent_dtype, ctx.rounds_dw = dtype, x.dtype, latent.dtype, rounds_dw
+        ctx.in_features = x8.shape[1]
         return y
 
     @staticmethod
@@ -355,12 +368,12 @@ class KernelLinearFunction(torch.autograd.Function):
         round_dx = need_dx and seed is not None and transposed is not None
         round_dw = need_dw and seed is not None and ctx.rounds_dw
         if round_dx or round_dw:
-            kernels = registry.gradients(codes.device.index)
+            kernels = registry.gradients(x8.device.index)
             a8, a_scale, b8, b_scale = sk.quantize_gradient(
                 dy, row_scale, scale, seed, want_tokens=round_dx, want_channels=round_dw
             )
             if round_dx:
-                dx = kernels.input_gradient(a8, a_scale, transposed, codes.shape[1], ctx.dtype)
+                dx = kernels.input_gradient(a8, a_scale, transposed, ctx.in_features, ctx.dtype)
             if round_dw:
                 dw = kernels.weight_gradient(b8, b_scale, sk.transpose_tokens(x8), ctx.latent_dtype)
         if need_dx and not round_dx:

@@ -13,7 +13,7 @@ from sbn_lightning.sparsity.ternary import quantize_activations
 def multiply(
     x8: Tensor,
     scale: Tensor,
-    codes: Tensor,
+    codes: Tensor | None,
     row_scale: Tensor,
     packed: Tensor | None,
     form: str,
@@ -25,7 +25,7 @@ def multiply(
     Args:
         x8: int8 ``[tokens, in]``.
         scale: float32 ``[tokens]``.
-        codes: int8 ``[out, in]``.
+        codes: int8 ``[out, in]``; None if ``kernel`` reads ``packed``.
         row_scale: float32 ``[out]``.
         packed: The weight in the form ``form``; None: only the codes exist.
         form: The form of ``packed``.
@@ -35,13 +35,15 @@ def multiply(
     Returns:
         ``[tokens, out]``.
     """
-    tokens, (out_features, in_features) = x8.shape[0], codes.shape
+    tokens, in_features = x8.shape
+    out_features = row_scale.shape[0]
     many = registry.product(kernel)
     if packed is not None:
         chosen = kernel if many.form == form else None
         served = registry.serving(form, tokens, out_features, in_features, x8.device.index, chosen)
         if served is not None:
             return served.multiply(x8, scale, packed, row_scale, out_features, None, dtype)
+    assert codes is not None
     return many.multiply(x8, scale, codes, row_scale, out_features, None, dtype)
 
 

@@ -73,8 +73,8 @@ def _ternary(layer: Any) -> Ternary:
     from sbn_kernels.decode.step import Ternary
 
     if hasattr(layer, "prepare"):
-        layer.prepare()
-        return Ternary(layer._prepared.codes, layer._prepared.row_scale, layer.bias)
+        weight = layer._whole()
+        return Ternary(weight.codes, weight.row_scale, layer.bias)
     return Ternary(layer.codes, layer.row_scale, layer.bias)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class SparseBitLinear(MaskedLinear):
     """
 
     kind = "ternary"
+    # Whether a forward reads the codes even if the kernels read only packed words.
+    reads_codes: ClassVar[bool] = False
 
     def _init_mask(self, sparsity: SparsityConfig, mask_bits: Tensor | None = None) -> None:
         self._backend: Backend = REFERENCE
@@ -101,6 +103,8 @@ class SparseBitLinear(MaskedLinear):
             raise ConfigError(
                 "a partial rounding needs the whole latent weight in each forward: set gather: latent in the strategy"
             )
+        if self._rounding is None:
+            self._forget_prepared()  # A partial rounding reads the codes, and a backend may have dropped them.
         if self._rounding is None or self._rounding[0].device != self.weight.device:
             # Tensors, not numbers: a compiled graph would be compiled again for each new number.
             self._rounding = tuple(torch.zeros((), device=self.weight.device) for _ in range(2))  # type: ignore[assignment]
@@ -121,7 +125,7 @@ class SparseBitLinear(MaskedLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseBitLinear:
         super()._apply(fn, recurse)
-        if self._prepared is not None and self._prepared.codes.device != self.weight.device:
+        if self._prepared is not None and self._prepared.row_scale.device != self.weight.device:
             self._forget_prepared()  # The prepared weight takes memory on the old device.
         return self
 
@@ -149,6 +153,8 @@ class SparseBitLinear(MaskedLinear):
     def _whole(self) -> Any:
         """Return the prepared weight, up to date. A backend whose codes are not whole at present makes them whole."""
         self.prepare()
+        if self._prepared.codes is None:
+            return self._backend.with_codes(self._prepared, self.in_features)  # type: ignore[attr-defined]
         whole = getattr(self._backend, "whole", None)
         return self._prepared if whole is None else whole(self._prepared)
 
@@ -180,9 +186,14 @@ class SparseBitLinear(MaskedLinear):
             request: What :meth:`due` returned.
             prepared: What the backend made of the weight.
         """
-        self._prepared = prepared
+        # Looked up in the class: a wrapper around the backend holds the weight of a whole block itself.
+        if hasattr(type(self._backend), "without_codes") and not (self.reads_codes or self.is_partly_rounded):
+            prepared = self._backend.without_codes(prepared)  # type: ignore[attr-defined]
         if request[1] is None:
             self._set_mask(prepared.mask_bits)
+            if hasattr(prepared, "_replace"):
+                prepared = prepared._replace(mask_bits=self.mask_bits)  # One copy of the mask is enough.
+        self._prepared = prepared
         self._prepared_of = self._prepared_key()
 
     def _prepared_key(self) -> tuple[Any, ...]:

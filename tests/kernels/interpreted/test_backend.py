@@ -266,3 +266,17 @@ def test_what_comes_after_a_layer_may_work_in_place(kind: Gradients) -> None:
         found.append((x.grad, layer.weight.grad))
         layer.weight.grad = None
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("gradients_", "drops"), [("int8", True), ("int8-dx", True), ("bf16", False)])
+def test_codes_that_only_packed_words_are_read_for_are_dropped(gradients_: Gradients, drops: bool) -> None:
+    torch.manual_seed(0)
+    layer = SparseBitLinear(96, 40, pattern="2:4")
+    codes = layer.ternary()[0]
+    layer.backend = KernelBackend("hopper-sparse", gradients=gradients_)
+    layer.prepare()
+    assert (layer._prepared.codes is None) == drops
+    assert torch.equal(layer.ternary()[0], codes)
+    layer.set_rounding(0.5, 1.0)  # Now the forward reads the codes.
+    layer.prepare()
+    assert torch.equal(layer._prepared.codes, codes)
