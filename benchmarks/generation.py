@@ -4,7 +4,8 @@
 
 The weights are random, the shapes are those of Qwen2.5. Every variant runs the loop of ``sbn generate``: blocks
 compiled by ``torch.compile``, anew for each batch; a static cache; a decode step that is one CUDA graph with the choice
-of the token. A single prompt is read as a :class:`Generator` reads it, from a CUDA graph of its bucket. "one kernel"
+of the token. A single prompt is read as a :class:`Generator` reads it, from a CUDA graph of its bucket; up to eight
+prompts together are read from a graph, too. "one kernel"
 decodes with the persistent step, up to 16 sequences; "8-bit head" has the rows of the head rounded.
 ``transformers generate`` is Hugging Face's, in bfloat16 with its default attention and cache, not compiled: what users
 run otherwise. Its prefill is the forward of the model as ``generate`` calls it. ``transformers generate, static cache,
@@ -33,21 +34,28 @@ cell that fails is named at the end and does not stop the others.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import first_token
 import torch
-from common import append, fresh_results, header, need_gpu
+from common import fresh_results, header, need_gpu
+from generation_table import (
+    CHECKED_PROMPTS,
+    COLUMNS,
+    DEVICE,
+    PERSISTENT,
+    PREFILL_LENGTH,
+    ROUNDED,
+    SHORT_LENGTH,
+    VARIANTS,
+    Table,
+    call_times,
+    few_calls_ms,
+    random_tokens,
+)
+from generation_transformers import TRANSFORMERS, huggingface
 from torch import Tensor
 
 from sbn_lightning.formats.assemble import cast_model
@@ -60,23 +68,7 @@ from sbn_lightning.layers.sparse_linear import prepare_layers
 from sbn_lightning.models.config import QWEN2_5_SHAPES, TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
 
-# Variant -> (kind of its linear layers, pattern, backend).
-VARIANTS = {
-    "bf16 dense": ("dense", "6:8", "reference"),
-    "2:4": ("ternary", "2:4", "sparse"),
-    "6:8": ("ternary", "6:8", "int8"),
-    "2:4, one kernel": ("ternary", "2:4", "sparse"),
-    "2:4, 8-bit head": ("ternary", "2:4", "sparse"),
-}
-PERSISTENT, ROUNDED = "2:4, one kernel", "2:4, 8-bit head"
-TRANSFORMERS = "transformers generate"
-TRANSFORMERS_BEST = "transformers generate, static cache, compiled"
 PHASES = ("prefill", "decode", "first_token")
-COLUMNS = ("model", "what", "batch", "variant", "ms", "tokens_s", "bf16_ms", "vs_bf16", "error", "same", "bandwidth")
-KEY = ("model", "what", "batch", "variant")
-DEVICE = torch.device("cuda")
-PREFILL_LENGTH, SHORT_LENGTH, CHECKED_PROMPTS = 2048, 512, 4
-COPIED = 1 << 30  # bytes
 CHECKED, CHECKED_CONTEXT = (4, 72), 64
 ERROR = 0.2  # random weights: one rounding in an early block moves many in later ones; up to 0.10 was seen, at 6:8
 GREEDY = Sampling()
@@ -91,11 +83,6 @@ def build(name: str, variant: str, length: int) -> TernaryTransformer:
         model = TernaryTransformer(config)
     cast_model(model, torch.bfloat16)
     return model.eval().requires_grad_(False)
-
-
-def random_tokens(batch: int, length: int) -> Tensor:
-    """Draws token ids ``[batch, length]``."""
-    return torch.randint(151936, (batch, length), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
 
 
 def exact_gate() -> None:
@@ -152,23 +139,6 @@ def difference(logits: Tensor, expected: Tensor) -> float:
     return error
 
 
-def call_times(call: Callable[[], object], count: int) -> list[float]:
-    """Returns the milliseconds between the ends of ``count`` calls in a row."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in pairwise(events)]
-
-
-def few_calls_ms(call: Callable[[], object]) -> float:
-    """Returns the median time of 3 to 10 calls, about half a second; a first call says how many fit."""
-    (first,) = call_times(call, 1)
-    return statistics.median(call_times(call, max(3, min(10, int(500 / first)))))
-
-
 def rows_read(batch: int) -> int:
     """Returns the number of prompts in whole batches that is at least :data:`CHECKED_PROMPTS`."""
     return -(-CHECKED_PROMPTS // batch) * batch
@@ -193,24 +163,6 @@ def prompt_ms(model: TernaryTransformer, tokens: Tensor, expected: Tensor | None
     return few_calls_ms(lambda: decoder.extend(0, prompts[0], 0))
 
 
-def copy_rate() -> float:
-    """Returns the bytes a millisecond of a large copy, read plus written."""
-    source = torch.empty(COPIED, dtype=torch.int8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * COPIED / few_calls_ms(lambda: target.copy_(source))
-
-
-def bytes_of_step(name: str, variant: str, batch: int, context: int) -> float:
-    """Returns what a decode step has to read: weights, head, and the keys and values of the contexts."""
-    linear, _, _ = VARIANTS.get(variant, VARIANTS["bf16 dense"])
-    config = TransformerConfig.preset(name, linear=linear)
-    width, kv = config.n_heads * config.head_size, config.n_kv_heads * config.head_size
-    weights = config.n_layers * (config.d_model * (2 * width + 2 * kv) + 3 * config.d_model * config.d_ffn)
-    head = config.vocab_size * config.d_model * (1 if variant == ROUNDED else 2)
-    cache = config.n_layers * 2 * kv * 2 * context * batch
-    return weights * (2 if linear == "dense" else 0.25) + head + cache
-
-
 def prefill_ms(model: TernaryTransformer, batch: int, tokens: Tensor, expected: Tensor) -> float:
     """Returns the median time to read ``batch`` prompts; the logits are checked first."""
     if batch == 1:
@@ -219,7 +171,8 @@ def prefill_ms(model: TernaryTransformer, batch: int, tokens: Tensor, expected: 
     lengths = torch.full((batch,), PREFILL_LENGTH, device=DEVICE)
     # The same number of prompts at any batch, because a single prompt may be further off.
     parts = tokens[: rows_read(batch)].split(batch)
-    difference(torch.cat([decoder.prefill_padded(part, lengths) for part in parts])[:CHECKED_PROMPTS], expected)
+    for _ in range(2):  # without a graph, and with one
+        difference(torch.cat([decoder.prefill_padded(part, lengths) for part in parts])[:CHECKED_PROMPTS], expected)
     return few_calls_ms(lambda: decoder.prefill_padded(parts[0], lengths))
 
 
@@ -239,58 +192,6 @@ def decode_ms(model: TernaryTransformer, batch: int, context: int, steps: int, s
     times = call_times(eight, max(1, steps // 8))
     decoder.check()
     return statistics.median(times) / 8
-
-
-class Table:
-    """Rows of one model: ratios to its BF16 rows, and what could not be measured.
-
-    Args:
-        path: The CSV.
-        model: The model's name.
-    """
-
-    def __init__(self, path: Path, model: str) -> None:
-        self.path = path
-        self.model = model
-        self.base: dict[tuple[str, int], float] = {}
-        self.missing: list[str] = []
-        self.copied: float | None = None  # bytes a millisecond
-
-    def add(
-        self,
-        variant: str,
-        what: str,
-        batch: int,
-        ms: float,
-        error: float | str,
-        same: float | str,
-        context: int | None = None,
-    ) -> None:
-        """Writes a row; ``context`` is the number of tokens in the cache of a decode step."""
-        if variant == "bf16 dense":
-            self.base[what, batch] = ms
-        amount = batch * {"prefill": PREFILL_LENGTH, "prefill 512": SHORT_LENGTH}.get(what, 1)
-        bandwidth: float | str = ""
-        if context is not None:
-            self.copied = self.copied or copy_rate()
-            bandwidth = bytes_of_step(self.model, variant, batch, context) / ms / self.copied
-        base = self.base.get((what, batch))
-        ratio: tuple[float | str, float | str] = (base, base / ms) if base else ("", "")
-        values = (self.model, what, batch, variant, ms, 1e3 * amount / ms, *ratio, error, same, bandwidth)
-        append(self.path, dict(zip(COLUMNS, values, strict=True)), KEY)
-
-    @contextmanager
-    def attempt(self, name: str) -> Iterator[None]:
-        """Runs one cell with all memory free and nothing compiled; notes a failure and goes on."""
-        torch.compiler.reset()  # each batch is compiled for its own sizes, whatever ran before
-        gc.collect()
-        torch.cuda.empty_cache()
-        try:
-            yield
-        except Exception:  # of any kind: time on a GPU is expensive, and the other rows do not depend on this one
-            self.missing.append(f"{self.model}, {name}")
-            print(f"{self.missing[-1]}: not measured", flush=True)
-            traceback.print_exc()
 
 
 def ours(table: Table, variant: str, args: argparse.Namespace) -> None:
@@ -324,81 +225,6 @@ def ours(table: Table, variant: str, args: argparse.Namespace) -> None:
             with table.attempt(f"{variant}, decode, batch {batch}"):
                 ms = decode_ms(model, batch, args.context, args.steps, step)
                 table.add(variant, "decode", batch, ms, error, same, args.context)
-
-
-def qwen2(name: str) -> Any:
-    """transformers' model of the same shape, random weights in bfloat16.
-
-    Raises:
-        ImportError: Without transformers.
-    """
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    shape = QWEN2_5_SHAPES[name]
-    config = Qwen2Config(
-        vocab_size=151936,
-        hidden_size=shape["d_model"],
-        intermediate_size=shape["d_ffn"],
-        num_hidden_layers=shape["n_layers"],
-        num_attention_heads=shape["n_heads"],
-        num_key_value_heads=shape["n_kv_heads"],
-        tie_word_embeddings=True,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    with DEVICE:
-        model = Qwen2ForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    return model
-
-
-def huggingface(table: Table, args: argparse.Namespace) -> None:
-    """Measures transformers: a forward on prompts; a token of ``generate``, from the times of 17 tokens and of one.
-
-    The token is measured twice: with the defaults, and with a static cache and the compiled step.
-    """
-    try:
-        model = qwen2(table.model)
-    except ImportError as error:
-        print(f"{TRANSFORMERS}: left out ({error})")
-        return
-
-    @torch.no_grad()
-    def prefill(tokens: Tensor) -> None:
-        model(tokens, attention_mask=torch.ones_like(tokens), use_cache=True, logits_to_keep=1)
-
-    def seconds(batch: int, new: int, **options: Any) -> float:
-        tokens = random_tokens(batch, args.context)
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            do_sample=False,
-            min_new_tokens=new,
-            max_new_tokens=new,
-            **options,
-        )
-        torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    if "prefill" in args.phases:
-        prefill(random_tokens(1, PREFILL_LENGTH))  # the very first forward loads kernels
-        for batch in args.batches:
-            with table.attempt(f"{TRANSFORMERS}, prefill, batch {batch}"):
-                ms = few_calls_ms(partial(prefill, random_tokens(batch, PREFILL_LENGTH)))
-                table.add(TRANSFORMERS, "prefill", batch, ms, "", "")
-    if "decode" in args.phases:
-        count = 16
-        for variant, options in ((TRANSFORMERS, {}), (TRANSFORMERS_BEST, {"cache_implementation": "static"})):
-            for batch in args.batches:
-                with table.attempt(f"{variant}, decode, batch {batch}"):
-                    for _ in range(2):  # the longest first: a static cache stays as long as its longest text
-                        seconds(batch, count + 1, **options)
-                    one, more = ([seconds(batch, n, **options) for _ in range(3)] for n in (1, count + 1))
-                    ms = 1e3 * (statistics.median(more) - statistics.median(one)) / count
-                    table.add(variant, "decode", batch, ms, "", "", args.context)
 
 
 def main() -> None:
