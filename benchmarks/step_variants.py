@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from sbn_lightning import TransformerConfig
 from sbn_lightning.layers.conversion import convert_linears
+from sbn_lightning.models.loss import linear_cross_entropy
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.sparsity.pattern import NMPattern, top_n_mask
 from sbn_lightning.sparsity.ternary import expand_scale, weight_scale
@@ -27,12 +28,19 @@ SHAPES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", LLAMA_3_8B_BLOCKS, FOREI
 
 
 class ForeignModel(nn.Module):
-    """A Llama of ``transformers`` in the shape of TinyLlama-1.1B: 22 blocks with separate q, k, v, gate and up."""
+    """A Llama of ``transformers`` in the shape of TinyLlama-1.1B: 22 blocks with separate q, k, v, gate and up.
 
-    def __init__(self, **changes: Any) -> None:
+    Args:
+        head: ``"torch"``: the loss of PyTorch on float32 logits. ``"chunked"``: our loss, which makes the logits
+            of some tokens at a time. ``"int8"``: our loss with the products of the head in 8 bits.
+        **changes: Other fields of the config.
+    """
+
+    def __init__(self, head: str = "torch", **changes: Any) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         super().__init__()
+        self.head = head
         shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
         shape |= {"num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048}
         self.model = LlamaForCausalLM(LlamaConfig(**shape | changes, attn_implementation="sdpa"))
@@ -48,7 +56,11 @@ class ForeignModel(nn.Module):
         return int(self.model.config.vocab_size)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of the next tokens, by the head and the loss of PyTorch."""
+        """The mean loss of the next tokens."""
+        if self.head != "torch":
+            hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            precision = "int8" if self.head == "int8" else "full"
+            return linear_cross_entropy(hidden, self.model.lm_head.weight, targets.flatten(), "chunked", precision)
         logits = self.model(input_ids=ids, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
@@ -77,10 +89,12 @@ def make_config(shape: str, sequence_length: int, checkpointing: bool, layers: i
     return TransformerConfig.preset(shape, **changes)
 
 
-def _plain(config: TransformerConfig | None, layers: int | None = None) -> Any:
+def _plain(config: TransformerConfig | None, layers: int | None = None, head: str = "torch") -> Any:
     """The model with plain layers."""
+    if config is not None and head != "torch":
+        raise ImportError("our model has the chunked loss anyway")
     if config is None:
-        return ForeignModel(**({"num_hidden_layers": layers} if layers else {}))
+        return ForeignModel(head, **({"num_hidden_layers": layers} if layers else {}))
     return TernaryTransformer(TransformerConfig(**config.to_dict() | {"linear": "dense"}))
 
 
@@ -99,9 +113,9 @@ class FakeQuantizedLinear(nn.Linear):
         return F.linear(x + (rounded - x).detach(), weight + (fake - weight).detach(), self.bias)
 
 
-def dense(config: TransformerConfig | None, layers: int | None = None) -> Any:
-    """Makes the BF16 baseline."""
-    return _plain(config, layers)
+def dense(config: TransformerConfig | None, layers: int | None = None, *, head: str = "torch") -> Any:
+    """Makes the BF16 baseline; ``head`` is that of a foreign model."""
+    return _plain(config, layers, head)
 
 
 def fake_quantized(config: TransformerConfig | None, layers: int | None = None) -> Any:
@@ -113,17 +127,20 @@ def fake_quantized(config: TransformerConfig | None, layers: int | None = None) 
     return model
 
 
-def torchao_float8(config: TransformerConfig | None, layers: int | None = None, *, recipe: str) -> Any:
+def torchao_float8(
+    config: TransformerConfig | None, layers: int | None = None, *, recipe: str, head: str = "torch"
+) -> Any:
     """Makes torchao's float8 training, which a user on a Hopper GPU would pick instead of us.
 
     Args:
         config: The config, or None for the foreign model.
         layers: Blocks of a foreign model; None: all.
         recipe: ``"tensorwise"`` or ``"rowwise"``.
+        head: The head of a foreign model.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    model = _plain(config, layers)
+    model = _plain(config, layers, head)
     convert_to_float8_training(model.blocks, config=Float8LinearConfig.from_recipe_name(recipe))
     return model
 
@@ -138,14 +155,20 @@ def torchao_bitnet(config: TransformerConfig | None, layers: int | None = None) 
     return model
 
 
-def ternary(config: TransformerConfig | None, layers: int | None = None, *, pattern: str, **changes: Any) -> Any:
-    """Makes our model with changes of its config, or converts the foreign one, which has none."""
+def ternary(
+    config: TransformerConfig | None, layers: int | None = None, *, pattern: str, head: str = "torch", **changes: Any
+) -> Any:
+    """Makes our model with changes of its config, or converts the foreign one, which has none but its ``head``."""
+    if config is None and changes.pop("head_precision", "full") == "int8":
+        head = "int8"
     if config is None and changes:
         raise ImportError(f"a foreign model has no {', '.join(changes)}")
     if config is None:
-        model = ForeignModel(**({"num_hidden_layers": layers} if layers else {}))
+        model = _plain(config, layers, head)
         convert_linears(model, pattern)
         return model
+    if head != "torch":
+        raise ImportError("our model has the chunked loss anyway")
     return TernaryTransformer(TransformerConfig(**config.to_dict() | {"pattern": pattern} | changes))
 
 
@@ -163,13 +186,19 @@ _OURS = partial(ternary, pattern="2:4")
 _RECOMPUTED = partial(_OURS, activation_checkpointing="mlp")
 VARIANTS: dict[str, tuple[Build, dict[str, str] | None]] = {
     "bf16 dense": (dense, None),
+    "bf16 dense, chunked loss": (partial(dense, head="chunked"), None),
     "float8 tensorwise (torchao)": (partial(torchao_float8, recipe="tensorwise"), None),
     "float8 rowwise (torchao)": (partial(torchao_float8, recipe="rowwise"), None),
     "bf16 2:4 masked": (masked, None),
     "fake quantised 2:4": (fake_quantized, None),
     "fake quantised 2:4, eager": (fake_quantized, None),
     "torchao BitNet, dense ternary": (torchao_bitnet, None),
+    "float8 tensorwise (torchao), chunked loss": (
+        partial(torchao_float8, recipe="tensorwise", head="chunked"),
+        None,
+    ),
     "ours 2:4": (_OURS, {"backend": "sparse"}),
+    "ours 2:4, chunked loss": (partial(_OURS, head="chunked"), {"backend": "sparse"}),
     "ours 2:4, int8 gradients": (_OURS, {"backend": "sparse", "gradients": "int8"}),
     "ours 2:4, int8 dX": (_OURS, {"backend": "sparse", "gradients": "int8-dx"}),
     "ours 2:4, int8 dW": (_OURS, {"backend": "sparse", "gradients": "int8-dw"}),
