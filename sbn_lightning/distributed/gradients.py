@@ -93,6 +93,7 @@ class GradientScatter:
         self.hold = False
         # NCCL divides while it sums. gloo does not know how.
         self._operation = dist.ReduceOp.AVG if dist.get_backend(shard_group) == "nccl" else dist.ReduceOp.SUM
+        self._leaves: list[Tensor] = []
         self._sent: deque[_Sent] = deque()
         self._gathered: list[_Gradient] = []  # Small gradients that wait for each other.
         self._most_alone = min(PIECE * dist.get_world_size(shard_group), IN_FLIGHT // 2)
@@ -115,6 +116,25 @@ class GradientScatter:
             self._collect(_Gradient(gradient.to(self.dtype), weight, cut))
 
         leaf.register_post_accumulate_grad_hook(send)
+        self._leaves.append(leaf)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a backward has begun and will not end, because it has raised an error."""
+        return self._waits_for_end and torch._C._current_graph_task_id() == -1
+
+    def reset(self) -> None:
+        """Throw away what a backward that has raised an error has left: gradients that wait or travel."""
+        for sent in self._sent:
+            if sent.work is not None:
+                sent.work.wait()
+        self._sent.clear()
+        self._gathered.clear()
+        for leaf in self._leaves:
+            leaf.grad = None
+        if self._waits_for_end:
+            self._waits_for_end = False
+            end_collectives()
 
     def _collect(self, gradient: _Gradient) -> None:
         if not self._waits_for_end:

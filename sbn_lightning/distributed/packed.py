@@ -171,6 +171,17 @@ def exchange_of(module: nn.Module) -> Exchange | None:
     return next((backend.exchange for backend in backends if isinstance(backend, PackedRows)), None)
 
 
+def forget_backward(module: nn.Module) -> None:
+    """Throw away what a backward that has raised an error has left in a sharded model."""
+    backends = [layer.backend for layer in ternary_layers(module).values()]
+    for backend in backends:
+        if isinstance(backend, PackedRows):
+            if backend.unit is not None:
+                backend.unit.reset()
+            if backend.exchange.scatter is not None:
+                backend.exchange.scatter.reset()
+
+
 def local_rows(weight: Tensor) -> Tensor:
     """The rows of a sharded weight that this rank has, without their gradient."""
     return cast(DTensor, weight.detach()).to_local()

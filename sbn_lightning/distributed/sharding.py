@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.distributed.packed import exchange_of, shard_packed
+from sbn_lightning.distributed.packed import exchange_of, forget_backward, shard_packed
 from sbn_lightning.layers.sparse_linear import masked_layers, prepare_layers
 
 Gather = Literal["packed_step", "packed_layer", "latent"]
@@ -205,12 +205,34 @@ def _prepare(module: nn.Module, *_: Any) -> None:
     if exchange is None or not isinstance(module, FSDPModule):
         prepare_layers(module)
         return
+    recover(module)
     # The forward begins with the embedding. FSDP2 would start to gather it only when all layers are prepared.
     exchange.beside = partial(module.unshard, async_op=True)
     try:
         prepare_layers(module)
     finally:
         exchange.beside = None
+
+
+def recover(module: FSDPModule) -> None:
+    """Let a sharded model train on after a backward that has raised an error on all ranks.
+
+    Autograd does not call the end of such a backward, so gradients are left on their way. Call ``zero_grad`` as well.
+    Every forward calls this function. It needs a version of torch whose FSDP2 can be reset, as 2.14.
+
+    Args:
+        module: The whole model, sharded.
+    """
+    assert isinstance(module, nn.Module)
+    exchange = exchange_of(module)
+    ours = exchange is not None and exchange.scatter is not None and exchange.scatter.is_broken
+    state = getattr(module._get_fsdp_state(), "_state_ctx", None)
+    theirs = getattr(state, "post_backward_final_callback_queued", False)
+    if not (ours or theirs) or torch._C._current_graph_task_id() != -1:
+        return
+    forget_backward(module)
+    if hasattr(module, "reset_iter_state"):
+        module.reset_iter_state()
 
 
 def _after_preparing(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -142,6 +142,13 @@ class Unit:
                 tensor.untyped_storage().resize_(0)
         self._coming, self._whole = None, False
 
+    def reset(self) -> None:
+        """Forget a backward that has raised an error."""
+        if self._coming is not None:
+            self._coming.wait()
+        self._backward.unit = None
+        self.free()
+
     def weight(self, backend: Any) -> Any:
         """A whole copy of the prepared weight of a layer. All ranks must call this together."""
         held = self._held[id(backend.leaf)]

@@ -27,7 +27,7 @@ from sbn_lightning.layers import SparseBitLinear, masked_layers, prepare_layers
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.sparsity.config import SparsityConfig
-from tests.helpers import small_config
+from tests.helpers import Interrupted, small_config
 
 DEVICE = sys.argv[4] if len(sys.argv) > 4 and sys.argv[4] == "cuda" else "cpu"
 
@@ -167,10 +167,29 @@ def check_models(ranks: int) -> None:
         if gather == "packed_step":
             load_weights(made, model(None).state_dict())  # A load in the middle: the training starts again.
             assert train(made) == losses, gather
+        if not changes and not compiled:
+            fail(made)
+            load_weights(made, model(None).state_dict())
+            assert train(made) == losses, gather
     with counted() as calls:
         made = model(mesh)
         prepare_layers(made)
     assert calls == [2 + 1], calls  # terms, terms of gamma over non-zero codes, words
+
+
+def fail(made: nn.Module) -> None:
+    """Begin a backward that raises an error on all ranks, when the second block has sent its gradients."""
+
+    def stop(gradient: torch.Tensor) -> None:
+        raise Interrupted
+
+    tokens = torch.arange(9).view(1, 9).to(DEVICE)
+    handle = made.blocks[0].register_forward_hook(lambda block, x, y: y.register_hook(stop) and None)
+    loss = made.loss(tokens[:, :-1], tokens[:, 1:])
+    handle.remove()
+    with pytest.raises(Interrupted):
+        loss.backward()
+    made.zero_grad()
 
 
 @contextmanager
