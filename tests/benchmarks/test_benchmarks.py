@@ -72,11 +72,16 @@ def generation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.import_module("generation")
     tiny = {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ffn": 64}
     monkeypatch.setitem(module.QWEN2_5_SHAPES, "qwen2.5-0.5b", tiny)
-    monkeypatch.setattr(module, "VARIANTS", {k: (*v[:2], "reference") for k, v in module.VARIANTS.items()})
-    monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(module, "PREFILL_LENGTH", 16)
-    monkeypatch.setattr(module, "SHORT_LENGTH", 8)
-    monkeypatch.setattr(module, "COPIED", 1 << 16)
+    small = {
+        "VARIANTS": {k: (*v[:2], "reference") for k, v in module.VARIANTS.items()},
+        "DEVICE": torch.device("cpu"),
+        "PREFILL_LENGTH": 16,
+        "SHORT_LENGTH": 8,
+        "COPIED": 1 << 16,
+    }
+    for part in (module, *map(importlib.import_module, ("generation_table", "generation_transformers"))):
+        for name in small.keys() & vars(part).keys():
+            monkeypatch.setattr(part, name, small[name])
     monkeypatch.setattr(torch.cuda, "Event", WallClockEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     return module
@@ -99,7 +104,8 @@ def test_generation_rows(generation: ModuleType, tmp_path: Path) -> None:
     decode = [("decode", "1"), ("decode", "6")]
     expected = {"bf16 dense": prefill + short + decode, "2:4": prefill + short + decode}
     expected |= {generation.ROUNDED: decode, generation.PERSISTENT: []}
-    expected |= {generation.TRANSFORMERS: prefill + decode, generation.TRANSFORMERS_BEST: decode}
+    peers = importlib.import_module("generation_transformers")
+    expected |= {peers.TRANSFORMERS: prefill + decode, peers.TRANSFORMERS_BEST: decode}
     for variant, cells in expected.items():
         assert [(row["what"], row["batch"]) for row in rows if row["variant"] == variant] == cells, variant
     assert all((float(row["bandwidth"]) > 0) if row["what"] == "decode" else not row["bandwidth"] for row in rows)
