@@ -189,6 +189,7 @@ def through_trainer(step: Step, steps: int) -> list[float]:
     Two steps come first, as in the bare loop. A step is timed from its end to the end of the next one.
     """
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.plugins import MixedPrecision, Precision
     from lightning.pytorch.strategies import SingleDeviceStrategy
 
     events: list[torch.cuda.Event] = []
@@ -214,11 +215,15 @@ def through_trainer(step: Step, steps: int) -> list[float]:
                 events.append(torch.cuda.Event(enable_timing=True))
                 events[-1].record()
 
-    precision = {"plugins": [step.plugin]} if step.plugin is not None else {"precision": "bf16-mixed"}
+    class Autocast(MixedPrecision):
+        clip_gradients = Precision.clip_gradients  # MixedPrecision refuses fused optimisers, for the sake of float16.
+
+    strategy = Stays(torch.device(DEVICE.type, 0))
     trainer = Trainer(
-        accelerator="gpu" if DEVICE.type == "cuda" else "cpu", devices=1, strategy=Stays(DEVICE), max_steps=steps + 2,
+        accelerator="gpu" if DEVICE.type == "cuda" else "cpu", devices=1, strategy=strategy, max_steps=steps + 2,
         accumulate_grad_batches=len(step.batches), gradient_clip_val=1.0, callbacks=[Clock()], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **precision,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        plugins=[step.plugin or Autocast("bf16-mixed", DEVICE.type)],
     )  # fmt: skip
     loader = torch.utils.data.DataLoader(list(step.batches) * (steps + 2), batch_size=None)
     trainer.fit(Module(), loader)
