@@ -11,7 +11,8 @@ in a step.
 ``--shape`` also takes the blocks of Llama-3-8B, four of them, and a public 1.1B model of ``transformers``
 (``step_variants.py``). ``--memory`` writes the memory by part (``step_memory.py``) to ``training_memory.csv``.
 ``--trainer`` measures each variant through Lightning's Trainer as well, with the same batches. ``--graphs`` measures
-each variant a second time with forward and backward replayed as CUDA graphs (``model.cuda_graphs``).
+each variant a second time with forward and backward replayed as CUDA graphs (``model.cuda_graphs``). ``--optimizer``
+takes another optimiser, for example one of a library whose states have 8 bits.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import append, fresh_results, header, need_gpu
@@ -53,9 +56,14 @@ def groups_of(model: nn.Module) -> list[dict[str, object]]:
     ]
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of every variant: one fused kernel for all parameters."""
-    return torch.optim.AdamW(groups_of(model), lr=1e-4, betas=(0.9, 0.95), fused=True)
+def optimizer_of(model: nn.Module, path: str | None = None) -> torch.optim.Optimizer:
+    """The optimiser of every variant: one fused kernel for all parameters; or the class that ``path`` names."""
+    options: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95)}
+    if path is None:
+        return torch.optim.AdamW(groups_of(model), **options, fused=True)
+    module, _, name = path.rpartition(".")
+    made: torch.optim.Optimizer = getattr(import_module(module), name)(groups_of(model), **options)
+    return made
 
 
 class Step:
@@ -78,7 +86,7 @@ class Step:
             self.plugin.convert_module(self.model)
         if not name.endswith("eager"):
             self.model.compile_blocks()
-        self.optimizer = optimizer_of(self.model)
+        self.optimizer = optimizer_of(self.model, args.optimizer)
 
     def _verify(self, name: str) -> None:
         """Compares the loss with that of the reference backend; bfloat16 rounds on the way through the model."""
@@ -183,7 +191,7 @@ def peak_bytes() -> float:
     return float(torch.cuda.max_memory_allocated()) if DEVICE.type == "cuda" else 0.0
 
 
-def through_trainer(step: Step, steps: int) -> list[float]:
+def through_trainer(step: Step, steps: int, optimizer: str | None = None) -> list[float]:
     """The milliseconds of each optimiser step of Lightning's Trainer on the same model, batches and optimiser.
 
     Two steps come first, as in the bare loop. A step is timed from its end to the end of the next one.
@@ -203,7 +211,7 @@ def through_trainer(step: Step, steps: int) -> list[float]:
             return step.loss(batch)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return optimizer_of(self.inner)
+            return optimizer_of(self.inner, optimizer)
 
     class Stays(SingleDeviceStrategy):
         def teardown(self) -> None:
@@ -239,7 +247,8 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     step = Step(name, args, graphs)
-    name = f"{name}, CUDA graphs" if graphs else name
+    name += f", {args.optimizer.rpartition('.')[2]}" if args.optimizer else ""
+    name += ", CUDA graphs" if graphs else ""
     for _ in range(2):
         step()
     torch.cuda.synchronize()
@@ -268,7 +277,7 @@ def measure(
         step.optimizer = None  # type: ignore[assignment]  # its states make room for those of the Trainer's optimiser
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        ms = statistics.median(through_trainer(step, args.steps))
+        ms = statistics.median(through_trainer(step, args.steps, args.optimizer))
         found = {"peak_gib": peak_bytes() / 2**30, "syncs": "", "setup_s": ""}
         row_of(path, f"{name}, Trainer", args, base, ms, step, found)
 
@@ -299,6 +308,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="also write the memory by part to training_memory.csv")
     parser.add_argument("--trainer", action="store_true", help="also measure each variant through Lightning's Trainer")
     parser.add_argument("--graphs", action="store_true", help="also measure each variant with CUDA graphs")
+    parser.add_argument("--optimizer", help="a class in place of the fused AdamW, as torchao.optim.AdamW8bit")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--profile", action="store_true", help="also print where the time of one step goes")
     parser.add_argument("--append", action="store_true", help="keep the rows that the CSV has")
