@@ -1,4 +1,4 @@
-"""What a compiled block of our transformer does around its layers, by kernels: norms with quantisation, rotary heads.
+"""What a compiled block of our transformer does around its layers, by kernels: norms, rotary heads, SwiGLU.
 
 Inside ``torch.compile`` a norm, the residual before it and the quantisation after it become loops that read a row three
 times, and the gradient of the fused q, k, v layer becomes a concatenation with conditions. The kernels of
@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from sbn_kernels.block.norm import MAX_FEATURES, norm_backward, norm_quantize
 from sbn_kernels.block.rope import rope_backward
+from sbn_kernels.swiglu.triton import swiglu_backward
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sbn_lightning.sparsity.ternary import apply_swiglu
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -84,6 +87,17 @@ class BlockKernels:
         found: tuple[Tensor, ...] = TurnFunction.apply(qkv, cos, sin, splits, size)
         return found
 
+    def gated_product(self, gate_up: Tensor) -> Tensor:
+        """Return ``silu(gate) * up``, for a layer that does not quantise the product at once.
+
+        Args:
+            gate_up: Gates and ups side by side, ``[..., 2 features]``.
+        """
+        if not _in_a_training_graph(gate_up):
+            return apply_swiglu(gate_up)
+        product: Tensor = GatedProductFunction.apply(gate_up)
+        return product
+
 
 class NormFunction(torch.autograd.Function):
     """``h = x + residual`` and ``y = rms_norm(h)``, with the codes of ``y``.
@@ -134,3 +148,19 @@ class TurnFunction(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         dq, dk, dv = grad_outputs
         return rope_backward(dq, dk, dv, cos, sin), None, None, None, None
+
+
+class GatedProductFunction(torch.autograd.Function):
+    """Forward in plain PyTorch, which a compiler fuses with what comes after; backward by one kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return apply_swiglu(gate_up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        d, rows = grad_outputs[0], gate_up.reshape(-1, gate_up.shape[-1])
+        return swiglu_backward(d.reshape(-1, d.shape[-1]), rows).reshape(gate_up.shape)

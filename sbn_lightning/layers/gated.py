@@ -6,6 +6,8 @@ after the other if they have hooks, if the first one has a bias, and while only 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +39,9 @@ def swiglu_between(
     y = _joined(first, last, x, quantized)
     if y is None:
         given = {} if quantized is None else {"quantized": quantized}
-        y = last(first(x, **given), swiglu=True)
+        gates = first(x, **given)
+        product = _product_of(last)
+        y = last(gates, swiglu=True) if product is None else last(product(gates))
     return y
 
 
@@ -55,6 +59,14 @@ def swiglu_of_pair(gate: nn.Module, up: nn.Module, last: nn.Module, x: Tensor) -
     """
     y = _joined_pair(gate, up, last, x)
     return last(gate(x), swiglu=up(x)) if y is None else y
+
+
+def _product_of(last: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What computes ``silu(gate) * up`` before a layer that is partly rounded; None if the layer does so itself."""
+    if type(last) is not SparseBitLinear or not last.is_partly_rounded:
+        return None
+    product: Callable[[Tensor], Tensor] | None = getattr(last.backend, "gated_product", None)
+    return product
 
 
 def _can_join(layer: nn.Module) -> bool:

@@ -5,8 +5,10 @@ import torch
 from sbn_kernels.block import norm_backward, norm_quantize, rope_backward
 from sbn_kernels.block.reference import norm_backward_reference, norm_quantize_reference, rope_backward_reference
 
+from sbn_lightning.backends import blocks
 from sbn_lightning.backends.blocks import BlockKernels
 from sbn_lightning.models.rope import apply_rope
+from sbn_lightning.sparsity.ternary import apply_swiglu
 
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
@@ -93,3 +95,14 @@ def test_the_functions_of_a_block_have_the_gradients_of_plain_pytorch() -> None:
             found.append([g for g in (*heads, *gradients) if g is not None])
     for ours, expected in zip(found[0] + found[1], found[2] + found[3], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_product_of_gates_and_ups_has_the_gradient_of_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_in_a_training_graph", lambda x: True)
+    gate_up = torch.randn(2, 3, 24, requires_grad=True)
+    found = []
+    for product in (BlockKernels().gated_product, apply_swiglu):
+        y = product(gate_up)
+        found.append((y, *torch.autograd.grad(y.sin().sum(), gate_up)))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
