@@ -1,4 +1,4 @@
-"""A run that resumes with deterministic kernels on a GPU ends like a run that went on, to the last bit, in all modes."""
+"""With deterministic kernels, a run that resumes on a GPU ends like one that went on, to the last bit, in all modes."""
 
 from collections.abc import Iterator
 from pathlib import Path
