@@ -118,11 +118,6 @@ class GradientScatter:
         leaf.register_post_accumulate_grad_hook(send)
         self._leaves.append(leaf)
 
-    @property
-    def is_broken(self) -> bool:
-        """Whether a backward has begun and will not end, because it has raised an error."""
-        return self._waits_for_end and torch._C._current_graph_task_id() == -1
-
     def reset(self) -> None:
         """Throw away what a backward that has raised an error has left: gradients that wait or travel."""
         for sent in self._sent:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from types import MethodType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.errors import ConfigError, SBNError
 from sbn_lightning.distributed.packed import exchange_of, forget_backward, shard_packed
 from sbn_lightning.layers.sparse_linear import masked_layers, prepare_layers
 
@@ -206,6 +206,8 @@ def _prepare(module: nn.Module, *_: Any) -> None:
         prepare_layers(module)
         return
     recover(module)
+    if torch.is_inference_mode_enabled():
+        make_buffers(module)
     # The forward begins with the embedding. FSDP2 would start to gather it only when all layers are prepared.
     exchange.beside = partial(module.unshard, async_op=True)
     try:
@@ -214,25 +216,56 @@ def _prepare(module: nn.Module, *_: Any) -> None:
         exchange.beside = None
 
 
+def reshard(module: nn.Module) -> None:
+    """Give back what FSDP2 has gathered. A forward without a backward leaves embedding and head whole.
+
+    Args:
+        module: The sharded model, or a module that contains one. Other modules stay as they are.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def make_buffers(module: nn.Module) -> None:
+    """Let FSDP2 make the tensors into which it gathers, once.
+
+    FSDP2 makes these tensors in the first forward, and uses them again. Training could not use them if that forward ran
+    in inference mode, as that of ``trainer.validate`` does.
+
+    Args:
+        module: The sharded model, or a module that contains one, on its device.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, FSDPModule) and not getattr(part, "_has_buffers", False):
+                part.unshard()
+                part.reshard()
+                part._has_buffers = True  # type: ignore[attr-defined]
+
+
 def recover(module: FSDPModule) -> None:
     """Let a sharded model train on after a backward that has raised an error on all ranks.
 
-    Autograd does not call the end of such a backward, so gradients are left on their way. Call ``zero_grad`` as well.
-    Every forward calls this function. It needs a version of torch whose FSDP2 can be reset, as 2.14.
+    Autograd does not call the end of such a backward, so gradients are left on their way. They are lost. Call
+    ``zero_grad`` as well. Every forward calls this function.
 
     Args:
         module: The whole model, sharded.
+
+    Raises:
+        SBNError: If FSDP2 cannot go on, because this version of torch has no ``reset_iter_state``.
     """
-    assert isinstance(module, nn.Module)
-    exchange = exchange_of(module)
-    ours = exchange is not None and exchange.scatter is not None and exchange.scatter.is_broken
     state = getattr(module._get_fsdp_state(), "_state_ctx", None)
-    theirs = getattr(state, "post_backward_final_callback_queued", False)
-    if not (ours or theirs) or torch._C._current_graph_task_id() != -1:
+    if torch._C._current_graph_task_id() != -1 or not getattr(state, "post_backward_final_callback_queued", False):
         return
-    forget_backward(module)
-    if hasattr(module, "reset_iter_state"):
-        module.reset_iter_state()
+    if not hasattr(module, "reset_iter_state"):
+        raise SBNError(
+            f"a backward has raised an error, and FSDP2 of torch {torch.__version__} cannot go on after it: "
+            "start again from the last checkpoint"
+        )
+    forget_backward(cast(nn.Module, module))
+    module.reset_iter_state()
 
 
 def _after_preparing(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,7 +30,7 @@ from typing_extensions import override
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.gradients import send_first
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
-from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches
+from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches, make_buffers, reshard
 from sbn_lightning.distributed.stopping import stop_together
 
 
@@ -158,6 +158,20 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
         self._tensor_parallel_size = 1
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        reshard(self.lightning_module)  # After a validation. The optimiser must get the rows.
+        super().setup(trainer)
+        make_buffers(self.lightning_module)
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        # torch cannot move a sharded weight that something holds a weak reference to, not even to where the weight is.
+        if any(tensor.device != self.root_device for tensor in chain(self.model.parameters(), self.model.buffers())):
+            super().model_to_device()
 
     @override
     @contextmanager

@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+
+from sbn_lightning.distributed.sharding import reshard
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -33,9 +34,7 @@ def whole_optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, 
 
 def load_weights(module: nn.Module, state: dict[str, Any]) -> None:
     """Load a whole state dict, which every rank has read, into a sharded model."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()  # A forward without a backward, as in a validation, leaves embedding and head whole.
+    reshard(module)
     set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))
 
 

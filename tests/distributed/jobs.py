@@ -308,6 +308,32 @@ def stopped(folder: Path, rank: int) -> None:
     (folder / f"rank{here}.json").write_text(json.dumps({"batches": batches, "ended": ended}))
 
 
+def validated(folder: Path) -> None:
+    """Validate in inference mode and then train, in one program. Losses are those of training alone."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    data = {"length": 9, "rank": rank, "world": ranks, "batch_size": 2}
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(outputs["loss"].item())
+
+    for gather in ("packed_step", "latent"):
+        found = []
+        for first in (False, True):
+            seen: list[float] = []
+            torch.manual_seed(0)
+            module = small_module(pattern="4:8", n_layers=1)
+            trainer = quiet_trainer([Losses()], strategy=ShardedStrategy(gather=gather), devices=ranks, max_steps=3)
+            if first:
+                # With gloo Lightning does not use the inference mode, as it does with NCCL.
+                with mock.patch("lightning.pytorch.loops.utilities._distributed_is_initialized", return_value=False):
+                    trainer.validate(module, token_loader(batches=1, **data), verbose=False)
+            trainer.fit(module, token_loader(batches=3, **data))
+            found.append(seen)
+        assert len(found[0]) == 3
+        assert found[1] == found[0], (gather, found)
+
+
 def averaged(folder: Path, first: str | None = None) -> None:
     """Train with averaged weights under the sharded strategy, or alone, and write down what a validation saw.
 

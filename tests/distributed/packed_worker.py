@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sbn_lightning.backends.selection import choose
+from sbn_lightning.core.errors import SBNError
 from sbn_lightning.distributed import rows
 from sbn_lightning.distributed.packed import shard_packed
 from sbn_lightning.distributed.sharding import shard
@@ -169,6 +170,10 @@ def check_models(ranks: int) -> None:
             assert train(made) == losses, gather
         if not changes and not compiled:
             fail(made)
+            if not hasattr(made, "reset_iter_state"):
+                with pytest.raises(SBNError, match="cannot go on after it: start again from the last checkpoint"):
+                    train(made)
+                continue
             load_weights(made, model(None).state_dict())
             assert train(made) == losses, gather
     with counted() as calls:

@@ -27,7 +27,7 @@ def jobs_of_ranks(folder, tokens):
         job = {"ranks": ranks, "function": "resume", "folder": folder / name}
         jobs.append(job | {"options": {"name": "rest", "steps": STEPS, **checkpoint, **options}})
     jobs.append({"ranks": 4, "function": "hybrid", "folder": folder / "hybrid"})
-    return [*jobs, {"ranks": 2, "function": "wire", "folder": folder / "wire"}]
+    return jobs + [{"ranks": 2, "function": name, "folder": folder / name} for name in ("wire", "validated")]
 
 
 @pytest.fixture
@@ -52,3 +52,8 @@ def test_hybrid_sharding_on_four_ranks_equals_one_process(folder):
 
 def test_bytes_on_the_wire_are_counted_as_they_are_sent(folder):
     assert statuses(folder / "wire") == [0] * 2, (folder / "wire/rank0.log").read_text()
+
+
+def test_a_validation_before_a_training_changes_nothing(folder):
+    """What FSDP2 gathers into in the inference mode of a validation could not be used in training."""
+    assert statuses(folder / "validated") == [0] * 2, (folder / "validated/rank0.log").read_text()
