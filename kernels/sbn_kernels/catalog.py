@@ -21,7 +21,7 @@ from sbn_kernels.decode import triton as decode
 from sbn_kernels.exchange import triton as exchange
 from sbn_kernels.gemm import cusparselt, grouped, portable, registry  # noqa: F401 (grouped registers its kernel)
 from sbn_kernels.gemm.sm90 import gemm as sm90
-from sbn_kernels.gradients import cross_entropy, distillation, transpose
+from sbn_kernels.gradients import cross_entropy, transpose
 from sbn_kernels.gradients import triton as gradients
 from sbn_kernels.prepare import triton as prepare
 from sbn_kernels.prompt import triton as prompt
@@ -52,7 +52,6 @@ _STEPS: dict[str, tuple[str, Needs]] = {
     "rope": ("the backward of rotary positions", rope.NEEDS),
     "prompt": ("a prompt's rotary positions, and its way into the cache", prompt.NEEDS),
     "cross_entropy": ("loss of an 8-bit head in training, with a rounded gradient", cross_entropy.NEEDS),
-    "distillation": ("losses against a teacher's logits, with the gradient", distillation.NEEDS),
     "int8_rows": ("an 8-bit head, up to 64 tokens", head.NEEDS),
 }
 

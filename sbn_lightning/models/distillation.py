@@ -17,9 +17,8 @@ The teacher may be a model, or what a model said before: its k most likely class
 with the text (:class:`StoredLogits`). All other classes count as one there, too.
 
 The gradient of the forward divergence over all classes with respect to the student's logits is ``t (Q - P)``. On a GPU
-this case is one kernel at temperature 1 (:mod:`sbn_kernels.gradients.distillation`), and one compiled function at
-others (:func:`forward_losses_and_gradient`). Elsewhere, and for the other divergences, autograd differentiates
-:meth:`LogitsLoss.compare`.
+this case is one compiled function of the logits (:func:`forward_losses_and_gradient`). Elsewhere, and for the other
+divergences, autograd differentiates :meth:`LogitsLoss.compare`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sbn_lightning.backends.teacher_losses import kernel_for
 from sbn_lightning.models.loss import CHUNK_BYTES
 from sbn_lightning.sparsity.ternary import float32_mm
 
@@ -214,7 +212,8 @@ def _in_chunks(
         else:
             its = teacher[0][part] @ teacher[1].t()
         if hidden.is_cuda and options.is_closed and isinstance(its, Tensor):
-            sums, gradient = _by_kernel(student, its, target[part], options, 1 / len(hidden))
+            weights = (options.language_model, options.teacher, options.temperature)
+            sums, gradient = _compiled()(student, its, target[part], *weights, 1 / len(hidden))
         else:
             sums, gradient = _by_autograd(student, its, target[part], options, need_dh or need_dw, len(hidden))
         parts += sums
@@ -227,21 +226,6 @@ def _in_chunks(
             product = float32_mm(gradient.t(), hidden[part])  # summed in float32, whatever the dtype of the head
             dw = product if dw is None else dw.add_(product)
     return parts / max(len(hidden), 1), dh, None if dw is None else dw.to(weight.dtype)
-
-
-def _by_kernel(
-    student: Tensor, teacher: Tensor, target: Tensor, options: LogitsLoss, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return both losses summed over tokens ``[2]``, and the gradient of their weighted sum times ``scale``."""
-    language, weight = options.language_model, options.teacher
-    kernel = kernel_for(student, options.temperature)
-    if kernel is None:
-        found: tuple[Tensor, Tensor] = _compiled()(
-            student, teacher, target, language, weight, options.temperature, scale
-        )
-        return found
-    loss, divergence, gradient = kernel(student, teacher, target, language, weight, scale)
-    return torch.stack((loss.sum(), divergence.sum())), gradient
 
 
 def _by_autograd(
@@ -290,12 +274,13 @@ def forward_losses_and_gradient(
         The losses without weights; and the gradient of their weighted sum with respect to ``student``, in the logits'
         dtype.
     """
-    student_logits, teacher_logits = _wide(student), _wide(teacher)
-    log_probabilities = student_logits - student_logits.logsumexp(-1, keepdim=True)
-    q = student_logits / temperature
-    q = q - q.logsumexp(-1, keepdim=True)
-    p = teacher_logits / temperature
-    p = p - p.logsumexp(-1, keepdim=True)
+    q_logits, p_logits = _wide(student), _wide(teacher)
+    log_probabilities = q_logits - q_logits.logsumexp(-1, keepdim=True)
+    q = log_probabilities
+    if temperature != 1:  # At 1 both are the same. A compiler would not see this, and read the logits once more.
+        q_logits, p_logits = q_logits / temperature, p_logits / temperature
+        q = q_logits - q_logits.logsumexp(-1, keepdim=True)
+    p = p_logits - p_logits.logsumexp(-1, keepdim=True)
     language = -log_probabilities.gather(-1, target.unsqueeze(-1)).sum()
     divergence = (p.exp() * (p - q)).sum() * temperature**2
     classes = torch.arange(student.shape[-1], device=student.device)

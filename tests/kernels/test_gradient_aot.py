@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from sbn_kernels.gradients import cross_entropy_device as cross_entropy
 from sbn_kernels.gradients import device as gradient_kernels
-from sbn_kernels.gradients import distillation, transpose, weight_gradient
+from sbn_kernels.gradients import transpose, weight_gradient
 from sbn_kernels.prepare import device as prepare_kernels
 
 from tests.kernels.test_aot import TOOLS, build, needs_gluon, spilled_bytes
@@ -21,8 +21,7 @@ TYPES = {
     "dy_pointer": "*bf16", "token_scale_pointer": "*fp32", "max_pointer": "*i32", "channel_scale_pointer": "*fp32",
     "inverse_pointer": "*i32", "seed_pointer": "*i64", "a_pointer": "*i8", "b_pointer": "*i8", "x_pointer": "*i8",
     "part_pointer": "*i32", "class_scale_pointer": "*fp32", "target_pointer": "*i64", "log_sum_pointer": "*fp32",
-    "loss_pointer": "*fp32", "factor_pointer": "*fp32", "s_pointer": "*bf16", "t_pointer": "*bf16",
-    "divergence_pointer": "*fp32", "gradient_pointer": "*bf16", "language": "fp32", "weight": "fp32", "scale": "fp32",
+    "loss_pointer": "*fp32", "factor_pointer": "*fp32",
 }  # fmt: skip
 BOTH = {"TOKENS": True, "CHANNELS": True}
 PLAIN = {
@@ -32,7 +31,6 @@ PLAIN = {
     "log sum": (cross_entropy.log_sum_kernel, {"BLOCK": 4096}, 8),
     "cross-entropy maxima": (cross_entropy.cross_entropy_maxima_kernel, {"R": 8, "C": 256}, 4),
     "cross-entropy rounding": (cross_entropy.cross_entropy_round_kernel, {"R": 16, "C": 64, "PTX": True}, 8),
-    "distillation": (distillation.distillation_kernel, {"BLOCK": 4096}, 8),
     "transpose": (transpose.transpose_kernel, {"R": 32, "C": 128}, 4),
     "dequantize": (transpose.dequantize_kernel, {"R": 4, "C": 1024}, 4),
     "pack transposed": (prepare_kernels.pack_transposed_kernel, {}, 4),

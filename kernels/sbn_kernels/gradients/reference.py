@@ -189,27 +189,3 @@ def cross_entropy_rounded_reference(
     gradient = ((wide - log_sum).exp() - hit.float()) * factor
     loss = (log_sum - wide.gather(-1, target.unsqueeze(-1))).squeeze(-1)
     return loss, quantize_gradient_reference(gradient, class_scale, token_scale, seed, stream)
-
-
-def distillation_losses_reference(
-    student: Tensor, teacher: Tensor, target: Tensor, language: float, weight: float, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses of each token against the text and a teacher, and the gradient of the student's logits.
-
-    Args:
-        student: The student's logits, ``[tokens, classes]``.
-        teacher: The teacher's logits, in the shape of ``student``.
-        target: The next tokens, int64 ``[tokens]``.
-        language: The weight of the cross-entropy in the gradient.
-        weight: The weight of the divergence in the gradient.
-        scale: A factor of the whole gradient.
-
-    Returns:
-        The cross-entropies and the divergences ``KL(teacher || student)``, float32 ``[tokens]``; the gradient in the
-        dtype of ``student``.
-    """
-    q, p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
-    hit = torch.arange(student.shape[1], device=student.device) == target.unsqueeze(-1)
-    gradient = language * (q.exp() - hit.float()) + weight * (q.exp() - p.exp())
-    loss = -q.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    return loss, (p.exp() * (p - q)).sum(-1), (gradient * scale).to(student.dtype)
