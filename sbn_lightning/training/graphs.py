@@ -130,8 +130,8 @@ class GraphedLoss:
         if isinstance(found, int):
             if found < self.warm_up:
                 self._graphs[state] = found + 1
-                with trust_weights():
-                    return loss(batch)
+                plain: Tensor = _Plain.apply(shared.anchor, loss, batch)
+                return plain
             found = self._graphs[state] = _Graphs(shared, loss)
         return found(batch)
 
@@ -259,6 +259,28 @@ class _Graphs:
             parameter.grad = own
         self.shared.gradient.copy_(gradient)
         self._backward()
+
+
+class _Plain(torch.autograd.Function):
+    """The loss of a micro-batch without graphs, whose own graph of autograd is gone after the backward.
+
+    Autograd adds to a parameter's gradient on the stream of the first graph that is alive. If somebody still holds the
+    loss of an earlier micro-batch, that is not the stream on which a CUDA graph is recorded, and CUDA refuses.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, loss: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """Compute the loss."""
+        with torch.enable_grad(), trust_weights():
+            ctx.live = [loss(batch)]
+        found: Tensor = ctx.live[0].detach()
+        return found.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
+        torch.autograd.backward(ctx.live.pop(), grad_outputs[0])
+        return None, None, None
 
 
 class _Replayed(torch.autograd.Function):
