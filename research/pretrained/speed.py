@@ -31,7 +31,7 @@ WARM_UP = 5
 # The shape of SmolLM2-135M, for a machine that has no weights.
 SMOLLM2 = TransformerConfig(
     vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ffn=1536, tie_embeddings=True,
-    linear="dense", rope_theta=100_000.0,
+    linear="dense", rope_theta=100_000.0, norm_eps=1e-5,
 )  # fmt: skip
 
 
