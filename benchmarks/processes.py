@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 TURN = "SBN_BENCHMARK_TURN"  # The variable that names the file a process waits for before it uses a GPU.
@@ -40,21 +40,43 @@ class Ranks:
             process = subprocess.Popen(command, stdout=self._output, env=variables, start_new_session=True)
             self._processes.append(process)
 
-    def finish(self, limit: float) -> tuple[str, str]:
+    def finish(self, limit: float, take: Callable[[str], None] | None = None) -> tuple[str, str]:
         """Give the processes their turn, and wait for them. If one fails, or time is up, all are killed.
 
         Args:
             limit: The most seconds that this may take.
+            take: A function that gets each line as soon as it is printed.
 
         Returns:
             What all ranks printed, and what failed, which is empty if nothing did.
         """
         self._turn.touch()
-        failure = _wait(self._processes, limit)
-        self._output.seek(0)
-        printed = self._output.read()
+        end, failure, taken = time.monotonic() + limit, "", 0
+        while not failure and any(one.poll() is None for one in self._processes):
+            time.sleep(0.1)
+            if time.monotonic() > end:
+                failure = f"killed after {limit:.0f} seconds"
+            failure = next((f"exit status {one.returncode}" for one in self._processes if one.poll()), failure)
+            taken = self._take(take, taken)
+        _kill(self._processes)
+        failure = failure or next((f"exit status {one.returncode}" for one in self._processes if one.returncode), "")
+        self._take(take, taken)
+        printed = self._printed()
         self.kill()
         return printed, failure
+
+    def _printed(self) -> str:
+        # The processes share the position in the file, so it must not be moved.
+        return os.pread(self._output.fileno(), os.fstat(self._output.fileno()).st_size, 0).decode()
+
+    def _take(self, take: Callable[[str], None] | None, taken: int) -> int:
+        """Hand over the whole lines after the first ``taken``. Return how many there are."""
+        if take is None:
+            return 0
+        lines = self._printed().split("\n")[:-1]
+        for line in lines[taken:]:
+            take(line)
+        return len(lines)
 
     def kill(self) -> None:
         """End the processes, if they have not ended."""
@@ -70,18 +92,6 @@ def wait_for_turn() -> None:
         if os.getppid() != parent or not os.path.isdir(os.path.dirname(path)):
             sys.exit("the process that has started this one has ended")
         time.sleep(0.05)
-
-
-def _wait(processes: Sequence[subprocess.Popen[bytes]], limit: float) -> str:
-    end = time.monotonic() + limit
-    failure = ""
-    while not failure and any(one.poll() is None for one in processes):
-        time.sleep(0.1)
-        if time.monotonic() > end:
-            failure = f"killed after {limit:.0f} seconds"
-        failure = next((f"exit status {one.returncode}" for one in processes if one.poll()), failure)
-    _kill(processes)
-    return failure or next((f"exit status {one.returncode}" for one in processes if one.returncode), "")
 
 
 def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -20,9 +20,8 @@ Names with ``bf16`` train the dense model in bfloat16, names with ``float8`` on 
 FSDP2 with its float8 all-gather. Every GPU gets as many tokens as the single GPU, so ``scaling`` is the tokens a second
 of all GPUs over those of one GPU times their number. ``scaling`` is empty if there is no run on one GPU. ``same_masks``
 compares a digest of every layer's mask on every rank after the last step; a run whose ranks differ gets no row.
-``wire_mib`` is what a rank receives in one more step, counted as the collectives run (``wire.py``). Rows are written
-when the processes have ended, also when a limit has ended them. Progress, with the seconds since the start, goes to
-stderr.
+``wire_mib`` is what a rank receives in one more step, counted as the collectives run (``wire.py``). Rows are written as
+they are measured. Progress, with the seconds since the start, goes to stderr.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,36 +82,32 @@ class Table:
         self.devices = devices
         self.link: float | str = ""
         self.alone: dict[tuple[Any, ...], float] = {}  # tokens a second of one GPU, by model and batch
-        self.missing: list[str] = []
+        self.begun: list[Run] = []
+        self.measured: list[tuple[Run, int]] = []
+        self.missing: list[str] = []  # Rows whose ranks hold different masks.
 
-    def take(self, runs: Sequence[Run], printed: str) -> list[Run]:
-        """Writes the rows of the lines that processes have printed.
+    def take(self, runs: Sequence[Run], line: str) -> None:
+        """Writes the row of a line that a process has printed; other lines do not count.
 
         Args:
-            runs: The runs of these processes.
-            printed: The lines; other lines between them do not count.
-
-        Returns:
-            The runs that did not begin.
+            runs: The runs of the processes.
+            line: The line.
         """
-        found: dict[int, list[dict[str, Any]]] = {}
-        for line in printed.splitlines():
-            if line.startswith("{"):
-                record = json.loads(line)
-                self.link = record.get("link_gb_per_s", self.link)
-                if "run" in record:
-                    found.setdefault(record["run"], []).append(record)
-        # Rows of one GPU come first, because the others are compared with them.
-        for i, run in sorted(enumerate(runs), key=lambda pair: not pair[1].alone):
-            seen = {record["accumulate"]: record for record in found.get(i, ()) if "ms" in record}
-            for count in run.counts if i in found else ():
-                self.add(run, count, seen.get(count))
-        return [run for i, run in enumerate(runs) if i not in found]
+        if not line.startswith("{"):
+            return
+        record = json.loads(line)
+        self.link = record.get("link_gb_per_s", self.link)
+        if "ms" in record:
+            self.add(runs[record["run"]], record)
+        elif "run" in record:
+            self.begun.append(runs[record["run"]])
 
-    def add(self, run: Run, count: int, found: dict[str, Any] | None) -> None:
-        """Writes a row, if there is one and the ranks agree."""
-        if found is None or not found["same_masks"]:
-            self.miss(run, count, "" if found is None else ": ranks hold different masks")
+    def add(self, run: Run, found: dict[str, Any]) -> None:
+        """Writes a row, if the ranks agree."""
+        count = found["accumulate"]
+        self.measured.append((run, count))
+        if not found["same_masks"]:
+            self.missing.append(f"{run.told(count)}: ranks hold different masks")
             return
         gpus = 1 if run.alone else self.devices
         kind = run.strategy.split()[0] if run.dense else run.gradients
@@ -125,10 +121,6 @@ class Table:
         values = (run.shape, run.strategy, gpus, run.gradients, run.sequences, count, found["ms"], rate, scaling)
         values += (found["peak_gib"], wire, found["same_masks"], between)
         append(self.path, dict(zip(COLUMNS, values, strict=True)), KEY)
-
-    def miss(self, run: Run, count: int, why: str = "") -> None:
-        """Notes that a row is missing."""
-        self.missing.append(f"{run.shape} {run.strategy}, {run.gradients} gradients, {count} micro-batches{why}")
 
 
 def start(runs: Sequence[Run], args: argparse.Namespace) -> Ranks:
@@ -179,23 +171,20 @@ def main() -> None:
     path = fresh_results("scaling", args.append, COLUMNS)
     print(header(), flush=True)
     table = Table(path, args.devices)
-    left = runs_of(args)
+    wanted = left = runs_of(args)
     while left:
         limit = args.limit * (1 + len(left))  # as long as one run for the imports
         if args.budget is not None:
             limit = min(limit, args.budget - (time.time() - args.started))
-        printed, failure = start(left, args).finish(limit) if limit > 0 else ("", "no seconds left")
-        rest = table.take(left, printed)
-        if failure:
+        if limit > 0 and (failure := start(left, args).finish(limit, partial(table.take, left))[1]):
             print(failure, file=sys.stderr, flush=True)
+        rest = [run for run in left if run not in table.begun]
         if len(rest) == len(left):
-            break  # Not even the first run began.
+            break  # Not even one run began.
         left = rest
-    for run in left:
-        for count in run.counts:
-            table.miss(run, count)
-    if table.missing:
-        sys.exit(f"not measured: {', '.join(table.missing)}")
+    missing = [run.told(count) for run in wanted for count in run.counts if (run, count) not in table.measured]
+    if missing or table.missing:
+        sys.exit(f"not measured: {', '.join(missing + table.missing)}")
 
 
 if __name__ == "__main__":

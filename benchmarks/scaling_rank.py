@@ -25,7 +25,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from sbn_kernels.runtime import sharing
 from step_profile import summary, timeline
-from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
@@ -61,6 +60,10 @@ class Run(NamedTuple):
         """Whether the run is on one GPU."""
         return self.strategy.endswith("one")
 
+    def told(self, count: int) -> str:
+        """The name of one row."""
+        return f"{self.shape} {self.strategy}, {self.gradients} gradients, {count} micro-batches"
+
     @property
     def dense(self) -> bool:
         """Whether the model has no ternary layers."""
@@ -80,7 +83,7 @@ def plan(counts: Sequence[int], steps: int, wire: bool, profile: bool) -> list[S
     Args:
         counts: The numbers of micro-batches.
         steps: How many steps are timed, for up to two micro-batches; fewer, but two or more, for larger numbers.
-        wire: Whether to count bytes in one more step for each number.
+        wire: Whether to count bytes in one more step for each number up to two. Blocks run uncompiled in that step.
         profile: Whether to profile three more steps, those with the number that comes first in ``counts``.
     """
     ordered = sorted(set(counts), reverse=True)
@@ -89,7 +92,7 @@ def plan(counts: Sequence[int], steps: int, wire: bool, profile: bool) -> list[S
     made = [Step(warm, "warm")] * times
     for count in ordered:
         made += [Step(count, "timed")] * max(2, min(steps, 2 * steps // count))
-        if wire:
+        if wire and count <= 2:
             made.append(Step(count, "wire"))
         if profile and count == counts[0]:
             made += [Step(count, "profile")] * 3
@@ -130,10 +133,10 @@ class Clock(Callback):
         if what == "wire":
             self._wire = Wire()  # Blocks run uncompiled until its end.
             self._wire.__enter__()
-        pl_module.few = what == "wire"  # type: ignore[assignment]
-        if what == "profile" and self.profiler is None:
+        if what == "profile" and self.profiler is None and trainer.is_global_zero:
             torch.cuda.synchronize()
-            self.profiler = torch.profiler.profile()
+            # Without the host's events, which take ten times as long to read.
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self.profiler.start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # type: ignore[override]
@@ -147,7 +150,9 @@ class Clock(Callback):
         if now == 1:
             torch.cuda.synchronize()
             if trainer.is_global_zero:
-                self.say("first step done")
+                self.say(f"first step done; {torch._dynamo.utils.compile_times('str', True)}")
+        elif trainer.is_global_zero and (now == len(self.steps) or self.steps[now] != self.steps[now - 1]):
+            self.say(f"{what} steps of {count} micro-batches done")
         if what == "timed":
             self.peaks[count] = torch.cuda.max_memory_allocated() / 2**30
         if self._wire is not None:
@@ -158,9 +163,8 @@ class Clock(Callback):
         if what == "profile" and ended and self.profiler is not None:
             torch.cuda.synchronize()
             self.profiler.stop()
-            if trainer.is_global_zero:
-                self.say(summary(self.profiler.key_averages(), steps=3))
-                self.say(timeline(self.profiler.events()))
+            self.say(summary(self.profiler.key_averages(), steps=3))
+            self.say(timeline(self.profiler.events()))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         torch.cuda.synchronize()
@@ -182,20 +186,7 @@ def masks_of(module: LightningModule) -> str:
     return masks.hexdigest()
 
 
-class Few:
-    """For a module: a step whose bytes are counted has a single sequence, because bytes do not depend on tokens."""
-
-    few = False
-
-    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
-        return batch[:1] if self.few else batch
-
-
-class Ternary(Few, SparseBitNet):
-    """The model that is measured."""
-
-
-class Dense(Few, SparseBitNet):
+class Dense(SparseBitNet):
     """The baseline in its best form: under FSDP2 parameters are gathered, and gradients reduced, in bfloat16."""
 
     float8 = False
@@ -263,7 +254,7 @@ def measure(
     torch.manual_seed(0)
     # Drawing 3 billion numbers on a CPU takes too long.
     with torch.device("cuda" if ACCELERATOR == "gpu" else "cpu", rank):
-        module = (Dense if run.dense else Ternary)(config, optimizer, schedule="constant", compile=True)
+        module = (Dense if run.dense else SparseBitNet)(config, optimizer, schedule="constant", compile=True)
     if isinstance(module, Dense):
         module.float8 = run.strategy.startswith("float8")
     clock = Clock(say, steps)
