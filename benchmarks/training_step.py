@@ -299,7 +299,7 @@ def row_of(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="qwen2.5-1.5b", choices=SHAPES)
+    parser.add_argument("--shape", nargs="+", default=["qwen2.5-1.5b"], choices=SHAPES, help="one after the other")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--layers", type=int, help="fewer blocks than the shape has")
     parser.add_argument("--sequences", type=int, default=8, help="sequences of 2,048 tokens in a micro-batch")
@@ -307,7 +307,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
     parser.add_argument("--memory", action="store_true", help="also write the memory by part to training_memory.csv")
     parser.add_argument("--trainer", action="store_true", help="also measure each variant through Lightning's Trainer")
-    parser.add_argument("--graphs", action="store_true", help="also measure each variant with CUDA graphs")
+    parser.add_argument(
+        "--graphs", nargs="?", const="also", choices=("also", "only"),
+        help="measure each variant with CUDA graphs; only: no other row, but for bf16 dense",
+    )  # fmt: skip
     parser.add_argument("--optimizer", help="a class in place of the fused AdamW, as torchao.optim.AdamW8bit")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--profile", action="store_true", help="also print where the time of one step goes")
@@ -319,10 +322,12 @@ def main() -> None:
     if args.memory:
         fresh_results("training_memory", keep=args.append)
     print(header())
-    base: dict[str, float] = {}
-    for name, graphs in itertools.product(args.variants, (False, True) if args.graphs else (False,)):
+    bases: dict[str, dict[str, float]] = {}
+    for shape, name, graphs in itertools.product(args.shape, args.variants, (False, True)):
+        if (graphs and not args.graphs) or (not graphs and args.graphs == "only" and name != "bf16 dense"):
+            continue
         try:
-            measure(path, name, args, base, graphs)
+            measure(path, name, argparse.Namespace(**vars(args) | {"shape": shape}), bases.setdefault(shape, {}), graphs)
         except (ImportError, torch.OutOfMemoryError, ConfigError) as error:  # Graphs refuse some variants.
             print(f"{name}: not measured: {str(error).splitlines()[0]}", flush=True)
         torch.compiler.reset()  # first, because the compiler's caches hold tensors of the model

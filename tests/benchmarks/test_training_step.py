@@ -34,7 +34,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     foreign = variants.ForeignModel
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": 64}
-    monkeypatch.setattr(variants, "ForeignModel", lambda **changes: foreign(**changes | shape))
+    monkeypatch.setattr(variants, "ForeignModel", lambda *head, **changes: foreign(*head, **changes | shape))
     on_reference = {
         name: (build, options and {"backend": "reference"}) for name, (build, options) in module.VARIANTS.items()
     }
@@ -50,7 +50,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 def arguments(module: ModuleType, **given: object) -> argparse.Namespace:
     plain = {"shape": module.SHAPES[3], "layers": None, "sequences": 2, "accumulate": 2, "steps": 2}
-    plain |= {"checkpointing": False, "memory": False, "trainer": False, "profile": False, "graphs": False}
+    plain |= {"checkpointing": False, "memory": False, "trainer": False, "profile": False, "optimizer": None}
     return argparse.Namespace(**plain | given)
 
 
@@ -81,9 +81,10 @@ def test_rows_and_memory_by_part(benchmark: ModuleType, tmp_path: Path) -> None:
 def test_a_foreign_model_and_the_trainer(benchmark: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     path = tmp_path / "training_step.csv"
-    benchmark.measure(path, "ours 2:4", arguments(benchmark, shape=benchmark.SHAPES[4], trainer=True), {})
+    given = {"shape": benchmark.SHAPES[4], "trainer": True, "optimizer": "torch.optim.Adam"}
+    benchmark.measure(path, "ours 2:4", arguments(benchmark, **given), {})
     rows = read(path)
-    assert [row["variant"] for row in rows] == ["ours 2:4", "ours 2:4, Trainer"]
+    assert [row["variant"] for row in rows] == ["ours 2:4, Adam", "ours 2:4, Adam, Trainer"]
     assert all(float(row["ms"]) > 0 and row["vs_bf16"] == "" for row in rows)
 
 
@@ -118,9 +119,10 @@ def test_every_variant_can_be_built(benchmark: ModuleType) -> None:
         for name, (build, _) in benchmark.VARIANTS.items():
             if "torchao" in name:
                 continue  # a package that the tests do not need
-            if shape == benchmark.SHAPES[4] and ("recomputed" in name or "head" in name):
-                with pytest.raises(ImportError, match="a foreign model has no"):  # an option of our own model
-                    build(None, None)
+            foreign = shape == benchmark.SHAPES[4]
+            if "recomputed" in name if foreign else "chunked" in name:  # an option of the other kind of model
+                with pytest.raises(ImportError, match="model ha"):
+                    build(benchmark.make_config(shape, 16, False, None), None)
                 continue
             model = build(benchmark.make_config(shape, 16, False, None), None)
             assert callable(model.loss), name
