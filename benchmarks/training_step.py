@@ -326,8 +326,9 @@ def main() -> None:
     for shape, name, graphs in itertools.product(args.shape, args.variants, (False, True)):
         if (graphs and not args.graphs) or (not graphs and args.graphs == "only" and name != "bf16 dense"):
             continue
+        one = argparse.Namespace(**vars(args) | {"shape": shape})
         try:
-            measure(path, name, argparse.Namespace(**vars(args) | {"shape": shape}), bases.setdefault(shape, {}), graphs)
+            measure(path, name, one, bases.setdefault(shape, {}), graphs)
         except (ImportError, torch.OutOfMemoryError, ConfigError) as error:  # Graphs refuse some variants.
             print(f"{name}: not measured: {str(error).splitlines()[0]}", flush=True)
         torch.compiler.reset()  # first, because the compiler's caches hold tensors of the model
