@@ -130,6 +130,15 @@ class PackedRows:
         """The prepared weight with its codes, which ``packed_layer`` gives back between blocks."""
         return prepared if self.unit is None else self.unit.weight(self)
 
+    def latent_and_leaf(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather the latent weight of all ranks, for a layer that is partly rounded.
+
+        Returns:
+            The whole latent weight, and the tensor that gets the gradient.
+        """
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        return whole.detach(), self.leaf
+
     def linear(
         self,
         x: Tensor,

@@ -90,8 +90,7 @@ class SparseBitLinear(MaskedLinear):
             tokens: The share for the tokens, 0 to 1.
 
         Raises:
-            ConfigError: If a share is out of range, or if this layer cannot be rounded partly because each rank holds
-                only some rows of the latent weight.
+            ConfigError: If a share is out of range.
         """
         for name, share in (("weights", weights), ("tokens", tokens)):
             if not 0.0 <= share <= 1.0:
@@ -99,10 +98,6 @@ class SparseBitLinear(MaskedLinear):
         if weights == tokens == 1:
             self._rounding = None
             return
-        if self._wrap_backend is not None:
-            raise ConfigError(
-                "a partial rounding needs the whole latent weight in each forward: set gather: latent in the strategy"
-            )
         if self._rounding is None:
             self._forget_prepared()  # A partial rounding reads the codes, and a backend may have dropped them.
         if self._rounding is None or self._rounding[0].device != self.weight.device:
@@ -231,9 +226,11 @@ class SparseBitLinear(MaskedLinear):
         if self._rounding is not None:
             weights, tokens = self._rounding
             mask = unpack_mask(mask_bits, self.in_features)
-            effective = partly_rounded_weight(self.weight, mask, prepared.codes, prepared.row_scale, weights)
+            sharded = getattr(self._backend, "latent_and_leaf", None)
+            latent, leaf = (self.weight, self.weight) if sharded is None else sharded(self.weight)
+            effective = partly_rounded_weight(latent, mask, prepared.codes, prepared.row_scale, weights)
             x = apply_swiglu(x) if swiglu else x
-            return partly_rounded_linear(x, self.weight, effective, gradient_mask, bits, tokens, dtype)
+            return partly_rounded_linear(x, leaf, effective, gradient_mask, bits, tokens, dtype)
         if bits is None:
             x = x.to(dtype)
         # Tokens are quantised in the precision that they come in, because rounding them to bfloat16 first would double

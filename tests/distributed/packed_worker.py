@@ -60,8 +60,16 @@ CASES = [
 ]
 
 
-def check(case: dict[str, object], ranks: int, held: bool, share: float) -> None:
-    """Compare a layer with the same layer in one process, before and after an optimiser step of two micro-batches."""
+def check(case: dict[str, object], ranks: int, held: bool, share: float, rounding: float) -> None:
+    """Compare a layer with the same layer in one process, before and after an optimiser step of two micro-batches.
+
+    Args:
+        case: The options of the layer.
+        ranks: The number of ranks.
+        held: Whether the mask stays as it is.
+        share: The share of a ramp of the density.
+        rounding: The share of the rounding of weights that is in effect.
+    """
     options = dict(case)
     torch.manual_seed(3)
     alone = nn.Sequential(nn.Linear(8, 32), SparseBitLinear(32, options.pop("out"), **options))
@@ -76,6 +84,7 @@ def check(case: dict[str, object], ranks: int, held: bool, share: float) -> None
         model[1].hold_mask = held
         if share < 1:
             model[1].set_density(model[1].pattern.n, share)
+        model[1].set_rounding(rounding)
     for _ in range(2):
         tokens = torch.randn(2, 5, 8).to(DEVICE)
         for micro_batch in tokens:
@@ -213,8 +222,8 @@ def counted() -> Iterator[list[int]]:
 def check_layers(ranks: int) -> None:
     """Check single layers of all kinds."""
     for case in CASES:
-        for held, share in ((False, 1.0), (True, 1.0), (False, 0.6)):
-            check(case, ranks, held, share)
+        for held, share, rounding in ((False, 1.0, 1.0), (True, 1.0, 1.0), (False, 0.6, 1.0), (False, 1.0, 0.4)):
+            check(case, ranks, held, share, rounding)
 
 
 def main() -> None:

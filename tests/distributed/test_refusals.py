@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 
-from sbn_lightning import RoundingWarmup
 from sbn_lightning.callbacks import SparseEMAWeightAveraging
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed import shard
@@ -26,14 +25,12 @@ def mesh(tmp_path):
     dist.destroy_process_group()
 
 
-def test_averages_and_a_rounding_warm_up(mesh):
+def test_averages_of_shards(mesh):
     module = small_module(n_layers=1)
     shard(module.model, module.model.blocks, mesh)
     folders = SimpleNamespace(strategy=SimpleNamespace(_save_distributed_checkpoint=True))
     with pytest.raises(ConfigError, match=r"SparseEMAWeightAveraging.*set save_distributed_checkpoint=false"):
         SparseEMAWeightAveraging().on_fit_start(folders, module)
-    with pytest.raises(ConfigError, match="set gather: latent in the strategy"):
-        RoundingWarmup(end=0.5, total_steps=4).on_step(SimpleNamespace(), module, 0)
 
 
 @pytest.mark.parametrize("replicate", [0, 2])
