@@ -204,7 +204,7 @@ class Dense(SparseBitNet):
             self.model.compile_blocks()
         if self.device_mesh is not None:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
-            shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",), policy=policy)
+            shard(self.model, self.device_mesh, policy=policy)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Lightning's bf16-mixed clips no gradients before a fused optimiser.

@@ -60,8 +60,7 @@ class FabricShardedStrategy(ModelParallelStrategy):
         self._io: CheckpointIO = TorchCheckpointIO()
 
     def _shard(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        methods = [name for name in ("loss",) if hasattr(module, name)]
-        shard(module, list(module.blocks), mesh, methods, **self.sharding)  # type: ignore[arg-type]
+        shard(module, mesh, **self.sharding)
         return module
 
     @property

@@ -7,6 +7,7 @@ weight). No row is cut in two, so a group of M never spans two ranks.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
@@ -36,10 +37,10 @@ def keep_masks_out_of_broadcasts(module: nn.Module) -> None:
 
 def shard(
     module: nn.Module,
-    blocks: Iterable[nn.Module],
     mesh: DeviceMesh,
-    methods: Sequence[str] = (),
-    *,
+    *old: Any,
+    blocks: Iterable[nn.Module] | None = None,
+    methods: Sequence[str] | None = None,
     gather: Gather = "packed_step",
     reduce_dtype: torch.dtype = torch.float32,
     replicate: int = 1,
@@ -56,11 +57,13 @@ def shard(
 
     Args:
         module: The whole model, with equal weights on all ranks; changed in place, once.
-        blocks: The transformer blocks of the model, in the order in which they run.
         mesh: The ranks. In a mesh of one dimension all ranks share the rows. In a mesh of two dimensions the ranks of
             the first hold the same rows, and those of the second share the rows. Lightning's mesh has the dimensions
             ``data_parallel`` and ``tensor_parallel``; the size of ``tensor_parallel`` must be 1.
-        methods: The names of the methods of ``module``, besides ``forward``, for which FSDP2 must gather weights.
+        *old: The mesh and the methods, if the blocks came before the mesh, as in version 0.1.0.
+        blocks: The transformer blocks of the model, in the order in which they run. None takes ``module.blocks``.
+        methods: The names of the methods of ``module``, besides ``forward``, for which FSDP2 must gather weights. None
+            takes ``loss``, if the model has such a method.
         gather: What the ranks gather of ternary layers. ``"packed_step"``: 2-bit codes, once in an optimiser step; all
             codes stay whole until the next. ``"packed_layer"``: 2-bit codes, before the forward and the backward of
             each block, and their memory is given back after it. ``"latent"``: FSDP2 shards latent weights as well, and
@@ -75,12 +78,16 @@ def shard(
             in their own dtype, and reduces gradients in ``reduce_dtype``.
 
     Raises:
-        ConfigError: If ``gather``, ``reduce_dtype`` or ``reduce`` has another value, if ``reduce="step"`` meets
+        ConfigError: If ``gather``, ``reduce_dtype`` or ``reduce`` has another value, if the model has no attribute
+            ``blocks`` and none are given, if ``reduce="step"`` meets
             ``gather="latent"``, if ``replicate`` does not divide the ranks or the mesh has two dimensions already, if
             the mesh has ranks for tensor parallelism, or if a layer that FSDP2 shards has fewer rows than there are
             ranks. (Lightning gives all GPUs of a node to tensor parallelism by default. Each of them would then train
             a model of its own, unnoticed.)
     """
+    if not isinstance(mesh, DeviceMesh):
+        warnings.warn("shard(module, blocks, mesh) is now shard(module, mesh)", DeprecationWarning, stacklevel=2)
+        blocks, mesh, methods = mesh, old[0], old[1] if len(old) > 1 else methods
     if gather not in get_args(Gather):
         raise ConfigError(f"gather={gather!r} is not one of {', '.join(get_args(Gather))}")
     if reduce_dtype not in (torch.float32, torch.bfloat16):
@@ -91,7 +98,11 @@ def shard(
         raise ConfigError('reduce="step" is for packed codes: set gather to packed_step or packed_layer')
     if isinstance(module, FSDPModule):
         return
+    if blocks is None and (blocks := getattr(module, "blocks", None)) is None:
+        raise ConfigError(f"{type(module).__name__} has no attribute blocks: give its transformer blocks, blocks=...")
     blocks = list(blocks)
+    if methods is None:
+        methods = [name for name in ("loss",) if hasattr(module, name)]
     if "tensor_parallel" in (mesh.mesh_dim_names or ()):
         if mesh["tensor_parallel"].size() > 1:
             raise ConfigError(

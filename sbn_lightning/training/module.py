@@ -122,7 +122,7 @@ class SparseBitNet(LightningModule):
         self.text_files = TextFiles()  # Every checkpoint holds tokenizer, chat template, stop tokens.
         self.cuda_graphs = cuda_graphs
         self.separate_documents = separate_documents
-        self._graphed = GraphedLoss()
+        self._graphed = self._new_graphs()
         self.val_perplexity = Perplexity()
         self.test_perplexity = Perplexity()
         self._make_optimizer = optimizer
@@ -204,7 +204,7 @@ class SparseBitNet(LightningModule):
         if self.device_mesh is not None:  # ModelParallelStrategy
             self.check_sharding()
             options = getattr(self.trainer.strategy, "sharding", {"gather": "latent"})  # ShardedStrategy says more
-            shard(self.model, self.model.blocks, self.device_mesh, methods=("loss",), **options)
+            shard(self.model, self.device_mesh, **options)
 
     def check_sharding(self) -> None:
         """Refuse losses that need the whole model on each rank.
@@ -303,8 +303,12 @@ class SparseBitNet(LightningModule):
         metrics: dict[str, Tensor] = {}
         batch, stored = _split(batch)
         if self.distillation is not None:
-            given = () if self.distillation.teacher is not None else (stored,)
-            loss, parts = model.run(self._get_distiller(batch.device).loss, batch[:, :-1], batch[:, 1:], *given)
+            if self.cuda_graphs:
+                loss, *found = self._graphed(model, self._distilled, batch).unbind()
+                parts = dict(zip(self.distillation.parts, (part.detach() for part in found), strict=True))
+            else:
+                given = () if self.distillation.teacher is not None else (stored,)
+                loss, parts = model.run(self._get_distiller(batch.device).loss, batch[:, :-1], batch[:, 1:], *given)
             cross_entropy = parts.pop("loss")
             metrics["train/distillation"] = loss.detach()
             metrics |= {f"train/distillation_{name}": part for name, part in parts.items()}
@@ -332,6 +336,11 @@ class SparseBitNet(LightningModule):
         loss: Tensor = self.model.loss(batch[:, :-1], batch[:, 1:])
         return loss
 
+    def _distilled(self, batch: Tensor) -> Tensor:
+        """Return the loss of this module's model against the teacher, and its parts, in one vector."""
+        loss, parts = self._get_distiller(batch.device).loss(self.model, batch[:, :-1], batch[:, 1:])
+        return torch.stack([loss, *parts.values()])
+
     def _check_graphs(self) -> None:
         """Refuse what a CUDA graph of the step cannot hold.
 
@@ -350,7 +359,7 @@ class SparseBitNet(LightningModule):
                 strategy, SingleDeviceStrategy
             ),
             "a mixture of experts, whose host reads how many tokens each expert has": bool(self.config.n_experts),
-            "distillation": self.distillation is not None,
+            "distillation.teacher: null": self.distillation is not None and self.distillation.teacher is None,
             "answers": self.answers is not None,
             "loss: liger, which waits for the GPU": self.config.loss == "liger",
             f"a run on {strategy.root_device.type}": strategy.root_device.type != "cuda",
@@ -360,7 +369,10 @@ class SparseBitNet(LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Give the memory of CUDA graphs back."""
-        self._graphed = GraphedLoss()
+        self._graphed = self._new_graphs()
+
+    def _new_graphs(self) -> GraphedLoss:
+        return GraphedLoss(numbers=None if self.distillation is None else 1 + len(self.distillation.parts))
 
     def _get_distiller(self, device: torch.device) -> Distiller:
         """Return the distiller, made at the first batch: only then is the device known."""

@@ -224,7 +224,7 @@ def wire(folder: Path) -> None:
             keep_masks_out_of_broadcasts(made)
             made = DistributedDataParallel(made, broadcast_buffers=False)
         else:
-            shard(made, made.blocks, mesh, methods=("loss",), gather=way)
+            shard(made, mesh, gather=way)
         for _ in range(2):  # DDP arranges its buckets in the first step.
             with Wire() as seen:
                 made(tokens).sum().backward()

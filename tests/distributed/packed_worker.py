@@ -24,7 +24,7 @@ from sbn_lightning.distributed import rows
 from sbn_lightning.distributed.packed import shard_packed
 from sbn_lightning.distributed.sharding import shard
 from sbn_lightning.distributed.whole_states import load_weights
-from sbn_lightning.layers import SparseBitLinear, masked_layers, prepare_layers
+from sbn_lightning.layers import SparseBitLinear, masked_layers
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.sparsity.config import SparsityConfig
@@ -124,7 +124,7 @@ def model(
     made.blocks[1].attention.o.sparsity = SparsityConfig(pattern="4:8", gamma_over="kept")
     made = with_kernels(made)
     if mesh is not None:
-        shard(made, made.blocks, mesh, methods=("loss",), gather=gather, reduce_dtype=reduce_dtype)
+        shard(made, mesh, gather=gather, reduce_dtype=reduce_dtype)
     return made
 
 
@@ -158,6 +158,8 @@ def check_models(ranks: int) -> None:
         ("packed_layer", {}),
         ("packed_layer", {"activation_checkpointing": True}),
         ("packed_layer", {"compiled": True}),
+        ("packed_step", {"activation_checkpointing": True}),
+        ("packed_step", {"compiled": True}),
     ]
     for gather, changes in ways if ranks == 2 else ways[:2]:
         compiled = changes.pop("compiled", False)
@@ -185,9 +187,11 @@ def check_models(ranks: int) -> None:
                 continue
             load_weights(made, model(None).state_dict())
             assert train(made) == losses, gather
+    tokens = torch.arange(9).view(1, 9).to(DEVICE)
     with counted() as calls:
         made = model(mesh)
-        prepare_layers(made)
+        for _ in range(2):  # The second micro-batch and the backwards gather nothing.
+            made.loss(tokens[:, :-1], tokens[:, 1:]).backward()
     assert calls == [2 + 1], calls  # terms, terms of gamma over non-zero codes, words
 
 

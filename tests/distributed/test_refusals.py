@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,7 +28,7 @@ def mesh(tmp_path):
 
 def test_averages_of_shards(mesh):
     module = small_module(n_layers=1)
-    shard(module.model, module.model.blocks, mesh)
+    shard(module.model, mesh)
     folders = SimpleNamespace(strategy=SimpleNamespace(_save_distributed_checkpoint=True))
     with pytest.raises(ConfigError, match=r"SparseEMAWeightAveraging.*set save_distributed_checkpoint=false"):
         SparseEMAWeightAveraging().on_fit_start(folders, module)
@@ -37,7 +38,19 @@ def test_averages_of_shards(mesh):
 def test_groups_that_are_not_equal(replicate, mesh):
     model = small_module(n_layers=1).model
     with pytest.raises(ConfigError, match=f"replicate={replicate} does not divide the 1 ranks"):
-        shard(model, model.blocks, mesh, replicate=replicate)
+        shard(model, mesh, replicate=replicate)
+
+
+def test_the_blocks_of_a_model(mesh):
+    """A model says which its blocks are, or the caller does. Version 0.1.0 had the blocks before the mesh."""
+    model = small_module(n_layers=1).model
+    with pytest.raises(ConfigError, match="Linear has no attribute blocks: give its transformer blocks"):
+        shard(torch.nn.Linear(2, 2), mesh)
+    with pytest.warns(DeprecationWarning, match=r"is now shard\(module, mesh\)"):
+        shard(model, model.blocks, mesh, ("loss",))
+    tokens = torch.arange(9).view(1, 9)
+    model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert model.blocks[0].mlp.down.weight.grad.full_tensor().any()
 
 
 def test_the_dtypes_of_gradients():
