@@ -208,7 +208,7 @@ class Decoder:
             raise ConfigError(f"a new decoder holds no tokens, so row {row} cannot keep {start}")
         self._prepare()
         logits = self._reader.read_row(row, tokens, start)
-        self.lengths[row] = end
+        self.lengths[row : row + 1].fill_(end)  # ``lengths[row] = end`` would wait for the device.
         return logits
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sbn_lightning.inference.buckets import to_device
 from sbn_lightning.inference.loop import Speed
 from sbn_lightning.inference.request import Request
 
@@ -243,7 +244,7 @@ class Engine:
     def _grow(self, rows: set[int]) -> None:
         growing = [int(row.index in rows) for row in self._rows]
         if growing != self._growing:
-            self._decoder.growing.copy_(torch.tensor(growing))
+            self._decoder.growing.copy_(to_device(growing, self._decoder.growing.device))
             self._growing = growing
 
     def _choose(self, logits: Tensor, writing: list[tuple[_Row, Request]]) -> None:
@@ -283,4 +284,4 @@ class Engine:
         row.request = None
         # A free row is computed in every step, and writes into the slot behind its tokens. So that slot has to exist.
         row.cached = row.cached[: self._decoder.max_length - 1] if self._keep else []
-        self._decoder.lengths[row.index] = len(row.cached)
+        self._decoder.lengths[row.index : row.index + 1].fill_(len(row.cached))

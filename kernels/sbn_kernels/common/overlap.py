@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 @triton.jit
 def begin(EARLY: tl.constexpr):
     """Wait for the kernels before this one, if this one was launched early."""
-    if EARLY:
+    if EARLY == 2:
         gdc_launch_dependents()
+    if EARLY:
         gdc_wait()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,19 +29,19 @@ from triton.compiler import CompiledKernel
 from sbn_kernels.runtime.capability import interpreting
 
 _MOST_COMPILED = 4096  # sizes that keep changing, such as the tokens of an evaluation, must not fill the memory
-_early = False  # Whether kernels that can are launched early at present.
+LEVEL = 2
+_early: ContextVar[int] = ContextVar("early", default=0)  # Whether kernels that can are launched early at present.
 
 
 @contextmanager
 def launching_early(device: torch.device) -> Iterator[None]:
     """Launch kernels before the kernels in front of them have ended, where a kernel and the GPU can do that."""
-    global _early
-    before = _early
-    _early = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and not interpreting()
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and not interpreting()
+    before = _early.set(LEVEL if able else 0)
     try:
         yield
     finally:
-        _early = before
+        _early.reset(before)
 
 
 class Launcher:
@@ -83,8 +84,9 @@ class Launcher:
         """
         options = self.options
         if self.overlaps:
-            constants = (*constants, _early)
-            if _early:
+            early = _early.get()
+            constants = (*constants, early)
+            if early:
                 options = {**options, "launch_pdl": True}
         arguments = (*descriptors, *tensors, *numbers, *constants)
         if not self.compiles:

@@ -29,13 +29,36 @@ MAX_FEATURES = 32768
 NEEDS = Needs("swiglu", least=(0, 0), interpreter=True)
 
 
+_SIGMOID = tl.constexpr(
+    """{
+    .reg .f32 e;
+    mul.ftz.f32 e, $1, 0fBFB8AA3B;
+    ex2.approx.ftz.f32 e, e;
+    add.ftz.f32 e, e, 0f3F800000;
+    rcp.approx.ftz.f32 $0, e;
+    }"""
+)
+
+
 @triton.jit
-def _product(gate_row, up_row, features, START: tl.constexpr, BLOCK: tl.constexpr):
+def _silu(gate, FUSED: tl.constexpr):
+    """gate / (1 + exp(-gate)), within a few roundings; exp is a power of two here, as in the compiler's own.
+
+    In PTX this takes 5 instructions. The compiler takes 14, because it looks after exponentials and quotients that
+    are denormal. Those make no difference beside the 1.
+    """
+    if FUSED:
+        return gate * tl.inline_asm_elementwise(_SIGMOID, "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1)
+    return gate / (1.0 + tl.exp(-gate))
+
+
+@triton.jit
+def _product(gate_row, up_row, features, START: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr):
     """silu(gate) * up of BLOCK columns from START on; zeros beyond the end of the row."""
     column = START + tl.arange(0, BLOCK)
     gate = tl.load(gate_row + column, mask=column < features, other=0.0).to(tl.float32)
     up = tl.load(up_row + column, mask=column < features, other=0.0).to(tl.float32)
-    return gate / (1.0 + tl.exp(-gate)) * up
+    return _silu(gate, FUSED) * up
 
 
 @triton.jit
@@ -44,10 +67,10 @@ def quantize_row(
     BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """The codes and the scale of one row. Two blocks cover it, because 8960 = 8192 + 768 leaves few lanes idle."""
-    main = _product(gate_row, up_row, features, 0, MAIN)
+    main = _product(gate_row, up_row, features, 0, MAIN, FUSED)
     reduced = reduced_row(main, BITS)
     if TAIL > 0:
-        tail = _product(gate_row, up_row, features, MAIN, TAIL)
+        tail = _product(gate_row, up_row, features, MAIN, TAIL, FUSED)
         other = reduced_row(tail, BITS)
         reduced = larger(reduced, other) if BITS == 8 else reduced + other
     scale = token_scale(reduced, features, BITS)

@@ -33,7 +33,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from sbn_kernels.common.decode_ptx import unpack_word
 from sbn_kernels.common.hopper_pipeline import (
@@ -151,14 +151,31 @@ def load_steps(
 
 
 @gluon.jit
-def _producer(x, w, xs, ws, full, empty, k_steps, token_tiles, panels, group, BT: gl.constexpr, STAGES: gl.constexpr):
+def _producer(
+    x, w, xs, ws, full, empty, k_steps, token_tiles, panels, group,
+    BT: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
     stage = 0
     phase = 1
+    done = 0  # The k steps of the first tile that are on their way.
+    if EARLY:
+        # The codes do not come from the kernel before, so the first of them are loaded while that kernel ends.
+        panel, token_tile = _tile(gl.program_id(0), token_tiles, panels, group)
+        done = gl.minimum(k_steps, STAGES)
+        for k in range(done):
+            mbarrier.expect(full.index(k), x.block_type.nbytes + w.block_type.nbytes)
+            tma.async_load(w, [(panel * k_steps + k) * 32, 0], full.index(k), ws.index(k))
+        gdc_wait()
+        for k in range(done):
+            tma.async_load(x, [token_tile * BT, k * 128], full.index(k), xs.index(k))
+        stage = gl.where(done == STAGES, 0, done)
+        phase = gl.where(done == STAGES, 0, 1)
     for i in range(gl.program_id(0), token_tiles * panels, gl.num_programs(0)):
         panel, token_tile = _tile(i, token_tiles, panels, group)
         stage, phase = load_steps(
-            x, w, xs, ws, full, empty, token_tile * BT, panel, k_steps, 0, k_steps, stage, phase, STAGES
+            x, w, xs, ws, full, empty, token_tile * BT, panel, k_steps, done, k_steps, stage, phase, STAGES
         )
+        done = 0
 
 
 @gluon.jit
@@ -229,11 +246,13 @@ def no_metadata():
 def _consumer(
     scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, group, zero,
     BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, ROWS: gl.constexpr,
-    BIAS: gl.constexpr, HALF: gl.constexpr,
+    BIAS: gl.constexpr, EARLY: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 0
     held = no_metadata()
+    if EARLY:
+        gdc_wait()  # The scales of the tokens come from the kernel before.
     for i in range(gl.program_id(0), token_tiles * panels, gl.num_programs(0)):
         panel, token_tile = _tile(i, token_tiles, panels, group)
         acc, held, stage, phase = sum_steps(
@@ -282,19 +301,16 @@ def ternary_gemm_kernel(
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, 32, 32], w.layout)
     ys = gl.allocate_shared_memory(y.dtype, [4, CHUNK, 64], y.layout)
     full, empty = ring(STAGES)
-    if EARLY:  # as ``begin`` of common/overlap.py, which Gluon cannot call
-        gdc_launch_dependents()
-        gdc_wait()
     gl.warp_specialize(
         [
             (_consumer, (
                 scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, group, zero,
-                BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, 0)),
+                BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, EARLY, 0)),
             (_consumer, (
                 scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, group, zero,
-                BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, 1)),
+                BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, EARLY, 1)),
             (_producer, (
-                x, w, xs, ws, full, empty, k_steps, token_tiles, panels, group, BT, STAGES)),
+                x, w, xs, ws, full, empty, k_steps, token_tiles, panels, group, BT, STAGES, EARLY)),
         ],
         [4, 4],
     )  # fmt: skip
