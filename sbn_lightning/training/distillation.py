@@ -95,6 +95,11 @@ class Distillation:
                         "hold the teacher's most likely tokens alone"
                     )
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts that :meth:`Distiller.loss` returns, in their order."""
+        return "loss", "logits", *(name for name in ("hidden", "relations") if getattr(self, name))
+
 
 class Distiller:
     """Computes the loss of a student against a frozen teacher.

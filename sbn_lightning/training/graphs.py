@@ -31,26 +31,7 @@ from sbn_lightning.callbacks.base import is_compiled
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers
-
-Replay = Callable[[], None]
-
-
-def record(function: Callable[[], None], pool: Any) -> Replay:
-    """Record what a function launches on the GPU.
-
-    Args:
-        function: The function, which has run before. It runs on the host once, and the GPU does nothing.
-        pool: The memory that several graphs share, of ``torch.cuda.graph_pool_handle``.
-
-    Returns:
-        A function that launches the same work.
-    """
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, for example one that pins batches, may use the GPU meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        function()
-    replay: Replay = graph.replay
-    return replay
+from sbn_lightning.layers.preparation import record
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -74,24 +55,27 @@ class GraphedLoss:
     Args:
         warm_up: How many micro-batches run without graphs before each recording.
         most: How many states have graphs at a time. A run whose masks are held for several steps has two states.
+        numbers: How many numbers the loss returns, in one float32 vector, for example the parts of a sum. None for a
+            scalar.
     """
 
-    def __init__(self, warm_up: int = 2, most: int = 4) -> None:
+    def __init__(self, warm_up: int = 2, most: int = 4, numbers: int | None = None) -> None:
         self.warm_up = warm_up
         self.most = most
+        self.numbers = numbers
         self._shared: _Shared | None = None
         self._graphs: dict[tuple[Any, ...], _Graphs | int] = {}  # State -> its graphs, or how often it was seen.
         self._warned = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedLoss:
         """Return a loss without graphs, because a copy of a model has other addresses."""
-        return type(self)(self.warm_up, self.most)
+        return type(self)(self.warm_up, self.most, self.numbers)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.warm_up, self.most)
+        return type(self), (self.warm_up, self.most, self.numbers)
 
     def __call__(self, model: nn.Module, loss: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        """Return ``loss(batch)``, a scalar whose ``backward`` adds to the gradients of the model.
+        """Return ``loss(batch)``, whose ``backward`` adds to the gradients of the model.
 
         Args:
             model: The model that the loss trains.
@@ -114,7 +98,7 @@ class GraphedLoss:
             return loss(batch)
         prepare_layers(model)
         if shared is None or shared.where != _addresses(model):
-            self._shared = shared = _Shared(model, batch)
+            self._shared = shared = _Shared(model, batch, () if self.numbers is None else (self.numbers,))
             self._graphs = {}
         shared.bring_up_to_date()
         state = _state_of(model)
@@ -139,10 +123,10 @@ class GraphedLoss:
 class _Shared:
     """The tensors that all graphs of a model read and write, and their memory."""
 
-    def __init__(self, model: nn.Module, batch: Tensor) -> None:
+    def __init__(self, model: nn.Module, batch: Tensor, shape: tuple[int, ...]) -> None:
         self.where = _addresses(model)
         self.batch = batch.clone()
-        self.loss = torch.zeros((), dtype=torch.float32, device=batch.device)
+        self.loss = torch.zeros(shape, dtype=torch.float32, device=batch.device)
         self.gradient = torch.ones_like(self.loss)
         self.anchor = torch.zeros((), device=batch.device, requires_grad=True)  # Autograd calls nobody without one.
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

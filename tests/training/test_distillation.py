@@ -18,6 +18,7 @@ from sbn_lightning.formats.init_from import load_weights
 from sbn_lightning.formats.load import load_model
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.models.transformer import TernaryTransformer
+from sbn_lightning.training import graphs
 from sbn_lightning.training.distillation import Distillation, Distiller
 from tests.helpers import Losses, quiet_trainer, small_config, token_loader
 
@@ -150,3 +151,27 @@ class _Data(LightningDataModule):
 
     def val_dataloader(self):
         return token_loader(batches=1)
+
+
+def test_graphs_of_the_step_change_nothing(teacher, monkeypatch):
+    """Recorded as on a CPU: the function runs again in each replay."""
+    runs = []
+
+    def record(function, pool):
+        function()
+        return lambda: (runs.append(1), torch.enable_grad()(function)())
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "refusal", lambda model: None)
+    monkeypatch.setattr(SparseBitNet, "_check_graphs", lambda self: None)
+    seen = []
+    for cuda_graphs in (False, True):
+        module = module_of(teacher, **EVERYTHING)
+        module.cuda_graphs = cuda_graphs
+        losses, trainer = fit(module)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        seen.append((losses, metrics, [parameter.detach() for parameter in module.parameters()]))
+    assert seen[1][:2] == seen[0][:2]
+    assert {"train/distillation_hidden", "train/distillation_relations"} <= seen[1][1].keys()
+    assert all(torch.equal(ours, expected) for ours, expected in zip(seen[1][2], seen[0][2], strict=True))
+    assert len(runs) >= 4
