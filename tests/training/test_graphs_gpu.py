@@ -1,15 +1,23 @@
 """CUDA graphs of the training step on a GPU: equal to the step without graphs to the last bit."""
 
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch import Callback
 
-from sbn_lightning import MaskedWeightDecay, MaskRefresh, NonFiniteGuard, SparseTernaryPrecision
+from sbn_lightning import MaskedWeightDecay, MaskRefresh, NonFiniteGuard, RoundingWarmup, SparseTernaryPrecision
 from sbn_lightning.backends.selection import engines
+from sbn_lightning.checkpoints import lightning_file
+from sbn_lightning.checkpoints.text_files import TextFiles
+from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.training import graphs
-from tests.helpers import Losses, quiet_trainer, small_module, token_loader, unbounded
+from sbn_lightning.training.distillation import Distillation
+from sbn_lightning.training.module import SparseBitNet
+from tests.helpers import Losses, quiet_trainer, small_config, small_module, token_loader, unbounded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+METRICS = ("train/loss", "train/distillation", "train/distillation_logits")
 SHAPE = {"d_model": 256, "d_ffn": 512, "vocab_size": 512, "n_layers": 2}
 
 
@@ -102,3 +110,30 @@ def test_an_evaluation_in_between_changes_nothing(recorded):
             assert torch.equal(module._plain_loss(batch), plain._plain_loss(batch))
             module.train()
     assert len(recorded) == 2
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_distillation_with_a_warm_up_of_the_rounding(recorded, compile, tmp_path):
+    """There are two states: partly rounded, in plain PyTorch, and rounded, with kernels."""
+    torch.manual_seed(1)
+    dense = small_config(**SHAPE, linear="dense")
+    lightning_file.write(dense, TernaryTransformer(dense).state_dict(), tmp_path / "teacher.ckpt", TextFiles())
+    loader = token_loader(batches=16, batch_size=8, length=65, vocab_size=512)
+    seen = []
+    for cuda_graphs in (False, True):
+        distillation = Distillation(str(tmp_path / "teacher.ckpt"), language_model=0.5)
+        torch.manual_seed(0)
+        module = SparseBitNet(
+            small_config(**SHAPE, pattern="2:4", loss="chunked"), partial(torch.optim.AdamW, lr=1e-2), warmup_steps=2,
+            compile=compile, distillation=distillation, cuda_graphs=cuda_graphs,
+        )  # fmt: skip
+        losses = Losses()
+        trainer = quiet_trainer(
+            [losses, RoundingWarmup(0.5, total_steps=16)], accelerator="gpu", devices=1, max_steps=16,
+            plugins=[SparseTernaryPrecision("int8", "bf16")],
+        )  # fmt: skip
+        trainer.fit(module, loader)
+        seen.append((losses.values, [float(trainer.callback_metrics[name]) for name in METRICS]))
+    assert len(recorded) == 4
+    assert seen[1][0] == pytest.approx(seen[0][0], rel=1e-3)
+    assert seen[1][1] == pytest.approx(seen[0][1], rel=1e-2)
