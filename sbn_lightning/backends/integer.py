@@ -93,6 +93,12 @@ class KernelBackend(BlockKernels):
     def name(self) -> str:
         return registry.product(self.kernel).backend
 
+    @property
+    def records(self) -> bool:
+        """Whether :meth:`prepare` launches kernels of this package alone. A CUDA graph can record them."""
+        kernels = (registry.product(name) for name in {self.kernel, registry.product(self.kernel).denser} - {""})
+        return all(kernel.form in ("codes", *LAYOUTS) for kernel in kernels)
+
     def fresh_mask(self, scores: Tensor, pattern: NMPattern, keep: Keep) -> Tensor:
         if scores.dtype == torch.int8:  # the groups are ranked by ternary codes
             scores = scores.to(torch.bfloat16)
@@ -198,8 +204,8 @@ class KernelBackend(BlockKernels):
         """The prepared weight with its codes, which are unpacked if :meth:`without_codes` has dropped them."""
         if prepared.codes is not None or prepared.packed is None:
             return prepared
-        layout = _layout(registry.product(prepared.kernel))
-        return prepared._replace(codes=unpack(prepared.packed, len(prepared.row_scale), in_features, layout))
+        form = registry.product(prepared.kernel).form
+        return prepared._replace(codes=unpack(prepared.packed, len(prepared.row_scale), in_features, form))
 
     def linear(
         self,

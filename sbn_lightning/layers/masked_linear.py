@@ -36,6 +36,7 @@ from sbn_lightning.layers.mask_tracker import (
     weights_are_trusted,
 )
 from sbn_lightning.layers.options import check_tokens, config_option, result_dtype
+from sbn_lightning.layers.preparation import prepare_all
 from sbn_lightning.layers.saved_masks import SavedMask
 from sbn_lightning.sparsity.config import Gradient, Kind, MaskSource, SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, unpack_mask
@@ -284,6 +285,10 @@ class MaskedLinear(SavedMask):
             self.mask_bits = bits  # Outside of inference mode, a tensor made in it cannot be written to.
         elif bits is not self.mask_bits:
             self.mask_bits.copy_(bits)
+        self._mask_is_set()
+
+    def _mask_is_set(self) -> None:
+        """Note that ``mask_bits`` hold a mask that was computed from the weight as the tracker last saw it."""
         self.tracker.mask_is_fresh(self.density)
         self._most_kept = self._keep_n if self._sparse_share == 1 else self.pattern.m
 
@@ -347,29 +352,10 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
 def prepare_layers(model: nn.Module) -> None:
     """Call :meth:`MaskedLinear.prepare` on every layer of ``model``.
 
-    Layers whose backends share a function ``together`` are prepared with one call of this function. It takes a list of
-    what single layers give to ``Backend.prepare``, each after its backend, and returns the prepared weights.
+    :mod:`sbn_lightning.layers.preparation` prepares many layers at once where that is possible.
     """
     with weights_stay(model):
-        shared: dict[Callable[..., list[Any]], list[MaskedLinear]] = {}
-        for _, layer in masked_layers(model):
-            together = getattr(layer.backend, "together", None)
-            if together is None:
-                layer.prepare()
-            else:
-                shared.setdefault(together, []).append(layer)
-        for together, layers in shared.items():
-            _prepare_together(together, layers)
-
-
-@torch.no_grad()
-def _prepare_together(together: Callable[..., list[Any]], layers: list[Any]) -> None:
-    with torch.inference_mode(False):  # As in the layers themselves.
-        due = [(layer, request) for layer in layers if (request := layer.due()) is not None]
-        if due:
-            made = together([(layer.backend, *request) for layer, request in due])
-            for (layer, request), prepared in zip(due, made, strict=True):
-                layer.take(request, prepared)
+        prepare_all(model, [layer for _, layer in masked_layers(model)])
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class SparseBitLinear(MaskedLinear):
     """
 
     kind = "ternary"
-    # Whether a forward reads the codes even if the kernels read only packed words.
+    # Whether each forward of this class reads the codes, and not only packed words.
     reads_codes: ClassVar[bool] = False
 
     def _init_mask(self, sparsity: SparsityConfig, mask_bits: Tensor | None = None) -> None:
@@ -182,7 +182,7 @@ class SparseBitLinear(MaskedLinear):
             prepared: What the backend made of the weight.
         """
         # Looked up in the class: a wrapper around the backend holds the weight of a whole block itself.
-        if hasattr(type(self._backend), "without_codes") and not (self.reads_codes or self.is_partly_rounded):
+        if hasattr(type(self._backend), "without_codes") and not self.needs_codes:
             prepared = self._backend.without_codes(prepared)  # type: ignore[attr-defined]
         if request[1] is None:
             self._set_mask(prepared.mask_bits)
@@ -190,6 +190,23 @@ class SparseBitLinear(MaskedLinear):
                 prepared = prepared._replace(mask_bits=self.mask_bits)  # One copy of the mask is enough.
         self._prepared = prepared
         self._prepared_of = self._prepared_key()
+
+    def take_written(self, request: tuple[Tensor, Tensor | None, Keep, SparsityConfig], prepared: Any) -> None:
+        """Take over a prepared weight whose tensors, and ``mask_bits``, were written in place.
+
+        Args:
+            request: What :meth:`due` returned.
+            prepared: What :meth:`take` had made of the weight when the writing was recorded.
+        """
+        self._prepared = prepared._replace()  # Another object says that the weight has changed.
+        if request[1] is None:
+            self._mask_is_set()
+        self._prepared_of = self._prepared_key()
+
+    @property
+    def needs_codes(self) -> bool:
+        """Whether a forward reads the codes even if the kernels read only packed words."""
+        return self.reads_codes or self.is_partly_rounded
 
     def _prepared_key(self) -> tuple[Any, ...]:
         """A key that changes with the weight, its device and the mask. The buffer's version counts mask refreshes."""

@@ -1,0 +1,174 @@
+"""Prepares the weights of many layers at once.
+
+Layers whose backends share a function ``together`` are prepared with one call of this function. It takes a list of what
+single layers give to ``Backend.prepare``, each after its backend, and returns the prepared weights.
+
+In training on a GPU, the preparation by kernels is recorded as one CUDA graph. Each layer prepares its weight with some
+ten launches, and in a model of a hundred layers the host takes longer for them than the GPU, which has nothing else to
+do at that time. The first preparation launches kernels as usual, and the second one is recorded. A replay writes to the
+same tensors. So a backward that still needs the codes of an earlier step is refused by autograd, like after any change
+in place. Only kernels are recorded. What Python knows of a mask or of a prepared weight is brought up to date after
+each replay.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+Due = list[tuple[Any, tuple[Any, ...]]]
+"""Layers whose weights must be prepared, each with the arguments of ``Backend.prepare``."""
+
+Replay = Callable[[], None]
+
+WARM_UP = 1  # Preparations of one state before it is recorded: kernels are compiled in them.
+MOST_AT_A_TIME = 2  # A run whose masks are held for some steps has two states.
+MOST = 8  # A run whose states keep changing is not worth more recordings.
+
+
+def record(function: Callable[[], None], pool: Any) -> Replay:
+    """Record what a function launches on the GPU.
+
+    Args:
+        function: The function, which has run before. It runs on the host once, and the GPU does nothing.
+        pool: The memory that several graphs share, of ``torch.cuda.graph_pool_handle``.
+
+    Returns:
+        A function that launches the same work.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, for example one that pins batches, may use the GPU meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        function()
+    replay: Replay = graph.replay
+    return replay
+
+
+def can_record(layer: Any) -> bool:
+    """Whether the preparation of a layer can be part of a recording now: in training, on a GPU, by kernels alone."""
+    weight = layer._parameters.get("weight")
+    return (
+        weight is not None
+        and weight.is_cuda
+        and weight.requires_grad
+        and getattr(layer.backend, "records", False)
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+class RecordedPreparation:
+    """The recordings of one model."""
+
+    def __init__(self) -> None:
+        self._recordings: dict[tuple[Any, ...], _Recording] = {}
+        self._last: tuple[Any, ...] | None = None
+        self._seen = self._made = 0
+
+    def prepare(self, due: Due) -> None:
+        """Prepare the weights of layers, by a replay if this state has been recorded.
+
+        Args:
+            due: The layers, all of which :func:`can_record`.
+        """
+        state = tuple(_state_of(layer, request) for layer, request in due)
+        recording = self._recordings.get(state)
+        if recording is None and self._is_worth_recording(state):
+            recording = self._record(state, due)
+        if recording is not None:
+            recording.replay(due)
+            return
+        for layer, request in due:
+            layer.take(request, layer.backend.prepare(*request))
+
+    def _is_worth_recording(self, state: tuple[Any, ...]) -> bool:
+        """Count how often this state was seen, one time after the other."""
+        self._seen = self._seen + 1 if state == self._last else 1
+        self._last = state
+        return None not in state and self._seen > WARM_UP and self._made < MOST
+
+    def _record(self, state: tuple[Any, ...], due: Due) -> _Recording | None:
+        while len(self._recordings) >= MOST_AT_A_TIME:
+            del self._recordings[next(iter(self._recordings))]
+        self._made += 1
+        try:
+            self._recordings[state] = _Recording(due)
+        except RuntimeError as error:
+            self._made = MOST
+            reason = str(error).strip().splitlines()[0]
+            text = f"the weights are prepared without a CUDA graph, which could not be recorded: {reason}"
+            warnings.warn(text, stacklevel=2)
+        return self._recordings.get(state)
+
+
+class _Recording:
+    """One recorded preparation. The layers and backends that the state names by ``id`` stay alive with it."""
+
+    def __init__(self, due: Due) -> None:
+        self._alive = [(layer, layer.backend, request) for layer, request in due]
+        made: list[Any] = []
+
+        def prepare() -> None:
+            for layer, request in due:
+                layer.take(request, layer.backend.prepare(*request))
+                made.append(layer._prepared)
+
+        self._replay = record(prepare, torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None)
+        self._prepared = list(made)
+        self._written = [value for prepared in made for value in prepared if isinstance(value, Tensor)]
+
+    def replay(self, due: Due) -> None:
+        """Prepare the weights of the layers that were recorded."""
+        self._replay()
+        torch.autograd.graph.increment_version(self._written)
+        for (layer, request), prepared in zip(due, self._prepared, strict=True):
+            layer.take_written(request, prepared)
+
+
+def _state_of(layer: Any, request: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What decides which kernels run on which addresses; None if a tensor is made anew for each preparation."""
+    latent, mask_bits, keep, sparsity = request
+    if not isinstance(keep, int) or latent.data_ptr() != layer.weight.data_ptr():
+        return None
+    masks = layer.mask_bits.data_ptr(), None if mask_bits is None else mask_bits.data_ptr()
+    return id(layer), latent.data_ptr(), latent.dtype, *masks, keep, id(sparsity), id(layer.backend), layer.needs_codes
+
+
+_of_models: WeakKeyDictionary[nn.Module, RecordedPreparation] = WeakKeyDictionary()
+
+
+def prepare_all(model: nn.Module, layers: list[Any]) -> None:
+    """Prepare the weights of all layers of a model.
+
+    Args:
+        model: The model.
+        layers: Its layers with a mask.
+    """
+    shared: dict[Callable[..., list[Any]], list[Any]] = {}
+    recorded: list[Any] = []
+    for layer in layers:
+        together = getattr(layer.backend, "together", None)
+        if together is not None:
+            shared.setdefault(together, []).append(layer)
+        elif can_record(layer):
+            recorded.append(layer)
+        else:
+            layer.prepare()
+    with torch.inference_mode(False), torch.no_grad():  # As in the layers themselves.
+        for together, group in shared.items():
+            if due := _due(group):
+                made = together([(layer.backend, *request) for layer, request in due])
+                for (layer, request), prepared in zip(due, made, strict=True):
+                    layer.take(request, prepared)
+        if due := _due(recorded):
+            _of_models.setdefault(model, RecordedPreparation()).prepare(due)
+
+
+def _due(layers: list[Any]) -> Due:
+    return [(layer, request) for layer in layers if (request := layer.due()) is not None]

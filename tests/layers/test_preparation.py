@@ -1,0 +1,114 @@
+"""The recorded preparation of weights, as far as a CPU goes: a recording that runs its function again in a replay."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sbn_lightning.backends.reference import Keep, ReferenceBackend, TernaryWeight
+from sbn_lightning.layers import preparation
+from sbn_lightning.layers.sparse_linear import SparseBitLinear, prepare_layers
+from sbn_lightning.sparsity.config import SparsityConfig
+
+
+class InPlace(ReferenceBackend):
+    """Writes to the same tensors each time, as a replay does."""
+
+    records = True
+    own: TernaryWeight | None = None
+
+    def prepare(
+        self, latent: torch.Tensor, mask_bits: torch.Tensor | None, keep: Keep, sparsity: SparsityConfig
+    ) -> TernaryWeight:
+        made = super().prepare(latent, mask_bits, keep, sparsity)
+        if self.own is None:
+            self.own = TernaryWeight(*(tensor.clone() for tensor in made))
+        for tensor, value in zip(self.own, made, strict=True):
+            tensor.copy_(value)
+        return self.own
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    calls = []
+
+    def record(function, pool):  # type: ignore[no-untyped-def]
+        calls.append("recorded")
+        function()
+
+        def replay() -> None:
+            calls.append("replayed")
+            function()
+
+        return replay
+
+    monkeypatch.setattr(preparation, "record", record)
+    monkeypatch.setattr(preparation, "can_record", lambda layer: getattr(layer.backend, "records", False))
+    return calls
+
+
+def model_of(recordable: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(SparseBitLinear(16, 24, pattern="2:4"), nn.ReLU(), SparseBitLinear(24, 8, pattern="2:4"))
+    for layer in model:
+        if recordable and isinstance(layer, SparseBitLinear):
+            layer.backend = InPlace()
+    return model
+
+
+def train(model: nn.Module, steps: int, hold_from: int = 99) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    x, losses = torch.randn(6, 16, generator=torch.Generator().manual_seed(1)), []
+    for step in range(steps):
+        for layer in model:
+            if isinstance(layer, SparseBitLinear):
+                layer.hold_mask = step >= hold_from
+        for part in x.chunk(2):  # The second micro-batch prepares nothing.
+            prepare_layers(model)
+            loss = model(part).square().mean()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("hold_from", [99, 4])
+def test_replays_train_like_launches(recorded: list[str], hold_from: int) -> None:
+    plain, model = model_of(False), model_of(True)
+    assert train(model, 8, hold_from) == train(plain, 8, hold_from)
+    for (name, value), other in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+    # One preparation without a recording for each state. In the first step, and when it is held, a mask is there.
+    assert recorded.count("recorded") == (1 if hold_from == 99 else 2)
+    assert recorded.count("replayed") == (6 if hold_from == 99 else 2 + 3)
+
+
+def test_a_backward_with_the_codes_of_an_earlier_step_is_refused(recorded: list[str]) -> None:
+    model = model_of(True)
+    train(model, 3)
+    prepare_layers(model)
+    loss = model(torch.randn(2, 16)).sum()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    prepare_layers(model)
+    assert recorded[-1] == "replayed"
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_another_backend_or_copy_is_prepared_on_its_own(recorded: list[str]) -> None:
+    model = model_of(True)
+    train(model, 3)
+    before = recorded.count("recorded")
+    train(copy.deepcopy(model), 3)
+    assert recorded.count("recorded") == before + 1
+    for layer in model:
+        if isinstance(layer, SparseBitLinear):
+            layer.backend = ReferenceBackend()
+    calls = list(recorded)
+    prepare_layers(model)
+    assert recorded == calls
+    assert torch.equal(model[0].ternary()[0], copy.deepcopy(model[0]).ternary()[0])
