@@ -198,6 +198,8 @@ def _try(trial: Trial, setting: Setting, deadline: float, later: float | None = 
             Training(trial, setting).run(deadline)
         except Exception:  # The other trials are worth having.
             traceback.print_exc()
+            if setting.together:  # The other processes wait for this one.
+                raise
         if setting.device.type == "cuda":
             gc.collect()
             torch.compiler.reset()

@@ -12,6 +12,7 @@ The processes then wait for each other once in a round. They must stop at the sa
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from sbn_lightning.models.transformer import TernaryTransformer
 
 # The number of steps between two looks at the clock, on which all processes have to agree.
 LOOK_EVERY = 16
+# The most seconds that a process waits for the others. In the first step all of them compile.
+PATIENCE = 180
 
 
 class SharedTeacher:
@@ -35,7 +38,8 @@ class SharedTeacher:
     def __init__(self, teacher: TernaryTransformer, shape: tuple[int, int]) -> None:
         self.teacher = teacher
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if teacher.lm_head.weight.is_cuda else "gloo")
+            backend = "nccl" if teacher.lm_head.weight.is_cuda else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         weight = teacher.lm_head.weight
         self._round = weight.new_zeros(self.count, *shape, teacher.config.d_model)
