@@ -15,8 +15,13 @@ from render import read
 # Variant of training_step.py, what it is called on the page, and its run of loss_curves.py (empty: no such run).
 MODES = (
     ("bf16 dense", "dense model, BF16, compiled", ""),
+    ("bf16 dense, CUDA graphs", "the same, `cuda_graphs: true`", ""),
+    ("bf16 dense, chunked loss", "the same, with our loss", ""),
     ("float8 tensorwise (torchao)", "dense model, torchao's float8", ""),
+    ("float8 tensorwise (torchao), chunked loss", "the same, with our loss", ""),
+    ("float8 rowwise (torchao)", "dense model, torchao's float8, one scale a row", ""),
     ("ours 2:4", "2:4, exact gradients", "sparse"),
+    ("ours 2:4, chunked loss", "the same, with our loss", ""),
     ("ours 2:4, int8 dX", '2:4, `gradients: int8-dx`', "sparse, int8 dX"),
     ("ours 2:4, int8 dW", '2:4, `gradients: int8-dw`', "sparse, int8 dW"),
     ("ours 2:4, int8 gradients", '2:4, `gradients: int8`', "sparse, int8 gradients"),
@@ -40,7 +45,14 @@ MODES = (
         "2:4, `gradients: int8`, `activation_checkpointing: mlp`",
         "",
     ),
+    (
+        "ours 2:4, int8 gradients, head and gates, AdamW8bit",
+        "2:4, `gradients: int8`, `head_precision: int8`, `saved_gates: int8`, torchao's AdamW8bit",
+        "",
+    ),
     ("ours 2:4, int8 gradients, CUDA graphs", "2:4, `gradients: int8`, `cuda_graphs: true`", ""),
+    ("ours 2:4, int8 gradients, int8 head, CUDA graphs", "the same, `head_precision: int8`", ""),
+    ("ours 2:4, CUDA graphs", "2:4, exact gradients, `cuda_graphs: true`", ""),
     ("ours 6:8", "6:8, exact gradients", "int8 6:8"),
     ("ours 6:8, int8 gradients", '6:8, `gradients: int8`', "int8 6:8, int8 gradients"),
 )  # fmt: skip
