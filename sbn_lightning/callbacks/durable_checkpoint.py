@@ -15,8 +15,9 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -172,6 +173,7 @@ class DurableCheckpoint(ModelCheckpoint):
             self.last_model_path = path
             with folder_of_before_kept(trainer, path):
                 trainer.save_checkpoint(path)  # Never the weights alone, because training continues from this file.
+        getattr(trainer.strategy, "finish_checkpoint", _nothing)()
         number = self._signal or signal.SIGTERM
         say(
             f"{NAMES[number]}: saved step {trainer.global_step} to {path}; --ckpt_path last continues from there "
@@ -192,6 +194,8 @@ def folder_of_before_kept(trainer: Run, path: str) -> Iterator[None]:
     """
     folder = Path(path)
     before = folder.with_suffix(".before.ckpt")
+    # A strategy may write in the background. A strategy that does not is done already.
+    getattr(trainer.strategy, "finish_checkpoint", _nothing)()
     if writes_shards(trainer.strategy):
         # After a crash the folder may be incomplete. Then it must not replace the complete one from before.
         if trainer.is_global_zero and folder.is_dir() and not sharded.what_is_missing(folder):
@@ -200,4 +204,11 @@ def folder_of_before_kept(trainer: Run, path: str) -> Iterator[None]:
         trainer.strategy.barrier()
     yield
     if trainer.is_global_zero and before.is_dir():
-        shutil.rmtree(before)
+        getattr(trainer.strategy, "after_checkpoint", _at_once)(partial(shutil.rmtree, before))
+
+
+def _nothing() -> None: ...
+
+
+def _at_once(action: Callable[[], object]) -> None:
+    action()

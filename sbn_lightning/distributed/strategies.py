@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from inspect import signature
 from itertools import chain
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.background import BackgroundSaver
 from sbn_lightning.distributed.gradients import send_first
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
 from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches, make_buffers, reshard
@@ -122,12 +124,15 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
         save_distributed_checkpoint: Whether every rank saves its own shard, so that a checkpoint is a folder. If False,
             a checkpoint is one file that every strategy reads.
         timeout: How long a collective may take before the rank gives up.
+        save_in_background: Whether training goes on while a checkpoint is written, see
+            :mod:`~sbn_lightning.distributed.background`. Needs ``save_distributed_checkpoint``.
         reduce: When gradients of ternary layers travel. ``"micro_batch"``: in each backward. ``"step"``: once in an
             optimiser step. Each rank keeps whole gradients until then, 4 bytes a weight.
         **options: The other options of ``ModelParallelStrategy``.
 
     Raises:
-        ConfigError: If ``reduce_dtype``, ``gather`` or ``reduce`` has another value.
+        ConfigError: If ``reduce_dtype``, ``gather`` or ``reduce`` has another value, or if ``save_in_background`` meets
+            checkpoints of one file.
     """
 
     def __init__(
@@ -138,6 +143,7 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
         save_distributed_checkpoint: bool = False,
         timeout: timedelta = TIMEOUT,
         reduce: Reduce = "micro_batch",
+        save_in_background: bool = False,
         **options: Any,
     ) -> None:
         _check_reduce_dtype(reduce_dtype)
@@ -145,7 +151,11 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
             raise ConfigError(f"gather={gather!r} is not one of {', '.join(get_args(Gather))}")
         if reduce not in get_args(Reduce):
             raise ConfigError(f"reduce={reduce!r} is not one of {', '.join(get_args(Reduce))}")
+        if save_in_background and not save_distributed_checkpoint:
+            raise ConfigError("save_in_background is for folders of shards: set save_distributed_checkpoint=true")
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, timeout=timeout, **options)
+        self._in_background = save_in_background
+        self._saver: BackgroundSaver | None = None
         self.sharding: dict[str, Any] = {
             "reduce_dtype": getattr(torch, reduce_dtype),
             "gather": gather,
@@ -165,6 +175,8 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
         reshard(self.lightning_module)  # After a validation. The optimiser must get the rows.
         super().setup(trainer)
         make_buffers(self.lightning_module)
+        if self._in_background and self._saver is None:
+            self._saver = BackgroundSaver()
 
     @override
     def model_to_device(self) -> None:
@@ -180,6 +192,48 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
         assert self.model is not None
         with between_micro_batches(self.model, self.sharding["reduce"]):
             yield
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._saver is not None:
+            self._saver.check()
+        return super().optimizer_step(*args, **kwargs)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if self._saver is None or storage_options is not None:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        shards = {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        shards["state_dict"] = checkpoint.pop("state_dict")
+        self._saver.save(shards, checkpoint, Path(self.broadcast(filepath)))
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        self.after_checkpoint(partial(super().remove_checkpoint, filepath))
+
+    def after_checkpoint(self, action: Callable[[], object]) -> None:
+        """Do something when the last checkpoint is complete. With ``save_in_background`` this may be later."""
+        if self._saver is None:
+            action()
+        else:
+            self._saver.later(action)
+
+    def finish_checkpoint(self) -> None:
+        """Wait until the last checkpoint is written. Without ``save_in_background`` it always is.
+
+        Raises:
+            DataError: If the checkpoint could not be written.
+        """
+        if self._saver is not None:
+            self._saver.finish()
+
+    @override
+    def teardown(self) -> None:
+        try:
+            self.finish_checkpoint()
+        finally:
+            super().teardown()
 
 
 class ReplicatedStrategy(_Together, DDPStrategy):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def fit(
     callbacks: Any = (),
     full_at: int | None = None,
     batches: int = 8,
+    keep: int = -1,
     **strategy: Any,
 ) -> list[float]:
     """Train with the sharded strategy; save after each step. Return the losses, averaged over the ranks."""
@@ -84,7 +86,7 @@ def fit(
                 patch = mock.patch.object(io, "atomic_stream", full_disk)
                 patch.start()
 
-    saver = DurableCheckpoint(dirpath=str(folder), filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    saver = DurableCheckpoint(dirpath=str(folder), filename="{step}", every_n_train_steps=1, save_top_k=keep)
     trainer = quiet_trainer(
         [*callbacks, Losses(), saver],
         strategy=ShardedStrategy(**strategy),
@@ -332,6 +334,49 @@ def validated(folder: Path) -> None:
             found.append(seen)
         assert len(found[0]) == 3
         assert found[1] == found[0], (gather, found)
+
+
+def background(folder: Path) -> None:
+    """Write checkpoints in the background: slowly, so that training overtakes them, and then onto a full disk."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    from sbn_lightning.checkpoints.sharded import what_is_missing
+    from sbn_lightning.core.errors import DataError
+
+    rank, may_write, write = int(os.environ["RANK"]), threading.Event(), FileSystemWriter.write_data
+    seen: list[dict[str, str]] = []
+
+    def slow(*args: Any) -> Any:
+        may_write.wait(60)
+        return write(*args)
+
+    def full(*args: Any) -> Any:
+        return full_disk("shard") if rank == 1 else write(*args)
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            may_write.clear()  # The callback that saves comes later.
+
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            seen.append({path.name: what_is_missing(path) for path in sorted(folder.glob("*.ckpt"))})
+            trainer.strategy.barrier()  # Both ranks have looked.
+            may_write.set()
+
+        def on_train_end(self, *args: Any) -> None:
+            may_write.set()
+
+    options = {"save_distributed_checkpoint": True, "save_in_background": True}
+    with mock.patch.object(FileSystemWriter, "write_data", slow):
+        fit(folder, 3, callbacks=[Watch()], keep=1, **options)
+    assert [set(one) for one in seen] == [set(), {"step=1.ckpt"}, {"step=1.ckpt", "step=2.ckpt"}]
+    assert [bool(one[name]) for one in seen[1:] for name in sorted(one)] == [True, False, True]  # What is not whole.
+    if rank == 0:  # It writes the last file.
+        assert [(path.name, what_is_missing(path)) for path in folder.glob("*.ckpt")] == [("step=3.ckpt", "")]
+    with (
+        mock.patch.object(FileSystemWriter, "write_data", full),
+        pytest.raises(DataError, match=r"cannot write the checkpoint .*step=1.ckpt: .*No space left on device"),
+    ):
+        fit(folder / "full", 3, **options)
 
 
 def averaged(folder: Path, first: str | None = None) -> None:

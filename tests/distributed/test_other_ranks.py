@@ -14,12 +14,15 @@ ONWARD = {
     "three": (3, "whole", {"gather": "packed_layer"}),
     "four": (4, "whole", {"replicate": 2}),
     "three of shards": (3, "shards", {"save_distributed_checkpoint": True}),
+    "two of background": (2, "background", {"save_distributed_checkpoint": True}),
 }
 
 
 def jobs_of_ranks(folder, tokens):
     jobs = []
-    for name, options in (("whole", {}), ("shards", {"save_distributed_checkpoint": True})):
+    shards = {"save_distributed_checkpoint": True}
+    ways = (("whole", {}), ("shards", shards), ("background", shards | {"save_in_background": True}))
+    for name, options in ways:
         job = {"ranks": 2, "function": "resume", "folder": folder / name}
         jobs.append(job | {"options": {"name": "all", "steps": STEPS, **options}})
     for name, (ranks, before, options) in ONWARD.items():
@@ -27,7 +30,11 @@ def jobs_of_ranks(folder, tokens):
         job = {"ranks": ranks, "function": "resume", "folder": folder / name}
         jobs.append(job | {"options": {"name": "rest", "steps": STEPS, **checkpoint, **options}})
     jobs.append({"ranks": 4, "function": "hybrid", "folder": folder / "hybrid"})
-    return jobs + [{"ranks": 2, "function": name, "folder": folder / name} for name in ("wire", "validated")]
+    return (
+        jobs
+        + [{"ranks": 2, "function": name, "folder": folder / name} for name in ("wire", "validated")]
+        + [{"ranks": 2, "function": "background", "folder": folder / "slow"}]
+    )
 
 
 @pytest.fixture
@@ -57,3 +64,8 @@ def test_bytes_on_the_wire_are_counted_as_they_are_sent(folder):
 def test_a_validation_before_a_training_changes_nothing(folder):
     """What FSDP2 gathers into in the inference mode of a validation could not be used in training."""
     assert statuses(folder / "validated") == [0] * 2, (folder / "validated/rank0.log").read_text()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(folder):
+    """The checkpoint before it stays until the new one is complete. A full disk is an error on all ranks."""
+    assert statuses(folder / "slow") == [0] * 2, (folder / "slow/rank0.log").read_text()
