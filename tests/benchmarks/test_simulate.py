@@ -9,7 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from simulate import BUSY, MEASURED, SHAPES, Cluster, Plan, memory, scaling, step
+from simulate import MEASURED
+from simulate_model import BUSY, SHAPES, Cluster, Plan, memory, scaling, step
 
 
 def test_one_gpu_sends_nothing():
