@@ -73,7 +73,7 @@ class Run(NamedTuple):
 class Step(NamedTuple):
     """An optimiser step of a run."""
 
-    count: int  # The number of micro-batches.
+    batches: int  # The number of micro-batches.
     what: str  # "warm", "timed", "wire" or "profile"
 
 
@@ -258,12 +258,12 @@ def measure(
     if isinstance(module, Dense):
         module.float8 = run.strategy.startswith("float8")
     clock = Clock(say, steps)
-    tokens = torch.randint(config.vocab_size, (sum(step.count for step in steps) * run.sequences, LENGTH + 1))
+    tokens = torch.randint(config.vocab_size, (sum(step.batches for step in steps) * run.sequences, LENGTH + 1))
     precision = {"plugins": [SparseTernaryPrecision("sparse", run.gradients)]}  # type: ignore[arg-type]
     trainer = Trainer(
         accelerator=ACCELERATOR, devices=[rank] if run.alone else devices, strategy=strategy_of(run.strategy),
         callbacks=[clock], max_epochs=1, **({"precision": "bf16-mixed"} if run.dense else precision),
-        accumulate_grad_batches=steps[0].count, gradient_clip_val=None if run.dense else 1.0,
+        accumulate_grad_batches=steps[0].batches, gradient_clip_val=None if run.dense else 1.0,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, logger=False,
     )  # fmt: skip

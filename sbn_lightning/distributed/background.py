@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import async_save
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from sbn_lightning.checkpoints.sharded import REST
 from sbn_lightning.core.errors import DataError
@@ -28,7 +28,7 @@ class BackgroundSaver:
 
     def __init__(self) -> None:
         # Threads of all ranks talk over this group, while their main threads train.
-        self._group = dist.new_group(backend="gloo")
+        self._group: Any = dist.new_group(backend="gloo")
         self._writing: _Writing | None = None
 
     def save(self, shards: dict[str, Any], rest: dict[str, Any], path: Path) -> None:

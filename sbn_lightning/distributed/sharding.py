@@ -252,7 +252,7 @@ def make_buffers(module: nn.Module) -> None:
             if isinstance(part, FSDPModule) and not getattr(part, "_has_buffers", False):
                 part.unshard()
                 part.reshard()
-                part._has_buffers = True  # type: ignore[attr-defined]
+                part._has_buffers = True  # type: ignore[assignment]
 
 
 def recover(module: FSDPModule) -> None:

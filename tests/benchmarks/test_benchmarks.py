@@ -233,10 +233,10 @@ def test_the_steps_of_a_scaling_run() -> None:
         steps = rank.plan(counts, 4, wire=True, profile=True)
         before = 0
         for step in steps:
-            assert before % step.count == 0
-            before += step.count
-        assert {step.count for step in steps if step.what == "timed"} == set(counts)
-        assert [step.count for step in steps if step.what == "profile"] == [counts[0]] * 3
+            assert before % step.batches == 0
+            before += step.batches
+        assert {step.batches for step in steps if step.what == "timed"} == set(counts)
+        assert [step.batches for step in steps if step.what == "profile"] == [counts[0]] * 3
         assert steps[0].what == "warm"
     assert sum(step == rank.Step(8, "timed") for step in rank.plan([8], 6, wire=False, profile=False)) == 2
 
