@@ -12,7 +12,7 @@ through its blocks: :func:`make_pass` says whether there is a pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,15 +59,56 @@ def _has_kernel(layer: nn.Module) -> bool:
     return False
 
 
-def _product(layer: Any, x8: Tensor, scale: Tensor) -> Tensor:
-    """Multiply quantised tokens with a layer's weight; the bias is left out."""
+class _Weight(NamedTuple):
+    """The weight of a layer, as :func:`~sbn_lightning.backends.products.multiply` takes it."""
+
+    codes: Tensor
+    row_scale: Tensor
+    packed: Tensor | None
+    form: str
+    kernel: str
+
+
+def _weight(layer: Any) -> _Weight:
     if isinstance(layer, SparseBitLinear):
         weight = layer._prepared
-        form, kernel = _form_of(weight.kernel), weight.kernel
-        return multiply(x8, scale, weight.codes, weight.row_scale, weight.packed, form, kernel, torch.bfloat16)
-    return multiply(
-        x8, scale, layer.codes, layer.row_scale, layer._packed, layer._layout, layer._kernel, torch.bfloat16
-    )
+        return _Weight(weight.codes, weight.row_scale, weight.packed, _form_of(weight.kernel), weight.kernel)
+    return _Weight(layer.codes, layer.row_scale, layer._packed, layer._layout, layer._kernel)
+
+
+def _product(layer: Any, x8: Tensor, scale: Tensor) -> Tensor:
+    """Multiply quantised tokens with a layer's weight; the bias is left out."""
+    return multiply(x8, scale, *_weight(layer), torch.bfloat16)
+
+
+class _Sums(NamedTuple):
+    """A product in parts, which the next norm adds and scales."""
+
+    parts: Tensor
+    scale: Tensor
+    row_scale: Tensor
+
+    def of(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """The product of some tokens."""
+        factor = self.scale.index_select(0, tokens)[:, None] * self.row_scale
+        return (self.parts.index_select(1, tokens).sum(0, dtype=torch.int32).float() * factor).to(dtype)
+
+
+def _product_or_sums(layer: Any, x8: Tensor, scale: Tensor) -> Tensor | _Sums:
+    """The product, in parts where few tiles with long sums would leave many multiprocessors idle."""
+    weight = _weight(layer)
+    if weight.packed is not None and weight.kernel in ("hopper", "hopper-sparse"):
+        from sbn_kernels.gemm.sm90.gemm import gemm_sums
+        from sbn_kernels.gemm.sm90.split_k import MOST_TOKENS, choose_parts
+        from sbn_kernels.runtime.capability import multiprocessors
+
+        tokens, columns = x8.shape
+        rows = weight.row_scale.shape[0]
+        parts, tile = choose_parts(tokens, rows, columns, multiprocessors(x8.device.index))
+        if parts > 1 and tokens > MOST_TOKENS and rows % 4 == 0:
+            sums = gemm_sums(x8, weight.packed, rows, weight.kernel == "hopper-sparse", parts, tile)
+            return _Sums(sums, scale, weight.row_scale)
+    return multiply(x8, scale, *weight, torch.bfloat16)
 
 
 def _form_of(kernel: str) -> str:
@@ -112,25 +153,32 @@ class PromptPass:
     ) -> Tensor:
         """Compute the sum that enters the last norm, for the last token of each prompt, ``[B, D]``."""
         from sbn_kernels import quantize_tokens, swiglu_quantize
-        from sbn_kernels.block import norm_quantize
+        from sbn_kernels.block import norm_quantize, norm_quantize_sums
         from sbn_kernels.prompt import rotate_and_store
 
         model, config = self._model, self._model.config
         batch, length = tokens_BT.shape
         splits = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
-        x, delta = model.embed(tokens_BT).flatten(0, 1), None
+        x = model.embed(tokens_BT).flatten(0, 1)
+        delta: Tensor | _Sums | None = None
         block: Any
         for block, (keys, values) in zip(model.blocks, caches, strict=True):
             attention, mlp = block.attention, block.mlp
-            total, x8, scale, _ = norm_quantize(x, delta, block.attention_norm.weight, config.norm_eps)
-            x = x if delta is None else total
+            norm = block.attention_norm.weight, config.norm_eps
+            if isinstance(delta, _Sums):
+                x, x8, scale, _ = norm_quantize_sums(x, *delta, *norm)
+            else:
+                total, x8, scale, _ = norm_quantize(x, delta, *norm)
+                x = x if delta is None else total
             qkv = _product(attention.qkv, x8, scale).view(batch, length, -1)
             rotate_and_store(qkv, attention.qkv.bias, model.cos, model.sin, keys, values, rows_B, config.n_heads)
             parts = qkv.unflatten(-1, (-1, config.head_size)).transpose(1, 2).split(splits, 1)
             attended = causal_attention(*parts).transpose(1, 2).reshape(batch * length, -1)
-            delta = _product(attention.o, *quantize_tokens(attended))
-            x, x8, scale, _ = norm_quantize(x, delta, block.mlp_norm.weight, config.norm_eps)
-            delta = _product(mlp.down, *swiglu_quantize(_product(mlp.gate_up, x8, scale)))
+            added = _product(attention.o, *quantize_tokens(attended))
+            x, x8, scale, _ = norm_quantize(x, added, block.mlp_norm.weight, config.norm_eps)
+            delta = _product_or_sums(mlp.down, *swiglu_quantize(_product(mlp.gate_up, x8, scale)))
         ends = torch.arange(batch, device=last_B.device) * length + last_B
         hidden = x.index_select(0, ends)
-        return hidden if delta is None else hidden + delta.index_select(0, ends)
+        if delta is None:
+            return hidden
+        return hidden + (delta.of(ends, hidden.dtype) if isinstance(delta, _Sums) else delta.index_select(0, ends))

@@ -143,9 +143,15 @@ PLAIN = {
     ),
     "norm and quantise": (
         norm.norm_quantize_kernel,
-        {"ADD": True, "BITS": 8, "MAIN": 4096, "TAIL": 2048, "FUSED": True, "EARLY": False},
+        {"ADD": True, "PARTS": 0, "BITS": 8, "MAIN": 4096, "TAIL": 2048, "FUSED": True, "EARLY": False},
         BLOCK_TYPES,
         8,
+    ),
+    "norm and quantise a product in parts": (
+        norm.norm_quantize_kernel,
+        {"ADD": True, "PARTS": 5, "BITS": 8, "MAIN": 1024, "TAIL": 512, "FUSED": True, "EARLY": False},
+        BLOCK_TYPES | {"residual_pointer": "*i32"},
+        2,
     ),
     "norm backward": (norm.norm_backward_kernel, {"MAIN": 1024, "TAIL": 512}, BLOCK_TYPES, 4),
     "wide norm backward": (norm.norm_backward_kernel, {"MAIN": 4096, "TAIL": 0}, BLOCK_TYPES, 8),
@@ -242,6 +248,7 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> No
         "SPARSE": sparse,
         "ROWS": rows,
         "BIAS": bias,
+        "PARTS": False,
         "EARLY": True,
     }
     compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
@@ -256,6 +263,29 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> No
     # a wait for all (0x0) after each tile of each of two consumers; ptxas serialising would turn the rest into 0x0 too
     assert waits.count("0") == 2
     assert waits.count("1") >= (4 if sparse else 8)
+
+
+@needs_gluon
+@pytest.mark.parametrize("tile", [64, 128])
+def test_hopper_gemm_of_a_prompt_in_parts_of_k(tile: int, tmp_path: Path) -> None:
+    """The int32 sums of parts leave unscaled, and no register spills."""
+    from sbn_kernels.gemm.sm90.gemm import launch_shape
+    from sbn_kernels.gemm.sm90.kernels import ternary_gemm_kernel
+    from sbn_kernels.runtime.descriptors import tma_layouts
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    chunk, stages = launch_shape(tile, 4)
+    layouts = tma_layouts()
+    types = {
+        "x": f"tensordesc<i8[{tile},128],{layouts[8]!r}>",
+        "w": f"tensordesc<i32[32,32],{layouts[32]!r}>",
+        "y": f"tensordesc<i32[{chunk},64],{layouts[32]!r}>",
+        "scale": "*fp32", "row_scale": "*fp32", "bias": "*bf16",
+    }  # fmt: skip
+    constants = {"BT": tile, "CHUNK": chunk, "STAGES": stages, "SPARSE": True, "ROWS": False, "BIAS": False}
+    compiled = build(ternary_gemm_kernel, constants | {"PARTS": True, "EARLY": True}, 90, types, GluonASTSource)
+    assert f"wgmma.mma_async.sp.sync.aligned.m64n{tile}k64" in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0
 
 
 @needs_gluon

@@ -2,7 +2,7 @@
 
 import pytest
 from sbn_kernels.decode.triton import prefers_decode
-from sbn_kernels.gemm.sm90.split_k import choose_splits, split_tile, whole_parts
+from sbn_kernels.gemm.sm90.split_k import choose_parts, choose_splits, split_tile, whole_parts
 
 # in, out, tokens, microseconds of the decode kernel and of the prefill kernel, K in one piece, 2:4 (docs/LOG.md)
 MEASURED = [
@@ -90,3 +90,13 @@ def test_no_part_is_empty_and_every_token_has_room():
             assert splits <= wanted
             assert (splits - 1) * per_split < steps <= splits * per_split
     assert [split_tile(tokens) for tokens in (1, 16, 17, 32, 33, 64)] == [16, 16, 32, 32, 64, 64]
+
+
+def test_long_sums_of_short_prompts_are_cut_into_parts() -> None:
+    """Parts fill the 132 multiprocessors of an H200. Long prompts fill them anyway, and short sums are not worth it."""
+    assert choose_parts(512, 1536, 8960, 132) == (2, 128)
+    assert choose_parts(2048, 1536, 8960, 132) == (1, 0)
+    assert choose_parts(512, 1536, 1536, 132)[0] == choose_parts(512, 17920, 1536, 132)[0] == 1
+    for tokens in range(65, 1025, 5):
+        parts, tile = choose_parts(tokens, 1536, 8960, 132)
+        assert parts == 1 or 60 <= 12 * -(-tokens // tile) * parts <= 132

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import sbn_kernels as sk
 import torch
+from sbn_kernels.block import norm_quantize, norm_quantize_sums
 from sbn_kernels.decode import int8_rows
 from sbn_kernels.decode.reference import int8_rows_reference
 from sbn_kernels.gemm.reference import gemm_reference as reference
+from sbn_kernels.gemm.sm90.gemm import gemm_sums
 from sbn_kernels.prepare.reference import codes_reference, gamma_reference, mask_reference
 from sbn_kernels.quantize.reference import quantize_tokens_reference
 from sbn_kernels.swiglu.reference import swiglu_backward_reference, swiglu_reference
@@ -127,6 +129,26 @@ def test_parts_of_k(tokens: int, columns: int, out: int, sparse: bool) -> None:
             poison(tokens, out, dtype)
             y = gemm(x8, scale, packed, row_scale, out, b, dtype, splits=splits)
             assert torch.equal(y, reference(x8, scale, codes, row_scale, b, dtype)), (splits, b is not None, dtype)
+
+
+@pytest.mark.parametrize(("tokens", "parts", "tile"), [(65, 5, 64), (200, 8, 128), (512, 2, 128), (130, 1, 64)])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_sums_of_a_prompt_in_parts(tokens: int, parts: int, tile: int, sparse: bool) -> None:
+    """The parts add up to the exact product, and the norm that adds them has the bits of the norm of the product."""
+    needs("sparse_gemm")
+    columns, out = 2304, 264
+    x8, scale, codes, mask, row_scale, _ = case(tokens, columns, out, sparse)
+    packed = sk.pack_sparse24(codes, mask) if sparse else sk.pack_dense(codes)
+    for _ in range(5):  # a race shows rarely
+        poison(parts * 3 * 128, out, torch.float32)
+        sums = gemm_sums(x8, packed, out, sparse, parts, tile)
+        exact = (x8.double() @ codes.double().T).int()
+        assert torch.equal(sums.sum(0, dtype=torch.int32)[:tokens], exact)
+    x, weight = torch.randn(tokens, out, device="cuda").bfloat16(), torch.rand(out, device="cuda")
+    product = reference(x8, scale, codes, row_scale, None, torch.bfloat16)
+    ours = norm_quantize_sums(x, sums, scale, row_scale, weight, 1e-6)
+    for got, wanted in zip(ours, norm_quantize(x, product, weight, 1e-6), strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("sparse", [True, False])

@@ -3,9 +3,9 @@
 from importlib import import_module
 from typing import Any
 
-_MODULE_OF = {"norm_backward": "norm", "norm_quantize": "norm", "rope_backward": "rope"}
+_MODULE_OF = {"norm_backward": "norm", "norm_quantize": "norm", "norm_quantize_sums": "norm", "rope_backward": "rope"}
 
-__all__ = ["norm_backward", "norm_quantize", "rope_backward"]
+__all__ = ["norm_backward", "norm_quantize", "norm_quantize_sums", "rope_backward"]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,13 +28,25 @@ NEEDS = Needs("norm", least=(0, 0), interpreter=True)
 
 
 @triton.jit
-def _sum(x_row, residual_row, h_row, features, START: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """BLOCK columns of ``x``, or of ``x + residual``, which is rounded and stored."""
+def _sum(
+    x_row, residual_row, h_row, features, part_size, of_token, row_scale_pointer,
+    START: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns of ``x``, or of ``x + residual``, which is rounded and stored.
+
+    With PARTS the residual is a product whose int32 sums come in so many parts.
+    """
     column = START + tl.arange(0, BLOCK)
     inside = column < features
     x = tl.load(x_row + column, mask=inside, other=0.0)
     if ADD:
-        total = x.to(tl.float32) + tl.load(residual_row + column, mask=inside, other=0.0).to(tl.float32)
+        residual = tl.load(residual_row + column, mask=inside, other=0)
+        if PARTS > 0:
+            for part in tl.static_range(1, PARTS):
+                residual += tl.load(residual_row + part * part_size + column, mask=inside, other=0)
+            factor = of_token * tl.load(row_scale_pointer + column, mask=inside, other=0.0)
+            residual = (residual.to(tl.float32) * factor).to(h_row.dtype.element_ty)
+        total = x.to(tl.float32) + residual.to(tl.float32)
         x = total.to(h_row.dtype.element_ty)
         tl.store(h_row + column, x, mask=inside)
     return x.to(tl.float32)
@@ -50,20 +62,23 @@ def _weight(weight_pointer, like, features, START: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def norm_quantize_kernel(
-    x_pointer, residual_pointer, h_pointer, weight_pointer, q_pointer, scale_pointer, rstd_pointer,
-    features, x_stride, residual_stride, q_stride, eps_bits,
-    ADD: tl.constexpr, BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
-    EARLY: tl.constexpr,
+    x_pointer, residual_pointer, token_scale_pointer, row_scale_pointer, h_pointer, weight_pointer, q_pointer,
+    scale_pointer, rstd_pointer, features, x_stride, residual_stride, part_size, q_stride, eps_bits,
+    ADD: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    FUSED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row a program. ``eps_bits`` are the bits of eps as a float32."""
     begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     x_row, residual_row = x_pointer + row * x_stride, residual_pointer + row * residual_stride
     h_row, q_row = h_pointer + row * features, q_pointer + row * q_stride
-    main = _sum(x_row, residual_row, h_row, features, 0, MAIN, ADD)
+    of_token = tl.load(token_scale_pointer + row) if PARTS > 0 else 0.0
+    main = _sum(x_row, residual_row, h_row, features, part_size, of_token, row_scale_pointer, 0, MAIN, ADD, PARTS)
     squares = tl.sum(main * main, axis=0, keep_dims=True)
     if TAIL > 0:
-        tail = _sum(x_row, residual_row, h_row, features, MAIN, TAIL, ADD)
+        tail = _sum(
+            x_row, residual_row, h_row, features, part_size, of_token, row_scale_pointer, MAIN, TAIL, ADD, PARTS
+        )
         squares += tl.sum(tail * tail, axis=0, keep_dims=True)
     eps = tl.full([1], 0, tl.int32) + eps_bits
     rstd = 1.0 / tl.sqrt(squares / features + eps.to(tl.float32, bitcast=True))
@@ -157,10 +172,10 @@ def _empty(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, 
     return h, empty_tokens(rows, features, x.device), empty_vector(rows, x.device), empty_vector(rows, x.device)
 
 
-@kernel_op("norm_quantize")
-def _norm_quantize(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int
+def _launch(
+    x: Tensor, residual: Tensor | None, scales: tuple[Tensor, Tensor] | None, weight: Tensor, eps: float, bits: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``scales`` are those of the tokens and of the rows, for a residual of int32 sums ``[parts, rows, features]``."""
     require(NEEDS, x)
     x = with_rows(x)
     h, q, scale, rstd = outputs = _empty(x, residual)
@@ -168,11 +183,33 @@ def _norm_quantize(
     if len(x):
         features = x.shape[1]
         main, tail = blocks(features)
-        numbers = (features, x.stride(0), other.stride(0), q.stride(0), _bits_of(eps))
-        constants = (residual is not None, bits, main, tail, not interpreting())
-        warps = min(8, max(1, main // 512))
-        _quantize((len(x), 1, 1), (x, other, h, weight, q, scale, rstd), numbers, constants, warps)
+        parts, part_size = (0, 0) if scales is None else (other.shape[0], other.stride(0))
+        numbers = (features, x.stride(0), other.stride(-2), part_size, q.stride(0), _bits_of(eps))
+        constants = (residual is not None, parts, bits, main, tail, not interpreting())
+        tensors = (x, other, *((scale, scale) if scales is None else scales), h, weight, q, scale, rstd)
+        _quantize((len(x), 1, 1), tensors, numbers, constants, min(8, max(1, main // 512)))
     return outputs
+
+
+@kernel_op("norm_quantize")
+def _norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _launch(x, residual, None, weight, eps, bits)
+
+
+@kernel_op("norm_quantize_sums")
+def _norm_quantize_sums(
+    x: Tensor, sums: Tensor, token_scales: Tensor, row_scales: Tensor, weight: Tensor, eps: float, bits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _launch(x, sums, (token_scales, row_scales), weight, eps, bits)
+
+
+@kernel_fake("norm_quantize_sums")
+def _(
+    x: Tensor, sums: Tensor, token_scales: Tensor, row_scales: Tensor, weight: Tensor, eps: float, bits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty(x, sums)
 
 
 @kernel_fake("norm_quantize")
@@ -241,6 +278,37 @@ def norm_quantize(
     _check(weight, x, *(() if residual is None else (residual,)))
     check_bits(bits)
     h, q, scale, rstd = torch.ops.sbn_kernels.norm_quantize(x, residual, weight, eps, bits)
+    return h, q, scale, rstd
+
+
+def norm_quantize_sums(
+    x: Tensor, sums: Tensor, token_scales: Tensor, row_scales: Tensor, weight: Tensor, eps: float, bits: int = 8
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes :func:`norm_quantize` for a residual that is a product, before its parts are added and scaled.
+
+    Args:
+        x: ``[tokens, features]``, as for :func:`norm_quantize`.
+        sums: The parts of the product, int32 ``[parts, at least tokens, features]``.
+        token_scales: The scale of each token of the product, float32 ``[tokens]``.
+        row_scales: The scale of each row of its weight, float32 ``[features]``.
+        weight: The weight of the norm, ``[features]``.
+        eps: What is added to the mean square.
+        bits: 8 or 4.
+
+    Returns:
+        As :func:`norm_quantize`, to the last bit as if the product had been computed first.
+
+    Raises:
+        ValueError: If shapes, dtypes or the number of bits do not fit.
+        UnsupportedError: If there is no GPU.
+    """
+    _check(weight, x)
+    check_bits(bits)
+    check_scale("token_scales", token_scales, x.shape[0])
+    check_scale("row_scales", row_scales, x.shape[1])
+    if sums.dim() != 3 or sums.dtype != torch.int32 or sums.shape[1] < len(x) or sums.shape[2] != x.shape[1]:
+        raise ValueError(f"sums must be int32 [parts, at least {len(x)}, {x.shape[1]}], not {list(sums.shape)}")
+    h, q, scale, rstd = torch.ops.sbn_kernels.norm_quantize_sums(x, sums, token_scales, row_scales, weight, eps, bits)
     return h, q, scale, rstd
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sbn_kernels.block import norm_backward, norm_quantize, rope_backward
+from sbn_kernels.block import norm_backward, norm_quantize, norm_quantize_sums, rope_backward
 from sbn_kernels.block.reference import norm_backward_reference, norm_quantize_reference, rope_backward_reference
 
 from sbn_lightning.backends import blocks
@@ -33,6 +33,21 @@ def test_norm(tokens: int, features: int, bits: int, add: bool) -> None:
         norm_backward(wide, h, dh, weight, rstd), norm_backward_reference(dy, h, dh, weight, rstd), strict=True
     ):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_norm_of_a_product_in_parts(parts: int) -> None:
+    """The bits are those of the product that is computed first. Rows behind the last token are of no use."""
+    tokens, features = 5, 300
+    x, weight = torch.randn(tokens, features), torch.rand(features) + 0.5
+    sums = torch.randint(-(2**20), 2**20, (parts, 8, features), dtype=torch.int32)
+    of_tokens, of_rows = torch.rand(tokens) * 1e-4, torch.rand(features) * 1e-2
+    product = sums.sum(0)[:tokens].float() * (of_tokens[:, None] * of_rows)
+    ours = norm_quantize_sums(x, sums, of_tokens, of_rows, weight, 1e-6)
+    for got, wanted in zip(ours, norm_quantize(x, product, weight, 1e-6), strict=True):
+        assert torch.equal(got, wanted)
+    with pytest.raises(ValueError, match="sums must be int32"):
+        norm_quantize_sums(x, sums[:, :4], of_tokens, of_rows, weight, 1e-6)
 
 
 def test_norm_backward_is_the_gradient() -> None:

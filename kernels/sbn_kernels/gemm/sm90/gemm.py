@@ -133,8 +133,8 @@ def _hopper_gemm(
     _kernel()(
         (programs(processors, token_tiles * panels, k_steps), 1, 1),
         (scale, *of_rows),
-        (k_steps, token_tiles, panels, _BAND, 0),
-        (tile, chunk, stages, sparse, row_scale is not None, bias is not None),
+        (k_steps, token_tiles, panels, 1, k_steps, _BAND, 0),
+        (tile, chunk, stages, sparse, row_scale is not None, bias is not None, False),
         descriptors=(
             descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
             descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
@@ -160,6 +160,63 @@ def _(
     splits: int,
 ) -> Tensor:
     return torch.empty((x8.shape[0], out_features), dtype=out_dtype, device=x8.device)
+
+
+@kernel_op("hopper_gemm_sums")
+def _hopper_gemm_sums(x8: Tensor, packed: Tensor, out_features: int, sparse: bool, parts: int, tile: int) -> Tensor:
+    require(SPARSE_NEEDS if sparse else DENSE_NEEDS, x8)
+    x8 = aligned_tokens(x8)
+    tokens, columns = x8.shape
+    panels, k_steps, _ = packed.shape
+    parts, per_part = whole_parts(k_steps, parts)
+    token_tiles = ceil_div(tokens, tile)
+    sums = torch.empty((parts, token_tiles * tile, out_features), dtype=torch.int32, device=x8.device)
+    chunk, stages = launch_shape(tile, 4)
+    work = token_tiles * panels * parts
+    _kernel()(
+        (programs(multiprocessors(x8.device.index), work, per_part), 1, 1),
+        (sums, sums, sums),  # no scales and no bias
+        (k_steps, token_tiles, panels, parts, per_part, _BAND, 0),
+        (tile, chunk, stages, sparse, False, False, True),
+        descriptors=(
+            descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
+            descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
+            descriptor(sums, (parts * token_tiles * tile, out_features), out_features, (chunk, PANEL // 2)),
+        ),
+    )
+    return sums
+
+
+@kernel_fake("hopper_gemm_sums")
+def _(x8: Tensor, packed: Tensor, out_features: int, sparse: bool, parts: int, tile: int) -> Tensor:
+    parts, _ = whole_parts(packed.shape[1], parts)
+    rows = ceil_div(x8.shape[0], tile) * tile
+    return torch.empty((parts, rows, out_features), dtype=torch.int32, device=x8.device)
+
+
+def gemm_sums(x8: Tensor, packed: Tensor, out_features: int, sparse: bool, parts: int, tile: int) -> Tensor:
+    """Computes ``x8 @ T^T`` in parts of the sum over in_features, unscaled; the sum of the parts is the product.
+
+    Args:
+        x8: int8 ``[tokens, in_features]``.
+        packed: int32 words of the weight, layout ``sparse24`` or ``dense``.
+        out_features: The number of rows of the weight, a multiple of 4.
+        sparse: Whether the layout is ``sparse24``.
+        parts: The largest number of parts, see :func:`~sbn_kernels.gemm.sm90.split_k.choose_parts`.
+        tile: The tokens of a tile, 128 or 64.
+
+    Returns:
+        int32 ``[parts, tokens in whole tiles, out_features]``. What stands behind the last token means nothing.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        UnsupportedError: If the GPU is not a Hopper GPU, or Triton is older than 3.9.
+    """
+    check_packed(packed, out_features, x8.shape[1])
+    if x8.dtype != torch.int8 or out_features % 4 or tile not in (128, 64) or parts < 1 or not len(x8):
+        raise ValueError(f"no sums of {x8.dtype} {list(x8.shape)} for {out_features} rows in {parts} parts of {tile}")
+    sums: Tensor = torch.ops.sbn_kernels.hopper_gemm_sums(x8, packed, out_features, sparse, parts, tile)
+    return sums
 
 
 def check_splits(splits: int, tokens: int, token_tile: int) -> None:

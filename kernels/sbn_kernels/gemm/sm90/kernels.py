@@ -134,6 +134,21 @@ def _tile(i, token_tiles, panels, group):
 
 
 @gluon.jit
+def _work(i, token_tiles, panels, per_part, k_steps, group, PARTS: gl.constexpr):
+    """Number of a piece of work -> (panel, token tile, part of the sum, its first k step, the step after its last)."""
+    part = 0
+    first = 0
+    end = k_steps
+    if PARTS:
+        part = i // (token_tiles * panels)
+        i = i - part * (token_tiles * panels)
+        first = part * per_part
+        end = gl.minimum(first + per_part, k_steps)
+    panel, token_tile = _tile(i, token_tiles, panels, group)
+    return panel, token_tile, part, first, end
+
+
+@gluon.jit
 def load_steps(
     x, w, xs, ws, full, empty, token0, panel, k_steps, first, end, stage, phase, STAGES: gl.constexpr
 ):  # fmt: skip
@@ -152,28 +167,30 @@ def load_steps(
 
 @gluon.jit
 def _producer(
-    x, w, xs, ws, full, empty, k_steps, token_tiles, panels, group,
-    BT: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
+    x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group,
+    BT: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 1
     done = 0  # The k steps of the first tile that are on their way.
     if EARLY:
         # The codes do not come from the kernel before, so the first of them are loaded while that kernel ends.
-        panel, token_tile = _tile(gl.program_id(0), token_tiles, panels, group)
-        done = gl.minimum(k_steps, STAGES)
+        panel, token_tile, _part, first, end = _work(
+            gl.program_id(0), token_tiles, panels, per_part, k_steps, group, PARTS
+        )
+        done = gl.minimum(end - first, STAGES)
         for k in range(done):
             mbarrier.expect(full.index(k), x.block_type.nbytes + w.block_type.nbytes)
-            tma.async_load(w, [(panel * k_steps + k) * 32, 0], full.index(k), ws.index(k))
+            tma.async_load(w, [(panel * k_steps + first + k) * 32, 0], full.index(k), ws.index(k))
         gdc_wait()
         for k in range(done):
-            tma.async_load(x, [token_tile * BT, k * 128], full.index(k), xs.index(k))
+            tma.async_load(x, [token_tile * BT, (first + k) * 128], full.index(k), xs.index(k))
         stage = gl.where(done == STAGES, 0, done)
         phase = gl.where(done == STAGES, 0, 1)
-    for i in range(gl.program_id(0), token_tiles * panels, gl.num_programs(0)):
-        panel, token_tile = _tile(i, token_tiles, panels, group)
+    for i in range(gl.program_id(0), token_tiles * panels * parts, gl.num_programs(0)):
+        panel, token_tile, _part, first, end = _work(i, token_tiles, panels, per_part, k_steps, group, PARTS)
         stage, phase = load_steps(
-            x, w, xs, ws, full, empty, token_tile * BT, panel, k_steps, done, k_steps, stage, phase, STAGES
+            x, w, xs, ws, full, empty, token_tile * BT, panel, k_steps, first + done, end, stage, phase, STAGES
         )
         done = 0
 
@@ -244,58 +261,63 @@ def no_metadata():
 
 @gluon.jit
 def _consumer(
-    scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, group, zero,
+    scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part, group, zero,
     BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, ROWS: gl.constexpr,
-    BIAS: gl.constexpr, EARLY: gl.constexpr, HALF: gl.constexpr,
+    BIAS: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 0
     held = no_metadata()
     if EARLY:
         gdc_wait()  # The scales of the tokens come from the kernel before.
-    for i in range(gl.program_id(0), token_tiles * panels, gl.num_programs(0)):
-        panel, token_tile = _tile(i, token_tiles, panels, group)
+    for i in range(gl.program_id(0), token_tiles * panels * parts, gl.num_programs(0)):
+        panel, token_tile, part, first, end = _work(i, token_tiles, panels, per_part, k_steps, group, PARTS)
         acc, held, stage, phase = sum_steps(
-            xs, ws, full, empty, 0, k_steps, stage, phase, held, zero, BT, STAGES, SPARSE, HALF
+            xs, ws, full, empty, first, end, stage, phase, held, zero, BT, STAGES, SPARSE, HALF
         )
+        token0 = (part * token_tiles + token_tile) * BT
         # Epilogue: scale, round, transpose and store CHUNK tokens at a time through two shared buffers. The vectors of
         # scales are as long as whole tiles, because masks here would take the registers that the pipeline needs.
         row0 = panel * 128 + 64 * HALF
-        parts = split_columns(acc, BT // CHUNK)
+        chunks = split_columns(acc, BT // CHUNK)
         for c in gl.static_range(BT // CHUNK):
-            part = parts[c]
-            rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, part.type.layout))
-            columns = token_tile * BT + c * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, part.type.layout))
-            factor = gl.load(scale + columns)[None, :]
-            if ROWS:
-                factor = factor * gl.load(row_scale + rows)[:, None]
-            out = part.to(gl.float32) * factor
-            if BIAS:
-                out += gl.load(bias + rows).to(gl.float32)[:, None]
+            out = chunks[c]
+            if not PARTS:
+                rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, out.type.layout))
+                columns = token0 + c * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, out.type.layout))
+                factor = gl.load(scale + columns)[None, :]
+                if ROWS:
+                    factor = factor * gl.load(row_scale + rows)[:, None]
+                out = out.to(gl.float32) * factor
+                if BIAS:
+                    out += gl.load(bias + rows).to(gl.float32)[:, None]
             out = gl.permute(out, (1, 0)).to(y.dtype)
             buffer = ys.index(2 * HALF + c % 2)
             tma.store_wait(1)
             buffer.store(out)
             fence_async_shared()
-            tma.async_store(y, [token_tile * BT + c * CHUNK, row0], buffer)
+            tma.async_store(y, [token0 + c * CHUNK, row0], buffer)
     tma.store_wait(0)
 
 
 # Sizes vary from call to call; specialising on them would compile anew for each pattern of divisibility.
-_SIZES = ("k_steps", "token_tiles", "panels", "group", "zero")
+_SIZES = ("k_steps", "token_tiles", "panels", "parts", "per_part", "group", "zero")
 
 
 @gluon.jit(do_not_specialize=_SIZES)
 def ternary_gemm_kernel(
-    x, w, y, scale, row_scale, bias, k_steps, token_tiles, panels, group, zero,
+    x, w, y, scale, row_scale, bias, k_steps, token_tiles, panels, parts, per_part, group, zero,
     BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, ROWS: gl.constexpr,
-    BIAS: gl.constexpr, EARLY: gl.constexpr,
+    BIAS: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, features] = (x [tokens, K] int8 @ T^T) * scale[token] (* row_scale[feature]) (+ bias[feature]).
 
     ``x``, ``w``, ``y`` are tensor descriptors (blocks [BT, 128] int8, [32, 32] int32, [CHUNK, 64]); ``zero`` is 0.
     ``scale``, ``row_scale`` and ``bias`` are readable up to whole tiles. Launch with 4 warps: those of the first
     consumer.
+
+    With ``PARTS`` the sum over K is cut into ``parts`` parts of ``per_part`` k steps, none of them empty, and ``y``
+    takes their int32 sums, unscaled: [parts * token tiles * BT, features].
     """
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BT, 128], x.layout)
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, 32, 32], w.layout)
@@ -304,13 +326,14 @@ def ternary_gemm_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, group, zero,
-                BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, EARLY, 0)),
+                scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part,
+                group, zero, BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 0)),
             (_consumer, (
-                scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, group, zero,
-                BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, EARLY, 1)),
+                scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part,
+                group, zero, BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 1)),
             (_producer, (
-                x, w, xs, ws, full, empty, k_steps, token_tiles, panels, group, BT, STAGES, EARLY)),
+                x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group, BT, STAGES, PARTS,
+                EARLY)),
         ],
         [4, 4],
     )  # fmt: skip
