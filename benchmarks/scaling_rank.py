@@ -37,6 +37,7 @@ from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStra
 from sbn_lightning.layers.sparse_linear import masked_layers
 
 LENGTH = 2048
+WARM_STEPS = 2
 LINK_BYTES = 2**30
 # Under all other strategies of FSDP2 the ranks gather latent weights.
 GATHERS = {"fsdp2 packed": "packed_step", "fsdp2 step": "packed_step", "fsdp2 layer": "packed_layer"}
@@ -78,24 +79,25 @@ class Step(NamedTuple):
 
 
 def plan(counts: Sequence[int], steps: int, wire: bool, profile: bool) -> list[Step]:
-    """The steps of a run. A number of micro-batches must divide the larger ones, as Lightning counts batches.
+    """The steps of a run. Lightning counts batches, so steps of n micro-batches begin at multiples of n.
 
     Args:
-        counts: The numbers of micro-batches.
-        steps: How many steps are timed, for up to two micro-batches; fewer, but two or more, for larger numbers.
+        counts: The numbers of micro-batches, in the order in which they are measured.
+        steps: How many steps are timed, for up to two micro-batches; fewer for larger numbers.
         wire: Whether to count bytes in one more step for each number up to two. Blocks run uncompiled in that step.
-        profile: Whether to profile three more steps, those with the number that comes first in ``counts``.
+        profile: Whether to profile three more steps with the first number.
     """
-    ordered = sorted(set(counts), reverse=True)
-    warm = min(2, ordered[0])
-    times = 4 if ordered[0] <= 8 else ordered[0] // warm
-    made = [Step(warm, "warm")] * times
-    for count in ordered:
-        made += [Step(count, "timed")] * max(2, min(steps, 2 * steps // count))
-        if wire and count <= 2:
-            made.append(Step(count, "wire"))
-        if profile and count == counts[0]:
-            made += [Step(count, "profile")] * 3
+    wanted = [Step(count, "timed") for count in counts for _ in range(max(1, min(steps, 2 * steps // count)))]
+    wanted += [Step(counts[0], "profile")] * 3 if profile else []
+    wanted += [Step(count, "wire") for count in counts if count <= 2] if wire else []
+    made = [Step(counts[0], "warm")] * WARM_STEPS
+    batches = counts[0] * WARM_STEPS
+    for step in wanted:
+        while batches % step.batches:
+            made.append(made[-1]._replace(what="warm"))
+            batches += made[-1].batches
+        made.append(step)
+        batches += step.batches
     return made
 
 
