@@ -226,14 +226,17 @@ def test_packed_layers_without_a_kernel_read_prompts_with_the_blocks():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("pattern", "backend"), [("2:4", "sparse"), ("6:8", "int8")])
 def test_a_pass_of_fused_kernels_gives_the_logits_of_the_blocks(pattern, backend, monkeypatch):
+    from sbn_kernels.gemm.sm90.split_k import choose_parts
+
     from sbn_lightning.backends.selection import engines
     from sbn_lightning.inference import reader
     from sbn_lightning.inference.opening import use_backend
 
     if backend not in engines(torch.device("cuda"))[0]:
         pytest.skip(f"backend {backend!r} does not run here")
+    assert choose_parts(96, 256, 2048, 132)[0] > 1  # The sums of the last product of a block come in parts.
     torch.manual_seed(0)
-    options = {"d_model": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ffn": 512, "vocab_size": 320}
+    options = {"d_model": 256, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ffn": 2048, "vocab_size": 320}
     config = TransformerConfig(**options, qkv_bias=True, pattern=pattern, init_std=0.08, max_sequence_length=256)
     model = TernaryTransformer(config).cuda().bfloat16().eval().requires_grad_(False)
     use_backend(model, backend, torch.bfloat16)
