@@ -118,7 +118,7 @@ def test_a_checkpoint_with_a_denser_mask_keeps_it(toy: None) -> None:
 def test_int8_gradients_are_near_the_exact_ones_and_the_mean_is_nearer() -> None:
     torch.manual_seed(0)
     layer = SparseBitLinear(64, 48, pattern="2:4", split_sizes=(32, 16))
-    x, dy = torch.randn(40, 64), torch.randn(40, 48)
+    x, dy = torch.randn(8, 64), torch.randn(8, 48)
     _, dx, dw = gradients(layer, x, dy)
     layer.backend = backend = KernelBackend("portable", gradients="int8")
     sums = [torch.zeros_like(dx), torch.zeros_like(dw)]
@@ -153,8 +153,8 @@ def train(
 ) -> Run:
     losses = Losses()
     plugins = [] if plugin is None else [plugin]
-    trainer = quiet_trainer([*callbacks, losses], plugins=plugins, **({"max_steps": 3} | options))
-    loader = token_loader(batches=1, batch_size=2, length=9)
+    trainer = quiet_trainer([*callbacks, losses], plugins=plugins, **({"max_steps": 2} | options))
+    loader = token_loader(batches=1, batch_size=2, length=5)
     module = small_module(pattern="2:4", activation_checkpointing=checkpointing, **TINY)
     trainer.fit(module, loader, loader if validate else None, ckpt_path=ckpt_path)
     return Run(trainer, losses.values)
@@ -172,12 +172,11 @@ def test_int8_gradients_are_reproducible_and_resume_exactly(tmp_path: Path) -> N
     def plugin(seed: int = 0) -> SparseTernaryPrecision:
         return SparseTernaryPrecision("int8", gradients="int8", dtype="fp32", seed=seed)
 
-    whole = train(plugin(), max_steps=4).losses
-    assert train(plugin(seed=1), max_steps=4).losses != whole
-    assert len(train(plugin(seed=20_240_101), max_steps=1).losses) == 1  # a date
-    half = train(plugin(), max_steps=2)
+    whole = train(plugin(), max_steps=3).losses
+    assert train(plugin(seed=20_240_101)).losses[1] != whole[1]  # a date
+    half = train(plugin(), max_steps=1)
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    rest = train(plugin(), str(tmp_path / "half.ckpt"), max_steps=4)
+    rest = train(plugin(), str(tmp_path / "half.ckpt"), max_steps=3)
     assert half.losses + rest.losses == whole
 
 
@@ -210,7 +209,7 @@ def test_recomputed_blocks_do_not_quantise_again(
 def test_callbacks_and_averages_see_what_they_see_on_the_reference() -> None:
     def run(plugin: SparseTernaryPrecision | None) -> tuple[list[float], float]:
         callbacks = [MaskRefresh(interval=2), DenseToSparseRamp("rows", end=0.5), SparseEMAWeightAveraging(decay=0.5)]
-        trained = train(plugin, callbacks=callbacks, validate=True)
+        trained = train(plugin, callbacks=callbacks, validate=True, max_steps=3)
         return trained.losses, float(trained.trainer.callback_metrics["val/loss"])
 
     expected, val = run(None)

@@ -30,7 +30,7 @@ def layers(saved_gates: bool = False, gradient: str = "dense", bias: bool = Fals
 def run(pair: list[SparseBitLinear], joined: bool) -> list[Tensor]:
     first, last = pair
     torch.manual_seed(1)
-    x = torch.randn(3, 5, FEATURES).requires_grad_()
+    x = torch.randn(2, 4, FEATURES).requires_grad_()
     y = swiglu_between(first, last, x) if joined else last(first(x), swiglu=True)
     y.backward(torch.randn_like(y))
     return [y, x.grad, first.weight.grad, last.weight.grad, last.bias.grad]  # type: ignore[list-item]
@@ -61,7 +61,7 @@ def test_hooks_biases_and_passes_without_gradients_take_one_layer_after_the_othe
     seen = []
     handle = pair[0].register_forward_hook(lambda *given: seen.append(given[2].shape))
     with_hook = run(pair, joined=True)
-    assert seen == [(3, 5, 2 * HIDDEN)]
+    assert seen == [(2, 4, 2 * HIDDEN)]
     handle.remove()
     for ours, wanted in zip(with_hook, run(layers(), joined=True), strict=True):
         assert torch.equal(ours, wanted)
@@ -83,7 +83,7 @@ def three_layers() -> list[SparseBitLinear]:
 def run_three(three: list[SparseBitLinear], joined: bool) -> list[Tensor]:
     gate, up, last = three
     torch.manual_seed(1)
-    x = torch.randn(3, 5, 16).requires_grad_()
+    x = torch.randn(2, 4, 16).requires_grad_()
     y = swiglu_of_pair(gate, up, last, x) if joined else last(gate(x), swiglu=up(x))
     y.backward(torch.randn_like(y))
     return [y, x.grad, last.bias.grad]  # type: ignore[list-item]

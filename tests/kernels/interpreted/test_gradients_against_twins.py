@@ -7,18 +7,7 @@ from sbn_kernels.gradients.reference import dequantize_reference, input_gradient
 from sbn_kernels.gradients.weight_gradient import add_parts
 from torch import Tensor
 
-
-@pytest.fixture(autouse=True)
-def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fix the random data, and poison every buffer that is allocated without a value."""
-    torch.manual_seed(0)
-    empty = torch.empty
-
-    def poisoned(*args: object, **kwargs: object) -> Tensor:
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan") if made.is_floating_point() else 77)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 
 def int8(rows: int, columns: int) -> Tensor:
@@ -30,18 +19,21 @@ def gradient(tokens: int, channels: int, dtype: torch.dtype = torch.float32) -> 
     return dy.to(dtype), torch.rand(channels) + 0.01, torch.rand(tokens) + 0.01
 
 
+KEY = -4611686018427375559  # Its two halves differ, and both have bits that are set.
+
+
 @pytest.mark.parametrize(
-    ("dtype", "tokens", "channels"),
+    ("dtype", "tokens", "channels", "key"),
     [
-        (torch.float32, 1, 1),
-        (torch.bfloat16, 5, 7),
-        (torch.float32, 0, 20),
-        (torch.float16, 130, 70),
-        (torch.bfloat16, 33, 300),
-        (torch.float32, 259, 64),
+        (torch.float32, 1, 1, 0),
+        (torch.bfloat16, 5, 7, 0),
+        (torch.bfloat16, 5, 7, KEY),
+        (torch.float32, 0, 20, KEY),
+        (torch.float16, 130, 70, KEY),  # A program rounds 128 tokens and 64 channels.
+        (torch.bfloat16, 9, 260, 0),  # A program finds the maxima of 8 tokens and 256 channels.
+        (torch.float32, 16, 64, KEY),  # Whole blocks of channels need no mask.
     ],
 )
-@pytest.mark.parametrize("key", [0, -4611686018427375559])
 def test_quantize_gradient(dtype: torch.dtype, tokens: int, channels: int, key: int) -> None:
     dy, gamma, scale = gradient(tokens, channels, dtype)
     if tokens > 1:
@@ -59,9 +51,15 @@ def test_quantize_gradient(dtype: torch.dtype, tokens: int, channels: int, key: 
     assert torch.equal(one.token_scale, both.token_scale)
     assert torch.equal(other.channels, both.channels)
     assert torch.equal(other.channel_scale, both.channel_scale)
-    if tokens > 4 and channels > 4:
-        assert not torch.equal(sk.quantize_gradient(dy, gamma, scale, seed, 4).tokens, both.tokens)
-        assert not torch.equal(sk.quantize_gradient(dy, gamma, scale, seed + 1, 3).channels, both.channels)
+
+
+@pytest.mark.parametrize("key", [0, KEY])
+def test_another_stream_and_another_seed_round_in_another_way(key: int) -> None:
+    dy, gamma, scale = gradient(5, 7)
+    seed = torch.tensor(key)
+    one = sk.quantize_gradient(dy, gamma, scale, seed, 3)
+    assert not torch.equal(sk.quantize_gradient(dy, gamma, scale, seed, 4).tokens, one.tokens)
+    assert not torch.equal(sk.quantize_gradient(dy, gamma, scale, seed + 1, 3).channels, one.channels)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -26,7 +26,7 @@ def case(tokens: int, features: int) -> tuple[torch.Tensor, ...]:
     return d, x, torch.rand(2 * features) + 0.01, torch.rand(tokens) + 0.01
 
 
-@pytest.mark.parametrize(("tokens", "features"), [(1, 1), (9, 20), (37, 300), (0, 16)])
+@pytest.mark.parametrize(("tokens", "features"), [(1, 1), (9, 20), (9, 300), (0, 16)])
 def test_rounded_backward(tokens: int, features: int) -> None:
     d, x, row_scale, token_scale = case(tokens, features)
     one = swiglu_backward_rounded(d, x, None, row_scale, token_scale, SEED, 3)
