@@ -13,7 +13,7 @@ from typing import Any
 import sbn_kernels as sk
 import torch
 from sbn_kernels.gemm import registry
-from sbn_kernels.swiglu import swiglu_backward_rounded, swiglu_pair_backward_rounded, swiglu_quantize_and_save
+from sbn_kernels.swiglu import swiglu_backward_of_rounded, swiglu_pair_backward_rounded, swiglu_quantize_and_save
 from sbn_kernels.swiglu.triton import swiglu_pair_quantize
 from torch import Tensor
 
@@ -94,8 +94,10 @@ class GatedFunction(torch.autograd.Function):
                 rounded.channels, rounded.channel_scale, sk.transpose_tokens(z8), last_dtype
             )
         if need_dx or need_first:
-            d = kernels.input_gradient(rounded.tokens, rounded.token_scale, last_transposed, z8.shape[1], ctx.dtype)
-            rounded = swiglu_backward_rounded(d, gates, code_scale, row_scale, scale, seed)
+            tokens, token_scale = rounded.tokens, rounded.token_scale
+            rounded = swiglu_backward_of_rounded(
+                tokens, token_scale, last_transposed, gates, code_scale, row_scale, scale, seed, ctx.dtype
+            )
         if need_dx:
             tokens, token_scale = rounded.tokens, rounded.token_scale
             dx = kernels.input_gradient(tokens, token_scale, transposed, ctx.in_features, ctx.dtype).to(ctx.x_dtype)

@@ -21,6 +21,7 @@ from sbn_kernels.common.checks import check_bits, check_scale, refuse_gradients
 from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.common.maxima import larger, magnitude
 from sbn_kernels.common.token_codes import largest, store_codes, token_scale
+from sbn_kernels.gradients.input_gradient import input_gradient_gemm
 from sbn_kernels.gradients.reference import QuantizedGradient, check_seed
 from sbn_kernels.gradients.triton import maxima_grid, outputs_for, round_to, zero_maxima
 from sbn_kernels.runtime.capability import interpreting, require
@@ -174,22 +175,51 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[:, :features], x[:, features:]
 
 
-@kernel_op("swiglu_backward_rounded")
-def _swiglu_backward_rounded(
-    d: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor, token_scale: Tensor, seed: Tensor, stream: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gradient_and_maxima(
+    d: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor, token_scale: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """The gradient of gates and ups, the bits of its maxima, and the place of the first channel in them."""
     require(NEEDS, x)
     d, x = with_rows(d), with_rows(x)
     dx = torch.empty(x.shape, dtype=d.dtype if code_scale is not None else x.dtype, device=d.device)
-    outputs = outputs_for(dx, True, True)
     maxima, first_channel = zero_maxima(dx, True, True)
     if len(d):
         features = d.shape[1]
         scales = (row_scale[:features], row_scale[features:], token_scale)
         places = ((maxima, first_channel), (maxima, first_channel + features))
         _backward_to(_halves(dx), d, _halves(x), code_scale, scales, places)
+    return dx, maxima, first_channel
+
+
+@kernel_op("swiglu_backward_rounded")
+def _swiglu_backward_rounded(
+    d: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor, token_scale: Tensor, seed: Tensor, stream: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, maxima, first_channel = _gradient_and_maxima(d, x, code_scale, row_scale, token_scale)
+    outputs = outputs_for(dx, True, True)
     round_to(outputs, dx, row_scale, token_scale, maxima, first_channel, seed, stream, True, True)
     return outputs
+
+
+@kernel_op("swiglu_backward_of_rounded")
+def _swiglu_backward_of_rounded(
+    a8: Tensor, scale: Tensor, weight_t: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor,
+    token_scale: Tensor, seed: Tensor, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d = input_gradient_gemm(a8, scale, weight_t, x.shape[1] // 2, dtype)
+    dx, maxima, first_channel = _gradient_and_maxima(d, x, code_scale, row_scale, token_scale)
+    del d  # Its memory serves for the codes.
+    outputs = outputs_for(dx, True, True)
+    round_to(outputs, dx, row_scale, token_scale, maxima, first_channel, seed, 0, True, True)
+    return outputs
+
+
+@kernel_fake("swiglu_backward_of_rounded")
+def _(
+    a8: Tensor, scale: Tensor, weight_t: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor,
+    token_scale: Tensor, seed: Tensor, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return outputs_for(x, True, True)
 
 
 @kernel_fake("swiglu_backward_rounded")
@@ -354,6 +384,46 @@ def swiglu_backward_rounded(
     check_seed(seed, stream, x.device)
     args = (d, x, code_scale, row_scale, token_scale, seed, stream)
     return QuantizedGradient(*torch.ops.sbn_kernels.swiglu_backward_rounded(*args))
+
+
+def swiglu_backward_of_rounded(
+    a8: Tensor,
+    scale: Tensor,
+    weight_t: Tensor,
+    x: Tensor,
+    code_scale: Tensor | None,
+    row_scale: Tensor,
+    token_scale: Tensor,
+    seed: Tensor,
+    dtype: torch.dtype,
+) -> QuantizedGradient:
+    """Computes :func:`swiglu_backward_rounded` of the gradient ``input_gradient_gemm(a8, scale, weight_t, ...)``.
+
+    The gradient of the product is gone before the codes are made, which take as much memory.
+
+    Args:
+        a8: The rounded gradient of the last layer's output, int8 ``[tokens, out]``.
+        scale: The scales of ``a8``, float32 ``[tokens]``.
+        weight_t: The last layer's weight, transposed, as ``input_gradient_gemm`` takes it.
+        x: Gates then ups, ``[tokens, 2 features]``, or their codes, int8.
+        code_scale: The scales of the codes, float32 ``[tokens, 2]``; None if ``x`` holds no codes.
+        row_scale: gamma of each row of the weight that made gates and ups, float32 ``[2 features]``.
+        token_scale: The scales of that layer's quantised tokens, float32 ``[tokens]``.
+        seed: One int64 on the device.
+        dtype: The dtype of the gradient of the product.
+
+    Returns:
+        The gradient of gates and ups, rounded in both orders.
+
+    Raises:
+        ValueError: If an argument does not fit.
+        UnsupportedError: If there is no GPU.
+    """
+    check_scale("row_scale", row_scale, x.shape[1])
+    check_scale("token_scale", token_scale, x.shape[0])
+    check_seed(seed, 0, x.device)
+    args = (a8, scale, weight_t, x, code_scale, row_scale, token_scale, seed, dtype)
+    return QuantizedGradient(*torch.ops.sbn_kernels.swiglu_backward_of_rounded(*args))
 
 
 def swiglu_pair_backward_rounded(
