@@ -5,8 +5,23 @@ import torch
 
 from tests.distributed.forked_runs import forked_runs  # noqa: F401 (a fixture)
 
+# The tests of several ranks. The first of them runs the jobs of all: see forked_runs.
+OF_RANKS = ("tests/distributed/", "tests/fabric/test_sharded_fabric.py")
+
 # On matrices this small, two threads spend more time waiting for each other than computing.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give the tests of several ranks to one worker. Another worker with such a test would only wait for the jobs."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "ranks" if nodeid.startswith(OF_RANKS) else super()._split_scope(nodeid)
+
+    return Scheduler(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 @pytest.fixture(scope="session")
