@@ -3,7 +3,7 @@
 A block's own forward has to serve every backend and training. Between its products it launches a kernel for each
 addition, and the norms read their rows again and again. Here the products and the attention are those of the block.
 Fused kernels stand between them (:mod:`sbn_kernels.block`, :mod:`sbn_kernels.prompt`). Nothing has to be compiled by
-torch first. The kernels begin early: each is set up while the kernel before it ends.
+torch first.
 
 The results are those of the blocks up to the rounding of sums. A model that the fused kernels do not cover runs
 through its blocks: :func:`make_pass` says whether there is a pass.
@@ -141,17 +141,6 @@ class PromptPass:
         Returns:
             The logits, ``[B, vocab_size]``.
         """
-        from sbn_kernels.runtime.launch import launching_early
-
-        with launching_early(tokens_BT.device):
-            hidden = self._last_hidden(tokens_BT, last_B, rows_B, caches)
-        logits: Tensor = self._model.lm_head(self._model.norm(hidden))
-        return logits
-
-    def _last_hidden(
-        self, tokens_BT: Tensor, last_B: Tensor, rows_B: Tensor, caches: Sequence[tuple[Tensor, Tensor]]
-    ) -> Tensor:
-        """Compute the sum that enters the last norm, for the last token of each prompt, ``[B, D]``."""
         from sbn_kernels import quantize_tokens, swiglu_quantize
         from sbn_kernels.block import norm_quantize, norm_quantize_sums
         from sbn_kernels.prompt import rotate_and_store
@@ -179,6 +168,7 @@ class PromptPass:
             delta = _product_or_sums(mlp.down, *swiglu_quantize(_product(mlp.gate_up, x8, scale)))
         ends = torch.arange(batch, device=last_B.device) * length + last_B
         hidden = x.index_select(0, ends)
-        if delta is None:
-            return hidden
-        return hidden + (delta.of(ends, hidden.dtype) if isinstance(delta, _Sums) else delta.index_select(0, ends))
+        if delta is not None:
+            hidden = hidden + (delta.of(ends, x.dtype) if isinstance(delta, _Sums) else delta.index_select(0, ends))
+        logits: Tensor = model.lm_head(model.norm(hidden))
+        return logits
