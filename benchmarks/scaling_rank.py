@@ -152,7 +152,7 @@ class Clock(Callback):
         if now == 1:
             torch.cuda.synchronize()
             if trainer.is_global_zero:
-                self.say(f"first step done; {torch._dynamo.utils.compile_times('str', True)}")
+                self.say("first step done")
         elif trainer.is_global_zero and (now == len(self.steps) or self.steps[now] != self.steps[now - 1]):
             self.say(f"{what} steps of {count} micro-batches done")
         if what == "timed":
@@ -225,10 +225,13 @@ def strategy_of(name: str) -> Any:
         return "auto"
     if name == "ddp lightning":
         return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+    name, _, ctas = name.removesuffix(WAITING).removesuffix(" ctas").partition(" on ")
+    most = int(ctas) if ctas else None
     if "ddp" in name:
-        return ReplicatedStrategy("bfloat16" if "bfloat16" in name else "float32")
+        return ReplicatedStrategy("bfloat16" if "bfloat16" in name else "float32", max_ctas=most)
     reduce = "step" if name == "fsdp2 step" else "micro_batch"
-    return ShardedStrategy("bfloat16", reduce=reduce, gather=GATHERS.get(name.removesuffix(WAITING), "latent"))  # type: ignore[arg-type]
+    gather: Any = GATHERS.get(name, "latent")
+    return ShardedStrategy("bfloat16", reduce=reduce, gather=gather, max_ctas=most)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -37,6 +37,7 @@ class FabricShardedStrategy(ModelParallelStrategy):
         timeout: How long a collective may take before the rank gives up; None for torch's own limit.
         reduce: When gradients of ternary layers travel, see there. With ``"step"`` all micro-batches of an optimiser
             step but the last must run in ``fabric.no_backward_sync``.
+        max_ctas: The most multiprocessors that NCCL takes while it sends gradients; None for NCCL's own choice.
         **options: The other options of Fabric's ``ModelParallelStrategy``.
     """
 
@@ -47,6 +48,7 @@ class FabricShardedStrategy(ModelParallelStrategy):
         replicate: int = 1,
         timeout: timedelta | None = TIMEOUT,
         reduce: Reduce = "micro_batch",
+        max_ctas: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(self._shard, timeout=timeout, **options)
@@ -55,6 +57,7 @@ class FabricShardedStrategy(ModelParallelStrategy):
             "gather": gather,
             "replicate": replicate,
             "reduce": reduce,
+            "max_ctas": max_ctas,
         }
         self._backward_sync_control = _BetweenMicroBatches(reduce)
         self._io: CheckpointIO = TorchCheckpointIO()

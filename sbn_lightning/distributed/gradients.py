@@ -9,9 +9,10 @@ runs while autograd computes the backward of the earlier layers. When it has end
 from __future__ import annotations
 
 import os
+import weakref
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.tensor import DTensor
 
+from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.rows import RowCut
 
 # Newer versions of torch have the first name, and deprecate the second one.
@@ -32,6 +34,29 @@ PIECE = 2**22  # A collective sends at least these bytes to each rank, or its la
 def send_first() -> None:
     """Let NCCL's kernels start before others that wait for the GPU. The process group must not be there yet."""
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+
+
+def group_for_gradients(group: dist.ProcessGroup, max_ctas: int | None) -> dist.ProcessGroup:
+    """Make a group of the same ranks whose collectives leave most multiprocessors to the backward.
+
+    All ranks of the group must call this together.
+
+    Args:
+        group: The ranks.
+        max_ctas: The most multiprocessors that a collective takes. None leaves that to NCCL, and no group is made.
+
+    Raises:
+        ConfigError: If the number is below 1.
+    """
+    if max_ctas is not None and max_ctas < 1:
+        raise ConfigError(f"max_ctas={max_ctas} is below 1")
+    if max_ctas is None or dist.get_backend(group) != "nccl":
+        return group
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = max_ctas
+    ranks = dist.get_process_group_ranks(group)
+    made = dist.new_group(ranks, backend="nccl", pg_options=options, use_local_synchronization=True)
+    return cast(dist.ProcessGroup, made)
 
 
 def stand_in(rows: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -93,7 +118,8 @@ class GradientScatter:
         self.hold = False
         # NCCL divides while it sums. gloo does not know how.
         self._operation = dist.ReduceOp.AVG if dist.get_backend(shard_group) == "nccl" else dist.ReduceOp.SUM
-        self._leaves: list[Tensor] = []
+        # The hook of a leaf holds this object. A cycle through a hook would never be collected.
+        self._leaves: list[weakref.ref[Tensor]] = []
         self._sent: deque[_Sent] = deque()
         self._gathered: list[_Gradient] = []  # Small gradients that wait for each other.
         self._most_alone = min(PIECE * dist.get_world_size(shard_group), IN_FLIGHT // 2)
@@ -116,7 +142,7 @@ class GradientScatter:
             self._collect(_Gradient(gradient.to(self.dtype), weight, cut))
 
         leaf.register_post_accumulate_grad_hook(send)
-        self._leaves.append(leaf)
+        self._leaves.append(weakref.ref(leaf))
 
     def reset(self) -> None:
         """Throw away what a backward that has raised an error has left: gradients that wait or travel."""
@@ -125,8 +151,9 @@ class GradientScatter:
                 sent.work.wait()
         self._sent.clear()
         self._gathered.clear()
-        for leaf in self._leaves:
-            leaf.grad = None
+        for reference in self._leaves:
+            if (leaf := reference()) is not None:
+                leaf.grad = None
         if self._waits_for_end:
             self._waits_for_end = False
             end_collectives()

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from sbn_lightning.backends.reference import Backend, Keep
 from sbn_lightning.backends.rows import row_maker
 from sbn_lightning.distributed.exchange import Exchange, Request
-from sbn_lightning.distributed.gradients import GradientScatter, stand_in
+from sbn_lightning.distributed.gradients import GradientScatter, group_for_gradients, stand_in
 from sbn_lightning.distributed.rows import RowCut, gather_rows
 from sbn_lightning.distributed.units import Unit
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
@@ -203,6 +203,7 @@ def shard_packed(
     reduce_dtype: torch.dtype = torch.float32,
     layered: Iterable[nn.Module] = (),
     reduce: str = "micro_batch",
+    max_ctas: int | None = None,
 ) -> set[nn.Parameter]:
     """Shard the latent weights of a model's ternary layers by rows. FSDP2 must leave these weights alone.
 
@@ -215,6 +216,7 @@ def shard_packed(
             codes of all other layers stay whole.
         reduce: When gradients travel, as in :func:`~sbn_lightning.distributed.sharding.shard`. With ``"step"``
             gradients are added up in float32 before they travel.
+        max_ctas: The most multiprocessors that NCCL takes while it sends gradients; None for NCCL's own choice.
 
     Returns:
         The sharded weights, for ``fully_shard(..., ignored_params=)``.
@@ -222,7 +224,8 @@ def shard_packed(
     sharding = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[1]]  # type: ignore[index]
     replicate = None if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[0]].get_group()  # type: ignore[index]
     exchange = Exchange(sharding.get_group())
-    scatter = exchange.scatter = GradientScatter(exchange.group, replicate, mesh.size(), reduce_dtype)
+    group = group_for_gradients(exchange.group, max_ctas)
+    scatter = exchange.scatter = GradientScatter(group, replicate, mesh.size(), reduce_dtype)
     units = _units(layered, exchange)
     # FSDP2 places its parameters over the whole mesh, too. A norm of all gradients needs one mesh.
     placements = [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]

@@ -45,6 +45,7 @@ def shard(
     reduce_dtype: torch.dtype = torch.float32,
     replicate: int = 1,
     reduce: Reduce = "micro_batch",
+    max_ctas: int | None = None,
     policy: MixedPrecisionPolicy | None = None,
 ) -> None:
     """Shard a model over the ranks of a mesh, in plain PyTorch or under Lightning's ``ModelParallelStrategy``.
@@ -74,6 +75,8 @@ def shard(
         reduce: When gradients of ternary layers travel. ``"micro_batch"``: in the backward of each micro-batch.
             ``"step"``: in the backward of the last micro-batch of an optimiser step. Each rank then keeps whole
             gradients, 4 bytes a weight. The earlier backwards have to run in :func:`gradients_stay`.
+        max_ctas: The most multiprocessors that NCCL takes while it sends gradients of ternary layers; None for NCCL's
+            own choice.
         policy: The dtypes in which FSDP2 gathers its parameters and reduces their gradients. None gathers parameters
             in their own dtype, and reduces gradients in ``reduce_dtype``.
 
@@ -115,7 +118,8 @@ def shard(
     layered = blocks if gather == "packed_layer" else ()
     ours: set[nn.Parameter] = set()
     if gather != "latent":
-        ours = shard_packed(module, mesh, reduce_dtype=reduce_dtype, layered=layered, reduce=reduce)
+        options: dict[str, Any] = {"reduce_dtype": reduce_dtype, "reduce": reduce, "max_ctas": max_ctas}
+        ours = shard_packed(module, mesh, layered=layered, **options)
     ranks = mesh.size(mesh.ndim - 1)
     for name, layer in masked_layers(module):
         if layer.weight not in ours and layer.out_features < ranks:

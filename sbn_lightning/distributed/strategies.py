@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as FabricModelParallelStrategy
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
@@ -30,7 +31,7 @@ from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.background import BackgroundSaver
-from sbn_lightning.distributed.gradients import send_first
+from sbn_lightning.distributed.gradients import group_for_gradients, send_first
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
 from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches, make_buffers, reshard
 from sbn_lightning.distributed.stopping import stop_together
@@ -126,6 +127,8 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
         timeout: How long a collective may take before the rank gives up.
         save_in_background: Whether training goes on while a checkpoint is written, see
             :mod:`~sbn_lightning.distributed.background`. Needs ``save_distributed_checkpoint``.
+        max_ctas: The most multiprocessors that NCCL takes while it sends gradients beside the backward; None for NCCL's
+            own choice.
         reduce: When gradients of ternary layers travel. ``"micro_batch"``: in each backward. ``"step"``: once in an
             optimiser step. Each rank keeps whole gradients until then, 4 bytes a weight.
         **options: The other options of ``ModelParallelStrategy``.
@@ -144,6 +147,7 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
         timeout: timedelta = TIMEOUT,
         reduce: Reduce = "micro_batch",
         save_in_background: bool = False,
+        max_ctas: int | None = None,
         **options: Any,
     ) -> None:
         _check_reduce_dtype(reduce_dtype)
@@ -161,6 +165,7 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
             "gather": gather,
             "replicate": replicate,
             "reduce": reduce,
+            "max_ctas": max_ctas,
         }
 
     @override
@@ -247,6 +252,8 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         reduce_dtype: The dtype in which gradients travel. With ``"bfloat16"`` half as many bytes travel, and the sum
             over the ranks is rounded to bfloat16.
         timeout: How long a collective may take before the rank gives up.
+        max_ctas: The most multiprocessors that NCCL takes while it sends gradients beside the backward; None for NCCL's
+            own choice.
         **options: The other options of ``DDPStrategy``.
 
     Raises:
@@ -257,6 +264,7 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         self,
         reduce_dtype: Literal["float32", "bfloat16"] = "float32",
         timeout: timedelta = TIMEOUT,
+        max_ctas: int | None = None,
         **options: Any,
     ) -> None:
         _check_reduce_dtype(reduce_dtype)
@@ -271,6 +279,16 @@ class ReplicatedStrategy(_Together, DDPStrategy):
             options.setdefault(broadcast, False)
         options.setdefault("gradient_as_bucket_view", True)
         super().__init__(timeout=timeout, **options)
+        self.max_ctas = max_ctas
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self.max_ctas is not None:
+            group = group_for_gradients(dist.group.WORLD, self.max_ctas)
+            self._ddp_kwargs["process_group"] = group
+            if self._ddp_comm_hook is bf16_compress_hook:
+                self._ddp_comm_state = group
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -301,7 +301,8 @@ def stopped(folder: Path, rank: int) -> None:
             if here == rank and batch_idx == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer = quiet_trainer([Stop()], strategy=ReplicatedStrategy(), devices=2, max_steps=8)
+    strategy = ReplicatedStrategy(max_ctas=8)  # Only NCCL knows what that is.
+    trainer = quiet_trainer([Stop()], strategy=strategy, devices=2, max_steps=8)
     loader = token_loader(batches=8, batch_size=2, length=9, rank=here, world=2)
     try:
         trainer.fit(small_module(pattern="4:8", n_layers=1), loader)
@@ -325,7 +326,9 @@ def validated(folder: Path) -> None:
             seen: list[float] = []
             torch.manual_seed(0)
             module = small_module(pattern="4:8", n_layers=1)
-            trainer = quiet_trainer([Losses()], strategy=ShardedStrategy(gather=gather), devices=ranks, max_steps=3)
+            trainer = quiet_trainer(
+                [Losses()], strategy=ShardedStrategy(gather=gather, max_ctas=8), devices=ranks, max_steps=3
+            )
             if first:
                 # With gloo Lightning does not use the inference mode, as it does with NCCL.
                 with mock.patch("lightning.pytorch.loops.utilities._distributed_is_initialized", return_value=False):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +53,22 @@ def test_the_blocks_of_a_model(mesh):
     tokens = torch.arange(9).view(1, 9)
     model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
     assert model.blocks[0].mlp.down.weight.grad.full_tensor().any()
+
+
+def test_nothing_holds_a_sharded_model_that_is_gone(mesh):
+    model = small_module(n_layers=1).model
+    shard(model, mesh)
+    tokens = torch.arange(9).view(1, 9)
+    model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    weight = weakref.ref(model.blocks[0].mlp.down.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+def test_multiprocessors_of_a_collective(mesh):
+    with pytest.raises(ConfigError, match="max_ctas=0 is below 1"):
+        shard(small_module(n_layers=1).model, mesh, max_ctas=0)
 
 
 def test_the_dtypes_of_gradients():
