@@ -197,15 +197,16 @@ class KernelBackend(BlockKernels):
 
     def without_codes(self, prepared: KernelWeight) -> KernelWeight:
         """The prepared weight without its codes, one byte a weight, if the products read packed words alone."""
-        packed = _layout(registry.product(prepared.kernel)) != "none" and prepared.transposed is not None
+        packed = registry.product(prepared.kernel).form in LAYOUTS and prepared.transposed is not None
         return prepared._replace(codes=None) if packed else prepared
 
     def with_codes(self, prepared: KernelWeight, in_features: int) -> KernelWeight:
         """The prepared weight with its codes, which are unpacked if :meth:`without_codes` has dropped them."""
-        if prepared.codes is not None or prepared.packed is None:
+        if prepared.codes is not None:
             return prepared
-        form = registry.product(prepared.kernel).form
-        return prepared._replace(codes=unpack(prepared.packed, len(prepared.row_scale), in_features, form))
+        packed, form = prepared.packed, registry.product(prepared.kernel).form
+        assert packed is not None
+        return prepared._replace(codes=unpack(packed, len(prepared.row_scale), in_features, form))
 
     def linear(
         self,
@@ -265,14 +266,8 @@ class KernelBackend(BlockKernels):
         Returns:
             ``[..., out]``; None if the two have to run one after the other.
         """
-        joins = self.gradients == backend.gradients == "int8"
-        if (
-            not joins
-            or self.seed is None
-            or backend.seed is None
-            or last[0].shape[1] > MAX_FEATURES
-            or not torch.is_grad_enabled()
-        ):
+        joins = self.gradients == backend.gradients == "int8" and torch.is_grad_enabled()
+        if not joins or self.seed is None or backend.seed is None or last[0].shape[1] > MAX_FEATURES:
             return None
         y: Tensor = GatedFunction.apply(
             x.reshape(-1, x.shape[-1]), first[0], last[0],
