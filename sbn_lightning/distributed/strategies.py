@@ -9,7 +9,7 @@ from functools import partial
 from inspect import signature
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -285,7 +285,7 @@ class ReplicatedStrategy(_Together, DDPStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         if self.max_ctas is not None:
-            group = group_for_gradients(dist.group.WORLD, self.max_ctas)
+            group = group_for_gradients(cast(dist.ProcessGroup, dist.group.WORLD), self.max_ctas)
             self._ddp_kwargs["process_group"] = group
             if self._ddp_comm_hook is bf16_compress_hook:
                 self._ddp_comm_state = group
