@@ -10,23 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from sbn_lightning.callbacks.mask_refresh import MaskRefresh
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
 from sbn_lightning.checkpoints.text_files import KEY, TextFiles, text_of_run
-from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.optimizer_states import name_optimizer_states
 from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts, shard
 from sbn_lightning.distributed.strategies import check_strategy
@@ -36,10 +33,11 @@ from sbn_lightning.models.distillation import StoredLogits
 from sbn_lightning.models.moe import busiest, load_balance_loss, loads
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.training.answers import AnswerLoss, Answers
+from sbn_lightning.training.checks import check_graphs, check_lengths, check_teacher, warn_of_other_options
 from sbn_lightning.training.distillation import Distillation, Distiller
-from sbn_lightning.training.graphs import GraphedLoss, refusal
+from sbn_lightning.training.graphs import GraphedLoss
 from sbn_lightning.training.metrics import Perplexity
-from sbn_lightning.training.parameter_groups import SCALE, LearningRateRule, parameter_groups, scale_learning_rates
+from sbn_lightning.training.parameter_groups import LearningRateRule, parameter_groups, scale_learning_rates
 from sbn_lightning.training.schedules import Schedule, learning_rate_factor
 
 # Token ids, or a tuple of token ids, a teacher's likely next tokens and their log-probabilities.
@@ -142,33 +140,16 @@ class SparseBitNet(LightningModule):
                 ``answers`` are given and the data have no tokenizer.
         """
         if self.cuda_graphs and stage == "fit":
-            self._check_graphs()
+            check_graphs(self, self.trainer)
         refuse_plain_averaging(self.trainer.callbacks)  # type: ignore[attr-defined]
         check_strategy(self.trainer.strategy)
         keep_masks_out_of_broadcasts(self)
         data = getattr(self.trainer, "datamodule", None)
         if self.init_from is not None:
             check_tokenizer(self.init_from, data)
-        if self.distillation is not None and self.distillation.teacher is None and stage == "fit":
-            rows = getattr(data, "teacher_rows", None)
-            if rows is None:
-                raise ConfigError(
-                    "distillation.teacher is null, and the data hold no teacher's logits: give the teacher, or a "
-                    "data.path that `sbn teacher-logits` wrote"
-                )
-            if rows.vocab_size != self.config.vocab_size:
-                raise ConfigError(
-                    f"distillation: the teacher {rows.teacher} has {rows.vocab_size} tokens, the student "
-                    f"{self.config.vocab_size}: they must share a tokenizer"
-                )
-        elif self.distillation is not None and stage == "fit":
-            assert self.distillation.teacher is not None
-            if not Path(self.distillation.teacher).exists():
-                raise DataError(
-                    f"distillation: the teacher {self.distillation.teacher} does not exist; write it with: sbn "
-                    f"import-hf --input MODEL --output {self.distillation.teacher}"
-                )
-            check_tokenizer(self.distillation.teacher, data, "distillation.teacher")
+        if self.distillation is not None and stage == "fit":
+            check_teacher(self.distillation, self.config, data)
+        check_lengths(self.config, data)
         if self.answers is not None:
             tokenizer = getattr(data, "tokenizer", None)
             if tokenizer is None:
@@ -181,18 +162,6 @@ class SparseBitNet(LightningModule):
                     "model.separate_documents needs the token that ends a document: give the trainer a "
                     "TokenDataModule, or set model.separate_documents to false"
                 )
-        vocab_size = getattr(data, "vocab_size", None)
-        if vocab_size is not None and vocab_size > self.config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer of {getattr(data, 'path', 'the data')} has {vocab_size} tokens, the model's vocab_size "
-                f"is {self.config.vocab_size}: set model.config.vocab_size to {vocab_size} or more"
-            )
-        length = getattr(data, "sequence_length", None)
-        if length is not None and length > self.config.max_sequence_length:
-            raise ConfigError(
-                f"data.sequence_length={length} is longer than model.config.max_sequence_length="
-                f"{self.config.max_sequence_length}"
-            )
 
     def configure_model(self) -> None:
         """Load the weights of ``init_from``, compile the blocks, and shard them under ``ModelParallelStrategy``."""
@@ -250,26 +219,15 @@ class SparseBitNet(LightningModule):
     def on_train_start(self) -> None:
         """Warn if the optimiser of the checkpoint has other options than the command gives."""
         for optimizer in self.trainer.optimizers:
-            for name in ("lr", "betas", "eps", "momentum"):
-                group = optimizer.param_groups[0]
-                wanted = _as_tuple(optimizer.defaults.get(name))
-                if name == "lr" and wanted is not None:
-                    wanted = wanted * group.get(SCALE, 1.0)  # Not in place: a learning rate may be a tensor.
-                has = _as_tuple(group.get("initial_lr" if name == "lr" else name, wanted))
-                if has != wanted:
-                    rank_zero_warn(
-                        f"training goes on with the checkpoint's {name}={has}, not {wanted}: an optimiser's options "
-                        "are part of its state (model.init_from starts a new run from weights)"
-                    )
+            warn_of_other_options(optimizer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the model's text files, and key optimiser states by the names of their parameters."""
         self.text_files = text_of_run(self.text_files, getattr(self._trainer, "datamodule", None))
         if self.text_files.contents:
             checkpoint[KEY] = dict(self.text_files.contents)
-        if (
-            isinstance(self._trainer, Trainer) and "optimizer_states" in checkpoint
-        ):  # The Fabric loop names them itself.
+        # The Fabric loop names the states itself.
+        if isinstance(self._trainer, Trainer) and "optimizer_states" in checkpoint:
             name_optimizer_states(checkpoint["optimizer_states"], self, self._trainer.optimizers)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -340,32 +298,6 @@ class SparseBitNet(LightningModule):
         """Return the loss of this module's model against the teacher, and its parts, in one vector."""
         loss, parts = self._get_distiller(batch.device).loss(self.model, batch[:, :-1], batch[:, 1:])
         return torch.stack([loss, *parts.values()])
-
-    def _check_graphs(self) -> None:
-        """Refuse what a CUDA graph of the step cannot hold.
-
-        Raises:
-            ConfigError: If the run has something that does not work with ``cuda_graphs``. The message names it.
-        """
-        if not isinstance(self.trainer, Trainer):
-            raise ConfigError("model.cuda_graphs works in a Trainer and not in the Fabric loop; set it to false")
-        strategy = self.trainer.strategy
-        refreshes = [callback for callback in self.trainer.callbacks if isinstance(callback, MaskRefresh)]  # type: ignore[attr-defined]
-        holds = any(callback.refresh.holds_masks for callback in refreshes)
-        reasons = {
-            "mask_refresh.interval above 1 or freeze_after, and compile": holds and self.hparams["compile"],
-            f"{self.trainer.world_size} processes": self.trainer.world_size > 1,
-            f"{type(strategy).__name__}, only with trainer.strategy: auto": not isinstance(
-                strategy, SingleDeviceStrategy
-            ),
-            "a mixture of experts, whose host reads how many tokens each expert has": bool(self.config.n_experts),
-            "distillation.teacher: null": self.distillation is not None and self.distillation.teacher is None,
-            "answers": self.answers is not None,
-            "loss: liger, which waits for the GPU": self.config.loss == "liger",
-            f"a run on {strategy.root_device.type}": strategy.root_device.type != "cuda",
-        }
-        if reason := refusal(self.model) or next((reason for reason, applies in reasons.items() if applies), None):
-            raise ConfigError(f"model.cuda_graphs does not work with {reason}; set model.cuda_graphs to false")
 
     def teardown(self, stage: str) -> None:
         """Give the memory of CUDA graphs back."""
@@ -454,8 +386,3 @@ def _split(batch: Batch) -> tuple[Tensor, StoredLogits | None]:
         return batch, None
     tokens, classes, log_probabilities = batch
     return tokens, StoredLogits(classes.flatten(0, 1), log_probabilities.flatten(0, 1))
-
-
-def _as_tuple(option: Any) -> Any:
-    """Return a list as a tuple: YAML and checkpoints have betas as lists."""
-    return tuple(option) if isinstance(option, list) else option

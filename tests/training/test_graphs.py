@@ -13,8 +13,8 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.fabric import FabricRun
 from sbn_lightning.layers.sparse_linear import masked_layers
 from sbn_lightning.training import graphs
+from sbn_lightning.training.checks import check_graphs
 from sbn_lightning.training.graphs import GraphedLoss
-from sbn_lightning.training.module import SparseBitNet
 from tests.helpers import Losses, quiet_trainer, small_module, token_loader, unbounded
 
 
@@ -35,7 +35,7 @@ def recordings(monkeypatch):
         return replay
 
     monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr(SparseBitNet, "_check_graphs", lambda self: None)
+    monkeypatch.setattr("sbn_lightning.training.module.check_graphs", lambda module, trainer: None)
     monkeypatch.setattr(graphs, "refusal", lambda model: None)
     return calls
 
@@ -187,7 +187,7 @@ def test_what_does_not_work_is_refused(changes, options, message):
     module.cuda_graphs, module.trainer = True, quiet_trainer(max_steps=1, **options)
     module.hparams["compile"] = "callbacks" in options
     with pytest.raises(ConfigError, match=f"model.cuda_graphs does not work with {message}"):
-        module._check_graphs()
+        check_graphs(module, module.trainer)
 
 
 @pytest.mark.parametrize("kind", ["recomputed", "held"])
