@@ -84,12 +84,12 @@ def plan(counts: Sequence[int], steps: int, wire: bool, profile: bool) -> list[S
     Args:
         counts: The numbers of micro-batches, in the order in which they are measured.
         steps: How many steps are timed, for up to two micro-batches; fewer for larger numbers.
-        wire: Whether to count bytes in one more step for each number up to two. Blocks run uncompiled in that step.
+        wire: Whether to count bytes in one more step of the smallest number. Blocks run uncompiled in that step.
         profile: Whether to profile three more steps with the first number.
     """
     wanted = [Step(count, "timed") for count in counts for _ in range(max(1, min(steps, 2 * steps // count)))]
     wanted += [Step(counts[0], "profile")] * 3 if profile else []
-    wanted += [Step(count, "wire") for count in counts if count <= 2] if wire else []
+    wanted += [Step(min(counts), "wire")] if wire else []
     made = [Step(counts[0], "warm")] * WARM_STEPS
     batches = counts[0] * WARM_STEPS
     for step in wanted:
