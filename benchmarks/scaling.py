@@ -22,7 +22,8 @@ FSDP2 with its float8 all-gather. Every GPU gets as many tokens as the single GP
 of all GPUs over those of one GPU times their number. ``scaling`` is empty if there is no run on one GPU. ``same_masks``
 compares a digest of every layer's mask on every rank after the last step; a run whose ranks differ gets no row.
 ``wire_mib`` is what a rank receives in one more step of the smallest number of micro-batches, counted as the
-collectives run (``wire.py``). Rows are written as they are measured. Progress, with the seconds since the start, goes to stderr.
+collectives run (``wire.py``). Rows are written as they are measured. Progress, with the seconds since the start, goes
+to stderr.
 """
 
 from __future__ import annotations
