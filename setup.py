@@ -12,11 +12,13 @@ setup(
         *find_packages(".", include=["sbn_lightning*"]),
         *find_packages("kernels", include=["sbn_kernels*"]),
         "sbn_lightning.recipes",
+        "sbn_lightning.recipes.sizes",
     ],
     package_dir={"sbn_kernels": "kernels/sbn_kernels", "sbn_lightning.recipes": "recipes"},
     package_data={
         "sbn_lightning": ["py.typed"],
         "sbn_kernels": ["py.typed"],
-        "sbn_lightning.recipes": ["*.yaml", "sizes/*.yaml"],
+        "sbn_lightning.recipes": ["*.yaml"],
+        "sbn_lightning.recipes.sizes": ["*.yaml"],
     },
 )
