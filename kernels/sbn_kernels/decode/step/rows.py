@@ -16,7 +16,7 @@ from sbn_kernels.decode.step.gemv import fetch_weights, gather_sums, multiply_sh
 _STAMP = gl.constexpr("""{ .reg .pred p; .reg .u32 t; .reg .u64 c, g; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
 mov.u64 c, %clock64; mov.u64 g, %globaltimer; @p st.global.v2.u64 [$0], {c, g}; }""")
 _PUBLISH = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.relaxed.gpu.global.b32 [$0], $1; }")
-_LOAD = gl.constexpr("ld.shared.f32 $0, [$1];")
+_LOAD = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.b32 $0, 0; @p ld.shared.f32 $0, [$1]; }")
 _STORE = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.shared.b32 [$0], $1; }")
 _STORE2 = gl.constexpr("{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.shared.v2.b32 [$0], {$1, $2}; }")
 
@@ -124,16 +124,17 @@ def add_to_residual(base, place, words, first, start, count, tag, P: gl.constexp
         inside = (tile < count) & (token < P.batch)
         row = (gl.minimum(start + tile, first[1] - 1) * 16 + h) * P.batch_slots + token
         at = base + P.at_residual + 4 * row
-        x0 = gl.inline_asm(_LOAD, "=f,r,~{memory}", [at], F1, is_pure=False)
-        x1 = gl.inline_asm(_LOAD, "=f,r,~{memory}", [at + 32 * P.batch_slots], F1, is_pure=False)
+        mine = inside.to(gl.int32)
+        x0 = gl.inline_asm(_LOAD, "=&f,r,r,~{memory}", [at, mine], F1, is_pure=False)
+        x1 = gl.inline_asm(_LOAD, "=&f,r,r,~{memory}", [at + 32 * P.batch_slots, mine], F1, is_pure=False)
         y0, y1 = _two_rows(base, place, count, j, P, F)
         x0 = _bits((x0 + y0.to(gl.float32)).to(gl.bfloat16))
         x1 = _bits((x1 + y1.to(gl.float32)).to(gl.bfloat16))
         word = words + token * P.d_model + (first[0] + start + tile) * 16 + h
         _publish(word, x0, tag, inside)
         _publish(word + 8, x1, tag, inside)
-        gl.inline_asm(_STORE, "r,r,r,~{memory}", [at, x0, inside.to(gl.int32)], (), is_pure=False)
-        gl.inline_asm(_STORE, "r,r,r,~{memory}", [at + 32 * P.batch_slots, x1, inside.to(gl.int32)], (), is_pure=False)
+        gl.inline_asm(_STORE, "r,r,r,~{memory}", [at, x0, mine], (), is_pure=False)
+        gl.inline_asm(_STORE, "r,r,r,~{memory}", [at + 32 * P.batch_slots, x1, mine], (), is_pure=False)
 
 
 @gluon.jit
@@ -150,9 +151,8 @@ def rotation(base, first, position_of, max_length, cos, sin, P: gl.constexpr):
         position = gl.load(position_of + gl.minimum(token, P.batch - 1))
         position = gl.minimum(position, max_length - 1)
         here = base + P.at_positions + 4 * gl.minimum(token, P.batch - 1)
-        gl.inline_asm(
-            _STORE, "r,r,r,~{memory}", [here, position.to(gl.int32), (tile < 1).to(gl.int32)], (), is_pure=False
-        )
+        once = (tile < 1) & (h < 1) & (token < P.batch)
+        gl.inline_asm(_STORE, "r,r,r,~{memory}", [here, position.to(gl.int32), once.to(gl.int32)], (), is_pure=False)
         turns = inside & (place // (E // 16) < P.heads + P.kv_heads)
         c = gl.load(cos + position * E + E // 2 + feature, mask=turns, other=1.0)
         s = gl.load(sin + position * E + E // 2 + feature, mask=turns, other=0.0)
