@@ -176,17 +176,17 @@ def check_models(ranks: int) -> None:
             assert torch.equal(layer.ternary()[0] != 0, layer.effective_weight() != 0)
             memory = layer._prepared.codes.untyped_storage().nbytes()
             assert (memory == 0) == (gather == "packed_layer"), name
-        if gather == "packed_step":
-            load_weights(made, model(None).state_dict())  # A load in the middle: the training starts again.
-            assert train(made) == losses, gather
-        if not changes and not compiled:
+        if changes or compiled:
+            continue
+        can_go_on = hasattr(made, "reset_iter_state")
+        if can_go_on:
             fail(made)
-            if not hasattr(made, "reset_iter_state"):
-                with pytest.raises(SBNError, match="cannot go on after it: start again from the last checkpoint"):
-                    train(made)
-                continue
-            load_weights(made, model(None).state_dict())
-            assert train(made) == losses, gather
+        load_weights(made, model(None).state_dict())  # A load in the middle: the training starts again.
+        assert train(made) == losses, gather
+        if not can_go_on:
+            fail(made)
+            with pytest.raises(SBNError, match="cannot go on after it: start again from the last checkpoint"):
+                train(made)
     tokens = torch.arange(9).view(1, 9).to(DEVICE)
     with counted() as calls:
         made = model(mesh)
