@@ -1,7 +1,7 @@
 """The table of "What you get on your GPU": speed, memory and distance from the reference of each way to train.
 
 Speed and memory come from ``training_step.csv``, distances from ``loss_curves.csv``. A cell shows the newest row of its
-shape. Its ratio is to bf16 in the same run.
+shape that has a ratio to bf16 in the same run.
 """
 
 from __future__ import annotations
@@ -81,16 +81,13 @@ def table(steps: Path) -> str:
     rows, where = read(steps)
     plain = [row for row in rows if row["checkpointing"] == "False"]
     shapes = list(dict.fromkeys(row["shape"] for row in plain))
-    newest = {(row["variant"], row["shape"]): row for row in plain}
+    newest = {(row["variant"], row["shape"]): row for row in plain if row["vs_bf16"]}
     losses = distances(steps.with_name("loss_curves.csv"))
     lines = [["", *shapes, "distance of the loss"], ["---"] * (len(shapes) + 2)]
     for variant, name, run in MODES:
         cells = [newest.get((variant, shape)) for shape in shapes]
         if not any(cells):
             continue
-        texts = [
-            f"{float(row['vs_bf16']):.2f}x, {float(row['peak_gib']):.0f} GiB" if row and row["vs_bf16"] else ""
-            for row in cells
-        ]
+        texts = [f"{float(row['vs_bf16']):.2f}x, {float(row['peak_gib']):.0f} GiB" if row else "" for row in cells]
         lines.append([name, *texts, _span(losses.get(run, []))])
     return f"{where}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
