@@ -52,13 +52,15 @@ class Ranks:
         """
         self._turn.touch()
         end, failure, taken = time.monotonic() + limit, "", 0
-        while not failure and any(one.poll() is None for one in self._processes):
-            time.sleep(0.1)
-            if time.monotonic() > end:
-                failure = f"killed after {limit:.0f} seconds"
-            failure = next((f"exit status {one.returncode}" for one in self._processes if one.poll()), failure)
-            taken = self._take(take, taken)
-        _kill(self._processes)
+        try:
+            while not failure and any(one.poll() is None for one in self._processes):
+                time.sleep(0.1)
+                if time.monotonic() > end:
+                    failure = f"killed after {limit:.0f} seconds"
+                failure = next((f"exit status {one.returncode}" for one in self._processes if one.poll()), failure)
+                taken = self._take(take, taken)
+        finally:  # Also if this process is interrupted.
+            _kill(self._processes)
         failure = failure or next((f"exit status {one.returncode}" for one in self._processes if one.returncode), "")
         self._take(take, taken)
         printed = self._printed()

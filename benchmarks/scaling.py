@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -168,6 +169,7 @@ def main() -> None:
     if args.runs:
         wait_for_turn()
         train_all([Run(*run) for run in json.loads(args.runs)], args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # So that the processes end, too.
     need_gpu()
     if torch.cuda.device_count() < args.devices:
         sys.exit(f"{torch.cuda.device_count()} GPUs are visible, {args.devices} asked for")
