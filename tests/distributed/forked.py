@@ -2,8 +2,8 @@
 
 Importing torch and Lightning takes longer than a small job. So one process imports them, and forks the ranks of each
 job. JOBS is a JSON file: a list of ``{"ranks", "function", "folder", "options"}``. Each rank calls the function of
-:mod:`tests.distributed.jobs` with the folder and the options. Its output goes to ``FOLDER/rankN.log``. The exit
-statuses of the ranks and the seconds that the job took go to ``FOLDER/done.json``.
+:mod:`tests.distributed.jobs` or :mod:`tests.distributed.trainer_jobs` with the folder and the options. Its output goes
+to ``FOLDER/rankN.log``. The exit statuses of the ranks and the seconds that the job took go to ``FOLDER/done.json``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import jobs
+from tests.distributed import jobs, trainer_jobs
 
 # The most seconds that a job may take. On a busy machine a job takes many times as long as on an idle one.
 LIMIT = 500.0
@@ -42,7 +42,8 @@ def run_rank(rank: int, ranks: int, port: int, job: dict[str, Any]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
     status = 0
     try:
-        getattr(jobs, job["function"])(folder, **job.get("options", {}))
+        name = job["function"]
+        getattr(jobs if hasattr(jobs, name) else trainer_jobs, name)(folder, **job.get("options", {}))
     except BaseException:
         traceback.print_exc()
         status = 1

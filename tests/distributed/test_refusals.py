@@ -43,6 +43,11 @@ def test_groups_that_are_not_equal(replicate, mesh):
         shard(model, mesh, replicate=replicate)
 
 
+def test_a_file_is_not_written_in_the_background():
+    with pytest.raises(ConfigError, match="for folders of shards: set save_distributed_checkpoint=true"):
+        ShardedStrategy(save_in_background=True)
+
+
 def test_the_blocks_of_a_model(mesh):
     """A model says which its blocks are, or the caller does. Version 0.1.0 had the blocks before the mesh."""
     model = small_module(n_layers=1).model
