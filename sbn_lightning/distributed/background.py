@@ -53,7 +53,7 @@ class BackgroundSaver:
         shards_written.add_done_callback(self._writing.complete)
 
     def later(self, action: Callable[[], object]) -> None:
-        """Do something when the checkpoint is complete: at once, if none is being written. Not after a failure."""
+        """Call a function when the checkpoint is complete: at once, if none is being written; never after a failure."""
         if self._writing is None:
             action()
         else:

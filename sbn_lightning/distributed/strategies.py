@@ -177,7 +177,8 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
-        reshard(self.lightning_module)  # After a validation. The optimiser must get the rows.
+        # A validation may have left weights gathered, and the optimiser must get the rows.
+        reshard(self.lightning_module)
         super().setup(trainer)
         make_buffers(self.lightning_module)
         if self._in_background and self._saver is None:
@@ -218,7 +219,7 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
         self.after_checkpoint(partial(super().remove_checkpoint, filepath))
 
     def after_checkpoint(self, action: Callable[[], object]) -> None:
-        """Do something when the last checkpoint is complete. With ``save_in_background`` this may be later."""
+        """Call a function when the last checkpoint is complete. With ``save_in_background`` this may be later."""
         if self._saver is None:
             action()
         else:

@@ -1,14 +1,17 @@
 """Prepares the weights of many layers at once.
 
-Layers whose backends share a function ``together`` are prepared with one call of this function. It takes a list of what
-single layers give to ``Backend.prepare``, each after its backend, and returns the prepared weights.
+Layers whose backends share a function ``together`` are prepared with one call of this function. For each layer the
+function takes the backend and the arguments of ``Backend.prepare``. It returns the prepared weights.
 
 In training on a GPU, the preparation by kernels is recorded as one CUDA graph. Each layer prepares its weight with some
-ten launches, and in a model of a hundred layers the host takes longer for them than the GPU, which has nothing else to
-do at that time. The first preparation launches kernels as usual, and the second one is recorded. A replay writes to the
-same tensors. So a backward that still needs the codes of an earlier step is refused by autograd, like after any change
-in place. Only kernels are recorded. What Python knows of a mask or of a prepared weight is brought up to date after
-each replay.
+ten launches. In a model of a hundred layers the host needs longer for these launches than the GPU, which has nothing
+else to do meanwhile. The first preparation of a state launches kernels as usual, and the second one is recorded. The
+first step of a training has a state of its own, because its mask is there already. The graph is therefore made in the
+third step.
+
+A replay writes to the same tensors. Autograd therefore refuses a backward that still needs the codes of an earlier
+step, as after any change in place. Only kernels are recorded. What Python knows of a mask or of a prepared weight is
+brought up to date after each replay.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def record(function: Callable[[], None], pool: Any) -> Replay:
 
     Args:
         function: The function, which has run before. It runs on the host once, and the GPU does nothing.
-        pool: The memory that several graphs share, of ``torch.cuda.graph_pool_handle``.
+        pool: The memory that several graphs share, from ``torch.cuda.graph_pool_handle``.
 
     Returns:
         A function that launches the same work.
@@ -88,7 +91,7 @@ class RecordedPreparation:
             layer.take(request, layer.backend.prepare(*request))
 
     def _is_worth_recording(self, state: tuple[Any, ...]) -> bool:
-        """Count how often this state was seen, one time after the other."""
+        """Count how often in a row this state was seen, and say whether to record it."""
         self._seen = self._seen + 1 if state == self._last else 1
         self._last = state
         return None not in state and self._seen > WARM_UP and self._made < MOST

@@ -248,8 +248,9 @@ class _Graphs:
 class _Plain(torch.autograd.Function):
     """The loss of a micro-batch without graphs, whose own graph of autograd is gone after the backward.
 
-    Autograd adds to a parameter's gradient on the stream of the first graph that is alive. If somebody still holds the
-    loss of an earlier micro-batch, that is not the stream on which a CUDA graph is recorded, and CUDA refuses.
+    Autograd adds to a parameter's gradient on the stream of the oldest graph that is alive. A CUDA graph is recorded on
+    another stream. If a loop still held the loss of an earlier micro-batch, and with the loss its graph, CUDA would
+    refuse the recording.
     """
 
     @staticmethod
