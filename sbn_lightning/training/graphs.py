@@ -37,7 +37,7 @@ from sbn_lightning.layers.preparation import record
 def refusal(model: nn.Module) -> str | None:
     """Return what of a model does not work with graphs of the step; None if nothing was found.
 
-    One of the tests on a GPU that had one of these failed, and which of the two was the reason is not known.
+    A test on a GPU that had one of these two failed once. Which of the two was the cause is not known.
 
     Args:
         model: The model, in the state in which a step would be recorded.
@@ -55,8 +55,8 @@ class GraphedLoss:
     Args:
         warm_up: How many micro-batches run without graphs before each recording.
         most: How many states have graphs at a time. A run whose masks are held for several steps has two states.
-        numbers: How many numbers the loss returns, in one float32 vector, for example the parts of a sum. None for a
-            scalar.
+        numbers: How many numbers the loss returns, in one float32 vector, for example the parts of a sum. None if the
+            loss returns a scalar.
     """
 
     def __init__(self, warm_up: int = 2, most: int = 4, numbers: int | None = None) -> None:
