@@ -24,7 +24,7 @@ from sbn_kernels.gemm.sm90 import split_k
 from sbn_kernels.prepare import device as prepare_kernels
 from sbn_kernels.quantize import triton as quantize
 from sbn_kernels.runtime.capability import gluon_missing
-from sbn_kernels.swiglu import rounded
+from sbn_kernels.swiglu import rounded, saved
 from sbn_kernels.swiglu import triton as swiglu
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
@@ -136,7 +136,7 @@ PLAIN = {
         4,
     ),
     "swiglu quantize and save": (
-        rounded.swiglu_quantize_and_save_kernel,
+        saved.swiglu_quantize_and_save_kernel,
         {"BITS": 8, "MAIN": 8192, "TAIL": 4096, "FUSED": True},
         {"code_pointer": "*i8"},
         8,

@@ -233,6 +233,14 @@ def test_swiglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.testing.assert_close(sk.swiglu_backward(d, x), swiglu_backward_reference(d, x), rtol=2e-2, atol=1e-4)
 
 
+def test_swiglu_of_gates_that_are_large_denormal_or_not_finite() -> None:
+    inf, nan = float("inf"), float("nan")
+    gates = [inf, -inf, nan, 3e38, 100.0, 20.0, 0.0, -0.0, 1e-40, -1e-40, -20.0, -86.0, -87.5, -100.0, -3e38]
+    x = torch.tensor([[gate, up] for gate in gates for up in (1.0, 1e4)], device="cuda")
+    wanted = quantize_tokens_reference(swiglu_reference(x))[1]
+    torch.testing.assert_close(sk.swiglu_quantize(x)[1], wanted, rtol=1e-5, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("out", "columns", "n", "m", "layout"),

@@ -14,8 +14,8 @@ from sbn_kernels.swiglu.rounded import (
     swiglu_backward_of_codes,
     swiglu_backward_rounded,
     swiglu_pair_backward_rounded,
-    swiglu_quantize_and_save,
 )
+from sbn_kernels.swiglu.saved import swiglu_quantize_and_save
 from sbn_kernels.swiglu.triton import swiglu_pair_backward
 
 from tests.kernels.int8_head import check_cross_entropy, parts_by_kernels_and_twins

@@ -33,7 +33,7 @@ def _sum(
 ):  # fmt: skip
     """BLOCK columns of ``x``, or of ``x + residual``, which is rounded and stored.
 
-    With PARTS the residual is a product whose int32 sums come in so many parts.
+    With PARTS above 0 the residual is a product whose int32 sums come in that many parts.
     """
     column = START + tl.arange(0, BLOCK)
     inside = column < features
@@ -41,8 +41,9 @@ def _sum(
     if ADD:
         residual = tl.load(residual_row + column, mask=inside, other=0)
         if PARTS > 0:
-            for part in tl.static_range(1, PARTS):
-                residual += tl.load(residual_row + part * part_size + column, mask=inside, other=0)
+            for _ in tl.static_range(1, PARTS):
+                residual_row += part_size
+                residual += tl.load(residual_row + column, mask=inside, other=0)
             factor = of_token * tl.load(row_scale_pointer + column, mask=inside, other=0.0)
             residual = (residual.to(tl.float32) * factor).to(h_row.dtype.element_ty)
         total = x.to(tl.float32) + residual.to(tl.float32)
@@ -173,7 +174,7 @@ def _empty(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, 
 def _launch(
     x: Tensor, residual: Tensor | None, scales: tuple[Tensor, Tensor] | None, weight: Tensor, eps: float, bits: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``scales`` are those of the tokens and of the rows, for a residual of int32 sums ``[parts, rows, features]``."""
+    """Launches the kernel. With ``scales``, of tokens and of rows, ``residual`` has int32 sums."""
     require(NEEDS, x)
     x = with_rows(x)
     h, q, scale, rstd = outputs = _empty(x, residual)
@@ -286,7 +287,7 @@ def norm_quantize_sums(
 
     Args:
         x: ``[tokens, features]``, as for :func:`norm_quantize`.
-        sums: The parts of the product, int32 ``[parts, at least tokens, features]``.
+        sums: The parts of the product, contiguous, int32 ``[parts, at least tokens, features]``.
         token_scales: The scale of each token of the product, float32 ``[tokens]``.
         row_scales: The scale of each row of its weight, float32 ``[features]``.
         weight: The weight of the norm, ``[features]``.
@@ -294,7 +295,7 @@ def norm_quantize_sums(
         bits: 8 or 4.
 
     Returns:
-        As :func:`norm_quantize`, to the last bit as if the product had been computed first.
+        As :func:`norm_quantize`. With bfloat16 and float16 the bits are those of a product that was computed first.
 
     Raises:
         ValueError: If shapes, dtypes or the number of bits do not fit.
@@ -304,8 +305,10 @@ def norm_quantize_sums(
     check_bits(bits)
     check_scale("token_scales", token_scales, x.shape[0])
     check_scale("row_scales", row_scales, x.shape[1])
-    if sums.dim() != 3 or sums.dtype != torch.int32 or sums.shape[1] < len(x) or sums.shape[2] != x.shape[1]:
-        raise ValueError(f"sums must be int32 [parts, at least {len(x)}, {x.shape[1]}], not {list(sums.shape)}")
+    fits = sums.dim() == 3 and sums.shape[0] > 0 and sums.shape[1] >= len(x) and sums.shape[2] == x.shape[1]
+    if not fits or sums.dtype != torch.int32 or not sums.is_contiguous():
+        wanted = f"contiguous int32 [parts, at least {len(x)}, {x.shape[1]}]"
+        raise ValueError(f"sums must be {wanted}, not {sums.dtype} {list(sums.shape)}")
     h, q, scale, rstd = torch.ops.sbn_kernels.norm_quantize_sums(x, sums, token_scales, row_scales, weight, eps, bits)
     return h, q, scale, rstd
 

@@ -11,7 +11,7 @@ _MODULE_OF = {
     "swiglu_backward_rounded": "rounded",
     "swiglu_pair_backward_rounded": "rounded",
     "swiglu_quantize": "triton",
-    "swiglu_quantize_and_save": "rounded",
+    "swiglu_quantize_and_save": "saved",
 }
 
 __all__ = [

@@ -41,10 +41,10 @@ _SIGMOID = tl.constexpr(
 
 @triton.jit
 def _silu(gate, FUSED: tl.constexpr):
-    """gate / (1 + exp(-gate)), within a few roundings; exp is a power of two here, as in the compiler's own.
+    """gate / (1 + exp(-gate)), as near as the compiler's own exponential, which is a power of two as well.
 
-    In PTX this takes 5 instructions. The compiler takes 14, because it looks after exponentials and quotients that
-    are denormal. Those make no difference beside the 1.
+    In PTX this takes 5 instructions. The compiler takes 14, because it looks after denormal numbers. A denormal
+    exponential makes no difference beside the 1. A denormal sigmoid, of a gate below -87, becomes 0 here.
     """
     if FUSED:
         return gate * tl.inline_asm_elementwise(_SIGMOID, "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1)

@@ -46,8 +46,9 @@ def test_norm_of_a_product_in_parts(parts: int) -> None:
     ours = norm_quantize_sums(x, sums, of_tokens, of_rows, weight, 1e-6)
     for got, wanted in zip(ours, norm_quantize(x, product, weight, 1e-6), strict=True):
         assert torch.equal(got, wanted)
-    with pytest.raises(ValueError, match="sums must be int32"):
-        norm_quantize_sums(x, sums[:, :4], of_tokens, of_rows, weight, 1e-6)
+    for wrong in (sums[:, :4].contiguous(), sums.float(), sums[:0], sums.mT.contiguous().mT):
+        with pytest.raises(ValueError, match="sums must be contiguous int32"):
+            norm_quantize_sums(x, wrong, of_tokens, of_rows, weight, 1e-6)
 
 
 def test_norm_backward_is_the_gradient() -> None:

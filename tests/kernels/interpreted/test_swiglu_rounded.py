@@ -11,10 +11,11 @@ from sbn_kernels.swiglu.reference import (
 )
 from sbn_kernels.swiglu.rounded import (
     swiglu_backward_of_codes,
+    swiglu_backward_of_rounded,
     swiglu_backward_rounded,
     swiglu_pair_backward_rounded,
-    swiglu_quantize_and_save,
 )
+from sbn_kernels.swiglu.saved import swiglu_quantize_and_save
 from sbn_kernels.swiglu.triton import swiglu_pair_backward
 
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
@@ -93,5 +94,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         swiglu_backward_rounded(d, x, None, row_scale[1:], token_scale, SEED)
     with pytest.raises(ValueError, match="seed must be"):
         swiglu_backward_rounded(d, x, None, row_scale, token_scale, SEED.float())
+    a8, scale, weight_t = torch.ones(5, 6, dtype=torch.int8), torch.ones(5), torch.ones(8, 6, dtype=torch.int8)
+    with pytest.raises(ValueError, match="4 tokens of x, not 5"):
+        swiglu_backward_of_rounded(a8, scale, weight_t, x, None, row_scale, token_scale, SEED, torch.float32)
     with pytest.raises(ValueError, match="4 bits"):
         swiglu_quantize_and_save(x, 5)
