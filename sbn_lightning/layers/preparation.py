@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Due = list[tuple[Any, tuple[Any, ...]]]
 """Layers whose weights must be prepared, each with the arguments of ``Backend.prepare``."""
@@ -39,7 +40,7 @@ def record(function: Callable[[], None], pool: Any) -> Replay:
 
     Args:
         function: The function, which has run before. It runs on the host once, and the GPU does nothing.
-        pool: The memory that several graphs share, from ``torch.cuda.graph_pool_handle``.
+        pool: The memory that several graphs share, from ``torch.cuda.graph_pool_handle``; None for memory of its own.
 
     Returns:
         A function that launches the same work.
@@ -53,12 +54,18 @@ def record(function: Callable[[], None], pool: Any) -> Replay:
 
 
 def can_record(layer: Any) -> bool:
-    """Whether the preparation of a layer can be part of a recording now: in training, on a GPU, by kernels alone."""
+    """Whether the preparation of a layer can be part of a recording now: in training, on a GPU, by kernels alone.
+
+    A graph records the current GPU. Kernels for a weight on another GPU would run once, and no replay would repeat
+    them. The ranks gather a sharded weight first, and only one whole weight at a time is to be in memory.
+    """
     weight = layer._parameters.get("weight")
     return (
         weight is not None
         and weight.is_cuda
         and weight.requires_grad
+        and not isinstance(weight, DTensor)
+        and weight.get_device() == torch.cuda.current_device()
         and getattr(layer.backend, "records", False)
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -90,6 +97,12 @@ class RecordedPreparation:
         for layer, request in due:
             layer.take(request, layer.backend.prepare(*request))
 
+    def forget(self, layer: Any) -> None:
+        """Drop the recordings that prepare a layer."""
+        left = {state: it for state, it in self._recordings.items() if all(one[0] != id(layer) for one in state)}
+        self._made -= len(self._recordings) - len(left)
+        self._recordings = left
+
     def _is_worth_recording(self, state: tuple[Any, ...]) -> bool:
         """Count how often in a row this state was seen, and say whether to record it."""
         self._seen = self._seen + 1 if state == self._last else 1
@@ -111,10 +124,15 @@ class RecordedPreparation:
 
 
 class _Recording:
-    """One recorded preparation. The layers and backends that the state names by ``id`` stay alive with it."""
+    """One recorded preparation.
+
+    The backends and options that the state names by ``id`` stay alive with it. Layers and their weights do not, so a
+    model can be deleted or go to another device. The prepared weights hold the masks, and each layer has its own mask.
+    So no other layer can have the state of a layer that is gone.
+    """
 
     def __init__(self, due: Due) -> None:
-        self._alive = [(layer, layer.backend, request) for layer, request in due]
+        self._alive = [(layer.backend, request[3]) for layer, request in due]
         made: list[Any] = []
 
         def prepare() -> None:
@@ -122,7 +140,7 @@ class _Recording:
                 layer.take(request, layer.backend.prepare(*request))
                 made.append(layer._prepared)
 
-        self._replay = record(prepare, torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None)
+        self._replay = record(prepare, None)
         self._prepared = list(made)
         self._written = [value for prepared in made for value in prepared if isinstance(value, Tensor)]
 
@@ -171,6 +189,12 @@ def prepare_all(model: nn.Module, layers: list[Any]) -> None:
                     layer.take(request, prepared)
         if due := _due(recorded):
             _of_models.setdefault(model, RecordedPreparation()).prepare(due)
+
+
+def forget_recordings(layer: Any) -> None:
+    """Give back the memory of the recordings that prepare a layer."""
+    for recorded in _of_models.values():
+        recorded.forget(layer)
 
 
 def _due(layers: list[Any]) -> Due:

@@ -12,6 +12,7 @@ from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.mask_tracker import trust_weights, version
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
+from sbn_lightning.layers.preparation import forget_recordings
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.partial_rounding import partly_rounded_linear, partly_rounded_weight
 from sbn_lightning.sparsity.pattern import unpack_mask
@@ -119,9 +120,12 @@ class SparseBitLinear(MaskedLinear):
         return super().__getstate__() | {"_prepared": None, "_prepared_of": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseBitLinear:
+        before = self.mask_bits.device
         super()._apply(fn, recurse)
-        if self._prepared is not None and self._prepared.row_scale.device != self.weight.device:
-            self._forget_prepared()  # The prepared weight takes memory on the old device.
+        if self.mask_bits.device != before:
+            # Prepared weights take memory on the old device.
+            self._forget_prepared()
+            forget_recordings(self)
         return self
 
     def ternary(self) -> tuple[Tensor, Tensor]:

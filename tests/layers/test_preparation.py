@@ -1,6 +1,8 @@
 """The recorded preparation of weights, as far as a CPU goes: a recording that runs its function again in a replay."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -112,3 +114,34 @@ def test_another_backend_or_copy_is_prepared_on_its_own(recorded: list[str]) -> 
     prepare_layers(model)
     assert recorded == calls
     assert torch.equal(model[0].ternary()[0], copy.deepcopy(model[0]).ternary()[0])
+
+
+def test_a_model_that_is_moved_gives_its_recordings_back(recorded: list[str]) -> None:
+    model = model_of(True)
+    train(model, 3)
+    latent, written = weakref.ref(model[0].weight.untyped_storage()), weakref.ref(model[0]._prepared.row_scale)
+    model.to("meta")
+    model[0].backend = ReferenceBackend()  # The backend of this test holds its tensors itself.
+    gc.collect()
+    assert latent() is None
+    assert written() is None
+
+
+def test_a_recording_keeps_no_layer_and_no_latent_weight(recorded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Unlike the recording of the other tests, a CUDA graph does not hold its function.
+    monkeypatch.setattr(
+        preparation, "record", lambda function, pool: function() or (lambda: recorded.append("replayed"))
+    )
+    layer = SparseBitLinear(16, 24, pattern="2:4")
+    layer.backend = InPlace()
+    for _ in range(3):
+        prepare_layers(layer)
+        with torch.no_grad():
+            layer.weight.mul_(0.5)
+    assert recorded == ["replayed"]
+    latent, gone = weakref.ref(layer.weight.untyped_storage()), weakref.ref(layer)
+    layer.weight.data = layer.weight.data.clone()
+    assert latent() is None
+    del layer
+    gc.collect()
+    assert gone() is None
