@@ -362,8 +362,10 @@ def main() -> None:
     if args.together:
         if chosen is None or "RANK" not in os.environ:
             parser.error("--together needs torchrun, and --lengthy or --trials")
-        rank = int(os.environ["RANK"])
-        chosen = chosen[rank : rank + 1]
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if len(chosen) != ranks:
+            parser.error(f"--together needs one process for each trial: {len(chosen)} trials, {ranks} processes")
+        chosen = [chosen[rank]]
     # Imports may have taken a while, so a time is safer than a number of seconds.
     seconds = args.seconds if args.until is None else args.until - time.time()
     # Nobody may leave a trial out that others wait for.

@@ -21,17 +21,17 @@ from torch import Tensor
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.models.transformer import TernaryTransformer
 
-# The number of steps between two looks at the clock, on which all processes have to agree.
+# The number of steps between two looks at the clock. All processes have to agree on what they see.
 LOOK_EVERY = 16
 # The most seconds that a process waits for the others. In the first step all of them compile.
 PATIENCE = 180
 
 
 class SharedTeacher:
-    """The teacher's hidden states of the present step, at an address that stays.
+    """The teacher's hidden states of the present step, always in the same tensor, as CUDA graphs need it.
 
     Args:
-        teacher: The teacher, whole in each process. The processes meet here, unless they have met already.
+        teacher: The teacher, whole in each process. Processes that do not form a group yet form one here.
         shape: The number of sequences of a step, and their length.
     """
 
@@ -46,16 +46,16 @@ class SharedTeacher:
         self._first: int | None = None  # The first step of the round that was computed.
         self.hidden = torch.zeros_like(self._round[0])
 
-    def check(self, step: int, steps: int) -> None:
-        """Check that all processes are at the same step of trainings of the same length.
+    def check(self, step: int, steps: int, seed: int) -> None:
+        """Check that all processes are at the same step of trainings of the same length and seed.
 
         Raises:
             ConfigError: If they are not.
         """
-        found: list[tuple[int, int] | None] = [None] * self.count
-        dist.all_gather_object(found, (step, steps))
+        found: list[tuple[int, int, int] | None] = [None] * self.count
+        dist.all_gather_object(found, (step, steps, seed))
         if len(set(found)) > 1:
-            raise ConfigError(f"students share a teacher only at the same step of the same length, not at {found}")
+            raise ConfigError(f"students of one teacher need the same step, number of steps and seed, not {found}")
 
     @torch.no_grad()
     def advance(self, step: int, windows: Callable[[int], Tensor]) -> None:
@@ -73,7 +73,11 @@ class SharedTeacher:
         self.hidden.copy_(self._round[step - first])
 
     def agree(self, late: bool) -> bool:
-        """Return whether any process says so."""
+        """Return whether any process is late.
+
+        Args:
+            late: Whether this process is late.
+        """
         votes = torch.tensor(float(late), device=self.hidden.device)
         dist.all_reduce(votes)
         return bool(votes)

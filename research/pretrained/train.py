@@ -25,6 +25,7 @@ from research.pretrained.trials import Trial
 from research.queue import append_row
 from research.training import autocast, forward_context, load_state, save_state
 from sbn_lightning import MaskedDecay, Rounding, SparseTernaryPrecision, SparsitySchedule, TernaryTransformer
+from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.load import load_model, read_config
 from sbn_lightning.layers.masked_linear import masked_layers
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
@@ -115,10 +116,13 @@ class Training:
             if setting.compile:
                 self.distiller.teacher.compile_blocks()
         self.shared: SharedTeacher | None = None
-        if setting.together and self.distiller is not None and self.distiller.teacher is not None:
+        if setting.together:
+            teacher = None if self.distiller is None else self.distiller.teacher
+            if teacher is None:
+                raise ConfigError(f"trial {trial.name!r} has no teacher that it could share with others")
             with self._context():
                 pass  # Kernels are chosen before the processes meet, because students may need different ones.
-            self.shared = SharedTeacher(self.distiller.teacher, (setting.batch, setting.length))
+            self.shared = SharedTeacher(teacher, (setting.batch, setting.length))
         self.graphed = GraphedLoss() if setting.graphs and setting.device.type == "cuda" else None
         self.optimizer = make_optimizer(self.model, trial)
         self.schedule: SparsitySchedule | None = None
@@ -137,7 +141,7 @@ class Training:
         self._starts: tuple[int, Tensor] | None = None  # The first step that was drawn, and the windows of all drawn.
         self._load()
         if self.shared is not None:
-            self.shared.check(self.step, self.steps)
+            self.shared.check(self.step, self.steps, trial.seed)
 
     def run(self, deadline: float = math.inf) -> bool:
         """Train until the end or until a moment of the monotonic clock. Return whether the trial is at its end."""

@@ -1,4 +1,4 @@
-"""Read a prompt as one CUDA graph, with one graph for each bucket of lengths.
+"""Read prompts as one CUDA graph, with one graph for each number of prompts and each bucket of lengths.
 
 A prompt of a few hundred tokens launches several hundred kernels, and the host needs longer to launch them than the GPU
 to run them. A CUDA graph removes the launches, but a graph has one length. So a prompt is padded to the next length of
@@ -6,7 +6,7 @@ to run them. A CUDA graph removes the launches, but a graph has one length. So a
 values lie behind the row's tokens, where later steps overwrite them before they read them.
 
 A graph costs the time of its capture. A process that reads one prompt must not pay for that, so the first prompt of a
-bucket runs without a graph, and the second prompt captures the graph.
+bucket runs without a graph, and the second prompt captures the graph. The same holds for batches of prompts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Copy integers to a device, int64, without waiting for the device."""
     host = torch.frombuffer(array("q", numbers), dtype=torch.int64)
     if device.type != "cuda":
-        return host.clone()
+        return host.to(device)
     # A copy from pinned memory does not wait. The allocator keeps the memory until the copy has run.
     return torch.empty_like(host, pin_memory=True).copy_(host).to(device, non_blocking=True)
 
@@ -84,7 +84,7 @@ class PromptGraphs:
         self._model, self._pass, self._cuda_graph = model, prompt_pass, cuda_graph
         self._device = layers[0].keys.device
         self._caches = [(layer.keys, layer.values) for layer in layers]
-        # The blocks of the model, by number of prompts: a compiled block must see the same tensors in every graph.
+        # The attention of each block, by number of prompts: a compiled block must see the same tensors in every graph.
         self._attend: dict[int, list[RowAttention]] = {}
         self._inputs: dict[tuple[int, int], _Inputs] = {}
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -110,7 +110,7 @@ class PromptGraphs:
         return self._replay(1, bucket)
 
     def read_all(self, tokens_BT: Tensor, lengths_B: Tensor, bucket: int) -> Tensor:
-        """Read a prompt into each row of the cache, from the first slots on, with a graph at once.
+        """Read a prompt into each row of the cache, from the first slots on. The first call captures a graph.
 
         Args:
             tokens_BT: The prompts on the device, padded at their ends with any token, int64 ``[B, T]``.

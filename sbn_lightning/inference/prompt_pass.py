@@ -89,13 +89,13 @@ class _Sums(NamedTuple):
     row_scale: Tensor
 
     def of(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product of some tokens."""
+        """The rows of the product of some tokens, given their numbers."""
         factor = self.scale.index_select(0, tokens)[:, None] * self.row_scale
         return (self.parts.index_select(1, tokens).sum(0, dtype=torch.int32).float() * factor).to(dtype)
 
 
 def _product_or_sums(layer: Any, x8: Tensor, scale: Tensor) -> Tensor | _Sums:
-    """The product, in parts where few tiles with long sums would leave many multiprocessors idle."""
+    """The product; in parts, where few tiles with long sums would leave many multiprocessors idle."""
     weight = _weight(layer)
     if weight.packed is not None and weight.kernel in ("hopper", "hopper-sparse"):
         from sbn_kernels.gemm.sm90.gemm import gemm_sums

@@ -1,8 +1,8 @@
 """How a :class:`~sbn_lightning.inference.decoder.Decoder` reads prompts into its cache.
 
-There are three ways, from the fastest on: a CUDA graph of a bucket of lengths (:mod:`sbn_lightning.inference.buckets`),
-the pass of fused kernels (:mod:`sbn_lightning.inference.prompt_pass`), and the blocks of the model, which read any
-tokens of any model. A graph holds one of the two others.
+There are three ways. The fastest is a CUDA graph of a bucket of lengths (:mod:`sbn_lightning.inference.buckets`). Then
+comes the pass of fused kernels (:mod:`sbn_lightning.inference.prompt_pass`). The blocks of the model read any tokens of
+any model. A graph holds the pass or the blocks.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ class PromptReader:
         self.layers: list[StepAttention] = []
         self.prompt_pass: PromptPass | None = None
         self.graphs: PromptGraphs | None = None
-        self._buckets: set[int] = set()  # Buckets of batches that were read.
+        self._buckets: set[int] = set()  # The buckets of the batches that were read with the present weights.
 
     def forget(self) -> None:
         """Drop the graphs, and look at the model again: layers or prepared weights have been replaced."""
         self.graphs = None
+        self._buckets.clear()
         self.prompt_pass = make_pass(self._model)
 
     def read_all(self, tokens_BT: Tensor, lengths_B: Tensor, chunk: int | None) -> Tensor:
@@ -65,7 +66,7 @@ class PromptReader:
             chunk = length
             prompt_pass = self._usable_pass()
             bucket = bucket_of(length, self._slots, len(rows)) if self.use_graph else None
-            if bucket is not None and bucket in self._buckets:
+            if bucket is not None and bucket in self._buckets and self.layers:
                 return self._graphs(prompt_pass).read_all(tokens_BT, lengths_B, bucket)
             if bucket is not None:
                 self._buckets.add(bucket)  # A decoder that reads one batch must not wait for the capture of a graph.

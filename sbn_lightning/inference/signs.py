@@ -20,7 +20,7 @@ from sbn_lightning.models.transformer import TernaryTransformer
 
 
 class Sign(NamedTuple):
-    """What a layer looked like when its prepared weight was made. A comparison takes less than a microsecond."""
+    """What a layer looked like when its weight was prepared. A comparison takes less than a microsecond."""
 
     layer: MaskedLinear
     weight: Tensor

@@ -268,7 +268,7 @@ def forward_losses_and_gradient(
         language_model: The weight of the cross-entropy in the gradient.
         weight: The weight of the divergence in the gradient.
         temperature: The number by which logits are divided for the divergence.
-        scale: A factor of the gradient alone.
+        scale: A factor of the gradient; the losses are not scaled.
 
     Returns:
         The losses without weights; and the gradient of their weighted sum with respect to ``student``, in the logits'
@@ -277,7 +277,7 @@ def forward_losses_and_gradient(
     q_logits, p_logits = _wide(student), _wide(teacher)
     log_probabilities = q_logits - q_logits.logsumexp(-1, keepdim=True)
     q = log_probabilities
-    if temperature != 1:  # At 1 both are the same. A compiler would not see this, and read the logits once more.
+    if temperature != 1:  # At 1 both are the same, which a compiler does not see. It would read the logits once more.
         q_logits, p_logits = q_logits / temperature, p_logits / temperature
         q = q_logits - q_logits.logsumexp(-1, keepdim=True)
     p = p_logits - p_logits.logsumexp(-1, keepdim=True)
