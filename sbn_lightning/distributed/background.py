@@ -40,13 +40,16 @@ class BackgroundSaver:
             path: The folder to write to.
 
         Raises:
-            DataError: If the checkpoint before it could not be written.
+            DataError: If the checkpoint before it could not be written, or if this one cannot be begun.
         """
         self.finish()
-        path.mkdir(parents=True, exist_ok=True)
-        if dist.get_rank() == 0:
-            (path / REST).unlink(missing_ok=True)
-            torch.save(rest, path / f"{REST}.part")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if dist.get_rank() == 0:
+                (path / REST).unlink(missing_ok=True)
+                torch.save(rest, path / f"{REST}.part")
+        except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError on a full disk.
+            raise _cannot_write(path, error) from error
         self._writing = _Writing(path)
         shards_written = async_save(shards, checkpoint_id=path, process_group=self._group)
         assert isinstance(shards_written, Future)
@@ -76,10 +79,9 @@ class BackgroundSaver:
         try:
             writing.done.result()
         except CheckpointException as error:
-            failure = next(iter(error.failures.values()))[0]
-            raise DataError(f"cannot write the checkpoint {writing.path}: {failure}") from error
-        except OSError as error:
-            raise DataError(f"cannot write the checkpoint {writing.path}: {error.strerror or error}") from error
+            raise _cannot_write(writing.path, next(iter(error.failures.values()))[0]) from error
+        except (OSError, RuntimeError) as error:  # A RuntimeError says that another rank is gone.
+            raise _cannot_write(writing.path, error) from error
 
 
 class _Writing:
@@ -111,3 +113,7 @@ class _Writing:
                 self._postponed.append(action)
             elif self.done.exception() is None:
                 action()
+
+
+def _cannot_write(path: Path, error: BaseException) -> DataError:
+    return DataError(f"cannot write the checkpoint {path}: {error}")

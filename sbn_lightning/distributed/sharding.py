@@ -81,16 +81,20 @@ def shard(
             in their own dtype, and reduces gradients in ``reduce_dtype``.
 
     Raises:
-        ConfigError: If ``gather``, ``reduce_dtype`` or ``reduce`` has another value, if the model has no attribute
-            ``blocks`` and none are given, if ``reduce="step"`` meets
-            ``gather="latent"``, if ``replicate`` does not divide the ranks or the mesh has two dimensions already, if
-            the mesh has ranks for tensor parallelism, or if a layer that FSDP2 shards has fewer rows than there are
-            ranks. (Lightning gives all GPUs of a node to tensor parallelism by default. Each of them would then train
-            a model of its own, unnoticed.)
+        ConfigError: If ``mesh`` is no mesh, if ``gather``, ``reduce_dtype`` or ``reduce`` has another value, if the
+            model has no attribute ``blocks`` and none are given, if ``reduce="step"`` meets ``gather="latent"``, if
+            ``replicate`` does not divide the ranks or the mesh has two dimensions already, if the mesh has ranks for
+            tensor parallelism, or if a layer that FSDP2 shards has fewer rows than there are ranks. (Lightning gives
+            all GPUs of a node to tensor parallelism by default. Each of them would then train a model of its own,
+            unnoticed.)
     """
     if not isinstance(mesh, DeviceMesh):
+        if not old or not isinstance(old[0], DeviceMesh):
+            raise ConfigError(f"shard(module, mesh) takes a DeviceMesh (init_device_mesh), not {type(mesh).__name__}")
         warnings.warn("shard(module, blocks, mesh) is now shard(module, mesh)", DeprecationWarning, stacklevel=2)
         blocks, mesh, methods = mesh, old[0], old[1] if len(old) > 1 else methods
+    elif old:
+        raise ConfigError("shard(module, mesh) takes everything else by name, for example blocks=...")
     if gather not in get_args(Gather):
         raise ConfigError(f"gather={gather!r} is not one of {', '.join(get_args(Gather))}")
     if reduce_dtype not in (torch.float32, torch.bfloat16):

@@ -13,8 +13,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.distributed.device_mesh import init_device_mesh
 
 from sbn_lightning.callbacks import SparseEMAWeightAveraging
-from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.distributed import shard
+from sbn_lightning.distributed.background import BackgroundSaver
 from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.fabric.options import check_fabric_options
 from tests.helpers import small_module
@@ -48,11 +49,21 @@ def test_a_file_is_not_written_in_the_background():
         ShardedStrategy(save_in_background=True)
 
 
+def test_a_checkpoint_that_cannot_be_begun(mesh, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot write the checkpoint .*last\.ckpt: .*Not a directory"):
+        BackgroundSaver().save({}, {}, tmp_path / "file" / "last.ckpt")
+
+
 def test_the_blocks_of_a_model(mesh):
     """A model says which its blocks are, or the caller does. Version 0.1.0 had the blocks before the mesh."""
     model = small_module(n_layers=1).model
     with pytest.raises(ConfigError, match="Linear has no attribute blocks: give its transformer blocks"):
         shard(torch.nn.Linear(2, 2), mesh)
+    with pytest.raises(ConfigError, match="takes a DeviceMesh .init_device_mesh., not list"):
+        shard(model, [model.blocks[0]])
+    with pytest.raises(ConfigError, match="takes everything else by name, for example blocks="):
+        shard(model, mesh, model.blocks)
     with pytest.warns(DeprecationWarning, match=r"is now shard\(module, mesh\)"):
         shard(model, model.blocks, mesh, ("loss",))
     tokens = torch.arange(9).view(1, 9)
