@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbn_lightning import TransformerConfig
+from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.conversion import convert_linears
 from sbn_lightning.models.loss import linear_cross_entropy
 from sbn_lightning.models.transformer import TernaryTransformer
@@ -92,7 +93,7 @@ def make_config(shape: str, sequence_length: int, checkpointing: bool, layers: i
 def _plain(config: TransformerConfig | None, layers: int | None = None, head: str = "torch") -> Any:
     """The model with plain layers."""
     if config is not None and head != "torch":
-        raise ImportError("our model has the chunked loss anyway")
+        raise ConfigError("our model has the chunked loss anyway")
     if config is None:
         return ForeignModel(head, **({"num_hidden_layers": layers} if layers else {}))
     return TernaryTransformer(TransformerConfig(**config.to_dict() | {"linear": "dense"}))
@@ -162,13 +163,13 @@ def ternary(
     if config is None and changes.pop("head_precision", "full") == "int8":
         head = "int8"
     if config is None and changes:
-        raise ImportError(f"a foreign model has no {', '.join(changes)}")
+        raise ConfigError(f"a foreign model has no {', '.join(changes)}")
     if config is None:
         model = _plain(config, layers, head)
         convert_linears(model, pattern)
         return model
     if head != "torch":
-        raise ImportError("our model has the chunked loss anyway")
+        raise ConfigError("our model has the chunked loss anyway")
     return TernaryTransformer(TransformerConfig(**config.to_dict() | {"pattern": pattern} | changes))
 
 

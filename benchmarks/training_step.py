@@ -329,7 +329,7 @@ def main() -> None:
         one = argparse.Namespace(**vars(args) | {"shape": shape})
         try:
             measure(path, name, one, bases.setdefault(shape, {}), graphs)
-        except (ImportError, torch.OutOfMemoryError, ConfigError) as error:  # Graphs refuse some variants.
+        except (ImportError, torch.OutOfMemoryError, ConfigError) as error:  # A shape or graphs refuse some variants.
             print(f"{name}: not measured: {str(error).splitlines()[0]}", flush=True)
         torch.compiler.reset()  # first, because the compiler's caches hold tensors of the model
         gc.collect()

@@ -5,7 +5,7 @@ import torch
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference import Decoder, generate
-from sbn_lightning.inference.buckets import PromptGraphs, bucket_of
+from sbn_lightning.inference.buckets import PromptGraphs, bucket_of, to_device
 from sbn_lightning.layers.packed import pack_layers
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
@@ -182,6 +182,11 @@ def test_a_batch_captures_a_graph_when_its_bucket_comes_again(model, monkeypatch
     decoder.prefill_chunk = 16
     decoder.prefill([[1] * 70, [2]])
     assert len(captured) == 3
+
+
+def test_integers_arrive_on_every_device():
+    assert to_device([3, -1], torch.device("cpu")).tolist() == [3, -1]
+    assert to_device([3, -1], torch.device("meta")).device.type == "meta"
 
 
 def test_refuses(model):

@@ -14,6 +14,7 @@ from research.pretrained.train import FILE, Setting, Training, make_optimizer
 from research.pretrained.trials import LOGITS, Trial, best, long, short, untrained, without_warmup
 from research.queue import append_row, read_rows
 from sbn_lightning.checkpoints import lightning_file
+from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.models.transformer import TernaryTransformer
 from tests.helpers import small_config
 
@@ -133,6 +134,11 @@ def test_a_trial_that_fails_or_is_done_does_not_stop_the_others(setting, capsys)
     for _ in range(2):
         _try(Trial("right", TOKENS), setting, deadline)
     assert len([row for row in read_rows(setting.output / FILE) if row["finished"]]) == 1
+
+
+def test_a_trial_without_a_teacher_shares_none(setting):
+    with pytest.raises(ConfigError, match="trial 'plain 6:8' has no teacher"):
+        Training(Trial("plain 6:8", TOKENS), replace(setting, together=True))
 
 
 def test_licences_of_installed_packages():

@@ -1,9 +1,12 @@
 """Students that share a teacher learn what they would learn alone."""
 
 import pytest
+import torch
 
+from research.pretrained.together import SharedTeacher
 from research.pretrained.train import FILE
 from research.queue import read_rows
+from sbn_lightning.core.errors import ConfigError
 from tests.distributed.forked_runs import statuses
 
 pytestmark = pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
@@ -28,3 +31,12 @@ def test_students_of_a_shared_teacher_are_those_of_teachers_of_their_own(forked_
     assert found["together"] == found["alone"]
     assert len(found["alone"]) == 2
     assert stopped == {"both 2:4": 2 * 16, "both 8:8": 2 * 16}  # Both stopped where one of them was late.
+
+
+def test_students_with_different_seeds_are_refused(monkeypatch):
+    """A student with another seed would learn from the teacher's states of other windows."""
+    shared = object.__new__(SharedTeacher)
+    shared.count = 2
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda found, mine: found.extend([mine, (3, 7, 1)]))
+    with pytest.raises(ConfigError, match="step, number of steps and seed"):
+        shared.check(3, 7, 0)
