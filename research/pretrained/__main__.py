@@ -255,7 +255,7 @@ def main() -> None:
     train.add_argument("--expected_speed", type=float, default=1e5, help="tokens a second, until some are measured")
     train.add_argument(
         "--together", action="store_true",
-        help="under torchrun: process r does trial r, at the same time as the others, and they share the teacher",
+        help="under torchrun: each process does one of the first trials, all at the same time, and they share the teacher",
     )  # fmt: skip
     train.add_argument("--tasks", help="a folder that the command `tasks` wrote")
     train.add_argument("--gradients", default="bf16")
@@ -363,8 +363,10 @@ def main() -> None:
         if chosen is None or "RANK" not in os.environ:
             parser.error("--together needs torchrun, and --lengthy or --trials")
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if len(chosen) != ranks:
-            parser.error(f"--together needs one process for each trial: {len(chosen)} trials, {ranks} processes")
+        if len(chosen) < ranks:
+            parser.error(f"--together: {ranks} processes, but {len(chosen)} trials")
+        if rank == 0:
+            print(f"left out: {', '.join(trial.name for trial in chosen[ranks:]) or 'nothing'}", flush=True)
         chosen = [chosen[rank]]
     # Imports may have taken a while, so a time is safer than a number of seconds.
     seconds = args.seconds if args.until is None else args.until - time.time()
