@@ -255,7 +255,7 @@ def main() -> None:
     train.add_argument("--expected_speed", type=float, default=1e5, help="tokens a second, until some are measured")
     train.add_argument(
         "--together", action="store_true",
-        help="under torchrun: each process does one of the first trials, all at the same time, and they share the teacher",
+        help="under torchrun: each process does one of the first trials, at the same time, and they share a teacher",
     )  # fmt: skip
     train.add_argument("--tasks", help="a folder that the command `tasks` wrote")
     train.add_argument("--gradients", default="bf16")
