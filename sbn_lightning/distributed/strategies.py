@@ -258,7 +258,8 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         **options: The other options of ``DDPStrategy``.
 
     Raises:
-        ConfigError: If ``reduce_dtype`` has another value, or is ``"bfloat16"`` beside a ``ddp_comm_hook``.
+        ConfigError: If ``reduce_dtype`` has another value, or is ``"bfloat16"`` beside a ``ddp_comm_hook``, or if there
+            are both ``max_ctas`` and a ``process_group``.
     """
 
     def __init__(
@@ -273,6 +274,8 @@ class ReplicatedStrategy(_Together, DDPStrategy):
             if options.get("ddp_comm_hook") is not None:
                 raise ConfigError("reduce_dtype='bfloat16' is a ddp_comm_hook itself: leave one of the two out")
             options["ddp_comm_hook"] = bf16_compress_hook
+        if max_ctas is not None and "process_group" in options:
+            raise ConfigError("max_ctas makes a process_group of its own: leave one of the two out")
         # Newer versions of torch have the first name, and deprecate the second one.
         known = signature(DistributedDataParallel).parameters
         broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -285,7 +288,7 @@ class ReplicatedStrategy(_Together, DDPStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        if self.max_ctas is not None:
+        if self.max_ctas is not None and "process_group" not in self._ddp_kwargs:  # One group for all fits.
             group = group_for_gradients(cast(dist.ProcessGroup, dist.group.WORLD), self.max_ctas)
             self._ddp_kwargs["process_group"] = group
             if self._ddp_comm_hook is bf16_compress_hook:

@@ -111,6 +111,8 @@ def check_fabric_options(config: dict[str, Any]) -> None:
                 "the Fabric loop sums the gradients of DDP as they are: leave out reduce_dtype of sbn_ddp, or "
                 "ddp_comm_hook"
             )
+        if isinstance(strategy, ReplicatedStrategy) and strategy.max_ctas is not None:
+            raise ConfigError("the Fabric loop cannot honour max_ctas of sbn_ddp; leave it out, or use `fit`")
         config["strategy"] = FabricDDPStrategy(**options_of_ddp(strategy))
     elif strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"):
         name = type(strategy).__name__ if isinstance(strategy, Strategy) else strategy

@@ -60,7 +60,7 @@ def test_the_blocks_of_a_model(mesh):
     model = small_module(n_layers=1).model
     with pytest.raises(ConfigError, match="Linear has no attribute blocks: give its transformer blocks"):
         shard(torch.nn.Linear(2, 2), mesh)
-    with pytest.raises(ConfigError, match="takes a DeviceMesh .init_device_mesh., not list"):
+    with pytest.raises(ConfigError, match=r"takes a DeviceMesh \(init_device_mesh\), not list"):
         shard(model, [model.blocks[0]])
     with pytest.raises(ConfigError, match="takes everything else by name, for example blocks="):
         shard(model, mesh, model.blocks)
@@ -97,4 +97,12 @@ def test_the_dtypes_of_gradients():
         ReplicatedStrategy("bfloat16", ddp_comm_hook=bf16_compress_hook)
     config = {"strategy": ReplicatedStrategy("bfloat16"), "val_check_interval": 1, "max_steps": 1}
     with pytest.raises(ConfigError, match="leave out reduce_dtype of sbn_ddp, or ddp_comm_hook"):
+        check_fabric_options(config)
+
+
+def test_a_group_for_the_gradients():
+    with pytest.raises(ConfigError, match="max_ctas makes a process_group of its own"):
+        ReplicatedStrategy(max_ctas=8, process_group=None)
+    config = {"strategy": ReplicatedStrategy(max_ctas=8), "val_check_interval": 1, "max_steps": 1}
+    with pytest.raises(ConfigError, match="the Fabric loop cannot honour max_ctas of sbn_ddp"):
         check_fabric_options(config)
