@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,3 +146,13 @@ def test_a_recording_keeps_no_layer_and_no_latent_weight(recorded: list[str], mo
     del layer
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_only_weights_on_the_current_gpu_are_recorded(current: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph records one GPU. The kernels for another one would run once, and no replay would repeat them."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    weight = SimpleNamespace(is_cuda=True, requires_grad=True, get_device=lambda: 1)
+    layer = SimpleNamespace(_parameters={"weight": weight}, backend=InPlace())
+    assert preparation.can_record(layer) == (current == 1)
