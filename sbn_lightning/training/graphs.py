@@ -33,6 +33,11 @@ from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers
 from sbn_lightning.layers.preparation import record
 
+ONE_BACKWARD = (
+    "cuda_graphs: a micro-batch has one backward, which must come before the forward of the next micro-batch; set "
+    "model.cuda_graphs to false"
+)
+
 
 def refusal(model: nn.Module) -> str | None:
     """Return what of a model does not work with graphs of the step; None if nothing was found.
@@ -227,13 +232,11 @@ class _Graphs:
             number: The number of the forward.
 
         Raises:
-            ConfigError: If another forward came in between.
+            ConfigError: If another forward came in between, or if this is the second backward of the forward.
         """
         if number != self.shared.passes:
-            raise ConfigError(
-                "cuda_graphs: the backward of a micro-batch must come before the forward of the next one; set "
-                "model.cuda_graphs to false"
-            )
+            raise ConfigError(ONE_BACKWARD)
+        self.shared.passes += 1  # A second backward would read activations that the first one has overwritten.
         fresh = [own for parameter, own in self.used if parameter.grad is None]
         if fresh:
             torch._foreach_zero_(fresh)
@@ -264,6 +267,8 @@ class _Plain(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
+        if not ctx.live:
+            raise ConfigError(ONE_BACKWARD)
         torch.autograd.backward(ctx.live.pop(), grad_outputs[0])
         return None, None, None
 

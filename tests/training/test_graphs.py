@@ -134,8 +134,17 @@ def test_two_forwards_before_a_backward_are_refused(recordings):
         return model.loss(rows[:, :-1], rows[:, 1:])
 
     first, _ = (graphed(model, loss, batch) for _ in range(2))
-    with pytest.raises(ConfigError, match="the backward of a micro-batch must come before the forward of the next"):
+    with pytest.raises(ConfigError, match="one backward, which must come before the forward of the next micro-batch"):
         first.backward()
+
+
+@pytest.mark.parametrize("warm_up", [0, 1])
+def test_a_second_backward_is_refused(recordings, warm_up):
+    model = small_module(pattern="2:4").model
+    loss = GraphedLoss(warm_up)(model, lambda rows: model.loss(rows[:, :-1], rows[:, 1:]), next(iter(token_loader())))
+    loss.backward(retain_graph=True)
+    with pytest.raises(ConfigError, match="a micro-batch has one backward"):
+        loss.backward()
 
 
 def test_a_new_density_is_another_state_and_a_moved_model_starts_anew(recordings):
