@@ -62,7 +62,7 @@ def _has_kernel(layer: nn.Module) -> bool:
 class _Weight(NamedTuple):
     """The weight of a layer, as :func:`~sbn_lightning.backends.products.multiply` takes it."""
 
-    codes: Tensor
+    codes: Tensor | None
     row_scale: Tensor
     packed: Tensor | None
     form: str
