@@ -45,7 +45,7 @@ def test_fabric_equals_the_trainer_and_each_continues_the_other(forked_runs):
 
 def test_fabric_takes_the_name_and_the_options_of_the_strategy():
     assert isinstance(Fabric(accelerator="cpu", strategy="sbn_fsdp2").strategy, FabricShardedStrategy)
-    options = {"gather": "packed_layer", "replicate": 2, "reduce": "step"}
+    options = {"gather": "packed_layer", "replicate": 2, "reduce": "step", "max_ctas": 4}
     taken = fabric_sharded(ShardedStrategy("bfloat16", **options))
     assert taken.sharding == {"reduce_dtype": torch.bfloat16, **options}
     with pytest.raises(ConfigError, match="save_distributed_checkpoint=false"):
