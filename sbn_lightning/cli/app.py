@@ -34,7 +34,7 @@ TRAINING = {
     "fabric": "train a model in a loop on Lightning Fabric, from the same recipe",
 }
 TOOLS = {
-    "prepare": ("sbn_lightning.data", "prepare", "turn text into tokenised litdata shards"),
+    "prepare": ("sbn_lightning.data.tokenization.prepare", "prepare", "turn text into tokenised litdata shards"),
     "teacher-logits": (
         "sbn_lightning.cli.teacher_logits",
         "teacher_logits",

@@ -103,13 +103,17 @@ def test_a_module_that_moved_says_so():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_function_is_called_although_an_old_module_has_its_name(tmp_path):
+def test_a_function_is_called_although_an_old_module_has_its_name(tmp_path, capsys):
     import_module("sbn_lightning.data.prepare")
+    from sbn_lightning.cli.app import main
     from sbn_lightning.core.errors import ConfigError
     from sbn_lightning.data import prepare
 
     with pytest.raises(ConfigError, match="'absent' is no file"):
         prepare(input="absent", output=str(tmp_path / "tokens"), tokenizer="byte")
+    words = ["--input", "absent", "gone", "--output", str(tmp_path / "tokens"), "--tokenizer", "byte"]
+    assert main(["prepare", *words]) == 1
+    assert "'absent' is no file" in capsys.readouterr().err
 
 
 def test_the_record_is_whole():
