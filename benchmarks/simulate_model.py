@@ -186,7 +186,7 @@ def step(shape: Shape, cluster: Cluster, plan: Plan) -> Step:
     else:
         sent = words = 0.0
 
-    # Gradients. The backward hides all reductions but that of its last matrix.
+    # Gradients. All reductions run beside the backward, except the one of the last matrix.
     size = float(plan.gradient_bytes)
     if plan.gather == "ddp":
         size, times = 4.0, 1
@@ -234,7 +234,7 @@ def step(shape: Shape, cluster: Cluster, plan: Plan) -> Step:
 
 
 def scaling(shape: Shape, cluster: Cluster, plan: Plan) -> float:
-    """The throughput over that of one GPU times the number of GPUs."""
+    """The throughput, divided by the number of GPUs times the throughput of one GPU."""
     found = step(shape, cluster, plan)
     return found.compute / found.total
 

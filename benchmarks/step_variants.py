@@ -115,7 +115,7 @@ class FakeQuantizedLinear(nn.Linear):
 
 
 def dense(config: TransformerConfig | None, layers: int | None = None, *, head: str = "torch") -> Any:
-    """Makes the BF16 baseline; ``head`` is that of a foreign model."""
+    """Makes the BF16 baseline; ``head`` is the head of a foreign model."""
     return _plain(config, layers, head)
 
 

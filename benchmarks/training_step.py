@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--trainer", action="store_true", help="also measure each variant through Lightning's Trainer")
     parser.add_argument(
         "--graphs", nargs="?", const="also", choices=("also", "only"),
-        help="measure each variant with CUDA graphs; only: no other row, but for bf16 dense",
+        help="measure each variant with CUDA graphs, too; only: measure bf16 dense alone without them",
     )  # fmt: skip
     parser.add_argument("--optimizer", help="a class in place of the fused AdamW, as torchao.optim.AdamW8bit")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")

@@ -250,7 +250,7 @@ def make_buffers(module: nn.Module) -> None:
     """Let FSDP2 make the tensors into which it gathers, once.
 
     FSDP2 makes these tensors in the first forward, and uses them again. Training could not use them if that forward ran
-    in inference mode, as that of ``trainer.validate`` does.
+    in inference mode, as the forward of ``trainer.validate`` does.
 
     Args:
         module: The sharded model, or a module that contains one, on its device.

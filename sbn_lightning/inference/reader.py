@@ -129,7 +129,7 @@ class PromptReader:
         """Compute the hidden states of tokens that stand behind ``start`` tokens; write their keys and values.
 
         Args:
-            rows: The rows of the cache, R of them.
+            rows: The R rows of the cache to write to.
             tokens_RT: The tokens, int64 ``[R, T]``.
             start: The number of tokens before them in each row.
 

@@ -196,7 +196,7 @@ class SparseBitExperts(SparseBitLinear):
     active: int | None = None
     _by_expert: list[Any] | None = None  # The prepared weight of each expert,
     _experts_of: Any = None  # and what it was made of.
-    reads_codes = True  # Each expert's weight is made of them.
+    reads_codes = True  # Each expert's weight is made of its codes.
 
     def __init__(self, experts: int, in_features: int, parts: tuple[int, ...], *, sparsity: SparsityConfig) -> None:
         self.experts = experts

@@ -30,7 +30,7 @@ Due = list[tuple[Any, tuple[Any, ...]]]
 
 Replay = Callable[[], None]
 
-WARM_UP = 1  # Preparations of one state before it is recorded: kernels are compiled in them.
+WARM_UP = 1  # How often a state is prepared without a recording. Kernels are compiled then.
 MOST_AT_A_TIME = 2  # A run whose masks are held for some steps has two states.
 MOST = 8  # A run whose states keep changing is not worth more recordings.
 

@@ -222,6 +222,19 @@ def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_pa
     assert spilled_bytes(compiled, tmp_path) <= 16  # 0 with Triton 3.9; 3.6 spills a few bytes once
 
 
+def _hopper_gemm_types(tile: int, chunk: int, out: str, out_bits: int) -> dict[str, str]:
+    """The types of the tensors of ``ternary_gemm_kernel``, for a dtype of the result."""
+    from sbn_kernels.runtime.descriptors import tma_layouts
+
+    layouts = tma_layouts()
+    return {
+        "x": f"tensordesc<i8[{tile},128],{layouts[8]!r}>",
+        "w": f"tensordesc<i32[32,32],{layouts[32]!r}>",
+        "y": f"tensordesc<{out}[{chunk},64],{layouts[out_bits]!r}>",
+        "scale": "*fp32", "row_scale": "*fp32", "bias": "*bf16",
+    }  # fmt: skip
+
+
 @needs_gluon
 @pytest.mark.parametrize(("rows", "bias"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("sparse", [True, False])
@@ -229,18 +242,11 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> No
     """The sparse instruction is there, no register spills, and multiplications overlap instead of being serialised."""
     from sbn_kernels.gemm.sm90.gemm import launch_shape
     from sbn_kernels.gemm.sm90.kernels import ternary_gemm_kernel
-    from sbn_kernels.runtime.descriptors import tma_layouts
     from triton.experimental.gluon._runtime import GluonASTSource
 
     tile = 256
     chunk, stages = launch_shape(tile, 2)
-    layouts = tma_layouts()
-    types = {
-        "x": f"tensordesc<i8[{tile},128],{layouts[8]!r}>",
-        "w": f"tensordesc<i32[32,32],{layouts[32]!r}>",
-        "y": f"tensordesc<bf16[{chunk},64],{layouts[16]!r}>",
-        "scale": "*fp32", "row_scale": "*fp32", "bias": "*bf16",
-    }  # fmt: skip
+    types = _hopper_gemm_types(tile, chunk, "bf16", 16)
     constants = {
         "BT": tile,
         "CHUNK": chunk,
@@ -270,17 +276,10 @@ def test_hopper_gemm_of_a_prompt_in_parts_of_k(tile: int, tmp_path: Path) -> Non
     """The int32 sums of parts leave unscaled, and no register spills."""
     from sbn_kernels.gemm.sm90.gemm import launch_shape
     from sbn_kernels.gemm.sm90.kernels import ternary_gemm_kernel
-    from sbn_kernels.runtime.descriptors import tma_layouts
     from triton.experimental.gluon._runtime import GluonASTSource
 
     chunk, stages = launch_shape(tile, 4)
-    layouts = tma_layouts()
-    types = {
-        "x": f"tensordesc<i8[{tile},128],{layouts[8]!r}>",
-        "w": f"tensordesc<i32[32,32],{layouts[32]!r}>",
-        "y": f"tensordesc<i32[{chunk},64],{layouts[32]!r}>",
-        "scale": "*fp32", "row_scale": "*fp32", "bias": "*bf16",
-    }  # fmt: skip
+    types = _hopper_gemm_types(tile, chunk, "i32", 32)
     constants = {"BT": tile, "CHUNK": chunk, "STAGES": stages, "SPARSE": True, "ROWS": False, "BIAS": False}
     compiled = build(ternary_gemm_kernel, constants | {"PARTS": True}, 90, types, GluonASTSource)
     assert f"wgmma.mma_async.sp.sync.aligned.m64n{tile}k64" in compiled.asm["ptx"]

@@ -136,7 +136,7 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 def _gradient_and_maxima(
     d: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor, token_scale: Tensor
 ) -> tuple[Tensor, Tensor, int]:
-    """The gradient of gates and ups, the bits of its maxima, and the place of the first channel in them."""
+    """The gradient of gates and ups, the bits of its maxima, and where the maxima of channels begin."""
     require(NEEDS, x)
     d, x = with_rows(d), with_rows(x)
     dx = torch.empty(x.shape, dtype=d.dtype if code_scale is not None else x.dtype, device=d.device)

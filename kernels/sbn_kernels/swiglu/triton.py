@@ -105,7 +105,7 @@ def swiglu_pair_quantize_kernel(
 
 @triton.jit
 def gradients_of_product(d, gate, up):
-    """The gradients of gates and ups from that of silu(gate) * up, in float32."""
+    """The gradients of gates and ups, computed in float32 from the gradient of silu(gate) * up."""
     sigma = 1.0 / (1.0 + tl.exp(-gate))
     return d * up * sigma * (1.0 + gate * (1.0 - sigma)), d * gate * sigma
 
