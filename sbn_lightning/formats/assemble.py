@@ -69,7 +69,7 @@ def finish_model(
 
 
 def cast_model(model: TernaryTransformer, dtype: torch.dtype) -> None:
-    """Cast a model in place. Latent weights of ternary layers, gamma, routers and rotary tables keep their dtypes.
+    """Cast a model in place. Latent weights and scales of ternary layers, routers and rotary tables keep their dtypes.
 
     Args:
         model: The model.
@@ -77,7 +77,7 @@ def cast_model(model: TernaryTransformer, dtype: torch.dtype) -> None:
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            latent = isinstance(module, SparseBitLinear) and name == "weight"
+            latent = isinstance(module, SparseBitLinear) and name in ("weight", "log_scale")
             if parameter.is_floating_point() and not latent and not isinstance(module, Router):
                 parameter.data = parameter.data.to(dtype)
         if isinstance(module, PackedTernaryLinear) and module.bias is not None:

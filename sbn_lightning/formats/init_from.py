@@ -18,8 +18,10 @@ from sbn_lightning.checkpoints.tokenizers import beside, difference
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.formats.load import load_model, read_text
 from sbn_lightning.layers.packed import PackedTernaryLinear
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
 from sbn_lightning.models.config import family_options
 from sbn_lightning.models.transformer import TernaryTransformer
+from sbn_lightning.sparsity.learned_scale import factor_of_rows
 
 # These fields say what the weights mean, so they come with the weights. The other fields (pattern, quantisation,
 # sequence length, loss) are for the new run to choose.
@@ -82,10 +84,13 @@ def load_weights(model: TernaryTransformer, path: str) -> TextFiles:
             f"init_from: {path} holds packed weights without the latent ones: training starts from gamma * codes",
             stacklevel=2,
         )
+    for name, layer in ternary_layers(loaded.model).items():
+        if f"{name}.log_scale" in state and f"{name}.log_scale" not in model.state_dict():
+            state[f"{name}.weight"] = _with_learned_scale(layer, state.pop(f"{name}.log_scale"))
     missing, unexpected = model.load_state_dict(state, strict=False)
-    # Masks are made from the weights, and norms that are inserted start with the weight 1.
-    made = (".mask_bits", ".sub_norm.weight") if inserted else (".mask_bits",)
-    missing = [name for name in missing if not name.endswith(made)]
+    # Masks are made from the weights. Norms that are inserted and learned factors on gamma start at 1.
+    made = [".mask_bits"] + [".sub_norm.weight"] * inserted + [".log_scale"] * model.config.learnable_scales
+    missing = [name for name in missing if not name.endswith(tuple(made))]
     if missing or unexpected:
         raise DataError(f"init_from: {path} does not fit its own configuration: {[*missing, *unexpected][0]}")
     return loaded.text
@@ -105,6 +110,12 @@ def _with_latent_weight(state: dict[str, Tensor], name: str, layer: PackedTernar
     """The state dict with a weight in the place of a packed layer's codes and gamma."""
     rest = {key: value for key, value in state.items() if key not in (f"{name}.codes", f"{name}.gamma")}
     return rest | {f"{name}.weight": layer.effective_weight()}
+
+
+def _with_learned_scale(layer: SparseBitLinear, log_scale: Tensor) -> Tensor:
+    """The latent weight times the learned factor of its parts: gamma takes the factor in, and codes stay the same."""
+    factor = factor_of_rows(log_scale, layer.split_sizes, layer.out_features)
+    return (layer.weight.detach() * factor.unsqueeze(-1)).to(layer.weight.dtype)
 
 
 def check_tokenizer(path: str, data: Any, option: str = "init_from") -> None:

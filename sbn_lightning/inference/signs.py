@@ -48,6 +48,8 @@ def signs_of(layers: Sequence[MaskedLinear]) -> list[Sign] | None:
         weight = layer._weight()
         if weight.requires_grad or weight.is_inference() or isinstance(weight, DTensor):
             return None
+        if layer.sparsity.learnable_scales:
+            return None  # Another parameter may change the prepared weight.
         prepared = getattr(layer, "_prepared", None)
         signs.append(Sign(layer, weight, weight._version, weight.dtype, layer.density, prepared))
     return signs
@@ -84,6 +86,7 @@ class PreparedWeights:
             seem_unchanged((layer.tracker, layer._weight(), layer.training) for layer in self._masked)
             and [layer.density for layer in self._masked] == self._densities
             and all(a is b for a, b in zip(self._now(), self._prepared, strict=True))
+            and all(layer.is_prepared for layer in self._ternary if layer.learnable_scales)
         ):
             self._signs = signs_of(self._masked)
             return False

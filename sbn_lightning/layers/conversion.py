@@ -333,6 +333,7 @@ def _revert(layer: MaskedLinear) -> None:
     for extra in ours | ({"in_features", "out_features"} if transposed else set()):
         vars(layer).pop(extra, None)
     del layer.mask_bits
+    layer._parameters.pop("log_scale", None)  # The effective weight has the learned factor.
     layer.__class__ = plain
 
 

@@ -244,6 +244,11 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def sign_of(parameter: Tensor) -> tuple[Any, ...]:
+    """What changes with a parameter: in place, by the step of an optimiser that owns it, or with its dtype."""
+    return (*_identity(parameter), _steps_of_owners(parameter))
+
+
 @contextmanager
 def trust_weights() -> Iterator[None]:
     """A context in which no layer compares fingerprints. The caller has looked before, and changes no weight inside."""

@@ -158,7 +158,9 @@ def _state_of(layer: Any, request: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if not isinstance(keep, int) or latent.data_ptr() != layer.weight.data_ptr():
         return None
     masks = layer.mask_bits.data_ptr(), None if mask_bits is None else mask_bits.data_ptr()
-    return id(layer), latent.data_ptr(), latent.dtype, *masks, keep, id(sparsity), id(layer.backend), layer.needs_codes
+    scale = layer.log_scale.data_ptr() if sparsity.learnable_scales else None
+    state = id(layer), latent.data_ptr(), latent.dtype, *masks, keep, id(sparsity), id(layer.backend)
+    return *state, layer.needs_codes, scale
 
 
 _of_models: WeakKeyDictionary[nn.Module, RecordedPreparation] = WeakKeyDictionary()

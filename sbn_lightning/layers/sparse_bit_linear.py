@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.mask_tracker import trust_weights, version
+from sbn_lightning.layers.mask_tracker import sign_of, trust_weights, version
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
+from sbn_lightning.layers.options import config_option
 from sbn_lightning.layers.preparation import forget_recordings
 from sbn_lightning.sparsity.config import SparsityConfig
+from sbn_lightning.sparsity.learned_scale import ScaledWeight, factor_of_rows
 from sbn_lightning.sparsity.partial_rounding import partly_rounded_linear, partly_rounded_weight
 from sbn_lightning.sparsity.pattern import unpack_mask
 from sbn_lightning.sparsity.ternary import apply_swiglu, expand_scale, ternary_codes, weight_scale
@@ -31,6 +33,10 @@ class SparseBitLinear(MaskedLinear):
         dtype: The dtype of the parameters. float32 keeps small updates that bfloat16 would round away.
         **options: Single fields of :class:`SparsityConfig`, for example ``pattern="2:4"``.
 
+    Attributes:
+        log_scale: The logarithm of the learned factor on gamma, a parameter ``[parts]``. Only layers with
+            ``learnable_scales`` have one.
+
     Shape:
         x ``[..., in_features]`` -> y ``[..., out_features]`` in the dtype of x, or in autocast's dtype if autocast is
         on.
@@ -42,6 +48,8 @@ class SparseBitLinear(MaskedLinear):
     kind = "ternary"
     # Whether each forward of this class reads the codes, and not only packed words.
     reads_codes: ClassVar[bool] = False
+    learnable_scales: bool = config_option("learnable_scales")
+    log_scale: nn.Parameter
 
     def _init_mask(self, sparsity: SparsityConfig, mask_bits: Tensor | None = None) -> None:
         self._backend: Backend = REFERENCE
@@ -49,6 +57,10 @@ class SparseBitLinear(MaskedLinear):
         self._prepared: Any = None
         self._prepared_of: tuple[Any, ...] | None = None
         self._rounding: tuple[Tensor, Tensor] | None = None
+        if sparsity.learnable_scales:
+            dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+            zeros = torch.zeros(len(sparsity.split_sizes or (1,)), dtype=dtype, device=self.weight.device)
+            self.log_scale = nn.Parameter(zeros, requires_grad=self.weight.requires_grad)
         super()._init_mask(sparsity, mask_bits)
 
     @property
@@ -109,6 +121,9 @@ class SparseBitLinear(MaskedLinear):
             tensor.fill_(share)
 
     def _check_change(self, sparsity: SparsityConfig, label: str) -> None:
+        before, after = (len(it.split_sizes or (1,)) * it.learnable_scales for it in (self.sparsity, sparsity))
+        if before != after:
+            raise ConfigError(f"{label}: a layer with {before} learned scales cannot have {after}; make a new layer")
         if self._backend is not REFERENCE:
             raise ConfigError(
                 f"{label}: the {self._backend.name} backend was chosen for {self.sparsity}; set layer.backend to "
@@ -147,7 +162,9 @@ class SparseBitLinear(MaskedLinear):
             return codes
         if self.sparsity.gamma_over == "nonzero":
             return self._dense_codes()
-        return ternary_codes(self.latent(), weight.row_scale)
+        # The factor that is learned does not decide which weights round to zero.
+        gamma = weight.row_scale / self._factor() if self.learnable_scales else weight.row_scale
+        return ternary_codes(self.latent(), gamma)
 
     def _whole(self) -> Any:
         """Return the prepared weight, up to date. A backend whose codes are not whole at present makes them whole."""
@@ -173,7 +190,7 @@ class SparseBitLinear(MaskedLinear):
         if stale and self.sparsity.mask_source != "latent":
             self._make_mask()
             stale = False
-        if not stale and self._prepared_key() == self._prepared_of:
+        if not stale and self.is_prepared:
             return None
         keep = self._keep() if stale else self._most_kept
         return self._for_backend(), None if stale else self.mask_bits, keep, self.sparsity
@@ -185,13 +202,14 @@ class SparseBitLinear(MaskedLinear):
             request: What :meth:`due` returned.
             prepared: What the backend made of the weight.
         """
-        # Looked up in the class: a wrapper around the backend holds the weight of a whole block itself.
-        if hasattr(type(self._backend), "without_codes") and not self.needs_codes:
-            prepared = self._backend.without_codes(prepared)  # type: ignore[attr-defined]
+        prepared = self._with_learned_scale(prepared)
         if request[1] is None:
             self._set_mask(prepared.mask_bits)
             if hasattr(prepared, "_replace"):
                 prepared = prepared._replace(mask_bits=self.mask_bits)  # One copy of the mask is enough.
+        # Looked up in the class: a wrapper around the backend holds the weight of a whole block itself.
+        if hasattr(type(self._backend), "without_codes") and not self.needs_codes:
+            prepared = self._backend.without_codes(prepared)  # type: ignore[attr-defined]
         self._prepared = prepared
         self._prepared_of = self._prepared_key()
 
@@ -209,12 +227,21 @@ class SparseBitLinear(MaskedLinear):
 
     @property
     def needs_codes(self) -> bool:
-        """Whether a forward reads the codes even if the kernels read only packed words."""
-        return self.reads_codes or self.is_partly_rounded
+        """Whether a step reads the codes even if the kernels read only packed words."""
+        return self.reads_codes or self.is_partly_rounded or self.learnable_scales
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether nothing that the prepared weight depends on has changed since the tracker last looked."""
+        return self._prepared_key() == self._prepared_of
 
     def _prepared_key(self) -> tuple[Any, ...]:
-        """A key that changes with the weight, its device and the mask. The buffer's version counts mask refreshes."""
-        return (self.tracker.changes, self.weight.device, id(self.mask_bits), version(self.mask_bits))
+        """A key that changes with the weight, its device, the mask and the learned scale.
+
+        The version of the mask's buffer counts mask refreshes.
+        """
+        scale = sign_of(self.log_scale) if self.learnable_scales else ()
+        return (self.tracker.changes, self.weight.device, id(self.mask_bits), version(self.mask_bits), *scale)
 
     def operands(self) -> tuple[Any, Tensor]:
         """Return the prepared weight and the packed mask for one forward."""
@@ -223,7 +250,7 @@ class SparseBitLinear(MaskedLinear):
             keep = self._keep() if fused else self._most_kept
             given = None if fused else self._graph_mask()
             prepared = self._backend.prepare(self._for_backend(), given, keep, self.sparsity)
-            return prepared, prepared.mask_bits
+            return self._with_learned_scale(prepared), prepared.mask_bits
         if not torch.compiler.is_compiling():
             self.prepare()
         return self._prepared, self.mask_bits
@@ -231,7 +258,31 @@ class SparseBitLinear(MaskedLinear):
     def for_gradients(self) -> tuple[Tensor, Any, Tensor | None, int | None]:
         """Return the latent weight, the prepared weight, the mask of the gradient, and the bits of a token."""
         prepared, mask_bits = self.operands()
-        return self.weight, prepared, self._gradient_mask(mask_bits), self.activation_bits
+        return self._leaf(prepared), prepared, self._gradient_mask(mask_bits), self.activation_bits
+
+    def _leaf(self, prepared: Any, share: Tensor | None = None) -> Tensor:
+        """Return the tensor that gets the gradient of the latent weight.
+
+        Args:
+            prepared: The prepared weight.
+            share: The share of the weights' rounding that is in effect; None for the whole.
+        """
+        if not self.learnable_scales or not torch.is_grad_enabled():
+            return self.weight
+        leaf: Tensor = ScaledWeight.apply(
+            self.weight, self.log_scale, prepared.codes, prepared.row_scale, self.split_sizes, share
+        )
+        return leaf
+
+    def _factor(self) -> Tensor:
+        """Return the learned factor on gamma of each row, ``[out_features]``."""
+        return factor_of_rows(self.log_scale, self.split_sizes, self.out_features)
+
+    def _with_learned_scale(self, prepared: Any) -> Any:
+        """Return a weight that a backend has prepared, with the learned factor in the scale of its rows."""
+        if not self.learnable_scales:
+            return prepared
+        return type(prepared)(prepared.codes, prepared.row_scale * self._factor(), *prepared[2:])
 
     @property
     def is_partly_rounded(self) -> bool:
@@ -248,7 +299,7 @@ class SparseBitLinear(MaskedLinear):
             weights, tokens = self._rounding
             mask = unpack_mask(mask_bits, self.in_features)
             sharded = getattr(self._backend, "latent_and_leaf", None)
-            latent, leaf = (self.weight, self.weight) if sharded is None else sharded(self.weight)
+            latent, leaf = (self.weight, self._leaf(prepared, weights)) if sharded is None else sharded(self.weight)
             effective = partly_rounded_weight(latent, mask, prepared.codes, prepared.row_scale, weights)
             x = apply_swiglu(x) if swiglu else x
             return partly_rounded_linear(x, leaf, effective, gradient_mask, bits, tokens, dtype)
@@ -257,7 +308,7 @@ class SparseBitLinear(MaskedLinear):
         # Tokens are quantised in the precision that they come in, because rounding them to bfloat16 first would double
         # the error. Only the product has the dtype of autocast.
         given = {} if quantized is None else {"quantized": quantized}
-        return self._backend.linear(x, self.weight, prepared, gradient_mask, bits, swiglu, dtype, **given)
+        return self._backend.linear(x, self._leaf(prepared), prepared, gradient_mask, bits, swiglu, dtype, **given)
 
     def _mask_scores(self) -> Tensor:
         return self._for_backend(None if self.sparsity.mask_source == "latent" else self._dense_codes())

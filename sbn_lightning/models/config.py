@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.models.loss import HeadPrecision, LossImplementation, check_head
 from sbn_lightning.models.rope_scaling import RopeScaling
-from sbn_lightning.sparsity.config import SparsityConfig, SparsityOptions, check_choice
+from sbn_lightning.sparsity.config import TRAINING_OPTION, SparsityConfig, SparsityOptions, check_choice
 
 LinearKind = Literal["ternary", "masked", "dense"]
 QKNorm = Literal["head", "projection"]
@@ -49,8 +49,6 @@ class LayerRule:
 # Marks an option in which model families differ. Such an option says what the weights mean, so `init_from` takes its
 # value from the weights. Its default is the value of the plain blocks of Qwen2.5 and Llama.
 FAMILY_OPTION = {"family": True}
-# Marks an option that came after version 0.1.0 and matters in training only.
-TRAINING_OPTION = {"training": True}
 
 
 @dataclass(frozen=True)
@@ -231,7 +229,7 @@ class TransformerConfig(SparsityOptions):
                 f"n_experts_per_token={self.n_experts_per_token} must be 1 to n_experts={self.n_experts}, and d_expert="
                 f"{self.d_expert} at least 1"
             )
-        for option in ("mlp_bias", "sub_norms"):
+        for option in ("mlp_bias", "sub_norms", "learnable_scales"):
             if getattr(self, option):
                 raise ConfigError(f"experts have no {option}; set n_experts to 0, or {option} to false")
 

@@ -18,6 +18,8 @@ from sbn_lightning.sparsity.ternary import ACTIVATION_BITS, GammaOver
 Kind = Literal["ternary", "masked"]
 MaskSource = Literal["latent", "ternary"]
 Gradient = Literal["dense", "masked"]
+# Marks an option that came after version 0.1.0 and matters in training only.
+TRAINING_OPTION = {"training": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class SparsityOptions:
             ``"nonzero"``: the codes use gamma over all weights, and the scale of the product is the mean over the
             weights whose code is not zero. Codes that rank a group (``mask_source="ternary"``) always use gamma over
             all weights.
+        learnable_scales: Whether gamma of each part has a factor that is trained
+            (:mod:`sbn_lightning.sparsity.learned_scale`). Not for experts, and not for sharded weights.
 
     Raises:
         ConfigError: If an option has a value that is not listed here.
@@ -46,6 +50,7 @@ class SparsityOptions:
     mask_source: MaskSource = "latent"
     gradient: Gradient = "dense"
     gamma_over: GammaOver = "dense"
+    learnable_scales: bool = field(default=False, metadata=TRAINING_OPTION)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", NMPattern.parse(self.pattern))
@@ -53,6 +58,7 @@ class SparsityOptions:
         check_choice("mask_source", self.mask_source, get_args(MaskSource))
         check_choice("gradient", self.gradient, get_args(Gradient))
         check_choice("gamma_over", self.gamma_over, get_args(GammaOver))
+        check_choice("learnable_scales", self.learnable_scales, (False, True))
 
     @property
     def nm(self) -> NMPattern:
@@ -130,12 +136,18 @@ class SparsityConfig(SparsityOptions):
             raise ConfigError(f"{layer}: split_sizes={self.split_sizes} do not add up to out_features={out_features}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON or a checkpoint; ``SparsityConfig(**values)`` reads them back."""
-        return asdict(self) | {"pattern": str(self.pattern)}
+        """Return plain values for JSON or a checkpoint; ``SparsityConfig(**values)`` reads them back.
+
+        Options of training alone are left out while they have their defaults, so that older versions of this program
+        can read the values.
+        """
+        values = asdict(self) | {"pattern": str(self.pattern)}
+        unused = [f.name for f in fields(self) if f.metadata.get("training") and getattr(self, f.name) == f.default]
+        return {name: value for name, value in values.items() if name not in unused}
 
 
-OPTION_NAMES = tuple(f.name for f in fields(SparsityConfig))
-"""The names of all options of a layer, for formats that record them."""
+OPTION_NAMES = tuple(f.name for f in fields(SparsityConfig) if not f.metadata.get("training"))
+"""The names of a layer's options that formats record. Learned factors are part of the gamma that formats hold."""
 
 
 def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:

@@ -24,6 +24,7 @@ OTHER = {
     "mask_source": "ternary",
     "gradient": "masked",
     "gamma_over": "kept",
+    "learnable_scales": True,
 }
 
 

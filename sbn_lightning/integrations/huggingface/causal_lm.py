@@ -55,6 +55,7 @@ class CausalLM(SparseBitNet):
         mask_source: The numbers that rank the weights of a group: ``"latent"`` weights or ``"ternary"`` codes.
         gradient: The straight-through gradient, for all positions (``"dense"``) or kept ones only (``"masked"``).
         gamma_over: The weights that gamma averages; see :class:`SparseBitLinear`.
+        learnable_scales: Whether gamma of each part has a factor that is trained.
         optimizer: A function that makes the optimiser from parameter groups. Norms, biases and embeddings get no weight
             decay.
         schedule: The form of the learning rate after the warm-up: ``"cosine"``, ``"linear"``, ``"two_stage"`` or
@@ -83,6 +84,7 @@ class CausalLM(SparseBitNet):
         mask_source: MaskSource = "latent",
         gradient: Gradient = "dense",
         gamma_over: GammaOver = "dense",
+        learnable_scales: bool = False,
         optimizer: OptimizerCallable = AdamW,
         schedule: Schedule = "cosine",
         warmup_steps: int = 100,
@@ -102,6 +104,7 @@ class CausalLM(SparseBitNet):
             mask_source=mask_source,
             gradient=gradient,
             gamma_over=gamma_over,
+            learnable_scales=learnable_scales,
         )
         self.save_hyperparameters(ignore=["source", "optimizer", "init_from"])
         self.config = network.config  # type: ignore[assignment]
