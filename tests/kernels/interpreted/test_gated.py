@@ -16,9 +16,11 @@ from sbn_lightning.layers.sparse_linear import SparseBitLinear
 FEATURES, HIDDEN = 16, 24
 
 
-def layers(saved_gates: bool = False, gradient: str = "dense", bias: bool = False) -> list[SparseBitLinear]:
+def layers(
+    saved_gates: bool = False, gradient: str = "dense", bias: bool = False, **more: object
+) -> list[SparseBitLinear]:
     torch.manual_seed(0)
-    options = {"pattern": "2:4", "gradient": gradient}
+    options = {"pattern": "2:4", "gradient": gradient, **more}
     first = SparseBitLinear(FEATURES, 2 * HIDDEN, bias, split_sizes=(HIDDEN, HIDDEN), **options)  # type: ignore[arg-type]
     pair = [first, SparseBitLinear(HIDDEN, FEATURES, True, **options)]  # type: ignore[arg-type]
     for i, layer in enumerate(pair):
@@ -45,6 +47,22 @@ def test_joined_layers_have_the_bits_of_two(gradient: str, saved_gates: bool, mo
     for ours, wanted in zip(run(layers(saved_gates, gradient), joined=True), expected, strict=True):
         assert torch.equal(ours, wanted)
     assert calls == [1]
+
+
+def test_learned_scales_of_joined_layers() -> None:
+    """The gradients of the factors come from those of the weights, which int8 kernels round."""
+    found = []
+    for joined in (True, False):
+        pair = layers(learnable_scales=True)
+        for layer in pair:
+            torch.nn.init.constant_(layer.log_scale, 0.3)
+        found.append([*run(pair, joined), *(layer.log_scale.grad for layer in pair)])
+    for ours, wanted in zip(*found, strict=True):
+        assert torch.equal(ours, wanted)
+    first, last = pair
+    gradient = (last.weight.grad * last.effective_weight()).sum()
+    torch.testing.assert_close(last.log_scale.grad, gradient.reshape(1))
+    assert first.log_scale.grad.abs().min() > 0
 
 
 def test_saved_gates_change_the_gradients_a_little_and_the_forward_not() -> None:
