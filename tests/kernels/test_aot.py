@@ -100,20 +100,20 @@ BLOCK_TYPES = {
 PLAIN = {
     "quantize rows": (
         quantize.quantize_rows_kernel,
-        {"BITS": 8, "ROWS": 1, "BLOCK": 4096, "FUSED": True},
+        {"BITS": 8, "ROWS": 1, "BLOCK": 4096, "FUSED": True, "EARLY": False},
         {},
         8,
     ),
     "quantize a column": (  # Triton turns an argument of 1 into a constant
         quantize.quantize_rows_kernel,
-        {"BITS": 4, "ROWS": 1, "BLOCK": 16, "FUSED": True, "columns": 1},
+        {"BITS": 4, "ROWS": 1, "BLOCK": 16, "FUSED": True, "EARLY": False, "columns": 1},
         {},
         1,
     ),
     "quantize long rows": (quantize.quantize_long_rows_kernel, {"BITS": 4, "BLOCK": 8192, "FUSED": True}, {}, 16),
     "swiglu quantize": (
         swiglu.swiglu_quantize_kernel,
-        {"BITS": 8, "MAIN": 8192, "TAIL": 4096, "FUSED": True},
+        {"BITS": 8, "MAIN": 8192, "TAIL": 4096, "FUSED": True, "EARLY": False},
         {},
         8,
     ),
@@ -143,13 +143,13 @@ PLAIN = {
     ),
     "norm and quantise": (
         norm.norm_quantize_kernel,
-        {"ADD": True, "PARTS": 0, "BITS": 8, "MAIN": 4096, "TAIL": 2048, "FUSED": True},
+        {"ADD": True, "PARTS": 0, "BITS": 8, "MAIN": 4096, "TAIL": 2048, "FUSED": True, "EARLY": False},
         BLOCK_TYPES,
         8,
     ),
     "norm and quantise a product in parts": (
         norm.norm_quantize_kernel,
-        {"ADD": True, "PARTS": 5, "BITS": 8, "MAIN": 1024, "TAIL": 512, "FUSED": True},
+        {"ADD": True, "PARTS": 5, "BITS": 8, "MAIN": 1024, "TAIL": 512, "FUSED": True, "EARLY": False},
         BLOCK_TYPES | {"residual_pointer": "*i32"},
         2,
     ),
@@ -255,6 +255,7 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> No
         "ROWS": rows,
         "BIAS": bias,
         "PARTS": False,
+        "EARLY": True,
     }
     compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
     kind = "wgmma.mma_async.sp" if sparse else "wgmma.mma_async.sync"
@@ -281,7 +282,7 @@ def test_hopper_gemm_of_a_prompt_in_parts_of_k(tile: int, tmp_path: Path) -> Non
     chunk, stages = launch_shape(tile, 4)
     types = _hopper_gemm_types(tile, chunk, "i32", 32)
     constants = {"BT": tile, "CHUNK": chunk, "STAGES": stages, "SPARSE": True, "ROWS": False, "BIAS": False}
-    compiled = build(ternary_gemm_kernel, constants | {"PARTS": True}, 90, types, GluonASTSource)
+    compiled = build(ternary_gemm_kernel, constants | {"PARTS": True, "EARLY": True}, 90, types, GluonASTSource)
     assert f"wgmma.mma_async.sp.sync.aligned.m64n{tile}k64" in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
 

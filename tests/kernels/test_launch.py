@@ -11,7 +11,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from sbn_kernels.runtime.launch import Launcher
+from sbn_kernels.common.overlap import begin
+from sbn_kernels.runtime.launch import Launcher, launching_early
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -60,16 +61,24 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr("triton.compiler.compiler.max_shared_mem", lambda device: 232448)  # not for its cache
     LAUNCHES.clear()
     yield fake
-    for compiled, *_ in copy_kernel.device_caches.values():
-        for kernel in compiled.values():
-            kernel.module = None  # not for a real driver to unload
-    copy_kernel.device_caches.clear()
+    for function in (copy_kernel, early_kernel):
+        for compiled, *_ in function.device_caches.values():
+            for kernel in compiled.values():
+                kernel.module = None  # not for a real driver to unload
+        function.device_caches.clear()
 
 
 @triton.jit
 def copy_kernel(x_pointer, y_pointer, rows, stride, BLOCK: tl.constexpr, ADD: tl.constexpr):
     at = tl.program_id(0) * stride + tl.arange(0, BLOCK)
     tl.store(y_pointer + at, tl.load(x_pointer + at, mask=at < rows) + ADD, mask=at < rows)
+
+
+@triton.jit
+def early_kernel(x_pointer, y_pointer, rows, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    begin(EARLY)
+    at = tl.arange(0, BLOCK)
+    tl.store(y_pointer + at, tl.load(x_pointer + at, mask=at < rows), mask=at < rows)
 
 
 X, Y = torch.zeros(64), torch.zeros(64)
@@ -123,3 +132,25 @@ def test_sizes_without_end_do_not_collect(gpu: Driver, monkeypatch: pytest.Monke
         launcher((1, 1, 1), (X, Y), (rows, 16), (32, False))
         assert 1 <= len(launcher.compiled) <= 4
     assert len(LAUNCHES) == 38
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_kernels_begin_early_only_where_they_are_told_to(
+    gpu: Driver, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    """A kernel that is launched early waits in the device; a kernel that is not has no such instruction."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    launcher = Launcher(early_kernel, enable_fp_fusion=True, overlaps=True)
+
+    def compiled() -> CompiledKernel:
+        launcher((1, 1, 1), (X, Y), (64,), (64,))
+        return next(each for each in launcher.compiled.values() if each.metadata.hash == LAUNCHES[-1][0])
+
+    before = compiled()
+    with launching_early(torch.device("cuda")):
+        within = compiled()
+    assert compiled() is before
+    for kernel, early in ((before, False), (within, capability == (9, 0))):
+        assert bool(kernel.metadata.launch_pdl) == early
+        assert ("griddepcontrol.wait" in kernel.asm["ptx"]) == early
+    assert len(launcher.compiled) == 1 + (capability == (9, 0))

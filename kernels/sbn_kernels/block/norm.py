@@ -16,6 +16,7 @@ from torch import Tensor
 from sbn_kernels.common.buffers import empty_tokens, empty_vector, with_rows
 from sbn_kernels.common.checks import FLOAT_DTYPES, check_bits, check_scale, refuse_gradients
 from sbn_kernels.common.maxima import larger
+from sbn_kernels.common.overlap import begin
 from sbn_kernels.common.token_codes import reduced_row, store_codes, token_scale
 from sbn_kernels.runtime.capability import Needs, interpreting, multiprocessors, require
 from sbn_kernels.runtime.launch import Launcher
@@ -65,9 +66,10 @@ def norm_quantize_kernel(
     x_pointer, residual_pointer, token_scale_pointer, row_scale_pointer, h_pointer, weight_pointer, q_pointer,
     scale_pointer, rstd_pointer, features, x_stride, residual_stride, part_size, q_stride, eps_bits,
     ADD: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    FUSED: tl.constexpr,
+    FUSED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row a program. ``eps_bits`` are the bits of eps as a float32."""
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     x_row, residual_row = x_pointer + row * x_stride, residual_pointer + row * residual_stride
     h_row, q_row = h_pointer + row * features, q_pointer + row * q_stride
@@ -155,7 +157,7 @@ def norm_backward_kernel(
         tl.store(part + column, d_tail, mask=column < features)
 
 
-_quantize = Launcher(norm_quantize_kernel, enable_fp_fusion=True)
+_quantize = Launcher(norm_quantize_kernel, enable_fp_fusion=True, overlaps=True)
 _backward = Launcher(norm_backward_kernel, enable_fp_fusion=True)
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.common.integers import next_power_of_2
+from sbn_kernels.common.overlap import begin
 from sbn_kernels.runtime.capability import Needs, require
 from sbn_kernels.runtime.launch import Launcher
 
@@ -25,8 +26,10 @@ def rotate_and_store_kernel(
     qkv_pointer, bias_pointer, cos_pointer, sin_pointer, keys_pointer, values_pointer, rows_pointer,
     length, slots,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, ALL: tl.constexpr, HALF: tl.constexpr, BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token of one sequence a program. ``ALL`` is the number of heads, rounded up to a power of two."""
+    begin(EARLY)
     position = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
     head = tl.arange(0, ALL)[:, None]
@@ -64,7 +67,7 @@ def rotate_and_store_kernel(
     tl.store(values_pointer + slot + HALF, second, mask=to_values)
 
 
-_rotate = Launcher(rotate_and_store_kernel, enable_fp_fusion=False)
+_rotate = Launcher(rotate_and_store_kernel, enable_fp_fusion=False, overlaps=True)
 
 
 def rotate_and_store(

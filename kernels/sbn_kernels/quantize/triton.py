@@ -22,6 +22,7 @@ from sbn_kernels.common.buffers import empty_tokens, empty_vector
 from sbn_kernels.common.checks import FLOAT_DTYPES, check_bits, refuse_gradients
 from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.common.maxima import larger
+from sbn_kernels.common.overlap import begin
 from sbn_kernels.common.token_codes import largest, token_codes, token_scale
 from sbn_kernels.runtime.capability import Needs, interpreting, multiprocessors, require
 from sbn_kernels.runtime.launch import Launcher
@@ -40,9 +41,10 @@ def _load_rows(x_pointer, row, column, rows, columns, x_stride):
 @triton.jit
 def quantize_rows_kernel(
     x_pointer, q_pointer, scale_pointer, rows, columns, x_stride, q_stride,
-    BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Quantises ROWS whole rows at a time in registers, while the next rows are being loaded."""
+    begin(EARLY)
     local = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     coming = _load_rows(x_pointer, tl.program_id(0) * ROWS + local, column, rows, columns, x_stride)
@@ -87,7 +89,7 @@ def quantize_long_rows_kernel(
     tl.store(scale_pointer + row + tl.arange(0, 1), scale)
 
 
-_quantize_rows = Launcher(quantize_rows_kernel, enable_fp_fusion=True)
+_quantize_rows = Launcher(quantize_rows_kernel, enable_fp_fusion=True, overlaps=True)
 _quantize_long_rows = Launcher(quantize_long_rows_kernel, enable_fp_fusion=True)
 
 

@@ -16,6 +16,9 @@ Every launcher says whether the compiler may fuse a multiplication and an additi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,7 +26,21 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from sbn_kernels.runtime.capability import interpreting
+
 _MOST_COMPILED = 4096  # sizes that keep changing, such as the tokens of an evaluation, must not fill the memory
+_early: ContextVar[bool] = ContextVar("early", default=False)  # Whether kernels that can are launched early.
+
+
+@contextmanager
+def launching_early(device: torch.device) -> Iterator[None]:
+    """Launch kernels before the kernels in front of them have ended, where a kernel and the GPU can do that."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and not interpreting()
+    before = _early.set(able)
+    try:
+        yield
+    finally:
+        _early.reset(before)
 
 
 class Launcher:
@@ -32,11 +49,15 @@ class Launcher:
     Args:
         kernel: The function that ``triton.jit`` or ``gluon.jit`` returned.
         enable_fp_fusion: Whether the compiler may fuse a multiplication and an addition into one rounding.
+        overlaps: Whether the kernel can be launched early, see :func:`launching_early`. Its last parameter is then the
+            constant ``EARLY``, which the launcher gives, and the kernel calls ``begin`` of
+            :mod:`sbn_kernels.common.overlap`.
         options: Other options that are the same at each launch, for example ``maxnreg``.
     """
 
-    def __init__(self, kernel: Any, *, enable_fp_fusion: bool, **options: Any) -> None:
+    def __init__(self, kernel: Any, *, enable_fp_fusion: bool, overlaps: bool = False, **options: Any) -> None:
         self.kernel = kernel
+        self.overlaps = overlaps
         self.options = {"enable_fp_fusion": enable_fp_fusion, **options}
         self.compiles = isinstance(kernel, triton.JITFunction)  # in the interpreter the kernel has another class
         self.compiled: dict[tuple[Any, ...], CompiledKernel] = {}
@@ -60,9 +81,15 @@ class Launcher:
             num_warps: Warps of a program.
             descriptors: TMA descriptors; their blocks and layouts must follow from their dtypes and ``constants``.
         """
+        options = self.options
+        if self.overlaps:
+            early = _early.get()
+            constants = (*constants, early)
+            if early:
+                options = {**options, "launch_pdl": True}
         arguments = (*descriptors, *tensors, *numbers, *constants)
         if not self.compiles:
-            self.kernel[grid](*arguments, num_warps=num_warps, **self.options)
+            self.kernel[grid](*arguments, num_warps=num_warps, **options)
             return
         address = 0
         for tensor in tensors:
@@ -73,7 +100,7 @@ class Launcher:
         if compiled is not None and address % 16 == 0:
             compiled[grid](*arguments)
             return
-        compiled = self.kernel[grid](*arguments, num_warps=num_warps, **self.options)
+        compiled = self.kernel[grid](*arguments, num_warps=num_warps, **options)
         if address % 16 == 0 and isinstance(compiled, CompiledKernel):
             if len(self.compiled) >= _MOST_COMPILED:
                 self.compiled.clear()

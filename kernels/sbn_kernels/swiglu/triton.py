@@ -19,6 +19,7 @@ from sbn_kernels.common.buffers import empty_tokens, empty_vector, with_rows
 from sbn_kernels.common.checks import FLOAT_DTYPES, check_bits, refuse_gradients
 from sbn_kernels.common.integers import ceil_div, next_power_of_2
 from sbn_kernels.common.maxima import larger
+from sbn_kernels.common.overlap import begin
 from sbn_kernels.common.token_codes import reduced_row, store_codes, token_scale
 from sbn_kernels.runtime.capability import Needs, interpreting, require
 from sbn_kernels.runtime.launch import Launcher
@@ -83,9 +84,10 @@ def quantize_row(
 @triton.jit
 def swiglu_quantize_kernel(
     x_pointer, q_pointer, scale_pointer, features, x_stride, q_stride,
-    BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
+    BITS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row a program: gates in the first half, ups in the second."""
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     x_row, q_row = x_pointer + row * x_stride, q_pointer + row * q_stride
     quantize_row(x_row, x_row + features, q_row, scale_pointer + row, features, BITS, MAIN, TAIL, FUSED)
@@ -146,7 +148,7 @@ def swiglu_pair_backward_kernel(
     )  # fmt: skip
 
 
-_quantize = Launcher(swiglu_quantize_kernel, enable_fp_fusion=True)
+_quantize = Launcher(swiglu_quantize_kernel, enable_fp_fusion=True, overlaps=True)
 _backward = Launcher(swiglu_backward_kernel, enable_fp_fusion=True)
 _pair_quantize = Launcher(swiglu_pair_quantize_kernel, enable_fp_fusion=True)
 _pair_backward = Launcher(swiglu_pair_backward_kernel, enable_fp_fusion=True)

@@ -42,7 +42,7 @@ def _kernel() -> Launcher:
     """The launcher of the Gluon kernel; importing the kernel needs Triton >= 3.9."""
     from sbn_kernels.gemm.sm90.kernels import ternary_gemm_kernel
 
-    return Launcher(ternary_gemm_kernel, enable_fp_fusion=False)
+    return Launcher(ternary_gemm_kernel, enable_fp_fusion=False, overlaps=True)
 
 
 @functools.cache

@@ -33,6 +33,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.language.extra.cuda import gdc_wait
 
 from sbn_kernels.common.decode_ptx import unpack_word
 from sbn_kernels.common.hopper_pipeline import (
@@ -167,15 +168,31 @@ def load_steps(
 @gluon.jit
 def _producer(
     x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group,
-    BT: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    BT: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 1
+    done = 0  # The k steps of the first tile that are on their way.
+    if EARLY:
+        # The codes do not come from the kernel before, so the first of them are loaded while that kernel ends.
+        panel, token_tile, _part, first, end = _work(
+            gl.program_id(0), token_tiles, panels, per_part, k_steps, group, PARTS
+        )
+        done = gl.minimum(end - first, STAGES)
+        for k in range(done):
+            mbarrier.expect(full.index(k), x.block_type.nbytes + w.block_type.nbytes)
+            tma.async_load(w, [(panel * k_steps + first + k) * 32, 0], full.index(k), ws.index(k))
+        gdc_wait()
+        for k in range(done):
+            tma.async_load(x, [token_tile * BT, (first + k) * 128], full.index(k), xs.index(k))
+        stage = gl.where(done == STAGES, 0, done)
+        phase = gl.where(done == STAGES, 0, 1)
     for i in range(gl.program_id(0), token_tiles * panels * parts, gl.num_programs(0)):
         panel, token_tile, _part, first, end = _work(i, token_tiles, panels, per_part, k_steps, group, PARTS)
         stage, phase = load_steps(
-            x, w, xs, ws, full, empty, token_tile * BT, panel, k_steps, first, end, stage, phase, STAGES
+            x, w, xs, ws, full, empty, token_tile * BT, panel, k_steps, first + done, end, stage, phase, STAGES
         )
+        done = 0
 
 
 @gluon.jit
@@ -246,11 +263,13 @@ def no_metadata():
 def _consumer(
     scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part, group, zero,
     BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, ROWS: gl.constexpr,
-    BIAS: gl.constexpr, PARTS: gl.constexpr, HALF: gl.constexpr,
+    BIAS: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 0
     held = no_metadata()
+    if EARLY:
+        gdc_wait()  # The scales of the tokens come from the kernel before.
     for i in range(gl.program_id(0), token_tiles * panels * parts, gl.num_programs(0)):
         panel, token_tile, part, first, end = _work(i, token_tiles, panels, per_part, k_steps, group, PARTS)
         acc, held, stage, phase = sum_steps(
@@ -289,7 +308,7 @@ _SIZES = ("k_steps", "token_tiles", "panels", "parts", "per_part", "group", "zer
 def ternary_gemm_kernel(
     x, w, y, scale, row_scale, bias, k_steps, token_tiles, panels, parts, per_part, group, zero,
     BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, ROWS: gl.constexpr,
-    BIAS: gl.constexpr, PARTS: gl.constexpr,
+    BIAS: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, features] = (x [tokens, K] int8 @ T^T) * scale[token] (* row_scale[feature]) (+ bias[feature]).
 
@@ -308,12 +327,13 @@ def ternary_gemm_kernel(
         [
             (_consumer, (
                 scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part,
-                group, zero, BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, PARTS, 0)),
+                group, zero, BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 0)),
             (_consumer, (
                 scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part,
-                group, zero, BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, PARTS, 1)),
+                group, zero, BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 1)),
             (_producer, (
-                x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group, BT, STAGES, PARTS)),
+                x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group, BT, STAGES, PARTS,
+                EARLY)),
         ],
         [4, 4],
     )  # fmt: skip
