@@ -342,6 +342,7 @@ def make_model(trial: Trial, setting: Setting) -> TernaryTransformer:
         pattern=trial.pattern,
         max_sequence_length=setting.length,
         sub_norms=trial.sub_norms,
+        learnable_scales=trial.learnable_scales,
         activation_bits=trial.activation_bits,
         layers=tuple(LayerRule(**rule) for rule in trial.layers),
         loss="auto" if setting.device.type == "cuda" else "plain",
@@ -369,8 +370,9 @@ def _weights(path: str) -> dict[str, Tensor]:
 
 
 def make_optimizer(model: TernaryTransformer, trial: Trial) -> torch.optim.AdamW:
-    """Return AdamW with the learning rates of the trial: one for each matrix of the blocks, and one for the rest."""
-    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim >= 2]
+    """Return AdamW with the learning rates of the trial: one for the blocks' matrices and scales, one for the rest."""
+    blocks = [(name, p) for name, p in model.named_parameters() if name.startswith("blocks.")]
+    matrices = [p for name, p in blocks if p.ndim >= 2 or name.endswith("log_scale")]
     ids = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
     groups: list[dict[str, Any]] = [{"params": rest, "peak": trial.other_lr, "weight_decay": 0.0}]

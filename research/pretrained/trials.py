@@ -30,6 +30,7 @@ class Trial:
         rounding: The share of training at which everything is rounded; 0 rounds from the first step.
         masked_decay: The decay of masked weights, which falls to zero over the first half of training.
         sub_norms: Whether norms are inserted before the output and the down projection.
+        learnable_scales: Whether gamma of each matrix has a factor that is trained, at the rate of the matrices.
         activation_bits: The bits of a rounded token; None leaves tokens as they are.
         layers: The fields of the rules for layers of another kind.
         seed: The seed of new weights and of the choice of text.
@@ -49,6 +50,7 @@ class Trial:
     rounding: float = 0.0
     masked_decay: float = 0.0
     sub_norms: bool = False
+    learnable_scales: bool = False
     activation_bits: int | None = 8
     layers: list[dict[str, Any]] = field(default_factory=list)
     seed: int = 1
@@ -178,6 +180,37 @@ def lengthy(longest: int, tokens: int) -> list[Trial]:
         for trial in trials
     ]
     return list({trial.name: trial for trial in named}.values())
+
+
+def options(tokens: int) -> list[Trial]:
+    """Return the comparison of the options that were not tried with a warm-up, in the order of its value.
+
+    The first two trials have the recipe's options and two seeds, which shows the noise.
+
+    Args:
+        tokens: The number of tokens of each trial.
+    """
+    start = Trial("both", tokens, "2:4", distillation=BOTH, lr=3e-3, rounding=0.6, probed=False)
+    scales = replace(start, name="both, learnable scales", learnable_scales=True)
+    plain = replace(start, name="text alone", distillation=None)
+    trials = [
+        start,
+        replace(start, seed=2),
+        scales,
+        replace(start, name="both, sub_norms", sub_norms=True),
+        replace(start, name="both, hidden", distillation={**BOTH, "hidden": 1.0}),
+        replace(plain, name="text alone at 3e-3"),
+        replace(scales, seed=2),
+        replace(start, name="both, relations", distillation={**BOTH, "relations": 1.0}),
+        replace(plain, name="text alone at 1e-3", lr=1e-3),
+        replace(start, name="both, reverse", distillation={**BOTH, "divergence": "reverse"}),
+        replace(start, name="both, temperature 2", distillation={**BOTH, "temperature": 2.0}),
+        replace(start, name="both, top 16", distillation={**BOTH, "top_k": 16}),
+        replace(start, seed=3),
+    ]
+    return [
+        replace(trial, name=f"{tokens / 1e6:g}M {trial.name} {trial.pattern} seed {trial.seed}") for trial in trials
+    ]
 
 
 def best(rows: Iterable[dict[str, Any]], prefix: str) -> Trial | None:

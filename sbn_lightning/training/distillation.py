@@ -145,17 +145,11 @@ class Distiller:
                 f"distillation.hidden compares block by block, and the teacher has {theirs.n_layers} blocks of width "
                 f"{theirs.d_model}, the student {ours.n_layers} of width {ours.d_model}: set hidden to 0"
             )
-        if self.options.relations:
-            if not -min(ours.n_layers, theirs.n_layers) <= self.options.relation_block < ours.n_layers:
-                raise ConfigError(
-                    f"distillation.relation_block={self.options.relation_block}: the models have {ours.n_layers} and "
-                    f"{theirs.n_layers} blocks"
-                )
-            if student.is_compiled:
-                raise ConfigError(
-                    "distillation.relations reads queries inside of a block, which a compiled block hides: set "
-                    "model.compile to false, or relations to 0"
-                )
+        block, fewest = self.options.relation_block, min(ours.n_layers, theirs.n_layers)
+        if self.options.relations and not -fewest <= block < fewest:
+            raise ConfigError(
+                f"distillation.relation_block={block}: the models have {ours.n_layers} and {theirs.n_layers} blocks"
+            )
 
     def loss(
         self,
@@ -244,8 +238,9 @@ class Distiller:
         def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
             seen.qkv = output
 
-        attention = model.blocks[self.options.relation_block].get_submodule("attention.qkv")
-        hook = attention.register_forward_hook(note)
+        block = model.blocks[self.options.relation_block]
+        block._compiled_call_impl = None  # Compiled code would not call the hook. All other blocks stay compiled.
+        hook = block.get_submodule("attention.qkv").register_forward_hook(note)
         try:
             yield seen
         finally:

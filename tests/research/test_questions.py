@@ -1,6 +1,7 @@
 """What the study asks trained models: tasks of held-out text, and which heads copy."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 
 from research.pretrained.heads import copying_by_part, induction_scores, repeated_rows
 from research.pretrained.items import Item, make_items, read_items, score_items, write_tasks
-from research.pretrained.trials import lengthy
+from research.pretrained.trials import lengthy, options
 from sbn_lightning.data.tokenizer import byte_tokenizer
 from sbn_lightning.evaluation.probes import make_tasks
 from sbn_lightning.models.transformer import TernaryTransformer
@@ -89,6 +90,15 @@ def test_the_long_comparison_has_each_trial_once():
     assert names[:3] == ["200M both 2:4 seed 1", "200M both 8:8 seed 1", "50M both 2:4 seed 1"]
     short = [trial.name for trial in lengthy(50_000_000, 50_000_000)]
     assert len(set(short)) == len(short) == len(names) - 2
+
+
+def test_each_option_differs_from_the_recipe_in_one_thing():
+    first, *others = options(6_000_000)
+    assert first.name == "6M both 2:4 seed 1"
+    assert len({trial.name for trial in others}) == len(others)
+    for trial in others:
+        changed = {f.name for f in fields(trial) if getattr(trial, f.name) != getattr(first, f.name)} - {"name"}
+        assert len(changed - {"seed"}) <= 1 or changed == {"distillation", "lr"}
 
 
 def test_copying_is_asked_with_each_part_converted():

@@ -112,6 +112,21 @@ def test_a_dense_student_with_the_teachers_weights_has_nothing_to_learn(teacher)
     assert float(parts["loss"]) == pytest.approx(student.loss(batch[:, :-1], batch[:, 1:]).item())
 
 
+def test_relations_are_seen_in_compiled_models(teacher):
+    student = TernaryTransformer(small_config())
+    batch = next(iter(token_loader()))
+    found = []
+    for compiled in (False, True):
+        distiller = Distiller(Distillation(teacher, relations=1.0))
+        distiller.check(student)
+        if compiled:
+            for model in (student, distiller.teacher):
+                model.compile_blocks(backend="eager")
+        found.append(distiller.loss(student, batch[:, :-1], batch[:, 1:]))
+        distiller.check(student)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
