@@ -19,6 +19,7 @@ The backend names the kernel that multiplies; the registry (:mod:`sbn_kernels.ge
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import sbn_kernels as sk
@@ -27,14 +28,14 @@ import torch
 from sbn_kernels.common.packing import LAYOUTS, unpack
 from sbn_kernels.exchange.triton import decode_rows
 from sbn_kernels.gemm import registry
-from sbn_kernels.swiglu import swiglu_backward_of_codes, swiglu_quantize_and_save
-from sbn_kernels.swiglu.triton import MAX_FEATURES, swiglu_pair_backward, swiglu_pair_quantize
+from sbn_kernels.swiglu.triton import MAX_FEATURES
 from torch import Tensor
 from torch.nn import functional as F
 
 from sbn_lightning.backends.blocks import BlockKernels
 from sbn_lightning.backends.gated import GatedFunction, GatedPairFunction
-from sbn_lightning.backends.products import dequantize, multiply, quantize
+from sbn_lightning.backends.joined import Operands, join
+from sbn_lightning.backends.linear_function import KernelLinearFunction
 from sbn_lightning.backends.reference import Keep
 from sbn_lightning.backends.shared_tokens import quantized_once
 from sbn_lightning.sparsity.config import SparsityConfig
@@ -290,16 +291,51 @@ class KernelBackend(BlockKernels):
         Returns:
             ``[..., out]``; None if the layers have to run one after the other.
         """
+        if not torch.is_grad_enabled():
+            return None
+        first = self._join(layers[:2], backends[:2])
+        if first is not None:
+            y: Tensor | None = self.gated(x, first, layers[2], backends[2], dtype)
+            return (
+                y
+                if y is not None
+                else backends[2].linear(self.linear(x, *first, False, dtype), *layers[2], True, dtype)
+            )
         if any(backend.gradients != "int8" or backend.seed is None for backend in backends):
             return None
-        if layers[2][0].shape[1] > MAX_FEATURES or layers[0][3] != layers[1][3] or not torch.is_grad_enabled():
+        if layers[2][0].shape[1] > MAX_FEATURES or layers[0][3] != layers[1][3]:
             return None
         operands = []
         for layer, backend in zip(layers, backends, strict=True):
             operands += [*layer[1], *layer[2:], backend.seed]
         latents = [layer[0] for layer in layers]
-        y: Tensor = GatedPairFunction.apply(x.reshape(-1, x.shape[-1]), *latents, dtype, *operands)
+        y = GatedPairFunction.apply(x.reshape(-1, x.shape[-1]), *latents, dtype, *operands)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def several(
+        self, x: Tensor, layers: Sequence[Operands], backends: Sequence[KernelBackend], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        """Computes layers that read the same tokens as one layer (:mod:`sbn_lightning.backends.joined`).
+
+        Args:
+            x: The tokens, ``[..., in]``.
+            layers: For each layer what :meth:`gated` takes of it.
+            backends: The backends of the layers.
+            dtype: The dtype of the results.
+
+        Returns:
+            The result of each layer, ``[..., out]``; nothing if the layers have to run one after the other.
+        """
+        joined = self._join(layers, backends)
+        if joined is None:
+            return ()
+        return self.linear(x, *joined, False, dtype).split([len(layer[0]) for layer in layers], -1)
+
+    def _join(self, layers: Sequence[Operands], backends: Sequence[KernelBackend]) -> Operands | None:
+        """The operands of layers as one layer with this backend, in a compiled step alone; None if they stay apart."""
+        if not torch.compiler.is_compiling() or any(other.gradients != self.gradients for other in backends):
+            return None
+        return join(layers)
 
 
 def _layout(kernel: registry.Product) -> str:
@@ -310,87 +346,3 @@ def _layout(kernel: registry.Product) -> str:
 def _keep_arguments(pattern: NMPattern, keep: Keep) -> tuple[int, Tensor | None]:
     """``keep`` as the kernel takes it: one N, or one N for each row."""
     return (keep, None) if isinstance(keep, int) else (pattern.n, keep.to(torch.int32))
-
-
-class KernelLinearFunction(torch.autograd.Function):
-    """Forward and backward of the module docstring."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        latent: Tensor,
-        up: Tensor | None,
-        codes: Tensor | None,
-        row_scale: Tensor,
-        mask_bits: Tensor,
-        packed: Tensor | None,
-        transposed: Tensor | None,
-        kernel: str,
-        gradient_mask: Tensor | None,
-        activation_bits: int,
-        swiglu: bool,
-        seed: Tensor | None,
-        rounds_dw: bool,
-        dtype: torch.dtype,
-        x8: Tensor | None,
-        scale: Tensor | None,
-        saved_gates: bool,
-    ) -> Tensor:
-        """Computes ``y [tokens, out]`` in ``dtype``.
-
-        ``x`` is ``[tokens, in]``. With ``swiglu`` it holds gates and ups, ``[tokens, 2 in]``, or gates if there is an
-        ``up``. ``x8`` and ``scale`` are the quantised tokens if they exist already. With a
-        ``seed``, the gradient of ``x`` is rounded if there is a ``transposed``, and the gradient of ``latent`` is
-        rounded if ``rounds_dw`` is true. With ``saved_gates``, gates and ups in one tensor are saved as int8 codes.
-        """
-        before, code_scale = x if swiglu else None, None
-        if up is not None:
-            x8, scale = swiglu_pair_quantize(x, up, activation_bits)
-        elif swiglu and saved_gates:
-            x8, scale, before, code_scale = swiglu_quantize_and_save(x, activation_bits)
-        elif swiglu:
-            x8, scale = sk.swiglu_quantize(x, activation_bits)
-        elif x8 is None or scale is None:
-            x8, scale = quantize(x, activation_bits)
-        y = multiply(x8, scale, codes, row_scale, packed, registry.product(kernel).form, kernel, dtype)
-        ctx.save_for_backward(x8, scale, codes, row_scale, transposed, gradient_mask, seed, before, up, code_scale)
-        ctx.dtype, ctx.x_dtype, ctx.latent_dtype, ctx.rounds_dw = dtype, x.dtype, latent.dtype, rounds_dw
-        ctx.in_features = x8.shape[1]
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x8, scale, codes, row_scale, transposed, gradient_mask, seed, before, up, code_scale = ctx.saved_tensors
-        dy = grad_outputs[0].to(ctx.dtype)
-        need_dx, need_dw = ctx.needs_input_grad[0] or ctx.needs_input_grad[2], ctx.needs_input_grad[1]
-        dx = dw = d_up = None
-        round_dx = need_dx and seed is not None and transposed is not None
-        round_dw = need_dw and seed is not None and ctx.rounds_dw
-        if round_dx or round_dw:
-            kernels = registry.gradients(x8.device.index)
-            a8, a_scale, b8, b_scale = sk.quantize_gradient(
-                dy, row_scale, scale, seed, want_tokens=round_dx, want_channels=round_dw
-            )
-            if round_dx:
-                dx = kernels.input_gradient(a8, a_scale, transposed, ctx.in_features, ctx.dtype)
-            if round_dw:
-                dw = kernels.weight_gradient(b8, b_scale, sk.transpose_tokens(x8), ctx.latent_dtype)
-        if need_dx and not round_dx:
-            dx = dy @ dequantize(codes, row_scale, ctx.dtype)
-        if need_dw and not round_dw:
-            tokens = dequantize(x8, scale, ctx.dtype)
-            # Rounded to the dtype of the activations, as autocast rounds the gradient of a plain linear layer.
-            dw = (dy.t() @ tokens).to(ctx.latent_dtype)
-        if dx is not None and up is not None:
-            dx, d_up = swiglu_pair_backward(dx, before, up)
-        elif dx is not None and code_scale is not None:
-            dx = swiglu_backward_of_codes(dx, before, code_scale)
-        elif dx is not None and before is not None:
-            dx = sk.swiglu_backward(dx, before)
-        if dx is not None:
-            dx = dx.to(ctx.x_dtype)
-        if dw is not None and gradient_mask is not None:
-            dw = dw * gradient_mask
-        return dx, dw, d_up, *[None] * 15

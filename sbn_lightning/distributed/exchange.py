@@ -87,14 +87,14 @@ class Exchange:
     def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
         return self  # A copy of a model exchanges with the same ranks.
 
-    def prepare(self, requests: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def prepare(self, requests: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         """Make the ternary weights of some layers. All ranks must call this together, with requests of equal layers.
 
         Args:
             requests: The fields of a :class:`Request` for each layer.
 
-        Returns:
-            What ``linear`` takes, for each layer.
+        Yields:
+            What ``linear`` takes, for each layer. A layer that drops its codes does so before the next layer has any.
         """
         asked = [Request(*request) for request in requests]
         masks = [_own_mask(request) for request in asked]
@@ -113,16 +113,14 @@ class Exchange:
             new = self._row_scales([asked[i] for i in again], [masks[i] for i in again], ["kept"] * len(again), own)
             for i, scale in zip(again, new, strict=True):
                 scales[i] = scale
-        prepared: list[Any] = []
         for some in _that_fit(asked, words):
             gather = self.gather([words[i] for i in some], [asked[i] for i in some])
-            if self.beside is not None and not prepared:
+            if self.beside is not None and some[0] == 0:
                 self.beside()
             for i, whole in zip(some, gather.wait(), strict=True):
-                prepared.append(asked[i].backend.take(asked[i], words[i], whole, scales[i]))
+                yield asked[i].backend.take(asked[i], words[i], whole, scales[i])
             for unit in {id(unit): unit for i in some if (unit := asked[i].backend.unit) is not None}.values():
                 unit.prepared()
-        return prepared
 
     def gather(self, words: Sequence[Tensor], asked: Sequence[Request]) -> FlatGather:
         """Start to gather the words of some layers from all ranks."""

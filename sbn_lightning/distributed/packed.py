@@ -105,7 +105,8 @@ class PackedRows:
             keep: How many weights a fresh mask keeps in a group, for all rows.
             sparsity: The options of the layer.
         """
-        return self.together([(self, latent, mask_bits, keep, sparsity)])[0]
+        [prepared] = self.together([(self, latent, mask_bits, keep, sparsity)])
+        return prepared
 
     def take(self, request: Request, words: Tensor, whole: Tensor, row_scale: Tensor) -> Any:
         """Make what :meth:`linear` takes, from the words of all ranks.
@@ -129,6 +130,21 @@ class PackedRows:
     def whole(self, prepared: Any) -> Any:
         """The prepared weight with its codes, which ``packed_layer`` gives back between blocks."""
         return prepared if self.unit is None else self.unit.weight(self)
+
+    def without_codes(self, prepared: Any) -> Any:
+        """The prepared weight without its codes, if the products of the inner backend do not read the codes."""
+        drop = getattr(self.inner, "without_codes", None)
+        if drop is not None:
+            prepared = drop(prepared)
+            if self.unit is not None:
+                self.unit.replace(self, prepared)
+        return prepared
+
+    def with_codes(self, prepared: Any, in_features: int) -> Any:
+        """The prepared weight with its codes, which :meth:`without_codes` has dropped."""
+        if self.unit is not None:
+            return self.unit.weight(self)
+        return self.inner.with_codes(prepared, in_features)  # type: ignore[attr-defined]
 
     def latent_and_leaf(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Gather the latent weight of all ranks, for a layer that is partly rounded.

@@ -74,6 +74,11 @@ class Unit:
         self._held[id(request.backend.leaf)] = _Held(request, words, row_scale, prepared)
         self._coming, self._whole = None, True
 
+    def replace(self, backend: Any, prepared: Any) -> None:
+        """Hold a weight in the form that its layer takes: without its codes."""
+        held = self._held[id(backend.leaf)]
+        self._held[id(backend.leaf)] = held._replace(prepared=prepared)
+
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # Inside a compiled graph there is no memory to give back.
     def before_forward(self, block: nn.Module, arguments: Any) -> None:
         self._running = True

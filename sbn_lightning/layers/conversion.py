@@ -39,6 +39,7 @@ from sbn_lightning.layers.experts import (
     revert_experts,
     why_not,
 )
+from sbn_lightning.layers.joined import note_groups
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.layers.sparse_linear import SparseLinear
@@ -194,6 +195,7 @@ def convert_quietly(
     for name, block in experts.items():
         report.converted += [f"{name}.{weight}".lstrip(".") for weight in convert_planned(block)]
     report.swiglu = fuse_swiglu(model)
+    note_groups(model, SparseBitLinear)
     _switch_fused_inference(model, on=False)
     return report
 

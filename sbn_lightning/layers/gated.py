@@ -11,15 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sbn_lightning.layers.options import is_hooked as is_hooked
 from sbn_lightning.layers.options import result_dtype
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody has put a hook on a module."""
-    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def swiglu_between(

@@ -1,4 +1,4 @@
-"""What layers share: their options as attributes, a check of the tokens, and the dtype of the result."""
+"""What layers share: options as attributes, a check of the tokens, the dtype of the result, and who has hooks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
 
@@ -43,3 +43,11 @@ def check_tokens(x: Tensor, layer: str) -> None:
         raise ConfigError(
             f"{layer}: the tokens are {x.dtype}, not floating-point numbers: pass x.float(), or embed ids"
         )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody has put a hook on a module."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)

@@ -1,7 +1,7 @@
 """Prepares the weights of many layers at once.
 
 Layers whose backends share a function ``together`` are prepared with one call of this function. For each layer the
-function takes the backend and the arguments of ``Backend.prepare``. It returns the prepared weights.
+function takes the backend and the arguments of ``Backend.prepare``. It yields the prepared weights.
 
 In training on a GPU, the preparation by kernels is recorded as one CUDA graph. Each layer prepares its weight with some
 ten launches. In a model of a hundred layers the host needs longer for these launches than the GPU, which has nothing
@@ -17,7 +17,7 @@ brought up to date after each replay.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -173,7 +173,7 @@ def prepare_all(model: nn.Module, layers: list[Any]) -> None:
         model: The model.
         layers: Its layers with a mask.
     """
-    shared: dict[Callable[..., list[Any]], list[Any]] = {}
+    shared: dict[Callable[..., Iterable[Any]], list[Any]] = {}
     recorded: list[Any] = []
     for layer in layers:
         together = getattr(layer.backend, "together", None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.joined import joined_result
 from sbn_lightning.layers.mask_tracker import sign_of, trust_weights, version
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.layers.options import config_option
@@ -36,6 +37,8 @@ class SparseBitLinear(MaskedLinear):
     Attributes:
         log_scale: The logarithm of the learned factor on gamma, a parameter ``[parts]``. Only layers with
             ``learnable_scales`` have one.
+        readers: This layer and its siblings that probably read the same tokens (:mod:`sbn_lightning.layers.joined`).
+        given: Tokens, and the result for them, which a sibling has computed.
 
     Shape:
         x ``[..., in_features]`` -> y ``[..., out_features]`` in the dtype of x, or in autocast's dtype if autocast is
@@ -46,6 +49,9 @@ class SparseBitLinear(MaskedLinear):
     """
 
     kind = "ternary"
+    # Models that an earlier version has pickled have no attributes of these names.
+    readers: tuple[SparseBitLinear, ...] = ()
+    given: tuple[Tensor, Tensor] | None = None
     # Whether each forward of this class reads the codes, and not only packed words.
     reads_codes: ClassVar[bool] = False
     learnable_scales: bool = config_option("learnable_scales")
@@ -57,11 +63,19 @@ class SparseBitLinear(MaskedLinear):
         self._prepared: Any = None
         self._prepared_of: tuple[Any, ...] | None = None
         self._rounding: tuple[Tensor, Tensor] | None = None
+        self.readers, self.given = (), None
         if sparsity.learnable_scales:
             dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
             zeros = torch.zeros(len(sparsity.split_sizes or (1,)), dtype=dtype, device=self.weight.device)
             self.log_scale = nn.Parameter(zeros, requires_grad=self.weight.requires_grad)
         super()._init_mask(sparsity, mask_bits)
+
+    def forward(self, input: Tensor, swiglu: bool = False, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        if self.readers and swiglu is False and quantized is None:
+            y = joined_result(self, input)
+            if y is not None:
+                return y
+        return super().forward(input, swiglu, quantized)
 
     @property
     def backend(self) -> Backend:
@@ -207,9 +221,8 @@ class SparseBitLinear(MaskedLinear):
             self._set_mask(prepared.mask_bits)
             if hasattr(prepared, "_replace"):
                 prepared = prepared._replace(mask_bits=self.mask_bits)  # One copy of the mask is enough.
-        # Looked up in the class: a wrapper around the backend holds the weight of a whole block itself.
-        if hasattr(type(self._backend), "without_codes") and not self.needs_codes:
-            prepared = self._backend.without_codes(prepared)  # type: ignore[attr-defined]
+        if hasattr(self._backend, "without_codes") and not self.needs_codes:
+            prepared = self._backend.without_codes(prepared)
         self._prepared = prepared
         self._prepared_of = self._prepared_key()
 

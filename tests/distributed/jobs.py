@@ -58,7 +58,7 @@ def fail(folder: Path, kind: str, rank: int) -> None:
 
 def resume(folder: Path, name: str, steps: int, **options: Any) -> None:
     """Train epochs of two steps, and write down the losses."""
-    losses = fit(folder, steps, batches=2, **options)
+    losses = fit(folder, steps, batches=2, every=2, **options)
     torch.save(losses, folder / f"{name}.rank{os.environ['RANK']}.pt")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from unittest import mock
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from sbn_lightning.backends.integer import KernelBackend
 from sbn_lightning.backends.selection import choose
 from sbn_lightning.core.errors import SBNError
 from sbn_lightning.distributed import rows
@@ -29,6 +30,7 @@ from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.sparsity.config import SparsityConfig
 from tests.helpers import Interrupted, small_config
+from tests.interpreter import quick_interpreter
 
 DEVICE = sys.argv[4] if len(sys.argv) > 4 and sys.argv[4] == "cuda" else "cpu"
 
@@ -230,6 +232,46 @@ def check_layers(ranks: int) -> None:
             check(case, ranks, held, share, rounding)
 
 
+def check_codes(ranks: int) -> None:
+    """Layers whose kernels read packed words alone keep no codes, and what reads codes still finds them."""
+    mesh = init_device_mesh(DEVICE, (ranks,))
+    torch.manual_seed(3)
+    alone = nn.Sequential(SparseBitLinear(96, 40, pattern="2:4"), nn.Flatten(0)).to(DEVICE)
+    with nullcontext() if DEVICE == "cuda" else quick_interpreter():
+        for kernel, drops in (("hopper-sparse", True), ("portable", False)):
+            alone[0].backend = KernelBackend(kernel, gradients="int8")
+            alone[0].prepare()
+            for layered in (False, True):
+                made = deepcopy(alone)
+                shard_packed(made, mesh, layered=[made] if layered else ())
+                compare_forms(made[0], alone[0], drops)
+
+
+def compare_forms(layer: SparseBitLinear, alone: SparseBitLinear, drops: bool) -> None:
+    """Compare the prepared weight of a sharded layer with that of one process.
+
+    Args:
+        layer: The sharded layer.
+        alone: The same layer in one process.
+        drops: Whether the kernels read packed words alone.
+    """
+    layer.prepare()
+    assert (layer._prepared.codes is None) == drops
+    assert layer._prepared.mask_bits is layer.mask_bits
+    assert torch.equal(layer.ternary()[0], alone.ternary()[0])
+    if (unit := layer.backend.unit) is not None:
+        words = layer._prepared.transposed.untyped_storage()
+        assert words.nbytes() == 0
+        unit.gather()
+        assert words.nbytes() > 0
+    for part in ("packed", "transposed", "row_scale", "mask_bits"):
+        found, expected = (getattr(one._prepared, part) for one in (layer, alone))
+        assert found is expected is None or torch.equal(found, expected), part
+    layer.set_rounding(0.5, 1.0)  # Now the forward reads the codes.
+    layer.prepare()
+    assert layer._prepared.codes is not None
+
+
 def main() -> None:
     ranks, file, rank = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     if DEVICE == "cuda":
@@ -238,6 +280,7 @@ def main() -> None:
     dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=ranks)
     check_layers(ranks)
     check_models(ranks)
+    check_codes(ranks)
     dist.destroy_process_group()
 
 

@@ -31,9 +31,10 @@ def fit(
     full_at: int | None = None,
     batches: int = 8,
     keep: int = -1,
+    every: int = 1,
     **strategy: Any,
 ) -> list[float]:
-    """Train with the sharded strategy; save after each step. Return the losses, averaged over the ranks."""
+    """Train with the sharded strategy and save after some steps. Return the losses, averaged over the ranks."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     losses: list[float] = []
 
@@ -44,7 +45,7 @@ def fit(
                 patch = mock.patch.object(io, "atomic_stream", full_disk)
                 patch.start()
 
-    saver = DurableCheckpoint(dirpath=str(folder), filename="{step}", every_n_train_steps=1, save_top_k=keep)
+    saver = DurableCheckpoint(dirpath=str(folder), filename="{step}", every_n_train_steps=every, save_top_k=keep)
     trainer = quiet_trainer(
         [*callbacks, Losses(), saver],
         strategy=ShardedStrategy(**strategy),

@@ -9,6 +9,7 @@ from sbn_lightning.distributed.rows import RowCut
 from tests.distributed.forked_runs import statuses
 
 pytestmark = pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
+CHECKS = [("layers", 2), ("layers", 3), ("models", 2), ("models", 3), ("codes", 2)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])
@@ -26,13 +27,11 @@ def test_the_cut_is_that_of_a_dtensor(rows, ranks):
 def jobs_of_ranks(folder, tokens):
     return [
         {"ranks": ranks, "function": "packed", "folder": folder / f"{what}{ranks}", "options": {"what": what}}
-        for ranks in (2, 3)
-        for what in ("layers", "models")
+        for what, ranks in CHECKS
     ]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("what", ["layers", "models"])
+@pytest.mark.parametrize(("what", "ranks"), CHECKS)
 def test_every_rank_equals_one_process(what, ranks, forked_runs):
     folder = forked_runs / "test_packed_rows" / f"{what}{ranks}"
     assert statuses(folder) == [0] * ranks, (folder / "rank0.log").read_text()

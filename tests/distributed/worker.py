@@ -5,6 +5,7 @@ process sees.
 """
 
 import os
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -27,6 +28,7 @@ from sbn_lightning.distributed.strategies import ShardedStrategy
 from sbn_lightning.layers.sparse_linear import SparseBitLinear, masked_layers
 from sbn_lightning.training import precision
 from tests.helpers import quiet_trainer, small_module, token_loader
+from tests.interpreter import quick_interpreter
 
 GLOBAL_BATCH = 8
 EPOCH = 4  # no folder of tokens: random batches
@@ -92,19 +94,19 @@ def train(output, strategy, steps, checkpoint=None, tokens=None, plugin=None, ac
     options["logger"] = TensorBoardLogger(f"{output}.logs") if tokens is None else False
     if plugin is not None:
         options["plugins"] = [SparseTernaryPrecision(dtype="fp32", **plugin)]
-    witness, sparsity = Witness(), SparsityPatternLogger(2)
+    witness, sparsity = Witness(), SparsityPatternLogger(3)
     every = steps if tokens is not None else 2 if plugin is None else TINY_EPOCH
     saver = DurableCheckpoint(
-        dirpath=output, filename="{step}", every_n_train_steps=every, save_top_k=-1, save_last=tokens is None
+        dirpath=output, filename="{step}", every_n_train_steps=every, save_top_k=-1, save_last=strategy == "sharded"
     )
     callbacks = [MaskRefresh(interval=2), DenseToSparseRamp("rows", end=0.5), sparsity, witness, saver]
     callbacks += [MaskedWeightDecay(decay)]
     options["accumulate_grad_batches"] = accumulate
     trainer = quiet_trainer(callbacks, max_steps=steps, enable_checkpointing=True, **options)
-    module = small_module(pattern="4:8", **({} if plugin is None else TINY))
+    module = small_module(pattern="4:8", **({"n_layers": 1} if plugin is None else TINY))
     if tokens is None:
         rank, batch_size = int(os.environ.get("RANK", 0)), GLOBAL_BATCH // world
-        data = {"batches": EPOCH} if plugin is None else {"batches": TINY_EPOCH, "length": 5}
+        data = {"batches": EPOCH} if plugin is None else {"batches": TINY_EPOCH, "length": 3}
         loader = token_loader(batch_size=batch_size, rank=rank, world=world, **data)
         trainer.fit(module, loader, ckpt_path=checkpoint)
     else:
@@ -123,7 +125,8 @@ def train_all(runs):
         if options.pop("measured", False):
             measure_on_rank_0_only()
         try:
-            record = train(output, **options)
+            with nullcontext() if options.get("plugin") is None else quick_interpreter():
+                record = train(output, **options)
         except ConfigError as error:
             record = {"error": str(error)}
         finally:

@@ -1,0 +1,90 @@
+"""Layers of a foreign model that read the same tokens, computed as one layer in a compiled training step.
+
+``q``, ``k`` and ``v`` of an attention read the same tokens in most models. A conversion notes such layers by the names
+of their siblings. In a forward the first of them multiplies for all of them, and leaves each of the others its result
+together with the tokens. A layer takes the result if it gets the very same tensor. Otherwise it multiplies itself, and
+its group is given up. So a wrong guess from names costs time and changes nothing.
+
+This happens only inside ``torch.compile``, in training, and where the backend can join layers
+(:mod:`sbn_lightning.backends.joined`). Whether a step is compiled does not change during a run. So a run that resumes
+has the bits of one that went on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sbn_lightning.layers.options import is_hooked, result_dtype
+
+GROUPS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("wq", "wk", "wv"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+)
+
+
+def note_groups(model: nn.Module, layer_class: type[nn.Module]) -> None:
+    """Tell layers which of their siblings read the same tokens, by their names.
+
+    Args:
+        model: A model with converted layers.
+        layer_class: The class of the layers, exactly.
+    """
+    for module in model.modules():
+        children = dict(module.named_children())
+        for names in GROUPS:
+            layers = tuple(children.get(name) for name in names)
+            if all(type(layer) is layer_class for layer in layers):
+                for layer in layers:
+                    layer.readers = layers  # type: ignore[union-attr, assignment]
+
+
+def joined_result(layer: Any, x: Tensor) -> Tensor | None:
+    """Compute a layer together with those that read the same tokens.
+
+    Args:
+        layer: One layer of a group.
+        x: The tokens, ``[..., features]``.
+
+    Returns:
+        The result of the layer; None if the layer has to compute by itself.
+    """
+    given, layer.given = layer.given, None
+    if given is not None:
+        tokens, y = given
+        if tokens is not x:
+            for other in layer.readers:
+                other.readers, other.given = (), None
+            return None
+        return y
+    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        return None
+    results = _together(layer.readers, x)
+    own = None
+    for other, y in zip(layer.readers, results, strict=False):
+        if other is layer:
+            own = y
+        else:
+            other.given = (x, y)
+    return own
+
+
+def _together(layers: tuple[Any, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """The results of all layers; none if the layers cannot be joined."""
+    backends = [layer.backend for layer in layers]
+    if not x.is_floating_point() or any(layer.is_partly_rounded or is_hooked(layer) for layer in layers):
+        return ()
+    # Looked up in the class: a wrapper that passes attributes on has other latent weights than the layer.
+    if not hasattr(type(backends[0]), "several") or len({type(backend) for backend in backends}) > 1:
+        return ()
+    dtype = result_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        found = backends[0].several(x, [layer.for_gradients() for layer in layers], backends, dtype)
+        return tuple(
+            y if layer.bias is None else y + layer.bias.to(y.dtype) for layer, y in zip(layers, found, strict=False)
+        )
