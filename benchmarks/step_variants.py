@@ -70,6 +70,18 @@ class ForeignModel(nn.Module):
         for block in self.blocks:
             block.compile()
 
+    def make_no_mask(self) -> None:
+        """Lets the model make no mask for attention, which is causal without one.
+
+        The masks of ``transformers`` read position ids on the host, which a CUDA graph cannot record. A kind of
+        attention that has no masks of its own gets none.
+        """
+        from transformers import AttentionInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        AttentionInterface.register("sdpa_without_masks", sdpa_attention_forward)
+        self.model.set_attn_implementation("sdpa_without_masks")
+
 
 def make_config(shape: str, sequence_length: int, checkpointing: bool, layers: int | None) -> TransformerConfig | None:
     """The config of a shape of our transformer; None for a foreign model."""

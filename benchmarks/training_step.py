@@ -76,6 +76,8 @@ class Step:
         torch.manual_seed(0)
         with DEVICE:
             self.model = build(config, args.layers)
+        if graphs and config is None:
+            self.model.make_no_mask()
         tokens = args.sequences * SEQUENCE_LENGTH
         self.plugin = None if options is None else SparseTernaryPrecision(**options, tokens=tokens)  # type: ignore[arg-type]
         shape = (args.accumulate, args.sequences, SEQUENCE_LENGTH + 1)
