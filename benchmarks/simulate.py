@@ -178,8 +178,8 @@ The same with rows shared within a host (a mesh of two dimensions), 50 Gbit/s:
 
 {memory_table(8)}
 
-The int8 codes that the products read weigh more than the words on the wire: a byte a weight, with packed words for the
-forward and for the gradient of the input 1.5 bytes. `packed_layer` holds those of two blocks.
+Kernels of GPUs since the A100 read packed words, half a byte a weight with int8 gradients. `packed_layer` holds those of
+two blocks. With exact gradients the backward reads int8 codes, a byte a weight instead of a quarter.
 
 The next table takes one sequence of 4,096 tokens on each GPU and recomputes whole blocks. So a model fits on fewer
 ranks than the first column above says:
@@ -188,9 +188,9 @@ ranks than the first column above says:
 
 ## When tensor or pipeline parallelism becomes necessary
 
-- **Not for memory, up to 70B**: everything but masks, codes, activations, embedding and head shrinks with the number
-  of ranks, and `packed_layer` keeps the codes of two blocks. Masks do not shrink: a quarter of a byte a weight,
-  {large.ternary / 4 / GIB:.1f} GiB at 70B.
+- **Not for memory, up to 70B**: everything but masks, words, activations, embedding and head shrinks with the number
+  of ranks, and `packed_layer` keeps the words of two blocks. Masks do not shrink: an eighth of a byte a weight,
+  {large.ternary / 8 / GIB:.1f} GiB at 70B.
 - **For the size of the batch**: data parallelism needs a sequence for each GPU. With 4 million tokens in a step and
   sequences of 4,096, that ends at 1,024 GPUs. Beyond that a sequence has to be cut (context parallelism), or a layer
   (tensor parallelism within a host). This project has neither.
