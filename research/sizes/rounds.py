@@ -54,8 +54,9 @@ def main() -> Iterator[Trial]:
     yield from trials("5M", 10, [1])
     # These come next.
     yield from trials("15M", 10, [2], ("8:8", "2:4", "decay"))
-    yield from trials("5M", 10, [2, 3], ("8:8", "2:4", "decay"))
+    yield from trials("5M", 10, [2], ("8:8", "2:4", "decay"))
     yield from ideas(1)
+    yield from trials("5M", 10, [3], ("8:8", "2:4", "decay"))
     yield from trials("9M", 10, [1], ("8:8", "2:4", "decay"))
     yield from trials("5M", 40, [1], ("8:8", "2:4", "decay"))
     yield from ideas(2)
