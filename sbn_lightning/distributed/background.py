@@ -8,8 +8,9 @@ complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -76,12 +77,11 @@ class BackgroundSaver:
         writing, self._writing = self._writing, None
         if writing is None:
             return
-        try:
-            writing.done.result()
-        except CheckpointException as error:
-            raise _cannot_write(writing.path, next(iter(error.failures.values()))[0]) from error
-        except (OSError, RuntimeError) as error:  # A RuntimeError says that another rank is gone.
-            raise _cannot_write(writing.path, error) from error
+        with failures_named(writing.path):
+            try:
+                writing.done.result()
+            except (OSError, RuntimeError) as error:  # A RuntimeError says that another rank is gone.
+                raise _cannot_write(writing.path, error) from error
 
 
 class _Writing:
@@ -113,6 +113,23 @@ class _Writing:
                 self._postponed.append(action)
             elif self.done.exception() is None:
                 action()
+
+
+@contextmanager
+def failures_named(path: str | Path) -> Iterator[None]:
+    """Name the rank that could not write its shard, and why. All ranks get the error.
+
+    Args:
+        path: The checkpoint that is being written.
+
+    Raises:
+        DataError: If a rank could not write.
+    """
+    try:
+        yield
+    except CheckpointException as error:  # It is no Exception, and its text is a traceback.
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise DataError(f"cannot write the checkpoint {path}: rank {rank}: {cause}") from error
 
 
 def _cannot_write(path: Path, error: BaseException) -> DataError:

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.distributed.background import BackgroundSaver
+from sbn_lightning.distributed.background import BackgroundSaver, failures_named
 from sbn_lightning.distributed.gradients import group_for_gradients, send_first
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
 from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches, make_buffers, reshard
@@ -208,7 +208,8 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if self._saver is None or storage_options is not None:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            with failures_named(filepath):
+                super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         shards = {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
         shards["state_dict"] = checkpoint.pop("state_dict")

@@ -53,7 +53,9 @@ def fail(folder: Path, kind: str, rank: int) -> None:
     watch.recipe = {"trainer.max_steps": "5"}
     if kind == "recipe" and int(os.environ["RANK"]) == rank:
         watch.recipe["trainer.max_steps"] = "6"
-    fit(folder, 5, callbacks=[watch, Fault(kind, rank, 2)], full_at=3 if kind == "disk" else None)
+    full = 3 if kind in ("disk", "shard") and int(os.environ["RANK"]) == rank else None
+    callbacks = [watch, Fault(kind, rank, 2)]
+    fit(folder, 5, callbacks=callbacks, full_at=full, save_distributed_checkpoint=kind == "shard")
 
 
 def resume(folder: Path, name: str, steps: int, **options: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 from lightning.pytorch import Callback
+from torch.distributed.checkpoint import FileSystemWriter
 
 from sbn_lightning import DurableCheckpoint
 from sbn_lightning.callbacks import DurableCheckpointIO
@@ -19,7 +20,7 @@ from tests.helpers import quiet_trainer, small_module, token_loader
 SEQUENCES = 12  # In a step of all ranks: 1, 2, 3 and 4 ranks divide them.
 
 
-def full_disk(path: Any) -> Any:
+def full_disk(path: Any, *_: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
 
@@ -42,8 +43,10 @@ def fit(
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             losses.append(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean").item())
             if trainer.global_step + 1 == full_at:
-                patch = mock.patch.object(io, "atomic_stream", full_disk)
-                patch.start()
+                patches = [mock.patch.object(io, "atomic_stream", full_disk)]
+                patches.append(mock.patch.object(FileSystemWriter, "write_data", full_disk))
+                for patch in patches:
+                    patch.start()
 
     saver = DurableCheckpoint(dirpath=str(folder), filename="{step}", every_n_train_steps=every, save_top_k=keep)
     trainer = quiet_trainer(

@@ -14,6 +14,7 @@ FAULTS = {
     "killed": (1, ("rank 1: gone without a word for 2 seconds; was it killed?", ""), 2),
     "memory": (1, ("rank 1: OutOfMemoryError: CUDA out of memory", "OutOfMemoryError: CUDA out of memory"), 2),
     "disk": (0, ("No space left on device", "rank 0: DataError: cannot write the checkpoint"), 1),
+    "shard": (1, ("DataError: cannot write the checkpoint",) * 2, 1),
     "recipe": (1, ("rank 1 has another recipe than rank 0: trainer.max_steps=6, not 5",) * 2, 0),
 }
 
@@ -36,5 +37,5 @@ def test_all_ranks_end_with_the_cause_of_the_one_that_failed(kind, forked_runs):
     for text, log in zip(told, logs, strict=True):
         assert text in log
     steps = sorted(failed.glob(f"{kind}/step=*.ckpt"))
-    assert [file.stem for file in steps] == [f"step={step}" for step in range(1, saved + 1)]
-    assert all(why_unreadable(file) == "" for file in steps)
+    assert [file.stem for file in steps if why_unreadable(file) == ""] == [f"step={i}" for i in range(1, saved + 1)]
+    assert len(steps) == saved + (kind == "shard")  # The folder that could not be written tells that it is not whole.
