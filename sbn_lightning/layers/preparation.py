@@ -5,9 +5,10 @@ function takes the backend and the arguments of ``Backend.prepare``. It yields t
 
 In training on a GPU, the preparation by kernels is recorded as one CUDA graph. Each layer prepares its weight with some
 ten launches. In a model of a hundred layers the host needs longer for these launches than the GPU, which has nothing
-else to do meanwhile. The first preparation of a state launches kernels as usual, and the second one is recorded. The
-first step of a training has a state of its own, because its mask is there already. The graph is therefore made in the
-third step.
+else to do meanwhile. The first preparation of a state launches kernels as usual, and the next one is recorded if it
+comes soon. The first step of a training has a state of its own, because its mask is there already. The graph is
+therefore made in the third step. Masks that are refreshed in every second or third step make two states, and each has
+a graph and prepared weights of its own.
 
 A replay writes to the same tensors. Autograd therefore refuses a backward that still needs the codes of an earlier
 step, as after any change in place. Only kernels are recorded. What Python knows of a mask or of a prepared weight is
@@ -17,6 +18,7 @@ brought up to date after each replay.
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,8 +32,9 @@ Due = list[tuple[Any, tuple[Any, ...]]]
 
 Replay = Callable[[], None]
 
-WARM_UP = 1  # How often a state is prepared without a recording. Kernels are compiled then.
+SOON = 3  # A state is recorded if it was one of so many before. Kernels are compiled then.
 MOST_AT_A_TIME = 2  # A run whose masks are held for some steps has two states.
+SETTLED = 3  # A model whose masks are refreshed in each step is recorded in this preparation.
 MOST = 8  # A run whose states keep changing is not worth more recordings.
 
 
@@ -78,8 +81,9 @@ class RecordedPreparation:
 
     def __init__(self) -> None:
         self._recordings: dict[tuple[Any, ...], _Recording] = {}
-        self._last: tuple[Any, ...] | None = None
-        self._seen = self._made = 0
+        self._last: deque[tuple[Any, ...]] = deque(maxlen=SOON)
+        self._made = 0
+        self.count = 0  # How often weights were prepared.
 
     def prepare(self, due: Due) -> None:
         """Prepare the weights of layers, by a replay if this state has been recorded.
@@ -89,8 +93,10 @@ class RecordedPreparation:
         """
         state = tuple(_state_of(layer, request) for layer, request in due)
         recording = self._recordings.get(state)
-        if recording is None and self._is_worth_recording(state):
+        if recording is None and state in self._last and None not in state and self._made < MOST:
             recording = self._record(state, due)
+        self._last.append(state)
+        self.count += 1
         if recording is not None:
             recording.replay(due)
             return
@@ -102,12 +108,6 @@ class RecordedPreparation:
         left = {state: it for state, it in self._recordings.items() if all(one[0] != id(layer) for one in state)}
         self._made -= len(self._recordings) - len(left)
         self._recordings = left
-
-    def _is_worth_recording(self, state: tuple[Any, ...]) -> bool:
-        """Count how often in a row this state was seen, and say whether to record it."""
-        self._seen = self._seen + 1 if state == self._last else 1
-        self._last = state
-        return None not in state and self._seen > WARM_UP and self._made < MOST
 
     def _record(self, state: tuple[Any, ...], due: Due) -> _Recording | None:
         while len(self._recordings) >= MOST_AT_A_TIME:
@@ -191,6 +191,12 @@ def prepare_all(model: nn.Module, layers: list[Any]) -> None:
                     layer.take(request, prepared)
         if due := _due(recorded):
             _of_models.setdefault(model, RecordedPreparation()).prepare(due)
+
+
+def is_settled(model: nn.Module) -> bool:
+    """Whether the prepared weights of a model have the addresses that they will have: its first steps are over."""
+    recorded = _of_models.get(model)
+    return recorded is None or recorded.count >= SETTLED
 
 
 def forget_recordings(layer: Any) -> None:

@@ -7,8 +7,10 @@ record. Then one forward and one backward are recorded. A replay runs the same k
 What a graph reads must keep its address:
 
 * The micro-batch is copied into a tensor of the graph.
-* Codes and packed words are prepared outside of the graph, once in an optimiser step, and copied into the tensors that
-  were there at the recording. Masks are buffers, which are written in place. The seeds of rounded gradients are copied.
+* Codes and packed words are prepared outside of the graph, once in an optimiser step. The graph reads the tensors that
+  were there at its recording. A recorded preparation (:mod:`sbn_lightning.layers.preparation`) writes to the same
+  tensors, so the first graphs are made when it is recorded, in the third step. Other prepared weights are copied. Masks
+  are buffers, which are written in place. The seeds of rounded gradients are copied.
 * Gradients are added to tensors that stay. If somebody has set ``parameter.grad`` to None, they are zeroed first.
 
 Clipping, the optimiser, the schedule of the learning rate and all callbacks stay outside. What only Python sees (the
@@ -31,8 +33,9 @@ from sbn_lightning.callbacks.base import is_compiled
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers
-from sbn_lightning.layers.preparation import record
+from sbn_lightning.layers.preparation import is_settled, record
 
+PATIENCE = 32  # So many micro-batches may wait for the weights' preparation to be recorded.
 ONE_BACKWARD = (
     "cuda_graphs: a micro-batch has one backward, which must come before the forward of the next micro-batch; set "
     "model.cuda_graphs to false"
@@ -58,7 +61,8 @@ class GraphedLoss:
     """A loss whose forward and backward are replayed. Without gradients there is no graph.
 
     Args:
-        warm_up: How many micro-batches run without graphs before each recording.
+        warm_up: How many micro-batches run without graphs before each recording. The first recording also waits until
+            the preparation of the weights is recorded.
         most: How many states have graphs at a time. A run whose masks are held for several steps has two states.
         numbers: How many numbers the loss returns, in one float32 vector, for example the parts of a sum. None if the
             loss returns a scalar.
@@ -105,7 +109,6 @@ class GraphedLoss:
         if shared is None or shared.where != _addresses(model):
             self._shared = shared = _Shared(model, batch, () if self.numbers is None else (self.numbers,))
             self._graphs = {}
-        shared.bring_up_to_date()
         state = _state_of(model)
         if state not in self._graphs:
             if reason := refusal(model):
@@ -116,11 +119,13 @@ class GraphedLoss:
             while len(self._graphs) >= self.most:
                 del self._graphs[next(iter(self._graphs))]
         found = self._graphs.setdefault(state, 0)
+        if isinstance(found, int) and (found < self.warm_up or (found < PATIENCE and not is_settled(model))):
+            shared.bring_up_to_date(hold=False)
+            self._graphs[state] = found + 1
+            plain: Tensor = _Plain.apply(shared.anchor, loss, batch)
+            return plain
+        shared.bring_up_to_date(hold=True)
         if isinstance(found, int):
-            if found < self.warm_up:
-                self._graphs[state] = found + 1
-                plain: Tensor = _Plain.apply(shared.anchor, loss, batch)
-                return plain
             found = self._graphs[state] = _Graphs(shared, loss)
         return found(batch)
 
@@ -138,7 +143,8 @@ class _Shared:
         self.layers = [layer for _, layer in masked_layers(model)]
         self.pool = torch.cuda.graph_pool_handle() if batch.is_cuda else None
         self.passes = 0
-        self._prepared: dict[tuple[int, Any], Any] = {}  # Number and form of a layer's prepared weight -> its tensors.
+        # The number of a layer and the form of its prepared weight -> the prepared weight that graphs read.
+        self._prepared: dict[tuple[int, Any], Any] = {}
         self._seeds: dict[int, Tensor] = {}
 
     @cached_property
@@ -147,29 +153,39 @@ class _Shared:
         return [torch.zeros_like(parameter) for parameter in self.parameters]
 
     @torch.no_grad()
-    def bring_up_to_date(self) -> None:
-        """Copy what the layers prepared, and the seeds that were drawn, into the tensors that graphs read."""
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
+    def bring_up_to_date(self, hold: bool) -> None:
+        """Copy what the layers prepared, and the seeds that were drawn, into the tensors that graphs read.
+
+        Args:
+            hold: Whether a graph is about to be recorded, which will read the tensors that are there now.
+        """
+        copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}  # One launch copies tensors of one dtype.
+
+        def copy(target: Tensor, source: Tensor) -> None:
+            if target is not source:
+                targets, sources = copies.setdefault(target.dtype, ([], []))
+                targets.append(target)
+                sources.append(source)
+
         for i, layer in enumerate(self.layers):
             now = getattr(layer, "_prepared", None)
             if isinstance(now, tuple):
-                own = self._prepared.get((i, _form(now)))
+                own: Any = self._prepared.get((i, _form(now)))
                 if own is None:
-                    own = self._prepared[i, _form(now)] = _writable(now)
-                if now is not own:
-                    pairs = [(a, b) for a, b in zip(own, now, strict=True) if isinstance(a, Tensor) and a is not b]
-                    targets += [a for a, _ in pairs]
-                    sources += [b for _, b in pairs]
+                    own = _writable(now)
+                    if hold:
+                        self._prepared[i, _form(now)] = own
+                for target, source in zip(own, now, strict=True):
+                    if isinstance(target, Tensor):
+                        copy(target, source)
                 layer._prepared = own  # type: ignore[assignment]
-            drawn = getattr(layer.backend, "seed", None)
-            if drawn is not None:
-                seed = self._seeds.setdefault(i, drawn)
-                if drawn is not seed:
-                    targets.append(seed)
-                    sources.append(drawn)
-                    layer.backend.seed = seed  # type: ignore[attr-defined]
-        if targets:
+            drawn, seed = getattr(layer.backend, "seed", None), self._seeds.get(i)
+            if drawn is not None and seed is None and hold:
+                seed = self._seeds[i] = drawn
+            if drawn is not None and seed is not None:
+                copy(seed, drawn)
+                layer.backend.seed = seed  # type: ignore[attr-defined]
+        for targets, sources in copies.values():
             torch._foreach_copy_(targets, sources)
 
 

@@ -60,13 +60,13 @@ def model_of(recordable: bool) -> nn.Module:
     return model
 
 
-def train(model: nn.Module, steps: int, hold_from: int = 99) -> list[float]:
+def train(model: nn.Module, steps: int, hold_from: int = 99, interval: int = 1) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     x, losses = torch.randn(6, 16, generator=torch.Generator().manual_seed(1)), []
     for step in range(steps):
         for layer in model:
             if isinstance(layer, SparseBitLinear):
-                layer.hold_mask = step >= hold_from
+                layer.hold_mask = step >= hold_from or step % interval > 0
         for part in x.chunk(2):  # The second micro-batch prepares nothing.
             prepare_layers(model)
             loss = model(part).square().mean()
@@ -86,6 +86,16 @@ def test_replays_train_like_launches(recorded: list[str], hold_from: int) -> Non
     # One preparation without a recording for each state. In the first step, and when it is held, a mask is there.
     assert recorded.count("recorded") == (1 if hold_from == 99 else 2)
     assert recorded.count("replayed") == (6 if hold_from == 99 else 2 + 3)
+
+
+@pytest.mark.parametrize(("interval", "recordings"), [(2, 2), (3, 2), (5, 1)])
+def test_masks_that_are_held_for_some_steps_have_two_recordings(
+    recorded: list[str], interval: int, recordings: int
+) -> None:
+    """A mask that is refreshed in every fifth step is prepared without a recording."""
+    plain, model = model_of(False), model_of(True)
+    assert train(model, 12, interval=interval) == train(plain, 12, interval=interval)
+    assert recorded.count("recorded") == recordings
 
 
 def test_a_backward_with_the_codes_of_an_earlier_step_is_refused(recorded: list[str]) -> None:

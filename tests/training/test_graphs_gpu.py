@@ -38,10 +38,13 @@ def recorded(monkeypatch):
     return calls
 
 
-def train(cuda_graphs, compile=False, gradients="bf16", steps=20, interval=1, ckpt_path=None, save=None, loader=None):
+def train(
+    cuda_graphs, compile=False, gradients="bf16", steps=20, interval=1, ckpt_path=None, save=None, loader=None,
+    recomputed=False,
+):  # fmt: skip
     if "sparse" not in engines(torch.device("cuda"))[0]:
         pytest.skip("sparse does not run on this GPU")
-    module = small_module(**SHAPE, pattern="2:4", loss="chunked")
+    module = small_module(**SHAPE, pattern="2:4", loss="chunked", activation_checkpointing=recomputed)
     module.cuda_graphs, module.hparams["schedule_steps"] = cuda_graphs, 20
     module.hparams["compile"] = compile
     losses = Losses()
@@ -79,6 +82,33 @@ def test_twenty_steps_are_the_same_to_the_last_bit(interval, compile, gradients,
     assert len(recorded) == (2 if interval == 1 else 4)
     assert graphed == losses
     assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("interval", "compile", "recomputed", "gradients"),
+    [(4, True, False, "int8"), (1, False, "mlp", "bf16"), (1, True, "mlp", "int8"), (4, True, True, "int8")],
+)
+def test_held_masks_and_recomputation(interval, compile, recomputed, gradients, recorded, monkeypatch):
+    monkeypatch.setattr(graphs, "refusal", lambda model: None)
+    monkeypatch.setattr("sbn_lightning.training.module.check_graphs", lambda module, trainer: None)
+    options = {"compile": compile, "gradients": gradients, "interval": interval, "recomputed": recomputed}
+    expected, losses = train(False, **options)
+    assert not recorded
+    actual, graphed = train(True, **options)
+    assert len(recorded) == (2 if interval == 1 else 4)
+    assert graphed == losses
+    assert_equal(actual, expected)
+
+
+def test_graphs_read_the_weights_where_their_preparation_writes_them(monkeypatch):
+    """Once all is recorded, nothing is copied but the seeds: two numbers a layer at most."""
+    copied, copy = [], torch._foreach_copy_
+    monkeypatch.setattr(
+        torch, "_foreach_copy_", lambda to, of: copied.append(max(map(torch.numel, to))) or copy(to, of)
+    )
+    train(True, True, "int8", steps=8)
+    assert copied
+    assert max(copied) == 1
 
 
 def test_a_run_that_resumes_in_the_middle(tmp_path, recorded):
