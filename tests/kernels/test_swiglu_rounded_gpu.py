@@ -9,10 +9,12 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 import sbn_kernels as sk
+import sbn_kernels.catalog
+from sbn_kernels.gemm import registry
 from sbn_kernels.swiglu.reference import gates_of_codes, saved_gates_reference, swiglu_backward_reference
 from sbn_kernels.swiglu.rounded import (
     swiglu_backward_of_codes,
-    swiglu_backward_rounded,
+    swiglu_backward_of_rounded,
     swiglu_pair_backward_rounded,
 )
 from sbn_kernels.swiglu.saved import swiglu_quantize_and_save
@@ -25,11 +27,15 @@ from tests.kernels.int8_head import check_cross_entropy, parts_by_kernels_and_tw
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rounded_backward_and_saved_gates(tokens: int, features: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    d = (torch.randn(tokens, features, device="cuda") * 1e-4).to(dtype)
+    kernels = registry.gradients(0)
+    a8 = torch.randint(-127, 128, (tokens, 64), device="cuda").char()
+    weight_t = kernels.transpose(torch.randint(-1, 2, (64, features), device="cuda").char())
+    product = a8, torch.rand(tokens, device="cuda") * 1e-6, weight_t
+    d = kernels.input_gradient(*product, features, dtype)
     x = (3 * torch.randn(tokens, 2 * features, device="cuda")).to(dtype)
     row_scale, token_scale = torch.rand(2 * features, device="cuda") + 0.01, torch.rand(tokens, device="cuda") + 0.01
     seed = torch.tensor([5], device="cuda")
-    one = swiglu_backward_rounded(d, x, None, row_scale, token_scale, seed)
+    one = swiglu_backward_of_rounded(*product, x, None, row_scale, token_scale, seed, dtype)
     two = sk.quantize_gradient(sk.swiglu_backward(d, x), row_scale, token_scale, seed)
     for name, ours, expected in zip(one._fields, one, two, strict=True):
         assert torch.equal(ours, expected), name
@@ -46,7 +52,7 @@ def test_rounded_backward_and_saved_gates(tokens: int, features: int, dtype: tor
     dx = swiglu_backward_of_codes(d, codes, code_scale)
     twin = swiglu_backward_reference(d, gates_of_codes(codes, code_scale)).to(dtype)
     torch.testing.assert_close(dx, twin, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-9)
-    one = swiglu_backward_rounded(d, codes, code_scale, row_scale, token_scale, seed)
+    one = swiglu_backward_of_rounded(*product, codes, code_scale, row_scale, token_scale, seed, dtype)
     for name, ours, expected in zip(
         one._fields, one, sk.quantize_gradient(dx, row_scale, token_scale, seed), strict=True
     ):

@@ -149,16 +149,6 @@ def _gradient_and_maxima(
     return dx, maxima, first_channel
 
 
-@kernel_op("swiglu_backward_rounded")
-def _swiglu_backward_rounded(
-    d: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor, token_scale: Tensor, seed: Tensor, stream: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, maxima, first_channel = _gradient_and_maxima(d, x, code_scale, row_scale, token_scale)
-    outputs = outputs_for(dx, True, True)
-    round_to(outputs, dx, row_scale, token_scale, maxima, first_channel, seed, stream, True, True)
-    return outputs
-
-
 @kernel_op("swiglu_backward_of_rounded")
 def _swiglu_backward_of_rounded(
     a8: Tensor, scale: Tensor, weight_t: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor,
@@ -177,13 +167,6 @@ def _(
     a8: Tensor, scale: Tensor, weight_t: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor,
     token_scale: Tensor, seed: Tensor, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return outputs_for(x, True, True)
-
-
-@kernel_fake("swiglu_backward_rounded")
-def _(
-    d: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor, token_scale: Tensor, seed: Tensor, stream: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return outputs_for(x, True, True)
 
 
@@ -263,41 +246,6 @@ def swiglu_backward_of_codes(d: Tensor, codes: Tensor, code_scale: Tensor) -> Te
     return dx
 
 
-def swiglu_backward_rounded(
-    d: Tensor,
-    x: Tensor,
-    code_scale: Tensor | None,
-    row_scale: Tensor,
-    token_scale: Tensor,
-    seed: Tensor,
-    stream: int = 0,
-) -> QuantizedGradient:
-    """Computes ``quantize_gradient(swiglu_backward(d, x), row_scale, token_scale, seed, stream)``.
-
-    Args:
-        d: The gradient of the product, ``[tokens, features]``.
-        x: Gates then ups, ``[tokens, 2 features]``, or their codes, int8.
-        code_scale: The scales of the codes, float32 ``[tokens, 2]``; None if ``x`` holds no codes.
-        row_scale: gamma of each row of the weight that made gates and ups, float32 ``[2 features]``.
-        token_scale: The scales of that layer's quantised tokens, float32 ``[tokens]``.
-        seed: One int64 on the device.
-        stream: A number that sets apart layers which share a seed.
-
-    Returns:
-        The gradient of gates and ups, rounded in both orders.
-
-    Raises:
-        ValueError: If an argument does not fit.
-        UnsupportedError: If there is no GPU.
-    """
-    _check_codes(d, x, code_scale)
-    check_scale("row_scale", row_scale, x.shape[1])
-    check_scale("token_scale", token_scale, x.shape[0])
-    check_seed(seed, stream, x.device)
-    args = (d, x, code_scale, row_scale, token_scale, seed, stream)
-    return QuantizedGradient(*torch.ops.sbn_kernels.swiglu_backward_rounded(*args))
-
-
 def swiglu_backward_of_rounded(
     a8: Tensor,
     scale: Tensor,
@@ -309,9 +257,11 @@ def swiglu_backward_of_rounded(
     seed: Tensor,
     dtype: torch.dtype,
 ) -> QuantizedGradient:
-    """Computes :func:`swiglu_backward_rounded` of the gradient ``input_gradient_gemm(a8, scale, weight_t, ...)``.
+    """Computes the gradient of the product, and from it the rounded gradient of gates and ups.
 
-    The gradient of the product is gone before the codes are made, which take as much memory.
+    The result is ``quantize_gradient(swiglu_backward(d, x), row_scale, token_scale, seed)`` with ``d =
+    input_gradient_gemm(a8, scale, weight_t, features, dtype)``. ``d`` is gone before the codes are made, which take as
+    much memory.
 
     Args:
         a8: The rounded gradient of the last layer's output, int8 ``[tokens, out]``.
@@ -349,7 +299,7 @@ def swiglu_pair_backward_rounded(
     token_scale: Tensor,
     seeds: tuple[Tensor, Tensor],
 ) -> tuple[QuantizedGradient, QuantizedGradient]:
-    """Computes :func:`swiglu_backward_rounded` for gates and ups of two layers that read the same tokens.
+    """Computes the rounded gradients of gates and ups from two layers that read the same tokens.
 
     Args:
         d: The gradient of the product, ``[tokens, features]``.
