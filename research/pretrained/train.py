@@ -24,7 +24,7 @@ from research.pretrained.together import LOOK_EVERY, SharedTeacher
 from research.pretrained.trials import Trial
 from research.queue import append_row
 from research.training import autocast, forward_context, load_state, save_state
-from sbn_lightning import MaskedDecay, Rounding, SparseTernaryPrecision, SparsitySchedule, TernaryTransformer
+from sbn_lightning import MaskedDecay, Ramp, Rounding, SparseTernaryPrecision, SparsitySchedule, TernaryTransformer
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.load import load_model, read_config
 from sbn_lightning.layers.masked_linear import masked_layers
@@ -132,6 +132,7 @@ class Training:
                 self.optimizer,
                 total_steps=max(self.steps, 1),
                 rounding=Rounding(end=trial.rounding) if trial.rounding else None,
+                ramp=Ramp("walk", *trial.ramp) if trial.ramp else None,
                 masked_decay=MaskedDecay(trial.masked_decay, until=0.5) if trial.masked_decay else None,
             )
         self.step = 0

@@ -28,6 +28,8 @@ class Trial:
         relative: Whether ``lr`` is a share of the mean magnitude of each layer's weight at the start of training.
         weight_decay: The weight decay of the matrices in the blocks.
         rounding: The share of training at which everything is rounded; 0 rounds from the first step.
+        ramp: The shares of training at which masks begin and at which they have the pattern, in steps of one weight a
+            group. None has the pattern from the first step.
         masked_decay: The decay of masked weights, which falls to zero over the first half of training.
         sub_norms: Whether norms are inserted before the output and the down projection.
         learnable_scales: Whether gamma of each matrix has a factor that is trained, at the rate of the matrices.
@@ -48,6 +50,7 @@ class Trial:
     relative: bool = False
     weight_decay: float = 0.0
     rounding: float = 0.0
+    ramp: tuple[float, float] | None = None
     masked_decay: float = 0.0
     sub_norms: bool = False
     learnable_scales: bool = False
@@ -199,6 +202,7 @@ def options(tokens: int) -> list[Trial]:
         scales,
         replace(start, name="both, sub_norms", sub_norms=True),
         replace(start, name="both, hidden", distillation={**BOTH, "hidden": 1.0}),
+        replace(start, name="both, ternary first", rounding=0.4, ramp=(0.4, 0.6)),
         replace(plain, name="text alone at 3e-3"),
         replace(scales, seed=2),
         replace(start, name="both, relations", distillation={**BOTH, "relations": 1.0}),

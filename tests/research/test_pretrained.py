@@ -44,7 +44,7 @@ def ends(setting):
 
 def test_a_stopped_trial_ends_where_an_uninterrupted_one_does(setting):
     trial = Trial("distilled 6:8", TOKENS, distillation=LOGITS, rounding=0.5, masked_decay=1.0, sub_norms=True)
-    trial = replace(trial, learnable_scales=True)
+    trial = replace(trial, learnable_scales=True, ramp=(0.2, 0.7))
     assert Training(trial, setting).run()
     whole = ends(setting)[trial.name]
     assert [row["tokens"] for row in read_rows(setting.output / FILE)] == [48, 96]
