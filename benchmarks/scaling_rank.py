@@ -227,8 +227,10 @@ def strategy_of(name: str) -> Any:
         return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
     name, _, ctas = name.removesuffix(WAITING).removesuffix(" ctas").partition(" on ")
     most = int(ctas) if ctas else None
+    name, _, bucket = name.removesuffix(" mb").partition(" in ")
     if "ddp" in name:
-        return ReplicatedStrategy("bfloat16" if "bfloat16" in name else "float32", max_ctas=most)
+        sizes = {"bucket_cap_mb": int(bucket)} if bucket else {}
+        return ReplicatedStrategy("bfloat16" if "bfloat16" in name else "float32", max_ctas=most, **sizes)
     reduce = "step" if name == "fsdp2 step" else "micro_batch"
     gather: Any = GATHERS.get(name, "latent")
     return ShardedStrategy("bfloat16", reduce=reduce, gather=gather, max_ctas=most)  # type: ignore[arg-type]
