@@ -178,8 +178,8 @@ The same with rows shared within a host (a mesh of two dimensions), 50 Gbit/s:
 
 {memory_table(8)}
 
-Kernels of GPUs since the A100 read packed words, half a byte a weight with int8 gradients. `packed_layer` holds those of
-two blocks. With exact gradients the backward reads int8 codes, a byte a weight instead of a quarter.
+Kernels of GPUs since the A100 read packed words, half a byte a weight with int8 gradients. `packed_layer` holds those
+of two blocks. With exact gradients the backward reads int8 codes, a byte a weight instead of a quarter.
 
 The next table takes one sequence of 4,096 tokens on each GPU and recomputes whole blocks. So a model fits on fewer
 ranks than the first column above says:

@@ -39,13 +39,13 @@ def test_bytes_on_the_wire():
     assert dense == pytest.approx(own * (6 * shape.ternary + 4 * shape.rest) / gib)
 
 
-def test_states_are_shared_and_codes_of_a_step_are_not():
+def test_states_are_shared_and_words_of_a_step_are_not():
     shape = SHAPES[2]
     two, four = memory(shape, 2, Plan()), memory(shape, 4, Plan())
     assert two["latent weights, float32, sharded"] == 2 * four["latent weights, float32, sharded"]
-    assert two["codes and packed words"] == four["codes and packed words"]
-    layered = memory(shape, 4, Plan(gather="packed_layer"))
-    assert layered["codes and packed words"] < four["codes and packed words"] / 10
+    words = "packed words, whole, for forward and backward"
+    assert two[words] == four[words]
+    assert memory(shape, 4, Plan(gather="packed_layer"))[words] < four[words] / 10
 
 
 @pytest.mark.parametrize(("number", "gather", "accumulate", "sequences", "measured", "alone"), MEASURED)
