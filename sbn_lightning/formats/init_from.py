@@ -84,9 +84,9 @@ def load_weights(model: TernaryTransformer, path: str) -> TextFiles:
             f"init_from: {path} holds packed weights without the latent ones: training starts from gamma * codes",
             stacklevel=2,
         )
-    for name, layer in ternary_layers(loaded.model).items():
+    for name, scaled in ternary_layers(loaded.model).items():
         if f"{name}.log_scale" in state and f"{name}.log_scale" not in model.state_dict():
-            state[f"{name}.weight"] = _with_learned_scale(layer, state.pop(f"{name}.log_scale"))
+            state[f"{name}.weight"] = _with_learned_scale(scaled, state.pop(f"{name}.log_scale"))
     missing, unexpected = model.load_state_dict(state, strict=False)
     # Masks are made from the weights. Norms that are inserted and learned factors on gamma start at 1.
     made = [".mask_bits"] + [".sub_norm.weight"] * inserted + [".log_scale"] * model.config.learnable_scales

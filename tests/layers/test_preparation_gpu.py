@@ -13,9 +13,10 @@ from tests.helpers import small_config
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def train(gradients: str, pattern: str, backend: str) -> dict[str, torch.Tensor]:
+def train(gradients: str, pattern: str, backend: str, learnable_scales: bool) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    config = small_config(d_model=256, d_ffn=512, vocab_size=512, n_layers=2, pattern=pattern, loss="chunked")
+    shape = {"d_model": 256, "d_ffn": 512, "vocab_size": 512, "n_layers": 2}
+    config = small_config(**shape, pattern=pattern, loss="chunked", learnable_scales=learnable_scales)
     model = TernaryTransformer(config).cuda()
     plugin = SparseTernaryPrecision(backend, gradients)  # type: ignore[arg-type]
     plugin.convert_module(model)
@@ -33,10 +34,16 @@ def train(gradients: str, pattern: str, backend: str) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize(
-    ("gradients", "pattern", "backend"), [("int8", "2:4", "sparse"), ("bf16", "2:4", "sparse"), ("int8", "6:8", "int8")]
+    ("gradients", "pattern", "backend", "learnable_scales"),
+    [
+        ("int8", "2:4", "sparse", False),
+        ("bf16", "2:4", "sparse", False),
+        ("int8", "6:8", "int8", False),
+        ("int8", "2:4", "sparse", True),
+    ],
 )
 def test_replays_train_like_launches(
-    gradients: str, pattern: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    gradients: str, pattern: str, backend: str, learnable_scales: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if backend not in engines(torch.device("cuda"))[0]:
         pytest.skip(f"{backend} does not run on this GPU")
@@ -45,10 +52,10 @@ def test_replays_train_like_launches(
     calls, record = [], preparation.record
     monkeypatch.setattr(preparation, "record", lambda *given: calls.append(1) or record(*given))
     try:
-        actual = train(gradients, pattern, backend)
+        actual = train(gradients, pattern, backend, learnable_scales)
         assert len(calls) == 1
         monkeypatch.setattr(preparation, "can_record", lambda layer: False)
-        expected = train(gradients, pattern, backend)
+        expected = train(gradients, pattern, backend, learnable_scales)
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(calls) == 1
