@@ -188,7 +188,8 @@ def lengthy(longest: int, tokens: int) -> list[Trial]:
 def options(tokens: int) -> list[Trial]:
     """Return the comparison of the options that were not tried with a warm-up, in the order of its value.
 
-    The first two trials have the recipe's options and two seeds, which shows the noise.
+    The first two trials have the recipe's options and two seeds, which shows the noise. The teacher is asked too, because
+    its answers to the tasks are not known.
 
     Args:
         tokens: The number of tokens of each trial.
@@ -212,9 +213,10 @@ def options(tokens: int) -> list[Trial]:
         replace(start, name="both, top 16", distillation={**BOTH, "top_k": 16}),
         replace(start, seed=3),
     ]
-    return [
+    named = [
         replace(trial, name=f"{tokens / 1e6:g}M {trial.name} {trial.pattern} seed {trial.seed}") for trial in trials
     ]
+    return [*named[:6], Trial("dense", 0, linear="dense"), *named[6:]]
 
 
 def best(rows: Iterable[dict[str, Any]], prefix: str) -> Trial | None:

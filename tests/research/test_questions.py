@@ -93,7 +93,7 @@ def test_the_long_comparison_has_each_trial_once():
 
 
 def test_each_option_differs_from_the_recipe_in_one_thing():
-    first, *others = options(6_000_000)
+    first, *others = (trial for trial in options(6_000_000) if trial.tokens)
     assert first.name == "6M both 2:4 seed 1"
     assert len({trial.name for trial in others}) == len(others)
     for trial in others:
