@@ -70,6 +70,7 @@ def generate(
     cuda_graph: bool | None = None,
     decode_step: StepKind = "graph",
     prefill_chunk: int | None = None,
+    decoder: Decoder | None = None,
     speed: Speed | None = None,
 ) -> list[list[int]]:
     """Continue a batch of prompts, which may differ in length.
@@ -87,17 +88,29 @@ def generate(
         cuda_graph: Whether to capture a step as a CUDA graph; see :class:`Decoder`.
         decode_step: How a step is computed; ``step`` of :class:`Decoder`.
         prefill_chunk: The largest number of tokens of a prompt that are read at a time; None reads prompts at once.
+        decoder: A decoder of this model to use again, for as many prompts as it has rows. A call without one makes a
+            decoder and drops it, so several calls capture their graphs anew. The decoder has its own settings, so
+            ``cuda_graph``, ``decode_step`` and ``prefill_chunk`` cannot be given as well.
         speed: An object to fill in. Measuring waits twice for the device.
 
     Returns:
         The new token ids of each prompt.
 
     Raises:
-        ConfigError: If a prompt is empty, or leaves no room for a new token in the model's context, or if the model
-            cannot use ``decode_step``.
+        ConfigError: If a prompt is empty, or leaves no room for a new token in the model's context or in the decoder,
+            if the decoder belongs to another model or comes with settings, or if the model cannot use ``decode_step``.
         StepTimeoutError: If a persistent step passed its deadline.
     """
-    rooms, decoder = _start(model, prompts, max_new_tokens, cuda_graph, decode_step, prefill_chunk)
+    if decoder is not None:
+        if decoder.model is not model:
+            raise ConfigError("the decoder belongs to another model; make one of this model")
+        if (cuda_graph, decode_step, prefill_chunk) != (None, "graph", None):
+            raise ConfigError(
+                "a decoder has its own cuda_graph, decode_step and prefill_chunk; give them where it is made"
+            )
+        rooms = _rooms(prompts, max_new_tokens, decoder.max_length, "the decoder's rows of {} (max_length)")
+    else:
+        rooms, decoder = _start(model, prompts, max_new_tokens, cuda_graph, decode_step, prefill_chunk)
     device = decoder.device
     stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=device)
     written = torch.zeros(len(prompts), max(rooms), dtype=torch.int64, device=device)
@@ -164,18 +177,8 @@ def _start(
     prefill_chunk: int | None,
 ) -> tuple[list[int], Decoder]:
     """Compute how many new tokens each prompt has room for, and make a decoder that holds them all."""
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} is below 1")
-    if not prompts:
-        raise ConfigError("there is no prompt to continue")
     limit = model.config.max_sequence_length
-    rooms = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
-    if min(rooms) < 1:
-        i = rooms.index(min(rooms))
-        raise ConfigError(
-            f"prompt {i} has {len(prompts[i])} tokens, which leaves no room in the model's context of {limit} "
-            "(max_sequence_length): shorten it"
-        )
+    rooms = _rooms(prompts, max_new_tokens, limit, "the model's context of {} (max_sequence_length)")
     longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
     own_cache: Any = getattr(model, "make_decoder", None)
     if own_cache is not None:  # A model that is not our own transformer brings its own cache.
@@ -183,6 +186,21 @@ def _start(
     return rooms, Decoder(
         model, len(prompts), longest, cuda_graph=cuda_graph, step=decode_step, prefill_chunk=prefill_chunk
     )
+
+
+def _rooms(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: int, where: str) -> list[int]:
+    """Compute how many new tokens each prompt has room for, if a sequence can have ``limit`` tokens."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} is below 1")
+    if not prompts:
+        raise ConfigError("there is no prompt to continue")
+    rooms = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    if min(rooms) < 1:
+        i = rooms.index(min(rooms))
+        raise ConfigError(
+            f"prompt {i} has {len(prompts[i])} tokens, which leaves no room in {where.format(limit)}: shorten it"
+        )
+    return rooms
 
 
 def _tokens(

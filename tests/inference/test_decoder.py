@@ -53,6 +53,28 @@ def test_greedy_tokens_equal_those_of_a_loop_without_cache(options):
     assert [list(stream(model, prompt, max_new_tokens=24)) for prompt in PROMPTS] == expected
 
 
+def test_a_decoder_is_used_again():
+    model = make()
+    decoder = Decoder(model, 3, 40)
+    for prompts in (PROMPTS, PROMPTS[::-1]):
+        again = generate(model, prompts, max_new_tokens=12, decoder=decoder)
+        assert again == generate(model, prompts, max_new_tokens=12)
+    assert list(map(len, generate(model, [[1] * 38, [2], [3]], decoder=decoder))) == [2, 39, 39]
+    for options, message in (
+        ({"decode_step": "auto"}, "its own cuda_graph, decode_step"),
+        ({"prefill_chunk": 4}, "its own cuda_graph, decode_step"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            generate(model, PROMPTS, decoder=decoder, **options)
+    with pytest.raises(ConfigError, match="belongs to another model"):
+        generate(make(), PROMPTS, decoder=decoder)
+    with pytest.raises(ConfigError, match=r"no room in the decoder's rows of 40 \(max_length\)"):
+        generate(model, [[1] * 40, [2], [3]], decoder=decoder)
+    with pytest.raises(ConfigError, match="2 prompts for a decoder of batch_size=3"):
+        generate(model, PROMPTS[:2], decoder=decoder)
+
+
 def test_packed_layers_generate_as_latent_ones():
     model = make(qkv_bias=True)
     expected = generate(model, PROMPTS, max_new_tokens=12)
