@@ -129,13 +129,16 @@ def test_every_variant_can_be_built(benchmark: ModuleType) -> None:
             assert callable(model.loss), name
 
 
-def test_rows_with_cuda_graphs(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [4, 5], ids=["foreign", "ours"])
+def test_rows_with_cuda_graphs(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: int
+) -> None:
     from sbn_lightning.training import graphs
 
     recorded = []
     monkeypatch.setattr(graphs, "record", lambda function, pool: recorded.append(function()) or function)
     monkeypatch.setattr(graphs._Graphs, "forward", torch.enable_grad()(graphs._Graphs.forward))
     path = tmp_path / "training_step.csv"
-    benchmark.measure(path, "ours 2:4", arguments(benchmark, shape=benchmark.SHAPES[5]), {}, graphs=True)
+    benchmark.measure(path, "ours 2:4", arguments(benchmark, shape=benchmark.SHAPES[shape]), {}, graphs=True)
     assert [row["variant"] for row in read(path)] == ["ours 2:4, CUDA graphs"]
     assert len(recorded) == 2
