@@ -21,7 +21,8 @@ from sbn_lightning.distributed.strategies import ShardedStrategy
 from tests.distributed.sharded_fit import fit
 from tests.helpers import quiet_trainer, small_module
 
-watching.BROKEN = 2.0  # The other rank is dead in the tests, so nobody has to be patient.
+# The other rank is dead in the tests, so nobody has to be patient.
+watching.BEAT, watching.BROKEN = 0.2, 2.0
 
 
 class Fault(Callback):
