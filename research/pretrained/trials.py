@@ -188,8 +188,8 @@ def lengthy(longest: int, tokens: int) -> list[Trial]:
 def options(tokens: int) -> list[Trial]:
     """Return the comparison of the options that were not tried with a warm-up, in the order of its value.
 
-    The first two trials have the recipe's options and two seeds, which shows the noise. The teacher is asked too, because
-    its answers to the tasks are not known.
+    The first two trials have the recipe's options and two seeds, which shows the noise. The teacher itself is asked for
+    its answers to the tasks.
 
     Args:
         tokens: The number of tokens of each trial.
