@@ -1,10 +1,5 @@
 """``TernarySparseConversion`` in training runs of modules that do not mention it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from lightning.fabric import Fabric
@@ -14,6 +9,7 @@ from sbn_lightning.core.errors import ConfigError, SBNError
 from sbn_lightning.fabric.run import FabricRun
 from sbn_lightning.sparsity.pattern import NMPattern, top_n_mask
 from tests.helpers import ForeignModule, quiet_trainer, regression_loader
+from tests.preloaded import Preloaded
 
 
 @pytest.mark.parametrize(("options", "left"), [({"exclude": "*.0"}, "net.0"), ({"include": "*.0"}, "net.2")])
@@ -54,32 +50,26 @@ def test_a_converted_module_resumes(in_configure_model):
     assert all(torch.equal(expected[key], resumed[key]) for key in expected)
 
 
-FORKED = """
-from tests.helpers import ForeignModule, quiet_trainer, regression_loader
-from sbn_lightning import TernarySparseConversion, convert_linears
-import torch
-from lightning.fabric import Fabric
-
-module = ForeignModule()
-options = {"strategy": "ddp_fork", "devices": 1, "max_steps": 2, "enable_checkpointing": True}
-trainer = quiet_trainer([TernarySparseConversion("2:4")], **options)
-trainer.fit(module, regression_loader())
-convert_linears(module, "2:4")
-saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=False)["state_dict"]
-print("same", all(torch.equal(value, saved[name]) for name, value in module.state_dict().items()))
-"""
+def train_in_a_fork():
+    module = ForeignModule()
+    options = {"strategy": "ddp_fork", "devices": 1, "max_steps": 2, "enable_checkpointing": True}
+    trainer = quiet_trainer([TernarySparseConversion("2:4")], **options)
+    trainer.fit(module, regression_loader())
+    convert_linears(module, "2:4")
+    saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=False)["state_dict"]
+    print("same", all(torch.equal(value, saved[name]) for name, value in module.state_dict().items()), flush=True)
 
 
-def test_training_in_a_forked_process_says_what_the_model_here_is():
+def test_training_in_a_forked_process_says_what_the_model_here_is(tmp_path):
     """It keeps plain layers with the trained weights; converted as told it is the model of the checkpoint.
 
-    In an interpreter of its own: once autograd has threads a process cannot be forked any more.
+    In a process of its own: once autograd has threads a process cannot be forked any more.
     """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", FORKED]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200, env=environment)
-    assert "call convert_linears on it with the same options" in done.stderr
-    assert "same True" in done.stdout
+    output = tmp_path / "output.txt"
+    assert Preloaded(train_in_a_fork, [], tmp_path, output).wait(200) == 0, output.read_text()
+    printed = output.read_text()
+    assert "call convert_linears on it with the same options" in printed
+    assert "same True" in printed
 
 
 def test_a_conversion_that_matches_nothing_is_an_error():

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.data import TokenDataModule, prepare
 from tests.data.helpers import prepare_small, write_corpus
 from tests.helpers import quiet_trainer
+from tests.preloaded import Preloaded
 
 
 def module(path: Path | str, **options: Any) -> TokenDataModule:
@@ -114,14 +112,13 @@ def test_shuffling_mixes_distant_blocks(tmp_path: Path) -> None:
     assert spread / (len(shuffled) // 4) > 0.4 * len(ordered)
 
 
-RANKS = """
-import json, sys
-from sbn_lightning.data import TokenDataModule
-for path in sys.argv[1:]:
-    data = TokenDataModule(path, batch_size=4, sequence_length=63, num_workers=0)
-    train, val = data.train_dataloader(), data.val_dataloader()
-    print(json.dumps([len(train), *[[r.tolist() for b in loader for r in b] for loader in (train, val)]]))
-"""
+def print_shares(paths: list[Path]) -> None:
+    """Print the share of this rank in each data set, one JSON line each."""
+    for path in paths:
+        data = TokenDataModule(str(path), batch_size=4, sequence_length=63, num_workers=0)
+        train, val = data.train_dataloader(), data.val_dataloader()
+        shares = [[r.tolist() for b in loader for r in b] for loader in (train, val)]
+        print(json.dumps([len(train), *shares]), flush=True)
 
 
 def test_ranks_share_the_data_evenly(tmp_path: Path) -> None:
@@ -130,11 +127,13 @@ def test_ranks_share_the_data_evenly(tmp_path: Path) -> None:
     paths = [tmp_path / "plain", tmp_path / "vast"]
     prepare_small(write_corpus(tmp_path / "in"), paths[0], chunk_bytes="64MB", val_fraction=0.3)
     shutil.copytree(paths[0], paths[1])
-    search = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    environments = [{**os.environ, "WORLD_SIZE": "2", "GLOBAL_RANK": str(r), "PYTHONPATH": search} for r in (0, 1)]
-    command = [sys.executable, "-W", "ignore", "-c", RANKS, *map(str, paths)]
-    ranks = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for env in environments]
-    answers = [[json.loads(line) for line in rank.communicate()[0].splitlines()] for rank in ranks]
+    files = [tmp_path / f"rank{rank}.txt" for rank in (0, 1)]
+    ranks = [
+        Preloaded(print_shares, [paths], tmp_path, file, {"WORLD_SIZE": "2", "GLOBAL_RANK": str(rank)})
+        for rank, file in enumerate(files)
+    ]
+    assert [rank.wait(100) for rank in ranks] == [0, 0]
+    answers = [[json.loads(line) for line in file.read_text().splitlines() if line[0] == "["] for file in files]
     for path, (one, other) in zip(paths, zip(*answers, strict=True), strict=True):
         assert one[0] == other[0] == len(one[1]) // 4
         for split, loader in ((1, module(path).train_dataloader()), (2, module(path).val_dataloader())):

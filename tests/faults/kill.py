@@ -22,7 +22,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from sbn_lightning.cli import main as sbn  # noqa: E402
 from tests.faults.recorder import read  # noqa: E402
+from tests.preloaded import Preloaded  # noqa: E402
 
 CHECKPOINTS = "logs/sparse_pretrain/version_*/checkpoints"
 
@@ -70,6 +72,16 @@ def start(words, folder):
         return subprocess.Popen(words, cwd=folder, env=environment, start_new_session=True, **output)
 
 
+def fork(words, folder):
+    """Do the same as :func:`start`, in a process that need not import anything."""
+    return Preloaded(main_of_sbn, [words[2:]], folder, folder / "log.txt")
+
+
+def main_of_sbn(words):
+    sys.argv = ["sbn"]
+    return sbn(words)
+
+
 def wait_for(process, condition, pause=0.002, limit=120):
     """Wait for ``condition`` or for the end of the process. Return whether the process still runs."""
     end = time.monotonic() + limit
@@ -88,13 +100,13 @@ def last_checkpoint(folder):
     return torch.load(path, weights_only=True)
 
 
-def kill_once(words, folder, kind, rng, longest):
+def kill_once(words, folder, kind, rng, longest, begin):
     """Start the command and kill it. Return whether the command was still running at the kill."""
     record = folder / "record.txt"
     before = size(record)
-    process = start(words, folder)
+    process = begin(words, folder)
     if kind == "start":
-        time.sleep(rng.uniform(0.0, 5.0))
+        time.sleep(rng.uniform(0.0, 5.0 if begin is start else 0.5))
     else:
         wait_for(process, lambda: size(record) > before)
         time.sleep(rng.uniform(0.0, longest))
@@ -129,8 +141,10 @@ def same(a, b):
     return a == b
 
 
-def run(folder, tokens, kills, steps, loop="fit", seed=0, longest=0.5, report=print):
+def run(folder, tokens, kills, steps, loop="fit", seed=0, longest=0.5, report=print, begin=start):
     """Train once undisturbed and once with kills, and compare the two runs.
+
+    Each process is begun with ``begin``, which is :func:`start` or :func:`fork`.
 
     Returns:
         How many kills met a running process.
@@ -139,19 +153,19 @@ def run(folder, tokens, kills, steps, loop="fit", seed=0, longest=0.5, report=pr
     calm, killed = folder / "calm", folder / "killed"
     for place in (calm, killed):
         place.mkdir()
-    process = start(words, calm)
+    process = begin(words, calm)
     assert process.wait() == 0, (calm / "log.txt").read_text()[-2000:]
     hits = 0
     for number in range(kills):
         kind = "write" if number % 3 == 0 else "start" if number % 5 == 2 else "train"
-        running = kill_once(words, killed, kind, rng, longest)
+        running = kill_once(words, killed, kind, rng, longest, begin)
         hits += running
         reached = max(read(killed / "record.txt"), default=(0, 0))[0] if size(killed / "record.txt") else 0
         left = [path.name for path in killed.glob(f"{CHECKPOINTS}/*.tmp")]
         report(f"kill {number + 1}: {kind}, step {reached}{', left ' + ', '.join(left) if left else ''}")
         if not running:
             break
-    process = start(words, killed)
+    process = begin(words, killed)
     assert process.wait() == 0, (killed / "log.txt").read_text()[-2000:]
     report(f"{compare(calm, killed)} micro-batches, weights, masks and optimiser equal to the last bit")
     return hits

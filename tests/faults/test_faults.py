@@ -185,7 +185,7 @@ def test_everything_written_loads_without_executing_anything(tokens):
 
 
 def test_kill_9(tokens, tmp_path):
-    hits = kill.run(tmp_path, tokens, kills=3, steps=25, longest=0.1)
+    hits = kill.run(tmp_path, tokens, kills=3, steps=25, longest=0.1, begin=kill.fork)
     assert hits >= 2
 
 
@@ -288,12 +288,12 @@ class Terminator(RunCallback):
                 os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigterm_as_a_process_meets_it(tokens, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "begin"), [(0, kill.fork), (2, kill.start)])
+def test_sigterm_as_a_process_meets_it(tokens, tmp_path, workers, begin):
     """A real process gives status and message. The signal comes from outside, and reaches loader workers too."""
     options = ("--checkpoint.every_n_train_steps=1000", f"--data.num_workers={workers}")
     words = kill.command(tokens, 2000, "fit", *options)
-    process = kill.start(words, tmp_path)
+    process = begin(words, tmp_path)
     assert kill.wait_for(process, lambda: kill.size(tmp_path / "record.txt") > 0)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(60) == 143
@@ -304,23 +304,28 @@ def test_sigterm_as_a_process_meets_it(tokens, tmp_path, workers):
     assert max(read(tmp_path / "record.txt"))[0] == step
 
 
-@pytest.mark.parametrize("start", ["fork", "forkserver"])  # the defaults of Python up to 3.13, and of later versions
-def test_a_loader_process_ends_with_its_parent_and_with_nobody_else(tokens, start):
+LEFT_BEHIND = """
+import subprocess, sys
+from multiprocessing import active_children, set_start_method
+from sbn_lightning.data import TokenDataModule
+left = []
+for start in ("fork", "forkserver"):  # the defaults of Python up to 3.13, and of later versions
+    set_start_method(start, force=True)
+    data = TokenDataModule(sys.argv[1], batch_size=1, sequence_length=64, num_workers=1)
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    first = next(batches)
+    subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in active_children())], check=True)
+    print(sum(1 for _ in zip(range(20), batches)), len(active_children()))
+    left.append(batches)
+"""
+
+
+def test_a_loader_process_ends_with_its_parent_and_with_nobody_else(tokens):
     """A signal from outside does not end the loader process, and a script that leaves an iterator behind still ends."""
-    script = (
-        "import subprocess\n"
-        "from multiprocessing import active_children, set_start_method\n"
-        f"set_start_method({start!r})\n"
-        "from sbn_lightning.data import TokenDataModule\n"
-        f"data = TokenDataModule({str(tokens)!r}, batch_size=1, sequence_length=64, num_workers=1)\n"
-        "data.setup('fit')\n"
-        "batches = iter(data.train_dataloader())\n"
-        "first = next(batches)\n"
-        "subprocess.run(['kill', '-TERM', *(str(worker.pid) for worker in active_children())], check=True)\n"
-        "print(sum(1 for _ in zip(range(20), batches)), len(active_children()))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
-    assert done.stdout.split() == ["20", "1"]
+    command = [sys.executable, "-c", LEFT_BEHIND, str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.split() == ["20", "1", "20", "2"]
 
 
 def test_a_thread_that_cannot_listen_trains_all_the_same(tmp_path):
