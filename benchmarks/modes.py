@@ -1,7 +1,8 @@
-"""The table of "What you get on your GPU": speed, memory and distance from the reference of each way to train.
+"""The tables of "What you get on your GPU": speed, memory and distance from the reference of each way to train.
 
-Speed and memory come from ``training_step.csv``, distances from ``loss_curves.csv``. A cell shows the newest row of its
-shape that has a ratio to bf16 in the same run.
+Speed and memory come from ``training_step.csv``, memory by part from ``training_memory.csv``, and distances from
+``loss_curves.csv``. A cell of the first table shows the newest row of its shape that has a ratio to bf16 in the same
+run.
 """
 
 from __future__ import annotations
@@ -90,4 +91,48 @@ def table(steps: Path) -> str:
             continue
         texts = [f"{float(row['vs_bf16']):.2f}x, {float(row['peak_gib']):.0f} GiB" if row else "" for row in cells]
         lines.append([name, *texts, _span(losses.get(run, []))])
-    return f"{where}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    memory = memory_by_part(steps.with_name("training_memory.csv"), {variant: name for variant, name, _ in MODES})
+    return f"{where}\n\n{_markdown(lines)}\n\n{MEMORY}\n\n{memory}"
+
+
+MEMORY = """## Where the memory goes
+
+GiB at the peak of a step, each from the newest run that measured it. What the forward saves for the backward is split
+into the widest tensors, which are the gates and ups, and the rest. Ours saves tokens as int8 codes; with
+`saved_gates: int8` gates and ups as well."""
+
+
+def memory_by_part(path: Path, names: dict[str, str]) -> str:
+    """A table of the memory by part.
+
+    Args:
+        path: ``training_memory.csv``. The rows of a run begin with the parameters.
+        names: What the page calls each variant.
+    """
+    runs: dict[tuple[str, str], dict[str, float]] = {}
+    for row in read(path)[0]:
+        parts = runs.setdefault((row["shape"], row["variant"]), {})
+        if row["part"] == "parameters":
+            parts.clear()
+        parts[row["part"]] = float(row["gib"])
+    lines = [
+        ["", "parameters, gradients, optimiser", "prepared weights", "gates and ups", "other saved", "temporary", "all"]
+    ]
+    lines.append(["---"] * len(lines[0]))
+    for (shape, variant), parts in sorted(runs.items(), key=lambda item: item[0][0]):
+        saved = {name: size for name, size in parts.items() if name.startswith("saved")}
+        widest = max(saved, key=_width)
+        held = sum(parts[name] for name in ("parameters", "gradients", "optimiser states"))
+        prepared, rest = parts["buffers and prepared weights"], sum(saved.values()) - saved[widest]
+        sizes = [held, prepared, saved[widest], rest, parts["temporaries"], sum(parts.values())]
+        lines.append([f"{shape}: {names.get(variant, variant)}", *(f"{size:.1f}" for size in sizes)])
+    return _markdown(lines)
+
+
+def _width(part: str) -> int:
+    """The features of the saved tensors of a part, as in ``saved int8 x 28672``."""
+    return int(part.rpartition(" x ")[2]) if " x " in part else 0
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
