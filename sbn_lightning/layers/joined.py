@@ -1,6 +1,6 @@
 """Layers of a foreign model that read the same tokens, computed as one layer in a compiled training step.
 
-``q``, ``k`` and ``v`` of an attention read the same tokens in most models. A conversion notes such layers by the names
+``q``, ``k`` and ``v`` of an attention read the same tokens in most models, and so do gate and up. A conversion notes such layers by the names
 of their siblings. In a forward the first of them multiplies for all of them, and leaves each of the others its result
 together with the tokens. A layer takes the result if it gets the very same tensor. Otherwise it multiplies itself, and
 its group is given up. So a wrong guess from names costs time and changes nothing.
@@ -25,6 +25,7 @@ GROUPS = (
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
     ("to_q", "to_k", "to_v"),
+    ("gate_proj", "up_proj"),  # A SwiGLU between them is found by its formula instead (swiglu_fusion.py).
 )
 
 
