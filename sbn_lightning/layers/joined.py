@@ -1,9 +1,9 @@
 """Layers of a foreign model that read the same tokens, computed as one layer in a compiled training step.
 
-``q``, ``k`` and ``v`` of an attention read the same tokens in most models, and so do gate and up. A conversion notes such layers by the names
-of their siblings. In a forward the first of them multiplies for all of them, and leaves each of the others its result
-together with the tokens. A layer takes the result if it gets the very same tensor. Otherwise it multiplies itself, and
-its group is given up. So a wrong guess from names costs time and changes nothing.
+``q``, ``k`` and ``v`` of an attention read the same tokens in most models, and so do gate and up. A conversion notes
+such layers by the names of their siblings. In a forward the first of them multiplies for all of them, and leaves each
+of the others its result together with the tokens. A layer takes the result if it gets the very same tensor. Otherwise
+it multiplies itself, and its group is given up. So a wrong guess from names costs time and changes nothing.
 
 This happens only inside ``torch.compile``, in training, and where the backend can join layers
 (:mod:`sbn_lightning.backends.joined`). Whether a step is compiled does not change during a run. So a run that resumes
