@@ -23,8 +23,9 @@ VARIANTS = {
     "6:8": ("ternary", "6:8", "int8"),
     "2:4, one kernel": ("ternary", "2:4", "sparse"),
     "2:4, 8-bit head": ("ternary", "2:4", "sparse"),
+    "2:4, one kernel, 8-bit head": ("ternary", "2:4", "sparse"),
 }
-PERSISTENT, ROUNDED = "2:4, one kernel", "2:4, 8-bit head"
+PERSISTENT, ROUNDED = "one kernel", "8-bit head"  # parts of a variant's name
 COLUMNS = ("model", "what", "batch", "variant", "ms", "tokens_s", "bf16_ms", "vs_bf16", "error", "same", "bandwidth")
 KEY = ("model", "what", "batch", "variant")
 DEVICE = torch.device("cuda")
@@ -67,7 +68,7 @@ def bytes_of_step(name: str, variant: str, batch: int, context: int) -> float:
     config = TransformerConfig.preset(name, linear=linear)
     width, kv = config.n_heads * config.head_size, config.n_kv_heads * config.head_size
     weights = config.n_layers * (config.d_model * (2 * width + 2 * kv) + 3 * config.d_model * config.d_ffn)
-    head = config.vocab_size * config.d_model * (1 if variant == ROUNDED else 2)
+    head = config.vocab_size * config.d_model * (1 if ROUNDED in variant else 2)
     cache = config.n_layers * 2 * kv * 2 * context * batch
     return weights * (2 if linear == "dense" else 0.25) + head + cache
 

@@ -50,7 +50,8 @@ def key_of(model: TernaryTransformer, batch_size: int, cuda_graph: bool) -> tupl
     device, config = model.embed.weight.device, model.config
     block: Any = model.blocks[0]
     layers = str(getattr(block.attention.qkv, "backend", "")), model.is_compiled  # What their speed depends on.
-    return str(device), shape_of(config), config.qkv_bias, config.pattern, *layers, batch_size, cuda_graph
+    head = type(model.lm_head).__name__
+    return str(device), shape_of(config), config.qkv_bias, config.pattern, *layers, head, batch_size, cuda_graph
 
 
 def known(key: tuple[Any, ...]) -> Verdict | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.inference.head import Int8Head
 from sbn_lightning.models.config import FAMILY_OPTION, TransformerConfig
 from sbn_lightning.models.mlp import GatedMLP
 from sbn_lightning.models.transformer import TernaryTransformer
@@ -43,8 +44,8 @@ def refusal(model: TernaryTransformer, batch_size: int) -> str | None:
     from sbn_kernels.decode.step import supports
 
     config = model.config
-    if not isinstance(model.lm_head, torch.nn.Linear):
-        return "needs a head in bfloat16, not in 8 bits"
+    if not isinstance(model.lm_head, torch.nn.Linear | Int8Head):
+        return f"does not know a head of the type {type(model.lm_head).__name__}"
     reason = outside_of_the_family(model)
     if reason is not None:
         return reason
@@ -98,14 +99,17 @@ def gather_weights(model: TernaryTransformer) -> Weights:
     """Collect the tensors of a model with ternary layers; the layers are prepared one by one as they are read."""
     from sbn_kernels.decode.step import Weights
 
+    head: Any = model.lm_head
+    weight, scale = (head.codes, head.scale) if isinstance(head, Int8Head) else (head.weight, None)
     return Weights(
         shape_of(model.config),
         _layers(model),
         model.norm.weight,
         model.embed.weight,
-        model.lm_head.weight,
+        weight,
         model.cos,
         model.sin,
+        scale,
     )
 
 

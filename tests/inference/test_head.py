@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 from sbn_kernels.decode.reference import int8_rows_reference
+from sbn_kernels.decode.step import pack
 
 from sbn_lightning.checkpoints.lightning_file import contents
 from sbn_lightning.cli import main
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data.tokenizer import byte_tokenizer
 from sbn_lightning.inference import generate
-from sbn_lightning.inference.gather import refusal
+from sbn_lightning.inference.gather import gather_weights, refusal
 from sbn_lightning.inference.head import Int8Head, use_head
 from tests.inference.test_decoder import PROMPTS, make
 
@@ -50,9 +51,20 @@ def test_a_model_generates_with_it_and_keeps_its_embedding():
 def test_refuses():
     with pytest.raises(ConfigError, match="head_bits=4"):
         use_head(make(n_layers=1), 4)
+
+
+def test_the_persistent_step_gets_the_codes():
     model = make(torch.bfloat16, d_model=256, n_heads=4, d_ffn=256)
     use_head(model, 8)
-    assert refusal(model, 1) == "needs a head in bfloat16, not in 8 bits"
+    assert "CUDA" in str(refusal(model, 1))  # Nothing else is in the way.
+    weights = gather_weights(model)
+    assert torch.equal(weights.head, model.lm_head.codes)
+    packed = pack(weights)
+    assert packed.head_bits == 8
+    assert torch.equal(packed.head.to(torch.int16) - 128, model.lm_head.codes.to(torch.int16))
+    assert torch.equal(packed.head_scale, model.lm_head.scale)
+    model.lm_head = torch.nn.Identity()
+    assert refusal(model, 1) == "does not know a head of the type Identity"
 
 
 def test_evaluate_measures_it(tmp_path, capsys):

@@ -13,7 +13,7 @@ DEVICE = "cuda"
 
 
 def random_weights(
-    shape: Shape, *, bias: bool = True, tied: bool = False, positions: int = 4096
+    shape: Shape, *, bias: bool = True, tied: bool = False, positions: int = 4096, head_bits: int = 16
 ) -> tuple[Weights, list[Layer]]:
     """Random weights on the GPU, and their layers; the three values of a code are equally frequent."""
     s, generator = shape, torch.Generator(DEVICE).manual_seed(0)
@@ -46,7 +46,11 @@ def random_weights(
         -torch.arange(0, s.head_size, 2, dtype=torch.float64, device=DEVICE) / s.head_size
     )
     cos, sin = angles.cos().float(), angles.sin().float()
-    return Weights(s, layers, norm(), embedding, head, cos.repeat(1, 2), torch.cat((-sin, sin), 1)), layers
+    scale = None
+    if head_bits == 8:
+        scale = head.float().abs().amax(1) / 127
+        head = (head.float() / scale[:, None]).round().to(torch.int8)
+    return Weights(s, layers, norm(), embedding, head, cos.repeat(1, 2), torch.cat((-sin, sin), 1), scale), layers
 
 
 def random_caches(shape: Shape, batch: int, slots: int) -> list[tuple[Tensor, Tensor]]:

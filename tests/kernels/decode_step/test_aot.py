@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 TYPES = {
     "tokens": "*i64", "lengths": "*i64", "caches": "*i64", "parts": "*i64", "parts_m": "*i64", "attended_m": "*i64",
     "shared": "*u8", "places": "*i64", "cos": "*fp32", "sin": "*fp32", "embedding": "*bf16", "norms": "*bf16",
-    "head": "*bf16", "logits": "*bf16", "trace": "*i64", "best": "*i64", "chosen": "*i64",
+    "head_scale": "*fp32", "logits": "*bf16", "trace": "*i64", "best": "*i64", "chosen": "*i64",
     "timeout": "i64", "slots": "i32", "max_length": "i32", "P": "constexpr",
 }  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -32,13 +33,15 @@ CASES = {
     "tiny, 8 tokens": (Shape(3, 256, 704, 4, 2, 64, 517), 8),
     "1.5b, 16 tokens": (Shape(28, 1536, 8960, 12, 2, 128, 151936), 16),
     "0.5b, 12 tokens": (Shape(2, 896, 4864, 14, 2, 64, 151936), 12),
+    "1.5b, 8-bit head": (Shape(28, 1536, 8960, 12, 2, 128, 151936), 1),
+    "0.5b, 4 tokens, 8-bit head": (Shape(2, 896, 4864, 14, 2, 64, 151936), 4),
 }
 
 
 def compile_step(plan: Plan) -> Any:
     """Compile the kernel for Hopper."""
     names = decode_step_kernel.arg_names
-    signature = {n: TYPES.get(n, "*i32") for n in names}
+    signature = {n: TYPES.get(n, "*i32") for n in names} | {"head": "*bf16" if plan.head_bits == 16 else "*u8"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     return triton.compile(
         GluonASTSource(decode_step_kernel, signature, {(names.index("P"),): plan}, aligned),
@@ -51,7 +54,7 @@ def compile_step(plan: Plan) -> Any:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_compiles_without_spills(name: str, tmp_path: Path) -> None:
-    plan = make_plan(*CASES[name], 132)
+    plan = replace(make_plan(*CASES[name], 132), head_bits=8 if "8-bit" in name else 16)
     compiled = compile_step(plan)
     # The kernel addresses the three allocations as one, so there must be no other allocation.
     assert compiled.metadata.shared == 4 * sum(plan.pieces)

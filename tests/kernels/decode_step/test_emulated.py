@@ -30,15 +30,22 @@ from tests.kernels.decode_step.emulator import Code, Memory, Program, run_grid
 from tests.kernels.decode_step.test_aot import compile_step
 
 SHAPE, SLOTS = Shape(2, 128, 128, 2, 1, 64, 80), 192
-CASES = {"one token": (1, 4), "twelve tokens": (12, 4), "three tokens": (3, 8)}  # batch and programs
+WIDE = Shape(1, 576, 128, 9, 3, 64, 40)  # A row of the head with 8 bits takes two loads of 512 bytes.
+CASES = {  # shape, batch, programs, bits of the head
+    "one token": (SHAPE, 1, 4, 16),
+    "twelve tokens": (SHAPE, 12, 4, 16),
+    "three tokens": (SHAPE, 3, 8, 16),
+    "one token, 8-bit head": (WIDE, 1, 4, 8),
+    "three tokens, 8-bit head": (WIDE, 3, 4, 8),
+}
 
 
 @functools.cache
 def compiled(name: str) -> tuple[Plan, Code]:
-    batch, programs = CASES[name]
+    shape, batch, programs, head_bits = CASES[name]
     # A wait looks at the clock after 2 polls, not after 64, because the emulator polls slowly. The digest has to be
     # another one, because it stands for the sources in Triton's cache.
-    plan = replace(make_plan(SHAPE, batch, programs), digest="polls twice")
+    plan = replace(make_plan(shape, batch, programs), digest="polls twice", head_bits=head_bits)
     polls, ptx.POLLS_BEFORE_CHECK = ptx.POLLS_BEFORE_CHECK, 2
     try:
         return plan, Code(compile_step(plan).asm["ptx"])
@@ -58,11 +65,12 @@ class Step:
         monkeypatch.setattr(models, "DEVICE", "cpu")
         self.plan, self.code = compiled(name)
         p, batch = self.plan, self.plan.batch
-        self.weights, self.layers = models.random_weights(SHAPE, positions=SLOTS)
-        self.caches = models.random_caches(SHAPE, batch, SLOTS)
-        self.tokens = torch.arange(batch) * 7 % SHAPE.vocab
+        shape, head_bits = p.shape, p.head_bits
+        self.weights, self.layers = models.random_weights(shape, positions=SLOTS, head_bits=head_bits)
+        self.caches = models.random_caches(shape, batch, SLOTS)
+        self.tokens = torch.arange(batch) * 7 % shape.vocab
         self.lengths = torch.tensor(lengths)
-        self.logits = torch.full((batch, SHAPE.vocab), float("nan")).bfloat16()
+        self.logits = torch.full((batch, shape.vocab), float("nan")).bfloat16()
         packed, memory = pack(self.weights), Memory()
         addresses = [[memory.add(bits(keys)), memory.add(bits(values))] for keys, values in self.caches]
 
@@ -72,14 +80,15 @@ class Step:
         tensors: dict[str, Tensor] = {
             "tokens": self.tokens, "lengths": self.lengths, "state": torch.tensor([1, 0], dtype=torch.int32),
             "caches": torch.tensor(addresses), "cos": packed.cos, "sin": packed.sin, "embedding": packed.embedding,
-            "weights": packed.words, "norms": packed.norms, "head": packed.head, "logits": self.logits,
+            "weights": packed.words, "norms": packed.norms, "head": packed.head,
+            "head_scale": packed.cos if packed.head_scale is None else packed.head_scale, "logits": self.logits,
             "best": torch.tensor([-(2**63)] * batch + [0]), "chosen": zeros(batch, dtype=torch.int64),
             "x": zeros(batch, p.d_model), "y": zeros(batch, p.d_model), "qkv": zeros(batch, p.qkv_heads, p.head_size),
             "parts": zeros(p.splits, batch, p.heads, p.head_size, dtype=torch.int64),
             "parts_m": zeros(p.splits, batch, p.heads, 2, dtype=torch.int64),
             "attended": zeros(p.direct_parts, batch, p.heads, p.head_size),
             "attended_m": zeros(p.direct_parts, batch, p.heads, 2, dtype=torch.int64),
-            "hidden": zeros(batch, SHAPE.d_ffn),
+            "hidden": zeros(batch, p.d_ffn),
             "shared": zeros(2, p.shared_bytes if p.o.shared else 16, dtype=torch.uint8).fill_(ptx.EMPTY),
             "places": zeros(5, batch, 2, dtype=torch.int64),
             "table": torch.tensor(schedule(p), dtype=torch.int32), "trace": torch.zeros(2, dtype=torch.int64),
@@ -107,7 +116,7 @@ class Step:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_compiled_kernel_computes_what_the_twin_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = [(37 * i + 140) % 180 for i in range(CASES[name][0])]
+    lengths = [(37 * i + 140) % 180 for i in range(CASES[name][1])]
     step = Step(name, lengths, monkeypatch)
     caches = [(keys.clone(), values.clone()) for keys, values in step.caches]
     now = torch.tensor(lengths)
@@ -119,7 +128,7 @@ def test_the_compiled_kernel_computes_what_the_twin_computes(name: str, monkeypa
         for row, wanted in zip(logits, expected, strict=True):
             assert float((row - wanted).norm() / wanted.norm()) < 0.03
         assert torch.equal(step.tensor("chosen"), logits.argmax(-1))
-        assert step.tensor("best").tolist() == [-(2**63)] * CASES[name][0] + [0]
+        assert step.tensor("best").tolist() == [-(2**63)] * CASES[name][1] + [0]
     assert int(step.tensor("state")[1]) == 0
 
 
@@ -127,11 +136,11 @@ def test_the_compiled_kernel_computes_what_the_twin_computes(name: str, monkeypa
 def test_a_program_that_never_starts_ends_the_step_at_its_deadline(
     name: str, missing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Step(name, [5] * CASES[name][0], monkeypatch)
+    step = Step(name, [5] * CASES[name][1], monkeypatch)
     step.run(timeout=30, missing=[missing])
     assert int(step.tensor("state")[1]) == 1
-    assert step.tensor("lengths").tolist() == [5] * CASES[name][0]
+    assert step.tensor("lengths").tolist() == [5] * CASES[name][1]
     poisoned = step.tensor("x").clone()
     step.run()  # A step after a failed step does nothing.
     assert torch.equal(step.tensor("x"), poisoned)
-    assert step.tensor("lengths").tolist() == [5] * CASES[name][0]
+    assert step.tensor("lengths").tolist() == [5] * CASES[name][1]

@@ -44,6 +44,10 @@ CASES = {
     "sixteen tokens": (MIDDLE, [255, 0, 1, 511, 4, 100, 300, 5, 6, 7, 8, 9, 10, 11, 12, 600], None),
     "sixteen tokens, few programs": (SMALL, [300 + i for i in range(16)], 10),
     "sixteen tokens, no whole steps": (Shape(2, 320, 720, 5, 5, 64, 1003), list(range(16)), None),
+    "one token, 8-bit head": (MIDDLE, [255], None),
+    "two tokens, 8-bit head, no whole steps": (Shape(2, 320, 720, 5, 5, 64, 1003), [3, 200], None),
+    "four tokens, 8-bit head": (SMALL, [10, 200, 3000, 1], None),
+    "sixteen tokens, 8-bit head": (LARGE, list(range(16)), None),
 }
 
 
@@ -54,7 +58,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_steps_equal_the_twin(name: str) -> None:
     shape, lengths, programs = CASES[name]
-    weights, layers = random_weights(shape, bias="llama" not in name, tied="tiny" in name)
+    head_bits = 8 if "8-bit" in name else 16
+    weights, layers = random_weights(shape, bias="llama" not in name, tied="tiny" in name, head_bits=head_bits)
     slots = (max(lengths) + 68) // 64 * 64
     caches = random_caches(shape, len(lengths), slots)
     expected_caches = [(k.clone(), v.clone()) for k, v in caches]

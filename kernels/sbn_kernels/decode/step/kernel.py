@@ -77,7 +77,7 @@ _DEADLINE = gl.constexpr("mov.u64 $0, %globaltimer; add.u64 $0, $0, $1;")
 
 @gluon.jit
 def _step(
-    tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits, best, chosen,
+    tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, head_scale, logits, best, chosen,
     x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, trace, timeout, slots, max_length,
     P: gl.constexpr,
 ):  # fmt: skip
@@ -223,15 +223,16 @@ def _step(
             for n in gl.static_range(BATCH):
                 gl.store(lengths + n, gl.minimum(gl.load(lengths + n) + 1, max_length))
     if P.batch <= 2:
-        head_of_few(base, head, logits, gain, x, last & 255, flag, deadline, best, chosen, trace, P)
+        head_of_few(base, head, head_scale, logits, gain, x, last & 255, flag, deadline, best, chosen, trace, P)
     else:
-        head_of_many(base, head, logits, gain, x, shared, places, last, flag, deadline, best, chosen, trace, P)
+        head_of_many(base, head, head_scale, logits, gain, x, shared, places, last, flag, deadline, best, chosen,
+                     trace, P)  # fmt: skip
     stamp(trace, P.layers, 2, P)
 
 
 @gluon.jit(do_not_specialize=("timeout", "slots", "max_length"))
 def decode_step_kernel(
-    tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits, best, chosen,
+    tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, head_scale, logits, best, chosen,
     x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, trace, timeout, slots, max_length,
     P: gl.constexpr,
 ):  # fmt: skip
@@ -247,7 +248,8 @@ def decode_step_kernel(
         embedding: The embedding, bfloat16 ``[vocab, d_model]``.
         weights: The packed layers, int32.
         norms: The weights of the norms, bfloat16 ``[2 layers + 1, d_model]``: attention, MLP, ..., the last norm.
-        head: The weight of the head, bfloat16 ``[vocab, d_model]``.
+        head: The weight of the head ``[vocab, d_model]``: bfloat16, or codes of 8 bits plus 128.
+        head_scale: The scale of each row of the head, float32 ``[vocab]``, if ``P.head_bits`` is 8.
         logits: The result ``[batch, vocab]``, bfloat16 or float32.
         best: The largest key of each token, and the number of programs that have joined theirs, int64 ``[batch + 1]``.
             Before and behind every step they are :data:`head.LOWEST` and 0.
@@ -271,6 +273,6 @@ def decode_step_kernel(
         P: The plan.
     """
     if gl.load(state + 1) == 0:
-        _step(tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, logits, best, chosen,
-              x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, trace, timeout, slots,
-              max_length, P)  # fmt: skip
+        _step(tokens, lengths, state, caches, cos, sin, embedding, weights, norms, head, head_scale, logits,
+              best, chosen, x, y, qkv, parts, parts_m, attended, attended_m, hidden, shared, places, table, trace,
+              timeout, slots, max_length, P)  # fmt: skip

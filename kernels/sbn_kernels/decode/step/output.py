@@ -28,9 +28,17 @@ def _largest_key(best, logit, row, P: gl.constexpr):
 
 
 @gluon.jit
-def head_of_few(base, head, logits, gain, words, tag, flag, deadline, best, chosen, trace, P: gl.constexpr):
+def _scale(head_scale, row, P: gl.constexpr):
+    """The scales of rows of a head of 8 bits."""
+    return gl.load(head_scale + row, mask=row < P.shape.vocab, other=0.0)
+
+
+@gluon.jit
+def head_of_few(base, head, head_scale, logits, gain, words, tag, flag, deadline, best, chosen, trace,
+          P: gl.constexpr):  # fmt: skip
     """Computes the final norm and the head for one or two tokens. The first rows are loaded ahead of the norm."""
-    REGS: gl.constexpr = (P.d_model + 255) // 256 * 4
+    COLUMNS: gl.constexpr = 4096 // P.head_bits  # of 512 bytes
+    REGS: gl.constexpr = (P.d_model + COLUMNS - 1) // COLUMNS * 4
     AHEAD: gl.constexpr = 96 // REGS if REGS <= 48 else 2
     PADDED: gl.constexpr = 16 if REGS <= 16 else 32 if REGS <= 32 else 64
     R: gl.constexpr = gl.BlockedLayout([1, 1, PADDED], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
@@ -44,8 +52,11 @@ def head_of_few(base, head, logits, gain, words, tag, flag, deadline, best, chos
     lane = gl.arange(0, 32, gl.SliceLayout(0, R1))[None, :]
     first = gl.program_id(0) * P.warps
     rows = ()
+    scales = ()
     for i in gl.static_range(AHEAD):
         rows += (gl.inline_asm(load_row(P), LOAD, [head, first + i * STRIDE], W, is_pure=False),)
+        if P.head_bits == 8:
+            scales += (_scale(head_scale, first + i * STRIDE + warp + lane * 0, P),)
     final_states(base, words, gain, tag, flag, deadline, P)
     stamp(trace, P.layers, 1, P)
     keys = ()
@@ -53,18 +64,25 @@ def head_of_few(base, head, logits, gain, words, tag, flag, deadline, best, chos
         keys += (gl.full([P.warps, 32], -(2**63), gl.int64, R1),)
     for start in range(first, P.shape.vocab, AHEAD * STRIDE):
         coming = ()
+        next_scales = ()
         for i in gl.static_range(AHEAD):
             row = start + i * STRIDE + warp + lane * 0
             larger = ()
             for token in gl.static_range(BATCH):
                 args = [rows[i], base + P.at_tokens + token * P.head_stride]
                 y = gl.inline_asm(dot_row(P), ("=&f", "r", "r"), args, Y, is_pure=False)
+                if P.head_bits == 8:
+                    y = y * scales[i]
                 y = y.to(logits.dtype.element_ty)
                 gl.store(logits + token * P.shape.vocab + row, y, mask=(row < P.shape.vocab) & (lane == 0))
                 larger += (_largest_key(keys[token], y, row, P),)
             keys = larger
             coming += (gl.inline_asm(load_row(P), LOAD, [head, start + (AHEAD + i) * STRIDE], W, is_pure=False),)
+            if P.head_bits == 8:
+                next_scales += (_scale(head_scale, row + AHEAD * STRIDE, P),)
         rows = coming
+        if P.head_bits == 8:
+            scales = next_scales
     if BATCH == 1:
         args = [keys[0], base + P.at_staging, best, chosen]  # type: ignore[misc]
     else:
@@ -73,8 +91,8 @@ def head_of_few(base, head, logits, gain, words, tag, flag, deadline, best, chos
 
 
 @gluon.jit
-def head_of_many(base, head, logits, gain, words, shared, places, epoch, flag, deadline, best, chosen, trace,
-          P: gl.constexpr):  # fmt: skip
+def head_of_many(base, head, head_scale, logits, gain, words, shared, places, epoch, flag, deadline, best, chosen,
+          trace, P: gl.constexpr):  # fmt: skip
     """Computes the final norm and the head for three tokens or more."""
     R64: gl.constexpr = gl.BlockedLayout([1, 1, 64], [1, 32, 1], [P.warps, 1, 1], [2, 1, 0])
     SUMS: gl.constexpr = 4 * P.token_groups
@@ -82,7 +100,8 @@ def head_of_many(base, head, logits, gain, words, shared, places, epoch, flag, d
     W: gl.constexpr = gl.distributed_type(gl.int32, [P.warps, 32, 64], R64)
     A: gl.constexpr = gl.distributed_type(gl.float32, [P.warps, 32, SUMS], R4)
     LOAD: gl.constexpr = "=&r," * 64 + "l,r,~{memory}"
-    STEPS: gl.constexpr = (P.head_columns + 255) // 256
+    COLUMNS: gl.constexpr = 4096 // P.head_bits  # of 512 bytes
+    STEPS: gl.constexpr = (P.head_columns + COLUMNS - 1) // COLUMNS
     TILES: gl.constexpr = (P.shape.vocab + 15) // 16
     STRIDE: gl.constexpr = P.programs * P.warps
     warp = gl.arange(0, P.warps, gl.SliceLayout(1, gl.SliceLayout(2, R4)))[:, None, None]
@@ -99,6 +118,9 @@ def head_of_many(base, head, logits, gain, words, shared, places, epoch, flag, d
     keys = gl.full([P.warps, 32, SUMS], -(2**63), gl.int64, R4)
     for tile in range(first, TILES, STRIDE):
         acc = gl.zeros([P.warps, 32, SUMS], gl.float32, R4)
+        row = (tile + warp) * 16 + lane // 4 + item // 2 % 2 * 8
+        if P.head_bits == 8:
+            scale = _scale(head_scale, row, P)
         for s in gl.static_range(STEPS):
             coming = gl.inline_asm(
                 load_rows(P, (s + 1) % STEPS), LOAD, [head, tile + (s + 1) // STEPS * STRIDE], W, is_pure=False
@@ -106,9 +128,10 @@ def head_of_many(base, head, logits, gain, words, shared, places, epoch, flag, d
             args = [acc, rows, base + P.at_tokens, base + P.at_staging]
             acc = gl.inline_asm(dot_rows(P, s), dot_constraints(P), args, A, is_pure=False)
             rows = coming
-        row = (tile + warp) * 16 + lane // 4 + item // 2 % 2 * 8
         token = lane % 4 * 2 + item % 2 + item // 4 * 8
         where = logits + token.to(gl.int64) * P.shape.vocab + row
+        if P.head_bits == 8:
+            acc = acc * scale
         y = acc.to(logits.dtype.element_ty)
         gl.store(where, y, mask=(row < P.shape.vocab) & (token < P.batch))
         keys = _largest_key(keys, y, row, P)

@@ -33,7 +33,7 @@ SHARED_PARTS = 4  # most parts of a context that the program joins which quantis
 CODES_PADDING = 1024  # bytes behind each vector's codes: warps without a step left read there
 SHARED_BYTES = 232448  # the shared memory of a program on compute capability 9.0
 STATISTICS, RESULTS = 2560, 3072  # offsets in attention's shared memory, see attention.py
-HEAD_STEP = 256  # columns of the head that a warp multiplies at a time, for three tokens and more
+HEAD_STEP = 256  # bfloat16 columns of the head that a warp has at a time, for three tokens and more
 STAGING_STRIDE = 2 * HEAD_STEP + 64  # bytes between two rows of the head in shared memory, against bank conflicts
 SMALL = 128  # bytes of maxima, sums and scales, see tokens.py
 PHASES = ("qkv", "o", "gate_up", "down")
@@ -132,6 +132,7 @@ class Plan:
         warps: The number of warps of a program.
         direct_tokens: The number of tokens up to which a context has at most ``direct_parts`` parts.
         traced: Whether each program writes down when it reaches each of :data:`STAMPS`.
+        head_bits: Bits of a weight of the head: 16, or 8.
     """
 
     shape: Shape
@@ -155,6 +156,7 @@ class Plan:
     warps: int = WARPS
     direct_tokens: int = DIRECT
     traced: bool = False
+    head_bits: int = 16
 
     @property
     def missing_only(self) -> bool:

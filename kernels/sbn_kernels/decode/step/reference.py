@@ -84,4 +84,7 @@ def decode_step(
         gate, up = ternary_linear(rms_norm(x, layer.mlp_norm, s.eps).float(), layer.gate_up).float().chunk(2, -1)
         hidden = gate / (1 + torch.exp(-gate)) * up
         x = (x.float() + ternary_linear(hidden, layer.down).float()).to(BF16)
-    return rms_norm(x, weights.norm, s.eps).float() @ weights.head.to(BF16).float().t()
+    final = rms_norm(x, weights.norm, s.eps).float()
+    if weights.head_scale is not None:
+        return (final @ weights.head.float().t()) * weights.head_scale
+    return final @ weights.head.to(BF16).float().t()

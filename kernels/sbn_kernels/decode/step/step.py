@@ -120,7 +120,8 @@ class DecodeStep:
         self.weights, self.caches, self.max_length, self.device = weights, list(caches), max_length, device
         self.slots = self._check_caches()
         count = multiprocessors(_index(device)) if programs is None else programs
-        self.plan: Plan = replace(make_plan(shape, batch, count, SHARED_BYTES), traced=traced)
+        plan = make_plan(shape, batch, count, SHARED_BYTES)
+        self.plan: Plan = replace(plan, traced=traced, head_bits=weights.head_bits)
         self.timeout = timeout
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device) if lengths is None else lengths
@@ -238,10 +239,11 @@ class DecodeStep:
         from sbn_kernels.decode.step.kernel import decode_step_kernel
 
         w = self.weights
+        head_scale = w.cos if w.head_scale is None else w.head_scale  # A head of 16 bits has none, and reads none.
         decode_step_kernel[(self.plan.programs,)](
             tokens, self.lengths, self._state, self._addresses, w.cos, w.sin, w.embedding, w.words, w.norms,
-            w.head, self.logits, self._best, self.chosen, self._x, self._y, self._qkv, self._parts, self._parts_m,
-            self._attended, self._attended_m, self._hidden, self._shared, self._places, self._table,
+            w.head, head_scale, self.logits, self._best, self.chosen, self._x, self._y, self._qkv, self._parts,
+            self._parts_m, self._attended, self._attended_m, self._hidden, self._shared, self._places, self._table,
             self.trace, int(self.timeout * 1e9), self.slots, self.max_length, self.plan,
             num_warps=self.plan.warps, maxnreg=255, enable_fp_fusion=False, launch_cooperative_grid=True,
         )  # fmt: skip

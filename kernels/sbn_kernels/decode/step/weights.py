@@ -65,6 +65,7 @@ class Weights:
         cos: The cosines of the rotation, float32 ``[positions, head_size]``.
         sin: The sines of the rotation, shaped as ``cos``. The sines of the first half of a head have the opposite
             sign.
+        head_scale: The scale of each row of the head, float32 ``[vocab]``, if ``head`` has int8 codes.
     """
 
     shape: Shape
@@ -74,6 +75,7 @@ class Weights:
     head: Tensor
     cos: Tensor
     sin: Tensor
+    head_scale: Tensor | None = None
 
 
 @dataclass
@@ -85,9 +87,10 @@ class PackedWeights:
         words: The packed layers, int32 ``[layers, words of a layer]``.
         norms: The weights of all norms, bfloat16 ``[2 layers + 1, d_model]``.
         embedding: The embedding, bfloat16 ``[vocab, d_model]``.
-        head: The weight of the head, bfloat16 ``[vocab, d_model]``.
+        head: The weight of the head ``[vocab, d_model]``: bfloat16, or codes of 8 bits plus 128, uint8.
         cos: The cosines of the rotation, float32 ``[positions, head_size]``.
         sin: The sines of the rotation, float32 ``[positions, head_size]``.
+        head_scale: The scale of each row of a head of 8 bits, float32 ``[vocab]``; else None.
     """
 
     shape: Shape
@@ -97,6 +100,12 @@ class PackedWeights:
     head: Tensor
     cos: Tensor
     sin: Tensor
+    head_scale: Tensor | None = None
+
+    @property
+    def head_bits(self) -> int:
+        """Bits of a weight of the head."""
+        return 16 if self.head_scale is None else 8
 
 
 def _bf16(x: Tensor) -> Tensor:
@@ -144,7 +153,14 @@ def pack(weights: Weights) -> PackedWeights:
         norms += [_bf16(layer.attention_norm), _bf16(layer.mlp_norm)]
     if len(words) != s.layers:
         raise ValueError(f"there are {len(words)} layers, the shape needs {s.layers}")
+    head, head_scale = weights.head, weights.head_scale
+    if head_scale is None:
+        head = _bf16(head)
+    else:
+        if head.dtype != torch.int8 or head_scale.shape != head.shape[:1]:
+            raise ValueError(f"a head with scales must have int8 codes and a scale for each row, not {head.dtype}")
+        head, head_scale = head.contiguous().view(torch.uint8) ^ 128, head_scale.float().contiguous()
     return PackedWeights(
         s, torch.stack(words), torch.stack([*norms, _bf16(weights.norm)]), _bf16(weights.embedding),
-        _bf16(weights.head), weights.cos.float().contiguous(), weights.sin.float().contiguous(),
+        head, weights.cos.float().contiguous(), weights.sin.float().contiguous(), head_scale,
     )  # fmt: skip
