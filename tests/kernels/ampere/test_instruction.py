@@ -10,7 +10,8 @@ from sbn_kernels.gemm.sm80.kernels import step_text
 from sbn_kernels.gemm.sm80.layouts import accumulators, token_words, weight_words
 
 from tests.kernels.ampere.case import make_case
-from tests.kernels.ptx_emulator import Memory, Program, mma_sp_m16n8k64
+from tests.kernels.ptx_emulator import Memory, Program
+from tests.kernels.ptx_instructions import mma_sp_m16n8k64
 
 PANELS, TOKENS, TOKEN_WARPS, WARPS = 1, 32, 2, 4
 LANES = np.arange(32 * WARPS) % 32

@@ -11,149 +11,20 @@ shared memory come at once. Races between the threads of a program cannot be see
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-U = np.uint64
-LOW = U(0xFFFFFFFF)
+from tests.kernels.decode_step.arithmetic import U, arithmetic, bits32, float_bits, floats, s32, width_of
+from tests.kernels.decode_step.code import Code
+
 _LANE = np.arange(32)
 _G, _T = _LANE // 4, _LANE % 4
 _COMPARE = {
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal,
 }  # fmt: skip
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-
-def _floats(bits: np.ndarray) -> np.ndarray:
-    return bits.astype(np.uint32).view(np.float32)
-
-
-def _float_bits(values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values.astype(np.float32)).view(np.uint32).astype(U)
-
-
-def _s32(bits: np.ndarray) -> np.ndarray:
-    return bits.astype(np.uint32).view(np.int32).astype(np.int64)
-
-
-def _bits32(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.int64).view(U) & LOW
-
-
-def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    bits = _float_bits(values)
-    rounded = (bits + U(0x7FFF) + ((bits >> U(16)) & U(1))) >> U(16)
-    return np.where(np.isnan(values), U(0x7FFF), rounded) & U(0xFFFF)
-
-
-def _width(kind: str) -> int:
-    return int(re.sub(r"\D", "", kind))
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Statements, labels (with their colon), and the braces of blocks."""
-    statement, inside = "", 0
-    for ch in text:
-        if ch == "{" and (inside or statement.strip()):
-            inside, statement = inside + 1, statement + ch
-        elif ch == "}" and inside:
-            inside, statement = inside - 1, statement + ch
-        elif ch in "{}":
-            yield ch
-            statement = ""
-        elif ch == ";":
-            yield statement.strip()
-            statement = ""
-        elif ch == ":" and re.fullmatch(r"\s*[$\w]+", statement):
-            yield statement.strip() + ":"
-            statement = ""
-        else:
-            statement += ch
-
-
-def _split(text: str) -> list[str]:
-    """Operands; commas inside of braces and brackets do not separate."""
-    return [part for part in re.split(r",(?![^{\[]*[}\]])", text) if part.strip()]
-
-
-class Code:
-    """The statements of a kernel; registers and labels of inner blocks have scopes of their own.
-
-    Args:
-        ptx: The text of a module with one kernel.
-    """
-
-    def __init__(self, ptx: str) -> None:
-        body = ptx[ptx.index(".visible .entry") :]
-        body = body[body.index("\n{") + 1 :].split("$L__func_end0")[0]
-        body = re.sub(r"//[^\n]*", "", body)
-        body = re.sub(r"^\s*\.(loc|file|section|pragma)[^\n]*$", "", body, flags=re.M)
-        self._parents: dict[int, int | None] = {0: None}
-        self._registers: dict[tuple[int, str], int] = {}
-        labels: dict[tuple[int, str], int] = {}
-        stack, found = [0], []
-        for piece in _pieces(body):
-            scope = stack[-1]
-            if piece == "{":
-                self._parents[len(self._parents)] = scope
-                stack.append(len(self._parents) - 1)
-            elif piece == "}":
-                stack.pop()
-            elif piece.endswith(":"):
-                labels[scope, piece[:-1]] = len(found)
-            elif piece.startswith(".reg"):
-                self._declare(scope, piece)
-            elif piece and not piece.startswith("."):
-                found.append((scope, piece))
-        self.count = len(self._registers)
-        self.statements = [self._statement(scope, text, labels) for scope, text in found]
-
-    def _declare(self, scope: int, text: str) -> None:
-        for name in text.split(None, 2)[2].split(","):
-            many = re.fullmatch(r"([%\w]+)<(\d+)>", name.strip())
-            names = [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name.strip()]
-            for each in names:
-                self._registers[scope, each] = len(self._registers)
-
-    def _find(self, table: dict[tuple[int, str], int], scope: int | None, name: str) -> int | None:
-        while scope is not None:
-            if (scope, name) in table:
-                return table[scope, name]
-            scope = self._parents[scope]
-        return None
-
-    def _statement(self, scope: int, text: str, labels: dict[tuple[int, str], int]) -> tuple[Any, str, Any]:
-        guard = None
-        if found := re.match(r"@(!?)(%?\w+)\s+(.*)$", text, re.S):
-            guard, text = (found[1] == "!", self._find(self._registers, scope, found[2])), found[3]
-        operation, _, operands = text.partition(" ") if " " in text else (text, "", "")
-        operation, operands = re.match(r"([a-z][\w.:]*)\s*(.*)$", text, re.S).groups()  # type: ignore[union-attr]
-        if operation.startswith("bra"):
-            return guard, "bra", self._find(labels, scope, operands.strip())
-        return guard, operation, [self._operand(scope, part.strip()) for part in _split(operands)]
-
-    def _operand(self, scope: int, text: str) -> tuple[Any, ...]:
-        if text.startswith("{"):
-            return "vector", [self._operand(scope, part.strip()) for part in text[1:-1].split(",")]
-        if text.startswith("["):
-            if "_param_" in text:
-                return "parameter", int(text[1:-1].rsplit("_", 1)[1])
-            base, _, offset = text[1:-1].partition("+")
-            return "memory", self._operand(scope, base.strip()), int(offset or "0", 0)
-        if text in ("%tid.x", "%ctaid.x", "%globaltimer"):
-            return "special", text
-        if (register := self._find(self._registers, scope, text)) is not None:
-            return "register", register
-        if text == "_":
-            return "sink", 0
-        if text == "global_smem":
-            return "number", 0
-        if text.startswith("0f"):
-            return "number", int(text[2:], 16)
-        return "number", int(text.rstrip("U"), 0) & ((1 << 64) - 1)
 
 
 class Memory:
@@ -282,15 +153,15 @@ class Program:
             if parts[2] == "max":
                 result = np.repeat(warps.max(1), 32)
             else:
-                signed = _s32(warps.reshape(-1)).reshape(-1, 32)
-                result = np.repeat(_bits32(signed.min(1) if parts[2] == "min" else signed.sum(1)), 32)
+                signed = s32(warps.reshape(-1)).reshape(-1, 32)
+                result = np.repeat(bits32(signed.min(1) if parts[2] == "min" else signed.sum(1)), 32)
         else:
-            result = self._arithmetic(kind, parts, values)
+            result = arithmetic(kind, parts, values)
         self._set(operands[0], result, active)
 
     def _mov(self, parts: list[str], operands: list[Any], active: np.ndarray) -> None:
         target, source = operands
-        width = 64 if parts[1] == "pred" else _width(parts[1])
+        width = 64 if parts[1] == "pred" else width_of(parts[1])
         if source[0] == "vector":
             part = width // len(source[1])
             values = [(self._value(one) & U((1 << part) - 1)) << U(part * i) for i, one in enumerate(source[1])]
@@ -308,7 +179,7 @@ class Program:
             self._set(target, np.full(self.threads, self.arguments[source[1]], U), active)
             return
         targets = target[1] if target[0] == "vector" else [target]
-        size = _width(parts[-1]) // 8
+        size = width_of(parts[-1]) // 8
         count, address = size * len(targets), self._address(source)[active]
         assert (address % count == 0).all(), "misaligned load"
         raw = np.zeros((self.threads, count), np.uint8)
@@ -322,7 +193,7 @@ class Program:
 
     def _st(self, parts: list[str], operands: list[Any], active: np.ndarray) -> None:
         target, source = operands
-        sources, size = source[1] if source[0] == "vector" else [source], _width(parts[-1]) // 8
+        sources, size = source[1] if source[0] == "vector" else [source], width_of(parts[-1]) // 8
         raw = np.concatenate(
             [np.ascontiguousarray(self._value(one)).view(np.uint8).reshape(-1, 8)[:, :size] for one in sources], 1
         )[active]
@@ -346,7 +217,7 @@ class Program:
     def _atom(self, parts: list[str], operands: list[Any], active: np.ndarray) -> None:
         """The same for one thread, which gets the old value."""
         assert active.sum() == 1, "several threads at once"
-        old = self.memory.read(self._address(operands[1])[active], _width(parts[-1]) // 8)
+        old = self.memory.read(self._address(operands[1])[active], width_of(parts[-1]) // 8)
         self._set(operands[0], np.full(self.threads, int.from_bytes(old.tobytes(), "little"), U), active)
         self._red(parts, operands[1:], active)
 
@@ -356,8 +227,8 @@ class Program:
         if kind == "s64":
             a, b = a.view(np.int64), b.view(np.int64)
         else:
-            mask = U((1 << _width(kind)) - 1) if _width(kind) < 64 else U(2**64 - 1)
-            a, b = (_s32(x) if kind == "s32" else _floats(x) if kind == "f32" else x & mask for x in (a, b))
+            mask = U((1 << width_of(kind)) - 1) if width_of(kind) < 64 else U(2**64 - 1)
+            a, b = (s32(x) if kind == "s32" else floats(x) if kind == "f32" else x & mask for x in (a, b))
         result = _COMPARE[parts[1]](a, b)
         if parts[2] == "and":
             result = result & self._value(operands[3]).astype(bool)
@@ -408,110 +279,10 @@ class Program:
             for i in range(4):
                 part = product[:, _G + 8 * (i // 2), 2 * _T + i % 2]
                 if depth == 32:
-                    result = _bits32((part + _s32(c[i].reshape(-1)).reshape(-1, 32)).astype(np.int64))
+                    result = bits32((part + s32(c[i].reshape(-1)).reshape(-1, 32)).astype(np.int64))
                 else:
-                    result = _float_bits(part + _floats(c[i].reshape(-1)).reshape(-1, 32))
+                    result = float_bits(part + floats(c[i].reshape(-1)).reshape(-1, 32))
                 self._set(d[i], result.reshape(-1), active)
-
-    def _arithmetic(self, kind: str, parts: list[str], x: list[np.ndarray]) -> np.ndarray:
-        last = parts[-1]
-        if kind == "selp":
-            return np.where(x[2].astype(bool), x[0], x[1])
-        if kind == "cvt":
-            return _convert(parts[1:], x)
-        if kind == "prmt":
-            return _permute(*x)
-        if kind == "dp4a":
-            types = (np.uint8 if parts[1] == "u32" else np.int8, np.int8)
-            a, b = (
-                np.ascontiguousarray(v.astype(np.uint32)).view(t).reshape(-1, 4).astype(np.int64)
-                for v, t in zip(x, types, strict=False)
-            )
-            return _bits32((a * b).sum(1) + _s32(x[2]))
-        if kind == "bfe":
-            field = (x[0] >> x[1]) & ((U(1) << x[2]) - U(1))
-            sign = U(1) << (x[2] - U(1)) if last[0] == "s" else U(0)
-            return ((field ^ sign) - sign) & LOW
-        if last == "f32":
-            return _float_bits(_float_arithmetic(kind, [_floats(v) for v in x]))
-        width = 1 if last == "pred" else _width(last)
-        mask = U((1 << width) - 1)
-        if kind in ("and", "or", "xor"):
-            return {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[kind](x[0], x[1]) & mask
-        if kind == "not":
-            return ~x[0] & mask
-        if kind == "shl":
-            return np.where(x[1] < U(width), x[0] << np.minimum(x[1], U(63)), U(0)) & mask
-        if kind == "shr" and last[0] != "s":
-            return np.where(x[1] < U(width), (x[0] & mask) >> np.minimum(x[1], U(63)), U(0))
-        return _integer_arithmetic(kind, parts[1], last[0] == "s", width, x)
-
-
-def _convert(parts: list[str], x: list[np.ndarray]) -> np.ndarray:
-    if parts == ["rn", "f32", "s32"]:
-        return _float_bits(_s32(x[0]))
-    if parts == ["rn", "bf16", "f32"]:
-        return _to_bfloat16(_floats(x[0]))
-    if parts == ["rn", "bf16x2", "f32"]:
-        return _to_bfloat16(_floats(x[1])) | _to_bfloat16(_floats(x[0])) << U(16)
-    if parts == ["f32", "bf16"]:
-        return (x[0] & U(0xFFFF)) << U(16)
-    target, source = parts
-    value = x[0] & U((1 << _width(source)) - 1)
-    if source == "s32":
-        value = _s32(value).view(U)
-    return value & U((1 << _width(target)) - 1)
-
-
-def _permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    both = np.stack([v >> U(8 * i) & U(255) for v in (a, b) for i in range(4)])
-    nibbles = [(selector >> U(4 * i) & U(15)).astype(np.int64) for i in range(4)]
-    return np.bitwise_or.reduce(
-        [np.take_along_axis(both, nibble[None], 0)[0] << U(8 * i) for i, nibble in enumerate(nibbles)]
-    )
-
-
-def _float_arithmetic(kind: str, y: list[np.ndarray]) -> np.ndarray:
-    wide = [v.astype(np.float64) for v in y]
-    with np.errstate(all="ignore"):
-        if kind == "fma":
-            return wide[0] * wide[1] + wide[2]
-        if kind in ("mul", "add", "sub", "div"):
-            return {"mul": np.multiply, "add": np.add, "sub": np.subtract, "div": np.divide}[kind](*y)
-        if kind in ("max", "min"):
-            return {"max": np.fmax, "min": np.fmin}[kind](*y)
-        if kind == "rsqrt":
-            return 1 / np.sqrt(wide[0])
-        return {"neg": np.negative, "rcp": np.reciprocal, "ex2": np.exp2}[kind](wide[0])
-
-
-def _integer_arithmetic(kind: str, form: str, signed: bool, width: int, x: list[np.ndarray]) -> np.ndarray:
-    if form == "wide":
-        a, b = (_s32(v) if signed else (v & LOW).view(np.int64) for v in x[:2])
-        return (a * b).view(U) + (x[2] if kind == "mad" else U(0))
-    if width == 64:
-        c = [v.view(np.int64) if signed else v for v in x]
-    else:
-        c = [_s32(v) if signed else (v & LOW).view(np.int64) for v in x]
-    if form == "hi":
-        assert width == 32
-        return np.array([int(p) * int(q) >> 32 & 0xFFFFFFFF for p, q in zip(c[0], c[1], strict=True)], U)
-    if kind in ("add", "sub", "mul", "min", "max"):
-        c = c[:2]
-        operation = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum}[kind]
-        result = operation(*c)
-        if form == "relu":
-            result = np.maximum(result, 0)
-    elif kind == "mad":
-        result = c[0] * c[1] + c[2]
-    elif kind == "shr":
-        result = c[0] >> np.minimum(x[1], U(width - 1)).astype(np.int64)
-    elif kind == "div":
-        divisor = np.where(c[1] == 0, 1, c[1])
-        result = (np.abs(c[0]) // np.abs(divisor)) * np.sign(c[0]) * np.sign(divisor) if signed else c[0] // divisor
-    else:
-        raise NotImplementedError(f"{kind}.{form}")
-    return result.astype(np.int64).view(U) & (LOW if width == 32 else U(2**64 - 1)) if signed or width == 32 else result
 
 
 def run_grid(programs: Sequence[Program], missing: Sequence[int] = ()) -> None:
