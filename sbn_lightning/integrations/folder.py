@@ -37,7 +37,7 @@ from sbn_lightning.layers.experts_linear import PackedExperts
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
-from sbn_lightning.sparsity.config import OPTION_NAMES
+from sbn_lightning.sparsity.config import OPTION_NAMES, TRAINING_NAMES
 
 FORMAT = "sbn-sparse"
 VERSION = 1
@@ -194,7 +194,7 @@ def describe(layer: SparseLayer) -> dict[str, Any]:
 
 def conversion_options(about: dict[str, Any]) -> dict[str, Any]:
     """Return what ``convert_by_name`` takes, from what :func:`describe` gave."""
-    return {option: value for option, value in about.items() if option in OPTION_NAMES}
+    return {option: value for option, value in about.items() if option in (*OPTION_NAMES, *TRAINING_NAMES)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

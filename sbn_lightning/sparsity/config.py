@@ -148,6 +148,8 @@ class SparsityConfig(SparsityOptions):
 
 OPTION_NAMES = tuple(f.name for f in fields(SparsityConfig) if not f.metadata.get("training"))
 """The names of a layer's options that formats record. Learned factors are part of the gamma that formats hold."""
+TRAINING_NAMES = tuple(f.name for f in fields(SparsityConfig) if f.metadata.get("training"))
+"""The names of the options that only a layer with a latent weight has a use for."""
 
 
 def check_choice(option: str, value: object, choices: tuple[object, ...]) -> None:

@@ -190,6 +190,14 @@ def trainer_of(model, folder, callbacks=(), **options):
     return Trainer(model, arguments, train_dataset=rows(), callbacks=list(callbacks))
 
 
+def test_learned_scales_are_packed_and_not_saved_latent():
+    model = nn.Sequential(nn.Linear(16, 12))
+    convert(model, "2:4", learnable_scales=True)
+    with pytest.raises(ConfigError, match="0 has learned scales, for which a Hugging Face folder"):
+        config_of(model, "latent")
+    assert config_of(model, "packed").of("0") == {"pattern": "2:4", "activation_bits": 8}
+
+
 def test_the_trainer_trains_a_loaded_latent_model_with_the_schedule(tmp_path):
     from sbn_lightning.integrations.huggingface import SparsityCallback
     from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh

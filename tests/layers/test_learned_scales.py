@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from sbn_lightning import SparseBitLinear, TernaryTransformer, convert_linears, revert_linears
+from sbn_lightning import (
+    SparseBitLinear,
+    TernaryTransformer,
+    convert_linears,
+    load_sparse,
+    revert_linears,
+    save_sparse,
+)
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats import load_model
 from sbn_lightning.formats.init_from import load_weights
@@ -147,6 +154,18 @@ def test_weights_start_a_run_with_and_without_learned_scales(tmp_path):
     load_weights(model, str(save(plain, tmp_path / "plain.ckpt")))  # the model has factors, and the weights have none
     nn.init.zeros_(model.blocks[0].mlp.down.log_scale)
     assert torch.equal(model.blocks[0].mlp.down.ternary()[1], plain.blocks[0].mlp.down.ternary()[1])
+
+
+def test_folders_of_plain_pytorch_models(tmp_path):
+    model, x = nn.Sequential(nn.Linear(16, 12)), torch.randn(9, 16)
+    convert_linears(model, "2:4", learnable_scales=True)
+    nn.init.constant_(model[0].log_scale, 0.5)
+    for form in ("packed", "latent"):
+        save_sparse(model, tmp_path / form, form)
+        other = nn.Sequential(nn.Linear(16, 12))
+        load_sparse(other, tmp_path / form)
+        assert torch.equal(other(x), model(x))
+    assert torch.equal(other[0].log_scale, model[0].log_scale)
 
 
 def test_a_decoder_sees_that_a_factor_has_changed():

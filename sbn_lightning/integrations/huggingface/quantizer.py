@@ -187,6 +187,11 @@ def config_of(model: nn.Module, form: Form) -> SBNConfig:
     for name, layer in sparse_layers(model).items():
         if form == "packed" and not isinstance(layer, SparseBitLinear | PackedTernaryLinear):
             raise ConfigError(f"{name} is sparse, but not ternary: it has no codes; save form='latent' instead")
+        if form == "latent" and layer.sparsity.learnable_scales:
+            raise ConfigError(
+                f"{name} has learned scales, for which a Hugging Face folder of latent weights has no place: save "
+                "form='packed', or use save_sparse(model, folder, 'latent')"
+            )
         modules[name] = {option: value for option, value in describe(layer).items() if option in OPTIONS}
         if form == "packed":  # The other options matter for training only.
             modules[name] = {key: modules[name][key] for key in ("pattern", "activation_bits", "split_sizes")}
