@@ -278,7 +278,7 @@ class KernelBackend(BlockKernels):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def gated_pair(
-        self, x: Tensor, layers: tuple[tuple[Any, ...], ...], backends: tuple[KernelBackend, ...], dtype: torch.dtype
+        self, x: Tensor, layers: tuple[Operands, ...], backends: tuple[KernelBackend, ...], dtype: torch.dtype
     ) -> Tensor | None:
         """Computes three layers around a SwiGLU: ``last(silu(gate(x)) * up(x))``.
 
