@@ -1,5 +1,7 @@
 """Small data and models that train in seconds."""
 
+import os
+
 import pytest
 import torch
 
@@ -7,9 +9,18 @@ from tests.distributed.forked_runs import forked_runs  # noqa: F401 (a fixture)
 
 # The tests of several ranks. The first of them runs the jobs of all: see forked_runs.
 OF_RANKS = ("tests/distributed/", "tests/fabric/test_sharded_fabric.py")
+# Files that take longest. They come first, so that no worker ends with one of them alone.
+LONGEST = (
+    *OF_RANKS,
+    "tests/kernels/test_interpreter.py",
+    "tests/docs/test_notebooks.py",
+    "tests/research/test_end_to_end.py",
+)
 
-# On matrices this small, two threads spend more time waiting for each other than computing.
+# On matrices this small, two threads spend more time waiting for each other than computing. This is true of the
+# processes that tests start as well.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -22,6 +33,12 @@ def pytest_xdist_make_scheduler(config, log):
             return "ranks" if nodeid.startswith(OF_RANKS) else super()._split_scope(nodeid)
 
     return Scheduler(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Put the longest files first if several processes run the tests."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if item.nodeid.startswith(name)), 99))
 
 
 @pytest.fixture(scope="session")

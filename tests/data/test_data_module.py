@@ -133,7 +133,7 @@ def test_ranks_share_the_data_evenly(tmp_path: Path) -> None:
         for rank, file in enumerate(files)
     ]
     assert [rank.wait(100) for rank in ranks] == [0, 0]
-    answers = [[json.loads(line) for line in file.read_text().splitlines() if line[0] == "["] for file in files]
+    answers = [[json.loads(line) for line in file.read_text().splitlines() if line.startswith("[")] for file in files]
     for path, (one, other) in zip(paths, zip(*answers, strict=True), strict=True):
         assert one[0] == other[0] == len(one[1]) // 4
         for split, loader in ((1, module(path).train_dataloader()), (2, module(path).val_dataloader())):
