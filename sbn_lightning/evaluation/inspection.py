@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.core.tables import format_table
-from sbn_lightning.formats.init_from import without_masks
+from sbn_lightning.formats.init_from import without_learned_scales, without_masks
 from sbn_lightning.layers.candidates import shape_of
 from sbn_lightning.layers.conversion import convert_linears
+from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.models.loss import linear_cross_entropy
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.sparsity.config import SparsityConfig
@@ -274,7 +275,7 @@ def dense_twin(model: TernaryTransformer) -> TernaryTransformer:
     """
     if model.config.linear == "dense":
         return model
-    state = without_masks(model.state_dict())
+    state = without_learned_scales(without_masks(model.state_dict()), ternary_layers(model))
     if any(name.endswith(".codes") for name in state):
         raise ConfigError(NO_LATENT_WEIGHTS)
     with torch.device("meta"):

@@ -8,6 +8,7 @@ the middle of a ramp.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sbn_lightning.checkpoints.text_files import TextFiles
 from sbn_lightning.checkpoints.tokenizers import beside, difference
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.formats.load import load_model, read_text
+from sbn_lightning.layers.conv1d import SparseBitConv1D
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
 from sbn_lightning.models.config import family_options
@@ -84,9 +86,9 @@ def load_weights(model: TernaryTransformer, path: str) -> TextFiles:
             f"init_from: {path} holds packed weights without the latent ones: training starts from gamma * codes",
             stacklevel=2,
         )
-    for name, scaled in ternary_layers(loaded.model).items():
-        if f"{name}.log_scale" in state and f"{name}.log_scale" not in model.state_dict():
-            state[f"{name}.weight"] = _with_learned_scale(scaled, state.pop(f"{name}.log_scale"))
+    own = model.state_dict().keys()
+    scaled = {name: one for name, one in ternary_layers(loaded.model).items() if f"{name}.log_scale" not in own}
+    state = without_learned_scales(state, scaled)
     missing, unexpected = model.load_state_dict(state, strict=False)
     # Masks are made from the weights. Norms that are inserted and learned factors on gamma start at 1.
     made = [".mask_bits"] + [".sub_norm.weight"] * inserted + [".log_scale"] * model.config.learnable_scales
@@ -112,10 +114,22 @@ def _with_latent_weight(state: dict[str, Tensor], name: str, layer: PackedTernar
     return rest | {f"{name}.weight": layer.effective_weight()}
 
 
-def _with_learned_scale(layer: SparseBitLinear, log_scale: Tensor) -> Tensor:
-    """The latent weight times the learned factor of its parts: gamma takes the factor in, and codes stay the same."""
-    factor = factor_of_rows(log_scale, layer.split_sizes, layer.out_features)
-    return (layer.weight.detach() * factor.unsqueeze(-1)).to(layer.weight.dtype)
+def without_learned_scales(state: dict[str, Any], layers: Mapping[str, SparseBitLinear]) -> dict[str, Any]:
+    """A state dict whose latent weights have taken in the learned factors on gamma: gamma grows, and codes stay.
+
+    Args:
+        state: A state dict.
+        layers: The layers by their names in the state dict. Layers without learned factors stay as they are.
+    """
+    state = dict(state)
+    for name, layer in layers.items():
+        log_scale = state.pop(f"{name}.log_scale", None)
+        if log_scale is not None:
+            factor = factor_of_rows(log_scale, layer.split_sizes, layer.out_features)
+            weight = state[f"{name}.weight"]
+            factor = factor if isinstance(layer, SparseBitConv1D) else factor.unsqueeze(-1)
+            state[f"{name}.weight"] = (weight * factor).to(weight.dtype)
+    return state
 
 
 def check_tokenizer(path: str, data: Any, option: str = "init_from") -> None:

@@ -17,6 +17,7 @@ from sbn_lightning import (
     save_sparse,
 )
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.evaluation.inspection import dense_twin
 from sbn_lightning.formats import load_model
 from sbn_lightning.formats.init_from import load_weights
 from sbn_lightning.formats.write import WriteOptions, write_model
@@ -25,6 +26,7 @@ from sbn_lightning.layers.experts_linear import SparseBitExperts
 from sbn_lightning.layers.packed import packed_layer
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.sparsity.config import SparsityConfig
+from sbn_lightning.sparsity.learned_scale import factor_of_rows
 from tests.formats.models import logits, make_model, save, some_tokens
 from tests.helpers import small_config
 
@@ -154,6 +156,14 @@ def test_weights_start_a_run_with_and_without_learned_scales(tmp_path):
     load_weights(model, str(save(plain, tmp_path / "plain.ckpt")))  # the model has factors, and the weights have none
     nn.init.zeros_(model.blocks[0].mlp.down.log_scale)
     assert torch.equal(model.blocks[0].mlp.down.ternary()[1], plain.blocks[0].mlp.down.ternary()[1])
+
+
+def test_a_dense_model_around_the_weights_has_the_factor():
+    model = scaled_model()
+    layer = model.blocks[0].attention.qkv
+    factor = factor_of_rows(layer.log_scale, layer.split_sizes, layer.out_features)
+    dense = dense_twin(model).blocks[0].attention.qkv
+    assert torch.equal(dense.weight, layer.weight * factor.unsqueeze(-1))
 
 
 def test_folders_of_plain_pytorch_models(tmp_path):

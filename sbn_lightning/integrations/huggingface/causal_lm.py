@@ -139,6 +139,12 @@ class CausalLM(SparseBitNet):
         if weights.model_type != now:
             raise ConfigError(f"init_from: {path} is a {weights.model_type} model, model.source is {now}")
         own = without_masks(self._hf().state_dict())
+        if learned := [name for name in weights.state if name.endswith(".log_scale") and name not in own]:
+            raise ConfigError(
+                f"init_from: {path} has learned scales such as {learned[0]}: set model.learnable_scales to true"
+            )
+        # Learned scales start at 1 if the weights have none.
+        own = {n: value for n, value in own.items() if n in weights.state or not n.endswith(".log_scale")}
         for name in own:
             if name not in weights.state:
                 raise DataError(f"init_from: {path} lacks the tensor {name}")

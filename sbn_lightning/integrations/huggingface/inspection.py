@@ -19,12 +19,13 @@ from sbn_lightning.evaluation.inspection import (
     Place,
     first_blocks,
 )
-from sbn_lightning.formats.init_from import without_masks
+from sbn_lightning.formats.init_from import without_learned_scales, without_masks
 from sbn_lightning.integrations.huggingface.network import Network, build_network
 from sbn_lightning.layers.candidates import guess_split_sizes, left_alone, shape_of
 from sbn_lightning.layers.conv1d import is_conv1d
 from sbn_lightning.layers.experts import fused_weights
 from sbn_lightning.layers.packed import PackedTernaryLinear
+from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.sparsity.config import SparsityConfig
 
 # The parts of layers that the architecture stores fused, by the layer's name and the number of parts.
@@ -93,7 +94,7 @@ def dense_network(network: Network) -> Network:
     """
     if any(isinstance(module, PackedTernaryLinear) for module in network.modules()):
         raise ConfigError(NO_LATENT_WEIGHTS)
-    state = without_masks(dict(network.hf.state_dict()))
+    state = without_learned_scales(without_masks(dict(network.hf.state_dict())), ternary_layers(network.hf))
     hf = build_network({**network.config.hugging_face, "quantization_config": None})
     hf.load_state_dict(state)
     return Network(hf.to(next(network.parameters()).device), "dense").eval().requires_grad_(False)
