@@ -8,6 +8,7 @@ after top-k and top-p have removed tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,12 +44,20 @@ class Sampling:
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k} is below 1; leave it out to draw from all tokens")
 
-    def __call__(self, logits_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    @property
+    def sorts(self) -> bool:
+        """Whether tokens are sorted for a draw. The order of equal logits may then depend on the number of rows."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k is not None)
+
+    def __call__(
+        self, logits_BV: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+    ) -> Tensor:
         """Choose a token for each row.
 
         Args:
             logits_BV: The logits, ``[B, vocab_size]``.
-            generator: The source of randomness, on the device of the logits; a greedy choice needs none.
+            generator: The source of randomness, on the device of the logits, or one for each row; a greedy choice needs
+                none.
 
         Returns:
             The token ids, int64 ``[B]``.
@@ -72,6 +81,11 @@ class Sampling:
                 -1, torch.zeros(1, dtype=torch.int64, device=before.device), False
             )
             probabilities = probabilities.masked_fill(outside, 0.0)
-        clocks = torch.empty_like(probabilities).exponential_(generator=generator)
+        clocks = torch.empty_like(probabilities)
+        if isinstance(generator, Sequence):
+            for row, own in zip(clocks.split(1), generator, strict=True):
+                row.exponential_(generator=own)
+        else:
+            clocks.exponential_(generator=generator)
         drawn = (probabilities / clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)).argmax(dim=-1)
         return drawn if order is None else order.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)

@@ -53,8 +53,9 @@ def test_greedy_tokens_are_those_of_a_loop_without_a_cache(opened, run_ahead, pr
     assert [each.text for each in found] == [byte_tokenizer().decode(tokens) for tokens in expected]
 
 
-def test_draws_are_those_of_the_request_alone(opened):
-    sampling = {"temperature": 2.0, "top_p": 0.95, "top_k": 100}
+@pytest.mark.parametrize("limits", [{"top_p": 0.95, "top_k": 100}, {}], ids=["sorted", "together"])
+def test_draws_are_those_of_the_request_alone(opened, limits):
+    sampling = {"temperature": 2.0, **limits}
     alone = [
         list(stream(opened.model, prompt, max_new_tokens=9, sampling=Sampling(**sampling), seed=i))
         for i, prompt in enumerate(MORE)
