@@ -86,7 +86,13 @@ def test_twenty_steps_are_the_same_to_the_last_bit(interval, compile, gradients,
 
 @pytest.mark.parametrize(
     ("interval", "compile", "recomputed", "gradients"),
-    [(4, True, False, "int8"), (1, False, "mlp", "bf16"), (1, True, "mlp", "int8"), (4, True, True, "int8")],
+    [
+        (4, True, False, "int8"),
+        (1, False, "mlp", "bf16"),
+        (1, True, "mlp", "int8"),
+        (1, False, True, "int8"),
+        (4, True, True, "int8"),
+    ],
 )
 def test_held_masks_and_recomputation(interval, compile, recomputed, gradients, recorded, monkeypatch):
     monkeypatch.setattr(graphs, "refusal", lambda model: None)
