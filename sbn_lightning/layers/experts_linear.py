@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from sbn_lightning.backends.reference import TernaryWeight
-from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.options import check_tokens, result_dtype
 from sbn_lightning.layers.packed import KERNEL_DTYPES, PackedTernaryLinear, packed_layer
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
@@ -203,11 +202,6 @@ class SparseBitExperts(SparseBitLinear):
         self.experts = experts
         sparsity = replace(sparsity, split_sizes=parts * experts if len(parts) * experts > 1 else None)
         super().__init__(in_features, experts * sum(parts), False, sparsity=sparsity)
-
-    def _init_mask(self, sparsity: SparsityConfig, mask_bits: Tensor | None = None) -> None:
-        if sparsity.learnable_scales:
-            raise ConfigError("experts have no learned scales: exclude them, or set learnable_scales to false")
-        super()._init_mask(sparsity, mask_bits)
 
     @property
     def one_expert(self) -> OneExpert:

@@ -65,6 +65,8 @@ class SparseBitLinear(MaskedLinear):
         self._rounding: tuple[Tensor, Tensor] | None = None
         self.readers, self.given = (), None
         if sparsity.learnable_scales:
+            if hasattr(self, "experts"):
+                raise ConfigError("experts have no learned scales: exclude them, or set learnable_scales to false")
             dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
             zeros = torch.zeros(len(sparsity.split_sizes or (1,)), dtype=dtype, device=self.weight.device)
             self.log_scale = nn.Parameter(zeros, requires_grad=self.weight.requires_grad)
@@ -281,7 +283,10 @@ class SparseBitLinear(MaskedLinear):
             share: The share of the weights' rounding that is in effect; None for the whole.
         """
         if not self.learnable_scales or not torch.is_grad_enabled():
-            return self.weight
+            # For a sharded weight the backend has a leaf. A compiled block that read the weight would compare the whole
+            # description of the sharding in each forward.
+            own = getattr(self._backend, "leaf", None)
+            return self.weight if own is None else cast(Tensor, own)
         leaf: Tensor = ScaledWeight.apply(
             self.weight, self.log_scale, prepared.codes, prepared.row_scale, self.split_sizes, share
         )
