@@ -1,0 +1,125 @@
+"""Which layers a conversion takes, what it says about the others, and the rows of fused layers."""
+
+import warnings
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sbn_lightning.layers.conversion import convert_linears
+
+
+def test_a_name_that_fits_nothing_is_a_warning():
+    model = nn.Sequential(OrderedDict(body=nn.Linear(16, 16), head=nn.Linear(16, 8)))
+    with pytest.warns(UserWarning, match="names that fit nothing in the model: haed, l.*") as got:
+        report = convert_linears(model, "2:4", exclude=["lm_head", "haed", "l.*", "body.bias"])
+    assert len(got) == 1
+    assert report.unmatched == ["haed", "l.*"]
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(16, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"moe": Experts(), "head": nn.Linear(16, 16)}) for _ in range(2))
+        self.blocks[0]["glu"] = nn.ModuleDict({"gate": nn.Linear(16, 32), "up": nn.Linear(16, 32)})
+        self.blocks[0]["shared_expert_gate"] = nn.Linear(16, 1)
+        self.blocks[0]["q"] = nn.ModuleDict({"base_layer": nn.Linear(16, 16), "lora_A": nn.Linear(16, 8)})
+        self.classifier = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+        self.text_projection = nn.Linear(16, 16)
+
+
+def test_heads_routers_gates_and_loras_are_left_alone_unless_named():
+    report = convert_linears(Decoder(), "2:4")
+    skipped = {
+        "blocks.0.moe.gate": "router",
+        "blocks.1.moe.gate": "router",
+        "blocks.0.shared_expert_gate": "one row",
+        "blocks.0.q.lora_A": "LoRA",
+        "classifier.0": "output head",
+        "classifier.1": "output head",
+        "text_projection": "output head",
+    }
+    assert set(report.skipped) == set(skipped)
+    for name, reason in skipped.items():
+        assert reason in report.skipped[name]
+        assert "name it in include" in report.skipped[name]
+    assert "blocks.0.glu.gate" in report.converted
+    assert "blocks.0.head" in report.converted
+    named = convert_linears(Decoder(), "2:4", include=("*", "classifier", "*.moe.gate"))
+    assert set(report.converted) < set(named.converted)
+    assert {"classifier.0", "blocks.1.moe.gate"} <= set(named.converted)
+
+
+class Fused(nn.Module):
+    """Experts as in transformers 5: one parameter holds the weights of all experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(8, 32, 16))
+        self.attention = nn.Linear(16, 16, bias=False)
+
+
+def test_a_conversion_that_reaches_little_warns_and_says_the_share():
+    with pytest.warns(UserWarning, match=r"only 5\.9% of the model's linear parameters"):
+        report = convert_linears(Fused(), "2:4")
+    assert (report.converted_parameters, report.linear_parameters) == (256, 256 + 8 * 32 * 16)
+    assert "5.9% of the linear parameters" in str(report)
+    assert "bare parameter" in report.skipped["up"]
+
+
+def test_what_the_caller_excluded_is_no_reason_to_warn():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 256), nn.Linear(256, 256))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_linears(model, "2:4", exclude=("1", "2"))
+
+
+# Fused projections.
+
+
+def test_rows_of_fused_layers_are_given_by_name():
+    model = nn.ModuleDict(
+        {f"block{i}": nn.ModuleDict({"qkv": nn.Linear(16, 24), "o": nn.Linear(8, 16)}) for i in (0, 1)}
+    )
+    report = convert_linears(model, "2:4", split_sizes={"qkv": (8, 8, 8), "block1.o": None})
+    assert report.split_sizes == {"block0.qkv": (8, 8, 8), "block1.qkv": (8, 8, 8)}
+    assert model["block0"]["qkv"].ternary()[1].shape == (3,)
+    assert model["block1"]["o"].split_sizes is None
+    assert "(8, 8, 8)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("origin", "name", "attributes", "rows", "sizes"),
+    [
+        ("timm.layers", "qkv", {}, 24, (8, 8, 8)),
+        ("litgpt.model", "qkv", {"config": SimpleNamespace(n_query_groups=2, head_size=4)}, 32, (16, 8, 8)),
+        ("transformers.models.phi3", "qkv_proj", {"num_key_value_heads": 2, "head_dim": 4}, 32, (16, 8, 8)),
+        ("transformers.models.phi3", "gate_up_proj", {}, 64, (32, 32)),
+        ("transformers.models.gpt_neox", "query_key_value", {}, 24, None),
+        ("mine", "qkv", {}, 24, None),
+    ],
+)
+def test_rows_of_fused_layers_are_guessed_where_the_class_is_known(origin, name, attributes, rows, sizes):
+    holder = type("Holder", (nn.Module,), {"__module__": origin})()
+    for key, value in attributes.items():
+        setattr(holder, key, value)
+    holder.add_module(name, nn.Linear(16, rows))
+    report = convert_linears(holder, "2:4")
+    assert report.split_sizes.get(name) == sizes
+    assert getattr(holder, name).split_sizes == sizes
+
+
+def test_a_1x1_convolution_is_said_to_be_a_linear_layer():
+    model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3), nn.Linear(512, 512))
+    skipped = convert_linears(model, "2:4").skipped
+    assert "linear layer over channels" in skipped["0"]
+    assert "many windows" in skipped["1"]
