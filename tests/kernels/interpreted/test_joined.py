@@ -87,7 +87,7 @@ def joins(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize(("module", "gradients"), [(Attention, "bf16"), (MLP, "bf16"), (MLP, "int8")])
+@pytest.mark.parametrize(("module", "gradients"), [(Attention, "bf16"), (MLP, "int8")])
 def test_joined_layers_compute_what_single_layers_do(
     module: type[nn.Module], gradients: Gradients, joins: list[int]
 ) -> None:
