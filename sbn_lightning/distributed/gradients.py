@@ -28,7 +28,9 @@ from sbn_lightning.distributed.rows import RowCut
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 IN_FLIGHT = 2**28  # The bytes of whole gradients that may be in memory at a time, each in its reduce-scatter.
-PIECE = 2**22  # A collective sends at least these bytes to each rank, or its latency would outweigh them.
+# A collective sends at least these bytes to each rank. In small models the host is the limit, and starting a collective
+# takes the host as long as several kernels.
+PIECE = 2**24
 
 
 def send_first() -> None:
@@ -121,7 +123,8 @@ class GradientScatter:
         # The hook of a leaf holds this object. A cycle through a hook would never be collected.
         self._leaves: list[weakref.ref[Tensor]] = []
         self._sent: deque[_Sent] = deque()
-        self._gathered: list[_Gradient] = []  # Small gradients that wait for each other.
+        self._gathered: list[_Gradient] = []  # Small gradients that wait for each other,
+        self._gathered_bytes = 0  # and their size.
         self._most_alone = min(PIECE * dist.get_world_size(shard_group), IN_FLIGHT // 2)
         self._waits_for_end = False
 
@@ -151,6 +154,7 @@ class GradientScatter:
                 sent.work.wait()
         self._sent.clear()
         self._gathered.clear()
+        self._gathered_bytes = 0
         for reference in self._leaves:
             if (leaf := reference()) is not None:
                 leaf.grad = None
@@ -167,12 +171,13 @@ class GradientScatter:
             self._send([gradient])
             return
         self._gathered.append(gradient)
-        if sum(one.whole.nbytes for one in self._gathered) >= self._most_alone:
+        self._gathered_bytes += gradient.whole.nbytes
+        if self._gathered_bytes >= self._most_alone:
             self._send_gathered()
 
     def _send_gathered(self) -> None:
         """Send the small gradients together, if there are any."""
-        gathered, self._gathered = self._gathered, []
+        gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
         if gathered:
             self._send(gathered)
 
@@ -227,9 +232,7 @@ def _accumulate(weight: nn.Parameter, mine: Tensor) -> None:
     """Add rows to the gradient of a sharded weight, in the weight's dtype."""
     assert isinstance(weight, DTensor)
     if weight.grad is None:
-        rows = mine.to(weight.dtype)
-        weight.grad = DTensor.from_local(
-            rows, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
-        )
+        # As FSDP2 does. DTensor.from_local would describe the sharding anew, which takes the host ten times as long.
+        weight.grad = DTensor(mine.to(weight.dtype), weight._spec, requires_grad=False)
     else:
-        weight.grad.to_local().add_(mine)  # type: ignore[attr-defined]
+        cast(DTensor, weight.grad)._local_tensor.add_(mine)

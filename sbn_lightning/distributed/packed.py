@@ -190,9 +190,9 @@ class PackedRows:
         return y
 
 
-def exchange_of(module: nn.Module) -> Exchange | None:
-    """The exchange of a model's sharded layers; None if there are none."""
-    backends = (layer.backend for layer in ternary_layers(module).values())
+def exchange_of(layers: Iterable[Any]) -> Exchange | None:
+    """The exchange of the sharded layers among some layers; None if there are none."""
+    backends = (getattr(layer, "backend", None) for layer in layers)
     return next((backend.exchange for backend in backends if isinstance(backend, PackedRows)), None)
 
 

@@ -22,10 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sbn_lightning.core.errors import ConfigError, SBNError
 from sbn_lightning.distributed.packed import exchange_of, forget_backward, shard_packed
+from sbn_lightning.layers.mask_tracker import trust_weights
+from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.layers.sparse_linear import masked_layers, prepare_layers
 
 Gather = Literal["packed_step", "packed_layer", "latent"]
 Reduce = Literal["micro_batch", "step"]
+LAYERS = "_layers_to_prepare"  # The attribute of a sharded model that lists its masked layers.
 SMALL = 2**20  # A block with more weights than that besides its ternary ones is gathered on its own.
 
 
@@ -188,7 +191,7 @@ def gradients_stay(module: nn.Module) -> Iterator[None]:
     Args:
         module: The sharded model, or a module that contains one, with ``reduce="step"``.
     """
-    exchange = exchange_of(module)
+    exchange = exchange_of(ternary_layers(module).values())
     scatter = None if exchange is None else exchange.scatter
     if scatter is None:
         yield
@@ -220,15 +223,18 @@ def prepare_first(module: nn.Module, methods: Sequence[str] = ()) -> None:
     module.register_forward_pre_hook(_prepare, prepend=True)
     for name in methods:
         setattr(module, name, MethodType(_after_preparing(getattr(module, name).__func__), module))
-    for _, layer in masked_layers(module):
+    layers = [layer for _, layer in masked_layers(module)]
+    setattr(module, LAYERS, layers)
+    for layer in layers:
         layer.owner_prepares = True
 
 
 @torch._dynamo.disable  # type: ignore[untyped-decorator]  # A graph cannot ask whether a weight has changed.
 def _prepare(module: nn.Module, *_: Any) -> None:
-    exchange = exchange_of(module)
+    layers = getattr(module, LAYERS)
+    exchange = exchange_of(layers)
     if exchange is None or not isinstance(module, FSDPModule):
-        prepare_layers(module)
+        prepare_layers(module, layers)
         return
     recover(module)
     if torch.is_inference_mode_enabled():
@@ -236,7 +242,7 @@ def _prepare(module: nn.Module, *_: Any) -> None:
     # The forward begins with the embedding. FSDP2 would start to gather it only when all layers are prepared.
     exchange.beside = partial(module.unshard, async_op=True)
     try:
-        prepare_layers(module)
+        prepare_layers(module, layers)
     finally:
         exchange.beside = None
 
@@ -297,6 +303,7 @@ def _after_preparing(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare(module)
-        return method(module, *args, **kwargs)
+        with trust_weights():  # Nothing inside looks at the weights a second time.
+            return method(module, *args, **kwargs)
 
     return call

@@ -16,7 +16,7 @@ as ``TernaryTransformer`` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -349,13 +349,18 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
             yield name.replace("_orig_mod.", ""), module
 
 
-def prepare_layers(model: nn.Module) -> None:
+def prepare_layers(model: nn.Module, layers: Sequence[MaskedLinear] | None = None) -> None:
     """Call :meth:`MaskedLinear.prepare` on every layer of ``model``.
 
     :mod:`sbn_lightning.layers.preparation` prepares many layers at once where that is possible.
+
+    Args:
+        model: The model with the masked layers.
+        layers: Its masked layers, if the caller knows them. To search a large model takes the host milliseconds.
     """
-    with weights_stay(model):
-        prepare_all(model, [layer for _, layer in masked_layers(model)])
+    found = [layer for _, layer in masked_layers(model)] if layers is None else list(layers)
+    with _weights_of_stay(found):
+        prepare_all(model, found)
 
 
 @contextmanager
@@ -368,10 +373,16 @@ def weights_stay(model: nn.Module) -> Iterator[None]:
     Args:
         model: The model with the masked layers.
     """
+    with _weights_of_stay(layer for _, layer in masked_layers(model)):
+        yield
+
+
+@contextmanager
+def _weights_of_stay(layers: Iterable[MaskedLinear]) -> Iterator[None]:
     if not weights_are_trusted():
         look_at_all(
             (layer.tracker, layer._weight(), layer.training)
-            for _, layer in masked_layers(model)
+            for layer in layers
             if not isinstance(layer._weight(), DTensor)
         )
     with trust_weights():
