@@ -51,7 +51,7 @@ STRATEGIES += tuple(f"{name} on {ctas} ctas" for name in ("fsdp2 packed", "ddp")
 STRATEGIES += ("ddp in 100 mb", "ddp in 250 mb")
 MICRO_BATCHES = (2, 1, 8)  # of a step, with --all
 # Shape -> sequences of a micro-batch of one GPU, micro-batches of a step: 32,768 tokens, as in training_step.py.
-BATCHES = {"qwen2.5-1.5b": (8, 2), "qwen2.5-3b": (4, 4), "qwen2.5-0.5b": (8, 2)}
+BATCHES = {"qwen2.5-1.5b": (8, 2), "qwen2.5-3b": (8, 2), "qwen2.5-0.5b": (8, 2)}
 COLUMNS = ("shape", "strategy", "gpus", "gradients", "sequences", "accumulate", "ms", "tokens_per_s", "scaling")
 COLUMNS += ("peak_gib", "wire_mib", "same_masks", "link_gb_per_s")
 KEY = COLUMNS[:6]
@@ -144,8 +144,8 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--gradients", nargs="+", choices=["bf16", "int8"], default=["bf16"])
-    parser.add_argument("--sequences", type=int, help="sequences of 2,048 tokens in a GPU's micro-batch: 8; 4 at 3B")
-    parser.add_argument("--accumulate", type=int, nargs="+", help="micro-batches in a step: 2; 4 at 3B")
+    parser.add_argument("--sequences", type=int, help="sequences of 2,048 tokens in a micro-batch of one GPU: 8")
+    parser.add_argument("--accumulate", type=int, nargs="+", help="micro-batches in a step: 2")
     parser.add_argument(
         "--all", action="store_true", help="every shape, gradients, strategy, and 1, 2, 8 micro-batches"
     )

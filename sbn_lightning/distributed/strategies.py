@@ -26,7 +26,9 @@ from lightning.pytorch.strategies import (
 from sbn_kernels.runtime.sharing import beside_collectives
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
+from torchmetrics import Metric
 from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
@@ -190,6 +192,10 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
         # torch cannot move a sharded weight that something holds a weak reference to, not even to where the weight is.
         if any(tensor.device != self.root_device for tensor in chain(self.model.parameters(), self.model.buffers())):
             super().model_to_device()
+            return
+        for part in self.model.modules():
+            if isinstance(part, Metric):  # FSDP2 has moved parameters and buffers. The states of a metric are neither.
+                part.to(self.root_device)
 
     @override
     @contextmanager
@@ -294,6 +300,12 @@ class ReplicatedStrategy(_Together, DDPStrategy):
             self._ddp_kwargs["process_group"] = group
             if self._ddp_comm_hook is bf16_compress_hook:
                 self._ddp_comm_state = group
+
+    @override
+    def _setup_model(self, model: Module) -> DistributedDataParallel:
+        # Lightning makes DDP on a stream of its own. Then gradients would be added up on that stream, and the backward
+        # would go from stream to stream for each parameter.
+        return DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
