@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch._dynamo.testing import CompileCounter
 
-from sbn_lightning import MaskRefresh
+from sbn_lightning import MaskRefresh, TernarySparseConversion
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.fabric import FabricRun
 from sbn_lightning.layers.sparse_linear import masked_layers
@@ -67,6 +68,35 @@ def test_training_is_the_same_to_the_last_bit(recordings, interval, recomputed):
     assert_equal(graphed, plain)
     assert recordings["recorded"] == (2 if interval == 1 else 4)
     assert recordings["replayed"] == 2 * (24 - 2) if interval == 1 else recordings["replayed"] >= 2 * (24 - 4)
+
+
+class Bare(LightningModule):
+    """A module of somebody else, whose training step is graphed as the guide says."""
+
+    def __init__(self, cuda_graphs):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Embedding(512, 16), torch.nn.Linear(16, 32), torch.nn.Linear(32, 512))
+        self.graphed = GraphedLoss() if cuda_graphs else None
+
+    def compute_loss(self, batch):
+        return torch.nn.functional.cross_entropy(self.model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    def training_step(self, batch, batch_idx):
+        return self.compute_loss(batch) if self.graphed is None else self.graphed(self, self.compute_loss, batch)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def test_a_module_of_somebody_else(recordings):
+    trained = []
+    for cuda_graphs in (False, True):
+        trained.append(Bare(cuda_graphs))
+        callbacks = [TernarySparseConversion("2:4", exclude=()), MaskRefresh()]
+        quiet_trainer(callbacks, max_steps=5, accumulate_grad_batches=2).fit(trained[-1], token_loader(batches=10))
+    assert_equal(*trained)
+    assert recordings["recorded"] == 2
 
 
 def test_a_run_that_resumes_in_the_middle(recordings, tmp_path):
