@@ -44,20 +44,32 @@ class ChunkAttention:
         self.keys, self.values = keys, values
 
     def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, window: int | None = None) -> Tensor:
-        new, all_tokens = q_BHTE.shape[2], self.keys.shape[2]
-        self.keys[:, :, all_tokens - new :] = k_BKTE
-        self.values[:, :, all_tokens - new :] = v_BKTE
-        keys, values = self.keys, self.values
-        if window is None or all_tokens <= window:
-            # This form of the mask lets torch take the flash kernel, which needs no memory for T * S scores.
-            mask: Tensor = causal_lower_right(new, all_tokens)
-        else:
-            seen = min(all_tokens, new + window - 1)  # No token of this call sees the slots before these.
-            keys, values = keys[:, :, all_tokens - seen :], values[:, :, all_tokens - seen :]
-            places = torch.arange(seen, device=keys.device)
-            mask = in_window(places[seen - new :].unsqueeze(1), places, window)
-        grouped = q_BHTE.shape[1] != keys.shape[1]
-        return F.scaled_dot_product_attention(q_BHTE, keys, values, attn_mask=mask, enable_gqa=grouped)
+        before = self.keys.shape[2] - q_BHTE.shape[2]
+        self.keys[:, :, before:] = k_BKTE
+        self.values[:, :, before:] = v_BKTE
+        return attend_to_cache(q_BHTE, self.keys, self.values, window)
+
+
+def attend_to_cache(q_BHTE: Tensor, keys: Tensor, values: Tensor, window: int | None = None) -> Tensor:
+    """Attention of the last T tokens of sequences to all their tokens.
+
+    Args:
+        q_BHTE: The queries of the last T tokens.
+        keys: The keys of all tokens, ``[B, K, S, E]``.
+        values: The values of all tokens.
+        window: How many tokens each token attends to, itself included. None means all tokens before it.
+    """
+    new, all_tokens = q_BHTE.shape[2], keys.shape[2]
+    if window is None or all_tokens <= window:
+        # This form of the mask lets torch take the flash kernel, which needs no memory for T * S scores.
+        mask: Tensor = causal_lower_right(new, all_tokens)
+    else:
+        seen = min(all_tokens, new + window - 1)  # No token of this call sees the slots before these.
+        keys, values = keys[:, :, all_tokens - seen :], values[:, :, all_tokens - seen :]
+        places = torch.arange(seen, device=keys.device)
+        mask = in_window(places[seen - new :].unsqueeze(1), places, window)
+    grouped = q_BHTE.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(q_BHTE, keys, values, attn_mask=mask, enable_gqa=grouped)
 
 
 class Slots:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sbn_lightning.backends.integer import KernelBackend
 from sbn_lightning.backends.products import multiply
+from sbn_lightning.inference.attention import attend_to_cache
 from sbn_lightning.inference.gather import outside_of_the_family
 from sbn_lightning.layers.gated import is_hooked
 from sbn_lightning.layers.packed import PackedTernaryLinear
@@ -120,7 +121,7 @@ def _form_of(kernel: str) -> str:
 
 
 class PromptPass:
-    """Reads prompts from their first tokens on; :func:`make_pass` says for which models.
+    """Reads prompts, or parts of prompts behind tokens in the cache; :func:`make_pass` says for which models.
 
     Args:
         model: The model. Its weights must be prepared before each call.
@@ -130,7 +131,12 @@ class PromptPass:
         self._model = model
 
     def __call__(
-        self, tokens_BT: Tensor, last_B: Tensor, rows_B: Tensor, caches: Sequence[tuple[Tensor, Tensor]]
+        self,
+        tokens_BT: Tensor,
+        last_B: Tensor,
+        rows_B: Tensor,
+        caches: Sequence[tuple[Tensor, Tensor]],
+        start: int = 0,
     ) -> Tensor:
         """Compute the logits after each prompt, and write keys and values to the cache.
 
@@ -139,6 +145,8 @@ class PromptPass:
             last_B: The position of each prompt's last token, int64 ``[B]``.
             rows_B: The row of the cache of each prompt, int64 ``[B]``.
             caches: The keys and values of each layer, bfloat16 ``[rows, K, slots, E]``.
+            start: The number of tokens before these, which the cache holds already. Unless it is 0, there is a prompt
+                for each row of the cache, and the rows are in order.
 
         Returns:
             The logits, ``[B, vocab_size]``.
@@ -148,12 +156,17 @@ class PromptPass:
         # Measured on an H200: 2 to 9 % of a single prompt. Four prompts of 2,048 tokens took longer at 1.5B.
         few = tokens_BT.numel() <= _MOST_EARLY
         with launching_early(tokens_BT.device) if few else nullcontext():
-            hidden = self._last_hidden(tokens_BT, last_B, rows_B, caches)
+            hidden = self._last_hidden(tokens_BT, last_B, rows_B, caches, start)
         logits: Tensor = self._model.lm_head(self._model.norm(hidden))
         return logits
 
     def _last_hidden(
-        self, tokens_BT: Tensor, last_B: Tensor, rows_B: Tensor, caches: Sequence[tuple[Tensor, Tensor]]
+        self,
+        tokens_BT: Tensor,
+        last_B: Tensor,
+        rows_B: Tensor,
+        caches: Sequence[tuple[Tensor, Tensor]],
+        start: int,
     ) -> Tensor:
         """Compute the sum that enters the last norm, for the last token of each prompt, ``[B, D]``."""
         from sbn_kernels import quantize_tokens, swiglu_quantize
@@ -175,9 +188,14 @@ class PromptPass:
                 total, x8, scale, _ = norm_quantize(x, delta, *norm)
                 x = x if delta is None else total
             qkv = _product(attention.qkv, x8, scale).view(batch, length, -1)
-            rotate_and_store(qkv, attention.qkv.bias, model.cos, model.sin, keys, values, rows_B, config.n_heads)
+            rotate_and_store(qkv, attention.qkv.bias, model.cos, model.sin, keys, values, rows_B, config.n_heads, start)
             parts = qkv.unflatten(-1, (-1, config.head_size)).transpose(1, 2).split(splits, 1)
-            attended = causal_attention(*parts).transpose(1, 2).reshape(batch * length, -1)
+            if start:
+                cached = keys[:, :, : start + length], values[:, :, : start + length]
+                attended = attend_to_cache(parts[0], *cached)
+            else:
+                attended = causal_attention(*parts)
+            attended = attended.transpose(1, 2).reshape(batch * length, -1)
             added = _product(attention.o, *quantize_tokens(attended))
             x, x8, scale, _ = norm_quantize(x, added, block.mlp_norm.weight, config.norm_eps)
             delta = _product_or_sums(mlp.down, *swiglu_quantize(_product(mlp.gate_up, x8, scale)))

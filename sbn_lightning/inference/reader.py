@@ -90,12 +90,13 @@ class PromptReader:
         """
         count = len(tokens)
         bucket = bucket_of(count, self._slots) if start == 0 and self.use_graph else None
-        prompt_pass = self._usable_pass() if start == 0 else None
+        prompt_pass = self._usable_pass()
         if bucket is not None and self.layers:
             return self._graphs(prompt_pass).read(tokens, row, bucket)
         if prompt_pass is not None:
-            numbers = to_device([*tokens, count - 1, row], self._device)
-            return prompt_pass(numbers[:count].unsqueeze(0), numbers[-2:-1], numbers[-1:], self._caches())
+            numbers = to_device([*tokens, count - 1, 0], self._device)
+            caches = [(keys[row : row + 1], values[row : row + 1]) for keys, values in self._caches()]
+            return prompt_pass(numbers[:count].unsqueeze(0), numbers[-2:-1], numbers[-1:], caches, start)
         # The very first prompt makes the cache. It is padded like those after it, so its sums have their shapes.
         padded = [*tokens, *[0] * ((bucket or count) - count)]
         hidden = self._read(slice(row, row + 1), torch.tensor([padded], device=self._device), start)

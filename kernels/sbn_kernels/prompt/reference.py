@@ -15,16 +15,18 @@ def rotate_and_store_reference(
     values: Tensor,
     rows: Tensor,
     heads: int,
+    start: int = 0,
 ) -> Tensor:
     """What :func:`~sbn_kernels.prompt.triton.rotate_and_store` computes."""
     batch, length, _ = qkv.shape
     kv_heads, size = keys.shape[1], keys.shape[3]
     parts = (qkv if bias is None else qkv + bias.to(qkv.dtype)).unflatten(-1, (-1, size))
     turned = parts[:, :, : heads + kv_heads]
-    cos, sin = cos[:length, None], sin[:length, None]
+    end = start + length
+    cos, sin = cos[start:end, None], sin[start:end, None]
     turned = (turned * cos + turned.roll(size // 2, dims=-1) * sin).to(qkv.dtype)
     parts = torch.cat((turned, parts[:, :, heads + kv_heads :]), 2)
     for i in range(batch):
-        keys[rows[i], :, :length] = parts[i, :, heads : heads + kv_heads].transpose(0, 1)
-        values[rows[i], :, :length] = parts[i, :, heads + kv_heads :].transpose(0, 1)
+        keys[rows[i], :, start:end] = parts[i, :, heads : heads + kv_heads].transpose(0, 1)
+        values[rows[i], :, start:end] = parts[i, :, heads + kv_heads :].transpose(0, 1)
     return parts.flatten(2)

@@ -21,23 +21,24 @@ from sbn_kernels.runtime.launch import Launcher
 NEEDS = Needs("prompt", least=(0, 0), interpreter=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def rotate_and_store_kernel(
     qkv_pointer, bias_pointer, cos_pointer, sin_pointer, keys_pointer, values_pointer, rows_pointer,
-    length, slots,
+    length, slots, start,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, ALL: tl.constexpr, HALF: tl.constexpr, BIAS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token of one sequence a program. ``ALL`` is the number of heads, rounded up to a power of two."""
     begin(EARLY)
-    position = tl.program_id(0)
+    token = tl.program_id(0)
+    position = token + start
     sequence = tl.program_id(1).to(tl.int64)
     head = tl.arange(0, ALL)[:, None]
     feature = tl.arange(0, HALF)[None, :]
     count: tl.constexpr = HEADS + 2 * KV_HEADS
     inside = (head < count) & (feature < HALF)
     at = head * (2 * HALF) + feature
-    here = qkv_pointer + (sequence * length + position) * (count * 2 * HALF) + at
+    here = qkv_pointer + (sequence * length + token) * (count * 2 * HALF) + at
     first = tl.load(here, mask=inside, other=0.0)
     second = tl.load(here + HALF, mask=inside, other=0.0)
     kind = first.dtype
@@ -79,12 +80,13 @@ def rotate_and_store(
     values: Tensor,
     rows: Tensor,
     heads: int,
+    start: int = 0,
 ) -> Tensor:
     """Adds the bias to queries, keys and values, rotates queries and keys, and writes keys and values to a cache.
 
     Args:
         qkv: Queries, keys and values of each token, ``[batch, tokens, (heads + 2 kv_heads) * head_size]``, contiguous.
-            They are changed in place. The first token of each sequence has position 0.
+            They are changed in place. The first token of each sequence has position ``start``.
         bias: The bias of the product, or None.
         cos: The cosines of the rotation, float32 ``[positions, head_size]``.
         sin: The sines, with the opposite sign in the first half of a head.
@@ -92,6 +94,7 @@ def rotate_and_store(
         values: The values of the cache.
         rows: The row of the cache of each sequence, int64 ``[batch]``.
         heads: The number of query heads.
+        start: The number of tokens that each sequence has in the cache already.
 
     Returns:
         ``qkv``.
@@ -103,8 +106,9 @@ def rotate_and_store(
     batch, length, width = qkv.shape
     kv_heads, slots, size = keys.shape[1:]
     count = heads + 2 * kv_heads
-    if width != count * size or size != next_power_of_2(size) or length > min(slots, cos.shape[0]):
-        raise ValueError(f"{width} values of {length} tokens do not fit {count} heads of {size} and {slots} slots")
+    if width != count * size or size != next_power_of_2(size) or not 0 <= start <= min(slots, cos.shape[0]) - length:
+        place = f"{length} tokens from position {start} on"
+        raise ValueError(f"{width} values of {place} do not fit {count} heads of {size} and {slots} slots")
     if rows.shape != (batch,) or rows.dtype != torch.int64 or (bias is not None and bias.shape != (width,)):
         raise ValueError(f"rows must be int64 [{batch}], and the bias [{width}] or None")
     if not (qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous()):
@@ -114,7 +118,7 @@ def rotate_and_store(
         _rotate(
             (length, batch, 1),
             (qkv, qkv if bias is None else bias, cos, sin, keys, values, rows),
-            (length, slots),
+            (length, slots, start),
             (heads, kv_heads, next_power_of_2(count), size // 2, bias is not None),
             4,
         )

@@ -17,9 +17,11 @@ from tests.kernels.toy import TOY
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("biased", [True, False])
-def test_queries_keys_and_values_are_turned_in_place_and_stored(dtype: torch.dtype, biased: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "biased", "start"),
+    [(torch.float32, True, 3), (torch.float32, False, 0), (torch.bfloat16, True, 0), (torch.bfloat16, False, 0)],
+)
+def test_queries_keys_and_values_are_turned_in_place_and_stored(dtype: torch.dtype, biased: bool, start: int) -> None:
     heads, kv_heads, size, length = 3, 2, 16, 5
     qkv = torch.randn(2, length, (heads + 2 * kv_heads) * size).to(dtype)
     bias = torch.randn(qkv.shape[2]).to(dtype) if biased else None
@@ -27,14 +29,15 @@ def test_queries_keys_and_values_are_turned_in_place_and_stored(dtype: torch.dty
     caches = [torch.randn(4, kv_heads, 8, size).to(dtype) for _ in range(2)]
     expected = [cache.clone() for cache in caches]
     rows = torch.tensor([3, 1])
-    wanted = rotate_and_store_reference(qkv, bias, cos, sin, *expected, rows, heads)
-    assert rotate_and_store(qkv, bias, cos, sin, *caches, rows, heads) is qkv
+    wanted = rotate_and_store_reference(qkv, bias, cos, sin, *expected, rows, heads, start)
+    assert rotate_and_store(qkv, bias, cos, sin, *caches, rows, heads, start) is qkv
     bound = {"rtol": 2**-6, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(qkv, wanted, **bound)
     for ours, theirs in zip(caches, expected, strict=True):
         torch.testing.assert_close(ours, theirs, **bound)
     assert torch.equal(
-        caches[0][3, :, :length], qkv[0].unflatten(-1, (-1, size))[:, heads : heads + kv_heads].transpose(0, 1)
+        caches[0][3, :, start : start + length],
+        qkv[0].unflatten(-1, (-1, size))[:, heads : heads + kv_heads].transpose(0, 1),
     )
 
 
@@ -42,6 +45,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     cache, table = torch.zeros(1, 1, 2, 16), torch.zeros(8, 16)
     with pytest.raises(ValueError, match="do not fit"):
         rotate_and_store(torch.zeros(1, 3, 48), None, table, table, cache, cache, torch.zeros(1).long(), 1)
+    with pytest.raises(ValueError, match="from position 1 on do not fit"):
+        rotate_and_store(torch.zeros(1, 2, 48), None, table, table, cache, cache, torch.zeros(1).long(), 1, 1)
     for bias, rows in ((torch.zeros(16), torch.zeros(1).long()), (None, torch.zeros(2).long())):
         with pytest.raises(ValueError, match="rows must be int64"):
             rotate_and_store(torch.zeros(1, 2, 48), bias, table, table, cache, cache, rows, 1)
@@ -66,7 +71,10 @@ def test_a_pass_over_the_kernels_reads_prompts_as_the_blocks_do(biased: bool, mo
         logits = ours.prefill(prompts)
         assert ours.lengths.tolist() == [5, 3]
         first = ours.extend(0, prompts[1], 0)
-    for a, b in ((logits, expected), (first, expected[1:])):
+        ours.extend(1, prompts[0][:2], 0)
+        parts = ours.extend(1, prompts[0][2:], 2)  # A part behind tokens in the cache.
+        ours.extend(1, prompts[1], 0)
+    for a, b in ((logits, expected), (first, expected[1:]), (parts, expected[:1])):
         assert (a - b).float().norm() < 0.05 * b.float().norm()
     for mine, theirs in zip(ours._layers, plain._layers, strict=True):
         for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
