@@ -61,7 +61,7 @@ def test_the_persistent_step_gets_the_codes():
     assert torch.equal(weights.head, model.lm_head.codes)
     packed = pack(weights)
     assert packed.head_bits == 8
-    assert torch.equal(packed.head.to(torch.int16) - 128, model.lm_head.codes.to(torch.int16))
+    assert packed.head.data_ptr() == model.lm_head.codes.data_ptr()  # no copy
     assert torch.equal(packed.head_scale, model.lm_head.scale)
     model.lm_head = torch.nn.Identity()
     assert refusal(model, 1) == "does not know a head of the type Identity"

@@ -41,7 +41,7 @@ CASES = {
 def compile_step(plan: Plan) -> Any:
     """Compile the kernel for Hopper."""
     names = decode_step_kernel.arg_names
-    signature = {n: TYPES.get(n, "*i32") for n in names} | {"head": "*bf16" if plan.head_bits == 16 else "*u8"}
+    signature = {n: TYPES.get(n, "*i32") for n in names} | {"head": "*bf16" if plan.head_bits == 16 else "*i8"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     return triton.compile(
         GluonASTSource(decode_step_kernel, signature, {(names.index("P"),): plan}, aligned),

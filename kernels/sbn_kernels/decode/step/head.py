@@ -10,8 +10,9 @@ shared memory in rows of bfloat16. 16 tokens are two operands B for the same A. 
 share of both is 16 neighbouring bytes: lane ``(g, t) = (lane / 4, lane % 4)``, piece ``j``, has rows ``g`` and
 ``g + 8`` and columns ``32 j + 8 t ..``.
 
-A head of 8 bits has codes plus 128, one byte each. 16 bytes are 16 columns then. A byte below the bits ``0x4B0000`` is
-the float 8,388,608 plus the byte, so a subtraction gives the code exactly, and its upper half is the code in bfloat16.
+A head of 8 bits has int8 codes, so 16 bytes are 16 columns. With its sign bit turned, a code is a byte of the code plus
+128. A byte below the bits ``0x4B0000`` is the float 8,388,608 plus the byte, so a subtraction gives the code exactly,
+and its upper half is the code in bfloat16.
 For the tensor cores a lane's 16 columns come in two halves, each in the order of 8 bfloat16 columns. The scale of a row
 is multiplied after the sum.
 
@@ -28,6 +29,7 @@ from sbn_kernels.decode.step.plan import COLUMNS, HEAD_STEP, STAGING_STRIDE
 from sbn_kernels.decode.step.ptx import add_across, assembly, helper
 
 LOWEST = "0x8000000000000000"  # less than the key of any row
+_SIGNS = "0x80808080"  # of four int8
 _BYTE, _ZERO_CODE = "0x4B000000", "0f4B000080"  # the float of byte 0 without the byte, and that of byte 128
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 
@@ -64,17 +66,19 @@ def load_rows(p, step):
 
 @helper
 def _code(word, byte, target):
-    """The float32 of one of the four codes of a word."""
+    """The float32 of one of the four codes of a word whose sign bits are turned."""
     return [f"prmt.b32 {target}, {word}, {_BYTE}, 0x744{byte}; sub.f32 {target}, {target}, {_ZERO_CODE};"]
 
 
 @helper
-def _widen(words, targets, scratch):
+def _widen(words, targets, scratch, turned):
     """Two words of four codes -> four pairs of bfloat16."""
     lines = []
     for i, target in enumerate(targets):
+        if i % 2 == 0:
+            lines += [f"xor.b32 {turned}, {words[i // 2]}, {_SIGNS};"]
         for k, register in enumerate(scratch):
-            lines += _code(words[i // 2], 2 * (i % 2) + k, register)
+            lines += _code(turned, 2 * (i % 2) + k, register)
         lines += [f"prmt.b32 {target}, {scratch[0]}, {scratch[1]}, 0x7632;"]
     return lines
 
@@ -105,7 +109,7 @@ def dot_rows(p, step):
             for i in range(16):
                 four = rows[4 * i : 4 * i + 4]
                 if halves == 2:
-                    lines += _widen(four[2 * half : 2 * half + 2], ("w0", "w1", "w2", "w3"), ("u0", "u1"))
+                    lines += _widen(four[2 * half : 2 * half + 2], ("w0", "w1", "w2", "w3"), ("u0", "u1"), "u2")
                     four = ("w0", "w1", "w2", "w3")
                 lines += [f"st.shared.v4.b32 [sa+{STAGING_STRIDE * i}], {{{','.join(four)}}};"]
             lines += ["bar.warp.sync 0xffffffff;"]
@@ -158,7 +162,7 @@ def dot_row(p):
     def asm(outs, ins):
         ((y,),) = outs
         regs, (xh,) = ins
-        lines = ["{", ".reg .u32 xa; .reg .b32 x<4>, b; .reg .f32 a<4>, f, e; .reg .pred c; mov.u32 xa, %tid.x;"]
+        lines = ["{", ".reg .u32 xa; .reg .b32 x<4>, b, w; .reg .f32 a<4>, f, e; .reg .pred c; mov.u32 xa, %tid.x;"]
         columns, halves = 4096 // p.head_bits, 16 // p.head_bits
         lines += [f"and.b32 xa, xa, 31; setp.lt.u32 c, xa, {p.d_model * p.head_bits // 128 % 32};"]
         lines += [f"mad.lo.u32 xa, xa, {16 * halves}, {xh};"]
@@ -175,8 +179,9 @@ def dot_row(p):
                     w = regs[4 * j + k]
                     low, high = [f"shl.b32 b, {w}, 16; mov.b32 e, b;"], [f"and.b32 b, {w}, 0xffff0000; mov.b32 e, b;"]
                 else:
-                    w = regs[4 * j + 2 * half + k // 2]
-                    low, high = ([*_code(w, 2 * (k % 2) + i, "b"), "mov.b32 e, b;"] for i in range(2))
+                    if k % 2 == 0:
+                        lines += [f"xor.b32 w, {regs[4 * j + 2 * half + k // 2]}, {_SIGNS};"]
+                    low, high = ([*_code("w", 2 * (k % 2) + i, "b"), "mov.b32 e, b;"] for i in range(2))
                 lines += [*low, f"shl.b32 b, x{k}, 16; mov.b32 f, b; fma.rn.f32 a{first}, e, f, a{first};"]
                 lines += [*high, f"and.b32 b, x{k}, 0xffff0000; mov.b32 f, b; fma.rn.f32 a{second}, e, f, a{second};"]
         lines += [

@@ -248,7 +248,7 @@ def decode_step_kernel(
         embedding: The embedding, bfloat16 ``[vocab, d_model]``.
         weights: The packed layers, int32.
         norms: The weights of the norms, bfloat16 ``[2 layers + 1, d_model]``: attention, MLP, ..., the last norm.
-        head: The weight of the head ``[vocab, d_model]``: bfloat16, or codes of 8 bits plus 128.
+        head: The weight of the head ``[vocab, d_model]``: bfloat16, or int8 codes.
         head_scale: The scale of each row of the head, float32 ``[vocab]``, if ``P.head_bits`` is 8.
         logits: The result ``[batch, vocab]``, bfloat16 or float32.
         best: The largest key of each token, and the number of programs that have joined theirs, int64 ``[batch + 1]``.

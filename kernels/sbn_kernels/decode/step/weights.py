@@ -87,7 +87,7 @@ class PackedWeights:
         words: The packed layers, int32 ``[layers, words of a layer]``.
         norms: The weights of all norms, bfloat16 ``[2 layers + 1, d_model]``.
         embedding: The embedding, bfloat16 ``[vocab, d_model]``.
-        head: The weight of the head ``[vocab, d_model]``: bfloat16, or codes of 8 bits plus 128, uint8.
+        head: The weight of the head ``[vocab, d_model]``: bfloat16, or int8 codes.
         cos: The cosines of the rotation, float32 ``[positions, head_size]``.
         sin: The sines of the rotation, float32 ``[positions, head_size]``.
         head_scale: The scale of each row of a head of 8 bits, float32 ``[vocab]``; else None.
@@ -159,7 +159,7 @@ def pack(weights: Weights) -> PackedWeights:
     else:
         if head.dtype != torch.int8 or head_scale.shape != head.shape[:1]:
             raise ValueError(f"a head with scales must have int8 codes and a scale for each row, not {head.dtype}")
-        head, head_scale = head.contiguous().view(torch.uint8) ^ 128, head_scale.float().contiguous()
+        head, head_scale = head.contiguous(), head_scale.float().contiguous()
     return PackedWeights(
         s, torch.stack(words), torch.stack([*norms, _bf16(weights.norm)]), _bf16(weights.embedding),
         head, weights.cos.float().contiguous(), weights.sin.float().contiguous(), head_scale,
