@@ -236,11 +236,9 @@ def _hopper_gemm_types(tile: int, chunk: int, out: str, out_bits: int) -> dict[s
 
 
 @needs_gluon
-@pytest.mark.parametrize(
-    ("rows", "bias", "piece"), [(True, False, 0), (True, True, 0), (False, False, 0), (True, False, 64)]
-)
+@pytest.mark.parametrize(("rows", "bias"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("sparse", [True, False])
-def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, piece: int, tmp_path: Path) -> None:
+def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> None:
     """The sparse instruction is there, no register spills, and multiplications overlap instead of being serialised."""
     from sbn_kernels.gemm.sm90.gemm import launch_shape
     from sbn_kernels.gemm.sm90.kernels import ternary_gemm_kernel
@@ -248,7 +246,7 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, piece: int, tmp_path:
 
     tile = 256
     chunk, stages = launch_shape(tile, 2)
-    types = _hopper_gemm_types(piece or tile, chunk, "bf16", 16)
+    types = _hopper_gemm_types(tile, chunk, "bf16", 16)
     constants = {
         "BT": tile,
         "CHUNK": chunk,
@@ -257,13 +255,11 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, piece: int, tmp_path:
         "ROWS": rows,
         "BIAS": bias,
         "PARTS": False,
-        "PIECE": piece,
         "EARLY": True,
     }
     compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
     kind = "wgmma.mma_async.sp" if sparse else "wgmma.mma_async.sync"
-    for width in {tile, piece} - {0}:
-        assert kind + (".sync" if sparse else "") + f".aligned.m64n{width}k" in compiled.asm["ptx"]
+    assert kind + (".sync" if sparse else "") + ".aligned.m64n256k" in compiled.asm["ptx"]
     assert ("wgmma.mma_async.sp" in compiled.asm["ptx"]) == sparse
     assert spilled_bytes(compiled, tmp_path) == 0
     cubin = tmp_path / "kernel.cubin"
@@ -286,8 +282,7 @@ def test_hopper_gemm_of_a_prompt_in_parts_of_k(tile: int, tmp_path: Path) -> Non
     chunk, stages = launch_shape(tile, 4)
     types = _hopper_gemm_types(tile, chunk, "i32", 32)
     constants = {"BT": tile, "CHUNK": chunk, "STAGES": stages, "SPARSE": True, "ROWS": False, "BIAS": False}
-    constants |= {"PARTS": True, "PIECE": 0, "EARLY": True}
-    compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
+    compiled = build(ternary_gemm_kernel, constants | {"PARTS": True, "EARLY": True}, 90, types, GluonASTSource)
     assert f"wgmma.mma_async.sp.sync.aligned.m64n{tile}k64" in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
 

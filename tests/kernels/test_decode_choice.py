@@ -2,7 +2,6 @@
 
 import pytest
 from sbn_kernels.decode.triton import prefers_decode
-from sbn_kernels.gemm.sm90.gemm import choose_tiles
 from sbn_kernels.gemm.sm90.split_k import choose_parts, choose_splits, split_tile, whole_parts
 
 # in, out, tokens, microseconds of the decode kernel and of the prefill kernel, K in one piece, 2:4 (docs/LOG.md)
@@ -101,15 +100,3 @@ def test_long_sums_of_short_prompts_are_cut_into_parts() -> None:
     for tokens in range(65, 1025, 5):
         parts, tile = choose_parts(tokens, 1536, 8960, 132)
         assert parts == 1 or 60 <= 12 * -(-tokens // tile) * parts <= 132
-
-
-def test_a_last_wave_of_few_tiles_is_cut_into_pieces() -> None:
-    """512 tokens by 140 panels are 280 tiles: two waves of 132, and 16 tiles, which are 128 pieces."""
-    assert choose_tiles(512, 140, 132) == (256, 32)
-    assert choose_tiles(2048, 140, 132) == (256, 128)
-    assert choose_tiles(512, 12, 132) == (64, 0)  # Not even one wave.
-    assert choose_tiles(8192, 140, 132) == (256, 0)  # The last wave is nearly full.
-    for tokens in range(65, 4097, 17):
-        for panels in (9, 76, 140, 172):
-            tile, piece = choose_tiles(tokens, panels, 132)
-            assert not piece or -(-tokens // tile) * panels > 132  # Each program begins with a whole tile.

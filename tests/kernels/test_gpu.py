@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,9 @@ from sbn_kernels.block import norm_quantize, norm_quantize_sums
 from sbn_kernels.decode import int8_rows
 from sbn_kernels.decode.reference import int8_rows_reference
 from sbn_kernels.gemm.reference import gemm_reference as reference
-from sbn_kernels.gemm.sm90 import gemm as hopper
 from sbn_kernels.gemm.sm90.gemm import gemm_sums
 from sbn_kernels.prepare.reference import codes_reference, gamma_reference, mask_reference
 from sbn_kernels.quantize.reference import quantize_tokens_reference
-from sbn_kernels.runtime.launch import launching_early
 from sbn_kernels.swiglu.reference import swiglu_backward_reference, swiglu_reference
 
 pytestmark = pytest.mark.skipif(
@@ -84,25 +81,6 @@ def test_many_tiles_a_program_and_repeated_launches(sparse: bool) -> None:
         for _ in range(20):
             poison(4096, 2048, torch.bfloat16)
             assert torch.equal(gemm(x8, scale, packed, row_scale, 2048, token_tile=tile), expected), tile
-
-
-@pytest.mark.parametrize("piece", [128, 64, 32])
-@pytest.mark.parametrize("sparse", [True, False])
-def test_the_last_wave_in_pieces(piece: int, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole tiles and pieces give the exact product: launched early or not, with a bias, with tokens that fill none."""
-    needs("sparse_gemm")
-    monkeypatch.setattr(hopper, "choose_tiles", lambda tokens, panels, processors: (256, piece))
-    gemm, out = (sk.sparse_gemm if sparse else sk.ternary_gemm), 150 * 128 - 8
-    for tokens, columns in ((700, 640), (333, 1536)):
-        x8, scale, codes, mask, row_scale, bias = case(tokens, columns, out, sparse)
-        packed = sk.pack_sparse24(codes, mask) if sparse else sk.pack_dense(codes)
-        for b in (None, bias):
-            expected = reference(x8, scale, codes, row_scale, b, torch.bfloat16)
-            for early in (False, True) * 3:
-                poison(tokens, out, torch.bfloat16)
-                with launching_early(x8.device) if early else nullcontext():
-                    y = gemm(x8, scale, packed, row_scale, out, b)
-                assert torch.equal(y, expected), (tokens, b is not None, early)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 16, 33, 64])

@@ -4,10 +4,9 @@ This file launches the Gluon kernel of ``kernels.py`` and chooses its tiles. Bot
 int32 (``in_features`` up to 2^24 cannot overflow it), the scales are multiplied in float32 in the order of the
 plain-PyTorch reference, and one rounding to the dtype of the result follows.
 
-A tile is 128 features by ``BT`` tokens. The number of waves of tiles over the multiprocessors decides about ``BT``. If
-the last wave has few tiles, they are cut into pieces of fewer tokens. Up to 64 tokens the sum over K may be split over
-programs; ``split_k.py`` says where, and why the result is the same. On Hopper only 2:4 gains from sparsity: any other
-pattern runs as dense ternary at the int8 rate.
+A tile is 128 features by ``BT`` tokens. The number of waves of tiles over the multiprocessors decides about ``BT``. Up
+to 64 tokens the sum over K may be split over programs; ``split_k.py`` says where, and why the result is the same. On
+Hopper only 2:4 gains from sparsity: any other pattern runs as dense ternary at the int8 rate.
 """
 
 from __future__ import annotations
@@ -34,8 +33,6 @@ DENSE_NEEDS = Needs("ternary_gemm", only=(9, 0), gluon=True)
 
 _SHARED_BYTES = 232448 - 2048
 _TOKEN_TILES = (256, 128, 64, 32, 16)
-_PIECES = ((256, 128), (256, 64), (256, 32))  # The tokens of a tile, and of its pieces in the last wave.
-_FIXED = 78  # The cost of a tile beside its tokens, counted in tokens.
 SPLIT_STAGES = 8  # stages of the ring for parts of K: 96 KB at 64 tokens, so that two programs fit a multiprocessor
 _BAND = 8  # token tiles that share a sweep over the weight; 16, or an L2 evict-first hint on stores, was slower
 
@@ -57,30 +54,18 @@ def _split_kernel() -> Launcher:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_tiles(tokens: int, panels: int, processors: int) -> tuple[int, int]:
-    """Chooses the tokens of a tile, and of the pieces of the tiles in the last wave.
+def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
+    """Chooses the tokens of a tile: the least waves times (tile + a fixed cost for the epilogue and the codes).
 
-    The cost of a wave is its tokens and a fixed part for the epilogue and the codes. The fixed part was fitted to 2:4
-    products of 512 to 8,192 tokens on an H200, shapes of Qwen2.5 1.5B and 3B. With whole tiles alone, the rule chooses
-    the fastest tile in all 24 cases.
-
-    Returns:
-        The two numbers. The second is 0 where pieces do not save a thirtieth: the kernel must be compiled for each
-        number.
+    The fixed cost was fitted to 2:4 products of 512 to 8,192 tokens on an H200, shapes of Qwen2.5 1.5B and 3B. The
+    rule then chooses the fastest tile in all 24 cases.
     """
 
-    def cost(choice: tuple[int, int]) -> int:
-        tile, piece = choice
-        tiles = ceil_div(tokens, tile) * panels
-        if not piece:
-            return ceil_div(tiles, processors) * (tile + _FIXED)
-        waves, rest = divmod(tiles, processors)
-        return waves * (tile + _FIXED) + ceil_div(rest * (tile // piece), processors) * (piece + _FIXED)
+    def cost(tile: int) -> tuple[int, int]:
+        waves = ceil_div(ceil_div(tokens, tile) * panels, processors)
+        return waves * (tile + 78), -tile
 
-    whole = min(((tile, 0) for tile in _TOKEN_TILES), key=lambda choice: (cost(choice), -choice[0]))
-    cut = min(_PIECES, key=cost, default=whole)
-    has_a_wave = ceil_div(tokens, cut[0]) * panels > processors  # Each program begins with a whole tile.
-    return cut if has_a_wave and 30 * cost(cut) <= 29 * cost(whole) else whole
+    return min(_TOKEN_TILES, key=cost)
 
 
 @functools.cache
@@ -136,10 +121,8 @@ def _hopper_gemm(
         splits = choose_splits(tokens, out_features, columns, processors)
     if splits > 1:
         return add_splits(_parts(x8, packed, sparse, splits), scale, row_scale, bias, y)
-    tile, piece = (token_tile, 0) if token_tile else choose_tiles(tokens, panels, processors)
+    tile = token_tile or choose_token_tile(tokens, panels, processors)
     token_tiles = ceil_div(tokens, tile)
-    tiles = token_tiles * panels
-    count = programs(processors, tiles, k_steps)
     chunk, stages = launch_shape(tile, y.element_size())
     # TMA stores rows that start on 16-byte boundaries, so an odd out_features is stored to a wider output first
     align = 16 // y.element_size()
@@ -148,12 +131,12 @@ def _hopper_gemm(
     scale = padded_to(scale, tile)
     of_rows = [scale if vector is None else padded_to(vector, PANEL) for vector in (row_scale, bias)]
     _kernel()(
-        (count, 1, 1),
+        (programs(processors, token_tiles * panels, k_steps), 1, 1),
         (scale, *of_rows),
-        (k_steps, token_tiles, panels, 1, k_steps, _BAND, tiles // count * count, 0),
-        (tile, chunk, stages, sparse, row_scale is not None, bias is not None, False, piece),
+        (k_steps, token_tiles, panels, 1, k_steps, _BAND, 0),
+        (tile, chunk, stages, sparse, row_scale is not None, bias is not None, False),
         descriptors=(
-            descriptor(x8, (tokens, columns), x8.stride(0), (piece or tile, K_STEP)),
+            descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
             descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
             descriptor(target, (tokens, width), width, (chunk, PANEL // 2)),
         ),
@@ -193,8 +176,8 @@ def _hopper_gemm_sums(x8: Tensor, packed: Tensor, out_features: int, sparse: boo
     _kernel()(
         (programs(multiprocessors(x8.device.index), work, per_part), 1, 1),
         (sums, sums, sums),  # no scales and no bias
-        (k_steps, token_tiles, panels, parts, per_part, _BAND, work, 0),
-        (tile, chunk, stages, sparse, False, False, True, 0),
+        (k_steps, token_tiles, panels, parts, per_part, _BAND, 0),
+        (tile, chunk, stages, sparse, False, False, True),
         descriptors=(
             descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
             descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),

@@ -14,7 +14,18 @@ Roles: a producer, and two consumer warpgroups of 64 features each. The producer
 TMA: tokens [BT, 128] and 4 KB of codes. Consumers fetch the codes of the next step while the current step multiplies,
 and run apart from each other, so that one keeps the tensor core busy while the other is in its epilogue.
 
-``instructions.py`` has the text of the multiplications, ``common/hopper_pipeline.py`` the ring and its waits.
+Two facts that only the compiler's report and a bit-exact test show:
+
+* Registers of a multiplication in flight must not be rewritten. ptxas tracks the accumulators and A, but not the
+  metadata register of the sparse form. So every k64 step is a commit group of its own, and the register is rewritten
+  only after the wait that retires its group. Until then a real use keeps the register alive: new metadata is computed
+  as ``word ^ (old & zero)``, where ``zero`` is a kernel argument that the compiler knows nothing of.
+* ptxas serialises all multiplications (C7512 and C7513 in its report; DEPBAR 0 after every IGMMA) if registers are
+  short, or if the four dense steps are spread over two asm blocks. So registers are not reallocated between the roles,
+  because ptxas would give all roles the smallest share. Each role has 168 registers, too few for masks in the
+  epilogue.
+
+``common/hopper_pipeline.py`` has the ring and its waits.
 """
 
 from __future__ import annotations
@@ -24,8 +35,91 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.extra.cuda import gdc_wait
 
-from sbn_kernels.common.hopper_pipeline import await_multiplications, await_phase, release, ring, split_columns, tied
-from sbn_kernels.gemm.sm90.instructions import all_dense, constraints, first_sparse, rest_sparse, retire_one_and_release
+from sbn_kernels.common.decode_ptx import unpack_word
+from sbn_kernels.common.hopper_pipeline import (
+    await_multiplications,
+    await_phase,
+    matrix_descriptor,
+    release,
+    release_text,
+    ring,
+    split_columns,
+    tied,
+)
+
+
+@gluon.constexpr_function
+def _multiply(step: int, acc: tuple[str, ...], metadata: str | None, accumulate: str) -> list[str]:
+    """PTX: issues one wgmma of ``step`` as a commit group of its own."""
+    tokens = 2 * len(acc)
+    registers = "{" + ",".join(acc) + "}"
+    operand = f"{{a{step}0,a{step}1,a{step}2,a{step}3}}"
+    if metadata is not None:
+        name, tail = f"wgmma.mma_async.sp.sync.aligned.m64n{tokens}k64.s32.s8.s8", f"{metadata}, 0, {accumulate}"
+    else:
+        name, tail = f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8", accumulate
+    offset = step * (4 if metadata is not None else 2)
+    return [
+        f".reg .b64 d{step};",
+        f"add.s64 d{step}, base, {offset};",
+        "wgmma.fence.sync.aligned;",
+        f"{name} {registers}, {operand}, d{step}, {tail};",
+        "wgmma.commit_group.sync.aligned;",
+    ]
+
+
+@gluon.constexpr_function
+def _hold(register: str, word: str, zero: str) -> str:
+    """PTX: new metadata ``word ^ (register & zero)``, which keeps the old value of ``register`` alive until here."""
+    return f"lop3.b32 {register}, {word}, {register}, {zero}, 0x78;"
+
+
+@gluon.constexpr_function
+def _first_sparse(outs, ins):
+    acc, held = outs
+    _, words, _, address, accumulate, zero = ins
+    lines = ["{", *matrix_descriptor("base", address[0]), ".reg .pred p;", f"setp.ne.b32 p, {accumulate[0]}, 0;"]
+    lines += [*unpack_word("a0", words[0]), _hold(held[0], words[1], zero[0]), *_multiply(0, acc, held[0], "p"), "}"]
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _rest_sparse(outs, ins):
+    acc, held = outs
+    _, words, _, address, _, zero = ins
+    lines = [
+        "{",
+        *matrix_descriptor("base", address[0]),
+        *unpack_word("a1", words[2]),
+        _hold(held[1], words[3], zero[0]),
+    ]
+    lines += [*_multiply(1, acc, held[1], "1"), "wgmma.wait_group.sync.aligned 1;", "}"]
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _all_dense(outs, ins):
+    acc, _ = outs
+    _, words, _, address, accumulate, _ = ins
+    lines = ["{", *matrix_descriptor("base", address[0]), ".reg .pred p;", f"setp.ne.b32 p, {accumulate[0]}, 0;"]
+    for step in (0, 1, 2, 3):
+        lines += [*unpack_word(f"a{step}", words[step]), *_multiply(step, acc, None, "1" if step else "p")]
+        lines.append("wgmma.wait_group.sync.aligned 1;")
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def _retire_one_and_release(outs, ins):
+    barrier, wanted = ins
+    return release_text(barrier[0], wanted[0], "wgmma.wait_group.sync.aligned 1;")
+
+
+@gluon.constexpr_function
+def _constraints(accumulators, inputs):
+    """Constraints: accumulators and two held registers tied to themselves, and free registers around the held pair."""
+    outputs = ["=r"] * (accumulators + 2)
+    tied = [str(i) for i in range(accumulators)]
+    return ",".join([*outputs, *tied, *["r"] * 4, str(accumulators), str(accumulators + 1), *["r"] * inputs])
 
 
 @gluon.jit
@@ -40,63 +134,29 @@ def _tile(i, token_tiles, panels, group):
 
 
 @gluon.jit
-def _count(token_tiles, panels, parts, whole, BT: gl.constexpr, PIECE: gl.constexpr):
-    """The number of pieces of work. Computed anew where it is needed, because an argument would take a register."""
-    count = token_tiles * panels * parts
-    if PIECE > 0:
-        count = whole + (count - whole) * (BT // PIECE)
-    return count
-
-
-@gluon.jit
-def _work(
-    i, token_tiles, panels, per_part, k_steps, group, whole,
-    BT: gl.constexpr, PARTS: gl.constexpr, PIECE: gl.constexpr,
-):  # fmt: skip
-    """Number of a piece of work -> (panel, its first token, its first row of y, its k steps, whether it is small)."""
+def _work(i, token_tiles, panels, per_part, k_steps, group, PARTS: gl.constexpr):
+    """Number of a piece of work -> (panel, token tile, part of the sum, its first k step, the step after its last)."""
     part = 0
     first = 0
     end = k_steps
-    piece = 0
-    small = 0
     if PARTS:
         part = i // (token_tiles * panels)
         i = i - part * (token_tiles * panels)
         first = part * per_part
         end = gl.minimum(first + per_part, k_steps)
-    if PIECE > 0:
-        per: gl.constexpr = BT // PIECE
-        small = (i >= whole).to(gl.int32)
-        piece = gl.where(small != 0, (i - whole) % per, 0)
-        i = gl.where(small != 0, whole + (i - whole) // per, i)
     panel, token_tile = _tile(i, token_tiles, panels, group)
-    token0 = token_tile * BT + piece * PIECE
-    return panel, token0, part * token_tiles * BT + token0, first, end, small
-
-
-@gluon.jit
-def _load_tokens(x, token0, k, barrier, room, small):
-    """Loads the tokens of a k step in blocks as large as the descriptor's; with ``small`` only the first block."""
-    BOX: gl.constexpr = x.block_type.shape[0]
-    tma.async_load(x, [token0, k * 128], barrier, room.slice(0, BOX, dim=0))
-    if small == 0:
-        for box in gl.static_range(1, room.shape[0] // BOX):
-            tma.async_load(x, [token0 + box * BOX, k * 128], barrier, room.slice(box * BOX, BOX, dim=0))
+    return panel, token_tile, part, first, end
 
 
 @gluon.jit
 def load_steps(
-    x, w, xs, ws, full, empty, token0, panel, k_steps, first, end, stage, phase, small,
-    BT: gl.constexpr, STAGES: gl.constexpr,
+    x, w, xs, ws, full, empty, token0, panel, k_steps, first, end, stage, phase, STAGES: gl.constexpr
 ):  # fmt: skip
     """Fills the ring with the k steps ``first`` to ``end`` of a tile; returns the place in the ring after the last."""
     for k in range(first, end):
         mbarrier.wait(empty.index(stage), phase)
-        if small == 0:
-            mbarrier.expect(full.index(stage), BT * 128 + w.block_type.nbytes)
-        else:
-            mbarrier.expect(full.index(stage), x.block_type.nbytes + w.block_type.nbytes)
-        _load_tokens(x, token0, k, full.index(stage), xs.index(stage), small)
+        mbarrier.expect(full.index(stage), x.block_type.nbytes + w.block_type.nbytes)
+        tma.async_load(x, [token0, k * 128], full.index(stage), xs.index(stage))
         tma.async_load(w, [(panel * k_steps + k) * 32, 0], full.index(stage), ws.index(stage))
         stage += 1
         if stage == STAGES:
@@ -107,57 +167,53 @@ def load_steps(
 
 @gluon.jit
 def _producer(
-    x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group, whole,
-    BT: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, PIECE: gl.constexpr, EARLY: gl.constexpr,
+    x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group,
+    BT: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 1
     done = 0  # The k steps of the first tile that are on their way.
     if EARLY:
         # The codes do not come from the kernel before, so the first of them are loaded while that kernel ends.
-        panel, token0, _row, first, end, _small = _work(
-            gl.program_id(0), token_tiles, panels, per_part, k_steps, group, whole, BT, PARTS, 0
+        panel, token_tile, _part, first, end = _work(
+            gl.program_id(0), token_tiles, panels, per_part, k_steps, group, PARTS
         )
         done = gl.minimum(end - first, STAGES)
         for k in range(done):
-            mbarrier.expect(full.index(k), BT * 128 + w.block_type.nbytes)
+            mbarrier.expect(full.index(k), x.block_type.nbytes + w.block_type.nbytes)
             tma.async_load(w, [(panel * k_steps + first + k) * 32, 0], full.index(k), ws.index(k))
         gdc_wait()
         for k in range(done):
-            _load_tokens(x, token0, first + k, full.index(k), xs.index(k), 0)
+            tma.async_load(x, [token_tile * BT, (first + k) * 128], full.index(k), xs.index(k))
         stage = gl.where(done == STAGES, 0, done)
         phase = gl.where(done == STAGES, 0, 1)
-    for i in range(gl.program_id(0), _count(token_tiles, panels, parts, whole, BT, PIECE), gl.num_programs(0)):
-        panel, token0, _row, first, end, small = _work(
-            i, token_tiles, panels, per_part, k_steps, group, whole, BT, PARTS, PIECE
-        )
+    for i in range(gl.program_id(0), token_tiles * panels * parts, gl.num_programs(0)):
+        panel, token_tile, _part, first, end = _work(i, token_tiles, panels, per_part, k_steps, group, PARTS)
         stage, phase = load_steps(
-            x, w, xs, ws, full, empty, token0, panel, k_steps, first + done, end, stage, phase, small, BT, STAGES
+            x, w, xs, ws, full, empty, token_tile * BT, panel, k_steps, first + done, end, stage, phase, STAGES
         )
         done = 0
 
 
 @gluon.jit
 def sum_steps(
-    xs, ws, full, empty, first, end, stage, phase, held, zero, small,
-    BT: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, PIECE: gl.constexpr, HALF: gl.constexpr,
+    xs, ws, full, empty, first, end, stage, phase, held, zero,
+    BT: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Sums the k steps ``first`` to ``end``, at least one, as the producer fills the ring: int32 [64, BT].
 
     ``stage`` and ``phase`` are the place of the first step in the ring, ``held`` are the metadata registers. All three
-    are returned for the next tile. With ``small`` only the first PIECE tokens are multiplied.
+    are returned for the next tile.
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BT, 32])
     CODES: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    TIES: gl.constexpr = constraints(BT // 2, 3)
+    TIES: gl.constexpr = _constraints(BT // 2, 3)
     TIED: gl.constexpr = tied(BT // 2, 0)
     acc = gl.zeros([64, BT], gl.int32, ACC)
-    KINDS: gl.constexpr = (acc.type, held.type)
     gl.inline_asm(await_phase, "r,r", [full.index(stage), phase], (), is_pure=False)
     words = ws.index(stage).slice(16 * HALF, 16, dim=0).load(CODES)
     for k in range(first, end):
         going = (k > first).to(gl.int32)
-        state = going + 2 * small
         more = k + 1 < end
         tile = xs.index(stage)
         # Computed anew: Triton does not see that a loop variable changes if it starts as the value of another variable.
@@ -172,17 +228,17 @@ def sum_steps(
         parity = gl.where(more, next_phase, phase)
         if SPARSE:
             acc, held = gl.inline_asm(
-                first_sparse(BT // 2, PIECE), TIES, [acc, words, held, tile, state, zero], KINDS, is_pure=False
+                _first_sparse, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
             )
             gl.inline_asm(await_phase, "r,r", [full.index(ready), parity], (), is_pure=False)
             coming = ws.index(ready).slice(16 * HALF, 16, dim=0).load(CODES)
-            gl.inline_asm(retire_one_and_release, "r,r", [empty.index(previous), going], (), is_pure=False)
+            gl.inline_asm(_retire_one_and_release, "r,r", [empty.index(previous), going], (), is_pure=False)
             acc, held = gl.inline_asm(
-                rest_sparse(BT // 2, PIECE), TIES, [acc, words, held, tile, state, zero], KINDS, is_pure=False
+                _rest_sparse, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
             )
         else:
             acc, held = gl.inline_asm(
-                all_dense(BT // 2, PIECE), TIES, [acc, words, held, tile, state, zero], KINDS, is_pure=False
+                _all_dense, TIES, [acc, words, held, tile, going, zero], (acc.type, held.type), is_pure=False
             )
             gl.inline_asm(release, "r,r", [empty.index(previous), going], (), is_pure=False)
             gl.inline_asm(await_phase, "r,r", [full.index(ready), parity], (), is_pure=False)
@@ -204,72 +260,55 @@ def no_metadata():
 
 
 @gluon.jit
-def _store_chunk(
-    out, scale, row_scale, bias, y, buffer, token0, y_row, row0, skip,
-    CHUNK: gl.constexpr, ROWS: gl.constexpr, BIAS: gl.constexpr, PARTS: gl.constexpr,
-):  # fmt: skip
-    """Scales, rounds, transposes and stores CHUNK tokens through a shared buffer, unless they are to be skipped.
-
-    The vectors of scales are as long as whole tiles, because masks here would take the registers that the pipeline
-    needs.
-    """
-    if skip == 0:
-        if PARTS:
-            result = out
-        else:
-            rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, out.type.layout))
-            columns = token0 + gl.arange(0, CHUNK, gl.SliceLayout(0, out.type.layout))
-            factor = gl.load(scale + columns)[None, :]
-            if ROWS:
-                factor = factor * gl.load(row_scale + rows)[:, None]
-            result = out.to(gl.float32) * factor
-            if BIAS:
-                result += gl.load(bias + rows).to(gl.float32)[:, None]
-        turned = gl.permute(result, (1, 0)).to(y.dtype)
-        tma.store_wait(1)
-        buffer.store(turned)
-        fence_async_shared()
-        tma.async_store(y, [y_row, row0], buffer)
-
-
-@gluon.jit
 def _consumer(
-    scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part, group, whole,
-    zero, BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, ROWS: gl.constexpr,
-    BIAS: gl.constexpr, PARTS: gl.constexpr, PIECE: gl.constexpr, EARLY: gl.constexpr, HALF: gl.constexpr,
+    scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part, group, zero,
+    BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, ROWS: gl.constexpr,
+    BIAS: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 0
     held = no_metadata()
     if EARLY:
         gdc_wait()  # The scales of the tokens come from the kernel before.
-    for i in range(gl.program_id(0), _count(token_tiles, panels, parts, whole, BT, PIECE), gl.num_programs(0)):
-        panel, token0, y_row, first, end, small = _work(
-            i, token_tiles, panels, per_part, k_steps, group, whole, BT, PARTS, PIECE
-        )
+    for i in range(gl.program_id(0), token_tiles * panels * parts, gl.num_programs(0)):
+        panel, token_tile, part, first, end = _work(i, token_tiles, panels, per_part, k_steps, group, PARTS)
         acc, held, stage, phase = sum_steps(
-            xs, ws, full, empty, first, end, stage, phase, held, zero, small, BT, STAGES, SPARSE, PIECE, HALF
+            xs, ws, full, empty, first, end, stage, phase, held, zero, BT, STAGES, SPARSE, HALF
         )
+        token0 = (part * token_tiles + token_tile) * BT
+        # Epilogue: scale, round, transpose and store CHUNK tokens at a time through two shared buffers. The vectors of
+        # scales are as long as whole tiles, because masks here would take the registers that the pipeline needs.
         row0 = panel * 128 + 64 * HALF
         chunks = split_columns(acc, BT // CHUNK)
         for c in gl.static_range(BT // CHUNK):
-            _store_chunk(
-                chunks[c], scale, row_scale, bias, y, ys.index(2 * HALF + c % 2), token0 + c * CHUNK,
-                y_row + c * CHUNK, row0, small if PIECE > 0 and c * CHUNK >= PIECE else 0,
-                CHUNK, ROWS, BIAS, PARTS,
-            )  # fmt: skip
+            out = chunks[c]
+            if not PARTS:
+                rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, out.type.layout))
+                columns = token0 + c * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, out.type.layout))
+                factor = gl.load(scale + columns)[None, :]
+                if ROWS:
+                    factor = factor * gl.load(row_scale + rows)[:, None]
+                out = out.to(gl.float32) * factor
+                if BIAS:
+                    out += gl.load(bias + rows).to(gl.float32)[:, None]
+            out = gl.permute(out, (1, 0)).to(y.dtype)
+            buffer = ys.index(2 * HALF + c % 2)
+            tma.store_wait(1)
+            buffer.store(out)
+            fence_async_shared()
+            tma.async_store(y, [token0 + c * CHUNK, row0], buffer)
     tma.store_wait(0)
 
 
 # Sizes vary from call to call; specialising on them would compile anew for each pattern of divisibility.
-_SIZES = ("k_steps", "token_tiles", "panels", "parts", "per_part", "group", "whole", "zero")
+_SIZES = ("k_steps", "token_tiles", "panels", "parts", "per_part", "group", "zero")
 
 
 @gluon.jit(do_not_specialize=_SIZES)
 def ternary_gemm_kernel(
-    x, w, y, scale, row_scale, bias, k_steps, token_tiles, panels, parts, per_part, group, whole, zero,
+    x, w, y, scale, row_scale, bias, k_steps, token_tiles, panels, parts, per_part, group, zero,
     BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, ROWS: gl.constexpr,
-    BIAS: gl.constexpr, PARTS: gl.constexpr, PIECE: gl.constexpr, EARLY: gl.constexpr,
+    BIAS: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, features] = (x [tokens, K] int8 @ T^T) * scale[token] (* row_scale[feature]) (+ bias[feature]).
 
@@ -279,10 +318,6 @@ def ternary_gemm_kernel(
 
     With ``PARTS`` the sum over K is cut into ``parts`` parts of ``per_part`` k steps, none of them empty, and ``y``
     takes their int32 sums, unscaled: [parts * token tiles * BT, features].
-
-    With ``PIECE`` above 0 the tiles after the first ``whole`` ones are cut into pieces of PIECE tokens, so that a last
-    wave of few tiles occupies more multiprocessors. Blocks of ``x`` are [PIECE, 128] then. Each program must have a
-    whole tile first.
     """
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BT, 128], x.layout)
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, 32, 32], w.layout)
@@ -292,13 +327,13 @@ def ternary_gemm_kernel(
         [
             (_consumer, (
                 scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part,
-                group, whole, zero, BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, PARTS, PIECE, EARLY, 0)),
+                group, zero, BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 0)),
             (_consumer, (
                 scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part,
-                group, whole, zero, BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, PARTS, PIECE, EARLY, 1)),
+                group, zero, BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 1)),
             (_producer, (
-                x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group, whole,
-                BT, STAGES, PARTS, PIECE, EARLY)),
+                x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group, BT, STAGES, PARTS,
+                EARLY)),
         ],
         [4, 4],
     )  # fmt: skip

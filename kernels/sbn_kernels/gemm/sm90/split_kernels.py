@@ -15,12 +15,12 @@ from sbn_kernels.gemm.sm90.kernels import load_steps, no_metadata, sum_steps
 
 
 @gluon.jit
-def _producer(x, w, xs, ws, full, empty, k_steps, per_split, BT: gl.constexpr, STAGES: gl.constexpr):
+def _producer(x, w, xs, ws, full, empty, k_steps, per_split, STAGES: gl.constexpr):
     first = gl.program_id(1) * per_split
     end = gl.minimum(first + per_split, k_steps)
     stage = 0  # a variable: as an argument, a literal would be a constant in the function
     phase = 1
-    load_steps(x, w, xs, ws, full, empty, 0, gl.program_id(0), k_steps, first, end, stage, phase, 0, BT, STAGES)
+    load_steps(x, w, xs, ws, full, empty, 0, gl.program_id(0), k_steps, first, end, stage, phase, STAGES)
 
 
 @gluon.jit
@@ -34,7 +34,7 @@ def _consumer(
     phase = 0
     held = no_metadata()
     acc, held, stage, phase = sum_steps(
-        xs, ws, full, empty, first, end, stage, phase, held, zero, 0, BT, STAGES, SPARSE, 0, HALF
+        xs, ws, full, empty, first, end, stage, phase, held, zero, BT, STAGES, SPARSE, HALF
     )
     part = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
     rows = 64 * HALF + gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))
@@ -59,7 +59,7 @@ def ternary_gemm_split_kernel(
         [
             (_consumer, (part_pointer, xs, ws, full, empty, k_steps, per_split, zero, BT, STAGES, SPARSE, 0)),
             (_consumer, (part_pointer, xs, ws, full, empty, k_steps, per_split, zero, BT, STAGES, SPARSE, 1)),
-            (_producer, (x, w, xs, ws, full, empty, k_steps, per_split, BT, STAGES)),
+            (_producer, (x, w, xs, ws, full, empty, k_steps, per_split, STAGES)),
         ],
         [4, 4],
     )
