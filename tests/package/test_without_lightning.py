@@ -45,11 +45,11 @@ ROOMS = ("core", "sparsity", "backends", "layers", "models", "formats", "inferen
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """What importing every file of each room came to; torch is imported once, and each room in a fork of its own."""
+    """What importing every file of each room came to. torch is imported once, and each room in a fork of its own."""
     program = textwrap.dedent(BLOCKER) + textwrap.dedent(
         f"""
         import importlib, os, pkgutil, traceback
-        import torch
+        import torch, torch._dynamo  # most rooms import both
 
         HOSTS = {{"transformers", "torchao", "vllm", "gguf"}}  # other people's packages, if they are not installed
 
