@@ -151,7 +151,7 @@ PLAIN = {
         norm.norm_quantize_kernel,
         {"ADD": True, "PARTS": 5, "BITS": 8, "MAIN": 1024, "TAIL": 512, "FUSED": True, "EARLY": False},
         BLOCK_TYPES | {"residual_pointer": "*i32"},
-        2,
+        8,
     ),
     "norm backward": (norm.norm_backward_kernel, {"MAIN": 1024, "TAIL": 512}, BLOCK_TYPES, 4),
     "wide norm backward": (norm.norm_backward_kernel, {"MAIN": 4096, "TAIL": 0}, BLOCK_TYPES, 8),

@@ -25,6 +25,9 @@ from sbn_kernels.swiglu.triton import blocks
 
 MAX_FEATURES = 16384
 NEEDS = Needs("norm", least=(0, 0), interpreter=True)
+# Up to this many rows all programs run at once even with 8 warps. A prompt of 512 tokens at 1.5B is 1.7 % faster with 8
+# warps a row than with 2.
+_FEW_ROWS = 1024
 
 
 @triton.jit
@@ -188,7 +191,8 @@ def _launch(
         numbers = (features, x.stride(0), other.stride(-2), part_size, q.stride(0), _bits_of(eps))
         constants = (residual is not None, parts, bits, main, tail, not interpreting())
         tensors = (x, other, *((scale, scale) if scales is None else scales), h, weight, q, scale, rstd)
-        _quantize((len(x), 1, 1), tensors, numbers, constants, min(8, max(1, main // 512)))
+        values_a_warp = 128 if len(x) <= _FEW_ROWS else 512
+        _quantize((len(x), 1, 1), tensors, numbers, constants, min(8, max(1, main // values_a_warp)))
     return outputs
 
 
