@@ -119,9 +119,9 @@ ALL = (
         "Tokens a second of whole models with random weights in the loop of `sbn generate`. Prefill reads 2,048 tokens "
         "of each prompt, or the number in the row; decoding is measured after 256 tokens of context. The ratio is to "
         "bf16 in the same loop and the same run. A row can hold cells of different runs, so compare a cell with its "
-        "own ratio and not with the bf16 cell beside it. One prompt and four prompts are read from a CUDA graph, but "
-        "for four prompts of the 3B, which have none. Prefill of 16 and 64 prompts, and of 6:8 at 0.5B and 3B, was "
-        "measured before there were such graphs and before prompts had fused kernels. "
+        "own ratio and not with the bf16 cell beside it. One prompt and four prompts are read from a CUDA graph, "
+        "and 16 prompts of the 1.5B by fused kernels without one. Other prefill of 16 and 64 prompts, and of 6:8 at "
+        "0.5B and 3B, was measured before there were such graphs and before prompts had fused kernels. "
         '"one kernel" is the persistent decode step. An empty cell was not measured.',
         summarize,
     ),
