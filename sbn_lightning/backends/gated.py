@@ -3,7 +3,8 @@
 ``y = last(silu(gate) * up)`` with ``gate, up = first(x)``. The forward and the gradients are those of the two layers
 (:mod:`sbn_lightning.backends.integer`), bit for bit. Joined, the first layer need not look for the maxima of its
 ``dy``: the SwiGLU's backward, which writes ``dy``, finds them (:mod:`sbn_kernels.swiglu.rounded`). That ``dy`` is the
-widest tensor of a block. :class:`GatedPairFunction` has gates and ups from two layers, as models of others have.
+widest tensor of a block. Gates and ups that come from two layers, as in models of others, come from a joined layer here
+(:mod:`sbn_lightning.backends.joined`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from typing import Any
 import sbn_kernels as sk
 import torch
 from sbn_kernels.gemm import registry
-from sbn_kernels.swiglu import swiglu_backward_of_rounded, swiglu_pair_backward_rounded, swiglu_quantize_and_save
-from sbn_kernels.swiglu.triton import swiglu_pair_quantize
+from sbn_kernels.swiglu import swiglu_backward_of_rounded, swiglu_quantize_and_save
 from torch import Tensor
 
 from sbn_lightning.backends.products import multiply, quantize
@@ -107,64 +107,3 @@ class GatedFunction(torch.autograd.Function):
         d_first = d_first if d_first is None or mask is None else d_first * mask
         d_last = d_last if d_last is None or last_mask is None else d_last * last_mask
         return dx, d_first, d_last, *[None] * 22
-
-
-class GatedPairFunction(torch.autograd.Function):
-    """``y = last(silu(gate(x)) * up(x))`` with three layers."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, latent_gate: Tensor, latent_up: Tensor, latent_last: Tensor, dtype: torch.dtype,
-        *operands: Any,
-    ) -> Tensor:  # fmt: skip
-        """Computes ``[tokens, out]`` in ``dtype``.
-
-        ``operands`` are nine values for each of the three layers: the fields of its
-        :class:`~sbn_lightning.backends.integer.KernelWeight`, the mask of its gradient (None lets all weights have
-        gradients), the bits of a quantised token, and a seed. Both first layers have the same bits.
-        """
-        gate_operands, up_operands, last = operands[:9], operands[9:18], operands[18:]
-        x8, scale = quantize(x, gate_operands[7])
-        gate, up = (_product(x8, scale, layer, dtype) for layer in (gate_operands, up_operands))
-        z8, z_scale = swiglu_pair_quantize(gate, up, last[7])
-        saved = []
-        for layer in (gate_operands, up_operands, last):
-            saved += [layer[1], layer[4], layer[6], layer[8]]
-        ctx.save_for_backward(x8, scale, z8, z_scale, gate, up, *saved)
-        ctx.dtype, ctx.x_dtype, ctx.in_features = dtype, x.dtype, x.shape[1]
-        ctx.latent_dtypes = latent_gate.dtype, latent_up.dtype, latent_last.dtype
-        return _product(z8, z_scale, last, dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x8, scale, z8, z_scale, gate, up, *saved = ctx.saved_tensors
-        of_gate, of_up, (row_scale, transposed, mask, seed) = saved[:4], saved[4:8], saved[8:]
-        need_dx, *need_weights = ctx.needs_input_grad[:4]
-        kernels = registry.gradients(x8.device.index)
-        dy = sk.quantize_gradient(grad_outputs[0].to(ctx.dtype), row_scale, z_scale, seed)
-        gradients: list[Tensor | None] = [None, None, None]
-        if need_weights[2]:
-            z8_t = sk.transpose_tokens(z8)
-            gradients[2] = kernels.weight_gradient(dy.channels, dy.channel_scale, z8_t, ctx.latent_dtypes[2])
-        d = kernels.input_gradient(dy.tokens, dy.token_scale, transposed, z8.shape[1], ctx.dtype)
-        row_scales, seeds = (of_gate[0], of_up[0]), (of_gate[3], of_up[3])
-        rounded = swiglu_pair_backward_rounded(d, gate, up, row_scales, scale, seeds)
-        dx = None
-        x8_t = sk.transpose_tokens(x8)
-        for i, (part, layer) in enumerate(zip(rounded, (of_gate, of_up), strict=True)):
-            if need_dx:
-                more = kernels.input_gradient(part.tokens, part.token_scale, layer[1], ctx.in_features, ctx.dtype)
-                dx = more if dx is None else dx + more
-            if need_weights[i]:
-                dtype = ctx.latent_dtypes[i]
-                gradients[i] = kernels.weight_gradient(part.channels, part.channel_scale, x8_t, dtype)
-        for i, keep in enumerate((of_gate[2], of_up[2], mask)):
-            if keep is not None and gradients[i] is not None:
-                gradients[i] = gradients[i] * keep  # type: ignore[operator]
-        return None if dx is None else dx.to(ctx.x_dtype), *gradients, *[None] * 28
-
-
-def _product(x8: Tensor, scale: Tensor, layer: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    codes, row_scale, _, packed, _, kernel = layer[:6]
-    return multiply(x8, scale, codes, row_scale, packed, registry.product(kernel).form, kernel, dtype)

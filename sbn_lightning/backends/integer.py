@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sbn_lightning.backends.blocks import BlockKernels
-from sbn_lightning.backends.gated import GatedFunction, GatedPairFunction
+from sbn_lightning.backends.gated import GatedFunction
 from sbn_lightning.backends.joined import Operands, join
 from sbn_lightning.backends.linear_function import KernelLinearFunction
 from sbn_lightning.backends.reference import Keep
@@ -280,7 +280,7 @@ class KernelBackend(BlockKernels):
     def gated_pair(
         self, x: Tensor, layers: tuple[Operands, ...], backends: tuple[KernelBackend, ...], dtype: torch.dtype
     ) -> Tensor | None:
-        """Computes three layers around a SwiGLU: ``last(silu(gate(x)) * up(x))``.
+        """Computes three layers around a SwiGLU, the first two of them joined: ``last(silu(gate(x)) * up(x))``.
 
         Args:
             x: The tokens, ``[..., in]``.
@@ -291,26 +291,13 @@ class KernelBackend(BlockKernels):
         Returns:
             ``[..., out]``; None if the layers have to run one after the other.
         """
-        if not torch.is_grad_enabled():
-            return None
         first = self._join(layers[:2], backends[:2])
-        if first is not None:
-            y: Tensor | None = self.gated(x, first, layers[2], backends[2], dtype)
-            return (
-                y
-                if y is not None
-                else backends[2].linear(self.linear(x, *first, False, dtype), *layers[2], True, dtype)
-            )
-        if any(backend.gradients != "int8" or backend.seed is None for backend in backends):
+        if first is None:
             return None
-        if layers[2][0].shape[1] > MAX_FEATURES or layers[0][3] != layers[1][3]:
-            return None
-        operands = []
-        for layer, backend in zip(layers, backends, strict=True):
-            operands += [*layer[1], *layer[2:], backend.seed]
-        latents = [layer[0] for layer in layers]
-        y = GatedPairFunction.apply(x.reshape(-1, x.shape[-1]), *latents, dtype, *operands)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        y: Tensor | None = self.gated(x, first, layers[2], backends[2], dtype)
+        if y is None:
+            y = backends[2].linear(self.linear(x, *first, False, dtype), *layers[2], True, dtype)
+        return y
 
     def several(
         self, x: Tensor, layers: Sequence[Operands], backends: Sequence[KernelBackend], dtype: torch.dtype
@@ -329,11 +316,14 @@ class KernelBackend(BlockKernels):
         joined = self._join(layers, backends)
         if joined is None:
             return ()
-        return self.linear(x, *joined, False, dtype).split([len(layer[0]) for layer in layers], -1)
+        parts = self.linear(x, *joined, False, dtype).split([len(layer[0]) for layer in layers], -1)
+        # A view that is saved for the backward, such as the values of an attention, would keep all results in memory.
+        return tuple(part.contiguous() for part in parts)
 
     def _join(self, layers: Sequence[Operands], backends: Sequence[KernelBackend]) -> Operands | None:
         """The operands of layers as one layer with this backend, in a compiled step alone; None if they stay apart."""
-        if not torch.compiler.is_compiling() or any(other.gradients != self.gradients for other in backends):
+        compiled_step = torch.compiler.is_compiling() and torch.is_grad_enabled()
+        if not compiled_step or any(other.gradients != self.gradients for other in backends):
             return None
         return join(layers)
 

@@ -8,7 +8,6 @@ _MODULE_OF = {
     "swiglu_backward": "triton",
     "swiglu_backward_of_codes": "rounded",
     "swiglu_backward_of_rounded": "rounded",
-    "swiglu_pair_backward_rounded": "rounded",
     "swiglu_quantize": "triton",
     "swiglu_quantize_and_save": "saved",
 }
@@ -18,7 +17,6 @@ __all__ = [
     "swiglu_backward",
     "swiglu_backward_of_codes",
     "swiglu_backward_of_rounded",
-    "swiglu_pair_backward_rounded",
     "swiglu_quantize",
     "swiglu_quantize_and_save",
 ]

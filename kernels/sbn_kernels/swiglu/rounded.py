@@ -30,7 +30,6 @@ from sbn_kernels.swiglu.triton import (
     MAX_FEATURES,
     NEEDS,
     check_gates,
-    check_pair,
     gradients_of_product,
 )
 
@@ -170,32 +169,6 @@ def _(
     return outputs_for(x, True, True)
 
 
-@kernel_op("swiglu_pair_backward_rounded")
-def _swiglu_pair_backward_rounded(
-    d: Tensor, gate: Tensor, up: Tensor, gate_row_scale: Tensor, up_row_scale: Tensor, token_scale: Tensor,
-    gate_seed: Tensor, up_seed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    require(NEEDS, d)
-    d, gate, up = with_rows(d), with_rows(gate), with_rows(up)
-    dx = torch.empty((len(d), 2 * d.shape[1]), dtype=gate.dtype, device=d.device)
-    halves = _halves(dx)
-    outputs = [outputs_for(half, True, True) for half in halves]
-    places = [zero_maxima(half, True, True) for half in halves]
-    if len(d):
-        _backward_to(halves, d, (gate, up), None, (gate_row_scale, up_row_scale, token_scale), (places[0], places[1]))
-    for i, (row_scale, seed) in enumerate(((gate_row_scale, gate_seed), (up_row_scale, up_seed))):
-        round_to(outputs[i], halves[i], row_scale, token_scale, *places[i], seed, 0, True, True)
-    return *outputs[0], *outputs[1]
-
-
-@kernel_fake("swiglu_pair_backward_rounded")
-def _(
-    d: Tensor, gate: Tensor, up: Tensor, gate_row_scale: Tensor, up_row_scale: Tensor, token_scale: Tensor,
-    gate_seed: Tensor, up_seed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return *outputs_for(gate, True, True), *outputs_for(up, True, True)
-
-
 @kernel_op("swiglu_backward_of_codes")
 def _swiglu_backward_of_codes(d: Tensor, codes: Tensor, code_scale: Tensor) -> Tensor:
     require(NEEDS, codes)
@@ -289,41 +262,3 @@ def swiglu_backward_of_rounded(
     check_seed(seed, 0, x.device)
     args = (a8, scale, weight_t, x, code_scale, row_scale, token_scale, seed, dtype)
     return QuantizedGradient(*torch.ops.sbn_kernels.swiglu_backward_of_rounded(*args))
-
-
-def swiglu_pair_backward_rounded(
-    d: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    row_scales: tuple[Tensor, Tensor],
-    token_scale: Tensor,
-    seeds: tuple[Tensor, Tensor],
-) -> tuple[QuantizedGradient, QuantizedGradient]:
-    """Computes the rounded gradients of gates and ups from two layers that read the same tokens.
-
-    Args:
-        d: The gradient of the product, ``[tokens, features]``.
-        gate: The gates, ``[tokens, features]``.
-        up: The ups, ``[tokens, features]``.
-        row_scales: gamma of each row of two weights, float32 ``[features]``: that of the gates and that of the ups.
-        token_scale: The scales of both layers' quantised tokens, float32 ``[tokens]``.
-        seeds: The seeds of the two layers, each one int64 on the device.
-
-    Returns:
-        The gradients of the gates and of the ups, rounded in both orders.
-
-    Raises:
-        ValueError: If an argument does not fit.
-        UnsupportedError: If there is no GPU.
-    """
-    check_pair(gate, up)
-    refuse_gradients(d)
-    if d.shape != gate.shape:
-        raise ValueError(f"the gradient must be {list(gate.shape)}, not {list(d.shape)}")
-    for scale in row_scales:
-        check_scale("row_scale", scale, gate.shape[1])
-    check_scale("token_scale", token_scale, len(gate))
-    for seed in seeds:
-        check_seed(seed, 0, gate.device)
-    found = torch.ops.sbn_kernels.swiglu_pair_backward_rounded(d, gate, up, *row_scales, token_scale, *seeds)
-    return QuantizedGradient(*found[:4]), QuantizedGradient(*found[4:])

@@ -13,10 +13,8 @@ from sbn_kernels.swiglu.reference import (
 from sbn_kernels.swiglu.rounded import (
     swiglu_backward_of_codes,
     swiglu_backward_of_rounded,
-    swiglu_pair_backward_rounded,
 )
 from sbn_kernels.swiglu.saved import swiglu_quantize_and_save
-from sbn_kernels.swiglu.triton import swiglu_pair_backward
 
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 SEED = torch.tensor([5])
@@ -46,20 +44,6 @@ def test_rounded_backward(tokens: int, features: int) -> None:
     torch.testing.assert_close(one.token_scale, twin.token_scale)
     torch.testing.assert_close(one.channel_scale, twin.channel_scale)
     assert ((one.tokens.int() - twin.tokens.int()).abs() <= 1).all()
-
-
-@pytest.mark.parametrize(("tokens", "features"), [(9, 20), (5, 300), (0, 16)])
-def test_rounded_backward_of_two_layers(tokens: int, features: int) -> None:
-    d, x, row_scale, token_scale = case(tokens, features)
-    gate, up = (half.contiguous() for half in x.chunk(2, 1))
-    both = swiglu_pair_backward_rounded(d, gate, up, row_scale.chunk(2), token_scale, (SEED, SEED + 1))
-    for ours, dx, scale, seed in zip(
-        both, swiglu_pair_backward(d, gate, up), row_scale.chunk(2), (SEED, SEED + 1), strict=True
-    ):
-        for name, mine, expected in zip(
-            ours._fields, ours, sk.quantize_gradient(dx, scale, token_scale, seed), strict=True
-        ):
-            assert torch.equal(mine, expected), name
 
 
 def test_non_finite_gradients_stay_visible() -> None:
