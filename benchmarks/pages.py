@@ -171,7 +171,9 @@ ALL = (
         "GPU. `wire_mib` is what a rank receives in a step, counted as the collectives run; it is empty in rows from "
         "before it was counted. `same_masks` says whether both ranks had the same masks at the end. Strategies that "
         "begin with `bf16` train the dense model, which has no int8 gradients. `ddp` is the strategy `sbn_ddp`, and "
-        "`ddp bfloat16` sums gradients in bfloat16. The rows of DDP and FSDP2 at 0.5B are of an old version.",
+        "`ddp bfloat16` sums gradients in bfloat16. Hosts differ: 0.5B on one GPU took 213 to 264 ms. `sbn_fsdp2` was "
+        "made easier for the host in the night of 2026-11-29. Rows of `fsdp2 layer`, `fsdp2 step`, 8 multiprocessors "
+        "(`on 8 ctas`), 8 micro-batches, 4 sequences at 3B and 0.5B are from before, and so are those of DDP.",
         render,
     ),
     Page(

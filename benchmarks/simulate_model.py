@@ -54,12 +54,12 @@ class Shape:
         return 6 * (self.ternary + self.width * self.vocabulary) + 6.0 * self.layers * self.width * length
 
 
-# From steps of 32,768 tokens in sequences of 2,048 on one H200 (scaling.csv, training_step.csv). BF16 dense takes 619.2
-# and 1221.9 ms at 1.5B and 3B, and 2:4 with int8 gradients 463.1 and 838.9 ms; four blocks of the 8B shape take 354.4
+# From steps of 32,768 tokens in sequences of 2,048 on one H200 (scaling.csv, training_step.csv). BF16 dense takes 627.8
+# and 1185.2 ms at 1.5B and 3B, and 2:4 with int8 gradients 451.9 and 796.5 ms; four blocks of the 8B shape take 354.4
 # and 218.8 ms.
 SHAPES = (
-    Shape("1.5B", 28, 1536, 8960, 512, 151_936, True, 518, 1.34),
-    Shape("3B", 36, 2048, 11008, 512, 151_936, True, 530, 1.46),
+    Shape("1.5B", 28, 1536, 8960, 512, 151_936, True, 511, 1.39),
+    Shape("3B", 36, 2048, 11008, 512, 151_936, True, 546, 1.49),
     Shape("8B", 32, 4096, 14336, 2048, 128_256, False, 585, 1.62),
     Shape("70B", 80, 8192, 28672, 2048, 128_256, False, 585, 1.62),
 )
@@ -127,7 +127,7 @@ class Plan:
 
 BUSY = 1.04  # How much longer several GPUs of a host compute than one: the one number that is fitted, see the page.
 MATRICES = 4  # Ternary matrices of a block: qkv, o, gate and up, down.
-PIECE, MOST = 2**22, 2**27  # Gradients travel together until each rank gets PIECE bytes, or all have MOST bytes.
+PIECE, MOST = 2**24, 2**27  # Gradients travel together until each rank gets PIECE bytes, or all have MOST bytes.
 
 
 @dataclass(frozen=True)
