@@ -45,7 +45,8 @@ ONE_BACKWARD = (
 def refusal(model: nn.Module) -> str | None:
     """Return what of a model does not work with graphs of the step; None if nothing was found.
 
-    A test on a GPU that had one of these two failed once. Which of the two was the cause is not known.
+    A test on a GPU that had one of these two failed once. The reason that was found since is mended, but the tests of
+    these two cases have not run on a GPU again.
 
     Args:
         model: The model, in the state in which a step would be recorded.

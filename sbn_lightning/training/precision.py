@@ -78,8 +78,8 @@ class SparseTernaryPrecision(Precision):
         seed: The seed of the stochastic rounding.
         saved_gates: How the gates and ups of a fused layer are saved for the backward. ``"full"``: in ``dtype``.
             ``"int8"``: as codes with two scales a token, in half the memory. The forward stays as it is; the gradients
-            are those of the rounded gates and ups. Gates and ups from two layers are saved in full, and so are those of
-            layers on the reference backend.
+            are those of the rounded gates and ups. Gates and ups from two layers that are not joined are saved in full,
+            and so are those of layers on the reference backend.
 
     Raises:
         ConfigError: If an option has a value that is not listed here.
