@@ -144,6 +144,7 @@ def counted_syncs() -> Iterator[list[int]]:
 
 # Parts of a step by the names of kernels; the first match counts.
 PARTS = (
+    ("fused elementwise", ("triton_",)),  # The compiler names its kernels after all operations around them.
     ("optimiser", ("multi_tensor", "fused_adam", "foreach", "lpnorm")),
     ("preparation", ("prepare_kernel", "row_sums", "gamma_kernel", "mask_kernel", "pack_transposed")),
     ("gradient quantisation", ("quantize_gradient", "gradient_maxima", "gradient_scales", "transpose_kernel")),
@@ -153,7 +154,6 @@ PARTS = (
     ("attention", ("flash", "fmha", "attention", "cudnn")),
     ("head and loss", ("liger", "cross_entropy", "softmax", "nll_loss")),
     ("bf16 GEMM", ("nvjet", "gemm", "cutlass", "xmma")),
-    ("fused elementwise", ("triton_",)),
     ("copies and fills", ("memcpy", "memset", "copy_kernel", "fill", "cat")),
 )
 
