@@ -107,9 +107,10 @@ class Clock(Callback):
     Args:
         say: Prints progress.
         steps: The steps of the run.
+        taken: The bytes that earlier runs of this process have left on the GPU.
     """
 
-    def __init__(self, say: Say, steps: Sequence[Step]) -> None:
+    def __init__(self, say: Say, steps: Sequence[Step], taken: int) -> None:
         self.say = say
         self.steps = steps
         self.ends: list[Any] = []
@@ -118,6 +119,7 @@ class Clock(Callback):
         self.profiler: torch.profiler.profile | None = None
         self._wire: Wire | None = None
         self._began = -1
+        self._taken = taken
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -156,7 +158,7 @@ class Clock(Callback):
         elif trainer.is_global_zero and (now == len(self.steps) or self.steps[now] != self.steps[now - 1]):
             self.say(f"{what} steps of {count} micro-batches done")
         if what == "timed":
-            self.peaks[count] = torch.cuda.max_memory_allocated() / 2**30
+            self.peaks[count] = (torch.cuda.max_memory_allocated() - self._taken) / 2**30
         if self._wire is not None:
             self._wire.__exit__(None, None, None)
             self.wires[count] = self._wire.total / 2**20
@@ -255,7 +257,7 @@ def measure(
     Returns:
         What was measured, for each number of micro-batches.
     """
-    linear = "dense" if run.dense else "ternary"
+    linear, taken = "dense" if run.dense else "ternary", torch.cuda.memory_allocated()
     config = TransformerConfig.preset(run.shape, max_sequence_length=LENGTH, pattern="2:4", linear=linear)
     optimizer = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     torch.manual_seed(0)
@@ -264,7 +266,7 @@ def measure(
         module = (Dense if run.dense else SparseBitNet)(config, optimizer, schedule="constant", compile=True)
     if isinstance(module, Dense):
         module.float8 = run.strategy.startswith("float8")
-    clock = Clock(say, steps)
+    clock = Clock(say, steps, taken)
     tokens = torch.randint(config.vocab_size, (sum(step.batches for step in steps) * run.sequences, LENGTH + 1))
     precision = {"plugins": [SparseTernaryPrecision("sparse", run.gradients)]}  # type: ignore[arg-type]
     trainer = Trainer(

@@ -199,8 +199,6 @@ Kernels of GPUs since the A100 read packed words, half a byte a weight with int8
 of two blocks. With exact gradients the backward reads int8 codes, a byte a weight instead of a quarter.
 
 {peaks()}
-The one row of `packed_layer` that was measured does not fit: at 1.5B its peak was 4 GiB above that of `packed_step`. So
-trust its column less.
 
 The next table takes one sequence of 4,096 tokens on each GPU and recomputes whole blocks. So a model fits on fewer
 ranks than the first column above says:

@@ -196,13 +196,13 @@ def line(run: int, count: int, milliseconds: float, masks: bool = True) -> str:
 
 
 def test_scaling_rows(tmp_path: Path) -> None:
-    """The shape sets the batch by default; rows name the link if there is one; a ratio needs a run on one GPU."""
+    """The batch has a default; rows name the link if there is one; a ratio needs a run on one GPU."""
     scaling = importlib.import_module("scaling")
     options = {"run": None, "sequences": None, "accumulate": None, "gradients": ["int8"]}
     shapes = ["qwen2.5-0.5b", "qwen2.5-3b"]
     args = argparse.Namespace(**options, shapes=shapes, strategies=["ddp", "one", "fsdp2 packed"])
     runs = scaling.runs_of(args)
-    assert [(run.sequences, run.counts) for run in runs] == [(8, [2])] * 3 + [(4, [4])] * 3
+    assert [(run.sequences, run.counts) for run in runs] == [(8, [2])] * 6
     printed = [json.dumps({"run": i, "began": True}) for i in range(4)] + ["Trainer stopped", line(1, 2, 500.0)]
     printed += [json.dumps({"link_gb_per_s": 300.0}), line(0, 2, 500.0), line(2, 2, 1.0, False)]
     table = scaling.Table(tmp_path / "scaling.csv", 2)
@@ -223,7 +223,7 @@ def test_scaling_rows(tmp_path: Path) -> None:
     table.add(runs[0], json.loads(line(0, 8, 500.0)))
     assert [(row["strategy"], row["scaling"]) for row in read(table.path)] == [("one", "1"), ("ddp", "1"), ("ddp", "")]
     args.run = [["qwen2.5-3b", "bf16 one", "bf16", "2,1"]]
-    assert scaling.runs_of(args) == [scaling.Run("qwen2.5-3b", "bf16 one", "bf16", 4, [2, 1])]
+    assert scaling.runs_of(args) == [scaling.Run("qwen2.5-3b", "bf16 one", "bf16", 8, [2, 1])]
 
 
 def test_the_steps_of_a_scaling_run() -> None:
