@@ -321,11 +321,8 @@ class KernelBackend(BlockKernels):
         return tuple(part.contiguous() for part in parts)
 
     def _join(self, layers: Sequence[Operands], backends: Sequence[KernelBackend]) -> Operands | None:
-        """The operands of layers as one layer with this backend, in a compiled step alone; None if they stay apart."""
-        compiled_step = torch.compiler.is_compiling() and torch.is_grad_enabled()
-        if not compiled_step or any(other.gradients != self.gradients for other in backends):
-            return None
-        return join(layers)
+        """The operands of layers as one layer with this backend; None if they stay apart."""
+        return join(layers) if all(other.gradients == self.gradients for other in backends) else None
 
 
 def _layout(kernel: registry.Product) -> str:

@@ -2,6 +2,7 @@
 
 Joined, the backward does less work (:mod:`sbn_lightning.backends.gated`); the results are the same. The layers run one
 after the other if they have hooks, if the first one has a bias, and while only a share of the rounding takes effect.
+Gate and up in two layers become one layer in a compiled training step (:mod:`sbn_lightning.backends.joined`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sbn_lightning.layers.options import in_compiled_training, result_dtype
 from sbn_lightning.layers.options import is_hooked as is_hooked
-from sbn_lightning.layers.options import result_dtype
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
 
@@ -70,7 +71,7 @@ def _can_join(layer: nn.Module) -> bool:
 def _joined_pair(gate: nn.Module, up: nn.Module, last: nn.Module, x: Tensor) -> Tensor | None:
     """The result in one step; None if the layers cannot be joined."""
     layers = (gate, up, last)
-    if not all(_can_join(layer) for layer in layers) or not x.is_floating_point():
+    if not in_compiled_training() or not all(_can_join(layer) for layer in layers) or not x.is_floating_point():
         return None
     backends = tuple(layer.backend for layer in layers)
     # Looked up in the class: a wrapper that passes attributes on has other latent weights than the layer.

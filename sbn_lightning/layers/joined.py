@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbn_lightning.layers.options import is_hooked, result_dtype
+from sbn_lightning.layers.options import in_compiled_training, is_hooked, result_dtype
 
 GROUPS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -63,7 +63,7 @@ def joined_result(layer: Any, x: Tensor) -> Tensor | None:
                 other.readers, other.given = (), None
             return None
         return y
-    if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+    if not in_compiled_training():
         return None
     results = _together(layer.readers, x)
     own = None
