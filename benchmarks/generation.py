@@ -208,7 +208,7 @@ def ours(table: Table, variant: str, args: argparse.Namespace) -> None:
     if args.compile and step == "graph":
         model.compile_blocks()
     error, same = compare(model, expected, step)
-    if "prefill" in args.phases and PERSISTENT not in variant and ROUNDED not in variant:  # prefill as "2:4"
+    if "prefill" in args.phases and PERSISTENT not in variant and ROUNDED not in variant:  # "2:4" has the same
         tokens = random_tokens(max(map(rows_read, args.batches)), PREFILL_LENGTH)
         logits = plain_prefill(model, tokens)
         for batch in args.batches:

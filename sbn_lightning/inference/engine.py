@@ -249,8 +249,9 @@ class Engine:
 
     def _choose(self, logits: Tensor, writing: list[tuple[_Row, Request]]) -> None:
         self._tokens.copy_(logits.argmax(dim=-1))
-        # Rows that draw in the same way draw together, as long as each gets the token that it would get alone. Sums
-        # over a row depend on where the row begins in memory, and sorting on the number of rows.
+        # Rows with the same settings draw together if each gets the token that it would get alone. The bits of a sum
+        # over a row depend on whether the row begins at a multiple of 16 bytes, which are four float32. The order of
+        # equal values in a sort depends on the number of rows.
         together: dict[object, list[tuple[_Row, Request]]] = {}
         for row, request in writing:
             if request.sampling.temperature > 0:

@@ -88,8 +88,8 @@ def generate(
         cuda_graph: Whether to capture a step as a CUDA graph; see :class:`Decoder`.
         decode_step: How a step is computed; ``step`` of :class:`Decoder`.
         prefill_chunk: The largest number of tokens of a prompt that are read at a time; None reads prompts at once.
-        decoder: A decoder of this model to use again, for as many prompts as it has rows. A call without one makes a
-            decoder and drops it, so several calls capture their graphs anew. The decoder has its own settings, so
+        decoder: A decoder of this model with one row for each prompt. Several calls can use one decoder and share its
+            CUDA graphs; a call without a decoder makes one and drops it. The decoder has its own settings, so
             ``cuda_graph``, ``decode_step`` and ``prefill_chunk`` cannot be given as well.
         speed: An object to fill in. Measuring waits twice for the device.
 

@@ -56,8 +56,8 @@ class Sampling:
 
         Args:
             logits_BV: The logits, ``[B, vocab_size]``.
-            generator: The source of randomness, on the device of the logits, or one for each row; a greedy choice needs
-                none.
+            generator: The source of randomness, on the device of the logits. A sequence has one source for each row. A
+                greedy choice needs none.
 
         Returns:
             The token ids, int64 ``[B]``.

@@ -236,7 +236,7 @@ def test_a_pass_of_fused_kernels_gives_the_logits_of_the_blocks(pattern, backend
     from sbn_kernels.gemm.sm90.split_k import choose_parts
 
     from sbn_lightning.backends.selection import engines
-    from sbn_lightning.inference import reader
+    from sbn_lightning.inference import prompt_pass, reader
     from sbn_lightning.inference.opening import use_backend
 
     if backend not in engines(torch.device("cuda"))[0]:
@@ -254,12 +254,17 @@ def test_a_pass_of_fused_kernels_gives_the_logits_of_the_blocks(pattern, backend
     logits += [ours.extend(i % 2, prompts[i % 2], 0) for i in range(4)]
     logits += [ours.prefill(prompts) for _ in range(2)]
     assert set(ours._reader.graphs._graphs) == {(1, 96), (1, 64), (2, 96)}
+    ours.extend(0, prompts[0][:50], 0)
+    logits.append(ours.extend(0, prompts[0][50:], 50))  # The rest of a prompt whose beginning is in the cache.
+    with monkeypatch.context() as patch:
+        patch.setattr(prompt_pass, "_MOST_EARLY", 0)
+        assert torch.equal(Decoder(model, 2, 200).prefill(prompts), logits[0])  # Early launches change no bit.
     assert ours._reader.prompt_pass is not None
     monkeypatch.setattr(reader, "make_pass", lambda model: None)
     plain = Decoder(model, 2, 200)
     expected = plain.prefill(prompts)
     assert plain._reader.prompt_pass is None
-    all_expected = [expected, *(expected[i % 2 : i % 2 + 1] for i in range(4)), expected, expected]
+    all_expected = [expected, *(expected[i % 2 : i % 2 + 1] for i in range(4)), expected, expected, expected[:1]]
     for got, wanted in zip(logits, all_expected, strict=True):
         assert (got - wanted).float().norm() < 0.05 * wanted.float().norm()
     assert torch.equal(ours.lengths, plain.lengths)

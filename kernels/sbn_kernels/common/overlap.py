@@ -3,9 +3,13 @@
 A prompt of 512 tokens runs hundreds of kernels of a few microseconds each, and between two of them the GPU waits for
 about one more. A kernel that is launched early is set up in that time, and then waits in the device.
 
-``begin`` comes before everything that a kernel reads or writes in global memory. It lets the next kernel be set up, and
-waits until the kernels before this one have ended and all that they wrote can be seen. So every kernel that begins
-early has waited for the kernels before it, and its end says that theirs has come, too.
+A kernel calls ``begin`` before it reads or writes global memory. ``begin`` lets the next kernel be set up, and waits
+until the kernel before this one has ended and all its results can be seen. Every program has to wait, also one without
+work: the end of a kernel must mean that all kernels before it have ended.
+
+The Hopper product (:mod:`sbn_kernels.gemm.sm90.kernels`) waits in each of its roles. Before the wait it reads only
+weights. Between the kernel that writes the weights and the product, at least one kernel must not be launched early. In
+a prompt this is the lookup of the embedding.
 """
 
 from __future__ import annotations

@@ -29,12 +29,16 @@ from triton.compiler import CompiledKernel
 from sbn_kernels.runtime.capability import interpreting
 
 _MOST_COMPILED = 4096  # sizes that keep changing, such as the tokens of an evaluation, must not fill the memory
-_early: ContextVar[bool] = ContextVar("early", default=False)  # Whether kernels that can are launched early.
+_early: ContextVar[bool] = ContextVar("early", default=False)  # Whether kernels with ``overlaps`` are launched early.
 
 
 @contextmanager
 def launching_early(device: torch.device) -> Iterator[None]:
-    """Launch kernels before the kernels in front of them have ended, where a kernel and the GPU can do that."""
+    """Launch kernels that can wait in the device before the kernels in front of them have ended, from Hopper on.
+
+    Args:
+        device: The device of the kernels.
+    """
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and not interpreting()
     before = _early.set(able)
     try:
@@ -49,9 +53,9 @@ class Launcher:
     Args:
         kernel: The function that ``triton.jit`` or ``gluon.jit`` returned.
         enable_fp_fusion: Whether the compiler may fuse a multiplication and an addition into one rounding.
-        overlaps: Whether the kernel can be launched early, see :func:`launching_early`. Its last parameter is then the
-            constant ``EARLY``, which the launcher gives, and the kernel calls ``begin`` of
-            :mod:`sbn_kernels.common.overlap`.
+        overlaps: Whether the kernel can be launched early, see :func:`launching_early`. The last parameter of such a
+            kernel is the constant ``EARLY``, which the launcher gives. With ``EARLY`` the kernel has to wait as
+            :mod:`sbn_kernels.common.overlap` says.
         options: Other options that are the same at each launch, for example ``maxnreg``.
     """
 

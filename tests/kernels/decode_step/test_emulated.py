@@ -26,7 +26,8 @@ from sbn_kernels.decode.step.schedule import schedule
 from sbn_kernels.decode.step.weights import pack
 
 from tests.kernels.decode_step import models
-from tests.kernels.decode_step.emulator import Code, Memory, Program, run_grid
+from tests.kernels.decode_step.code import Code
+from tests.kernels.decode_step.emulator import Memory, Program, run_grid
 from tests.kernels.decode_step.test_aot import compile_step
 
 SHAPE, SLOTS = Shape(2, 128, 128, 2, 1, 64, 80), 192

@@ -10,11 +10,11 @@ shared memory in rows of bfloat16. 16 tokens are two operands B for the same A. 
 share of both is 16 neighbouring bytes: lane ``(g, t) = (lane / 4, lane % 4)``, piece ``j``, has rows ``g`` and
 ``g + 8`` and columns ``32 j + 8 t ..``.
 
-A head of 8 bits has int8 codes, so 16 bytes are 16 columns. With its sign bit turned, a code is a byte of the code plus
-128. A byte below the bits ``0x4B0000`` is the float 8,388,608 plus the byte, so a subtraction gives the code exactly,
-and its upper half is the code in bfloat16.
-For the tensor cores a lane's 16 columns come in two halves, each in the order of 8 bfloat16 columns. The scale of a row
-is multiplied after the sum.
+A head of 8 bits has int8 codes, so 16 bytes are 16 columns. A code whose sign bit is flipped is the unsigned byte of
+the code plus 128. The float with the upper bits ``0x4B0000`` and this byte below them is 8,388,608 plus the byte, so a
+subtraction gives the code exactly. The upper half of this float32 is the code in bfloat16. For the tensor cores a
+lane's 16 columns come in two halves, each in the order of 8 bfloat16 columns. The sum is multiplied by the scale of the
+row.
 
 The most likely token comes with the logits. A *key* is 64 bits: the logit, so that integers have the order of the
 logits, and below it the row, so that the first of equal rows has the larger key. The programs join their largest keys
@@ -29,8 +29,8 @@ from sbn_kernels.decode.step.plan import COLUMNS, HEAD_STEP, STAGING_STRIDE
 from sbn_kernels.decode.step.ptx import add_across, assembly, helper
 
 LOWEST = "0x8000000000000000"  # less than the key of any row
-_SIGNS = "0x80808080"  # of four int8
-_BYTE, _ZERO_CODE = "0x4B000000", "0f4B000080"  # the float of byte 0 without the byte, and that of byte 128
+_SIGNS = "0x80808080"  # the sign bits of four int8
+_BYTE, _ZERO_CODE = "0x4B000000", "0f4B000080"  # the float of byte 0, and the float of byte 128, which is code 0
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 
 
@@ -66,19 +66,19 @@ def load_rows(p, step):
 
 @helper
 def _code(word, byte, target):
-    """The float32 of one of the four codes of a word whose sign bits are turned."""
+    """The float32 of one of the four codes of a word whose sign bits are flipped."""
     return [f"prmt.b32 {target}, {word}, {_BYTE}, 0x744{byte}; sub.f32 {target}, {target}, {_ZERO_CODE};"]
 
 
 @helper
-def _widen(words, targets, scratch, turned):
+def _widen(words, targets, scratch, flipped):
     """Two words of four codes -> four pairs of bfloat16."""
     lines = []
     for i, target in enumerate(targets):
         if i % 2 == 0:
-            lines += [f"xor.b32 {turned}, {words[i // 2]}, {_SIGNS};"]
+            lines += [f"xor.b32 {flipped}, {words[i // 2]}, {_SIGNS};"]
         for k, register in enumerate(scratch):
-            lines += _code(turned, 2 * (i % 2) + k, register)
+            lines += _code(flipped, 2 * (i % 2) + k, register)
         lines += [f"prmt.b32 {target}, {scratch[0]}, {scratch[1]}, 0x7632;"]
     return lines
 

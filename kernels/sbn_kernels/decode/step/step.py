@@ -239,7 +239,7 @@ class DecodeStep:
         from sbn_kernels.decode.step.kernel import decode_step_kernel
 
         w = self.weights
-        head_scale = w.cos if w.head_scale is None else w.head_scale  # A head of 16 bits has none, and reads none.
+        head_scale = w.cos if w.head_scale is None else w.head_scale  # The kernel reads no scales of a bfloat16 head.
         decode_step_kernel[(self.plan.programs,)](
             tokens, self.lengths, self._state, self._addresses, w.cos, w.sin, w.embedding, w.words, w.norms,
             w.head, head_scale, self.logits, self._best, self.chosen, self._x, self._y, self._qkv, self._parts,

@@ -61,7 +61,8 @@ class Weights:
         layers: The blocks. A generator is read once.
         norm: The weight of the last norm, ``[d_model]``.
         embedding: The embedding ``[vocab, d_model]``.
-        head: The weight of the head ``[vocab, d_model]``; the same tensor as ``embedding`` where the two are tied.
+        head: The weight of the head ``[vocab, d_model]``, or its int8 codes. Where head and embedding are tied, the
+            weight is the same tensor as ``embedding``.
         cos: The cosines of the rotation, float32 ``[positions, head_size]``.
         sin: The sines of the rotation, shaped as ``cos``. The sines of the first half of a head have the opposite
             sign.
@@ -154,11 +155,15 @@ def pack(weights: Weights) -> PackedWeights:
     if len(words) != s.layers:
         raise ValueError(f"there are {len(words)} layers, the shape needs {s.layers}")
     head, head_scale = weights.head, weights.head_scale
+    for name, table in (("embedding", weights.embedding), ("head", head)):
+        if table.shape != (s.vocab, s.d_model):
+            raise ValueError(f"{name} is {list(table.shape)}, the shape needs {[s.vocab, s.d_model]}")
     if head_scale is None:
         head = _bf16(head)
     else:
-        if head.dtype != torch.int8 or head_scale.shape != head.shape[:1]:
-            raise ValueError(f"a head with scales must have int8 codes and a scale for each row, not {head.dtype}")
+        if head.dtype != torch.int8 or head_scale.shape != (s.vocab,):
+            found = f"{head.dtype} and {list(head_scale.shape)} scales"
+            raise ValueError(f"a head with scales needs int8 codes and {s.vocab} scales, not {found}")
         head, head_scale = head.contiguous(), head_scale.float().contiguous()
     return PackedWeights(
         s, torch.stack(words), torch.stack([*norms, _bf16(weights.norm)]), _bf16(weights.embedding),
