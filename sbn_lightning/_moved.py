@@ -69,7 +69,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "sbn_lightning.generation.opening": ("sbn_lightning.inference.opening",),
     "sbn_lightning.generation.sampling": ("sbn_lightning.inference.sampling",),
     "sbn_lightning.generation.text": ("sbn_lightning.inference.text",),
-    "sbn_lightning.kernel_backends": ("sbn_lightning.backends.integer",),
+    "sbn_lightning.kernel_backends": ("sbn_lightning.backends.integer", "sbn_lightning.backends.products"),
     "sbn_lightning.loss": ("sbn_lightning.models.loss",),
     "sbn_lightning.masked_linear": ("sbn_lightning.layers.masked_linear",),
     "sbn_lightning.module": ("sbn_lightning.training.module",),
