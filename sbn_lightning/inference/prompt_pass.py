@@ -3,7 +3,7 @@
 A block's own forward has to serve every backend and training. Between its products it launches a kernel for each
 addition, and the norms read their rows again and again. Here the products and the attention are those of the block.
 Fused kernels stand between them (:mod:`sbn_kernels.block`, :mod:`sbn_kernels.prompt`). Nothing has to be compiled by
-torch first. The kernels begin early: each is set up while the kernel before it ends.
+torch first. Up to a number of tokens, kernels begin early (:mod:`sbn_kernels.common.overlap`).
 
 The results are those of the blocks up to the rounding of sums. A model that the fused kernels do not cover runs
 through its blocks: :func:`make_pass` says whether there is a pass.

@@ -54,18 +54,21 @@ def test_greedy_tokens_are_those_of_a_loop_without_a_cache(opened, run_ahead, pr
 
 
 @pytest.mark.parametrize("limits", [{"top_p": 0.95, "top_k": 100}, {}], ids=["sorted", "together"])
-def test_draws_are_those_of_the_request_alone(opened, limits):
+def test_draws_are_those_of_the_request_alone(opened, limits, monkeypatch):
     sampling = {"temperature": 2.0, **limits}
     alone = [
         list(stream(opened.model, prompt, max_new_tokens=9, sampling=Sampling(**sampling), seed=i))
         for i, prompt in enumerate(MORE)
     ]
+    rows, own = [], Sampling.__call__
+    monkeypatch.setattr(Sampling, "__call__", lambda self, x, *random: rows.append(len(x)) or own(self, x, *random))
     with Generator(opened, batch_size=4, max_length=32) as generator:
         greedy = generator.submit([5, 6], max_new_tokens=9, stop_tokens=())
         together = generator.generate(MORE, max_new_tokens=9, stop_tokens=(), **sampling)
         assert greedy.result().tokens == without_cache(opened.model, [5, 6], 9)
     assert [each.tokens for each in together] == alone
     assert len(set(map(tuple, alone))) == len(MORE)
+    assert (max(rows) > 1) == (not limits)  # Rows that are sorted draw alone.
 
 
 def test_pieces_come_while_the_text_is_written_and_can_be_read_twice(opened):

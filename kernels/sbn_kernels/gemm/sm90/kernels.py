@@ -269,7 +269,7 @@ def _consumer(
     phase = 0
     held = no_metadata()
     if EARLY:
-        gdc_wait()  # The scales of the tokens come from the kernel before.
+        gdc_wait()  # The kernel before makes the scales of the tokens, and may read memory that y takes over.
     for i in range(gl.program_id(0), token_tiles * panels * parts, gl.num_programs(0)):
         panel, token_tile, part, first, end = _work(i, token_tiles, panels, per_part, k_steps, group, PARTS)
         acc, held, stage, phase = sum_steps(
