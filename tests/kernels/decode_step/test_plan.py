@@ -98,6 +98,10 @@ def test_batches_and_activations_beyond_reach_are_refused() -> None:
     assert "1 to 16" in str(refusal(MIDDLE, 17))
     assert "activation_bits" in str(refusal(MIDDLE, 1, 4))
     assert refusal(MIDDLE, 16) is None
+    wide = Shape(2, 5120, 13824, 40, 8, 128, 32000)
+    with pytest.raises(ValueError, match="needs d_model up to 4096 for one or two sequences, not 5120"):
+        make_plan(wide, 2, 132)
+    assert make_plan(wide, 3, 132).batch == 3
     with pytest.raises(ValueError, match="the codes of 9 tokens must be shared"):
         make_plan(MIDDLE, 9, 132, shared_codes=False)
 

@@ -28,6 +28,9 @@ from sbn_kernels.decode.step.plan import (
 )
 from sbn_kernels.decode.step.schedule import early_o
 
+# For one or two sequences a warp holds whole rows of the head, 64 registers a lane (``output.head_of_few``).
+_WIDEST_OF_FEW = 4096
+
 
 def _split_k(steps: int, tiles: int, batch: int) -> int:
     """Warps that split K, for the fewest steps in a row that a warp takes."""
@@ -59,11 +62,14 @@ def make_plan(
         The plan.
 
     Raises:
-        ValueError: If :func:`refusal` has a reason, or if the weights of a tile do not fit into shared memory.
+        ValueError: If :func:`refusal` has a reason, if a row of the head does not fit into registers, or if the weights
+            of a tile do not fit into shared memory.
     """
     reason = refusal(shape, batch)
     if reason is not None:
         raise ValueError(f"the persistent decode step {reason}")
+    if batch <= 2 and shape.d_model > _WIDEST_OF_FEW:
+        raise ValueError(f"needs d_model up to {_WIDEST_OF_FEW} for one or two sequences, not {shape.d_model}")
     s = shape
     rows = {"qkv": s.d_model + 2 * s.kv_heads * s.head_size, "o": s.d_model, "gate_up": 2 * s.d_ffn, "down": s.d_model}
     # Every program has a tile of gate_up, so that each step ends in all programs after it has begun in all.
