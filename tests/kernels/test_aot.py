@@ -125,13 +125,13 @@ PLAIN = {
     ),
     "swiglu backward with maxima": (
         rounded.swiglu_backward_maxima_kernel,
-        {"CODES": False, "MAXIMA": True, "SPLIT": True, "R": 4, "C": 256},
+        {"CODES": False, "MAXIMA": True, "R": 4, "C": 256},
         SWIGLU_TYPES,
         4,
     ),
     "swiglu backward of codes": (
         rounded.swiglu_backward_maxima_kernel,
-        {"CODES": True, "MAXIMA": True, "SPLIT": False, "R": 4, "C": 256},
+        {"CODES": True, "MAXIMA": True, "R": 4, "C": 256},
         SWIGLU_TYPES | dict.fromkeys(("gate_pointer", "up_pointer"), "*i8"),
         4,
     ),

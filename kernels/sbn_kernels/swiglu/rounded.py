@@ -37,14 +37,14 @@ from sbn_kernels.swiglu.triton import (
 @triton.jit(do_not_specialize=["rows", "span"])
 def swiglu_backward_maxima_kernel(
     d_pointer, gate_pointer, up_pointer, code_scale_pointer, d_gate_pointer, d_up_pointer,
-    row_scale_pointer, up_row_scale_pointer, token_scale_pointer, max_pointer, up_max_pointer,
-    rows, features, d_stride, gate_stride, up_stride, dx_stride, first_channel, up_first_channel, span,
-    CODES: tl.constexpr, MAXIMA: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    row_scale_pointer, up_row_scale_pointer, token_scale_pointer, max_pointer,
+    rows, features, d_stride, x_stride, dx_stride, first_channel, span,
+    CODES: tl.constexpr, MAXIMA: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of C columns of gates and of ups in ``span`` rows, and their maxima as ``gradient_maxima_kernel``.
 
-    Maxima are those of the gradients as they are stored, rounded to the dtype of ``dx``. SPLIT: gates and ups come from
-    two layers, which have maxima of their own for each token. Otherwise both layers' pointers are parts of one tensor.
+    Maxima are those of the gradients as they are stored, rounded to the dtype of ``dx``. The pointers of gates and of
+    ups are the halves of one tensor.
     """
     column = tl.program_id(0) * C + tl.arange(0, C)
     there = column < features
@@ -59,8 +59,8 @@ def swiglu_backward_maxima_kernel(
         inside = (row < rows)[:, None] & there[None, :]
         wide = row.to(tl.int64)[:, None]
         d = tl.load(d_pointer + wide * d_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(gate_pointer + wide * gate_stride + column[None, :], mask=inside, other=0).to(tl.float32)
-        up = tl.load(up_pointer + wide * up_stride + column[None, :], mask=inside, other=0).to(tl.float32)
+        gate = tl.load(gate_pointer + wide * x_stride + column[None, :], mask=inside, other=0).to(tl.float32)
+        up = tl.load(up_pointer + wide * x_stride + column[None, :], mask=inside, other=0).to(tl.float32)
         if CODES:
             gate *= tl.load(code_scale_pointer + 2 * row, mask=row < rows, other=0.0)[:, None]
             up *= tl.load(code_scale_pointer + 2 * row + 1, mask=row < rows, other=0.0)[:, None]
@@ -74,15 +74,12 @@ def swiglu_backward_maxima_kernel(
             largest_gate = larger(largest_gate, d_gate * scale)
             largest_up = larger(largest_up, d_up * scale)
             d_gate, d_up = d_gate * tl.abs(gate_scale), d_up * tl.abs(up_scale)
-            if SPLIT:
-                _atomic_largest(up_max_pointer + row, d_up, row < rows, R, C)
-            else:
-                d_gate = larger(d_gate, d_up)
-            _atomic_largest(max_pointer + row, d_gate, row < rows, R, C)
+            _atomic_largest(max_pointer + row, larger(d_gate, d_up), row < rows, R, C)
     if MAXIMA:
         of_gates, of_ups = tl.max(magnitude(largest_gate), axis=0), tl.max(magnitude(largest_up), axis=0)
-        tl.atomic_max(max_pointer + first_channel + column, of_gates, mask=there, sem="relaxed")
-        tl.atomic_max(up_max_pointer + up_first_channel + column, of_ups, mask=there, sem="relaxed")
+        channel = max_pointer + first_channel + column
+        tl.atomic_max(channel, of_gates, mask=there, sem="relaxed")
+        tl.atomic_max(channel + features, of_ups, mask=there, sem="relaxed")
 
 
 @triton.jit
@@ -97,33 +94,33 @@ _backward = Launcher(swiglu_backward_maxima_kernel, enable_fp_fusion=True)
 
 
 def _backward_to(
-    dx: tuple[Tensor, Tensor],
+    dx: Tensor,
     d: Tensor,
-    x: tuple[Tensor, Tensor],
+    x: Tensor,
     code_scale: Tensor | None = None,
-    scales: tuple[Tensor, Tensor, Tensor] | None = None,
-    maxima: tuple[tuple[Tensor, int], tuple[Tensor, int]] | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    maxima: tuple[Tensor, int] | None = None,
 ) -> None:
     """Writes the gradients of gates and ups, and the bits of their maxima.
 
     Args:
-        dx: The places for the gradients of gates and of ups, with one row stride.
+        dx: The place for the gradients of gates, then of ups.
         d: The gradient of the product.
-        x: Gates and ups, or their codes.
+        x: Gates then ups, or their codes.
         code_scale: The scales of the codes.
-        scales: gamma of the rows that made gates, of those that made ups, and the scales of the tokens.
-        maxima: For gates and for ups a place for maxima, with the place of the first channel. One place twice: tokens
-            have one maximum for both. None: no maxima.
+        scales: gamma of the rows that made gates and ups, and the scales of the tokens.
+        maxima: The place for maxima, and where those of the channels begin. None: no maxima.
     """
-    one, two, token_scale = scales or (d, d, d)
-    (gate_max, gate_first), (up_max, up_first) = maxima or ((d, 0), (d, 0))
+    row_scale, token_scale = scales or (d, d)
+    places, first_channel = maxima or (d, 0)
     rows, features = d.shape
     block_rows, block_columns = 4, min(256, max(8, next_power_of_2(features)))
     strips, spans, span = maxima_grid(d, block_rows, ceil_div(features, block_columns))
-    tensors = (d, *x, d if code_scale is None else code_scale, *dx, one, two, token_scale, gate_max, up_max)
-    strides = (d.stride(0), x[0].stride(0), x[1].stride(0), dx[0].stride(0))
-    flags = (code_scale is not None, maxima is not None, gate_max is not up_max)
-    numbers = (rows, features, *strides, gate_first, up_first, span)
+    of_rows = (row_scale[:features], row_scale[features:]) if scales else (d, d)
+    codes = d if code_scale is None else code_scale
+    tensors = (d, *_halves(x), codes, *_halves(dx), *of_rows, token_scale, places)
+    numbers = (rows, features, d.stride(0), x.stride(0), dx.stride(0), first_channel, span)
+    flags = (code_scale is not None, maxima is not None)
     _backward((strips, spans, 1), tensors, numbers, (*flags, block_rows, block_columns))
 
 
@@ -141,10 +138,7 @@ def _gradient_and_maxima(
     dx = torch.empty(x.shape, dtype=d.dtype if code_scale is not None else x.dtype, device=d.device)
     maxima, first_channel = zero_maxima(dx, True, True)
     if len(d):
-        features = d.shape[1]
-        scales = (row_scale[:features], row_scale[features:], token_scale)
-        places = ((maxima, first_channel), (maxima, first_channel + features))
-        _backward_to(_halves(dx), d, _halves(x), code_scale, scales, places)
+        _backward_to(dx, d, x, code_scale, (row_scale, token_scale), (maxima, first_channel))
     return dx, maxima, first_channel
 
 
@@ -174,7 +168,7 @@ def _swiglu_backward_of_codes(d: Tensor, codes: Tensor, code_scale: Tensor) -> T
     require(NEEDS, codes)
     dx = torch.empty(codes.shape, dtype=d.dtype, device=d.device)
     if len(d):
-        _backward_to(_halves(dx), with_rows(d), _halves(codes), code_scale)
+        _backward_to(dx, with_rows(d), codes, code_scale)
     return dx
 
 
