@@ -102,6 +102,8 @@ def generate(
         StepTimeoutError: If a persistent step passed its deadline.
     """
     if decoder is not None:
+        if not isinstance(decoder, Decoder):
+            raise ConfigError(f"decoder: a {type(decoder).__name__} cannot be used again; leave the argument out")
         if decoder.model is not model:
             raise ConfigError("the decoder belongs to another model; make one of this model")
         if (cuda_graph, decode_step, prefill_chunk) != (None, "graph", None):

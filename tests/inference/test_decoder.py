@@ -3,6 +3,7 @@
 Models are float64, so that a rounded activation is the same integer whatever the order of a sum."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,8 @@ def test_a_decoder_is_used_again():
     ):
         with pytest.raises(ConfigError, match=message):
             generate(model, PROMPTS, decoder=decoder, **options)
+    with pytest.raises(ConfigError, match="a SimpleNamespace cannot be used again"):
+        generate(model, PROMPTS, decoder=SimpleNamespace())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="belongs to another model"):
         generate(make(), PROMPTS, decoder=decoder)
     with pytest.raises(ConfigError, match=r"no room in the decoder's rows of 40 \(max_length\)"):

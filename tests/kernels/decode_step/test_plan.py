@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from sbn_kernels.decode.step.packing import gate_up_order, pack_tiles, qkv_order
 from sbn_kernels.decode.step.plan import Shape, refusal, share
 from sbn_kernels.decode.step.planner import make_plan
 from sbn_kernels.decode.step.schedule import schedule
+from sbn_kernels.decode.step.step import DecodeStep, StepUnavailableError
+from triton import TritonError
 
 SMALL = Shape(2, 896, 4864, 14, 2, 64, 1003)
 MIDDLE = Shape(2, 1536, 8960, 12, 2, 128, 1003)
@@ -124,3 +127,15 @@ def test_orders_are_permutations_that_pair_what_belongs_together() -> None:
     order = gate_up_order(48, "cpu")
     assert order.sort().values.equal(torch.arange(96))
     assert (order.view(-1, 2, 8)[:, 1] - order.view(-1, 2, 8)[:, 0] == 48).all()
+
+
+@pytest.mark.parametrize("error", [TritonError("shared memory"), RuntimeError("too many programs")])
+def test_a_step_that_cannot_be_launched_is_unavailable(error: Exception) -> None:
+    """The choice between paths goes on with the other path. A bare error of Triton would end it."""
+
+    def launch(tokens: torch.Tensor) -> None:
+        raise error
+
+    step = SimpleNamespace(_state=[0, 0], _launch=launch, tokens=torch.zeros(1), plan=make_plan(SMALL, 1, 8))
+    with pytest.raises(StepUnavailableError, match=str(error)):
+        DecodeStep._try_launch(step)  # type: ignore[arg-type]

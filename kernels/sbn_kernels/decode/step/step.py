@@ -250,10 +250,14 @@ class DecodeStep:
 
     def _try_launch(self) -> None:
         """Compiles and launches the kernel with the error flag set, so that it does nothing."""
+        from triton import TritonError
+
         self._state[1] = 1
         try:
             self._launch(self.tokens)
             torch.cuda.synchronize()
+        except TritonError as error:
+            raise StepUnavailableError(f"Triton cannot compile the decode step for this model: {error}") from error
         except RuntimeError as error:
             raise StepUnavailableError(
                 f"the device does not run {self.plan.programs} programs of the decode step at the same time: {error}"
