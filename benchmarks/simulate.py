@@ -184,7 +184,7 @@ The same with rows shared within a host (a mesh of two dimensions), 50 Gbit/s:
 - **Slow links: embedding and head.** They are gathered in float32 once a step, and nothing hides them. At
   50 Gbit/s and 64 GPUs they take {slow.rest:,.0f} of the {slow.total:,.0f} ms of an 8B step. The words of all ternary
   layers take {slow.words:,.0f} ms. A `policy` with bfloat16 parameters halves these bytes.
-- **Many GPUs in one ring: latency.** Gradients travel together until each rank gets 4 MiB, or all have 128 MiB. On
+- **Many GPUs in one ring: latency.** Gradients travel together until each rank gets 16 MiB, or all have 128 MiB. On
   1,024 GPUs these reductions have {flat.latency:,.0f} ms of latency in a 1.5B step that computes for
   {flat.compute:,.0f} ms. With rows shared within a host (a mesh of two dimensions) they have {near.latency:,.0f} ms.
   Large models hide this latency.

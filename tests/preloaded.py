@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing import forkserver, get_context
@@ -32,7 +33,7 @@ def _context() -> ForkServerContext:
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, sys.path)]))
         patch.setenv("OMP_NUM_THREADS", "1")
         forkserver.ensure_running()
     return context
