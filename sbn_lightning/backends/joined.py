@@ -62,7 +62,8 @@ def join(layers: Sequence[Operands]) -> Operands | None:
 
     def joined(name: str, dim: int = 0) -> Tensor | None:
         parts = [getattr(weight, name) for weight in weights]
-        return None if parts[0] is None else torch.cat(parts, dim)
+        # A layer with learned scales keeps its codes. The joined layer has codes only if all layers have them.
+        return None if any(part is None for part in parts) else torch.cat(parts, dim)
 
     fields = {name: joined(name) for name in ("codes", "row_scale", "mask_bits", "packed")}
     whole = first._replace(**fields, transposed=joined("transposed", 1))

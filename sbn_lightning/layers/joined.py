@@ -6,8 +6,8 @@ of the others its result together with the tokens. A layer takes the result if i
 it multiplies itself, and its group is given up. So a wrong guess from names costs time and changes nothing.
 
 This happens only inside ``torch.compile``, in training, and where the backend can join layers
-(:mod:`sbn_lightning.backends.joined`). Whether a step is compiled does not change during a run. So a run that resumes
-has the bits of one that went on.
+(:mod:`sbn_lightning.backends.joined`). Layers stay apart in a checkpoint inside of a compiled model. Whether a step is
+compiled does not change during a run. So a run that resumes has the bits of one that went on.
 """
 
 from __future__ import annotations
@@ -55,15 +55,14 @@ def joined_result(layer: Any, x: Tensor) -> Tensor | None:
     Returns:
         The result of the layer; None if the layer has to compute by itself.
     """
-    given, layer.given = layer.given, None
-    if given is not None:
-        tokens, y = given
-        if tokens is not x:
-            for other in layer.readers:
-                other.readers, other.given = (), None
-            return None
-        return y
-    if not in_compiled_training():
+    if layer.given is not None:
+        (tokens, y), layer.given = layer.given, None
+        if tokens is x:
+            return y
+        for other in layer.readers:
+            other.readers, other.given = (), None
+        return None
+    if not in_compiled_training() or _is_in_operation():
         return None
     results = _together(layer.readers, x)
     own = None
@@ -73,6 +72,17 @@ def joined_result(layer: Any, x: Tensor) -> Tensor | None:
         else:
             other.given = (x, y)
     return own
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_in_operation() -> bool:
+    """Whether the compiler traces a function that it treats as one operation, such as a checkpoint.
+
+    A layer cannot leave a result with another layer in such a function: the compiler would give up the whole model.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx().output.current_tracer.parent is not None
 
 
 def _together(layers: tuple[Any, ...], x: Tensor) -> tuple[Tensor, ...]:

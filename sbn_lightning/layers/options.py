@@ -47,7 +47,7 @@ def check_tokens(x: Tensor, layer: str) -> None:
 
 def in_compiled_training() -> bool:
     """Whether ``torch.compile`` traces a forward with gradients at the moment."""
-    return torch.compiler.is_compiling() and torch.is_grad_enabled()
+    return torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

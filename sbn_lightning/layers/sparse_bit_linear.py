@@ -148,7 +148,7 @@ class SparseBitLinear(MaskedLinear):
         self._forget_prepared()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_prepared": None, "_prepared_of": None}
+        return super().__getstate__() | {"_prepared": None, "_prepared_of": None, "given": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseBitLinear:
         before = self.mask_bits.device

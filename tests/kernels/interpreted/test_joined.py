@@ -8,6 +8,7 @@ from sbn_kernels.common.packing import PANEL, pack_dense, pack_sparse24
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sbn_lightning.backends import joined
 from sbn_lightning.backends.integer import Gradients, KernelBackend
@@ -136,6 +137,27 @@ def test_a_layer_that_gets_other_tokens_multiplies_itself(joins: list[int]) -> N
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert joins == [3]
     assert all(layer.readers == () and layer.given is None for layer in (ours.q_proj, ours.k_proj, ours.v_proj))
+
+
+def test_a_checkpoint_inside_of_a_compiled_model_keeps_layers_apart(joins: list[int]) -> None:
+    """A result that one layer leaves for another would be a side effect, which breaks the graph there."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = checkpoint(self.block, x, use_reentrant=False)
+            return found
+
+    torch.manual_seed(0)
+    model = on_kernels(Checkpointed(Attention()), "bf16")
+    ours = results_of(model, True)
+    model.zero_grad()
+    for a, b in zip(ours, results_of(model, False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert not joins
 
 
 def test_hooks_keep_layers_apart_and_a_reversion_leaves_nothing(joins: list[int]) -> None:
