@@ -193,7 +193,7 @@ def _why_not_of(module: nn.Module, saved: Mapping[str, Tensor]) -> str | None:
     """Why a state dict with masks does not fit a module with plain layers; None if it fits."""
     own = module.state_dict()
     layers = [name.removesuffix("mask_bits") for name in saved if name.endswith(".mask_bits")]
-    of_layers = {f"{layer}{own}" for layer in layers for own in ("mask_bits", "log_scale")}
+    of_layers = {f"{layer}{part}" for layer in layers for part in ("mask_bits", "log_scale")}
     weights = {name: value for name, value in saved.items() if name not in of_layers}
     if absent := [name for name in own if name not in weights]:
         return f"it lacks {', '.join(absent[:3])}"

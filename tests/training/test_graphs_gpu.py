@@ -107,7 +107,7 @@ def test_held_masks_and_recomputation(interval, compile, recomputed, gradients, 
 
 
 def test_graphs_read_the_weights_where_their_preparation_writes_them(monkeypatch):
-    """Once all is recorded, nothing is copied but the seeds: two numbers a layer at most."""
+    """Once all is recorded, nothing is copied but the seeds, one number each."""
     copied, copy = [], torch._foreach_copy_
     monkeypatch.setattr(
         torch, "_foreach_copy_", lambda to, of: copied.append(max(map(torch.numel, to))) or copy(to, of)
