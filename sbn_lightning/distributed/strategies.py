@@ -305,7 +305,7 @@ class ReplicatedStrategy(_Together, DDPStrategy):
     def _setup_model(self, model: Module) -> DistributedDataParallel:
         # Lightning makes DDP on a stream of its own. Then gradients would be added up on that stream, and the backward
         # would go from stream to stream for each parameter.
-        return DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
+        return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:

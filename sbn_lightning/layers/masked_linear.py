@@ -356,10 +356,11 @@ def prepare_layers(model: nn.Module, layers: Sequence[MaskedLinear] | None = Non
 
     Args:
         model: The model with the masked layers.
-        layers: Its masked layers, if the caller knows them. To search a large model takes the host milliseconds.
+        layers: The masked layers of the model, if the caller knows them. Searching a large model takes the host
+            milliseconds.
     """
     found = [layer for _, layer in masked_layers(model)] if layers is None else list(layers)
-    with _weights_of_stay(found):
+    with _stay(found):
         prepare_all(model, found)
 
 
@@ -373,12 +374,13 @@ def weights_stay(model: nn.Module) -> Iterator[None]:
     Args:
         model: The model with the masked layers.
     """
-    with _weights_of_stay(layer for _, layer in masked_layers(model)):
+    with _stay(layer for _, layer in masked_layers(model)):
         yield
 
 
 @contextmanager
-def _weights_of_stay(layers: Iterable[MaskedLinear]) -> Iterator[None]:
+def _stay(layers: Iterable[MaskedLinear]) -> Iterator[None]:
+    """Do what :func:`weights_stay` does, for some layers."""
     if not weights_are_trusted():
         look_at_all(
             (layer.tracker, layer._weight(), layer.training)

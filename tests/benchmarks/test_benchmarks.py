@@ -105,7 +105,7 @@ def test_generation_rows(generation: ModuleType, tmp_path: Path) -> None:
     prefill, short = [("prefill", "1"), ("prefill", "6")], [("prefill 512", "1")]
     decode = [("decode", "1"), ("decode", "6")]
     expected = {"bf16 dense": prefill + short + decode, "2:4": prefill + short + decode}
-    expected |= {rounded: decode} | dict.fromkeys(one_kernel, [])
+    expected |= {rounded: decode} | {variant: [] for variant in one_kernel}
     peers = importlib.import_module("generation_transformers")
     expected |= {peers.TRANSFORMERS: prefill + decode, peers.TRANSFORMERS_BEST: decode}
     for variant, cells in expected.items():
