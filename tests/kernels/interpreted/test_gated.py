@@ -124,7 +124,8 @@ def test_gradients_of_sharded_layers_go_where_their_exchange_begins(
     count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if count == 3:  # Gate and up are joined in a compiled step alone.
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        for name in ("is_compiling", "is_dynamo_compiling"):
+            monkeypatch.setattr(torch.compiler, name, lambda: True)
         monkeypatch.setattr(joined_layers, "PANEL", 16)
     whole, sharded = (layers() if count == 2 else three_layers() for _ in range(2))
     leaves = [shard_alone(layer) for layer in sharded]
