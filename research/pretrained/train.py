@@ -373,10 +373,13 @@ def _weights(path: str) -> dict[str, Tensor]:
 def make_optimizer(model: TernaryTransformer, trial: Trial) -> torch.optim.AdamW:
     """Return AdamW with the learning rates of the trial: one for the blocks' matrices and scales, one for the rest."""
     blocks = [(name, p) for name, p in model.named_parameters() if name.startswith("blocks.")]
-    matrices = [p for name, p in blocks if p.ndim >= 2 or name.endswith("log_scale")]
-    ids = {id(parameter) for parameter in matrices}
+    matrices = [p for _, p in blocks if p.ndim >= 2]
+    scales = [p for name, p in blocks if name.endswith("log_scale")]
+    ids = {id(parameter) for parameter in (*matrices, *scales)}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
     groups: list[dict[str, Any]] = [{"params": rest, "peak": trial.other_lr, "weight_decay": 0.0}]
+    if scales:  # Logarithms: a step changes the factor by a share of itself.
+        groups.append({"params": scales, "peak": trial.lr, "weight_decay": 0.0})
     if trial.relative:
         peaks = [trial.lr * float(parameter.detach().abs().mean()) for parameter in matrices]
         groups += [
