@@ -28,7 +28,7 @@ def test_public_names():
 
 
 def test_only_matrices_decay():
-    module = small_module(qkv_bias=True, tie_embeddings=False)
+    module = small_module(qkv_bias=True, tie_embeddings=False, learnable_scales=True)
     decay, rest = module.parameter_groups()
     names = {id(p): name for name, p in module.model.named_parameters()}
     decayed = {names[id(p)] for p in decay["params"]}
@@ -37,7 +37,7 @@ def test_only_matrices_decay():
     assert decayed | others == set(names.values())
     assert "lm_head.weight" in decayed
     assert all(name.endswith("weight") and "norm" not in name for name in decayed)
-    assert {"embed.weight", "norm.weight", "blocks.0.attention.qkv.bias"} <= others
+    assert {"embed.weight", "norm.weight", "blocks.0.attention.qkv.bias", "blocks.0.mlp.down.log_scale"} <= others
 
 
 def test_rules_give_parameters_a_learning_rate_and_a_weight_decay():

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from sbn_kernels.common.packing import PANEL, pack_dense, pack_sparse24
+from sbn_kernels.gemm import registry
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sbn_lightning.backends import joined
-from sbn_lightning.backends.integer import Gradients, KernelBackend
+from sbn_lightning.backends.integer import Gradients, KernelBackend, KernelWeight
 from sbn_lightning.layers.conversion import convert_linears, revert_linears
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.layers.sparse_linear import prepare_layers
@@ -167,6 +168,21 @@ def test_hooks_keep_layers_apart_and_a_reversion_leaves_nothing(joins: list[int]
     assert not joins
     revert_linears(model)
     assert set(vars(model.q_proj)) == set(vars(nn.Linear(16, 16)))
+
+
+def test_codes_that_one_layer_keeps_are_not_joined() -> None:
+    """A layer with learned scales keeps its codes beside the words, and its siblings may have no such scales."""
+    kernel = next(product.name for product in registry.products() if product.form == "dense")
+    codes, words = torch.ones(16, 16, dtype=torch.int8), torch.ones(16, 4, dtype=torch.uint8)
+    layers = [
+        (torch.zeros(16, 16), KernelWeight(kept, torch.ones(16), words, words, words, kernel), None, 8)
+        for kept in (codes, None)
+    ]
+    for order in (layers, layers[::-1]):
+        found = joined.join(order)
+        assert found is not None
+        assert found[1].codes is None
+        assert found[1].packed.shape == (32, 4)
 
 
 def test_words_of_joined_layers_are_the_words_of_one() -> None:
