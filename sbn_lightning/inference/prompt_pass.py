@@ -22,7 +22,7 @@ from sbn_lightning.backends.integer import KernelBackend
 from sbn_lightning.backends.products import multiply
 from sbn_lightning.inference.attention import attend_to_cache
 from sbn_lightning.inference.gather import outside_of_the_family
-from sbn_lightning.layers.gated import is_hooked
+from sbn_lightning.layers.options import is_hooked
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.models.attention import causal_attention

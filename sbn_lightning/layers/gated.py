@@ -12,8 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sbn_lightning.layers.options import in_compiled_training, result_dtype
-from sbn_lightning.layers.options import is_hooked as is_hooked
+from sbn_lightning.layers.options import in_compiled_training, is_hooked, result_dtype
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
 

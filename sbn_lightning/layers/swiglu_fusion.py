@@ -21,7 +21,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from sbn_lightning.layers.gated import is_hooked, swiglu_of_pair
+from sbn_lightning.layers.gated import swiglu_of_pair
+from sbn_lightning.layers.options import is_hooked
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
 _PRODUCTS: tuple[Any, ...] = (operator.mul, torch.mul, "mul")

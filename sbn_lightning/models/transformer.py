@@ -25,9 +25,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.gated import is_hooked
 from sbn_lightning.layers.mask_tracker import trust_weights, weights_are_trusted
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers, weights_stay
+from sbn_lightning.layers.options import is_hooked
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
 from sbn_lightning.models.attention import Attend, Attention, causal_attention
 from sbn_lightning.models.config import TransformerConfig
