@@ -195,8 +195,9 @@ The same with rows shared within a host (a mesh of two dimensions), 50 Gbit/s:
 
 {memory_table(8)}
 
-Kernels of GPUs since the A100 read packed words, half a byte a weight with int8 gradients. `packed_layer` holds those
-of two blocks. With exact gradients the backward reads int8 codes, a byte a weight instead of a quarter.
+This is with int8 gradients on our kernels for Hopper, Ampere and Ada, which read packed words: half a byte a weight for
+forward and backward. `packed_layer` holds the words of two blocks. With exact gradients the backward reads int8 codes,
+a byte a weight instead of a quarter.
 
 {peaks()}
 

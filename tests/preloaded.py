@@ -6,6 +6,7 @@ remains for what tests imports, or the end of an interpreter: a forked process e
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -63,6 +64,7 @@ class Preloaded:
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+        atexit.register(self.kill)  # multiprocessing would wait for a process that a failed test has left behind.
 
     @property
     def returncode(self) -> int | None:
@@ -78,7 +80,8 @@ class Preloaded:
         return status
 
     def kill(self) -> None:
-        self._process.kill()
+        if self.poll() is None:
+            self._process.kill()
 
 
 def _run(
