@@ -60,8 +60,8 @@ def shard(
     on its own when the block runs.
 
     Args:
-        module: The whole model, with equal weights on all ranks; changed in place, once. Its layers must not be replaced
-            later, because the model remembers which masked layers it has.
+        module: The whole model, with equal weights on all ranks; changed in place, once. Do not replace layers later,
+            because the model remembers which masked layers it has.
         mesh: The ranks. In a mesh of one dimension all ranks share the rows. In a mesh of two dimensions the ranks of
             the first hold the same rows, and those of the second share the rows. Lightning's mesh has the dimensions
             ``data_parallel`` and ``tensor_parallel``; the size of ``tensor_parallel`` must be 1.
