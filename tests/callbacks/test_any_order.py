@@ -30,10 +30,10 @@ MAKE = {
     "logger": lambda: SparsityPatternLogger(interval=2),
     "guard": lambda: NonFiniteGuard(interval=1),
 }
-# Groups of two would show nothing more: any two meet in a group with the logger or the guard, which change no weight.
 GROUPS = [
     names
-    for names in combinations([name for name in MAKE if name != "conversion"], 3)
+    for count in (2, 3)
+    for names in combinations([name for name in MAKE if name != "conversion"], count)
     if not {"ramp", "walk"} <= set(names)
 ]
 
