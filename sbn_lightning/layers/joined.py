@@ -3,7 +3,9 @@
 ``q``, ``k`` and ``v`` of an attention read the same tokens in most models, and so do gate and up. A conversion notes
 such layers by the names of their siblings. In a forward the first of them multiplies for all of them, and leaves each
 of the others its result together with the tokens. A layer takes the result if it gets the very same tensor. Otherwise
-it multiplies itself, and its group is given up. So a wrong guess from names costs time and changes nothing.
+it multiplies itself, and its group is given up. In the next forward a group is also given up if a layer has not taken
+its result. So a wrong guess from names costs time in the first step, and a layer that is not called has gradients of
+zeros there.
 
 This happens only inside ``torch.compile``, in training, and where the backend can join layers
 (:mod:`sbn_lightning.backends.joined`). Layers stay apart in a checkpoint inside of a compiled model. Whether a step is
@@ -59,10 +61,13 @@ def joined_result(layer: Any, x: Tensor) -> Tensor | None:
         (tokens, y), layer.given = layer.given, None
         if tokens is x:
             return y
-        for other in layer.readers:
-            other.readers, other.given = (), None
+        _give_up(layer.readers)
         return None
     if not in_compiled_training() or _is_in_operation():
+        return None
+    if any(other.given is not None for other in layer.readers):
+        # A sibling was not called. It would keep its result, and get a gradient of zeros.
+        _give_up(layer.readers)
         return None
     results = _together(layer.readers, x)
     own = None
@@ -72,6 +77,11 @@ def joined_result(layer: Any, x: Tensor) -> Tensor | None:
         else:
             other.given = (x, y)
     return own
+
+
+def _give_up(layers: tuple[Any, ...]) -> None:
+    for layer in layers:
+        layer.readers, layer.given = (), None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

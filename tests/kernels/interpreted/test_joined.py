@@ -140,6 +140,21 @@ def test_a_layer_that_gets_other_tokens_multiplies_itself(joins: list[int]) -> N
     assert all(layer.readers == () and layer.given is None for layer in (ours.q_proj, ours.k_proj, ours.v_proj))
 
 
+def test_a_group_with_a_layer_that_is_not_called_is_given_up(joins: list[int]) -> None:
+    class WithoutValues(Attention):
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+            return self.q_proj(x)[..., :16] * self.k_proj(x)
+
+    model = on_kernels(WithoutValues(), "bf16")
+    results_of(model, True)
+    assert model.v_proj.given is not None
+    model.zero_grad()
+    results_of(model, True)
+    assert joins == [3]
+    assert model.v_proj.weight.grad is None
+    assert all(layer.readers == () and layer.given is None for layer in (model.q_proj, model.k_proj, model.v_proj))
+
+
 def test_a_checkpoint_inside_of_a_compiled_model_keeps_layers_apart(joins: list[int]) -> None:
     """A result that one layer leaves for another would be a side effect, which breaks the graph there."""
 
