@@ -300,7 +300,7 @@ class SparseBitLinear(MaskedLinear):
         """Return a weight that a backend has prepared, with the learned factor in the scale of its rows."""
         if not self.learnable_scales:
             return prepared
-        return type(prepared)(prepared.codes, prepared.row_scale * self._factor(), *prepared[2:])
+        return prepared._replace(row_scale=prepared.row_scale * self._factor())
 
     @property
     def is_partly_rounded(self) -> bool:
