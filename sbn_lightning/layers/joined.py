@@ -92,7 +92,10 @@ def _is_in_operation() -> bool:
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+    try:
+        return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+    except AttributeError:  # Another version of torch. Layers that stay apart are slower and never wrong.
+        return True
 
 
 def _together(layers: tuple[Any, ...], x: Tensor) -> tuple[Tensor, ...]:
