@@ -194,9 +194,7 @@ def convert_quietly(
         report.converted.append(planned.name)
     for name, block in experts.items():
         report.converted += [f"{name}.{weight}".lstrip(".") for weight in convert_planned(block)]
-    report.swiglu = fuse_swiglu(model)
-    note_groups(model, SparseBitLinear)
-    _switch_fused_inference(model, on=False)
+    report.swiglu = _connect(model)
     return report
 
 
@@ -337,6 +335,18 @@ def _revert(layer: MaskedLinear) -> None:
     del layer.mask_bits
     layer._parameters.pop("log_scale", None)  # The effective weight has the learned factor.
     layer.__class__ = plain
+
+
+def _connect(model: nn.Module) -> list[str]:
+    """Find converted layers that can compute together, and switch off fused inference, which would not see their masks.
+
+    Returns:
+        The names of the modules whose SwiGLU is handed to the layer after it.
+    """
+    swiglu = fuse_swiglu(model)
+    note_groups(model, SparseBitLinear)
+    _switch_fused_inference(model, on=False)
+    return swiglu
 
 
 def _switch_fused_inference(model: nn.Module, on: bool) -> None:

@@ -12,18 +12,15 @@ from torch import Tensor, nn
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.candidates import guess_split_sizes, shape_of
 from sbn_lightning.layers.conversion import (
+    _connect,
     _convert,
     _describe,
     _first_mask,
     _Planned,
-    _switch_fused_inference,
     _unsuitable,
 )
 from sbn_lightning.layers.experts import Planned, convert_planned, fused_block, plan_experts
-from sbn_lightning.layers.joined import note_groups
 from sbn_lightning.layers.masked_linear import MaskedLinear
-from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
-from sbn_lightning.layers.swiglu_fusion import fuse_swiglu
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
 
@@ -86,9 +83,7 @@ def convert_to_match(
         _convert(planned)
     for block in experts.values():
         convert_planned(block)
-    fuse_swiglu(model)
-    note_groups(model, SparseBitLinear)
-    _switch_fused_inference(model, on=False)
+    _connect(model)
     return names
 
 
