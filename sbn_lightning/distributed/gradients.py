@@ -123,8 +123,7 @@ class GradientScatter:
         # The hook of a leaf holds this object. A cycle through a hook would never be collected.
         self._leaves: list[weakref.ref[Tensor]] = []
         self._sent: deque[_Sent] = deque()
-        self._gathered: list[_Gradient] = []  # Small gradients that wait for each other,
-        self._gathered_bytes = 0  # and their size.
+        self._gathered: list[_Gradient] = []  # Small gradients that wait for each other.
         self._most_alone = min(PIECE * dist.get_world_size(shard_group), IN_FLIGHT // 2)
         self._waits_for_end = False
 
@@ -154,7 +153,6 @@ class GradientScatter:
                 sent.work.wait()
         self._sent.clear()
         self._gathered.clear()
-        self._gathered_bytes = 0
         for reference in self._leaves:
             if (leaf := reference()) is not None:
                 leaf.grad = None
@@ -171,13 +169,12 @@ class GradientScatter:
             self._send([gradient])
             return
         self._gathered.append(gradient)
-        self._gathered_bytes += gradient.whole.nbytes
-        if self._gathered_bytes >= self._most_alone:
+        if sum(one.whole.nbytes for one in self._gathered) >= self._most_alone:
             self._send_gathered()
 
     def _send_gathered(self) -> None:
         """Send the small gradients together, if there are any."""
-        gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
+        gathered, self._gathered = self._gathered, []
         if gathered:
             self._send(gathered)
 
