@@ -306,7 +306,7 @@ class KernelBackend(BlockKernels):
 
         Args:
             x: The tokens, ``[..., in]``.
-            layers: For each layer what :meth:`gated` takes of it.
+            layers: The operands of each layer.
             backends: The backends of the layers.
             dtype: The dtype of the results.
 

@@ -38,7 +38,7 @@ class SparseBitLinear(MaskedLinear):
         log_scale: The logarithm of the learned factor on gamma, a parameter ``[parts]``. Only layers with
             ``learnable_scales`` have one.
         readers: This layer and its siblings that probably read the same tokens (:mod:`sbn_lightning.layers.joined`).
-        given: Tokens, and the result for them, which a sibling has computed.
+        given: Some tokens, and the result of this layer for these tokens. A sibling has computed the result.
 
     Shape:
         x ``[..., in_features]`` -> y ``[..., out_features]`` in the dtype of x, or in autocast's dtype if autocast is

@@ -248,7 +248,7 @@ def check_codes(ranks: int) -> None:
 
 
 def compare_forms(layer: SparseBitLinear, alone: SparseBitLinear, drops: bool) -> None:
-    """Compare the prepared weight of a sharded layer with that of one process.
+    """Compare what a sharded layer prepares with what the layer prepares in one process.
 
     Args:
         layer: The sharded layer.

@@ -58,7 +58,7 @@ def test_the_gradient_is_that_of_finite_differences(activation_bits, share):
 
 
 def test_factors_of_one_are_no_factors():
-    """The gradient of the latent weight is also that of a layer without learned scales, whatever the factor is."""
+    """The learned factor, whatever its value, does not change the gradient of the latent weight."""
     layer, x = make_layer(), torch.randn(9, 16)
     plain = SparseBitLinear(16, 12, pattern="2:4", split_sizes=(5, 7))
     plain.load_state_dict({name: value for name, value in layer.state_dict().items() if name != "log_scale"})
