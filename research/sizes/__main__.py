@@ -68,11 +68,11 @@ def read_setting(args: argparse.Namespace) -> Setting:
         train, held_out = (torch.from_numpy(tokens.astype("int32")).to(device) for tokens in texts)
     return Setting(
         train, held_out, Path(args.output), device, length=args.length, batch=args.batch, compile=args.compile,
-        graphs=args.graphs, gradients=args.gradients, backend=args.backend,
+        graphs=args.graphs, gradients=args.gradients, backend=args.backend, processes=args.workers,
     )  # fmt: skip
 
 
-def work(setting: Setting, trials: Sequence[Trial], seconds: float, workers: int = 1) -> None:
+def work(setting: Setting, trials: Sequence[Trial], seconds: float) -> None:
     """Do one trial after the other until the time is up or nothing is left that fits.
 
     Trials whose learning rate comes from the rule wait until the sweep is done, or for :data:`PATIENCE` seconds.
@@ -81,7 +81,6 @@ def work(setting: Setting, trials: Sequence[Trial], seconds: float, workers: int
         setting: What all trials share.
         trials: The trials, the most valuable first.
         seconds: The number of seconds until a running trial is saved.
-        workers: The number of processes on this GPU, for an estimate of the time of a trial.
     """
     begun = time.monotonic()
     left_out: set[str] = set()
@@ -90,24 +89,20 @@ def work(setting: Setting, trials: Sequence[Trial], seconds: float, workers: int
         known = all(trial.lr for trial in trials) or is_complete(rows) or time.monotonic() > begun + PATIENCE
         ready = [resolve(trial, best_rates(rows)) for trial in trials if trial.lr or known]
         done = {row["name"] for row in rows} | left_out
-        if any(
-            _try(trial, setting, begun + seconds, rows, workers, left_out) for trial in ready if trial.name not in done
-        ):
+        if any(_try(trial, setting, begun + seconds, rows, left_out) for trial in ready if trial.name not in done):
             continue
         if known:
             return
         time.sleep(1.0)
 
 
-def _try(
-    trial: Trial, setting: Setting, deadline: float, rows: Sequence[Row], workers: int, left_out: set[str]
-) -> bool:
+def _try(trial: Trial, setting: Setting, deadline: float, rows: Sequence[Row], left_out: set[str]) -> bool:
     """Do a trial unless somebody else does it or it does not fit. Return whether the time was spent.
 
     A failure does not end the others. The trial is left out from then on.
     """
     started = (setting.output / "states" / trial.name / STATE).is_file()
-    if not started and deadline - time.monotonic() < OVERHEAD + trial.tokens / speed(trial, rows, workers):
+    if not started and deadline - time.monotonic() < OVERHEAD + trial.tokens / speed(trial, rows, setting.processes):
         return False
     with claim(setting.output / "claims" / trial.name) as mine:
         # Another process may have ended the trial just now.
@@ -128,11 +123,17 @@ def _try(
     return True
 
 
-def speed(trial: Trial, rows: Sequence[Row], workers: int) -> float:
-    """Return about how many tokens a second a trial will have, from trials of its size that are done."""
-    found = sorted(row["tokens_per_second"] for row in rows if row["trial"]["size"] == trial.size)
-    found = [value for value in found if value > 0]
-    return float(found[len(found) // 2]) if found else ALONE[trial.size] / workers
+def speed(trial: Trial, rows: Sequence[Row], processes: int) -> float:
+    """Return about how many tokens a second a trial will have.
+
+    Args:
+        trial: The trial.
+        rows: What is done. Trials of the same size count, if as many processes shared the GPU.
+        processes: The number of processes that share the GPU.
+    """
+    alike = [row for row in rows if row["trial"]["size"] == trial.size and row["processes"] == processes]
+    found = sorted(row["tokens_per_second"] for row in alike if row["tokens_per_second"] > 0)
+    return float(found[len(found) // 2]) if found else ALONE[trial.size] / processes
 
 
 # What `bench` measures: size, family, pattern, gradients, graphs, backend.
@@ -197,6 +198,7 @@ def main() -> None:
         command.add_argument("--corpus", help="the folder that `corpus` wrote; without it, random tokens")
         command.add_argument("--output", default="results/sizes")
         command.add_argument("--seconds", type=float, default=math.inf)
+        command.add_argument("--workers", type=int, default=1, help="the processes on this GPU")
         command.add_argument("--length", type=int, default=512)
         command.add_argument("--batch", type=int, default=64)
         command.add_argument("--gradients", default="bf16")
@@ -206,7 +208,6 @@ def main() -> None:
         command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
         command.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     commands.choices["work"].add_argument("--round", nargs="+", choices=list(ROUNDS), default=["main"])
-    commands.choices["work"].add_argument("--workers", type=int, default=1, help="the processes on this GPU")
     commands.choices["work"].add_argument("--names", nargs="*", help="the trials to do; default: all of the round")
     commands.choices["work"].add_argument(
         "--shrink_tokens", type=int, default=1, help="for a trial run: divides the tokens of each trial"
@@ -235,7 +236,7 @@ def main() -> None:
     wanted = [one for name in args.round for one in ROUNDS[name]]
     chosen = [one for one in wanted if args.names is None or one.name in args.names]
     chosen = [replace(one, tokens=one.tokens // args.shrink_tokens) for one in chosen]
-    work(setting, chosen, args.seconds, args.workers)
+    work(setting, chosen, args.seconds)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The gap between a sparse model and the dense one, over sizes and over tokens a parameter, with error bars.
 
 A gap is the loss of a way (2:4, for example) minus the loss of the dense model of the same family, size, tokens and
-seed, in nats; both read the same text in the same order.
+seed, in nats; both read the same text in the same order. (A machine with other packages has another text. Models of two
+texts make no gap.)
 
 The noise of one seed's gap differs much between sizes, so each size has its own. It comes from the first of these that
 there is: the seeds of the way at this size; the seeds of all ways of the family at this size; at 15M the 119 runs of
@@ -141,20 +142,20 @@ def gaps(rows: Sequence[Row], family: str, way: str) -> list[Gap]:
 
 
 def _without_noise(rows: Sequence[Row], family: str, way: str) -> list[Gap]:
-    dense: dict[tuple[str, float, int], float] = {}
-    sparse: dict[tuple[str, float, int], float] = {}
+    dense: dict[tuple[str, float, int, int], float] = {}
+    sparse: dict[tuple[str, float, int, int], float] = {}
     best = best_rates(rows)
     for row in rows:
         if not by_the_rule(row, best) or row["trial"]["family"] != family:
             continue
-        place = row["trial"]["size"], tokens_each(row), row["trial"]["seed"]
+        place = row["trial"]["size"], tokens_each(row), row["trial"]["seed"], row["text_tokens"]
         if family_and_way(row)[1] == "8:8":
             dense[place] = row["loss"]
         elif family_and_way(row)[1] == way:
             sparse[place] = row["loss"]
     found: dict[tuple[str, float], list[float]] = defaultdict(list)
-    for size, each, seed in sorted(sparse.keys() & dense.keys()):
-        found[size, each].append(sparse[size, each, seed] - dense[size, each, seed])
+    for place in sorted(sparse.keys() & dense.keys()):
+        found[place[:2]].append(sparse[place] - dense[place])
     order = list(SIZES)
     return [
         Gap(size, each, tuple(values))

@@ -57,6 +57,7 @@ class Setting:
         gradients: How gradients are rounded; an option of :class:`SparseTernaryPrecision`.
         backend: The backend of ternary layers, an option of :class:`SparseTernaryPrecision`. None takes sparse tensor
             cores for 2:4 and dense ones for other patterns: nothing is measured while other processes run.
+        processes: The number of processes that share the device. Rows hold it, because the speed depends on it.
     """
 
     train: Tensor
@@ -71,6 +72,7 @@ class Setting:
     graphs: bool = True
     gradients: str = "bf16"
     backend: str | None = None
+    processes: int = 1
 
     @property
     def tokens_of_step(self) -> int:
@@ -246,6 +248,7 @@ class Training:
             "text_tokens": len(self.setting.train),
             "epochs": round(self.step * self.setting.tokens_of_step / len(self.setting.train), 2),
             "seconds": round(self.seconds, 2),
+            "processes": self.setting.processes,
             "tokens_per_second": round(self.timed * self.setting.tokens_of_step / max(self.seconds, 1e-9)),
             "zeros": {key: round(value, 5) for key, value in statistics.items()},
             "backends": sorted({layer.backend.name for layer in ternary_layers(self.model).values()}),

@@ -9,7 +9,7 @@ import torch
 
 from research.queue import append_row, read_rows
 from research.reproduce.noise import t_factor
-from research.sizes.__main__ import ALONE, work
+from research.sizes.__main__ import ALONE, speed, work
 from research.sizes.fit import fit, gaps
 from research.sizes.rates import AT_15M, best_rates, is_complete, learning_rate, resolve, sweep
 from research.sizes.report import MARK, write_report
@@ -118,8 +118,15 @@ def test_workers_do_each_trial_once_and_leave_what_does_not_fit(setting, capsys)
     assert len(read_rows(setting.output / FILE)) == 2
 
 
+def test_the_speed_is_that_of_as_many_processes():
+    rows = [row_of(trial(seed=seed), 3.0, processes=8, tokens_per_second=seed) for seed in (1, 2, 3)]
+    assert speed(trial(), rows, 8) == 2
+    assert speed(trial(), rows, 2) == ALONE["tiny"] / 2
+
+
 def row_of(one, loss, **more):
-    return {"name": one.name, "trial": asdict(one), "loss": loss, "tokens": one.tokens, "tokens_per_second": 1e6} | more
+    common = {"tokens_per_second": 1e6, "text_tokens": 1000, "processes": 1}
+    return {"name": one.name, "trial": asdict(one), "loss": loss, "tokens": one.tokens} | common | more
 
 
 def swept(best=16e-3):
@@ -205,6 +212,8 @@ def test_gaps_pair_seeds_and_leave_other_learning_rates_out():
     rows = [row for row in rows if not (row["trial"]["pattern"] == "8:8" and row["trial"]["seed"] == 2)]
     (place,) = (place for place in gaps(rows, "ternary", "2:4") if place.each == 20)
     assert len(place.values) == 1  # the second seed has no dense model
+    of_other_text = [row | {"text_tokens": 2000} if row["trial"]["pattern"] == "2:4" else row for row in rows]
+    assert not gaps(of_other_text, "ternary", "2:4")
     assert fit([place]) is None
 
 
