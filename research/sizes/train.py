@@ -31,7 +31,8 @@ from sbn_lightning.training.graphs import GraphedLoss
 from sbn_lightning.training.parameter_groups import parameter_groups
 from sbn_lightning.training.schedules import learning_rate_factor
 
-FILE = "results.jsonl"
+FILE, ON_THE_WAY = "results.jsonl", "on_the_way.jsonl"
+PARTS = 8  # how often the held-out text is measured in a training
 WARMUP = 100  # optimiser steps
 FLOOR = 0.03  # the learning rate at the last step, as a share of the peak
 WEIGHT_DECAY = 0.1
@@ -127,8 +128,12 @@ class Training:
 
     def run(self, deadline: float = math.inf) -> bool:
         """Train until the end or until a moment of the monotonic clock. Return whether the trial is at its end."""
+        marks = [-(-self.steps * part // PARTS) for part in range(1, PARTS)]
         while self.step < self.steps:
-            self.advance(min(self.steps - self.step, 50 if self.timed else 10))
+            next_mark = min((mark for mark in marks if mark > self.step), default=self.steps)
+            self.advance(min(next_mark - self.step, 50 if self.timed else 10))
+            if self.step in marks:
+                append_row(self.setting.output / ON_THE_WAY, self.row())
             if time.monotonic() > deadline and self.step < self.steps:
                 if not self.learned:
                     self._save()
@@ -235,7 +240,7 @@ class Training:
         return float(torch.stack(found).mean())
 
     def row(self) -> dict[str, Any]:
-        """Return the line of results of a trained model."""
+        """Return a line of results for the model as it is."""
         statistics = {} if self.schedule is None else self.schedule.statistics()
         return {
             "name": self.trial.name,

@@ -14,7 +14,7 @@ from research.sizes.fit import fit, gaps
 from research.sizes.rates import AT_15M, best_rates, is_complete, learning_rate, resolve, sweep
 from research.sizes.report import MARK, write_report
 from research.sizes.rounds import ROUNDS
-from research.sizes.train import FILE, Setting, Training, make_model, make_optimizer
+from research.sizes.train import FILE, ON_THE_WAY, Setting, Training, make_model, make_optimizer
 from research.sizes.trials import PARAMETERS, SIZES, Size, Trial, tokens_of
 from research.sizes.variants import candidates
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
@@ -52,6 +52,11 @@ def test_a_stopped_trial_ends_where_an_uninterrupted_one_does(setting):
     assert Training(one, stopped).run()
     whole, again = read_rows(setting.output / FILE)[0], read_rows(stopped.output / FILE)[0]
     assert whole["loss"] == again["loss"]
+    before, after = (
+        [(row["steps"], row["loss"]) for row in read_rows(at.output / ON_THE_WAY)] for at in (setting, stopped)
+    )
+    assert [steps for steps, _ in before] == [2, 3, 5, 6, 8, 9, 11]
+    assert before == after
     assert whole["tokens"] == TOKENS
     assert not (stopped.output / "states" / one.name / "state.pt").exists()
 
