@@ -75,6 +75,7 @@ class KernelBackend(BlockKernels):
             the first kernel names.
         gradients: The kind of gradients, see the module.
         saved_gates: Whether gates and ups in one tensor are saved for the backward as int8 codes.
+        joins: Whether layers that read the same tokens may become one product (:mod:`sbn_lightning.backends.joined`).
 
     Attributes:
         seed: int64 ``[1]`` on the layer's device. int8 gradients need a new seed for each pass.
@@ -85,10 +86,13 @@ class KernelBackend(BlockKernels):
     seed: Tensor | None = None
     takes_pairs = takes_quantized = True
 
-    def __init__(self, kernel: str, *, gradients: Gradients = "bf16", saved_gates: bool = False) -> None:
+    def __init__(
+        self, kernel: str, *, gradients: Gradients = "bf16", saved_gates: bool = False, joins: bool = True
+    ) -> None:
         self.kernel = kernel
         self.gradients: Gradients = gradients
         self.saved_gates = saved_gates
+        self.joins = joins
 
     @property
     def name(self) -> str:
@@ -322,7 +326,8 @@ class KernelBackend(BlockKernels):
 
     def _join(self, layers: Sequence[Operands], backends: Sequence[KernelBackend]) -> Operands | None:
         """The operands of layers as one layer with this backend; None if they stay apart."""
-        return join(layers) if all(other.gradients == self.gradients for other in backends) else None
+        alike = all(other.joins and other.gradients == self.gradients for other in backends)
+        return join(layers) if alike else None
 
 
 def _layout(kernel: registry.Product) -> str:

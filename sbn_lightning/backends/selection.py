@@ -78,18 +78,19 @@ class Choice:
     kernel: str | None
     why: str
 
-    def make(self, gradients: Gradients, saved_gates: bool = False) -> Backend:
+    def make(self, gradients: Gradients, saved_gates: bool = False, joins: bool = True) -> Backend:
         """Makes the backend for a layer with latent weights.
 
         Args:
             gradients: The kind of gradients.
             saved_gates: Whether gates and ups are saved for the backward as int8 codes.
+            joins: Whether layers that read the same tokens may become one product.
         """
         if self.kernel is None:
             return REFERENCE
         from sbn_lightning.backends.integer import KernelBackend
 
-        return KernelBackend(self.kernel, gradients=gradients, saved_gates=saved_gates)
+        return KernelBackend(self.kernel, gradients=gradients, saved_gates=saved_gates, joins=joins)
 
 
 def require(

@@ -21,7 +21,7 @@ from sbn_lightning.backends.selection import BACKENDS, BackendName, choose, tabl
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.conversion import (
     ConversionReport,
-    _switch_fused_inference,
+    connect_layers,
     convert_linears,
     revert_linears,
 )
@@ -94,7 +94,7 @@ def convert_by_name(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -
             isinstance(layer, SparseBitLinear) and layer.split_sizes != wanted
         ):  # Conversion guesses split sizes if none are given.
             layer.sparsity = replace(layer.sparsity, split_sizes=wanted)
-    _switch_fused_inference(model, on=False)
+    connect_layers(model)
 
 
 _seed_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
@@ -120,6 +120,7 @@ def use_kernels(
     dtype: torch.dtype | None = None,
     tokens: int = 8192,
     seed: int = 0,
+    join_layers: bool = True,
 ) -> str:
     """Choose what each ternary layer of a model computes with.
 
@@ -136,6 +137,8 @@ def use_kernels(
         dtype: The dtype in which layers get their tokens. None means bfloat16 on a GPU and float32 elsewhere.
         tokens: The number of tokens that the timing run uses.
         seed: The seed of the stochastic rounding of ``gradients="int8"``.
+        join_layers: Whether a compiled training step computes layers that read the same tokens as one product. The
+            forward has the same bits either way.
 
     Returns:
         A table that says what each layer runs on and why.
@@ -159,6 +162,7 @@ def use_kernels(
         if dtype is None:
             dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
         choices = choose(layers, backend, where, dtype, tokens)  # Raises what can go wrong, before a layer is changed.
+    connect_layers(model)  # Layers that torchao converted one by one have not been connected.
     for module in packed:
         module.backend = "kernels" if backend == "sparse" else backend
     if (handle := _seed_hooks.pop(model, None)) is not None:
@@ -166,7 +170,7 @@ def use_kernels(
     if not layers:
         return f"{len(packed)} packed layers: backend {packed[0].backend}"
     for name, layer in layers.items():
-        layer.backend = choices[name].make(gradients)
+        layer.backend = choices[name].make(gradients, joins=join_layers)
     if gradients == "int8":
         _seed_hooks[model] = model.register_forward_pre_hook(_SeedEachPass(seed))
     return table(layers, choices)

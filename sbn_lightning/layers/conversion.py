@@ -194,7 +194,7 @@ def convert_quietly(
         report.converted.append(planned.name)
     for name, block in experts.items():
         report.converted += [f"{name}.{weight}".lstrip(".") for weight in convert_planned(block)]
-    report.swiglu = _connect(model)
+    report.swiglu = connect_layers(model)
     return report
 
 
@@ -337,8 +337,11 @@ def _revert(layer: MaskedLinear) -> None:
     layer.__class__ = plain
 
 
-def _connect(model: nn.Module) -> list[str]:
+def connect_layers(model: nn.Module) -> list[str]:
     """Find converted layers that can compute together, and switch off fused inference, which would not see their masks.
+
+    Every way to put a converted model together ends with this function. So a model that was saved and loaded trains as
+    fast as before, and with the same bits. A second call finds nothing new.
 
     Returns:
         The names of the modules whose SwiGLU is handed to the layer after it.

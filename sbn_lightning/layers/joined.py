@@ -31,8 +31,49 @@ GROUPS = (
 )
 
 
+class Readers:
+    """Layers that probably read the same tokens.
+
+    A copy or a pickle of a model has groups of its own. A copy of one layer does not take the other layers along. Its
+    group is not complete, so it multiplies itself.
+
+    Args:
+        count: The number of layers.
+
+    Attributes:
+        layers: The layers in the order in which they are joined; empty if the group was given up.
+        missing: How many layers have not entered the group. Layers of a copied group enter one by one.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.layers: list[Any] = [None] * count
+        self.missing = count
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Readers:
+        return Readers(len(self.layers))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Readers, (len(self.layers),)
+
+    def number(self, layer: Any) -> int:
+        """The place of a layer in the group; -1 if the group was given up."""
+        return next((i for i, other in enumerate(self.layers) if other is layer), -1)
+
+    def enter(self, layer: Any, number: int) -> bool:
+        """Put a layer at its place.
+
+        Returns:
+            Whether the place was free. It is not for a shallow copy of a layer, and not if the group was given up.
+        """
+        if number < 0 or self.layers[number] is not None:
+            return False
+        self.layers[number] = layer
+        self.missing -= 1
+        return True
+
+
 def note_groups(model: nn.Module, layer_class: type[nn.Module]) -> None:
-    """Tell layers which of their siblings read the same tokens, by their names.
+    """Tell layers which of their siblings read the same tokens, by their names. Known groups stay as they are.
 
     Args:
         model: A model with converted layers.
@@ -41,10 +82,12 @@ def note_groups(model: nn.Module, layer_class: type[nn.Module]) -> None:
     for module in model.modules():
         children = dict(module.named_children())
         for names in GROUPS:
-            layers = tuple(children.get(name) for name in names)
-            if all(type(layer) is layer_class for layer in layers):
-                for layer in layers:
-                    layer.readers = layers  # type: ignore[union-attr, assignment]
+            layers: list[Any] = [children.get(name) for name in names]
+            if all(type(layer) is layer_class and layer.readers is None for layer in layers):
+                group = Readers(len(layers))
+                for i, layer in enumerate(layers):
+                    layer.readers = group
+                    group.enter(layer, i)
 
 
 def joined_result(layer: Any, x: Tensor) -> Tensor | None:
@@ -63,15 +106,16 @@ def joined_result(layer: Any, x: Tensor) -> Tensor | None:
             return y
         _give_up(layer.readers)
         return None
-    if not in_compiled_training() or _is_in_operation():
+    layers = layer.readers.layers
+    if not layers or layer.readers.missing or not in_compiled_training() or _is_in_operation():
         return None
-    if any(other.given is not None for other in layer.readers):
+    if any(other.given is not None for other in layers):
         # A sibling was not called. It would keep its result, and get a gradient of zeros.
         _give_up(layer.readers)
         return None
-    results = _together(layer.readers, x)
+    results = _together(layers, x)
     own = None
-    for other, y in zip(layer.readers, results, strict=False):
+    for other, y in zip(layers, results, strict=False):
         if other is layer:
             own = y
         else:
@@ -79,9 +123,10 @@ def joined_result(layer: Any, x: Tensor) -> Tensor | None:
     return own
 
 
-def _give_up(layers: tuple[Any, ...]) -> None:
-    for layer in layers:
-        layer.readers, layer.given = (), None
+def _give_up(group: Readers) -> None:
+    for layer in group.layers:
+        layer.given = None
+    group.layers = []
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -90,15 +135,15 @@ def _is_in_operation() -> bool:
 
     A layer cannot leave a result with another layer in such a function: the compiler would give up the whole model.
     """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
     try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
         return InstructionTranslator.current_tx().output.current_tracer.parent is not None
-    except AttributeError:  # Another version of torch. Layers that stay apart are slower and never wrong.
-        return True
+    except (AttributeError, ImportError):
+        return True  # Another version of torch. Layers that stay apart are slower and never wrong.
 
 
-def _together(layers: tuple[Any, ...], x: Tensor) -> tuple[Tensor, ...]:
+def _together(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:
     """The results of all layers; none if the layers cannot be joined."""
     backends = [layer.backend for layer in layers]
     if not x.is_floating_point() or any(layer.is_partly_rounded or is_hooked(layer) for layer in layers):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.candidates import guess_split_sizes, shape_of
 from sbn_lightning.layers.conversion import (
-    _connect,
     _convert,
     _describe,
     _first_mask,
     _Planned,
     _unsuitable,
+    connect_layers,
 )
 from sbn_lightning.layers.experts import Planned, convert_planned, fused_block, plan_experts
 from sbn_lightning.layers.masked_linear import MaskedLinear
@@ -83,7 +83,7 @@ def convert_to_match(
         _convert(planned)
     for block in experts.values():
         convert_planned(block)
-    _connect(model)
+    connect_layers(model)
     return names
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.joined import joined_result
+from sbn_lightning.layers.joined import Readers, joined_result
 from sbn_lightning.layers.mask_tracker import sign_of, trust_weights, version
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.layers.options import config_option
@@ -37,7 +37,8 @@ class SparseBitLinear(MaskedLinear):
     Attributes:
         log_scale: The logarithm of the learned factor on gamma, a parameter ``[parts]``. Only layers with
             ``learnable_scales`` have one.
-        readers: This layer and its siblings that probably read the same tokens (:mod:`sbn_lightning.layers.joined`).
+        readers: The group of this layer and its siblings that probably read the same tokens
+            (:mod:`sbn_lightning.layers.joined`); None: the layer has no group.
         given: Some tokens, and the result of this layer for these tokens. A sibling has computed the result.
 
     Shape:
@@ -50,7 +51,7 @@ class SparseBitLinear(MaskedLinear):
 
     kind = "ternary"
     # Models that an earlier version has pickled have no attributes of these names.
-    readers: tuple[SparseBitLinear, ...] = ()
+    readers: Readers | None = None
     given: tuple[Tensor, Tensor] | None = None
     # Whether each forward of this class reads the codes, and not only packed words.
     reads_codes: ClassVar[bool] = False
@@ -63,7 +64,7 @@ class SparseBitLinear(MaskedLinear):
         self._prepared: Any = None
         self._prepared_of: tuple[Any, ...] | None = None
         self._rounding: tuple[Tensor, Tensor] | None = None
-        self.readers, self.given = (), None
+        self.readers, self.given = None, None
         if sparsity.learnable_scales:
             if hasattr(self, "experts"):
                 raise ConfigError("experts have no learned scales: exclude them, or set learnable_scales to false")
@@ -73,7 +74,7 @@ class SparseBitLinear(MaskedLinear):
         super()._init_mask(sparsity, mask_bits)
 
     def forward(self, input: Tensor, swiglu: bool = False, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        if self.readers and swiglu is False and quantized is None:
+        if self.readers is not None and swiglu is False and quantized is None:
             y = joined_result(self, input)
             if y is not None:
                 return y
@@ -148,7 +149,15 @@ class SparseBitLinear(MaskedLinear):
         self._forget_prepared()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_prepared": None, "_prepared_of": None, "given": None}
+        left_out = {"_prepared": None, "_prepared_of": None, "given": None, "readers": None}
+        place = None if self.readers is None else (self.readers, self.readers.number(self))
+        return super().__getstate__() | left_out | {"place": place}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        place = vars(self).pop("place", None)
+        if place is not None and place[0].enter(self, place[1]):
+            self.readers = place[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseBitLinear:
         before = self.mask_bits.device

@@ -80,6 +80,9 @@ class SparseTernaryPrecision(Precision):
             ``"int8"``: as codes with two scales a token, in half the memory. The forward stays as it is; the gradients
             are those of the rounded gates and ups. Gates and ups from two layers that are not joined are saved in full,
             and so are those of layers on the reference backend.
+        join_layers: Whether a compiled training step computes layers that read the same tokens as one product, such as
+            q, k and v of a model from elsewhere. The forward has the same bits either way. Our own transformer has
+            nothing to join.
 
     Raises:
         ConfigError: If an option has a value that is not listed here.
@@ -95,6 +98,7 @@ class SparseTernaryPrecision(Precision):
         tokens: int | None = None,
         seed: int = 0,
         saved_gates: Literal["full", "int8"] = "full",
+        join_layers: bool = True,
     ) -> None:
         for option, value, known in (
             ("backend", backend, BACKENDS),
@@ -114,7 +118,7 @@ class SparseTernaryPrecision(Precision):
         if tokens is not None and tokens < 1:
             raise ConfigError(f"SparseTernaryPrecision: tokens={tokens} must be at least 1")
         self.backend, self.gradients, self.dtype, self.tokens, self.seed = backend, gradients, dtype, tokens, seed
-        self.saved_gates = saved_gates
+        self.saved_gates, self.join_layers = saved_gates, join_layers
         self.precision = "bf16-mixed" if dtype == "bf16" else "32-true"
         self._models: list[_Model] = []
         self._passes = 0
@@ -150,7 +154,7 @@ class SparseTernaryPrecision(Precision):
         choices = self._agreed_choices(layers, device)
         exact = sum(choice.kernel is None for choice in choices.values())
         for name, layer in layers.items():
-            layer.backend = choices[name].make(self.gradients, self.saved_gates == "int8")
+            layer.backend = choices[name].make(self.gradients, self.saved_gates == "int8", self.join_layers)
         model.layers, model.device = [weakref.ref(layer) for layer in layers.values()], device
         rank_zero_info(f"{self!r}:\n{table(layers, choices)}")
         if self.gradients != "bf16" and exact:

@@ -17,6 +17,7 @@ from sbn_lightning.integrations.huggingface.packed_linear import TernaryLinear2B
 from sbn_lightning.integrations.huggingface.quantizer import config_of  # noqa: E402
 from sbn_lightning.integrations.pytorch import convert  # noqa: E402
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear  # noqa: E402
+from sbn_lightning.layers.swiglu_fusion import FusedSwiGLU  # noqa: E402
 from tests.integrations.families import build  # noqa: E402
 
 TOKENS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -79,6 +80,9 @@ def test_a_latent_folder_keeps_weights_and_masks(name, tmp_path):
     state, other = model.state_dict(), again.state_dict()
     assert state.keys() == other.keys()
     assert all(torch.equal(state[key], other[key]) for key in state)
+    for own, loaded in zip(model.modules(), again.modules(), strict=True):  # What computes together, does so again.
+        assert isinstance(own, FusedSwiGLU) == isinstance(loaded, FusedSwiGLU)
+        assert (getattr(own, "readers", None) is None) == (getattr(loaded, "readers", None) is None)
     again.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "latent" / "model.safetensors"

@@ -137,12 +137,15 @@ class SBNQuantizer(HfQuantizer):
             model.config.quantization_config = self.quantization_config
             _save_experts_fused(model)
             return model
+        modules = dict(model.named_modules())
+        latent = []
         for name in config.modules:
-            layer = dict(model.named_modules()).get(name)
+            layer = modules.get(name)
             if isinstance(layer, TernaryLinear2Bit | TernaryExperts2Bit):
                 layer.finish()
             else:
-                _convert_with_mask(model, name, config.of(name))
+                latent.append(name)
+        _convert_with_masks(model, {name: config.of(name) for name in latent})
         _save_experts_fused(model)
         return model
 
@@ -301,20 +304,30 @@ def _shape_of(layer: nn.Module) -> tuple[int, int]:
     return layer.nf, layer.nx  # type: ignore[return-value]
 
 
-def _convert_with_mask(model: nn.Module, name: str, options: dict[str, Any]) -> None:
-    """Convert a layer whose weight was loaded, and keep the mask that was loaded with it, if there was one."""
-    if (fused := fused_block(model, name)) is not None:
-        block, child = fused
-        mask_bits = block._buffers.pop(f"{child}{MASK_BUFFER}")
-        convert_by_name(model, {name: options})
-        experts = block.get_submodule(child)
-        if getattr(mask_bits, "_is_hf_initialized", False):
-            own = {f"{child}": experts._parameters["weight"], f"{child}.mask_bits": mask_bits}
+def _convert_with_masks(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Convert layers whose weights were loaded, and keep the masks that were loaded with the weights.
+
+    Args:
+        model: The model.
+        layers: The options of each layer, by name.
+    """
+    fused = {name: found for name in layers if (found := fused_block(model, name)) is not None}
+    masks = {}
+    for name in layers:
+        if name in fused:
+            block, child = fused[name]
+            masks[name] = block._buffers.pop(f"{child}{MASK_BUFFER}")
+        else:
+            masks[name] = model.get_submodule(name)._buffers.pop("mask_bits")
+    convert_by_name(model, layers)
+    for name, mask_bits in masks.items():
+        if not getattr(mask_bits, "_is_hf_initialized", False):
+            continue
+        if name in fused:
+            block, child = fused[name]
+            own = {f"{child}": block.get_submodule(child)._parameters["weight"], f"{child}.mask_bits": mask_bits}
             block.load_state_dict(own, strict=False)  # type: ignore[arg-type]
-        return
-    layer = model.get_submodule(name)
-    mask_bits = layer._buffers.pop("mask_bits")
-    convert_by_name(model, {name: options})
-    if getattr(mask_bits, "_is_hf_initialized", False):
-        own = {key: value for key, value in layer._parameters.items() if value is not None}
-        layer.load_state_dict(own | {"mask_bits": mask_bits})  # type: ignore[arg-type]
+        else:
+            layer = model.get_submodule(name)
+            own = {key: value for key, value in layer._parameters.items() if value is not None}
+            layer.load_state_dict(own | {"mask_bits": mask_bits})  # type: ignore[arg-type]

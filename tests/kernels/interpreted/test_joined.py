@@ -1,6 +1,8 @@
 """Layers that read the same tokens as one layer: the forward of single layers, and the gradients of a fused layer."""
 
 import copy
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sbn_lightning.backends import joined
 from sbn_lightning.backends.integer import Gradients, KernelBackend, KernelWeight
-from sbn_lightning.layers.conversion import convert_linears, revert_linears
+from sbn_lightning.integrations.folder import load_sparse, save_sparse
+from sbn_lightning.layers.conversion import connect_layers, convert_linears, revert_linears
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.layers.sparse_linear import prepare_layers
 
@@ -51,15 +54,20 @@ def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
-def on_kernels(module: nn.Module, gradients: Gradients) -> nn.Module:
+def on_kernels(module: nn.Module, gradients: Gradients, joins: bool = True) -> nn.Module:
     convert_linears(module, "2:4")
     for layer in module.modules():
         if isinstance(layer, SparseBitLinear):
-            layer.backend = KernelBackend("portable", gradients=gradients)
+            layer.backend = KernelBackend("portable", gradients=gradients, joins=joins)
             layer.backend.seed = torch.tensor([SEED])
             layer.owner_prepares = True
     prepare_layers(module)
     return module
+
+
+def is_given_up(model: nn.Module) -> bool:
+    layers = (model.q_proj, model.k_proj, model.v_proj)
+    return all(layer.readers.layers == [] and layer.given is None for layer in layers)  # type: ignore[union-attr, operator]
 
 
 def results_of(module: nn.Module, compiled: bool, *others: Tensor) -> list[Tensor]:
@@ -137,7 +145,7 @@ def test_a_layer_that_gets_other_tokens_multiplies_itself(joins: list[int]) -> N
     ):  # fmt: skip
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert joins == [3]
-    assert all(layer.readers == () and layer.given is None for layer in (ours.q_proj, ours.k_proj, ours.v_proj))
+    assert is_given_up(ours)
 
 
 def test_a_group_with_a_layer_that_is_not_called_is_given_up(joins: list[int]) -> None:
@@ -152,7 +160,9 @@ def test_a_group_with_a_layer_that_is_not_called_is_given_up(joins: list[int]) -
     results_of(model, True)
     assert joins == [3]
     assert model.v_proj.weight.grad is None
-    assert all(layer.readers == () and layer.given is None for layer in (model.q_proj, model.k_proj, model.v_proj))
+    assert is_given_up(model)
+    connect_layers(model)
+    assert is_given_up(model)  # A second search would cost a step again.
 
 
 def test_a_checkpoint_inside_of_a_compiled_model_keeps_layers_apart(joins: list[int]) -> None:
@@ -183,6 +193,49 @@ def test_hooks_keep_layers_apart_and_a_reversion_leaves_nothing(joins: list[int]
     assert not joins
     revert_linears(model)
     assert set(vars(model.q_proj)) == set(vars(nn.Linear(16, 16)))
+
+
+def test_an_option_keeps_layers_apart(joins: list[int]) -> None:
+    model = on_kernels(Attention(), "bf16", joins=False)
+    results_of(model, True)
+    assert not joins
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.mlp(self.attention(x))
+        return found
+
+
+def test_a_model_that_was_saved_and_loaded_has_the_same_bits(joins: list[int], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = on_kernels(Block(), "int8")
+    save_sparse(model, tmp_path / "saved", "latent")
+    again = Block()
+    load_sparse(again, tmp_path / "saved")
+    expected = results_of(model, True)
+    for a, b in zip(results_of(on_kernels(again, "int8"), True), expected, strict=True):
+        assert torch.equal(a, b)
+    assert joins == [3, 2, 3, 2]
+
+
+def test_copies_have_groups_of_their_own(joins: list[int]) -> None:
+    torch.manual_seed(0)
+    model = on_kernels(Attention(), "int8")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.q_proj.readers.layers == [other.q_proj, other.k_proj, other.v_proj]
+    for alone in (copy.deepcopy(model.k_proj), pickle.loads(pickle.dumps(model.k_proj))):
+        assert alone.readers.layers == [None, alone, None]
+    assert copy.copy(model.k_proj).readers is None
+    prepare_layers(alone)
+    x = torch.randn(3, 16)
+    y = torch.compile(alone, backend="eager", fullgraph=True)(x)
+    assert torch.equal(y, model.k_proj(x))
+    assert not joins
 
 
 def test_codes_that_one_layer_keeps_are_not_joined() -> None:
