@@ -83,10 +83,9 @@ class PreparedWeights:
             self._ternary = list(ternary_layers(self._model).values())
         elif (
             # To compare all fingerprints takes as long as to read a prompt of a thousand tokens.
-            seem_unchanged((layer.tracker, layer._weight(), layer.training) for layer in self._masked)
+            seem_unchanged((*watched, layer.training) for layer in self._masked for watched in layer.watched())
             and [layer.density for layer in self._masked] == self._densities
             and all(a is b for a, b in zip(self._now(), self._prepared, strict=True))
-            and all(layer.is_prepared for layer in self._ternary if layer.learnable_scales)
         ):
             self._signs = signs_of(self._masked)
             return False

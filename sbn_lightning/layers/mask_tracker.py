@@ -220,12 +220,12 @@ def fingerprint(weight: Tensor) -> Tensor:
     twice.
 
     Args:
-        weight: A weight with two dimensions or more. The last one is a row.
+        weight: A weight. Its last dimension is a row.
 
     Returns:
         The sums of all rows, followed by the sums of all columns.
     """
-    weight = weight.detach().contiguous()
+    weight = torch.atleast_2d(weight.detach().contiguous())
     size = weight.element_size()
     if weight.shape[-1] * size % 8:
         integers = weight.view(_INTEGER_OF_SIZE[size])
@@ -242,11 +242,6 @@ def fingerprint(weight: Tensor) -> Tensor:
 def version(tensor: Tensor) -> int:
     """The version counter of a tensor; 0 for a tensor of inference mode, which has no counter."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def sign_of(parameter: Tensor) -> tuple[Any, ...]:
-    """What changes with a parameter: in place, by the step of an optimiser that owns it, or with its dtype."""
-    return (*_identity(parameter), _steps_of_owners(parameter))
 
 
 @contextmanager

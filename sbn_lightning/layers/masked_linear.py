@@ -221,6 +221,10 @@ class MaskedLinear(SavedMask):
         """The weight of the equivalent plain linear layer, ``[out_features, in_features]``, in the weight's dtype."""
         raise NotImplementedError
 
+    def watched(self) -> Iterator[tuple[MaskTracker, Tensor]]:
+        """The parameters that derived values come from, each with the tracker that knows whether it has changed."""
+        yield self.tracker, self._weight()
+
     def prepare(self) -> None:
         """Bring all derived values up to date. Nothing is computed if the weight has not changed."""
         self._sync_mask()
@@ -383,9 +387,10 @@ def _stay(layers: Iterable[MaskedLinear]) -> Iterator[None]:
     """Do what :func:`weights_stay` does, for some layers."""
     if not weights_are_trusted():
         look_at_all(
-            (layer.tracker, layer._weight(), layer.training)
+            (tracker, parameter, layer.training)
             for layer in layers
-            if not isinstance(layer._weight(), DTensor)
+            for tracker, parameter in layer.watched()
+            if not isinstance(parameter, DTensor)
         )
     with trust_weights():
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.joined import Readers, joined_result
-from sbn_lightning.layers.mask_tracker import sign_of, trust_weights, version
+from sbn_lightning.layers.mask_tracker import MaskTracker, trust_weights, version
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.layers.options import config_option
 from sbn_lightning.layers.preparation import forget_recordings
@@ -57,6 +57,7 @@ class SparseBitLinear(MaskedLinear):
     reads_codes: ClassVar[bool] = False
     learnable_scales: bool = config_option("learnable_scales")
     log_scale: nn.Parameter
+    _scale_tracker: MaskTracker | None = None  # It knows whether log_scale has changed.
 
     def _init_mask(self, sparsity: SparsityConfig, mask_bits: Tensor | None = None) -> None:
         self._backend: Backend = REFERENCE
@@ -65,6 +66,7 @@ class SparseBitLinear(MaskedLinear):
         self._prepared_of: tuple[Any, ...] | None = None
         self._rounding: tuple[Tensor, Tensor] | None = None
         self.readers, self.given = None, None
+        self._scale_tracker = MaskTracker() if sparsity.learnable_scales else None
         if sparsity.learnable_scales:
             if hasattr(self, "experts"):
                 raise ConfigError("experts have no learned scales: exclude them, or set learnable_scales to false")
@@ -199,9 +201,15 @@ class SparseBitLinear(MaskedLinear):
         whole = getattr(self._backend, "whole", None)
         return self._prepared if whole is None else whole(self._prepared)
 
+    def watched(self) -> Iterator[tuple[MaskTracker, Tensor]]:
+        yield from super().watched()
+        if self._scale_tracker is not None:
+            yield self._scale_tracker, self.log_scale
+
     def prepare(self) -> None:
         # The look comes first, because the mode of the caller says whether fingerprints are compared.
-        self.tracker.look(self._weight(), self.training)
+        for tracker, parameter in self.watched():
+            tracker.look(parameter, self.training)
         # A validation loop may run in inference mode. Tensors made in that mode could not be used in the next training
         # step.
         with torch.inference_mode(False), torch.no_grad(), trust_weights():
@@ -212,6 +220,8 @@ class SparseBitLinear(MaskedLinear):
     def due(self) -> tuple[Tensor, Tensor | None, Keep, SparsityConfig] | None:
         """Return the arguments of ``Backend.prepare`` if the weight must be prepared anew; otherwise None."""
         stale = self._mask_is_stale()
+        if self._scale_tracker is not None:
+            self._scale_tracker.look(self.log_scale, self.training)
         if stale and self.sparsity.mask_source != "latent":
             self._make_mask()
             stale = False
@@ -256,7 +266,7 @@ class SparseBitLinear(MaskedLinear):
 
     @property
     def is_prepared(self) -> bool:
-        """Whether nothing that the prepared weight depends on has changed since the tracker last looked."""
+        """Whether nothing that the prepared weight depends on has changed since the trackers last looked."""
         return self._prepared_key() == self._prepared_of
 
     def _prepared_key(self) -> tuple[Any, ...]:
@@ -264,8 +274,8 @@ class SparseBitLinear(MaskedLinear):
 
         The version of the mask's buffer counts mask refreshes.
         """
-        scale = sign_of(self.log_scale) if self.learnable_scales else ()
-        return (self.tracker.changes, self.weight.device, id(self.mask_bits), version(self.mask_bits), *scale)
+        scale = 0 if self._scale_tracker is None else self._scale_tracker.changes
+        return (self.tracker.changes, self.weight.device, id(self.mask_bits), version(self.mask_bits), scale)
 
     def operands(self) -> tuple[Any, Tensor]:
         """Return the prepared weight and the packed mask for one forward."""

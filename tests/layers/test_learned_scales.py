@@ -23,6 +23,7 @@ from sbn_lightning.formats.init_from import load_weights
 from sbn_lightning.formats.write import WriteOptions, write_model
 from sbn_lightning.inference.signs import PreparedWeights
 from sbn_lightning.layers.experts_linear import SparseBitExperts
+from sbn_lightning.layers.masked_linear import prepare_layers
 from sbn_lightning.layers.packed import packed_layer
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.sparsity.config import SparsityConfig
@@ -85,6 +86,20 @@ def test_the_factor_follows_its_optimiser(options, frozen):
         fresh.load_state_dict(layer.state_dict())
         assert torch.equal(layer(x), fresh(x))
     assert not torch.equal(layer.log_scale, make_layer().log_scale)
+
+
+@pytest.mark.parametrize("prepare", [SparseBitLinear.prepare, prepare_layers])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_write_to_the_factor_is_seen(grad, prepare):
+    """As averages of weights do when they are swapped in for an evaluation."""
+    layer, x = make_layer(), torch.randn(9, 16)
+    with torch.set_grad_enabled(grad):
+        layer(x)
+        layer.log_scale.data.add_(0.5)
+        prepare(layer)
+        fresh = make_layer()
+        fresh.load_state_dict(layer.state_dict())
+        assert torch.equal(layer(x), fresh(x))
 
 
 def test_what_is_made_of_a_layer_has_the_factor():
