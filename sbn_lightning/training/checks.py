@@ -13,12 +13,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from sbn_lightning.callbacks.mask_refresh import MaskRefresh
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.formats.init_from import check_tokenizer
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.training.distillation import Distillation
-from sbn_lightning.training.graphs import refusal
 from sbn_lightning.training.parameter_groups import SCALE
 
 
@@ -92,11 +90,8 @@ def check_graphs(module: Any, trainer: Any) -> None:
     if not isinstance(trainer, Trainer):
         raise ConfigError("model.cuda_graphs works in a Trainer and not in the Fabric loop; set it to false")
     strategy = trainer.strategy
-    refreshes = [callback for callback in trainer.callbacks if isinstance(callback, MaskRefresh)]  # type: ignore[attr-defined]
-    holds = any(callback.refresh.holds_masks for callback in refreshes)
     distillation = module.distillation
     reasons = {
-        "mask_refresh.interval above 1 or freeze_after, and compile": holds and module.hparams["compile"],
         f"{trainer.world_size} processes": trainer.world_size > 1,
         f"{type(strategy).__name__}, only with trainer.strategy: auto": not isinstance(strategy, SingleDeviceStrategy),
         "a mixture of experts, whose host reads how many tokens each expert has": bool(module.config.n_experts),
@@ -105,7 +100,7 @@ def check_graphs(module: Any, trainer: Any) -> None:
         "loss: liger, which waits for the GPU": module.config.loss == "liger",
         f"a run on {strategy.root_device.type}": strategy.root_device.type != "cuda",
     }
-    if reason := refusal(module.model) or next((reason for reason, applies in reasons.items() if applies), None):
+    if reason := next((reason for reason, applies in reasons.items() if applies), None):
         raise ConfigError(f"model.cuda_graphs does not work with {reason}; set model.cuda_graphs to false")
 
 

@@ -29,7 +29,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from sbn_lightning.callbacks.base import is_compiled
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers
@@ -40,22 +39,6 @@ ONE_BACKWARD = (
     "cuda_graphs: a micro-batch has one backward, which must come before the forward of the next micro-batch; set "
     "model.cuda_graphs to false"
 )
-
-
-def refusal(model: nn.Module) -> str | None:
-    """Return what of a model does not work with graphs of the step; None if nothing was found.
-
-    A test on a GPU that had one of these two failed once. The reason that was found since is mended, but the tests of
-    these two cases have not run on a GPU again.
-
-    Args:
-        model: The model, in the state in which a step would be recorded.
-    """
-    if any(getattr(getattr(module, "config", None), "activation_checkpointing", False) for module in model.modules()):
-        return "activation_checkpointing"
-    if is_compiled(model) and any(layer.hold_mask for _, layer in masked_layers(model)):
-        return "masks that compiled blocks hold"
-    return None
 
 
 class GraphedLoss:
@@ -93,7 +76,7 @@ class GraphedLoss:
             batch: The micro-batch, on the GPU.
 
         Raises:
-            ConfigError: If the loss cannot be recorded, or if the model is one that :func:`refusal` finds.
+            ConfigError: If the loss cannot be recorded.
         """
         if not torch.is_grad_enabled():
             return loss(batch)
@@ -112,11 +95,6 @@ class GraphedLoss:
             self._graphs = {}
         state = _state_of(model)
         if state not in self._graphs:
-            if reason := refusal(model):
-                raise ConfigError(
-                    f"CUDA graphs of the step do not work with {reason}; set model.cuda_graphs to false, or call the "
-                    "loss without GraphedLoss"
-                )
             while len(self._graphs) >= self.most:
                 del self._graphs[next(iter(self._graphs))]
         found = self._graphs.setdefault(state, 0)

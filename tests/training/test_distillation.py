@@ -177,7 +177,6 @@ def test_graphs_of_the_step_change_nothing(teacher, monkeypatch):
         return lambda: (runs.append(1), torch.enable_grad()(function)())
 
     monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr(graphs, "refusal", lambda model: None)
     monkeypatch.setattr("sbn_lightning.training.module.check_graphs", lambda module, trainer: None)
     seen = []
     for cuda_graphs in (False, True):

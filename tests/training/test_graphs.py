@@ -37,7 +37,6 @@ def recordings(monkeypatch):
 
     monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr("sbn_lightning.training.module.check_graphs", lambda module, trainer: None)
-    monkeypatch.setattr(graphs, "refusal", lambda model: None)
     return calls
 
 
@@ -210,12 +209,6 @@ def test_an_operation_that_cannot_be_recorded_is_one_error(monkeypatch):
     ("changes", "options", "message"),
     [
         ({}, {}, "a run on cpu"),
-        ({"activation_checkpointing": "mlp"}, {}, "activation_checkpointing"),
-        (
-            {},
-            {"callbacks": [MaskRefresh(freeze_after=3)]},
-            r"mask_refresh\.interval above 1 or freeze_after, and compile",
-        ),
         ({"n_experts": 4, "d_expert": 32}, {}, "a mixture of experts"),
         ({"loss": "liger"}, {}, "loss: liger"),
         ({}, {"strategy": DDPStrategy()}, r"DDPStrategy, only with trainer\.strategy: auto"),
@@ -224,20 +217,8 @@ def test_an_operation_that_cannot_be_recorded_is_one_error(monkeypatch):
 def test_what_does_not_work_is_refused(changes, options, message):
     module = small_module(pattern="2:4", **changes)
     module.cuda_graphs, module.trainer = True, quiet_trainer(max_steps=1, **options)
-    module.hparams["compile"] = "callbacks" in options
     with pytest.raises(ConfigError, match=f"model.cuda_graphs does not work with {message}"):
         check_graphs(module, module.trainer)
-
-
-@pytest.mark.parametrize("kind", ["recomputed", "held"])
-def test_an_own_loop_is_refused_before_its_first_step(kind):
-    model = small_module(pattern="2:4", activation_checkpointing=kind == "recomputed").model
-    model.compile_blocks(backend="eager")
-    for _, layer in masked_layers(model):
-        layer.hold_mask = kind == "held"
-    what = "activation_checkpointing" if kind == "recomputed" else "masks that compiled blocks hold"
-    with pytest.raises(ConfigError, match=f"CUDA graphs of the step do not work with {what}; set model"):
-        GraphedLoss()(model, lambda rows: model.loss(rows[:, :-1], rows[:, 1:]), next(iter(token_loader())))
 
 
 def test_states_that_do_not_come_again_are_forgotten(recordings):

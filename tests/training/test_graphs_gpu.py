@@ -94,9 +94,7 @@ def test_twenty_steps_are_the_same_to_the_last_bit(interval, compile, gradients,
         (4, True, True, "int8"),
     ],
 )
-def test_held_masks_and_recomputation(interval, compile, recomputed, gradients, recorded, monkeypatch):
-    monkeypatch.setattr(graphs, "refusal", lambda model: None)
-    monkeypatch.setattr("sbn_lightning.training.module.check_graphs", lambda module, trainer: None)
+def test_held_masks_and_recomputation(interval, compile, recomputed, gradients, recorded):
     options = {"compile": compile, "gradients": gradients, "interval": interval, "recomputed": recomputed}
     expected, losses = train(False, **options)
     assert not recorded
