@@ -241,12 +241,12 @@ def strategy_of(name: str) -> Any:
 @contextmanager
 def kernels_of(strategy: str) -> Iterator[None]:
     """In a run whose name says so, kernels make no room for collectives."""
-    least = sharing.LEAST_TILES
-    sharing.LEAST_TILES = 2**30 if strategy.endswith(WAITING) else least
+    least = sharing.LEAST_STEPS
+    sharing.LEAST_STEPS = 2**40 if strategy.endswith(WAITING) else least
     try:
         yield
     finally:
-        sharing.LEAST_TILES = least
+        sharing.LEAST_STEPS = least
 
 
 def measure(

@@ -143,7 +143,7 @@ def _hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, lau
     chunk, stages = launch_shape(tile, y.element_size())
     half = _ROWS // 2
     _kernel()(
-        (programs(processors, units, per_split), 1, 1),
+        (programs(processors, units, steps), 1, 1),
         (padded_to(scale, _ROWS),),
         (steps, per_split, row_tiles, column_tiles, whole, units, _BAND),
         (tile, chunk, stages),
