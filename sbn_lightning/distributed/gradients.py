@@ -4,6 +4,9 @@ The backward of a layer needs the codes and not the latent weight. So autograd a
 leaf tensor without storage (:func:`stand_in`). As soon as a gradient is there, a hook starts a reduce-scatter, which
 runs while autograd computes the backward of the earlier layers. When it has ended, the rows of this rank are added to
 ``weight.grad``. Small gradients wait for each other, and travel together. What is small grows with the number of ranks.
+
+Learned scales, a few numbers a layer, are whole on every rank. Their gradients are averaged together at the end of the
+backward.
 """
 
 from __future__ import annotations
@@ -124,6 +127,7 @@ class GradientScatter:
         self._leaves: list[weakref.ref[Tensor]] = []
         self._sent: deque[_Sent] = deque()
         self._gathered: list[_Gradient] = []  # Small gradients that wait for each other.
+        self._replicated: list[tuple[Tensor, nn.Parameter]] = []  # Gradients of parameters that every rank has whole.
         self._most_alone = min(PIECE * dist.get_world_size(shard_group), IN_FLIGHT // 2)
         self._waits_for_end = False
 
@@ -146,6 +150,25 @@ class GradientScatter:
         leaf.register_post_accumulate_grad_hook(send)
         self._leaves.append(weakref.ref(leaf))
 
+    def attach_replicated(self, leaf: Tensor, parameter: nn.Parameter) -> None:
+        """Make the gradient of ``leaf`` go to ``parameter.grad``, averaged over all ranks.
+
+        Args:
+            leaf: The tensor that takes the place of the parameter in autograd.
+            parameter: A parameter that every rank has whole, a ``DTensor``.
+        """
+
+        def send(leaf: Tensor) -> None:
+            if self.hold:
+                return
+            gradient, leaf.grad = leaf.grad, None
+            assert gradient is not None
+            self._begin()
+            self._replicated.append((gradient, parameter))
+
+        leaf.register_post_accumulate_grad_hook(send)
+        self._leaves.append(weakref.ref(leaf))
+
     def reset(self) -> None:
         """Throw away what a backward that has raised an error has left: gradients that wait or travel."""
         for sent in self._sent:
@@ -153,6 +176,7 @@ class GradientScatter:
                 sent.work.wait()
         self._sent.clear()
         self._gathered.clear()
+        self._replicated.clear()
         for reference in self._leaves:
             if (leaf := reference()) is not None:
                 leaf.grad = None
@@ -160,11 +184,15 @@ class GradientScatter:
             self._waits_for_end = False
             end_collectives()
 
-    def _collect(self, gradient: _Gradient) -> None:
+    def _begin(self) -> None:
+        """Ask autograd, once in a backward, to call :meth:`_finish` at its end."""
         if not self._waits_for_end:
             self._waits_for_end = True
             begin_collectives()  # Kernels of the backward make room for the collectives.
             Variable._execution_engine.queue_callback(self._finish)
+
+    def _collect(self, gradient: _Gradient) -> None:
+        self._begin()
         if gradient.whole.nbytes >= self._most_alone:
             self._send([gradient])
             return
@@ -216,6 +244,21 @@ class GradientScatter:
             assert sent.work is not None
             sent.work.wait()
             self._take(sent)
+        self._average_replicated()
+
+    def _average_replicated(self) -> None:
+        replicated, self._replicated = self._replicated, []
+        if not replicated:
+            return
+        whole = torch.cat([gradient.flatten() for gradient, _ in replicated])
+        for group in (self.shard_group, self.replicate_group):
+            if group is not None:
+                dist.all_reduce(whole, op=self._operation, group=group)
+        if self._operation != dist.ReduceOp.AVG:
+            whole.div_(self.average)
+        parts = whole.split([gradient.numel() for gradient, _ in replicated])
+        for (_, parameter), mine in zip(replicated, parts, strict=True):
+            _accumulate(parameter, mine.view(parameter.shape))
 
     def _take(self, sent: _Sent) -> None:
         if self._operation != dist.ReduceOp.AVG:
@@ -226,7 +269,7 @@ class GradientScatter:
 
 
 def _accumulate(weight: nn.Parameter, mine: Tensor) -> None:
-    """Add rows to the gradient of a sharded weight, in the weight's dtype."""
+    """Add what this rank has of a gradient to ``weight.grad``, in the weight's dtype."""
     assert isinstance(weight, DTensor)
     if weight.grad is None:
         # As FSDP2 does. DTensor.from_local would describe the sharding anew, which takes the host ten times as long.

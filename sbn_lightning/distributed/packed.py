@@ -14,6 +14,7 @@ this:
   so neither the backward nor further micro-batches gather anything. With ``packed_layer`` they are whole only while
   their block computes (:mod:`~sbn_lightning.distributed.units`).
 * Gradients are reduce-scattered as the backward computes them (:mod:`~sbn_lightning.distributed.gradients`).
+* Learned scales are whole on every rank (``DTensor``, ``Replicate()``).
 
 The layers do not know about any of this. Their backend is wrapped in :class:`PackedRows`, which is a backend itself.
 """
@@ -50,14 +51,24 @@ class PackedRows:
         exchange: The exchange with the ranks that share the rows.
         leaf: The tensor that takes the place of the latent weight in autograd
             (:func:`~sbn_lightning.distributed.gradients.stand_in`).
+        scale_leaf: The tensor that takes the place of the learned scales in autograd; None if there are none.
         unit: The layers that are whole only while their block computes; None if codes stay whole.
 
     Attributes:
         together: The function that prepares many layers with one exchange. ``prepare_layers`` looks for it.
     """
 
-    def __init__(self, inner: Backend, cut: RowCut, exchange: Exchange, leaf: Tensor, unit: Unit | None) -> None:
+    def __init__(
+        self,
+        inner: Backend,
+        cut: RowCut,
+        exchange: Exchange,
+        leaf: Tensor,
+        unit: Unit | None,
+        scale_leaf: Tensor | None = None,
+    ) -> None:
         self.inner, self.cut, self.exchange, self.leaf, self.unit = inner, cut, exchange, leaf, unit
+        self.scale_leaf = scale_leaf
         self.maker = row_maker(inner)
         self.together = exchange.prepare
 
@@ -84,7 +95,8 @@ class PackedRows:
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedRows:
         # A copy is for evaluation only, for example an average of weights. So its leaf sends no gradient anywhere.
         unit = None if self.unit is None else deepcopy(self.unit, memo)
-        return PackedRows(deepcopy(self.inner, memo), self.cut, self.exchange, self.leaf.detach(), unit)
+        scale_leaf = None if self.scale_leaf is None else self.scale_leaf.detach()
+        return PackedRows(deepcopy(self.inner, memo), self.cut, self.exchange, self.leaf.detach(), unit, scale_leaf)
 
     def fresh_mask(self, scores: Tensor, pattern: NMPattern, keep: Keep) -> Tensor:
         own = self.cut.mine(keep) if isinstance(keep, Tensor) else keep
@@ -129,7 +141,7 @@ class PackedRows:
 
     def whole(self, prepared: Any) -> Any:
         """The prepared weight with its codes, which ``packed_layer`` gives back between blocks."""
-        return prepared if self.unit is None else self.unit.weight(self)
+        return prepared if self.unit is None else self._made_whole(prepared)
 
     def without_codes(self, prepared: Any) -> Any:
         """The prepared weight without its codes, if the products of the inner backend do not read the codes."""
@@ -143,30 +155,22 @@ class PackedRows:
     def with_codes(self, prepared: Any, in_features: int) -> Any:
         """The prepared weight with its codes, which :meth:`without_codes` has dropped."""
         if self.unit is not None:
-            return self.unit.weight(self)
+            return self._made_whole(prepared)
         return self.inner.with_codes(prepared, in_features)  # type: ignore[attr-defined]
 
-    def latent_and_leaf(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather the latent weight of all ranks, for a layer that is partly rounded.
+    def _made_whole(self, prepared: Any) -> Any:
+        """The weight as its unit gathers it, with the scales that the layer has made of gamma."""
+        assert self.unit is not None
+        return self.unit.weight(self)._replace(row_scale=prepared.row_scale)
 
-        Returns:
-            The whole latent weight, and the tensor that gets the gradient.
-        """
+    def whole_latent(self, weight: Tensor) -> Tensor:
+        """Gather the latent weight of all ranks, for a layer that is partly rounded. It has no gradient."""
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        return whole.detach(), self.leaf
+        return whole.detach()
 
-    def linear(
-        self,
-        x: Tensor,
-        latent: Tensor,
-        prepared: Any,
-        gradient_mask: Tensor | None,
-        activation_bits: int | None,
-        swiglu: bool = False,
-        dtype: torch.dtype | None = None,
-        **given: Any,
-    ) -> Tensor:
-        return self.inner.linear(x, self.leaf, prepared, gradient_mask, activation_bits, swiglu, dtype, **given)
+    def linear(self, *operands: Any, **options: Any) -> Tensor:
+        """Multiply as the inner backend does. The layer gives its leaf in place of the latent weight."""
+        return self.inner.linear(*operands, **options)
 
     def gated(
         self, x: Tensor, first: tuple[Any, ...], last: tuple[Any, ...], backend: PackedRows, *options: Any
@@ -175,7 +179,7 @@ class PackedRows:
         join = getattr(self.inner, "gated", None)
         if join is None or type(backend.inner) is not type(self.inner):
             return None
-        y: Tensor | None = join(x, (self.leaf, *first[1:]), (backend.leaf, *last[1:]), backend.inner, *options)
+        y: Tensor | None = join(x, first, last, backend.inner, *options)
         return y
 
     def gated_pair(
@@ -185,8 +189,7 @@ class PackedRows:
         join = getattr(self.inner, "gated_pair", None)
         if join is None or any(type(backend.inner) is not type(self.inner) for backend in backends):
             return None
-        own = tuple((backend.leaf, *layer[1:]) for backend, layer in zip(backends, layers, strict=True))
-        y: Tensor | None = join(x, own, tuple(backend.inner for backend in backends), dtype)
+        y: Tensor | None = join(x, layers, tuple(backend.inner for backend in backends), dtype)
         return y
 
 
@@ -235,7 +238,7 @@ def shard_packed(
         max_ctas: The most multiprocessors that NCCL takes while it sends gradients; None for NCCL's own choice.
 
     Returns:
-        The sharded weights, for ``fully_shard(..., ignored_params=)``.
+        The sharded weights and the learned scales, for ``fully_shard(..., ignored_params=)``.
     """
     sharding = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[1]]  # type: ignore[index]
     replicate = None if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[0]].get_group()  # type: ignore[index]
@@ -259,8 +262,17 @@ def shard_packed(
         leaf = stand_in(rows, columns, dtype, local_rows(weight).device)
         scatter.attach(leaf, weight, cut)
         layer.weight = weight
-        layer.wrap_backend(partial(PackedRows, cut=cut, exchange=exchange, leaf=leaf, unit=units.get(layer)))
         weights.add(weight)
+        scale_leaf = None
+        if layer.learnable_scales:
+            scale = layer.log_scale.detach()
+            scale_leaf = torch.zeros_like(scale, requires_grad=True)
+            whole = distribute_tensor(scale, mesh, [Replicate()] * mesh.ndim, src_data_rank=None)
+            layer.log_scale = nn.Parameter(whole, layer.log_scale.requires_grad)
+            scatter.attach_replicated(scale_leaf, layer.log_scale)
+            weights.add(layer.log_scale)
+        options: dict[str, Any] = {"cut": cut, "exchange": exchange, "leaf": leaf, "scale_leaf": scale_leaf}
+        layer.wrap_backend(partial(PackedRows, unit=units.get(layer), **options))
     return weights
 
 

@@ -88,9 +88,9 @@ def shard(
         ConfigError: If ``mesh`` is no mesh, if ``gather``, ``reduce_dtype`` or ``reduce`` has another value, if the
             model has no attribute ``blocks`` and none are given, if ``reduce="step"`` meets ``gather="latent"``, if
             ``replicate`` does not divide the ranks or the mesh has two dimensions already, if the mesh has ranks for
-            tensor parallelism, if a layer has learned scales, or if a layer that FSDP2 shards has fewer rows than
-            there are ranks. (Lightning gives all GPUs of a node to tensor parallelism by default. Each of them would
-            then train a model of its own, unnoticed.)
+            tensor parallelism, or if a layer that FSDP2 shards has fewer rows than there are ranks. (Lightning gives
+            all GPUs of a node to tensor parallelism by default. Each of them would then train a model of its own,
+            unnoticed.)
     """
     if not isinstance(mesh, DeviceMesh):
         if not old or not isinstance(old[0], DeviceMesh):
@@ -109,12 +109,6 @@ def shard(
         raise ConfigError('reduce="step" is for packed codes: set gather to packed_step or packed_layer')
     if isinstance(module, FSDPModule):
         return
-    for name, layer in masked_layers(module):
-        if layer.sparsity.learnable_scales and layer.kind == "ternary":
-            raise ConfigError(
-                f"{name} has learned scales, whose gradient needs the whole weight: train with DDP (sbn_ddp), or set "
-                "learnable_scales to false"
-            )
     if blocks is None and (blocks := getattr(module, "blocks", None)) is None:
         raise ConfigError(f"{type(module).__name__} has no attribute blocks: give its transformer blocks, blocks=...")
     blocks = list(blocks)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
 from sbn_lightning.core.errors import ConfigError
@@ -301,19 +302,22 @@ class SparseBitLinear(MaskedLinear):
             prepared: The prepared weight.
             share: The share of the weights' rounding that is in effect; None for the whole.
         """
-        if not self.learnable_scales or not torch.is_grad_enabled():
-            # For a sharded weight the backend has a leaf. A compiled block that read the weight would compare the whole
-            # description of the sharding in each forward.
-            own = getattr(self._backend, "leaf", None)
-            return self.weight if own is None else cast(Tensor, own)
-        leaf: Tensor = ScaledWeight.apply(
-            self.weight, self.log_scale, prepared.codes, prepared.row_scale, self.split_sizes, share
-        )
-        return leaf
+        # For a sharded weight the backend has leaves. A compiled block that read the weight would compare the whole
+        # description of the sharding in each forward.
+        leaf = getattr(self._backend, "leaf", None)
+        leaf = self.weight if leaf is None else leaf
+        if self.learnable_scales and torch.is_grad_enabled():
+            scale = getattr(self._backend, "scale_leaf", None)
+            scale = self.log_scale if scale is None else scale
+            leaf = ScaledWeight.apply(leaf, scale, prepared.codes, prepared.row_scale, self.split_sizes, share)
+        return cast(Tensor, leaf)
 
     def _factor(self) -> Tensor:
         """Return the learned factor on gamma of each row, ``[out_features]``."""
-        return factor_of_rows(self.log_scale, self.split_sizes, self.out_features)
+        scale = self.log_scale.detach()
+        # Under FSDP2 every rank has all scales.
+        scale = scale.to_local() if isinstance(scale, DTensor) else scale
+        return factor_of_rows(scale, self.split_sizes, self.out_features)
 
     def _with_learned_scale(self, prepared: Any) -> Any:
         """Return a weight that a backend has prepared, with the learned factor in the scale of its rows."""
@@ -335,10 +339,11 @@ class SparseBitLinear(MaskedLinear):
         if self._rounding is not None:
             weights, tokens = self._rounding
             mask = unpack_mask(mask_bits, self.in_features)
-            sharded = getattr(self._backend, "latent_and_leaf", None)
-            latent, leaf = (self.weight, self._leaf(prepared, weights)) if sharded is None else sharded(self.weight)
+            whole = getattr(self._backend, "whole_latent", None)
+            latent = self.weight if whole is None else whole(self.weight)
             effective = partly_rounded_weight(latent, mask, prepared.codes, prepared.row_scale, weights)
             x = apply_swiglu(x) if swiglu else x
+            leaf = self._leaf(prepared, weights)
             return partly_rounded_linear(x, leaf, effective, gradient_mask, bits, tokens, dtype)
         if bits is None:
             x = x.to(dtype)

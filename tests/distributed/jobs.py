@@ -135,10 +135,10 @@ def hybrid(folder: Path) -> None:
     from tests.distributed.packed_worker import model, train
 
     torch.distributed.init_process_group("gloo")
-    expected = train(model(None))
+    expected = train(model(None, learnable_scales=True))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     for options in ({}, {"gather": "packed_layer"}):
-        made = model(mesh, **options)
+        made = model(mesh, learnable_scales=True, **options)
         assert train(made) == expected, options
         weight = made.blocks[0].mlp.down.weight
         assert weight.to_local().shape[0] * 2 == weight.shape[0]
@@ -149,7 +149,7 @@ def hybrid(folder: Path) -> None:
         norm = torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
         norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
-    rounded = train(model(mesh, reduce_dtype=torch.bfloat16))
+    rounded = train(model(mesh, reduce_dtype=torch.bfloat16, learnable_scales=True))
     assert rounded[0] == expected[0]
     assert rounded[-2] != expected[-2]  # The last loss of the training; a validation follows.
     assert rounded[-2] == pytest.approx(expected[-2], rel=1e-2)

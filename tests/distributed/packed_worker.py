@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from sbn_lightning.backends.integer import KernelBackend
 from sbn_lightning.backends.selection import choose
@@ -59,6 +60,7 @@ CASES = [
     {"out": 9, "pattern": "2:4", "mask_source": "ternary"},
     {"out": 9, "pattern": "2:4", "gradient": "masked"},
     {"out": 9, "pattern": "4:4"},
+    {"out": 11, "pattern": "2:4", "split_sizes": (5, 2, 4), "learnable_scales": True},
 ]
 
 
@@ -78,7 +80,7 @@ def check(case: dict[str, object], ranks: int, held: bool, share: float, roundin
     alone = with_kernels(alone)
     sharded = deepcopy(alone)
     weights = shard_packed(sharded, init_device_mesh(DEVICE, (ranks,)))
-    assert weights == {sharded[1].weight}
+    assert weights == {parameter for parameter in sharded[1].parameters() if isinstance(parameter, DTensor)}
     models = [alone, sharded]
     # Weights of the first layer are no DTensor, and no operator takes both kinds in one list.
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.5, foreach=False) for model in models]
@@ -108,6 +110,11 @@ def check(case: dict[str, object], ranks: int, held: bool, share: float, roundin
             )
             for mine, other in zip(sharded[0].parameters(), alone[0].parameters(), strict=True):
                 mine.grad.copy_(other.grad)
+            if sharded[1].learnable_scales:
+                scales = sharded[1].log_scale.grad.to_local()
+                assert alone[1].log_scale.grad.abs().min() > 0
+                torch.testing.assert_close(scales, alone[1].log_scale.grad, rtol=1e-5, atol=1e-5)
+                scales.copy_(alone[1].log_scale.grad)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -122,16 +129,23 @@ def model(
     """A small transformer of mixed layers, sharded over a mesh if there is one."""
     torch.manual_seed(5)
     made = TernaryTransformer(small_config(pattern="2:4", d_ffn=40, **changes))
-    made.blocks[0].mlp.down.sparsity = SparsityConfig(pattern="2:4", gamma_over="nonzero")
-    made.blocks[1].attention.o.sparsity = SparsityConfig(pattern="4:8", gamma_over="kept")
+    learned = made.config.learnable_scales
+    for layer, pattern, over in (
+        (made.blocks[0].mlp.down, "2:4", "nonzero"),
+        (made.blocks[1].attention.o, "4:8", "kept"),
+    ):
+        layer.sparsity = SparsityConfig(pattern=pattern, gamma_over=over, learnable_scales=learned)
     made = with_kernels(made)
     if mesh is not None:
         shard(made, mesh, gather=gather, reduce_dtype=reduce_dtype)
     return made
 
 
-def train(made: nn.Module, steps: int = 2) -> list[float]:
-    """Losses of some optimiser steps of two micro-batches, and of a validation after each."""
+def train(made: nn.Module, steps: int = 2, clip: float | None = None) -> list[float]:
+    """Losses of some optimiser steps of two micro-batches, and of a validation after each.
+
+    With ``clip`` the norm of all gradients is limited to that number, and the losses are followed by the norm.
+    """
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     seen = []
@@ -141,6 +155,9 @@ def train(made: nn.Module, steps: int = 2) -> list[float]:
             loss = made.loss(tokens[:, :-1], tokens[:, 1:])
             loss.backward()
             seen.append(loss.item())
+        if clip is not None:
+            norm = nn.utils.clip_grad_norm_(made.parameters(), clip)
+            seen.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
         optimizer.step()
         optimizer.zero_grad()
         # Compiled blocks validate as they are, because a second graph would take as long as all other checks together.
@@ -232,6 +249,20 @@ def check_layers(ranks: int) -> None:
             check(case, ranks, held, share, rounding)
 
 
+def check_scales(ranks: int) -> None:
+    """Learned scales train as in one process, whatever the ranks gather."""
+    alone, mesh = model(None, learnable_scales=True), init_device_mesh(DEVICE, (ranks,))
+    expected = train(alone, clip=0.5)
+    for gather in ("packed_step", "packed_layer", "latent"):
+        made = model(mesh, gather, learnable_scales=True)
+        assert train(made, clip=0.5) == pytest.approx(expected, rel=1e-5), gather
+        for (name, layer), other in zip(ternary_layers(made).items(), ternary_layers(alone).values(), strict=True):
+            assert other.log_scale.abs().min() > 0, name
+            torch.testing.assert_close(layer.log_scale.full_tensor(), other.log_scale, rtol=1e-4, atol=1e-6, msg=name)
+            if gather != "latent":
+                torch.testing.assert_close(layer.ternary()[1], other.ternary()[1], rtol=1e-4, atol=0, msg=name)
+
+
 def check_codes(ranks: int) -> None:
     """Layers whose kernels read packed words alone keep no codes, and what reads codes still finds them."""
     mesh = init_device_mesh(DEVICE, (ranks,))
@@ -281,6 +312,7 @@ def main() -> None:
     check_layers(ranks)
     check_models(ranks)
     check_codes(ranks)
+    check_scales(ranks)
     dist.destroy_process_group()
 
 

@@ -106,9 +106,3 @@ def test_a_group_for_the_gradients():
     config = {"strategy": ReplicatedStrategy(max_ctas=8), "val_check_interval": 1, "max_steps": 1}
     with pytest.raises(ConfigError, match="the Fabric loop cannot honour max_ctas of sbn_ddp"):
         check_fabric_options(config)
-
-
-def test_learned_scales_of_sharded_weights(mesh):
-    model = small_module(n_layers=1, learnable_scales=True).model
-    with pytest.raises(ConfigError, match=r"attention\.qkv has learned scales.*train with DDP"):
-        shard(model, mesh)
