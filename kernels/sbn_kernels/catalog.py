@@ -24,6 +24,7 @@ from sbn_kernels.gemm.sm90 import gemm as sm90
 from sbn_kernels.gradients import cross_entropy, transpose
 from sbn_kernels.gradients import triton as gradients
 from sbn_kernels.prepare import triton as prepare
+from sbn_kernels.prompt import attention
 from sbn_kernels.prompt import triton as prompt
 from sbn_kernels.quantize import triton as quantize
 from sbn_kernels.runtime import capability
@@ -51,6 +52,7 @@ _STEPS: dict[str, tuple[str, Needs]] = {
     "norm": ("RMSNorm and quantisation in one, and the backward", norm.NEEDS),
     "rope": ("the backward of rotary positions", rope.NEEDS),
     "prompt": ("a prompt's rotary positions, and its way into the cache", prompt.NEEDS),
+    "attend": ("attention of prompts to a cache", attention.NEEDS),
     "cross_entropy": ("loss of an 8-bit head in training, with a rounded gradient", cross_entropy.NEEDS),
     "int8_rows": ("an 8-bit head, up to 64 tokens", head.NEEDS),
 }

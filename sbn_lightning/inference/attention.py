@@ -1,10 +1,13 @@
 """The attention of a :class:`~sbn_lightning.inference.decoder.Decoder`: what each call reads from the cache and writes.
 
-A call of the model is one of three kinds, and each kind has a class here.
+A call of the model is one of four kinds, and each kind has a class here.
 
 * :class:`PromptAttention`: prompts from their first token on. The causal kernel needs no cache.
 * :class:`ChunkAttention`: a part of a prompt behind tokens that are in the cache already.
+* :class:`RowAttention`: prompts or parts of prompts whose rows and places are tensors, for CUDA graphs.
 * :class:`StepAttention`: one token in each row.
+
+On a Hopper GPU, :func:`sbn_kernels.prompt.attend` computes short prompts and parts of prompts in graphs.
 
 The suffix of a tensor's name is its shape: B batch, H heads, K key/value heads, T tokens of this call, S slots of the
 cache, E head size.
@@ -18,6 +21,10 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from sbn_lightning.models.attention import causal_attention, in_window
+
+LONGEST_SHORT = (
+    1024  # Up to this many tokens, ``attend`` of sbn_kernels is faster than torch's causal kernel on an H200.
+)
 
 
 class PromptAttention:
@@ -112,24 +119,41 @@ class StepAttention:
 
 
 class RowAttention:
-    """Causal attention of prompts that writes their keys and values into rows of a layer's cache.
+    """Causal attention of prompts, or parts of prompts, that writes keys and values into rows of a layer's cache.
 
-    The numbers of the rows are a tensor, so a CUDA graph of the call serves all rows.
+    The numbers of the rows and of the tokens before are tensors, so a CUDA graph of the call serves all of them.
 
     Args:
         keys: The keys of the layer, ``[B, K, S, E]``.
         values: The values of the layer, ``[B, K, S, E]``.
         rows: The row of each prompt, int64 ``[prompts]`` on the device of the cache.
+        before: The number of tokens that each row holds already, int64 ``[prompts]`` on the device of the cache.
+        behind: Whether these numbers may be above 0. If so, :func:`has_kernel` has to be true for the keys.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor) -> None:
-        self.keys, self.values, self.rows = keys, values, rows
+    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, before: Tensor, behind: bool) -> None:
+        self.keys, self.values, self.rows, self.before, self.behind = keys, values, rows, before, behind
+        self._has_kernel = has_kernel(keys)
 
     def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, window: int | None = None) -> Tensor:
         length = k_BKTE.shape[2]
-        self.keys[:, :, :length].index_copy_(0, self.rows, k_BKTE)
-        self.values[:, :, :length].index_copy_(0, self.rows, v_BKTE)
+        places = self.before[:, None] + torch.arange(length, device=self.before.device)
+        self.keys[self.rows[:, None], :, places] = k_BKTE.transpose(1, 2)
+        self.values[self.rows[:, None], :, places] = v_BKTE.transpose(1, 2)
+        if self._has_kernel and window is None and (self.behind or length <= LONGEST_SHORT):
+            from sbn_kernels.prompt import attend
+
+            return attend(q_BHTE, self.keys, self.values, self.rows, self.before).transpose(1, 2)
         return causal_attention(q_BHTE, k_BKTE, v_BKTE, window)
+
+
+def has_kernel(keys: Tensor) -> bool:
+    """Whether :func:`sbn_kernels.prompt.attend` computes attention to keys of this dtype, head size and device."""
+    from sbn_kernels.prompt import attention
+
+    if not keys.is_cuda or keys.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return keys.shape[-1] in attention.HEAD_SIZES and attention.NEEDS.missing(keys.device.index) is None
 
 
 def room_like(keys_BKTE: Tensor, batch_size: int, slots: int) -> Tensor:

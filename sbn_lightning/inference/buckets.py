@@ -5,15 +5,18 @@ to run them. A CUDA graph removes the launches, but a graph has one length. So a
 :func:`bucket_of`. The padding stands behind the prompt, where causal attention does not see it. The padding's keys and
 values lie behind the row's tokens, where later steps overwrite them before they read them.
 
+A part of a prompt behind tokens in the cache has a graph of its own, which serves all numbers of tokens before. That
+needs a kernel that reads this number on the device (:func:`~sbn_lightning.inference.attention.has_kernel`).
+
 A graph costs the time of its capture. A process that reads one prompt must not pay for that, so the first prompt of a
-bucket runs without a graph, and the second prompt captures the graph. The same holds for batches of prompts.
+bucket runs without a graph, and the second prompt captures the graph. The same holds for parts and for batches.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,8 +65,22 @@ def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     return torch.empty_like(host, pin_memory=True).copy_(host).to(device, non_blocking=True)
 
 
+class Kind(NamedTuple):
+    """What a graph serves.
+
+    Attributes:
+        count: The number of prompts.
+        bucket: Their length, with padding.
+        behind: Whether they stand behind tokens that the cache holds already.
+    """
+
+    count: int
+    bucket: int
+    behind: bool
+
+
 class PromptGraphs:
-    """The graphs of a decoder, one for each number of prompts and bucket that was needed twice.
+    """The graphs of a decoder, one for each :class:`Kind` of call that was needed twice.
 
     Args:
         model: The model.
@@ -85,29 +102,30 @@ class PromptGraphs:
         self._device = layers[0].keys.device
         self._caches = [(layer.keys, layer.values) for layer in layers]
         # The attention of each block, by number of prompts: a compiled block must see the same tensors in every graph.
-        self._attend: dict[int, list[RowAttention]] = {}
-        self._inputs: dict[tuple[int, int], _Inputs] = {}
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._attend: dict[tuple[int, bool], list[RowAttention]] = {}
+        self._inputs: dict[Kind, _Inputs] = {}
+        self._graphs: dict[Kind, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None  # The handle of the pool of memory that all graphs share.
 
-    def read(self, tokens: Sequence[int], row: int, bucket: int) -> Tensor:
-        """Read a prompt into a row, from the row's first slot on.
+    def read(self, tokens: Sequence[int], row: int, bucket: int, start: int = 0) -> Tensor:
+        """Read a prompt, or a part of it, into a row.
 
         Args:
             tokens: The prompt, of at most ``bucket`` tokens.
             row: The row of the cache.
             bucket: The length to pad the prompt to; see :func:`bucket_of`.
+            start: The number of tokens that the row keeps; these tokens stand behind them.
 
         Returns:
             The logits of the token after the prompt, ``[1, vocab_size]``. They are a copy.
         """
-        count = len(tokens)
-        given = to_device([*tokens, *[0] * (bucket - count), count - 1, row], self._device)
-        if (1, bucket) not in self._inputs:
-            self._inputs[1, bucket] = _Inputs(given, 1)
-            return self._read(1, bucket)
-        self._inputs[1, bucket].all.copy_(given)
-        return self._replay(1, bucket)
+        count, kind = len(tokens), Kind(1, bucket, start > 0)
+        given = to_device([*tokens, *[0] * (bucket - count), count - 1, row, start], self._device)
+        if kind not in self._inputs:
+            self._inputs[kind] = _Inputs(given, 1)
+            return self._read(kind)
+        self._inputs[kind].all.copy_(given)
+        return self._replay(kind)
 
     def read_all(self, tokens_BT: Tensor, lengths_B: Tensor, bucket: int) -> Tensor:
         """Read a prompt into each row of the cache, from the first slots on. The first call captures a graph.
@@ -121,52 +139,62 @@ class PromptGraphs:
             The logits of the token after each prompt, ``[B, vocab_size]``. They are a copy.
         """
         count, length = tokens_BT.shape
-        if (count, bucket) not in self._inputs:
-            self._inputs[count, bucket] = _Inputs(tokens_BT.new_zeros(count * (bucket + 2)), count)
-        inputs = self._inputs[count, bucket]
+        kind = Kind(count, bucket, False)
+        if kind not in self._inputs:
+            self._inputs[kind] = _Inputs(tokens_BT.new_zeros(count * (bucket + 3)), count)
+        inputs = self._inputs[kind]
         torch.arange(count, out=inputs.rows)
         inputs.tokens[:, :length] = tokens_BT
         torch.sub(lengths_B, 1, out=inputs.last)
-        return self._replay(count, bucket)
+        return self._replay(kind)
 
-    def _replay(self, count: int, bucket: int) -> Tensor:
+    def _replay(self, kind: Kind) -> Tensor:
         if not self._cuda_graph:
-            return self._read(count, bucket)
-        if (count, bucket) not in self._graphs:
-            self._graphs[count, bucket] = self._capture(count, bucket)
-        graph, logits = self._graphs[count, bucket]
+            return self._read(kind)
+        if kind not in self._graphs:
+            self._graphs[kind] = self._capture(kind)
+        graph, logits = self._graphs[kind]
         graph.replay()
         # The graphs share one pool of memory, so another graph may overwrite these logits.
         return logits.clone()
 
-    def _read(self, count: int, bucket: int) -> Tensor:
-        inputs = self._inputs[count, bucket]
+    def _read(self, kind: Kind) -> Tensor:
+        inputs = self._inputs[kind]
         with trust_weights():  # The decoder has looked at the weights.
             if self._pass is not None:
-                return self._pass(inputs.tokens, inputs.last, inputs.rows, self._caches)
-            if count not in self._attend:
-                rows = torch.empty_like(inputs.rows)
-                self._attend[count] = [RowAttention(keys, values, rows) for keys, values in self._caches]
-            self._attend[count][0].rows.copy_(inputs.rows)
-            hidden = self._model.hidden(inputs.tokens, attend=self._attend[count])
-        ends = inputs.last + torch.arange(count, device=self._device) * bucket
+                start = None if kind.behind else 0
+                return self._pass(inputs.tokens, inputs.last, inputs.rows, inputs.before, self._caches, start)
+            attend = self._attend_of(kind)
+            attend[0].rows.copy_(inputs.rows)
+            attend[0].before.copy_(inputs.before)
+            positions = attend[0].before[:, None] + torch.arange(kind.bucket, device=self._device)
+            hidden = self._model.hidden(inputs.tokens, positions if kind.behind else None, attend)
+        ends = inputs.last + torch.arange(kind.count, device=self._device) * kind.bucket
         logits: Tensor = self._model.lm_head(hidden.flatten(0, 1).index_select(0, ends))
         return logits
 
-    def _capture(self, count: int, bucket: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _attend_of(self, kind: Kind) -> list[RowAttention]:
+        """The attention of each block; they share the tensors of rows and numbers of tokens."""
+        key = kind.count, kind.behind
+        if key not in self._attend:
+            rows, before = torch.zeros(2, kind.count, dtype=torch.int64, device=self._device)
+            self._attend[key] = [RowAttention(*cache, rows, before, kind.behind) for cache in self._caches]
+        return self._attend[key]
+
+    def _capture(self, kind: Kind) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # A graph cannot record what kernels do at their first call, so the first run is no graph. It is on another
         # stream, because workspaces belong to a stream. Reading a prompt twice writes the same keys and values into the
         # same slots.
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            self._read(count, bucket)
+            self._read(kind)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
-            logits = self._read(count, bucket)
+            logits = self._read(kind)
         return graph, logits
 
 
@@ -174,11 +202,12 @@ class _Inputs:
     """What a graph reads: views of one tensor, which a prompt on the host fills with one copy.
 
     Args:
-        all: Room for the tokens of each prompt, then the positions of their last tokens, then the rows.
+        all: Room for the tokens of each prompt, then the positions of their last tokens, the rows, and the numbers of
+            tokens that the rows hold already.
         count: The number of prompts.
     """
 
     def __init__(self, all: Tensor, count: int) -> None:
         self.all = all
-        self.tokens = all[: -2 * count].view(count, -1)
-        self.last, self.rows = all[-2 * count :].view(2, count)
+        self.tokens = all[: -3 * count].view(count, -1)
+        self.last, self.rows, self.before = all[-3 * count :].view(3, count)

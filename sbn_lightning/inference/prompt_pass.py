@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sbn_lightning.backends.integer import KernelBackend
 from sbn_lightning.backends.products import multiply
-from sbn_lightning.inference.attention import attend_to_cache
+from sbn_lightning.inference.attention import LONGEST_SHORT, attend_to_cache, has_kernel
 from sbn_lightning.inference.gather import outside_of_the_family
 from sbn_lightning.layers.options import is_hooked
 from sbn_lightning.layers.packed import PackedTernaryLinear
@@ -135,8 +135,9 @@ class PromptPass:
         tokens_BT: Tensor,
         last_B: Tensor,
         rows_B: Tensor,
+        before_B: Tensor,
         caches: Sequence[tuple[Tensor, Tensor]],
-        start: int = 0,
+        start: int | None = 0,
     ) -> Tensor:
         """Compute the logits after each prompt, and write keys and values to the cache.
 
@@ -144,9 +145,11 @@ class PromptPass:
             tokens_BT: The prompts, padded at their ends, int64 ``[B, T]``.
             last_B: The position of each prompt's last token, int64 ``[B]``.
             rows_B: The row of the cache of each prompt, int64 ``[B]``.
+            before_B: The number of tokens that each row of the cache holds already, int64 ``[B]``; these tokens stand
+                behind them.
             caches: The keys and values of each layer, bfloat16 ``[rows, K, slots, E]``.
-            start: The number of tokens that each row of the cache holds already; these tokens stand behind them. If it
-                is above 0, ``caches`` has one row for each prompt, in the order of the prompts.
+            start: The same number on the host, if it is the same for all rows. None means that a CUDA graph serves all
+                numbers, where :func:`~sbn_lightning.inference.attention.has_kernel` is true for the caches.
 
         Returns:
             The logits, ``[B, vocab_size]``.
@@ -156,7 +159,7 @@ class PromptPass:
         # On an H200, early launches save 2 to 9 % of a single prompt. Four prompts of 2,048 tokens took longer at 1.5B.
         few = tokens_BT.numel() <= _MOST_EARLY
         with launching_early(tokens_BT.device) if few else nullcontext():
-            hidden = self._last_hidden(tokens_BT, last_B, rows_B, caches, start)
+            hidden = self._last_hidden(tokens_BT, last_B, rows_B, before_B, caches, start)
         logits: Tensor = self._model.lm_head(self._model.norm(hidden))
         return logits
 
@@ -165,17 +168,19 @@ class PromptPass:
         tokens_BT: Tensor,
         last_B: Tensor,
         rows_B: Tensor,
+        before_B: Tensor,
         caches: Sequence[tuple[Tensor, Tensor]],
-        start: int,
+        start: int | None,
     ) -> Tensor:
         """Compute the sum that enters the last norm, for the last token of each prompt, ``[B, D]``."""
         from sbn_kernels import quantize_tokens, swiglu_quantize
         from sbn_kernels.block import norm_quantize, norm_quantize_sums
-        from sbn_kernels.prompt import rotate_and_store
+        from sbn_kernels.prompt import attend, rotate_and_store
 
         model, config = self._model, self._model.config
         batch, length = tokens_BT.shape
         splits = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+        own = has_kernel(caches[0][0]) and (start != 0 or length <= LONGEST_SHORT)
         x = model.embed(tokens_BT).flatten(0, 1)
         delta: Tensor | _Sums | None = None
         block: Any
@@ -188,10 +193,13 @@ class PromptPass:
                 total, x8, scale, _ = norm_quantize(x, delta, *norm)
                 x = x if delta is None else total
             qkv = _product(attention.qkv, x8, scale).view(batch, length, -1)
-            rotate_and_store(qkv, attention.qkv.bias, model.cos, model.sin, keys, values, rows_B, config.n_heads, start)
+            places = rows_B, config.n_heads, before_B
+            rotate_and_store(qkv, attention.qkv.bias, model.cos, model.sin, keys, values, *places)
             parts = qkv.unflatten(-1, (-1, config.head_size)).transpose(1, 2).split(splits, 1)
-            if start:
-                cached = keys[:, :, : start + length], values[:, :, : start + length]
+            if own:
+                attended = attend(parts[0], keys, values, rows_B, before_B).transpose(1, 2)
+            elif start:
+                cached = (each.index_select(0, rows_B)[:, :, : start + length] for each in (keys, values))
                 attended = attend_to_cache(parts[0], *cached)
             else:
                 attended = causal_attention(*parts)

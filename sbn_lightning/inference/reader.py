@@ -12,7 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sbn_lightning.inference.attention import ChunkAttention, PromptAttention, Slots, StepAttention, room_like
+from sbn_lightning.inference.attention import (
+    ChunkAttention,
+    PromptAttention,
+    Slots,
+    StepAttention,
+    has_kernel,
+    room_like,
+)
 from sbn_lightning.inference.buckets import PromptGraphs, bucket_of, to_device
 from sbn_lightning.inference.prompt_pass import PromptPass, make_pass
 from sbn_lightning.layers.mask_tracker import trust_weights
@@ -71,7 +78,7 @@ class PromptReader:
             if bucket is not None:
                 self._buckets.add(bucket)  # A decoder that reads one batch must not wait for the capture of a graph.
             if prompt_pass is not None:
-                return prompt_pass(tokens_BT, lengths_B - 1, rows, self._caches())
+                return prompt_pass(tokens_BT, lengths_B - 1, rows, torch.zeros_like(rows), self._caches())
         last = None
         for start in range(0, length, chunk):
             hidden = self._read(slice(None), tokens_BT[:, start : start + chunk], start)
@@ -89,19 +96,25 @@ class PromptReader:
             The logits of the token after these, ``[1, vocab_size]``.
         """
         count = len(tokens)
-        bucket = bucket_of(count, self._slots) if start == 0 and self.use_graph else None
         prompt_pass = self._usable_pass()
-        if bucket is not None and self.layers:
-            return self._graphs(prompt_pass).read(tokens, row, bucket)
+        bucket = bucket_of(count, self._slots - start) if self.use_graph else None
+        if bucket is not None and self.layers and (start == 0 or self._goes_on_in_graphs()):
+            return self._graphs(prompt_pass).read(tokens, row, bucket, start)
         if prompt_pass is not None:
-            numbers = to_device([*tokens, count - 1, 0], self._device)
-            caches = [(keys[row : row + 1], values[row : row + 1]) for keys, values in self._caches()]
-            return prompt_pass(numbers[:count].unsqueeze(0), numbers[-2:-1], numbers[-1:], caches, start)
+            numbers = to_device([*tokens, count - 1, row, start], self._device)
+            last, rows, before = numbers[count:].unsqueeze(1)
+            return prompt_pass(numbers[:count].unsqueeze(0), last, rows, before, self._caches(), start)
         # The very first prompt makes the cache. It is padded like those after it, so its sums have their shapes.
         padded = [*tokens, *[0] * ((bucket or count) - count)]
         hidden = self._read(slice(row, row + 1), torch.tensor([padded], device=self._device), start)
         logits: Tensor = self._model.lm_head(hidden[:, count - 1])
         return logits
+
+    def _goes_on_in_graphs(self) -> bool:
+        """Whether a graph can read tokens behind others, whose number the device knows."""
+        config = self._model.config
+        windows = any(config.window(block) is not None for block in range(config.n_layers))
+        return has_kernel(self.layers[0].keys) and not windows
 
     def _caches(self) -> list[tuple[Tensor, Tensor]]:
         return [(layer.keys, layer.values) for layer in self.layers]

@@ -1,11 +1,15 @@
 """Prompts in chunks, in single rows and in buckets give the logits and the cache of a prompt that is read at once."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from sbn_kernels import prompt as prompt_kernels
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference import Decoder, generate
-from sbn_lightning.inference.buckets import PromptGraphs, bucket_of, to_device
+from sbn_lightning.inference.attention import has_kernel
+from sbn_lightning.inference.buckets import Kind, PromptGraphs, bucket_of, to_device
 from sbn_lightning.layers.packed import pack_layers
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
@@ -125,6 +129,32 @@ def test_padding_to_a_bucket_changes_nothing(model, length):
         torch.testing.assert_close(padded.step(tokens), plain.step(tokens))
 
 
+def test_a_part_of_a_prompt_in_a_graph_stands_behind_the_tokens_of_its_row(model):
+    """The number of tokens before is read from the inputs, so the second part, behind fewer tokens, is right, too."""
+    prompt = tokens_of(90, 5)
+    padded, plain = Decoder(model, 2, 120), Decoder(model, 2, 120)
+    for decoder in (padded, plain):
+        decoder.prefill([tokens_of(20, 6), prompt[:30]])
+    graphs = PromptGraphs(model, padded._layers, None, cuda_graph=False)
+    for attention in graphs._attend_of(Kind(1, 64, True)):
+        attention._has_kernel = True
+    with torch.no_grad(), patched_attend():
+        for start in (30, 17):
+            logits = graphs.read(prompt[start : start + 40], 1, 64, start)
+            torch.testing.assert_close(logits, plain.extend(1, prompt[start : start + 40], start))
+    for mine, theirs in zip(padded._layers, plain._layers, strict=True):
+        assert torch.equal(mine.keys[0], theirs.keys[0])
+        torch.testing.assert_close(mine.keys[1, :, :57], theirs.keys[1, :, :57])
+
+
+@contextmanager
+def patched_attend():
+    """The kernel's twin in its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt_kernels, "attend", prompt_kernels.attend_reference)
+        yield
+
+
 def test_a_graph_is_captured_at_the_second_prompt_of_a_bucket(model, monkeypatch):
     decoder = Decoder(model, 1, 100)
     decoder.prefill([[1]])
@@ -135,9 +165,9 @@ def test_a_graph_is_captured_at_the_second_prompt_of_a_bucket(model, monkeypatch
         def replay(self):
             captured.append("replay")
 
-    def capture(count, bucket):
-        captured.append(bucket)
-        return Replay(), torch.zeros(count, 320)
+    def capture(kind):
+        captured.append(kind.bucket)
+        return Replay(), torch.zeros(kind.count, 320)
 
     monkeypatch.setattr(graphs, "_capture", capture)
     with torch.no_grad():
@@ -219,7 +249,7 @@ def test_prompt_graphs_give_the_logits_of_a_plain_prefill(options):
         expected = torch.cat([plain.extend(0, prompt, 0) for prompt in prompts])
         torch.testing.assert_close(together.prefill(prompts), expected)
         assert together.lengths.tolist() == list(lengths)
-    assert list(together._reader.graphs._graphs) == [(2, 80)]
+    assert list(together._reader.graphs._graphs) == [(2, 80, False)]
 
 
 def test_packed_layers_without_a_kernel_read_prompts_with_the_blocks():
@@ -253,9 +283,12 @@ def test_a_pass_of_fused_kernels_gives_the_logits_of_the_blocks(pattern, backend
     # The second prompt of a bucket captures a graph, and the third replays the graph. The same holds for batches.
     logits += [ours.extend(i % 2, prompts[i % 2], 0) for i in range(4)]
     logits += [ours.prefill(prompts) for _ in range(2)]
-    assert set(ours._reader.graphs._graphs) == {(1, 96), (1, 64), (2, 96)}
-    ours.extend(0, prompts[0][:50], 0)
-    logits.append(ours.extend(0, prompts[0][50:], 50))  # The rest of a prompt whose beginning is in the cache.
+    assert set(ours._reader.graphs._graphs) == {(1, 96, False), (1, 64, False), (2, 96, False)}
+    # The rest of a prompt whose beginning is in the cache: without a graph, with its capture, and from the graph.
+    for start in (50, 39, 47):
+        ours.extend(1, prompts[0][:start], 0)
+        logits.append(ours.extend(1, prompts[0][start:], start))
+    assert ((1, 64, True) in ours._reader.graphs._graphs) == has_kernel(ours._layers[0].keys)
     with monkeypatch.context() as patch:
         patch.setattr(prompt_pass, "_MOST_EARLY", 0)
         assert torch.equal(Decoder(model, 2, 200).prefill(prompts), logits[0])  # Early launches change no bit.
@@ -264,7 +297,8 @@ def test_a_pass_of_fused_kernels_gives_the_logits_of_the_blocks(pattern, backend
     plain = Decoder(model, 2, 200)
     expected = plain.prefill(prompts)
     assert plain._reader.prompt_pass is None
-    all_expected = [expected, *(expected[i % 2 : i % 2 + 1] for i in range(4)), expected, expected, expected[:1]]
+    singles = [expected[i % 2 : i % 2 + 1] for i in range(4)]
+    all_expected = [expected, *singles, expected, expected, *[expected[:1]] * 3]
     for got, wanted in zip(logits, all_expected, strict=True):
         assert (got - wanted).float().norm() < 0.05 * wanted.float().norm()
     assert torch.equal(ours.lengths, plain.lengths)

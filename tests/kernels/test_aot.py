@@ -22,6 +22,7 @@ from sbn_kernels.gemm import cusparselt
 from sbn_kernels.gemm import portable as portable_gemm
 from sbn_kernels.gemm.sm90 import split_k
 from sbn_kernels.prepare import device as prepare_kernels
+from sbn_kernels.prompt import attention
 from sbn_kernels.quantize import triton as quantize
 from sbn_kernels.runtime.capability import gluon_missing
 from sbn_kernels.swiglu import rounded, saved
@@ -56,7 +57,7 @@ ALIGNED = (
 )
 
 
-def build(kernel, constants, capability, types=None, source=ASTSource, warps=4):
+def build(kernel, constants, capability, types=None, source=ASTSource, warps=4, **options):
     """Compile a kernel for pointers and strides that are multiples of 16. Other arguments are i32."""
     names = kernel.arg_names
     signature = {n: {**POINTERS, **(types or {})}.get(n, "i32") for n in names}
@@ -64,7 +65,7 @@ def build(kernel, constants, capability, types=None, source=ASTSource, warps=4):
     values = {(names.index(n),): v for n, v in constants.items()}
     even = [i for i, n in enumerate(names) if signature[n].startswith("*") or (n in ALIGNED and n not in constants)]
     aligned = {(i,): [["tt.divisibility", 16]] for i in even}
-    options = {"num_warps": warps, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "enable_fp_fusion": False, **options}
     return triton.compile(
         source(kernel, signature, values, aligned), target=GPUTarget("cuda", capability, 32), options=options
     )
@@ -220,6 +221,16 @@ def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_pa
     kernel, constants, types, warps = PLAIN[name]
     compiled = build(kernel, constants, capability, types, warps=warps)
     assert spilled_bytes(compiled, tmp_path) <= 16  # 0 with Triton 3.9; 3.6 spills a few bytes once
+
+
+@pytest.mark.parametrize(("size", "queries", "warps"), [(128, 64, 4), (128, 128, 8), (64, 64, 4)])
+def test_attention_of_prompts(size: int, queries: int, warps: int, tmp_path: Path) -> None:
+    types = dict.fromkeys(("keys", "values"), f"tensordesc<bf16[128,{size}]>")
+    types |= {"q_pointer": "*bf16", "rows_pointer": "*i64", "before_pointer": "*i64"}
+    constants = {"HEADS": 12, "GROUP": 6, "SIZE": size, "QUERIES": queries, "KEYS": 128, "EARLY": False}
+    compiled = build(attention.attend_kernel, constants, 90, types, warps=warps, num_stages=2, enable_fp_fusion=True)
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) == 0
 
 
 def _hopper_gemm_types(tile: int, chunk: int, out: str, out_bits: int) -> dict[str, str]:

@@ -1,14 +1,16 @@
-"""Biases and rotary positions of a prompt's queries, keys and values, and their way into the cache."""
+"""What a prompt needs beside its products: biases, rotary positions and the way into the cache, and attention."""
 
 from importlib import import_module
 from typing import Any
 
 _MODULE_OF = {
+    "attend": "attention",
+    "attend_reference": "reference",
     "rotate_and_store": "triton",
     "rotate_and_store_reference": "reference",
 }
 
-__all__ = ["rotate_and_store", "rotate_and_store_reference"]
+__all__ = ["attend", "attend_reference", "rotate_and_store", "rotate_and_store_reference"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The kernel of this folder in plain PyTorch: what it is tested against. Needs no Triton."""
+"""The kernels of this folder in plain PyTorch: what they are tested against. Needs no Triton."""
 
 from __future__ import annotations
 
@@ -15,18 +15,27 @@ def rotate_and_store_reference(
     values: Tensor,
     rows: Tensor,
     heads: int,
-    start: int = 0,
+    before: Tensor,
 ) -> Tensor:
     """What :func:`~sbn_kernels.prompt.triton.rotate_and_store` computes."""
-    batch, length, _ = qkv.shape
-    kv_heads, size = keys.shape[1], keys.shape[3]
+    length, kv_heads, size = qkv.shape[1], keys.shape[1], keys.shape[3]
     parts = (qkv if bias is None else qkv + bias.to(qkv.dtype)).unflatten(-1, (-1, size))
     turned = parts[:, :, : heads + kv_heads]
-    end = start + length
-    cos, sin = cos[start:end, None], sin[start:end, None]
+    places = before[:, None] + torch.arange(length, device=qkv.device)
+    cos, sin = cos[places].unsqueeze(2), sin[places].unsqueeze(2)
     turned = (turned * cos + turned.roll(size // 2, dims=-1) * sin).to(qkv.dtype)
     parts = torch.cat((turned, parts[:, :, heads + kv_heads :]), 2)
-    for i in range(batch):
-        keys[rows[i], :, start:end] = parts[i, :, heads : heads + kv_heads].transpose(0, 1)
-        values[rows[i], :, start:end] = parts[i, :, heads + kv_heads :].transpose(0, 1)
+    keys[rows[:, None], :, places] = parts[:, :, heads : heads + kv_heads]
+    values[rows[:, None], :, places] = parts[:, :, heads + kv_heads :]
     return parts.flatten(2)
+
+
+def attend_reference(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, before: Tensor) -> Tensor:
+    """What :func:`~sbn_kernels.prompt.attention.attend` computes, in float32."""
+    heads, length, size = q.shape[1:]
+    repeats = heads // keys.shape[1]
+    k, v = (cache[rows].float().repeat_interleave(repeats, 1) for cache in (keys, values))
+    places = before[:, None] + torch.arange(length, device=q.device)
+    seen = torch.arange(keys.shape[2], device=q.device) <= places[:, None, :, None]
+    scores = (q.float() @ k.transpose(2, 3) / size**0.5).masked_fill(~seen, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2).to(q.dtype)

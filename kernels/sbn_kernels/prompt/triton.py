@@ -21,18 +21,18 @@ from sbn_kernels.runtime.launch import Launcher
 NEEDS = Needs("prompt", least=(0, 0), interpreter=True)
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit
 def rotate_and_store_kernel(
-    qkv_pointer, bias_pointer, cos_pointer, sin_pointer, keys_pointer, values_pointer, rows_pointer,
-    length, slots, start,
+    qkv_pointer, bias_pointer, cos_pointer, sin_pointer, keys_pointer, values_pointer, rows_pointer, before_pointer,
+    length, slots,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, ALL: tl.constexpr, HALF: tl.constexpr, BIAS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token of one sequence a program. ``ALL`` is the number of heads, rounded up to a power of two."""
     begin(EARLY)
     token = tl.program_id(0)
-    position = token + start
     sequence = tl.program_id(1).to(tl.int64)
+    position = token + tl.load(before_pointer + sequence)
     head = tl.arange(0, ALL)[:, None]
     feature = tl.arange(0, HALF)[None, :]
     count: tl.constexpr = HEADS + 2 * KV_HEADS
@@ -80,13 +80,13 @@ def rotate_and_store(
     values: Tensor,
     rows: Tensor,
     heads: int,
-    start: int = 0,
+    before: Tensor,
 ) -> Tensor:
     """Adds the bias to queries, keys and values, rotates queries and keys, and writes keys and values to a cache.
 
     Args:
         qkv: Queries, keys and values of each token, ``[batch, tokens, (heads + 2 kv_heads) * head_size]``, contiguous.
-            They are changed in place. The first token of each sequence has position ``start``.
+            They are changed in place.
         bias: The bias of the product, or None.
         cos: The cosines of the rotation, float32 ``[positions, head_size]``.
         sin: The sines, with the opposite sign in the first half of a head.
@@ -94,7 +94,8 @@ def rotate_and_store(
         values: The values of the cache.
         rows: The row of the cache of each sequence, int64 ``[batch]``.
         heads: The number of query heads.
-        start: The number of tokens that each sequence has in the cache already.
+        before: The number of tokens that each sequence has in the cache already, int64 ``[batch]``. These and the new
+            tokens must fit the tables and the slots, which is not checked.
 
     Returns:
         ``qkv``.
@@ -106,19 +107,20 @@ def rotate_and_store(
     batch, length, width = qkv.shape
     kv_heads, slots, size = keys.shape[1:]
     count = heads + 2 * kv_heads
-    if width != count * size or size != next_power_of_2(size) or not 0 <= start <= min(slots, cos.shape[0]) - length:
-        place = f"{length} tokens from position {start} on"
-        raise ValueError(f"{width} values of {place} do not fit {count} heads of {size} and {slots} slots")
-    if rows.shape != (batch,) or rows.dtype != torch.int64 or (bias is not None and bias.shape != (width,)):
-        raise ValueError(f"rows must be int64 [{batch}], and the bias [{width}] or None")
+    if width != count * size or size != next_power_of_2(size) or length > min(slots, cos.shape[0]):
+        raise ValueError(f"{width} values of {length} tokens do not fit {count} heads of {size} and {slots} slots")
+    if any(each.shape != (batch,) or each.dtype != torch.int64 for each in (rows, before)):
+        raise ValueError(f"rows and numbers of tokens must be int64 [{batch}]")
+    if bias is not None and bias.shape != (width,):
+        raise ValueError(f"the bias must be [{width}] or None, not {list(bias.shape)}")
     if not (qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("queries, keys and values and their caches must be contiguous")
     require(NEEDS, qkv)
     with torch.cuda.device_of(qkv):
         _rotate(
             (length, batch, 1),
-            (qkv, qkv if bias is None else bias, cos, sin, keys, values, rows),
-            (length, slots, start),
+            (qkv, qkv if bias is None else bias, cos, sin, keys, values, rows, before),
+            (length, slots),
             (heads, kv_heads, next_power_of_2(count), size // 2, bias is not None),
             4,
         )

@@ -1,9 +1,9 @@
-"""The fused kernel of a prompt equals its plain-PyTorch twin in the interpreter."""
+"""The kernels of a prompt equal their plain-PyTorch twins in the interpreter."""
 
 import pytest
 import torch
 from sbn_kernels.gemm.registry import registered
-from sbn_kernels.prompt import rotate_and_store, rotate_and_store_reference
+from sbn_kernels.prompt import attend, attend_reference, rotate_and_store, rotate_and_store_reference
 
 from sbn_lightning.backends.integer import KernelBackend
 from sbn_lightning.backends.reference import REFERENCE
@@ -28,9 +28,9 @@ def test_queries_keys_and_values_are_turned_in_place_and_stored(dtype: torch.dty
     cos, sin = torch.randn(9, size), torch.randn(9, size)
     caches = [torch.randn(4, kv_heads, 8, size).to(dtype) for _ in range(2)]
     expected = [cache.clone() for cache in caches]
-    rows = torch.tensor([3, 1])
-    wanted = rotate_and_store_reference(qkv, bias, cos, sin, *expected, rows, heads, start)
-    assert rotate_and_store(qkv, bias, cos, sin, *caches, rows, heads, start) is qkv
+    rows, before = torch.tensor([3, 1]), torch.tensor([start, start // 2])
+    wanted = rotate_and_store_reference(qkv, bias, cos, sin, *expected, rows, heads, before)
+    assert rotate_and_store(qkv, bias, cos, sin, *caches, rows, heads, before) is qkv
     bound = {"rtol": 2**-6, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(qkv, wanted, **bound)
     for ours, theirs in zip(caches, expected, strict=True):
@@ -42,14 +42,44 @@ def test_queries_keys_and_values_are_turned_in_place_and_stored(dtype: torch.dty
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    cache, table = torch.zeros(1, 1, 2, 16), torch.zeros(8, 16)
+    cache, table, one = torch.zeros(1, 1, 2, 16), torch.zeros(8, 16), torch.zeros(1).long()
     with pytest.raises(ValueError, match="do not fit"):
-        rotate_and_store(torch.zeros(1, 3, 48), None, table, table, cache, cache, torch.zeros(1).long(), 1)
-    with pytest.raises(ValueError, match="from position 1 on do not fit"):
-        rotate_and_store(torch.zeros(1, 2, 48), None, table, table, cache, cache, torch.zeros(1).long(), 1, 1)
-    for bias, rows in ((torch.zeros(16), torch.zeros(1).long()), (None, torch.zeros(2).long())):
-        with pytest.raises(ValueError, match="rows must be int64"):
-            rotate_and_store(torch.zeros(1, 2, 48), bias, table, table, cache, cache, rows, 1)
+        rotate_and_store(torch.zeros(1, 3, 48), None, table, table, cache, cache, one, 1, one)
+    for bias, rows, message in ((torch.zeros(16), one, "the bias must be"), (None, torch.zeros(2).long(), "int64")):
+        with pytest.raises(ValueError, match=message):
+            rotate_and_store(torch.zeros(1, 2, 48), bias, table, table, cache, cache, rows, 1, one)
+
+
+# The interpreter multiplies the bits of bfloat16 as integers, so these are float16.
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "length", "before"),
+    [(3, 1, 64, 5, (0, 131)), (2, 2, 64, 70, (128, 3)), (2, 1, 128, 130, (0, 60))],
+)
+def test_attention_reads_rows_of_the_cache_up_to_each_token(
+    heads: int, kv_heads: int, size: int, length: int, before: tuple[int, int]
+) -> None:
+    keys, values = torch.randn(2, 4, kv_heads, 200, size).half()
+    qkv = torch.randn(2, length, (heads + 2 * kv_heads) * size).half()
+    q = qkv.unflatten(-1, (-1, size)).transpose(1, 2)[:, :heads]
+    rows, numbers = torch.tensor([3, 1]), torch.tensor(before)
+    ours = attend(q, keys, values, rows, numbers)
+    assert ours.is_contiguous()
+    torch.testing.assert_close(ours, attend_reference(q, keys, values, rows, numbers), rtol=2**-9, atol=2**-9)
+    # A token's result is the same, to the last bit, in whatever part of the prompt it stands.
+    last = attend(q[:, :, -3:], keys, values, rows, numbers + length - 3)
+    torch.testing.assert_close(last, ours[:, -3:], rtol=2**-10, atol=2**-10)
+
+
+def test_attention_refuses_what_does_not_fit() -> None:
+    cache, one = torch.zeros(1, 1, 8, 64).half(), torch.zeros(1).long()
+    for q, keys, rows, message in (
+        (torch.zeros(1, 1, 9, 64).half(), cache, one, "9 queries of 1 heads"),
+        (torch.zeros(1, 1, 2, 64), cache, one, "float32"),
+        (torch.zeros(1, 1, 2, 64).half(), cache.mT.contiguous().mT, one, "must be contiguous"),
+        (torch.zeros(1, 1, 2, 64).half(), cache, one.int(), "int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend(q, keys, keys, rows, one)
 
 
 @pytest.mark.parametrize("biased", [True, False])
