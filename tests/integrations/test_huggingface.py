@@ -194,12 +194,22 @@ def trainer_of(model, folder, callbacks=(), **options):
     return Trainer(model, arguments, train_dataset=rows(), callbacks=list(callbacks))
 
 
-def test_learned_scales_are_packed_and_not_saved_latent():
-    model = nn.Sequential(nn.Linear(16, 12))
-    convert(model, "2:4", learnable_scales=True)
-    with pytest.raises(ConfigError, match="0 has learned scales, for which a Hugging Face folder"):
-        config_of(model, "latent")
-    assert config_of(model, "packed").of("0") == {"pattern": "2:4", "activation_bits": 8}
+def test_learned_scales_are_saved_with_latent_weights_and_go_into_gamma_when_packed(tmp_path):
+    build("qwen2").save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense", quantization_config=SBNConfig("2:4", learnable_scales=True))
+    scales = {name: value for name, value in model.named_parameters() if name.endswith("log_scale")}
+    for i, scale in enumerate(scales.values()):
+        scale.data.fill_(0.01 * (i + 1))
+    tokens = rows()[0]["input_ids"][None]
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path / "latent")
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = load(tmp_path / "latent", dtype=dtype)
+        for name, scale in scales.items():
+            assert torch.equal(loaded.get_parameter(name), scale), name  # They stay float32.
+        assert dtype != torch.float32 or torch.equal(loaded(tokens).logits, expected)
+    save_packed(model, tmp_path / "packed")
+    assert torch.equal(load(tmp_path / "packed")(tokens).logits, expected)
 
 
 def test_the_trainer_trains_a_loaded_latent_model_with_the_schedule(tmp_path):

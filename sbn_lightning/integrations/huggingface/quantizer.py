@@ -36,6 +36,7 @@ from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
 Form = Literal["packed", "latent"]
+SCALES = "learnable_scales"  # An option of training that changes which parameters a layer has.
 
 
 class SBNConfig(QuantizationConfigMixin):
@@ -49,7 +50,8 @@ class SBNConfig(QuantizationConfigMixin):
         form: ``"latent"`` for latent weights and masks, ``"packed"`` for 2-bit codes.
         modules: The sparse layers of a folder by name, each with the options in which it differs from the others.
         version: The version of the format.
-        options: Further options of a layer: ``kind``, ``mask_source``, ``gradient``, ``gamma_over``.
+        options: Further options of a layer: ``kind``, ``mask_source``, ``gradient``, ``gamma_over``, and
+            ``learnable_scales`` with latent weights.
 
     Raises:
         DataError: If the folder was written by a later version of the format.
@@ -69,8 +71,8 @@ class SBNConfig(QuantizationConfigMixin):
     ) -> None:
         if version > VERSION:
             raise DataError(f"the folder has version {version} of the format {METHOD!r}; this program reads {VERSION}")
-        if unknown := sorted(set(options) - set(OPTIONS)):
-            raise ConfigError(f"SBNConfig has no option {unknown[0]!r}; it has {', '.join(OPTIONS)}")
+        if unknown := sorted(set(options) - {*OPTIONS, SCALES}):
+            raise ConfigError(f"SBNConfig has no option {unknown[0]!r}; it has {', '.join((*OPTIONS, SCALES))}")
         self.quant_method = quant_method  # type: ignore[assignment]
         self.pattern, self.activation_bits = str(pattern), activation_bits
         self.include, self.exclude = list(include), list(exclude)
@@ -112,12 +114,15 @@ class SBNQuantizer(HfQuantizer):
             if config.form == "packed":
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, TernaryLinear2Bit.empty(layer, name, config.of(name)))
-            else:  # This buffer receives the mask. The layer is converted after its weight and mask are loaded.
-                shape = _shape_of(layer)
+            else:  # These receive the mask and the scales. The layer is converted after they and its weight are loaded.
+                shape, options = _shape_of(layer), config.of(name)
                 mask_bits = torch.empty(shape[0], -(-shape[1] // 8), dtype=torch.uint8, device="meta")
                 layer.register_buffer("mask_bits", mask_bits)
-        # transformers casts floating-point tensors to the model's dtype; gamma has to stay exact.
-        model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | {"gamma"}
+                if options.get(SCALES):
+                    parts = len(options.get("split_sizes") or (shape[0],))
+                    layer.register_parameter("log_scale", nn.Parameter(torch.empty(parts, device="meta")))
+        # transformers casts floating-point tensors to the model's dtype; gamma and its factor have to stay exact.
+        model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | {"gamma", "log_scale"}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -190,12 +195,9 @@ def config_of(model: nn.Module, form: Form) -> SBNConfig:
     for name, layer in sparse_layers(model).items():
         if form == "packed" and not isinstance(layer, SparseBitLinear | PackedTernaryLinear):
             raise ConfigError(f"{name} is sparse, but not ternary: it has no codes; save form='latent' instead")
-        if form == "latent" and layer.sparsity.learnable_scales:
-            raise ConfigError(
-                f"{name} has learned scales, for which a Hugging Face folder of latent weights has no place: save "
-                "form='packed', or use save_sparse(model, folder, 'latent')"
-            )
         modules[name] = {option: value for option, value in describe(layer).items() if option in OPTIONS}
+        if isinstance(layer, SparseBitLinear) and layer.learnable_scales:
+            modules[name][SCALES] = True
         if form == "packed":  # The other options matter for training only.
             modules[name] = {key: modules[name][key] for key in ("pattern", "activation_bits", "split_sizes")}
         if modules[name].get("split_sizes") is None or fused_block(model, name) is not None:
@@ -305,21 +307,26 @@ def _shape_of(layer: nn.Module) -> tuple[int, int]:
 
 
 def _convert_with_masks(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Convert layers whose weights were loaded, and keep the masks that were loaded with the weights.
+    """Convert layers whose weights were loaded, and keep the masks and scales that were loaded with the weights.
 
     Args:
         model: The model.
         layers: The options of each layer, by name.
     """
     fused = {name: found for name in layers if (found := fused_block(model, name)) is not None}
-    masks = {}
+    masks, scales = {}, {}
     for name in layers:
         if name in fused:
             block, child = fused[name]
             masks[name] = block._buffers.pop(f"{child}{MASK_BUFFER}")
         else:
-            masks[name] = model.get_submodule(name)._buffers.pop("mask_bits")
+            layer = model.get_submodule(name)
+            masks[name] = layer._buffers.pop("mask_bits")
+            if "log_scale" in layer._parameters:
+                scales[name] = layer._parameters.pop("log_scale")
     convert_by_name(model, layers)
+    for name, log_scale in scales.items():
+        model.get_submodule(name)._parameters["log_scale"] = log_scale
     for name, mask_bits in masks.items():
         if not getattr(mask_bits, "_is_hf_initialized", False):
             continue
