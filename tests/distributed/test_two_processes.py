@@ -39,7 +39,7 @@ ONWARD = [
 # Kernels run in Triton's interpreter.
 PLUGINS = [
     ("plugin fsdp2 auto", "fsdp2", {}, False, 1e-5),
-    ("plugin ddp measured", "ddp", {"backend": "auto"}, True, 1e-5),
+    ("plugin ddp measured", "lightning ddp", {"backend": "auto"}, True, 1e-5),
     ("plugin fsdp2 int8", "fsdp2", {"backend": "int8", "gradients": "int8"}, False, 1e-3),
     ("plugin packed int8", "packed", {"backend": "int8", "gradients": "int8"}, False, 1e-3),
 ]

@@ -24,7 +24,7 @@ from sbn_lightning import (
 )
 from sbn_lightning.backends.selection import Choice
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.distributed.strategies import ShardedStrategy
+from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.layers.sparse_linear import SparseBitLinear, masked_layers
 from sbn_lightning.training import precision
 from tests.helpers import quiet_trainer, small_module, token_loader
@@ -37,7 +37,8 @@ TINY_EPOCH = 1
 sharding = partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
 STRATEGIES = {
     "auto": lambda: "auto",
-    "ddp": DDPStrategy,
+    "ddp": ReplicatedStrategy,
+    "lightning ddp": DDPStrategy,
     "fsdp2": partial(sharding, save_distributed_checkpoint=False),
     "sharded": sharding,
     "packed": ShardedStrategy,
