@@ -69,12 +69,12 @@ class Kind(NamedTuple):
     """What a graph serves.
 
     Attributes:
-        count: The number of prompts.
+        prompts: The number of prompts.
         bucket: Their length, with padding.
         behind: Whether they stand behind tokens that the cache holds already.
     """
 
-    count: int
+    prompts: int
     bucket: int
     behind: bool
 
@@ -169,15 +169,15 @@ class PromptGraphs:
             attend[0].before.copy_(inputs.before)
             positions = attend[0].before[:, None] + torch.arange(kind.bucket, device=self._device)
             hidden = self._model.hidden(inputs.tokens, positions if kind.behind else None, attend)
-        ends = inputs.last + torch.arange(kind.count, device=self._device) * kind.bucket
+        ends = inputs.last + torch.arange(kind.prompts, device=self._device) * kind.bucket
         logits: Tensor = self._model.lm_head(hidden.flatten(0, 1).index_select(0, ends))
         return logits
 
     def _attend_of(self, kind: Kind) -> list[RowAttention]:
         """The attention of each block; they share the tensors of rows and numbers of tokens."""
-        key = kind.count, kind.behind
+        key = kind.prompts, kind.behind
         if key not in self._attend:
-            rows, before = torch.zeros(2, kind.count, dtype=torch.int64, device=self._device)
+            rows, before = torch.zeros(2, kind.prompts, dtype=torch.int64, device=self._device)
             self._attend[key] = [RowAttention(*cache, rows, before, kind.behind) for cache in self._caches]
         return self._attend[key]
 

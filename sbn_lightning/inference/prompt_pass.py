@@ -199,8 +199,9 @@ class PromptPass:
             if own:
                 attended = attend(parts[0], keys, values, rows_B, before_B).transpose(1, 2)
             elif start:
-                cached = (each.index_select(0, rows_B)[:, :, : start + length] for each in (keys, values))
-                attended = attend_to_cache(parts[0], *cached)
+                end = start + length
+                own_keys, own_values = keys[rows_B, :, :end], values[rows_B, :, :end]
+                attended = attend_to_cache(parts[0], own_keys, own_values)
             else:
                 attended = causal_attention(*parts)
             attended = attended.transpose(1, 2).reshape(batch * length, -1)

@@ -167,7 +167,7 @@ def test_a_graph_is_captured_at_the_second_prompt_of_a_bucket(model, monkeypatch
 
     def capture(kind):
         captured.append(kind.bucket)
-        return Replay(), torch.zeros(kind.count, 320)
+        return Replay(), torch.zeros(kind.prompts, 320)
 
     monkeypatch.setattr(graphs, "_capture", capture)
     with torch.no_grad():

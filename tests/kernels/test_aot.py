@@ -266,6 +266,7 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> No
         "ROWS": rows,
         "BIAS": bias,
         "PARTS": False,
+        "ANNOUNCE": True,
         "EARLY": True,
     }
     compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
@@ -293,7 +294,8 @@ def test_hopper_gemm_of_a_prompt_in_parts_of_k(tile: int, tmp_path: Path) -> Non
     chunk, stages = launch_shape(tile, 4)
     types = _hopper_gemm_types(tile, chunk, "i32", 32)
     constants = {"BT": tile, "CHUNK": chunk, "STAGES": stages, "SPARSE": True, "ROWS": False, "BIAS": False}
-    compiled = build(ternary_gemm_kernel, constants | {"PARTS": True, "EARLY": True}, 90, types, GluonASTSource)
+    constants |= {"PARTS": True, "ANNOUNCE": True, "EARLY": True}
+    compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
     assert f"wgmma.mma_async.sp.sync.aligned.m64n{tile}k64" in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
 

@@ -8,8 +8,10 @@ until the kernel before this one has ended and all its results can be seen. Ever
 work: the end of a kernel must mean that all kernels before it have ended.
 
 The Hopper product (:mod:`sbn_kernels.gemm.sm90.kernels`) waits in each of its roles. Before the wait it reads only
-weights. Between the kernel that writes the weights and the product, at least one kernel must not be launched early. In
-a prompt this is the lookup of the embedding.
+weights, and the kernels of :mod:`sbn_kernels.prompt` read only the numbers of rows and tokens. Between the kernel that
+writes these and the first of those kernels, at least one kernel must not be launched early. In a prompt this is the
+lookup of the embedding. A product that occupies the GPU lets the next kernel be set up once its last loads are on their
+way, because the programs of that kernel have no room before.
 """
 
 from __future__ import annotations

@@ -38,13 +38,13 @@ def attend_kernel(
 
     ``keys`` and ``values`` are tensor descriptors of [rows * key heads * slots, SIZE], blocks of [KEYS, SIZE].
     """
-    begin(EARLY)
     SCALE: tl.constexpr = 1.4426950408889634 / SIZE**0.5  # exp(x) = exp2(x * log2(e))
     head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     sequence = tl.program_id(2)
     row = tl.load(rows_pointer + sequence).to(tl.int32)
     before = tl.load(before_pointer + sequence).to(tl.int32)
+    begin(EARLY)
     token = block * QUERIES + tl.arange(0, QUERIES)
     feature = tl.arange(0, SIZE)
     q_at = q_pointer + sequence.to(tl.int64) * q_sequence + head * q_head

@@ -29,10 +29,11 @@ def rotate_and_store_kernel(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token of one sequence a program. ``ALL`` is the number of heads, rounded up to a power of two."""
-    begin(EARLY)
     token = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
+    row = tl.load(rows_pointer + sequence)
     position = token + tl.load(before_pointer + sequence)
+    begin(EARLY)
     head = tl.arange(0, ALL)[:, None]
     feature = tl.arange(0, HALF)[None, :]
     count: tl.constexpr = HEADS + 2 * KV_HEADS
@@ -55,7 +56,6 @@ def rotate_and_store_kernel(
     second = tl.where(turns, (b * cos1 + a * sin1).to(kind), second)
     tl.store(here, first, mask=inside)
     tl.store(here + HALF, second, mask=inside)
-    row = tl.load(rows_pointer + sequence)
     kv_head = head - HEADS
     to_keys = (kv_head >= 0) & (kv_head < KV_HEADS) & (feature < HALF)
     slot = ((row * KV_HEADS + kv_head) * slots + position) * (2 * HALF) + feature

@@ -24,7 +24,7 @@ from sbn_kernels.gemm.registry import Product, register
 from sbn_kernels.gemm.sm90.split_k import MOST_SPLITS, MOST_TOKENS, add_splits, choose_splits, split_tile, whole_parts
 from sbn_kernels.runtime.capability import Needs, multiprocessors, require
 from sbn_kernels.runtime.descriptors import descriptor
-from sbn_kernels.runtime.launch import Launcher
+from sbn_kernels.runtime.launch import Launcher, launches_early
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
 from sbn_kernels.runtime.sharing import programs
 
@@ -74,6 +74,14 @@ def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int]:
     chunk = min(tile, 32)
     epilogue = 2 * chunk * PANEL * out_itemsize
     return chunk, min(8, (_SHARED_BYTES - epilogue) // (tile * K_STEP + 4 * BLOCK_WORDS))
+
+
+def _announces(busy: int, processors: int) -> bool:
+    """Whether a product with ``busy`` programs lets the kernel behind it be set up during its last steps.
+
+    If the product left many multiprocessors free, all programs of that kernel would crowd there.
+    """
+    return launches_early() and 10 * busy >= 9 * processors
 
 
 def _parts(x8: Tensor, packed: Tensor, sparse: bool, splits: int) -> Tensor:
@@ -130,11 +138,12 @@ def _hopper_gemm(
     target = y if width == out_features else y.new_empty((tokens, width))
     scale = padded_to(scale, tile)
     of_rows = [scale if vector is None else padded_to(vector, PANEL) for vector in (row_scale, bias)]
+    busy = programs(processors, token_tiles * panels, k_steps)
     _kernel()(
-        (programs(processors, token_tiles * panels, k_steps), 1, 1),
+        (busy, 1, 1),
         (scale, *of_rows),
         (k_steps, token_tiles, panels, 1, k_steps, _BAND, 0),
-        (tile, chunk, stages, sparse, row_scale is not None, bias is not None, False),
+        (tile, chunk, stages, sparse, row_scale is not None, bias is not None, False, _announces(busy, processors)),
         descriptors=(
             descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
             descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
@@ -172,12 +181,13 @@ def _hopper_gemm_sums(x8: Tensor, packed: Tensor, out_features: int, sparse: boo
     token_tiles = ceil_div(tokens, tile)
     sums = torch.empty((parts, token_tiles * tile, out_features), dtype=torch.int32, device=x8.device)
     chunk, stages = launch_shape(tile, 4)
-    work = token_tiles * panels * parts
+    processors = multiprocessors(x8.device.index)
+    busy = programs(processors, token_tiles * panels * parts, per_part)
     _kernel()(
-        (programs(multiprocessors(x8.device.index), work, per_part), 1, 1),
+        (busy, 1, 1),
         (sums, sums, sums),  # no scales and no bias
         (k_steps, token_tiles, panels, parts, per_part, _BAND, 0),
-        (tile, chunk, stages, sparse, False, False, True),
+        (tile, chunk, stages, sparse, False, False, True, _announces(busy, processors)),
         descriptors=(
             descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
             descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
