@@ -250,7 +250,10 @@ def main() -> None:
     train.add_argument("--batch", type=int, default=16)
     train.add_argument("--held_out_rows", type=int, default=64)
     train.add_argument("--lengthy", nargs=2, type=int, metavar=("LONGEST", "TOKENS"), help="do the long comparison")
-    train.add_argument("--options", type=int, metavar="TOKENS", help="compare options of the distillation")
+    train.add_argument(
+        "--options", nargs="+", type=int, metavar="TOKENS",
+        help="compare options of the distillation; a second number is for longer trials of learned scales",
+    )  # fmt: skip
     train.add_argument("--only", nargs="+", help="of the given trials only those whose names hold one of these texts")
     train.add_argument("--later", type=float, default=0.0, help="seconds of a later call on this machine")
     train.add_argument("--expected_speed", type=float, default=1e5, help="tokens a second, until some are measured")
@@ -357,7 +360,7 @@ def main() -> None:
     print(f"{len(text):,} tokens to train on; held out: { {k: len(v) for k, v in held_out.items()} }", flush=True)
     chosen = None if args.lengthy is None else lengthy(*args.lengthy)
     if args.options is not None:
-        chosen = options(args.options)
+        chosen = options(*args.options)
     if args.trials is not None:
         chosen = [Trial(**values) for values in json.loads(Path(args.trials).read_text(encoding="utf-8"))]
     if chosen is not None and args.only is not None:

@@ -72,7 +72,7 @@ class Setting:
     device: torch.device
     length: int = 1024
     batch: int = 16
-    marks: tuple[int, ...] = tuple(million * 1_000_000 for million in (1, 2, 5, 10, 20, 50, 100))
+    marks: tuple[int, ...] = tuple(million * 1_000_000 for million in (1, 2, 5, 10, 20, 45, 50, 100))
     held_out_rows: int = 64
     compile: bool = True
     graphs: bool = True

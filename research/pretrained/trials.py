@@ -166,6 +166,7 @@ def lengthy(longest: int, tokens: int) -> list[Trial]:
         replace(both, pattern="8:8"),
         replace(both, pattern="6:8"),
         dense,
+        replace(both, name="both, learnable scales", pattern="2:4", learnable_scales=True),
         replace(plain, pattern="2:4"),
         replace(plain, pattern="6:8"),
         replace(both, name="both, attention dense", pattern="2:4", layers=attention),
@@ -185,38 +186,46 @@ def lengthy(longest: int, tokens: int) -> list[Trial]:
     return list({trial.name: trial for trial in named}.values())
 
 
-def options(tokens: int) -> list[Trial]:
+def options(tokens: int, longer: int | None = None) -> list[Trial]:
     """Return the comparison of the options that were not tried with a warm-up, in the order of its value.
 
-    The first two trials have the recipe's options and two seeds, which shows the noise. The teacher itself is asked for
-    its answers to the tasks.
+    The first trials have the recipe's options, with and without learned scales. The others add one option to learned
+    scales, and the last ones do so without learned scales. Seeds show the noise. The teacher itself is asked for its
+    answers to the tasks.
 
     Args:
         tokens: The number of tokens of each trial.
+        longer: The number of tokens of two more trials, with and without learned scales. None leaves them out.
     """
-    start = Trial("both", tokens, "2:4", distillation=BOTH, lr=3e-3, rounding=0.6, probed=False)
-    scales = replace(start, name="both, learnable scales", learnable_scales=True)
-    plain = replace(start, name="text alone", distillation=None)
+    both = Trial("both", tokens, "2:4", distillation=BOTH, lr=3e-3, rounding=0.6, probed=False)
+    scales = replace(both, name="both, learnable scales", learnable_scales=True)
+    twice = [] if longer is None else [replace(trial, tokens=longer) for trial in (scales, both)]
+    losses: dict[str, dict[str, Any]] = {
+        "hidden": {"hidden": 1.0}, "relations": {"relations": 1.0}, "reverse": {"divergence": "reverse"},
+        "temperature 2": {"temperature": 2.0}, "top 16": {"top_k": 16},
+    }  # fmt: skip
     trials = [
-        start,
-        replace(start, seed=2),
         scales,
-        replace(start, name="both, sub_norms", sub_norms=True),
-        replace(start, name="both, hidden", distillation={**BOTH, "hidden": 1.0}),
-        replace(start, name="both, ternary first", rounding=0.4, ramp=(0.4, 0.6)),
-        replace(plain, name="text alone at 3e-3"),
+        both,
+        *twice,
+        replace(both, name="both at 1e-3", lr=1e-3),
         replace(scales, seed=2),
-        replace(start, name="both, relations", distillation={**BOTH, "relations": 1.0}),
-        replace(plain, name="text alone at 1e-3", lr=1e-3),
-        replace(start, name="both, reverse", distillation={**BOTH, "divergence": "reverse"}),
-        replace(start, name="both, temperature 2", distillation={**BOTH, "temperature": 2.0}),
-        replace(start, name="both, top 16", distillation={**BOTH, "top_k": 16}),
-        replace(start, seed=3),
+        *(replace(scales, name=f"{scales.name}, {name}", distillation=BOTH | more) for name, more in losses.items()),
+        replace(scales, name=f"{scales.name}, sub_norms", sub_norms=True),
+        replace(scales, name=f"{scales.name}, ternary first", rounding=0.4, ramp=(0.4, 0.6)),
+        replace(scales, name="text alone, learnable scales", distillation=None),
+        replace(scales, seed=3),
+        replace(both, seed=2),
+        replace(both, name="both, sub_norms", sub_norms=True),
+        replace(both, name="both, ternary first", rounding=0.4, ramp=(0.4, 0.6)),
+        replace(both, name="text alone at 3e-3", distillation=None),
+        replace(both, name="text alone at 1e-3", distillation=None, lr=1e-3),
     ]
     named = [
-        replace(trial, name=f"{tokens / 1e6:g}M {trial.name} {trial.pattern} seed {trial.seed}") for trial in trials
+        replace(trial, name=f"{trial.tokens / 1e6:g}M {trial.name} {trial.pattern} seed {trial.seed}")
+        for trial in trials
     ]
-    return [*named[:6], Trial("dense", 0, linear="dense"), *named[6:]]
+    return [*named, Trial("dense", 0, linear="dense")]
 
 
 def best(rows: Iterable[dict[str, Any]], prefix: str) -> Trial | None:

@@ -46,8 +46,8 @@ def ideas(seed: int) -> Iterator[Trial]:
 
 
 def large() -> Iterator[Trial]:
-    """Yield the trials that go beyond 15M. They take most of the time, so two processes of each GPU begin with them."""
-    yield from trials("31M", 10, [1], PAIR)
+    """Yield the trials that go beyond 15M. They take most of the time, so two processes of a GPU begin with them."""
+    yield from trials("31M", 10, [1], PAIR, ("ternary",))
 
 
 def main() -> Iterator[Trial]:
@@ -59,14 +59,14 @@ def main() -> Iterator[Trial]:
     yield from trials("5M", 10, [1])
     # These come next.
     yield from trials("5M", 40, [1], PAIR, ("ternary",))
-    yield from trials("5M", 10, [2], PAIR, ("ternary",))
+    yield from trials("15M", 10, [2], PAIR)
+    yield from trials("5M", 10, [2], PAIR)
     yield from ideas(1)
-    yield from trials("5M", 10, [2], PAIR, ("bf16",))
     yield from trials("5M", 40, [1], PAIR, ("bf16",))
-    yield from trials("5M", 10, [2], ("decay",))
-    yield from trials("5M", 10, [3], ("8:8", "2:4", "decay"))
-    yield from trials("15M", 10, [2], ("8:8", "2:4", "decay"))
-    yield from large()
+    yield from trials("5M", 10, [3], PAIR)
+    yield from trials("5M", 10, [2, 3], ("decay",))
+    yield from trials("15M", 10, [2], ("decay",))
+    yield from trials("31M", 10, [1], PAIR)
     yield from ideas(2)
     yield from trials("9M", 10, [1], ("8:8", "2:4", "decay"))
     yield from trials("2M", 40, [1, 2, 3], ("8:8", "2:4", "decay"))

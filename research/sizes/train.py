@@ -128,7 +128,7 @@ class Training:
 
     def run(self, deadline: float = math.inf) -> bool:
         """Train until the end or until a moment of the monotonic clock. Return whether the trial is at its end."""
-        marks = [-(-self.steps * part // PARTS) for part in range(1, PARTS)]
+        marks = {-(-self.steps * part // PARTS) for part in range(1, PARTS)} - {self.steps}
         while self.step < self.steps:
             next_mark = min((mark for mark in marks if mark > self.step), default=self.steps)
             self.advance(min(next_mark - self.step, 50 if self.timed else 10))

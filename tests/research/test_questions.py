@@ -92,12 +92,18 @@ def test_the_long_comparison_has_each_trial_once():
     assert len(set(short)) == len(short) == len(names) - 2
 
 
-def test_each_option_differs_from_the_recipe_in_one_thing():
-    first, *others = (trial for trial in options(6_000_000) if trial.tokens)
-    assert first.name == "6M both 2:4 seed 1"
-    assert len({trial.name for trial in others}) == len(others)
-    for trial in others:
-        changed = {f.name for f in fields(trial) if getattr(trial, f.name) != getattr(first, f.name)} - {"name"}
+def test_each_option_differs_from_a_start_in_one_thing():
+    found = [trial for trial in options(3_000_000, 6_000_000) if trial.tokens]
+    assert [trial.name for trial in found[:4]] == [
+        "3M both, learnable scales 2:4 seed 1",
+        "3M both 2:4 seed 1",
+        "6M both, learnable scales 2:4 seed 1",
+        "6M both 2:4 seed 1",
+    ]
+    assert len({trial.name for trial in found}) == len(found) == len(options(3_000_000)) + 1
+    for trial in found:
+        start = found[0] if "learnable scales" in trial.name else found[1]
+        changed = {f.name for f in fields(trial) if getattr(trial, f.name) != getattr(start, f.name)} - {"name"}
         assert len(changed - {"seed"}) <= 1 or changed in ({"distillation", "lr"}, {"rounding", "ramp"})
 
 
