@@ -134,6 +134,8 @@ def _is_in_operation() -> bool:
     """Whether the compiler traces a function that it treats as one operation, such as a checkpoint.
 
     A layer cannot leave a result with another layer in such a function: the compiler would give up the whole model.
+    torch 2.11 to 2.14 have no public function for this question: ``torch.compiler.is_compiling`` is true on both sides.
+    If a later torch has no such attribute, layers stay apart, and the tests that count joins fail.
     """
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
