@@ -4,10 +4,16 @@ Importing torch and Lightning takes longer than a small job. So one process impo
 job. JOBS is a JSON file: a list of ``{"ranks", "function", "folder", "options"}``. Each rank calls the function of
 :mod:`tests.distributed.jobs` or :mod:`tests.distributed.trainer_jobs` with the folder and the options. Its output goes
 to ``FOLDER/rankN.log``. The exit statuses of the ranks and the seconds that the job took go to ``FOLDER/done.json``.
+
+The ranks talk over gloo. torch gives each group of ranks two threads, and each thread writes the name of its last
+collective to the same C++ string, without a lock. The name ``ALLGATHER_COALESCED`` is too long to be stored within the
+string, so two threads may give the same memory back. A rank then ends by a segmentation fault, about once in a hundred
+thousand calls of ``DTensor.full_tensor``. So groups of the ranks have one thread here.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -15,13 +21,25 @@ import socket
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import distributed_c10d
 
 from tests.distributed import jobs, trainer_jobs
 
 # The most seconds that a job may take. On a busy machine a job takes many times as long as on an idle one.
 LIMIT = 500.0
+
+
+class OneThread(distributed_c10d.ProcessGroupGloo):  # type: ignore[misc]
+    """A group of gloo that works on one collective after the other."""
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, **_: Any) -> None:
+        options = self._Options()
+        options._devices, options._timeout, options._threads = [self.create_default_device()], timeout, 1
+        super().__init__(store, rank, size, options)
 
 
 def free_port() -> int:
@@ -37,6 +55,8 @@ def run_rank(rank: int, ranks: int, port: int, job: dict[str, Any]) -> None:
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.enable()
+    distributed_c10d.ProcessGroupGloo = OneThread  # type: ignore[misc]
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
