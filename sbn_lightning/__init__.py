@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from sbn_lightning.training.module import SparseBitNet
     from sbn_lightning.training.precision import SparseTernaryPrecision
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _MODULE_OF = {
     "DenseToSparseRamp": "callbacks",
