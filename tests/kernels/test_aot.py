@@ -256,11 +256,12 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> No
     from triton.experimental.gluon._runtime import GluonASTSource
 
     tile = 256
-    chunk, stages = launch_shape(tile, 2)
+    chunk, buffers, stages = launch_shape(tile, 2)
     types = _hopper_gemm_types(tile, chunk, "bf16", 16)
     constants = {
         "BT": tile,
         "CHUNK": chunk,
+        "BUFFERS": buffers,
         "STAGES": stages,
         "SPARSE": sparse,
         "ROWS": rows,
@@ -291,10 +292,10 @@ def test_hopper_gemm_of_a_prompt_in_parts_of_k(tile: int, tmp_path: Path) -> Non
     from sbn_kernels.gemm.sm90.kernels import ternary_gemm_kernel
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    chunk, stages = launch_shape(tile, 4)
+    chunk, buffers, stages = launch_shape(tile, 4)
     types = _hopper_gemm_types(tile, chunk, "i32", 32)
     constants = {"BT": tile, "CHUNK": chunk, "STAGES": stages, "SPARSE": True, "ROWS": False, "BIAS": False}
-    constants |= {"PARTS": True, "ANNOUNCE": True, "EARLY": True}
+    constants |= {"BUFFERS": buffers, "PARTS": True, "ANNOUNCE": True, "EARLY": True}
     compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
     assert f"wgmma.mma_async.sp.sync.aligned.m64n{tile}k64" in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0

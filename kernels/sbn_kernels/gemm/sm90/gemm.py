@@ -69,11 +69,12 @@ def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
 
 
 @functools.cache
-def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int]:
-    """(Tokens of an epilogue chunk, stages of the ring) that fit shared memory for a token tile."""
+def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int, int]:
+    """(Tokens of an epilogue chunk, its buffers, stages of the ring) that fit shared memory for a token tile."""
     chunk = min(tile, 32)
-    epilogue = 2 * chunk * PANEL * out_itemsize
-    return chunk, min(8, (_SHARED_BYTES - epilogue) // (tile * K_STEP + 4 * BLOCK_WORDS))
+    buffers = 4 if out_itemsize == 2 else 2
+    epilogue = buffers * chunk * PANEL * out_itemsize
+    return chunk, buffers, min(8, (_SHARED_BYTES - epilogue) // (tile * K_STEP + 4 * BLOCK_WORDS))
 
 
 def _announces(busy: int, processors: int) -> bool:
@@ -131,7 +132,7 @@ def _hopper_gemm(
         return add_splits(_parts(x8, packed, sparse, splits), scale, row_scale, bias, y)
     tile = token_tile or choose_token_tile(tokens, panels, processors)
     token_tiles = ceil_div(tokens, tile)
-    chunk, stages = launch_shape(tile, y.element_size())
+    chunk, buffers, stages = launch_shape(tile, y.element_size())
     # TMA stores rows that start on 16-byte boundaries, so an odd out_features is stored to a wider output first
     align = 16 // y.element_size()
     width = ceil_div(out_features, align) * align
@@ -143,7 +144,17 @@ def _hopper_gemm(
         (busy, 1, 1),
         (scale, *of_rows),
         (k_steps, token_tiles, panels, 1, k_steps, _BAND, 0),
-        (tile, chunk, stages, sparse, row_scale is not None, bias is not None, False, _announces(busy, processors)),
+        (
+            tile,
+            chunk,
+            buffers,
+            stages,
+            sparse,
+            row_scale is not None,
+            bias is not None,
+            False,
+            _announces(busy, processors),
+        ),
         descriptors=(
             descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
             descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
@@ -180,14 +191,14 @@ def _hopper_gemm_sums(x8: Tensor, packed: Tensor, out_features: int, sparse: boo
     parts, per_part = whole_parts(k_steps, parts)
     token_tiles = ceil_div(tokens, tile)
     sums = torch.empty((parts, token_tiles * tile, out_features), dtype=torch.int32, device=x8.device)
-    chunk, stages = launch_shape(tile, 4)
+    chunk, buffers, stages = launch_shape(tile, 4)
     processors = multiprocessors(x8.device.index)
     busy = programs(processors, token_tiles * panels * parts, per_part)
     _kernel()(
         (busy, 1, 1),
         (sums, sums, sums),  # no scales and no bias
         (k_steps, token_tiles, panels, parts, per_part, _BAND, 0),
-        (tile, chunk, stages, sparse, False, False, True, _announces(busy, processors)),
+        (tile, chunk, buffers, stages, sparse, False, False, True, _announces(busy, processors)),
         descriptors=(
             descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
             descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),

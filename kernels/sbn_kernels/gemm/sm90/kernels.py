@@ -205,12 +205,11 @@ def sum_steps(
     """Sums the k steps ``first`` to ``end``, at least one, as the producer fills the ring: int32 [64, BT].
 
     ``stage`` and ``phase`` are the place of the first step in the ring, ``held`` are the metadata registers. All three
-    are returned for the next tile.
+    are returned for the next tile. The last multiplications may still run; :func:`finish_steps` waits for them.
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BT, 32])
     CODES: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     TIES: gl.constexpr = _constraints(BT // 2, 3)
-    TIED: gl.constexpr = tied(BT // 2, 0)
     acc = gl.zeros([64, BT], gl.int32, ACC)
     gl.inline_asm(await_phase, "r,r", [full.index(stage), phase], (), is_pure=False)
     words = ws.index(stage).slice(16 * HALF, 16, dim=0).load(CODES)
@@ -248,10 +247,17 @@ def sum_steps(
         words = coming
         stage = next_stage
         phase = next_phase
+    return acc, held, stage, phase
+
+
+@gluon.jit
+def finish_steps(acc, empty, stage, BT: gl.constexpr, STAGES: gl.constexpr):
+    """Waits for the multiplications of :func:`sum_steps`, and releases the last stage; returns the sums."""
+    TIED: gl.constexpr = tied(BT // 2, 0)
     acc = gl.inline_asm(await_multiplications, TIED, [acc], acc.type, is_pure=False)
     last = gl.where(stage == 0, STAGES - 1, stage - 1)
     gl.inline_asm(release, "r,r", [empty.index(last), 1], (), is_pure=False)
-    return acc, held, stage, phase
+    return acc
 
 
 @gluon.jit
@@ -262,10 +268,22 @@ def no_metadata():
 
 
 @gluon.jit
+def _load_scales(of_tokens, of_rows, bias, ROWS: gl.constexpr, BIAS: gl.constexpr):
+    """The scales of tokens and of rows, and the bias; what is not there is the number 0."""
+    rows = 0.0
+    added = 0.0
+    if ROWS:
+        rows = gl.load(of_rows)
+    if BIAS:
+        added = gl.load(bias).to(gl.float32)
+    return gl.load(of_tokens), rows, added
+
+
+@gluon.jit
 def _consumer(
     scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part, group, zero,
-    BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, ROWS: gl.constexpr,
-    BIAS: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr, HALF: gl.constexpr,
+    BT: gl.constexpr, CHUNK: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr,
+    ROWS: gl.constexpr, BIAS: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 0
@@ -278,24 +296,36 @@ def _consumer(
             xs, ws, full, empty, first, end, stage, phase, held, zero, BT, STAGES, SPARSE, HALF
         )
         token0 = (part * token_tiles + token_tile) * BT
-        # Epilogue: scale, round, transpose and store CHUNK tokens at a time through two shared buffers. The vectors of
-        # scales are as long as whole tiles, because masks here would take the registers that the pipeline needs.
         row0 = panel * 128 + 64 * HALF
+        # The vectors of scales are as long as whole tiles, because masks here would take the registers that the
+        # pipeline needs. A sparse product loads scales one chunk ahead, and the first of them while the last
+        # multiplications run. A dense product has no registers for that.
+        LIKE: gl.constexpr = split_columns(acc, BT // CHUNK)[0].type.layout
+        rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, LIKE))
+        columns = token0 + gl.arange(0, CHUNK, gl.SliceLayout(0, LIKE))
+        if SPARSE and not PARTS:
+            coming, of_rows, added = _load_scales(scale + columns, row_scale + rows, bias + rows, ROWS, BIAS)
+        acc = finish_steps(acc, empty, stage, BT, STAGES)
+        # Epilogue: scale, round, transpose and store CHUNK tokens at a time through BUFFERS shared buffers.
         chunks = split_columns(acc, BT // CHUNK)
         for c in gl.static_range(BT // CHUNK):
             out = chunks[c]
             if not PARTS:
-                rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, out.type.layout))
-                columns = token0 + c * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, out.type.layout))
-                factor = gl.load(scale + columns)[None, :]
+                if not SPARSE:
+                    coming, of_rows, added = _load_scales(
+                        scale + columns + c * CHUNK, row_scale + rows, bias + rows, ROWS, BIAS
+                    )
+                factor = coming[None, :]
+                if SPARSE and c + 1 < BT // CHUNK:
+                    coming = gl.load(scale + columns + (c + 1) * CHUNK)
                 if ROWS:
-                    factor = factor * gl.load(row_scale + rows)[:, None]
+                    factor = factor * of_rows[:, None]
                 out = out.to(gl.float32) * factor
                 if BIAS:
-                    out += gl.load(bias + rows).to(gl.float32)[:, None]
+                    out += added[:, None]
             out = gl.permute(out, (1, 0)).to(y.dtype)
-            buffer = ys.index(2 * HALF + c % 2)
-            tma.store_wait(1)
+            buffer = ys.index(BUFFERS * HALF + c % BUFFERS)
+            tma.store_wait(BUFFERS - 1)
             buffer.store(out)
             fence_async_shared()
             tma.async_store(y, [token0 + c * CHUNK, row0], buffer)
@@ -309,8 +339,8 @@ _SIZES = ("k_steps", "token_tiles", "panels", "parts", "per_part", "group", "zer
 @gluon.jit(do_not_specialize=_SIZES)
 def ternary_gemm_kernel(
     x, w, y, scale, row_scale, bias, k_steps, token_tiles, panels, parts, per_part, group, zero,
-    BT: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr, ROWS: gl.constexpr,
-    BIAS: gl.constexpr, PARTS: gl.constexpr, ANNOUNCE: gl.constexpr, EARLY: gl.constexpr,
+    BT: gl.constexpr, CHUNK: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr,
+    ROWS: gl.constexpr, BIAS: gl.constexpr, PARTS: gl.constexpr, ANNOUNCE: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, features] = (x [tokens, K] int8 @ T^T) * scale[token] (* row_scale[feature]) (+ bias[feature]).
 
@@ -323,16 +353,16 @@ def ternary_gemm_kernel(
     """
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BT, 128], x.layout)
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, 32, 32], w.layout)
-    ys = gl.allocate_shared_memory(y.dtype, [4, CHUNK, 64], y.layout)
+    ys = gl.allocate_shared_memory(y.dtype, [2 * BUFFERS, CHUNK, 64], y.layout)
     full, empty = ring(STAGES)
     gl.warp_specialize(
         [
             (_consumer, (
                 scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part,
-                group, zero, BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 0)),
+                group, zero, BT, CHUNK, BUFFERS, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 0)),
             (_consumer, (
                 scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part,
-                group, zero, BT, CHUNK, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 1)),
+                group, zero, BT, CHUNK, BUFFERS, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 1)),
             (_producer, (
                 x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group, BT, STAGES, PARTS,
                 ANNOUNCE, EARLY)),

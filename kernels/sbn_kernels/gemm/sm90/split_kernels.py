@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sbn_kernels.common.hopper_pipeline import ring
-from sbn_kernels.gemm.sm90.kernels import load_steps, no_metadata, sum_steps
+from sbn_kernels.gemm.sm90.kernels import finish_steps, load_steps, no_metadata, sum_steps
 
 
 @gluon.jit
@@ -36,6 +36,7 @@ def _consumer(
     acc, held, stage, phase = sum_steps(
         xs, ws, full, empty, first, end, stage, phase, held, zero, BT, STAGES, SPARSE, HALF
     )
+    acc = finish_steps(acc, empty, stage, BT, STAGES)
     part = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
     rows = 64 * HALF + gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))
     columns = gl.arange(0, BT, gl.SliceLayout(0, acc.type.layout))
