@@ -223,6 +223,17 @@ def test_a_model_that_was_saved_and_loaded_has_the_same_bits(joins: list[int], t
     assert joins == [3, 2, 3, 2]
 
 
+def test_blocks_share_one_compiled_function() -> None:
+    """A guard on one block's own group would compile every block anew, and the later ones not at all."""
+    counter = CompileCounterWithBackend("eager")
+    x = torch.randn(3, 16).requires_grad_()
+    for _ in range(2):
+        block = on_kernels(Attention(), "bf16")
+        block.compile(backend=counter, fullgraph=True)
+        x = block(x)
+    assert counter.frame_count == 1
+
+
 def test_copies_have_groups_of_their_own(joins: list[int]) -> None:
     torch.manual_seed(0)
     model = on_kernels(Attention(), "int8")
