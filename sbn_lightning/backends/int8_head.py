@@ -17,6 +17,7 @@ On a GPU the kernels of the ternary layers' backward multiply. Elsewhere their t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -29,20 +30,33 @@ from torch import Tensor
 
 
 class _Arithmetic(NamedTuple):
-    """The functions that compute. ``multiply(a8, scale, b8, dtype)`` is ``scale * (a8 @ b8^T)``."""
+    """The functions that compute.
+
+    ``multiply(a8, scale, b8, dtype)`` is ``scale * (a8 @ b8^T)``, and ``add(total, a8, scale, b8)`` adds the same to a
+    float32 tensor.
+    """
 
     quantize: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     cross_entropy: Callable[..., tuple[Tensor, QuantizedGradient]]
     transpose: Callable[[Tensor], Tensor]
     multiply: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
+    add: Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 def _by_twins(a8: Tensor, scale: Tensor, b8: Tensor, dtype: torch.dtype) -> Tensor:
     return product_reference(a8, scale, b8.t(), dtype)
 
 
+def _add_product(multiply: Callable[..., Tensor], total: Tensor, a8: Tensor, scale: Tensor, b8: Tensor) -> None:
+    total.add_(multiply(a8, scale, b8, torch.float32))
+
+
 _TWINS = _Arithmetic(
-    quantize_tokens_reference, cross_entropy_rounded_reference, lambda x: x.t().contiguous(), _by_twins
+    quantize_tokens_reference,
+    cross_entropy_rounded_reference,
+    lambda x: x.t().contiguous(),
+    _by_twins,
+    partial(_add_product, _by_twins),
 )
 
 
@@ -56,8 +70,10 @@ def _arithmetic(tensor: Tensor) -> _Arithmetic:
     index = tensor.device.index if tensor.is_cuda else None
     if registry.gradients_on(index) is None:
         return _TWINS
-    multiply = registry.gradients(index).weight_gradient
-    return _Arithmetic(sk.quantize_tokens, cross_entropy_rounded, sk.transpose_tokens, multiply)
+    kernels = registry.gradients(index)
+    multiply = kernels.weight_gradient
+    add = kernels.add_weight_gradient or partial(_add_product, multiply)
+    return _Arithmetic(sk.quantize_tokens, cross_entropy_rounded, sk.transpose_tokens, multiply, add)
 
 
 class Int8Head:
@@ -81,8 +97,9 @@ class Int8Head:
         self._seed = seed_of(hidden, target)
 
     def part(
-        self, part: slice, number: int, scale: float, want_hidden: bool = True, want_weight: bool = True
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self, part: slice, number: int, scale: float, want_hidden: bool = True, want_weight: bool = True,
+        dw: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """The loss of some tokens, and the gradients from them.
 
         Args:
@@ -91,12 +108,13 @@ class Int8Head:
             scale: The factor of the gradients.
             want_hidden: Whether to compute the gradient of the tokens.
             want_weight: Whether to compute the gradient of the weight.
+            dw: The gradient of the weight from earlier parts. The gradient from this part is added to it in place.
 
         Returns:
             The sum of the cross-entropies, float32; the gradient of the tokens, ``[tokens, d_model]`` in their dtype;
             and the gradient of the weight, float32 ``[classes, d_model]``. A gradient that is not wanted is None.
         """
-        do, dh, dw = self._arithmetic, None, None
+        do, dh = self._arithmetic, None
         tokens, token_scale = self._tokens[part], self._token_scale[part]
         logits = do.multiply(tokens, token_scale, self._codes, self._logits_dtype)
         loss, rounded = do.cross_entropy(
@@ -108,7 +126,11 @@ class Int8Head:
                 self._codes_t = do.transpose(self._codes)
             dh = do.multiply(rounded.tokens, rounded.token_scale, self._codes_t, self._dtype)
         if want_weight:
-            dw = do.multiply(rounded.channels, rounded.channel_scale, do.transpose(tokens), torch.float32)
+            factors = rounded.channels, rounded.channel_scale, do.transpose(tokens)
+            if dw is None:
+                dw = do.multiply(*factors, torch.float32)
+            else:
+                do.add(dw, *factors)
         return loss.sum(), dh, dw
 
 

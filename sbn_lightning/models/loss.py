@@ -157,18 +157,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         scale = 1.0 / max(len(hidden), 1)
         total = hidden.new_zeros((), dtype=torch.float32)
         dh = torch.empty_like(hidden) if need_dh else None
-        dw = None
+        dw: Tensor | None = None
         for number, start in enumerate(range(0, len(hidden), rows)):
             part = slice(start, start + rows)
             if isinstance(head, _Head) and not differentiate:
                 total += head.loss(part)
                 continue
-            loss, dh_part, product = head.part(part, number, scale, need_dh, need_dw)
+            loss, dh_part, dw = head.part(part, number, scale, need_dh, need_dw, dw)
             total += loss
             if dh is not None and dh_part is not None:
                 dh[part] = dh_part
-            if product is not None:
-                dw = product if dw is None else dw.add_(product)
         ctx.save_for_backward(dh, dw)
         ctx.dtype = weight.dtype
         return total * scale
@@ -195,14 +193,17 @@ class _Head:
         return F.cross_entropy(logits.float(), self._target[part], reduction="sum")
 
     def part(
-        self, part: slice, number: int, scale: float, want_hidden: bool, want_weight: bool
+        self, part: slice, number: int, scale: float, want_hidden: bool, want_weight: bool, dw: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The same with gradients, as :meth:`Int8Head.part`."""
         logits = self._hidden[part] @ self._weight.t()
         loss, gradient = self._run(logits, self._target[part], scale)
         del logits
         dh = gradient @ self._weight if want_hidden else None
-        return loss, dh, float32_mm(gradient.t(), self._hidden[part]) if want_weight else None
+        if want_weight:
+            product = float32_mm(gradient.t(), self._hidden[part])
+            dw = product if dw is None else dw.add_(product)
+        return loss, dh, dw
 
 
 def _loss_and_gradient(logits: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ PLAIN = {
     "transpose": (transpose.transpose_kernel, {"R": 32, "C": 128}, 4),
     "dequantize": (transpose.dequantize_kernel, {"R": 4, "C": 1024}, 4),
     "pack transposed": (prepare_kernels.pack_transposed_kernel, {}, 4),
-    "add parts": (weight_gradient.add_parts_kernel, {"TILE": 256, "R": 8}, 4),
+    "add parts": (weight_gradient.add_parts_kernel, {"TILE": 256, "R": 8, "ADD": True}, 4),
 }
 
 
@@ -48,8 +48,10 @@ def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_pa
 
 
 @needs_gluon
-@pytest.mark.parametrize(("tile", "out"), [(256, "fp32"), (256, "bf16"), (128, "fp32")])
-def test_hopper_weight_gradient(tile: int, out: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tile", "out", "add"), [(256, "fp32", False), (256, "bf16", False), (128, "fp32", False), (256, "fp32", True)]
+)
+def test_hopper_weight_gradient(tile: int, out: str, add: bool, tmp_path: Path) -> None:
     """Both factors come from shared memory, no register is spilled, and the multiplications of two steps overlap."""
     from sbn_kernels.gradients.sm90 import int8_outer_kernel
     from sbn_kernels.runtime.descriptors import tma_layouts
@@ -65,7 +67,9 @@ def test_hopper_weight_gradient(tile: int, out: str, tmp_path: Path) -> None:
         "parts": f"tensordesc<i32[64,32],{layouts[32]!r}>",
         "scale": "*fp32",
     }
-    compiled = build(int8_outer_kernel, {"BN": tile, "CHUNK": chunk, "STAGES": stages}, 90, types, GluonASTSource)
+    constants = {"BN": tile, "ADD": add, "CHUNK": chunk, "STAGES": stages}
+    compiled = build(int8_outer_kernel, constants, 90, types, GluonASTSource)
+    assert ("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add" in compiled.asm["ptx"]) == add
     assert f"wgmma.mma_async.sync.aligned.m64n{tile}k32.s32.s8.s8" in compiled.asm["ptx"]
     assert compiled.metadata.shared <= 232448
     assert spilled_bytes(compiled, tmp_path) == 0

@@ -123,6 +123,11 @@ def test_weight_gradient(shape: tuple[int, int, int], dtype: torch.dtype) -> Non
     for launch in (None, *((tile, whole, parts) for tile in (256, 128) for whole, parts in LAUNCHES)):
         torch.full((out, columns), float("nan"), device="cuda", dtype=dtype)
         assert torch.equal(sk.weight_gradient_gemm(b8t, scale, x8t, dtype, launch=launch), exact), launch
+        if dtype == torch.float32:
+            before = torch.randn(out, columns, device="cuda") * exact.abs().amax().clamp(min=1)
+            total = before.clone()
+            assert sk.weight_gradient_gemm(b8t, scale, x8t, into=total, launch=launch) is total
+            assert torch.equal(total, before + exact), launch
 
 
 def test_weight_gradient_again_and_again() -> None:

@@ -100,5 +100,9 @@ def test_refused_arguments() -> None:
         sk.quantize_gradient(dy.double(), gamma, scale, seed(0))
     with pytest.raises(ValueError, match=r"x8t must be int8 \[in_features, 5\]"):
         sk.weight_gradient_gemm(torch.zeros(3, 5, dtype=torch.int8), scale[:3], torch.zeros(3, 6, dtype=torch.int8))
+    eight = torch.zeros(3, 5, dtype=torch.int8)
+    for into in (torch.zeros(3, 4), torch.zeros(3, 3, dtype=torch.bfloat16), torch.zeros(3, 3).t()[:, :1].expand(3, 3)):
+        with pytest.raises(ValueError, match=r"into must be contiguous float32 \[3, 3\]"):
+            sk.weight_gradient_gemm(eight, scale[:3], eight, into=into, portable=True)
     with pytest.raises(ValueError, match="codes must be int8"):
         sk.pack_transposed(dy)

@@ -130,6 +130,8 @@ class Gradients:
         transpose: Makes of int8 codes ``[out, in]`` the form of the weight that ``input_gradient`` reads.
         input_gradient: ``dX = scale * (a8 @ T)`` of (a8, scale, transposed weight, in_features, dtype).
         weight_gradient: ``dW = scale * (b8t @ x8t^T)`` of (b8t, scale, x8t, dtype).
+        add_weight_gradient: Adds ``dW`` to a float32 tensor in place: (tensor, b8t, scale, x8t). None: there is no such
+            kernel, and the product is made and added.
         rank: The priority: the kernels with the highest rank that run are taken.
     """
 
@@ -138,6 +140,7 @@ class Gradients:
     transpose: Callable[[Tensor], Tensor]
     input_gradient: Callable[[Tensor, Tensor, Tensor, int, torch.dtype], Tensor]
     weight_gradient: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
+    add_weight_gradient: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
     rank: int = 0
 
 

@@ -80,8 +80,11 @@ def _producer(
 
 
 @gluon.jit
-def _store_scaled(acc, scale, y, ys, row0, column0, CHUNK: gl.constexpr, HALF: gl.constexpr):
-    """Scales, rounds and stores 64 rows of a tile, CHUNK columns at a time, through two shared buffers."""
+def _store_scaled(acc, scale, y, ys, row0, column0, ADD: gl.constexpr, CHUNK: gl.constexpr, HALF: gl.constexpr):
+    """Scales, rounds and stores 64 rows of a tile, CHUNK columns at a time, through two shared buffers.
+
+    With ADD the memory adds to what is there. Each place is written once, so the sum does not depend on an order.
+    """
     pieces = split_columns(acc, acc.shape[1] // CHUNK)
     for c in gl.static_range(acc.shape[1] // CHUNK):
         rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, pieces[c].type.layout))
@@ -90,7 +93,10 @@ def _store_scaled(acc, scale, y, ys, row0, column0, CHUNK: gl.constexpr, HALF: g
         tma.store_wait(1)
         buffer.store(out.to(y.dtype))
         fence_async_shared()
-        tma.async_store(y, [row0, column0 + c * CHUNK], buffer)
+        if ADD:
+            tma.async_atomic_add(y, [row0, column0 + c * CHUNK], buffer)
+        else:
+            tma.async_store(y, [row0, column0 + c * CHUNK], buffer)
 
 
 @gluon.jit
@@ -108,7 +114,7 @@ def _store_part(acc, parts, ys, row0, HALF: gl.constexpr):
 @gluon.jit
 def _consumer(
     scale, y, parts, as_, bs, ys, full, empty, k_steps, per_split, row_tiles, column_tiles, whole, units, group,
-    BN: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
+    BN: gl.constexpr, ADD: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 32])
     TIED: gl.constexpr = tied(BN // 2, 3)
@@ -132,7 +138,7 @@ def _consumer(
         last = gl.where(stage == 0, STAGES - 1, stage - 1)
         gl.inline_asm(release, "r,r", [empty.index(last), 1], (), is_pure=False)
         if i < whole:
-            _store_scaled(acc, scale, y, ys, row_tile * 128 + 64 * HALF, column_tile * BN, CHUNK, HALF)
+            _store_scaled(acc, scale, y, ys, row_tile * 128 + 64 * HALF, column_tile * BN, ADD, CHUNK, HALF)
         else:
             _store_part(acc, parts, ys, (i - whole) * 128 + 64 * HALF, HALF)
     tma.store_wait(0)
@@ -145,9 +151,11 @@ _SIZES = ("k_steps", "per_split", "row_tiles", "column_tiles", "whole", "units",
 @gluon.jit(do_not_specialize=_SIZES)
 def int8_outer_kernel(
     a, b, y, parts, scale, k_steps, per_split, row_tiles, column_tiles, whole, units, group,
-    BN: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr,
+    BN: gl.constexpr, ADD: gl.constexpr, CHUNK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """y [rows, columns] = (a [rows, K] @ b [columns, K]^T) * scale[row]; from ``whole`` on: unscaled, to ``parts``.
+
+    With ADD the product is added to ``y``, which is float32.
 
     ``a``, ``b``, ``y``, ``parts`` are tensor descriptors (blocks [64, 128], [BN, 128] int8, [64, CHUNK], [64, 32]
     int32); ``scale`` is readable up to whole tiles. Launch with 4 warps: those of the first consumer.
@@ -160,10 +168,10 @@ def int8_outer_kernel(
         [
             (_consumer, (
                 scale, y, parts, as_, bs, ys, full, empty, k_steps, per_split, row_tiles, column_tiles, whole, units,
-                group, BN, CHUNK, STAGES, 0)),
+                group, BN, ADD, CHUNK, STAGES, 0)),
             (_consumer, (
                 scale, y, parts, as_, bs, ys, full, empty, k_steps, per_split, row_tiles, column_tiles, whole, units,
-                group, BN, CHUNK, STAGES, 1)),
+                group, BN, ADD, CHUNK, STAGES, 1)),
             (_producer, (
                 a, b, as_, bs, full, empty, k_steps, per_split, row_tiles, column_tiles, whole, units, group,
                 BN, STAGES)),

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.common.buffers import aligned_tokens, padded_to
-from sbn_kernels.common.checks import check_scale
+from sbn_kernels.common.checks import check_scale, refuse_gradients
 from sbn_kernels.common.integers import ceil_div
 from sbn_kernels.gemm import portable as portable_gemm
 from sbn_kernels.gemm.registry import Gradients, gradients_on, register
@@ -83,9 +83,11 @@ def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int]:
 @triton.jit
 def add_parts_kernel(
     part_pointer, scale_pointer, y_pointer, rows, columns, row_tiles, column_tiles, whole, splits, group,
-    TILE: tl.constexpr, R: tl.constexpr,
+    TILE: tl.constexpr, R: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """y = (sum of int32 parts) * scale[row], for R rows of a tile; tiles from ``whole`` on, in the product's order.
+
+    With ADD the result is added to ``y``, which is float32.
 
     ``part`` holds tiles of 128 rows and TILE columns: all first parts, then all second parts, and so on.
     """
@@ -102,30 +104,36 @@ def add_parts_kernel(
         part = (split * tl.num_programs(0) + other).to(tl.int64) * (128 * TILE)
         total += tl.load(part_pointer + part + local[:, None] * TILE + tl.arange(0, TILE)[None, :])
     scale = tl.load(scale_pointer + row, mask=row < rows, other=0.0)
-    y = (total.to(tl.float32) * scale[:, None]).to(y_pointer.dtype.element_ty)
+    y = total.to(tl.float32) * scale[:, None]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(y_pointer + row.to(tl.int64)[:, None] * columns + column[None, :], y, mask=inside)
+    where = y_pointer + row.to(tl.int64)[:, None] * columns + column[None, :]
+    if ADD:
+        y += tl.load(where, mask=inside, other=0.0)
+    tl.store(where, y.to(y_pointer.dtype.element_ty), mask=inside)
 
 
-_add_parts = Launcher(add_parts_kernel, enable_fp_fusion=True)
+# Without fused multiplications and additions: the sum has the bits of a product that is added afterwards.
+_add_parts = Launcher(add_parts_kernel, enable_fp_fusion=False)
 
 
-def add_parts(parts: Tensor, scale: Tensor, y: Tensor, whole: int, group: int) -> None:
+def add_parts(parts: Tensor, scale: Tensor, y: Tensor, whole: int, group: int, add: bool = False) -> None:
     """Adds and scales int32 ``parts`` [splits, tiles, 128, columns of a tile], and writes the tiles to ``y``.
 
     The parts belong to the tiles from ``whole`` on. In the order of tiles, ``group`` row tiles share a sweep over
-    columns.
+    columns. With ``add`` the result is added to ``y``.
     """
     splits, others, height, width = parts.shape
     shape = (ceil_div(y.shape[0], height), ceil_div(y.shape[1], width))
     numbers = (*y.shape, *shape, whole, splits, group)
-    _add_parts((others, height // 8, 1), (parts, scale, y), numbers, (width, 8))
+    _add_parts((others, height // 8, 1), (parts, scale, y), numbers, (width, 8, add))
 
 
-def _hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, launch: list[int]) -> Tensor:
+def _hopper(
+    b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, launch: list[int], into: Tensor | None = None
+) -> Tensor:
     require(NEEDS, b8t)
     (rows, tokens), columns = b8t.shape, x8t.shape[0]
-    y = torch.empty((rows, columns), dtype=out_dtype, device=b8t.device)
+    y = torch.empty((rows, columns), dtype=out_dtype, device=b8t.device) if into is None else into
     b8t, x8t = aligned_tokens(b8t), aligned_tokens(x8t)
     processors = multiprocessors(b8t.device.index)
     tile, whole, splits = launch or choose_launch(rows, columns, tokens, processors)
@@ -146,7 +154,7 @@ def _hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, lau
         (programs(processors, units, steps), 1, 1),
         (padded_to(scale, _ROWS),),
         (steps, per_split, row_tiles, column_tiles, whole, units, _BAND),
-        (tile, chunk, stages),
+        (tile, into is not None, chunk, stages),
         descriptors=(
             descriptor(b8t, (rows, tokens), b8t.stride(0), (half, 128)),
             descriptor(x8t, (columns, tokens), x8t.stride(0), (tile, 128)),
@@ -157,7 +165,7 @@ def _hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, lau
     if target is not y:
         y.copy_(target[:, :columns])
     if others > 0:
-        add_parts(parts, scale, y, whole, _BAND)
+        add_parts(parts, scale, y, whole, _BAND, into is not None)
     return y
 
 
@@ -185,12 +193,31 @@ def _(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, portable:
     return torch.empty((b8t.shape[0], x8t.shape[0]), dtype=out_dtype, device=b8t.device)
 
 
+@kernel_op("add_weight_gradient", mutates=("into",))
+def _add_weight_gradient(
+    into: Tensor, b8t: Tensor, scale: Tensor, x8t: Tensor, portable: bool, launch: list[int]
+) -> None:
+    if not into.is_inference():
+        torch.autograd.graph.increment_version(into)
+    # TMA adds to rows that start on 16-byte boundaries.
+    if portable or not 0 < b8t.shape[1] <= _MOST_TOKENS or into.shape[1] % 4 or into.data_ptr() % 16:
+        into += _weight_gradient(b8t, scale, x8t, torch.float32, portable, launch)
+    else:
+        _hopper(b8t, scale, x8t, torch.float32, launch, into)
+
+
+@kernel_fake("add_weight_gradient")
+def _(into: Tensor, b8t: Tensor, scale: Tensor, x8t: Tensor, portable: bool, launch: list[int]) -> None:
+    return None
+
+
 def weight_gradient_gemm(
     b8t: Tensor,
     scale: Tensor,
     x8t: Tensor,
     out_dtype: torch.dtype = torch.float32,
     *,
+    into: Tensor | None = None,
     portable: bool | None = None,
     launch: tuple[int, int, int] | None = None,
 ) -> Tensor:
@@ -202,14 +229,16 @@ def weight_gradient_gemm(
         scale: The scale of each row, float32 ``[out_features]``.
         x8t: The activations, transposed by ``transpose_tokens``, int8 ``[in_features, tokens]``.
         out_dtype: The dtype of the result: float32, bfloat16 or float16.
+        into: A contiguous float32 tensor ``[out_features, in_features]``, to which the result is added in place. The
+            bits are those of an addition afterwards, except that numbers below 2^-126 may become 0.
         portable: Whether to use plain Triton (sm_80 and later) instead of the Hopper kernel. None: where the Hopper
             kernel does not run.
         launch: The launch of the Hopper kernel: columns of a tile (256 or 128), tiles of 128 rows done whole, parts of
             the sum over tokens for each other tile. None: :func:`choose_launch`.
 
     Returns:
-        ``[out_features, in_features]``. Above 131,072 tokens int32 could overflow, so the result is the float32 sum of
-        exact parts.
+        ``[out_features, in_features]``; ``into`` if it is given. Above 131,072 tokens int32 could overflow, so the
+        result is the float32 sum of exact parts.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -224,6 +253,13 @@ def weight_gradient_gemm(
         raise ValueError(f"launch must be (256 or 128, tiles >= 0, parts >= 1), not {launch}")
     if portable is None:
         portable = gradients_on(place(b8t)) != "hopper"
+    if into is not None:
+        wanted = (b8t.shape[0], x8t.shape[0])
+        if into.shape != wanted or into.dtype != out_dtype or out_dtype != torch.float32 or not into.is_contiguous():
+            raise ValueError(f"into must be contiguous float32 {list(wanted)}, not {into.dtype} {list(into.shape)}")
+        refuse_gradients(into)
+        torch.ops.sbn_kernels.add_weight_gradient(into, b8t, scale, x8t, portable, list(launch or ()))
+        return into
     args = (b8t, scale, x8t, out_dtype, portable, list(launch or ()))
     result: Tensor = torch.ops.sbn_kernels.weight_gradient(*args)
     return result
@@ -231,6 +267,10 @@ def weight_gradient_gemm(
 
 def _on_hopper(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype) -> Tensor:
     return weight_gradient_gemm(b8t, scale, x8t, out_dtype, portable=False)
+
+
+def _add_on_hopper(into: Tensor, b8t: Tensor, scale: Tensor, x8t: Tensor) -> None:
+    weight_gradient_gemm(b8t, scale, x8t, into=into, portable=False)
 
 
 def _portable(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -244,6 +284,7 @@ register(
         transpose=pack_transposed,
         input_gradient=input_gradient_gemm,
         weight_gradient=_on_hopper,
+        add_weight_gradient=_add_on_hopper,
         rank=10,
     )
 )

@@ -2,8 +2,8 @@
 
 This does what ``torch.library.custom_op`` does, without its checks at each call. With torch 2.11 the checks for outputs
 that alias inputs took 0.3 to 0.4 ms of the host's time, more than most kernels run, so a training step waited for the
-host. No op here returns or changes an argument, so the checks have nothing to find. No op has a gradient; their public
-functions refuse tensors that want one, and autograd is written where the ops are put together.
+host. No op here returns an argument, and an op that changes one says so, so the checks have nothing to find. No op has
+a gradient; their public functions refuse tensors that want one, and autograd is written where the ops are put together.
 
 A module that registers ops cannot be reloaded.
 """
@@ -22,11 +22,16 @@ _LIBRARY = torch.library.Library("sbn_kernels", "FRAGMENT")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def kernel_op(name: str) -> Callable[[F], F]:
-    """Registers the implementation of the op ``name`` for every device; the type hints give the schema."""
+def kernel_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Registers the implementation of the op ``name`` for every device; the type hints give the schema.
+
+    Args:
+        name: The name of the op.
+        mutates: The arguments that the op changes.
+    """
 
     def register(function: F) -> F:
-        schema = torch.library.infer_schema(function, mutates_args=())
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
         @functools.wraps(function)

@@ -95,6 +95,11 @@ def test_products(tokens: int, columns: int, out: int) -> None:
     assert torch.equal(dx, input_gradient_reference(a8, token_scale, codes, torch.float32))
     dw = sk.weight_gradient_gemm(sk.transpose_tokens(b8), channel_scale, sk.transpose_tokens(x8))
     assert torch.equal(dw, weight_gradient_reference(b8.t(), channel_scale, x8, torch.float32))
+    before = torch.randn(out, columns)
+    total, version = before.clone(), before._version
+    sk.weight_gradient_gemm(sk.transpose_tokens(b8), channel_scale, sk.transpose_tokens(x8), into=total)
+    assert torch.equal(total, before + dw)
+    assert total._version > version
 
 
 def test_ones_for_dx() -> None:
@@ -121,6 +126,10 @@ def test_adding_parts_of_split_sums(group: int, whole: int) -> None:
     ours = y[:rows, :columns].contiguous()
     add_parts(parts, scale, ours, whole, group)
     assert torch.equal(ours, expected[:rows, :columns])
+    before = torch.randn(rows, columns)
+    total = before.clone()
+    add_parts(parts, scale, total, whole, group, add=True)
+    assert torch.equal(total, torch.where(ours == 7.0, before, before + ours))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (300, 130), (0, 16)])
