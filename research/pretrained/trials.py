@@ -209,6 +209,7 @@ def options(tokens: int, longer: int | None = None) -> list[Trial]:
         both,
         *twice,
         replace(both, name="both at 1e-3", lr=1e-3),
+        replace(scales, name=f"{scales.name}, at 1e-3", lr=1e-3),
         replace(scales, seed=2),
         *(replace(scales, name=f"{scales.name}, {name}", distillation=BOTH | more) for name, more in losses.items()),
         replace(scales, name=f"{scales.name}, sub_norms", sub_norms=True),
