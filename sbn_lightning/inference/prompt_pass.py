@@ -114,6 +114,18 @@ def _product_or_sums(layer: Any, x8: Tensor, scale: Tensor) -> Tensor | _Sums:
     return multiply(x8, scale, *weight, torch.bfloat16)
 
 
+def _add_and_normalize(
+    x: Tensor, delta: Tensor | _Sums | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of two tensors, and the codes and scales of its norm."""
+    from sbn_kernels.block import norm_quantize, norm_quantize_sums
+
+    if isinstance(delta, _Sums):
+        return norm_quantize_sums(x, *delta, weight, eps)[:3]
+    total, x8, scale, _ = norm_quantize(x, delta, weight, eps)
+    return x if delta is None else total, x8, scale
+
+
 def _form_of(kernel: str) -> str:
     from sbn_kernels.gemm import registry
 
@@ -174,7 +186,6 @@ class PromptPass:
     ) -> Tensor:
         """Compute the sum that enters the last norm, for the last token of each prompt, ``[B, D]``."""
         from sbn_kernels import quantize_tokens, swiglu_quantize
-        from sbn_kernels.block import norm_quantize, norm_quantize_sums
         from sbn_kernels.prompt import attend, rotate_and_store
 
         model, config = self._model, self._model.config
@@ -186,12 +197,7 @@ class PromptPass:
         block: Any
         for block, (keys, values) in zip(model.blocks, caches, strict=True):
             attention, mlp = block.attention, block.mlp
-            norm = block.attention_norm.weight, config.norm_eps
-            if isinstance(delta, _Sums):
-                x, x8, scale, _ = norm_quantize_sums(x, *delta, *norm)
-            else:
-                total, x8, scale, _ = norm_quantize(x, delta, *norm)
-                x = x if delta is None else total
+            x, x8, scale = _add_and_normalize(x, delta, block.attention_norm.weight, config.norm_eps)
             qkv = _product(attention.qkv, x8, scale).view(batch, length, -1)
             places = rows_B, config.n_heads, before_B
             rotate_and_store(qkv, attention.qkv.bias, model.cos, model.sin, keys, values, *places)
@@ -205,8 +211,8 @@ class PromptPass:
             else:
                 attended = causal_attention(*parts)
             attended = attended.transpose(1, 2).reshape(batch * length, -1)
-            added = _product(attention.o, *quantize_tokens(attended))
-            x, x8, scale, _ = norm_quantize(x, added, block.mlp_norm.weight, config.norm_eps)
+            delta = _product_or_sums(attention.o, *quantize_tokens(attended))
+            x, x8, scale = _add_and_normalize(x, delta, block.mlp_norm.weight, config.norm_eps)
             delta = _product_or_sums(mlp.down, *swiglu_quantize(_product(mlp.gate_up, x8, scale)))
         ends = torch.arange(batch, device=last_B.device) * length + last_B
         hidden = x.index_select(0, ends)

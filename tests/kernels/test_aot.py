@@ -223,12 +223,13 @@ def test_plain_kernels_compile_without_spills(name: str, capability: int, tmp_pa
     assert spilled_bytes(compiled, tmp_path) <= 16  # 0 with Triton 3.9; 3.6 spills a few bytes once
 
 
-@pytest.mark.parametrize(("size", "queries", "warps"), [(128, 64, 4), (128, 128, 8), (64, 64, 4)])
-def test_attention_of_prompts(size: int, queries: int, warps: int, tmp_path: Path) -> None:
-    types = dict.fromkeys(("keys", "values"), f"tensordesc<bf16[128,{size}]>")
+@pytest.mark.parametrize(("size", "keys"), [(128, 128), (128, 64), (64, 128)])
+def test_attention_of_prompts(size: int, keys: int, tmp_path: Path) -> None:
+    types = dict.fromkeys(("keys", "values"), f"tensordesc<bf16[{keys},{size}]>")
     types |= {"q_pointer": "*bf16", "rows_pointer": "*i64", "before_pointer": "*i64"}
-    constants = {"HEADS": 12, "GROUP": 6, "SIZE": size, "QUERIES": queries, "KEYS": 128, "EARLY": False}
-    compiled = build(attention.attend_kernel, constants, 90, types, warps=warps, num_stages=2, enable_fp_fusion=True)
+    constants = {"HEADS": 12, "GROUP": 6, "SIZE": size, "QUERIES": 64, "KEYS": keys, "EARLY": False}
+    options = {"num_stages": attention._STAGES[keys], "enable_fp_fusion": True}
+    compiled = build(attention.attend_kernel, constants, 90, types, **options)
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0
 
@@ -267,7 +268,6 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> No
         "ROWS": rows,
         "BIAS": bias,
         "PARTS": False,
-        "ANNOUNCE": True,
         "EARLY": True,
     }
     compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
@@ -295,7 +295,7 @@ def test_hopper_gemm_of_a_prompt_in_parts_of_k(tile: int, tmp_path: Path) -> Non
     chunk, buffers, stages = launch_shape(tile, 4)
     types = _hopper_gemm_types(tile, chunk, "i32", 32)
     constants = {"BT": tile, "CHUNK": chunk, "STAGES": stages, "SPARSE": True, "ROWS": False, "BIAS": False}
-    constants |= {"BUFFERS": buffers, "PARTS": True, "ANNOUNCE": True, "EARLY": True}
+    constants |= {"BUFFERS": buffers, "PARTS": True, "EARLY": True}
     compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
     assert f"wgmma.mma_async.sp.sync.aligned.m64n{tile}k64" in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0

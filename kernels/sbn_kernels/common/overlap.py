@@ -10,8 +10,8 @@ work: the end of a kernel must mean that all kernels before it have ended.
 The Hopper product (:mod:`sbn_kernels.gemm.sm90.kernels`) waits in each of its roles. Before the wait it reads only
 weights, and the kernels of :mod:`sbn_kernels.prompt` read only the numbers of rows and tokens. Between the kernel that
 writes these and the first of those kernels, at least one kernel must not be launched early. In a prompt this is the
-lookup of the embedding. A product that occupies the GPU lets the next kernel be set up once its last loads are on their
-way, because the programs of that kernel have no room before.
+lookup of the embedding. A product does not announce the next kernel. Where it did so behind its last loads, a prompt of
+512 tokens took 3 % longer at 0.5B and as long at 1.5B.
 """
 
 from __future__ import annotations

@@ -47,11 +47,6 @@ def launching_early(device: torch.device) -> Iterator[None]:
         _early.reset(before)
 
 
-def launches_early() -> bool:
-    """Whether kernels with ``overlaps`` are launched early at present."""
-    return _early.get()
-
-
 class Launcher:
     """Launches a kernel whose parameters are descriptors, pointers, integers and constants, in this order.
 
@@ -92,7 +87,7 @@ class Launcher:
         """
         options = self.options
         if self.overlaps:
-            early = launches_early()
+            early = _early.get()
             constants = (*constants, early)
             if early:
                 options = {**options, "launch_pdl": True}

@@ -24,7 +24,7 @@ from sbn_kernels.gemm.registry import Product, register
 from sbn_kernels.gemm.sm90.split_k import MOST_SPLITS, MOST_TOKENS, add_splits, choose_splits, split_tile, whole_parts
 from sbn_kernels.runtime.capability import Needs, multiprocessors, require
 from sbn_kernels.runtime.descriptors import descriptor
-from sbn_kernels.runtime.launch import Launcher, launches_early
+from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
 from sbn_kernels.runtime.sharing import programs
 
@@ -75,14 +75,6 @@ def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int, int]:
     buffers = 4 if out_itemsize == 2 else 2
     epilogue = buffers * chunk * PANEL * out_itemsize
     return chunk, buffers, min(8, (_SHARED_BYTES - epilogue) // (tile * K_STEP + 4 * BLOCK_WORDS))
-
-
-def _announces(busy: int, processors: int) -> bool:
-    """Whether a product with ``busy`` programs lets the kernel behind it be set up during its last steps.
-
-    If the product left many multiprocessors free, all programs of that kernel would crowd there.
-    """
-    return launches_early() and 10 * busy >= 9 * processors
 
 
 def _parts(x8: Tensor, packed: Tensor, sparse: bool, splits: int) -> Tensor:
@@ -139,22 +131,11 @@ def _hopper_gemm(
     target = y if width == out_features else y.new_empty((tokens, width))
     scale = padded_to(scale, tile)
     of_rows = [scale if vector is None else padded_to(vector, PANEL) for vector in (row_scale, bias)]
-    busy = programs(processors, token_tiles * panels, k_steps)
     _kernel()(
-        (busy, 1, 1),
+        (programs(processors, token_tiles * panels, k_steps), 1, 1),
         (scale, *of_rows),
         (k_steps, token_tiles, panels, 1, k_steps, _BAND, 0),
-        (
-            tile,
-            chunk,
-            buffers,
-            stages,
-            sparse,
-            row_scale is not None,
-            bias is not None,
-            False,
-            _announces(busy, processors),
-        ),
+        (tile, chunk, buffers, stages, sparse, row_scale is not None, bias is not None, False),
         descriptors=(
             descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
             descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
@@ -192,13 +173,12 @@ def _hopper_gemm_sums(x8: Tensor, packed: Tensor, out_features: int, sparse: boo
     token_tiles = ceil_div(tokens, tile)
     sums = torch.empty((parts, token_tiles * tile, out_features), dtype=torch.int32, device=x8.device)
     chunk, buffers, stages = launch_shape(tile, 4)
-    processors = multiprocessors(x8.device.index)
-    busy = programs(processors, token_tiles * panels * parts, per_part)
+    work = token_tiles * panels * parts
     _kernel()(
-        (busy, 1, 1),
+        (programs(multiprocessors(x8.device.index), work, per_part), 1, 1),
         (sums, sums, sums),  # no scales and no bias
         (k_steps, token_tiles, panels, parts, per_part, _BAND, 0),
-        (tile, chunk, buffers, stages, sparse, False, False, True, _announces(busy, processors)),
+        (tile, chunk, buffers, stages, sparse, False, False, True),
         descriptors=(
             descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
             descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),

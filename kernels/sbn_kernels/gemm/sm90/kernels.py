@@ -33,7 +33,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from sbn_kernels.common.decode_ptx import unpack_word
 from sbn_kernels.common.hopper_pipeline import (
@@ -168,7 +168,7 @@ def load_steps(
 @gluon.jit
 def _producer(
     x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group,
-    BT: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, ANNOUNCE: gl.constexpr, EARLY: gl.constexpr,
+    BT: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 1
@@ -193,8 +193,6 @@ def _producer(
             x, w, xs, ws, full, empty, token_tile * BT, panel, k_steps, first + done, end, stage, phase, STAGES
         )
         done = 0
-    if ANNOUNCE:
-        gdc_launch_dependents()  # The kernel behind this one is set up during the last steps.
 
 
 @gluon.jit
@@ -340,7 +338,7 @@ _SIZES = ("k_steps", "token_tiles", "panels", "parts", "per_part", "group", "zer
 def ternary_gemm_kernel(
     x, w, y, scale, row_scale, bias, k_steps, token_tiles, panels, parts, per_part, group, zero,
     BT: gl.constexpr, CHUNK: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr,
-    ROWS: gl.constexpr, BIAS: gl.constexpr, PARTS: gl.constexpr, ANNOUNCE: gl.constexpr, EARLY: gl.constexpr,
+    ROWS: gl.constexpr, BIAS: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, features] = (x [tokens, K] int8 @ T^T) * scale[token] (* row_scale[feature]) (+ bias[feature]).
 
@@ -365,7 +363,7 @@ def ternary_gemm_kernel(
                 group, zero, BT, CHUNK, BUFFERS, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 1)),
             (_producer, (
                 x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group, BT, STAGES, PARTS,
-                ANNOUNCE, EARLY)),
+                EARLY)),
         ],
         [4, 4],
     )  # fmt: skip
