@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from sbn_kernels.runtime.sharing import begin_collectives, end_collectives
 from torch import Tensor, nn
-from torch.autograd import Variable
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.gradients import BackwardCollectives
 
 ALONE = 2**24  # The bytes of a gradient that is sent by itself. Smaller ones are sent together.
 COPIES = 2**28  # The bytes of copies that may be in memory at a time.
@@ -44,26 +43,21 @@ class _Sent(NamedTuple):
     gradients: list[Tensor]  # Where the mean goes. Empty if the tensor is a gradient itself.
 
 
-class GradientMean:
+class GradientMean(BackwardCollectives):
     """Averages the gradients of a model over the ranks, in each backward in which ``hold`` is False.
 
     Args:
         model: The model. Its frozen parameters are left out.
         group: The ranks.
         dtype: The dtype in which gradients travel. Gradients of another dtype are copied.
-
-    Attributes:
-        hold: Whether gradients stay as they are for the next micro-batch, whose own are added to them.
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup, dtype: torch.dtype = torch.float32) -> None:
-        self.group, self.dtype, self.hold = group, dtype, False
-        # NCCL divides while it sums. gloo does not know how.
-        self._operation = dist.ReduceOp.AVG if dist.get_backend(group) == "nccl" else dist.ReduceOp.SUM
+        super().__init__(group, dtype)
+        self.group = group
         self._groups: list[_Group] = []
         self._next = 0  # The first group that is not sent yet.
         self._sent: deque[_Sent] = deque()
-        self._runs = False
         # A hook keeps this object alive, so this object must not keep a parameter alive.
         self._handles = []
         small, size = _Group(), 0
@@ -92,18 +86,13 @@ class GradientMean:
         for group in self._groups:
             group.gradients.clear()
         self._next = 0
-        if self._runs:
-            self._runs = False
-            end_collectives()
+        self._end()
 
     def _hook(self, name: str, group: _Group) -> Callable[[Tensor], None]:
         def ready(parameter: Tensor) -> None:
             if self.hold:
                 return
-            if not self._runs:
-                self._runs = True
-                begin_collectives()  # Kernels of the backward make room for the collectives.
-                Variable._execution_engine.queue_callback(self._finish)
+            self._begin()
             assert parameter.grad is not None
             group.gradients[name] = parameter.grad
             while self._next < len(self._groups) and self._groups[self._next].is_ready:
@@ -130,8 +119,7 @@ class GradientMean:
         while self._sent and sum(sent.tensor.nbytes for sent in self._sent if sent.gradients) > most:
             work, tensor, gradients = self._sent.popleft()
             work.wait()  # On a GPU the stream waits here, not the host.
-            if self._operation != dist.ReduceOp.AVG:
-                tensor.div_(self.group.size())
+            self._divide(tensor, self.group.size())
             if gradients:
                 parts = tensor.split([gradient.numel() for gradient in gradients])
                 torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

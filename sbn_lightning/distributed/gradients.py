@@ -3,7 +3,8 @@
 The backward of a layer needs the codes and not the latent weight. So autograd accumulates a layer's gradient into a
 leaf tensor without storage (:func:`stand_in`). As soon as a gradient is there, a hook starts a reduce-scatter, which
 runs while autograd computes the backward of the earlier layers. When it has ended, the rows of this rank are added to
-``weight.grad``. Small gradients wait for each other, and travel together. What is small grows with the number of ranks.
+``weight.grad``. Small gradients are sent together, in collectives that give each rank at least 16 MiB or hold 128 MiB
+in all.
 
 Learned scales, a few numbers a layer, are whole on every rank. Their gradients are averaged together at the end of the
 backward.
@@ -99,7 +100,46 @@ class _Sent:
     mine: Tensor
 
 
-class GradientScatter:
+class BackwardCollectives:
+    """Collectives that start in hooks of autograd, and end with the backward.
+
+    Args:
+        group: The ranks.
+        dtype: The dtype in which gradients travel.
+
+    Attributes:
+        hold: Whether gradients stay as they are for the next micro-batch, whose own are added to them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+        self.dtype, self.hold = dtype, False
+        # NCCL divides while it sums. gloo does not know how.
+        self._operation = dist.ReduceOp.AVG if dist.get_backend(group) == "nccl" else dist.ReduceOp.SUM
+        self._runs = False
+
+    def _begin(self) -> None:
+        """Ask autograd, once in a backward, to call :meth:`_finish` at its end."""
+        if not self._runs:
+            self._runs = True
+            begin_collectives()  # Kernels of the backward make room for the collectives.
+            Variable._execution_engine.queue_callback(self._finish)
+
+    def _end(self) -> None:
+        """Say that the kernels of the backward have started, or that it has raised an error."""
+        if self._runs:
+            self._runs = False
+            end_collectives()
+
+    def _divide(self, total: Tensor, ranks: int) -> None:
+        """Make the mean of a sum, if the collective has not."""
+        if self._operation != dist.ReduceOp.AVG:
+            total.div_(ranks)
+
+    def _finish(self) -> None:
+        raise NotImplementedError
+
+
+class GradientScatter(BackwardCollectives):
     """Sends gradients of whole weights to the ranks that own their rows.
 
     Args:
@@ -107,9 +147,6 @@ class GradientScatter:
         replicate_group: The ranks that hold the same rows, in hybrid sharding. None means that there are none.
         average: The number of ranks that a gradient is averaged over.
         dtype: The dtype in which gradients travel.
-
-    Attributes:
-        hold: Whether gradients stay whole for the next micro-batch, whose own are added to them.
     """
 
     def __init__(
@@ -119,17 +156,14 @@ class GradientScatter:
         average: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.shard_group, self.replicate_group, self.average, self.dtype = shard_group, replicate_group, average, dtype
-        self.hold = False
-        # NCCL divides while it sums. gloo does not know how.
-        self._operation = dist.ReduceOp.AVG if dist.get_backend(shard_group) == "nccl" else dist.ReduceOp.SUM
+        super().__init__(shard_group, dtype)
+        self.shard_group, self.replicate_group, self.average = shard_group, replicate_group, average
         # The hook of a leaf holds this object. A cycle through a hook would never be collected.
         self._leaves: list[weakref.ref[Tensor]] = []
         self._sent: deque[_Sent] = deque()
         self._gathered: list[_Gradient] = []  # Small gradients that wait for each other.
         self._replicated: list[tuple[Tensor, nn.Parameter]] = []  # Gradients of parameters that every rank has whole.
         self._most_alone = min(PIECE * dist.get_world_size(shard_group), IN_FLIGHT // 2)
-        self._waits_for_end = False
 
     def attach(self, leaf: Tensor, weight: nn.Parameter, cut: RowCut) -> None:
         """Make the gradient of ``leaf`` go to ``weight.grad``, by rows.
@@ -180,16 +214,7 @@ class GradientScatter:
         for reference in self._leaves:
             if (leaf := reference()) is not None:
                 leaf.grad = None
-        if self._waits_for_end:
-            self._waits_for_end = False
-            end_collectives()
-
-    def _begin(self) -> None:
-        """Ask autograd, once in a backward, to call :meth:`_finish` at its end."""
-        if not self._waits_for_end:
-            self._waits_for_end = True
-            begin_collectives()  # Kernels of the backward make room for the collectives.
-            Variable._execution_engine.queue_callback(self._finish)
+        self._end()
 
     def _collect(self, gradient: _Gradient) -> None:
         self._begin()
@@ -233,9 +258,8 @@ class GradientScatter:
             sent.work = dist.all_reduce(sent.mine, op=self._operation, group=self.replicate_group, async_op=True)
 
     def _finish(self) -> None:
-        self._waits_for_end = False
         self._send_gathered()
-        end_collectives()
+        self._end()
         for sent in list(self._sent):
             if sent.whole is not None:
                 self._wait(sent)
@@ -254,15 +278,13 @@ class GradientScatter:
         for group in (self.shard_group, self.replicate_group):
             if group is not None:
                 dist.all_reduce(whole, op=self._operation, group=group)
-        if self._operation != dist.ReduceOp.AVG:
-            whole.div_(self.average)
+        self._divide(whole, self.average)
         parts = whole.split([gradient.numel() for gradient, _ in replicated])
         for (_, parameter), mine in zip(replicated, parts, strict=True):
             _accumulate(parameter, mine.view(parameter.shape))
 
     def _take(self, sent: _Sent) -> None:
-        if self._operation != dist.ReduceOp.AVG:
-            sent.mine.div_(self.average)
+        self._divide(sent.mine, self.average)
         parts = sent.mine.split([size for _, _, size in sent.places])
         for (weight, cut, _), mine in zip(sent.places, parts, strict=True):
             _accumulate(weight, mine.view(cut.padded, -1)[: cut.count])

@@ -1,4 +1,4 @@
-"""Which of Lightning's strategies keep groups of M whole, which checkpoints they read, and ``ShardedStrategy``."""
+"""The strategies ``sbn_ddp`` and ``sbn_fsdp2``, which of Lightning's keep groups of M whole, and what they can read."""
 
 from __future__ import annotations
 
@@ -280,13 +280,15 @@ class ReplicatedStrategy(_Together, DDPStrategy):
     ) -> None:
         _check_reduce_dtype(reduce_dtype)
         if reduce_dtype == "bfloat16" and options.get("ddp_comm_hook") is not None:
-            raise ConfigError("reduce_dtype='bfloat16' is a ddp_comm_hook itself: leave one of the two out")
+            raise ConfigError(
+                "reduce_dtype='bfloat16' and ddp_comm_hook both change gradients: leave one of the two out"
+            )
         if max_ctas is not None and "process_group" in options:
             raise ConfigError("max_ctas makes a process_group of its own: leave one of the two out")
         known = signature(DistributedDataParallel).parameters
         by_torch = {"ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period", *known}
         self._by_torch = any(name in by_torch and options[name] is not None for name in options)
-        if reduce_dtype == "bfloat16":
+        if self._by_torch and reduce_dtype == "bfloat16":
             options["ddp_comm_hook"] = bf16_compress_hook
         # Newer versions of torch have the first name, and deprecate the second one.
         broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -295,7 +297,7 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         options.setdefault("gradient_as_bucket_view", True)
         super().__init__(timeout=timeout, **options)
         self.max_ctas = max_ctas
-        self._reduce_dtype: torch.dtype = getattr(torch, reduce_dtype)
+        self.reduce_dtype: torch.dtype = getattr(torch, reduce_dtype)
         self._mean: GradientMean | None = None
 
     @override
@@ -316,7 +318,7 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         _equal_on_all_ranks(self.lightning_module)
         self._let_go()
         group = self._ddp_kwargs.get("process_group") or dist.group.WORLD
-        self._mean = GradientMean(self.lightning_module, cast(dist.ProcessGroup, group), self._reduce_dtype)
+        self._mean = GradientMean(self.lightning_module, cast(dist.ProcessGroup, group), self.reduce_dtype)
 
     @override
     @contextmanager
