@@ -69,24 +69,26 @@ class PromptReader:
             The logits of each prompt's next token, ``[B, vocab_size]``.
         """
         length, rows = tokens_BT.shape[1], self._shared.rows
+        prompt_pass = self._usable_pass()
         if chunk is None or chunk >= length:
             chunk = length
-            prompt_pass = self._usable_pass()
             bucket = bucket_of(length, self._slots, len(rows)) if self.use_graph else None
             if bucket is not None and bucket in self._buckets and self.layers:
                 return self._graphs(prompt_pass).read_all(tokens_BT, lengths_B, bucket)
             if bucket is not None:
                 self._buckets.add(bucket)  # A decoder that reads one batch must not wait for the capture of a graph.
-            if prompt_pass is not None:
-                return prompt_pass(tokens_BT, lengths_B - 1, rows, torch.zeros_like(rows), self._caches())
-        last = None
+        logits: Tensor | None = None
         for start in range(0, length, chunk):
-            hidden = self._read(slice(None), tokens_BT[:, start : start + chunk], start)
-            # Where a prompt ends in another chunk, the clamped position is of no use, and the row is not taken.
+            part = tokens_BT[:, start : start + chunk]
+            # Where a prompt ends in another part, the clamped position is of no use, and the row is not taken.
             ends = lengths_B - 1 - start
-            found = hidden[rows, ends.clamp(0, hidden.shape[1] - 1)]
-            last = found if last is None else torch.where((ends >= 0).unsqueeze(1), found, last)
-        logits: Tensor = self._model.lm_head(last)
+            last = ends.clamp(0, part.shape[1] - 1)
+            if prompt_pass is not None:
+                found = prompt_pass(part, last, rows, torch.full_like(rows, start), self._caches(), start)
+            else:
+                found = self._model.lm_head(self._read(slice(None), part, start)[rows, last])
+            logits = found if logits is None else torch.where((ends >= 0).unsqueeze(1), found, logits)
+        assert logits is not None  # A prompt has a token.
         return logits
 
     def read_row(self, row: int, tokens: Sequence[int], start: int) -> Tensor:

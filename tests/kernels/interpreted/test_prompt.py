@@ -103,7 +103,8 @@ def test_a_pass_over_the_kernels_reads_prompts_as_the_blocks_do(biased: bool, mo
         ours.extend(1, prompts[0][:2], 0)
         parts = ours.extend(1, prompts[0][2:], 2)  # A part behind tokens in the cache.
         ours.extend(1, prompts[1], 0)
-    for a, b in ((logits, expected), (first, expected[1:]), (parts, expected[:1])):
+        chunks = Decoder(model, 2, 16, prefill_chunk=4).prefill(prompts)
+    for a, b in ((logits, expected), (first, expected[1:]), (parts, expected[:1]), (chunks, expected)):
         assert (a - b).float().norm() < 0.05 * b.float().norm()
     for mine, theirs in zip(ours._layers, plain._layers, strict=True):
         for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
