@@ -314,9 +314,11 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         if self._by_torch:
             super().configure_ddp()
             return
+        self._let_go()
+        if self.world_size == 1:
+            return  # There is nothing to average.
         assert self.lightning_module is not None
         _equal_on_all_ranks(self.lightning_module)
-        self._let_go()
         group = self._ddp_kwargs.get("process_group") or dist.group.WORLD
         self._mean = GradientMean(self.lightning_module, cast(dist.ProcessGroup, group), self.reduce_dtype)
 
