@@ -295,24 +295,22 @@ def _consumer(
         )
         token0 = (part * token_tiles + token_tile) * BT
         row0 = panel * 128 + 64 * HALF
-        # The vectors of scales are as long as whole tiles, because masks here would take the registers that the
-        # pipeline needs. A sparse product loads scales one chunk ahead, and the first of them while the last
-        # multiplications run. A dense product has no registers for that.
+        # The scales of tokens are loaded one chunk ahead. Their vectors are as long as whole tiles, because masks here
+        # would take the registers that the pipeline needs. A sparse product has registers for more: it loads the first
+        # scales while its last multiplications run, and later ones before it uses those of the chunk.
         LIKE: gl.constexpr = split_columns(acc, BT // CHUNK)[0].type.layout
         rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, LIKE))
         columns = token0 + gl.arange(0, CHUNK, gl.SliceLayout(0, LIKE))
         if SPARSE and not PARTS:
             coming, of_rows, added = _load_scales(scale + columns, row_scale + rows, bias + rows, ROWS, BIAS)
         acc = finish_steps(acc, empty, stage, BT, STAGES)
+        if not SPARSE and not PARTS:
+            coming, of_rows, added = _load_scales(scale + columns, row_scale + rows, bias + rows, ROWS, BIAS)
         # Epilogue: scale, round, transpose and store CHUNK tokens at a time through BUFFERS shared buffers.
         chunks = split_columns(acc, BT // CHUNK)
         for c in gl.static_range(BT // CHUNK):
             out = chunks[c]
             if not PARTS:
-                if not SPARSE:
-                    coming, of_rows, added = _load_scales(
-                        scale + columns + c * CHUNK, row_scale + rows, bias + rows, ROWS, BIAS
-                    )
                 factor = coming[None, :]
                 if SPARSE and c + 1 < BT // CHUNK:
                     coming = gl.load(scale + columns + (c + 1) * CHUNK)
@@ -322,6 +320,8 @@ def _consumer(
                 if BIAS:
                     out += added[:, None]
             out = gl.permute(out, (1, 0)).to(y.dtype)
+            if not SPARSE and not PARTS and c + 1 < BT // CHUNK:
+                coming = gl.load(scale + columns + (c + 1) * CHUNK)
             buffer = ys.index(BUFFERS * HALF + c % BUFFERS)
             tma.store_wait(BUFFERS - 1)
             buffer.store(out)
