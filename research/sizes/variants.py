@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbn_lightning.backends.reference import REFERENCE, Keep, ReferenceBackend, TernaryWeight
+from sbn_lightning.backends.base import Keep, TernaryWeight
+from sbn_lightning.backends.reference import REFERENCE, ReferenceBackend
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, pack_mask, unpack_mask

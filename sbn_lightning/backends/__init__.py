@@ -1,7 +1,7 @@
-"""What a ternary layer computes with: the protocol, the reference, the integer kernels, and the function that chooses.
+"""What a ternary layer computes with: the interface, the reference, the integer kernels, and the function that chooses.
 
-:mod:`.reference` has the protocol and plain PyTorch. :mod:`.integer` has the kernels. :mod:`.selection` is the only
-place of the project that chooses between them.
+:mod:`.base` has the interface, :mod:`.reference` plain PyTorch, and :mod:`.integer` the kernels. :mod:`.selection` is
+the only place of the project that chooses between them for training.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sbn_lightning.backends.reference import REFERENCE, Backend, Keep, ReferenceBackend, TernaryWeight, WeightSpec
+    from sbn_lightning.backends.base import Backend, Keep, TernaryWeight
+    from sbn_lightning.backends.reference import REFERENCE, ReferenceBackend, WeightSpec
     from sbn_lightning.backends.selection import choose, describe
 
 _MODULE_OF = {
-    "Backend": "reference",
-    "Keep": "reference",
+    "Backend": "base",
+    "Keep": "base",
     "REFERENCE": "reference",
     "ReferenceBackend": "reference",
-    "TernaryWeight": "reference",
+    "TernaryWeight": "base",
     "WeightSpec": "reference",
     "choose": "selection",
     "describe": "selection",

@@ -19,6 +19,7 @@ from sbn_kernels.swiglu.triton import swiglu_backward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sbn_lightning.backends.base import Backend
 from sbn_lightning.sparsity.ternary import apply_swiglu
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -28,71 +29,30 @@ def _in_a_training_graph(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and torch.is_grad_enabled() and x.is_cuda and x.dtype in _HALVES
 
 
-class BlockKernels:
-    """The part of a backend that serves what lies around its layers."""
+class BlockKernels(Backend):
+    """The part of a backend of kernels that serves what lies around its layers."""
 
-    def joins_norm(self, x: Tensor, bits: int | None, norm: nn.Module) -> bool:
-        """Whether a norm can quantise the tokens of the layer after it, which has this backend.
-
-        Args:
-            x: The tokens before the norm.
-            bits: The bits of a quantised token of the layer.
-            norm: The norm, which has a weight and ``eps``.
-        """
-        return _in_a_training_graph(x) and bits is not None and x.shape[-1] <= MAX_FEATURES and norm.eps is not None
+    def joins_norm(self, x: Tensor, bits: int, norm: nn.Module) -> bool:
+        return _in_a_training_graph(x) and x.shape[-1] <= MAX_FEATURES and norm.eps is not None
 
     def norm_and_quantize(
         self, x: Tensor, residual: Tensor | None, norm: nn.Module, bits: int
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Add the residual, and norm and quantise the sum.
-
-        Args:
-            x: The tokens, ``[..., features]``.
-            residual: What is added to them; None: nothing.
-            norm: The norm.
-            bits: The bits of a quantised token.
-
-        Returns:
-            The sum, ``[..., features]``; the normed tokens, for gradients, whose values nobody needs; and their codes,
-            int8 ``[tokens, features]``, with scales, float32 ``[tokens]``.
-        """
         h, y, codes, scale = NormFunction.apply(x, residual, norm.weight, norm.eps, bits)
         return h, y, (codes, scale)
 
     def turns_heads(self, x: Tensor, cos: Tensor) -> bool:
-        """Whether the kernel for rotary heads serves here.
-
-        Args:
-            x: The result of the fused q, k, v layer, which has this backend.
-            cos: The table of cosines. The kernel takes one float32 table for all sequences. Sequences with positions of
-                their own have a table each, and a model that was cast to bfloat16 has tables in bfloat16.
-        """
+        # The kernel takes one table for all sequences. Sequences with positions of their own have a table each, and a
+        # model that was cast to bfloat16 has tables in bfloat16.
         return _in_a_training_graph(x) and cos.dim() == 2 and cos.dtype == torch.float32
 
     def turned_heads(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, splits: tuple[int, int, int], size: int
     ) -> tuple[Tensor, ...]:
-        """Split the result of a fused q, k, v layer into heads, and rotate queries and keys by position.
-
-        Args:
-            qkv: ``[batch, tokens, features]``.
-            cos: float32 ``[tokens, size]``.
-            sin: float32 ``[tokens, size]``, negated in the first half.
-            splits: The features of queries, keys and values.
-            size: The features of a head.
-
-        Returns:
-            Queries, keys and values, ``[batch, heads, tokens, size]``.
-        """
         found: tuple[Tensor, ...] = TurnFunction.apply(qkv, cos, sin, splits, size)
         return found
 
     def gated_product(self, gate_up: Tensor) -> Tensor:
-        """Return ``silu(gate) * up``, for a layer that does not quantise the product at once.
-
-        Args:
-            gate_up: Gates and ups side by side, ``[..., 2 features]``.
-        """
         if not _in_a_training_graph(gate_up):
             return apply_swiglu(gate_up)
         product: Tensor = GatedProductFunction.apply(gate_up)

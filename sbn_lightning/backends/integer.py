@@ -20,7 +20,7 @@ The backend names the kernel that multiplies; the registry (:mod:`sbn_kernels.ge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import sbn_kernels as sk
 import sbn_kernels.catalog
@@ -32,11 +32,11 @@ from sbn_kernels.swiglu.triton import MAX_FEATURES
 from torch import Tensor
 from torch.nn import functional as F
 
+from sbn_lightning.backends.base import Keep, Operands
 from sbn_lightning.backends.blocks import BlockKernels
 from sbn_lightning.backends.gated import GatedFunction
-from sbn_lightning.backends.joined import Operands, join
+from sbn_lightning.backends.joined import join
 from sbn_lightning.backends.linear_function import KernelLinearFunction
-from sbn_lightning.backends.reference import Keep
 from sbn_lightning.backends.shared_tokens import quantized_once
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
@@ -79,11 +79,8 @@ class KernelBackend(BlockKernels):
 
     Attributes:
         seed: int64 ``[1]`` on the layer's device. int8 gradients need a new seed for each pass.
-        takes_pairs: ``linear`` takes gates and ups in two tensors, too.
-        takes_quantized: ``linear`` takes the codes of tokens that are quantised already.
     """
 
-    seed: Tensor | None = None
     takes_pairs = takes_quantized = True
 
     def __init__(
@@ -130,15 +127,6 @@ class KernelBackend(BlockKernels):
     def from_codes(
         self, codes: Tensor, row_scale: Tensor, mask_bits: Tensor, keep: Keep, sparsity: SparsityConfig
     ) -> KernelWeight:
-        """The same as :meth:`prepare`, from codes that are there already.
-
-        Args:
-            codes: int8 ``[out, in]``.
-            row_scale: gamma of each row, float32 ``[out]``.
-            mask_bits: The packed mask.
-            keep: The most weights that the mask keeps in a group, for all rows or for each.
-            sparsity: The options of the layer.
-        """
         n, rows = _keep_arguments(sparsity.nm, keep)
         kernel = self._product(n, rows, sparsity)
         packed = codes.new_empty(0)
@@ -224,7 +212,7 @@ class KernelBackend(BlockKernels):
         dtype: torch.dtype | None = None,
         quantized: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Multiplies, as :meth:`Backend.linear` says; ``swiglu`` may also be the ups, and ``x`` the gates alone.
+        """Multiply, as :meth:`Backend.linear` says; ``swiglu`` may also be the ups, and ``x`` the gates alone.
 
         ``quantized`` are the codes of ``x``, int8 ``[tokens, in]``, and their scales. Then the values of ``x`` are not
         read.
@@ -251,28 +239,15 @@ class KernelBackend(BlockKernels):
         )  # fmt: skip
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
+    def joins_gated(self, backend: KernelBackend) -> bool:
+        joins = self.gradients == backend.gradients == "int8" and torch.is_grad_enabled()
+        return joins and self.seed is not None and backend.seed is not None
+
     def gated(
-        self, x: Tensor, first: tuple[Any, ...], last: tuple[Any, ...], backend: KernelBackend, dtype: torch.dtype,
+        self, x: Tensor, first: Operands, last: Operands, backend: KernelBackend, dtype: torch.dtype,
         quantized: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | None:  # fmt: skip
-        """Computes both layers around a SwiGLU: ``last(silu(gate) * up)`` with ``gate, up = first(x)``.
-
-        This backend is that of the first layer. Joined, the backward of the SwiGLU finds the maxima that the first
-        layer's int8 gradients need (:mod:`sbn_lightning.backends.gated`).
-
-        Args:
-            x: The tokens, ``[..., in]``.
-            first: The latent weight, the prepared weight, the mask of the gradient and the bits of a token.
-            last: The same for the last layer.
-            backend: The backend of the last layer.
-            dtype: The dtype of the results.
-            quantized: The codes of ``x`` and their scales, if they exist already.
-
-        Returns:
-            ``[..., out]``; None if the two have to run one after the other.
-        """
-        joins = self.gradients == backend.gradients == "int8" and torch.is_grad_enabled()
-        if not joins or self.seed is None or backend.seed is None or last[0].shape[1] > MAX_FEATURES:
+        if not self.joins_gated(backend) or last[0].shape[1] > MAX_FEATURES:
             return None
         y: Tensor = GatedFunction.apply(
             x.reshape(-1, x.shape[-1]), first[0], last[0],
@@ -284,17 +259,6 @@ class KernelBackend(BlockKernels):
     def gated_pair(
         self, x: Tensor, layers: tuple[Operands, ...], backends: tuple[KernelBackend, ...], dtype: torch.dtype
     ) -> Tensor | None:
-        """Computes three layers around a SwiGLU, the first two of them joined: ``last(silu(gate(x)) * up(x))``.
-
-        Args:
-            x: The tokens, ``[..., in]``.
-            layers: For gate, up and last what :meth:`gated` takes of a layer.
-            backends: The backends of the three layers.
-            dtype: The dtype of the results.
-
-        Returns:
-            ``[..., out]``; None if the layers have to run one after the other.
-        """
         first = self._join(layers[:2], backends[:2])
         if first is None:
             return None
@@ -306,17 +270,6 @@ class KernelBackend(BlockKernels):
     def several(
         self, x: Tensor, layers: Sequence[Operands], backends: Sequence[KernelBackend], dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        """Computes layers that read the same tokens as one layer (:mod:`sbn_lightning.backends.joined`).
-
-        Args:
-            x: The tokens, ``[..., in]``.
-            layers: The operands of each layer.
-            backends: The backends of the layers.
-            dtype: The dtype of the results.
-
-        Returns:
-            The result of each layer, ``[..., out]``; nothing if the layers have to run one after the other.
-        """
         joined = self._join(layers, backends)
         if joined is None:
             return ()

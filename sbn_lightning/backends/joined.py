@@ -24,8 +24,7 @@ from sbn_kernels.common.packing import LAYOUTS, PANEL
 from sbn_kernels.gemm import registry
 from torch import Tensor
 
-Operands = tuple[Any, Any, Any, Any]
-"""The latent weight, the prepared weight, the mask of the gradient (None: all), and the bits of a token."""
+from sbn_lightning.backends.base import Operands
 
 
 class StandIn(torch.autograd.Function):

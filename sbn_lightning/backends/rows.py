@@ -19,7 +19,8 @@ import torch
 from sbn_kernels.exchange.reference import decode_reference, encode_reference
 from torch import Tensor
 
-from sbn_lightning.backends.reference import Backend, Keep, ReferenceBackend, TernaryWeight
+from sbn_lightning.backends.base import Backend, Keep, TernaryWeight
+from sbn_lightning.backends.reference import ReferenceBackend
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import pack_mask, top_n_mask, unpack_mask
 from sbn_lightning.sparsity.ternary import expand_scale, ternary_codes, weight_scale

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from sbn_lightning.backends.base import Backend
 from sbn_lightning.backends.candidates import (
     KernelStatus,
     Shape,
@@ -35,7 +36,7 @@ from sbn_lightning.backends.candidates import (
     rivals,
     unfit,
 )
-from sbn_lightning.backends.reference import REFERENCE, Backend
+from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.backends.timing import CHECKED, WRONG, Trial, decide, first_line, milliseconds
 from sbn_lightning.core.errors import ConfigError
 

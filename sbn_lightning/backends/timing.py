@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sbn_lightning.backends.base import Backend
 from sbn_lightning.backends.candidates import TernaryLayer
-from sbn_lightning.backends.reference import Backend
 from sbn_lightning.sparsity.ternary import quantize_activations
 
 WRONG = "its product differs from the dense one"

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from sbn_lightning.backends.reference import Keep
+from sbn_lightning.backends.base import Keep
 from sbn_lightning.backends.rows import Over, RowMaker, Terms
 from sbn_lightning.distributed.gradients import GradientScatter
 from sbn_lightning.distributed.rows import FlatGather, RowCut

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from sbn_lightning.backends.reference import Backend, Keep
+from sbn_lightning.backends.base import Backend, Keep, Operands
 from sbn_lightning.backends.rows import row_maker
 from sbn_lightning.distributed.exchange import Exchange, Request
 from sbn_lightning.distributed.gradients import GradientScatter, group_for_gradients, stand_in
@@ -42,7 +42,7 @@ from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
 
 
-class PackedRows:
+class PackedRows(Backend):
     """A backend for a layer whose latent weight is sharded by rows.
 
     Args:
@@ -55,8 +55,10 @@ class PackedRows:
         unit: The layers that are whole only while their block computes; None if codes stay whole.
 
     Attributes:
-        together: The function that prepares many layers with one exchange. ``prepare_layers`` looks for it.
+        together: The function that prepares many layers with one exchange.
     """
+
+    leaf: Tensor
 
     def __init__(
         self,
@@ -69,6 +71,7 @@ class PackedRows:
     ) -> None:
         self.inner, self.cut, self.exchange, self.leaf, self.unit = inner, cut, exchange, leaf, unit
         self.scale_leaf = scale_leaf
+        self.takes_pairs, self.takes_quantized = inner.takes_pairs, inner.takes_quantized
         self.maker = row_maker(inner)
         self.together = exchange.prepare
 
@@ -76,17 +79,14 @@ class PackedRows:
     def name(self) -> str:
         return self.inner.name
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["inner"], name)
-
     @property
-    def seed(self) -> Tensor | None:
+    def seed(self) -> Tensor | None:  # type: ignore[override]
         """The inner backend's seed for stochastic rounding."""
-        return getattr(self.inner, "seed", None)
+        return self.inner.seed
 
     @seed.setter
-    def seed(self, seed: Tensor) -> None:
-        self.inner.seed = seed  # type: ignore[attr-defined]
+    def seed(self, seed: Tensor | None) -> None:
+        self.inner.seed = seed
 
     def rows(self, weight: Tensor) -> Tensor:
         """Return this rank's rows of a weight. The weight is either sharded or whole on every rank."""
@@ -117,7 +117,7 @@ class PackedRows:
             keep: How many weights a fresh mask keeps in a group, for all rows.
             sparsity: The options of the layer.
         """
-        [prepared] = self.together([(self, latent, mask_bits, keep, sparsity)])
+        [prepared] = self.exchange.prepare([(self, latent, mask_bits, keep, sparsity)])
         return prepared
 
     def take(self, request: Request, words: Tensor, whole: Tensor, row_scale: Tensor) -> Any:
@@ -139,28 +139,18 @@ class PackedRows:
         columns = request.latent.shape[1]
         return self.maker.assemble(whole, row_scale, mask_bits, request.keep, request.sparsity, columns)
 
-    def whole(self, prepared: Any) -> Any:
-        """The prepared weight with its codes, which ``packed_layer`` gives back between blocks."""
-        return prepared if self.unit is None else self._made_whole(prepared)
-
     def without_codes(self, prepared: Any) -> Any:
         """The prepared weight without its codes, if the products of the inner backend do not read the codes."""
-        drop = getattr(self.inner, "without_codes", None)
-        if drop is not None:
-            prepared = drop(prepared)
-            if self.unit is not None:
-                self.unit.replace(self, prepared)
+        prepared = self.inner.without_codes(prepared)
+        if self.unit is not None:
+            self.unit.replace(self, prepared)
         return prepared
 
     def with_codes(self, prepared: Any, in_features: int) -> Any:
-        """The prepared weight with its codes, which :meth:`without_codes` has dropped."""
-        if self.unit is not None:
-            return self._made_whole(prepared)
-        return self.inner.with_codes(prepared, in_features)  # type: ignore[attr-defined]
-
-    def _made_whole(self, prepared: Any) -> Any:
-        """The weight as its unit gathers it, with the scales that the layer has made of gamma."""
-        assert self.unit is not None
+        """The prepared weight with its codes: :meth:`without_codes` drops them, ``packed_layer`` between blocks."""
+        if self.unit is None:
+            return self.inner.with_codes(prepared, in_features)
+        # The unit knows gamma. The layer may have multiplied gamma by a learned factor.
         return self.unit.weight(self)._replace(row_scale=prepared.row_scale)
 
     def whole_latent(self, weight: Tensor) -> Tensor:
@@ -172,25 +162,33 @@ class PackedRows:
         """Multiply as the inner backend does. The layer gives its leaf in place of the latent weight."""
         return self.inner.linear(*operands, **options)
 
-    def gated(
-        self, x: Tensor, first: tuple[Any, ...], last: tuple[Any, ...], backend: PackedRows, *options: Any
-    ) -> Tensor | None:
-        """Compute this layer, a SwiGLU and another layer in one step; None if the inner backend does not."""
-        join = getattr(self.inner, "gated", None)
-        if join is None or type(backend.inner) is not type(self.inner):
-            return None
-        y: Tensor | None = join(x, first, last, backend.inner, *options)
-        return y
+    def joins_gated(self, backend: PackedRows) -> bool:
+        return type(backend.inner) is type(self.inner) and self.inner.joins_gated(backend.inner)
+
+    def gated(self, x: Tensor, first: Operands, last: Operands, backend: PackedRows, *options: Any) -> Tensor | None:
+        return self.inner.gated(x, first, last, backend.inner, *options)
 
     def gated_pair(
-        self, x: Tensor, layers: tuple[tuple[Any, ...], ...], backends: tuple[PackedRows, ...], dtype: torch.dtype
+        self, x: Tensor, layers: tuple[Operands, ...], backends: tuple[PackedRows, ...], dtype: torch.dtype
     ) -> Tensor | None:
-        """Compute gate, up, a SwiGLU and the last layer in one step; None if the inner backend does not."""
-        join = getattr(self.inner, "gated_pair", None)
-        if join is None or any(type(backend.inner) is not type(self.inner) for backend in backends):
+        if any(type(backend.inner) is not type(self.inner) for backend in backends):
             return None
-        y: Tensor | None = join(x, layers, tuple(backend.inner for backend in backends), dtype)
-        return y
+        return self.inner.gated_pair(x, layers, tuple(backend.inner for backend in backends), dtype)
+
+    def gated_product(self, gate_up: Tensor) -> Tensor | None:
+        return self.inner.gated_product(gate_up)
+
+    def joins_norm(self, x: Tensor, bits: int, norm: nn.Module) -> bool:
+        return self.inner.joins_norm(x, bits, norm)
+
+    def norm_and_quantize(self, *arguments: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        return self.inner.norm_and_quantize(*arguments)
+
+    def turns_heads(self, x: Tensor, cos: Tensor) -> bool:
+        return self.inner.turns_heads(x, cos)
+
+    def turned_heads(self, *arguments: Any) -> tuple[Tensor, ...]:
+        return self.inner.turned_heads(*arguments)
 
 
 def exchange_of(layers: Iterable[Any]) -> Exchange | None:

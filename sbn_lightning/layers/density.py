@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sbn_lightning.backends.reference import Keep
+from sbn_lightning.backends.base import Keep
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.sparsity.pattern import NMPattern
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sbn_lightning.backends.reference import TernaryWeight
 from sbn_lightning.layers.options import check_tokens, result_dtype
 from sbn_lightning.layers.packed import KERNEL_DTYPES, PackedTernaryLinear, packed_layer
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
@@ -263,13 +262,12 @@ class SparseBitExperts(SparseBitLinear):
             return self._by_expert
         whole = self._prepared
         parts = zip(*(part.chunk(self.experts) for part in (whole.codes, whole.row_scale, self.mask_bits)), strict=True)
-        from_codes = getattr(self.backend, "from_codes", None)
-        if from_codes is None:  # The reference, or a copy of it.
-            by_expert: list[Any] = [TernaryWeight(*part) for part in parts]
-        else:
-            own = _of_one(self.sparsity, self.experts)
-            with torch.inference_mode(False), torch.no_grad():
-                by_expert = [from_codes(*part, self._most_kept, own) for part in parts]
+        own = _of_one(self.sparsity, self.experts)
+        with torch.inference_mode(False), torch.no_grad():
+            by_expert = [
+                self.backend.from_codes(codes, row_scale, mask_bits, self._most_kept, own)
+                for codes, row_scale, mask_bits in parts
+            ]
         self._by_expert, self._experts_of = by_expert, (key, self.backend)
         return by_expert
 

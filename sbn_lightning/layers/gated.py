@@ -7,8 +7,6 @@ Gate and up in two layers become one layer in a compiled training step (:mod:`sb
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -34,8 +32,8 @@ def swiglu_between(
     if y is None:
         given = {} if quantized is None else {"quantized": quantized}
         gates = first(x, **given)
-        product = _product_of(last)
-        y = last(gates, swiglu=True) if product is None else last(product(gates))
+        product = _product(last, gates)
+        y = last(gates, swiglu=True) if product is None else last(product)
     return y
 
 
@@ -55,12 +53,11 @@ def swiglu_of_pair(gate: nn.Module, up: nn.Module, last: nn.Module, x: Tensor) -
     return last(gate(x), swiglu=up(x)) if y is None else y
 
 
-def _product_of(last: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """What computes ``silu(gate) * up`` before a layer that is partly rounded; None if the layer does so itself."""
+def _product(last: nn.Module, gate_up: Tensor) -> Tensor | None:
+    """``silu(gate) * up`` before a layer that is partly rounded; None if the layer computes the product itself."""
     if type(last) is not SparseBitLinear or not last.is_partly_rounded:
         return None
-    product: Callable[[Tensor], Tensor] | None = getattr(last.backend, "gated_product", None)
-    return product
+    return last.backend.gated_product(gate_up)
 
 
 def _can_join(layer: nn.Module) -> bool:
@@ -73,8 +70,7 @@ def _joined_pair(gate: nn.Module, up: nn.Module, last: nn.Module, x: Tensor) -> 
     if not in_compiled_training() or not all(_can_join(layer) for layer in layers) or not x.is_floating_point():
         return None
     backends = tuple(layer.backend for layer in layers)
-    # Looked up in the class: a wrapper that passes attributes on has other latent weights than the layer.
-    if not hasattr(type(gate.backend), "gated_pair") or len({type(backend) for backend in backends}) > 1:
+    if len({type(backend) for backend in backends}) > 1:
         return None
     if gate.bias is not None or up.bias is not None:
         return None
@@ -89,10 +85,13 @@ def _joined(first: nn.Module, last: nn.Module, x: Tensor, quantized: tuple[Tenso
     """The result in one step; None if the layers cannot be joined."""
     if not _can_join(first) or not _can_join(last) or not x.is_floating_point():
         return None
-    join = getattr(first.backend, "gated", None)
-    if join is None or type(last.backend) is not type(first.backend) or first.bias is not None:
+    if first.bias is not None or type(last.backend) is not type(first.backend):
+        return None
+    if not first.backend.joins_gated(last.backend):
         return None
     dtype = result_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor | None = join(x, first.for_gradients(), last.for_gradients(), last.backend, dtype, quantized)
+        y: Tensor | None = first.backend.gated(
+            x, first.for_gradients(), last.for_gradients(), last.backend, dtype, quantized
+        )
         return y if y is None or last.bias is None else y + last.bias.to(y.dtype)

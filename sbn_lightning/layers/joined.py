@@ -152,8 +152,7 @@ def _together(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:
     backends = [layer.backend for layer in layers]
     if not x.is_floating_point() or any(layer.is_partly_rounded or is_hooked(layer) for layer in layers):
         return ()
-    # Looked up in the class: a wrapper that passes attributes on has other latent weights than the layer.
-    if not hasattr(type(backends[0]), "several") or len({type(backend) for backend in backends}) > 1:
+    if len({type(backend) for backend in backends}) > 1:
         return ()
     dtype = result_dtype(x)
     with torch.autocast(x.device.type, enabled=False):

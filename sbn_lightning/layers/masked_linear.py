@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
+from sbn_lightning.backends.base import Backend, Keep
+from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.density import check_density, kept_in_rows
 from sbn_lightning.layers.mask_tracker import (

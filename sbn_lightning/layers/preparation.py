@@ -69,7 +69,7 @@ def can_record(layer: Any) -> bool:
         and weight.requires_grad
         and not isinstance(weight, DTensor)
         and weight.get_device() == torch.cuda.current_device()
-        and getattr(layer.backend, "records", False)
+        and layer.backend.records
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
@@ -176,7 +176,7 @@ def prepare_all(model: nn.Module, layers: list[Any]) -> None:
     shared: dict[Callable[..., Iterable[Any]], list[Any]] = {}
     recorded: list[Any] = []
     for layer in layers:
-        together = getattr(layer.backend, "together", None)
+        together = layer.backend.together
         if together is not None:
             shared.setdefault(together, []).append(layer)
         elif can_record(layer):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sbn_lightning.backends.reference import REFERENCE, Backend, Keep
+from sbn_lightning.backends.base import Backend, Keep, Operands
+from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.joined import Readers, joined_result
 from sbn_lightning.layers.mask_tracker import MaskTracker, trust_weights, version
@@ -97,8 +98,7 @@ class SparseBitLinear(MaskedLinear):
 
         Args:
             wrap: A function that makes a backend from another one, for example a backend for a weight that is sharded
-                by rows. If the new backend has a method ``rows``, the layer calls ``rows(weight)`` and gives the result
-                to the backend in place of the whole latent weight.
+                by rows.
         """
         self._wrap_backend = wrap
         self.backend = self._backend
@@ -197,10 +197,7 @@ class SparseBitLinear(MaskedLinear):
     def _whole(self) -> Any:
         """Return the prepared weight, up to date. A backend whose codes are not whole at present makes them whole."""
         self.prepare()
-        if self._prepared.codes is None:
-            return self._backend.with_codes(self._prepared, self.in_features)  # type: ignore[attr-defined]
-        whole = getattr(self._backend, "whole", None)
-        return self._prepared if whole is None else whole(self._prepared)
+        return self._backend.with_codes(self._prepared, self.in_features)
 
     def watched(self) -> Iterator[tuple[MaskTracker, Tensor]]:
         yield from super().watched()
@@ -243,7 +240,7 @@ class SparseBitLinear(MaskedLinear):
             self._set_mask(prepared.mask_bits)
             if hasattr(prepared, "_replace"):
                 prepared = prepared._replace(mask_bits=self.mask_bits)  # One copy of the mask is enough.
-        if hasattr(self._backend, "without_codes") and not self.needs_codes:
+        if not self.needs_codes:
             prepared = self._backend.without_codes(prepared)
         self._prepared = prepared
         self._prepared_of = self._prepared_key()
@@ -290,7 +287,7 @@ class SparseBitLinear(MaskedLinear):
             self.prepare()
         return self._prepared, self.mask_bits
 
-    def for_gradients(self) -> tuple[Tensor, Any, Tensor | None, int | None]:
+    def for_gradients(self) -> Operands:
         """Return the latent weight, the prepared weight, the mask of the gradient, and the bits of a token."""
         prepared, mask_bits = self.operands()
         return self._leaf(prepared), prepared, self._gradient_mask(mask_bits), self.activation_bits
@@ -304,13 +301,11 @@ class SparseBitLinear(MaskedLinear):
         """
         # For a sharded weight the backend has leaves. A compiled block that read the weight would compare the whole
         # description of the sharding in each forward.
-        leaf = getattr(self._backend, "leaf", None)
-        leaf = self.weight if leaf is None else leaf
+        leaf = self.weight if self._backend.leaf is None else self._backend.leaf
         if self.learnable_scales and torch.is_grad_enabled():
-            scale = getattr(self._backend, "scale_leaf", None)
-            scale = self.log_scale if scale is None else scale
+            scale = self.log_scale if self._backend.scale_leaf is None else self._backend.scale_leaf
             leaf = ScaledWeight.apply(leaf, scale, prepared.codes, prepared.row_scale, self.split_sizes, share)
-        return cast(Tensor, leaf)
+        return leaf
 
     def _factor(self) -> Tensor:
         """Return the learned factor on gamma of each row, ``[out_features]``."""
@@ -339,8 +334,7 @@ class SparseBitLinear(MaskedLinear):
         if self._rounding is not None:
             weights, tokens = self._rounding
             mask = unpack_mask(mask_bits, self.in_features)
-            whole = getattr(self._backend, "whole_latent", None)
-            latent = self.weight if whole is None else whole(self.weight)
+            latent = self._backend.whole_latent(self.weight)
             effective = partly_rounded_weight(latent, mask, prepared.codes, prepared.row_scale, weights)
             x = apply_swiglu(x) if swiglu else x
             leaf = self._leaf(prepared, weights)
@@ -361,10 +355,10 @@ class SparseBitLinear(MaskedLinear):
         Args:
             whole: A tensor that has one row for each row of the weight. None takes the latent weight.
         """
-        rows = getattr(self._backend, "rows", None)
-        if rows is not None:
-            return cast(Tensor, rows(self.weight if whole is None else whole))
-        return self.latent() if whole is None else whole
+        if whole is None:
+            # A backend with a leaf has the rows of a weight that is sharded, so the weight is not gathered for it.
+            whole = self.latent() if self._backend.leaf is None else self.weight
+        return self._backend.rows(whole)
 
     def _dense_codes(self) -> Tensor:
         """The codes of all weights, as if nothing were masked. A kernel's own gamma may differ in its last bit."""

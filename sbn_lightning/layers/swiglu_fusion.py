@@ -72,7 +72,7 @@ def _empty(own: type[nn.Module]) -> nn.Module:
 
 def _takes_pair(layer: nn.Module) -> bool:
     """Whether a layer multiplies on a backend that takes gates and ups in two tensors."""
-    if type(layer) is not SparseBitLinear or not getattr(layer.backend, "takes_pairs", False):
+    if type(layer) is not SparseBitLinear or not layer.backend.takes_pairs:
         return False
     return getattr(layer, "_rounding", None) is None  # A partial rounding is computed in plain PyTorch.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.linear import make_linear
 from sbn_lightning.models.norm import RMSNorm
@@ -109,11 +110,10 @@ class Attention(nn.Module):
 
     def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """The queries, keys and values of all heads, queries and keys rotated by position, ``[B, heads, T, E]``."""
-        backend = getattr(self.qkv, "backend", None)
-        turns = getattr(backend, "turns_heads", None)
-        if turns is not None and self.qk_norm is None and self.has_positions and turns(qkv, cos):
-            turned: tuple[Tensor, ...] = backend.turned_heads(qkv, cos, sin, self.splits, self.head_size)  # type: ignore[union-attr]
-            return turned
+        if type(self.qkv) is SparseBitLinear and self.qk_norm is None and self.has_positions:
+            backend = self.qkv.backend
+            if backend.turns_heads(qkv, cos):
+                return backend.turned_heads(qkv, cos, sin, self.splits, self.head_size)
         q, k, v = qkv.split(self.splits, -1)
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)

@@ -100,9 +100,9 @@ class Block(nn.Module):
 def _normed(norm: RMSNorm, x: Tensor, residual: Tensor | None, layer: nn.Module | None) -> _Normed:
     """Add the residual, and norm the sum; also quantise it where a kernel does all of it for the layer after."""
     if type(layer) is SparseBitLinear and not layer.is_partly_rounded and not is_hooked(norm):
-        joins = getattr(layer.backend, "joins_norm", None)
-        if joins is not None and joins(x, layer.activation_bits, norm):
-            return _Normed(*layer.backend.norm_and_quantize(x, residual, norm, layer.activation_bits))  # type: ignore[attr-defined]
+        backend, bits = layer.backend, layer.activation_bits
+        if bits is not None and backend.joins_norm(x, bits, norm):
+            return _Normed(*backend.norm_and_quantize(x, residual, norm, bits))
     h = x if residual is None else x + residual
     return _Normed(h, norm(h), None)
 

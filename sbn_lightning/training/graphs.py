@@ -158,7 +158,7 @@ class _Shared:
                     if isinstance(target, Tensor):
                         copy(target, source)
                 layer._prepared = own  # type: ignore[assignment]
-            drawn, seed = getattr(layer.backend, "seed", None), self._seeds.get(i)
+            drawn, seed = layer.backend.seed, self._seeds.get(i)
             if drawn is not None and seed is None and hold:
                 seed = self._seeds[i] = drawn
             if drawn is not None and seed is not None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from sbn_lightning.backends.reference import Keep, ReferenceBackend, TernaryWeight
+from sbn_lightning.backends.base import Keep, TernaryWeight
+from sbn_lightning.backends.reference import ReferenceBackend
 from sbn_lightning.layers import preparation
 from sbn_lightning.layers.sparse_linear import SparseBitLinear, prepare_layers
 from sbn_lightning.sparsity.config import SparsityConfig
