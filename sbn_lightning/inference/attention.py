@@ -140,7 +140,7 @@ class RowAttention:
         places = self.before[:, None] + torch.arange(length, device=self.before.device)
         self.keys[self.rows[:, None], :, places] = k_BKTE.transpose(1, 2)
         self.values[self.rows[:, None], :, places] = v_BKTE.transpose(1, 2)
-        if self._has_kernel and window is None and (self.behind or length <= LONGEST_SHORT):
+        if self._has_kernel and window is None and (self.behind or len(k_BKTE) * length <= FEW_TOKENS):
             from sbn_kernels.prompt import attend
 
             return attend(q_BHTE, self.keys, self.values, self.rows, self.before).transpose(1, 2)

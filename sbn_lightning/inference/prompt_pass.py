@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sbn_lightning.backends.integer import KernelBackend
 from sbn_lightning.backends.products import multiply
-from sbn_lightning.inference.attention import LONGEST_SHORT, attend_to_cache, has_kernel
+from sbn_lightning.inference.attention import FEW_TOKENS, attend_to_cache, has_kernel
 from sbn_lightning.inference.gather import outside_of_the_family
 from sbn_lightning.layers.options import is_hooked
 from sbn_lightning.layers.packed import PackedTernaryLinear
@@ -191,7 +191,7 @@ class PromptPass:
         model, config = self._model, self._model.config
         batch, length = tokens_BT.shape
         splits = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
-        own = has_kernel(caches[0][0]) and (start != 0 or length <= LONGEST_SHORT)
+        own = has_kernel(caches[0][0]) and (start != 0 or batch * length <= FEW_TOKENS)
         x = model.embed(tokens_BT).flatten(0, 1)
         delta: Tensor | _Sums | None = None
         block: Any
