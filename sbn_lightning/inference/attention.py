@@ -22,9 +22,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from sbn_lightning.models.attention import causal_attention, in_window
 
-LONGEST_SHORT = (
-    1024  # Up to this many tokens, ``attend`` of sbn_kernels is faster than torch's causal kernel on an H200.
-)
+# Up to this many tokens of all prompts, ``attend`` of sbn_kernels is faster than torch's causal kernel on an H200.
+FEW_TOKENS = 2048
 
 
 class PromptAttention:
