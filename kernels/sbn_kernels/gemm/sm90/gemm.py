@@ -72,7 +72,8 @@ def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
 def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int, int]:
     """(Tokens of an epilogue chunk, its buffers, stages of the ring) that fit shared memory for a token tile."""
     chunk = min(tile, 32)
-    buffers = 4 if out_itemsize == 2 else 2
+    # The chunks of a tile fill the buffers a whole number of times, so that each store is the oldest one of its buffer.
+    buffers = min(tile // chunk, 4 if out_itemsize == 2 else 2)
     epilogue = buffers * chunk * PANEL * out_itemsize
     return chunk, buffers, min(8, (_SHARED_BYTES - epilogue) // (tile * K_STEP + 4 * BLOCK_WORDS))
 
