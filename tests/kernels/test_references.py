@@ -80,3 +80,16 @@ def test_products(layout: str) -> None:
     assert torch.equal(y, gemm_reference(x8, scale, codes, row_scale, bias))
     exact = (x8.long() @ codes.long().t()).double() * scale.double()[:, None] * row_scale.double() + bias.double()
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("tile", [256, 128, 64, 32, 16])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_tile_fills_the_buffers_of_its_epilogue_evenly(tile: int, size: int) -> None:
+    """A store may be on its way for each buffer but the one that is written, so the oldest must be that one's."""
+    pytest.importorskip("triton")
+    from sbn_kernels.gemm.sm90.gemm import launch_shape
+
+    chunk, buffers, stages = launch_shape(tile, size)
+    assert tile % (chunk * buffers) == 0
+    assert stages >= 4
+    assert stages * (128 * tile + 4096) + 2 * buffers * chunk * 64 * size <= 232448 - 2048
