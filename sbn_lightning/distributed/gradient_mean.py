@@ -24,11 +24,18 @@ COPIES = 2**28  # The bytes of copies that may be in memory at a time.
 
 
 class _Group:
-    """Gradients that are sent together: the names of the parameters, and what the backward has computed of them."""
+    """Gradients that are sent together.
+
+    Attributes:
+        names: The names of the parameters.
+        gradients: What the backward has computed so far.
+        was_sent: Whether this backward has sent the gradients.
+    """
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.gradients: dict[str, Tensor] = {}
+        self.was_sent = False
 
     @property
     def is_ready(self) -> bool:
@@ -45,6 +52,8 @@ class _Sent(NamedTuple):
 
 class GradientMean(BackwardCollectives):
     """Averages the gradients of a model over the ranks, in each backward in which ``hold`` is False.
+
+    Each trained parameter must get one gradient in such a backward.
 
     Args:
         model: The model. Its frozen parameters are left out.
@@ -85,14 +94,37 @@ class GradientMean(BackwardCollectives):
         self._sent.clear()
         for group in self._groups:
             group.gradients.clear()
+            group.was_sent = False
         self._next = 0
         self._end()
+
+    def check(self) -> None:
+        """Refuse a backward that has not reached all parameters.
+
+        Raises:
+            ConfigError: If a parameter got no gradient. The message names it.
+        """
+        if not any(group.was_sent or group.gradients for group in self._groups):
+            return
+        missing = [n for group in self._groups if not group.was_sent for n in group.names if n not in group.gradients]
+        self.reset()
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ConfigError(
+            f"{names} took no part in the loss: freeze parameters that are not used, or set "
+            "find_unused_parameters=true in the strategy"
+        )
 
     def _hook(self, name: str, group: _Group) -> Callable[[Tensor], None]:
         def ready(parameter: Tensor) -> None:
             if self.hold:
                 return
             self._begin()
+            if group.was_sent or name in group.gradients:
+                self.reset()
+                raise ConfigError(
+                    f"{name} got a gradient again before all parameters had one: set find_unused_parameters=true or "
+                    "static_graph=true in the strategy"
+                )
             assert parameter.grad is not None
             group.gradients[name] = parameter.grad
             while self._next < len(self._groups) and self._groups[self._next].is_ready:
@@ -104,6 +136,7 @@ class GradientMean(BackwardCollectives):
     def _send(self, group: _Group) -> None:
         gradients = [group.gradients[name] for name in group.names]
         group.gradients.clear()
+        group.was_sent = True
         tensor = gradients[0]
         if len(gradients) > 1 or tensor.dtype != self.dtype or not tensor.is_contiguous():
             tensor = torch.cat([gradient.to(self.dtype).reshape(-1) for gradient in gradients])
@@ -125,13 +158,8 @@ class GradientMean(BackwardCollectives):
                 torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
     def _finish(self) -> None:
-        missing = [n for group in self._groups[self._next :] for n in group.names if n not in group.gradients]
-        if not missing:
-            self._wait(-1)
-        self.reset()
-        if missing:
-            names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise ConfigError(
-                f"{names} took no part in the loss: freeze parameters that are not used, or set "
-                "find_unused_parameters=true in the strategy"
-            )
+        # A reentrant checkpoint has a backward of its own, with an end of its own.
+        self._wait(-1)
+        self._end()
+        if self._next == len(self._groups):
+            self.reset()

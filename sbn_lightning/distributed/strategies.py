@@ -362,7 +362,9 @@ class ReplicatedStrategy(_Together, DDPStrategy):
                 if self._mean is not None:
                     self._mean.reset()
                 raise
-            return result
+        if self._mean is not None:
+            self._mean.check()
+        return result
 
 
 def _equal_on_all_ranks(model: Module) -> None:

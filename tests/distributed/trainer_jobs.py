@@ -121,6 +121,7 @@ def mean(folder: Path) -> None:
     from copy import deepcopy
 
     from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.checkpoint import checkpoint
 
     from sbn_lightning import TernaryTransformer
     from sbn_lightning.core.errors import ConfigError
@@ -157,13 +158,31 @@ def mean(folder: Path) -> None:
                 held = partial(mock.patch.object, averages, "hold", True)
                 for mine, other in zip(gradients(made, held), expected, strict=True):
                     assert (mine - other).norm() <= bound * other.norm()
-    with pytest.raises(ConfigError, match=r"blocks\.1\.mlp\.down\.weight.*, \.\.\. took no part in the loss"):
-        made.embed(batches[0]).sum().backward()
-    averages.reset()
-    gradients(made, held)  # The error has left nothing behind.
-    averages.detach()
-    made.zero_grad()
     made.embed(batches[0]).sum().backward()
+    with pytest.raises(ConfigError, match=r"blocks\.1\.mlp\.down\.weight.*, \.\.\. took no part in the loss"):
+        averages.check()
+    gradients(made, held)  # The error has left nothing behind.
+    averages.check()
+    made.embed(batches[0]).sum().backward()
+    with pytest.raises(ConfigError, match=r"embed\.weight got a gradient again before all parameters had one"):
+        made.embed(batches[0]).sum().backward()
+    averages.detach()
+    made.embed(batches[0]).sum().backward()
+    averages.check()
+    # A reentrant checkpoint has a backward of its own within the backward.
+    layers, found = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), []
+    for run in (lambda layer, x: layer(x), partial(checkpoint, use_reentrant=True)):
+        layers.zero_grad()
+        with mock.patch.object(gradient_mean, "ALONE", 1):
+            averages = GradientMean(layers, group)
+        x = batches[0, :, :4].float().requires_grad_()
+        for layer in layers:
+            x = run(layer, x)
+        x.square().mean().backward()
+        averages.check()
+        averages.detach()
+        found.append([parameter.grad for parameter in layers.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     torch.distributed.destroy_process_group()
 
 
