@@ -58,8 +58,8 @@ def main() -> Iterator[Trial]:
     yield from trials("2M", 10, [1, 2, 3], ("8:8", "2:4", "decay"))
     yield from trials("5M", 10, [1])
     # These come next.
-    yield from trials("5M", 40, [1], PAIR, ("ternary",))
     yield from trials("15M", 10, [2], PAIR)
+    yield from trials("5M", 40, [1], PAIR, ("ternary",))
     yield from trials("5M", 10, [2], PAIR)
     yield from ideas(1)
     yield from trials("5M", 40, [1], PAIR, ("bf16",))
