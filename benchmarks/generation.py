@@ -5,8 +5,9 @@
 The weights are random, the shapes are those of Qwen2.5. Every variant runs the loop of ``sbn generate``: blocks
 compiled by ``torch.compile``, anew for each batch; a static cache; a decode step that is one CUDA graph with the choice
 of the token. A single prompt is read as a :class:`Generator` reads it, from a CUDA graph of its bucket; up to eight
-prompts together are read from a graph, too. "one kernel" decodes with the persistent step, up to 16 sequences; "8-bit
-head" has the rows of the head rounded.
+prompts together are read from a graph, too. On a Hopper GPU short prompts have the attention of ``sbn_kernels.prompt``,
+those of "bf16 dense" as well. "one kernel" decodes with the persistent step, up to 16 sequences; "8-bit head" has the
+rows of the head rounded.
 ``transformers generate`` is Hugging Face's, in bfloat16 with its default attention and cache, not compiled: what users
 run otherwise. Its prefill is the forward of the model as ``generate`` calls it. ``transformers generate, static cache,
 compiled`` is its fastest form: ``cache_implementation="static"``, with which it compiles its decode step itself.
