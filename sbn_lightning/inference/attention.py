@@ -127,7 +127,8 @@ class RowAttention:
         values: The values of the layer, ``[B, K, S, E]``.
         rows: The row of each prompt, int64 ``[prompts]`` on the device of the cache.
         before: The number of tokens that each row holds already, int64 ``[prompts]`` on the device of the cache.
-        behind: Whether these numbers may be above 0. If so, :func:`has_kernel` has to be true for the keys.
+        behind: Whether these numbers may be above 0. If so, :func:`has_kernel` has to be true for the keys, and the
+            layer has no window.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, before: Tensor, behind: bool) -> None:
@@ -139,7 +140,8 @@ class RowAttention:
         places = self.before[:, None] + torch.arange(length, device=self.before.device)
         self.keys[self.rows[:, None], :, places] = k_BKTE.transpose(1, 2)
         self.values[self.rows[:, None], :, places] = v_BKTE.transpose(1, 2)
-        if self._has_kernel and window is None and (self.behind or len(k_BKTE) * length <= FEW_TOKENS):
+        if self.behind or (self._has_kernel and window is None and len(k_BKTE) * length <= FEW_TOKENS):
+            assert window is None
             from sbn_kernels.prompt import attend
 
             return attend(q_BHTE, self.keys, self.values, self.rows, self.before).transpose(1, 2)

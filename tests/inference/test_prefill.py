@@ -136,8 +136,6 @@ def test_a_part_of_a_prompt_in_a_graph_stands_behind_the_tokens_of_its_row(model
     for decoder in (padded, plain):
         decoder.prefill([tokens_of(20, 6), prompt[:30]])
     graphs = PromptGraphs(model, padded._layers, None, cuda_graph=False)
-    for attention in graphs._attend_of(Kind(1, 64, True)):
-        attention._has_kernel = True
     with torch.no_grad(), patched_attend():
         for start in (30, 17):
             logits = graphs.read(prompt[start : start + 40], 1, 64, start)
