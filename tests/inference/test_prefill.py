@@ -9,7 +9,7 @@ from sbn_kernels import prompt as prompt_kernels
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference import Decoder, generate
 from sbn_lightning.inference.attention import has_kernel
-from sbn_lightning.inference.buckets import Kind, PromptGraphs, bucket_of, to_device
+from sbn_lightning.inference.buckets import PromptGraphs, bucket_of, to_device
 from sbn_lightning.layers.packed import pack_layers
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
