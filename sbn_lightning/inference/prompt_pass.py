@@ -211,8 +211,8 @@ class PromptPass:
             else:
                 attended = causal_attention(*parts)
             attended = attended.transpose(1, 2).reshape(batch * length, -1)
-            delta = _product_or_sums(attention.o, *quantize_tokens(attended))
-            x, x8, scale = _add_and_normalize(x, delta, block.mlp_norm.weight, config.norm_eps)
+            added = _product(attention.o, *quantize_tokens(attended))
+            x, x8, scale = _add_and_normalize(x, added, block.mlp_norm.weight, config.norm_eps)
             delta = _product_or_sums(mlp.down, *swiglu_quantize(_product(mlp.gate_up, x8, scale)))
         ends = torch.arange(batch, device=last_B.device) * length + last_B
         hidden = x.index_select(0, ends)

@@ -4,7 +4,9 @@ A prompt of 512 tokens runs hundreds of kernels of a few microseconds each, and 
 about one more. A kernel that is launched early is set up in that time, and then waits in the device.
 
 A kernel calls ``begin`` before it reads or writes global memory. ``begin`` lets the next kernel be set up, and waits
-until the kernel before this one has ended and all its results can be seen. Every program has to wait, also one without
+until the kernel before this one has ended and all its results can be seen. A kernel that runs for long calls ``wait``
+at its begin and ``announce`` near its end: programs of the next kernel that are set up sooner crowd on multiprocessors
+that this one leaves free. Every program has to wait, also one without
 work: the end of a kernel must mean that all kernels before it have ended.
 
 The Hopper product (:mod:`sbn_kernels.gemm.sm90.kernels`) waits in each of its roles. Before the wait it reads only
@@ -23,7 +25,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def begin(EARLY: tl.constexpr):
-    """Wait for the kernels before this one, if this one was launched early."""
+    """Let the next kernel be set up and wait for the kernels before this one, if this one was launched early."""
+    announce(EARLY)
+    wait(EARLY)
+
+
+@triton.jit
+def announce(EARLY: tl.constexpr):
+    """Let the next kernel be set up once all programs have come here."""
     if EARLY:
         gdc_launch_dependents()
+
+
+@triton.jit
+def wait(EARLY: tl.constexpr):
+    """Wait for the kernels before this one."""
+    if EARLY:
         gdc_wait()
