@@ -121,7 +121,8 @@ ALL = (
         "bf16 in the same loop and the same run. A row can hold cells of different runs, so compare a cell with its "
         "own ratio and not with the bf16 cell beside it. One prompt and four prompts are read from a CUDA graph, "
         "and 16 prompts of the 1.5B by fused kernels without one. Other prefill of 16 and 64 prompts, and of 6:8 at "
-        "0.5B and 3B, was measured before there were such graphs and before prompts had fused kernels. "
+        "0.5B and 3B, was measured before there were such graphs and before prompts had fused kernels. Rows of 29 "
+        "November, 07:39 and later, have the attention kernel for short prompts, also those of bf16 dense. "
         '"one kernel" is the persistent decode step. An empty cell was not measured.',
         summarize,
     ),
