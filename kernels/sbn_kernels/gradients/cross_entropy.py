@@ -30,7 +30,7 @@ _log_sum = Launcher(log_sum_kernel, enable_fp_fusion=True)
 # The two kernels compute the gradient alike, so a maximum is never below a value that is rounded.
 _maxima = Launcher(cross_entropy_maxima_kernel, enable_fp_fusion=False)
 _scales = Launcher(gradient_scales_kernel, enable_fp_fusion=True)
-# 128 registers: two programs of eight warps fit a multiprocessor; with the 130 that the compiler would take, one
+# 128 registers: four programs of four warps fit a multiprocessor; with the 130 that the compiler would take, three
 _round = Launcher(cross_entropy_round_kernel, enable_fp_fusion=False, maxnreg=128)
 
 
@@ -50,23 +50,24 @@ def _cross_entropy_rounded(
     of_tokens = (logits, class_scale, target, log_sum)
     stride = logits.stride(0)
     block = min(4096, next_power_of_2(classes))
-    _log_sum((rows, 1, 1), (*of_tokens, loss), (classes, stride), (block,), min(8, max(1, block // 512)))
-    block_rows, block_columns = 8, 256
+    _log_sum((rows, 1, 1), (*of_tokens, loss), (classes, stride), (block,), min(4, max(1, block // 1024)))
+    block_rows, block_columns = 8, 512
     strips, spans, span = maxima_grid(logits, block_rows, ceil_div(classes, block_columns))
     _maxima(
         (strips, spans, 1),
         (*of_tokens, token_scale, factors, maxima),
         (rows, classes, stride, first_channel, span),
         (block_rows, block_columns),
+        8,
     )
     _scales((ceil_div(len(maxima), 1024), 1, 1), (maxima, sa, sb), (rows, classes, first_channel), (1024,))
-    octets, block_columns = 16, 64
+    octets, block_columns = 8, 64
     _round(
         (ceil_div(rows, 8 * octets) * ceil_div(classes, block_columns), 1, 1),
         (*of_tokens, token_scale, factors, maxima, seed, a, b),
         (rows, classes, stride, a.stride(0), b.stride(0), first_channel, stream),
         (octets, block_columns, not interpreting()),
-        8,
+        4,
     )
     return loss, *outputs
 
