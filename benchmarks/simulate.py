@@ -154,10 +154,10 @@ bandwidth, the latencies of rings, and what a backward hides. [Several GPUs](sca
 
 {check_table()}
 
-One number was fitted, to three rows of ours of the day before. The rows of ours are from before kernels beside collectives
-dealt out single tiles. With one micro-batch DDP is slower than the model. The model knows nothing of the host, which
-limited several runs on these machines, above all of small models. BF16 at 1.5B is slower than the model, perhaps because
-its matrix products do not make room for collectives.
+One number was fitted, to three rows of ours of the day before. The rows of ours are from before kernels beside
+collectives dealt out single tiles. With one micro-batch DDP is slower than the model. The model knows nothing of the
+host, which limited several runs on these machines, above all of small models. BF16 at 1.5B is slower than the model,
+perhaps because its matrix products do not make room for collectives.
 
 ## Scaling: throughput over that of one GPU times the number of GPUs
 
