@@ -1,10 +1,10 @@
 """The ternary layers around a SwiGLU as one function of autograd, for int8 gradients.
 
 ``y = last(silu(gate) * up)`` with ``gate, up = first(x)``. The forward and the gradients are those of the two layers
-(:mod:`sbn_lightning.backends.integer`), bit for bit. Joined, the first layer need not look for the maxima of its
-``dy``: the SwiGLU's backward, which writes ``dy``, finds them (:mod:`sbn_kernels.swiglu.rounded`). That ``dy`` is the
-widest tensor of a block. Gates and ups that come from two layers, as in models of others, come from a joined layer here
-(:mod:`sbn_lightning.backends.joined`).
+(:mod:`sbn_lightning.backends.integer`), bit for bit. ``dy``, the gradient of gates and ups, is the widest tensor of a
+block. The SwiGLU's backward writes ``dy`` and also finds its maxima (:mod:`sbn_kernels.swiglu.rounded`), so no kernel
+has to read ``dy`` for them. In models that others wrote, gates and ups come from two layers. Here these two are joined
+first (:mod:`sbn_lightning.backends.joined`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Several ternary layers that read the same tokens, as one layer.
 
-Models of others have a layer each for q, k and v, and for gate and up. The rows of the joined layer are those of the
-single layers, one layer after the other. One product takes less time than several small ones, and the gradient of the
-tokens is one product, too, instead of a sum of several.
+Models that others wrote have one layer for q, one for k and one for v, and one each for gate and up. The rows of the
+joined layer are those of the single layers, one layer after the other. One product takes less time than several small
+ones, and the gradient of the tokens is one product, too, instead of a sum of several products.
 
 The forward has the bits of the single layers. In the backward the joined layer is what a fused layer of our own models
 is. Its gradients are rounded with one scale a token for the gradients of all results, where single layers have a scale

@@ -25,8 +25,8 @@ class MaskRefresh(StepCallback):
         freeze_after: The optimiser step after which masks stay as they are. From then on only the weights that the mask
             keeps get gradients.
         stale_gradient: The gradient of masked weights while the mask is older than the weights. ``"masked"`` gives
-            none, which is safe. ``"dense"`` gives the straight-through gradient of the paper, which ruins training at
-            an interval above 1.
+            none, which is safe. ``"dense"`` gives the straight-through gradient of the paper, which cost 0.18 to 0.34
+            nats at an interval of 10.
 
     Raises:
         ConfigError: If a value is out of range, and when training starts if the model has no masked layer.

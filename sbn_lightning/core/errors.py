@@ -1,4 +1,4 @@
-"""The exceptions that this package raises on purpose.
+"""The exceptions for what a user can mend: options, data and files.
 
 Each message is one line: what is wrong, where, and the way out. The command line prints the message without a
 traceback. A library user can catch the built-in exception that each class derives from.
@@ -6,7 +6,7 @@ traceback. A library user can catch the built-in exception that each class deriv
 
 
 class SBNError(Exception):
-    """The base class of every error that this package raises on purpose."""
+    """The base class of these errors. Kernels raise others, for example ``ValueError`` for a wrong shape."""
 
 
 class ConfigError(SBNError, ValueError):

@@ -116,10 +116,11 @@ def use_kernels(
     device: torch.device | str | None = None,
     *,
     backend: BackendName = "auto",
-    gradients: Literal["bf16", "int8"] = "bf16",
+    gradients: Literal["bf16", "int8", "int8-dx", "int8-dw"] = "bf16",
     dtype: torch.dtype | None = None,
     tokens: int = 8192,
     seed: int = 0,
+    saved_gates: Literal["full", "int8"] = "full",
     join_layers: bool = True,
 ) -> str:
     """Choose what each ternary layer of a model computes with.
@@ -133,10 +134,12 @@ def use_kernels(
         backend: ``"auto"`` measures on a GPU and takes the reference elsewhere. ``"sparse"`` is for sparse tensor
             cores (2:4 only), ``"int8"`` for dense int8 tensor cores, ``"reference"`` for plain PyTorch.
         gradients: ``"bf16"`` for exact straight-through gradients. ``"int8"`` rounds the gradient of each output
-            stochastically to int8 and runs the backward on int8 tensor cores.
+            stochastically to int8 and runs the backward on int8 tensor cores. ``"int8-dx"`` does so for the gradient of
+            the tokens alone, and ``"int8-dw"`` for the gradient of the weight alone.
         dtype: The dtype in which layers get their tokens. None means bfloat16 on a GPU and float32 elsewhere.
         tokens: The number of tokens that the timing run uses.
-        seed: The seed of the stochastic rounding of ``gradients="int8"``.
+        seed: The seed of the stochastic rounding.
+        saved_gates: How the gates and ups of a SwiGLU are saved for the backward: ``"full"``, or as codes (``"int8"``).
         join_layers: Whether a compiled training step computes layers that read the same tokens as one product. The
             forward has the same bits either way.
 
@@ -146,10 +149,16 @@ def use_kernels(
     Raises:
         ConfigError: If the model has no ternary layer, or a backend that was asked for cannot run here.
     """
-    if backend not in BACKENDS or gradients not in ("bf16", "int8"):
-        raise ConfigError(f"use_kernels: backend={backend!r} with gradients={gradients!r} is not known")
-    if gradients == "int8" and backend == "reference":
-        raise ConfigError('use_kernels: gradients="int8" need integer tensor cores: use backend="auto"')
+    for option, value, known in (
+        ("backend", backend, BACKENDS),
+        ("gradients", gradients, ("bf16", "int8", "int8-dx", "int8-dw")),
+        ("saved_gates", saved_gates, ("full", "int8")),
+    ):
+        if value not in known:
+            raise ConfigError(f"use_kernels: {option}={value!r} is not one of {', '.join(known)}")
+    if backend == "reference" and (gradients != "bf16" or saved_gates != "full"):
+        option = f'gradients="{gradients}"' if gradients != "bf16" else 'saved_gates="int8"'
+        raise ConfigError(f'use_kernels: {option} needs integer tensor cores: use backend="auto"')
     if device is not None:
         model.to(device)
     packed = [module for module in model.modules() if isinstance(module, PackedTernaryLinear)]
@@ -170,14 +179,14 @@ def use_kernels(
     if not layers:
         return f"{len(packed)} packed layers: backend {packed[0].backend}"
     for name, layer in layers.items():
-        layer.backend = choices[name].make(gradients, joins=join_layers)
-    if gradients == "int8":
+        layer.backend = choices[name].make(gradients, saved_gates == "int8", join_layers)
+    if gradients != "bf16":
         _seed_hooks[model] = model.register_forward_pre_hook(_SeedEachPass(seed))
     return table(layers, choices)
 
 
 class _SeedEachPass:
-    """Give each layer a fresh seed before each forward that needs gradients, as int8 gradients require.
+    """Give each layer a fresh seed before each forward that needs gradients, as rounded gradients require.
 
     Ranks of a distributed run draw different seeds. With equal seeds their rounding errors would be equal too, and
     averaging the gradients would not reduce them.

@@ -8,10 +8,10 @@ its result. So a wrong guess from names costs time in the first step, and a laye
 zeros there.
 
 This happens only inside ``torch.compile``, in training, and where the backend can join layers
-(:mod:`sbn_lightning.backends.joined`). Layers stay apart in a checkpoint inside of a compiled model. Whether a step is
-compiled does not change during a run. So a run that resumes has the bits of one that went on. The exception is a model
-with a wrong guess, for example with attention between two texts. A resumed run makes the guess again, and rounds int8
-gradients of its first step with other draws.
+(:mod:`sbn_lightning.backends.joined`). Layers stay apart under activation checkpointing inside of a compiled model.
+Whether a step is compiled does not change during a run. So a run that resumes has the bits of one that went on. The
+exception is a model with a wrong guess, for example with attention between two texts. A resumed run makes the guess
+again, and rounds int8 gradients of its first step with other draws.
 """
 
 from __future__ import annotations

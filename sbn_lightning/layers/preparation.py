@@ -32,9 +32,9 @@ Due = list[tuple[Any, tuple[Any, ...]]]
 
 Replay = Callable[[], None]
 
-SOON = 3  # A state is recorded if one of so many preparations before had it, so that its kernels are compiled.
+SOON = 3  # A state is recorded if one of the last three preparations had it. Its kernels are compiled then.
 MOST_AT_A_TIME = 2  # A run whose masks are held for some steps has two states.
-SETTLED = 3  # A model whose masks are refreshed in each step is recorded in this preparation.
+SETTLED = 3  # A model whose masks are refreshed in each step is recorded in its third preparation.
 MOST = 8  # A run whose states keep changing is not worth more recordings.
 
 

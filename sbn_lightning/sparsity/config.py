@@ -30,7 +30,7 @@ class SparsityOptions:
         pattern: The pattern "N:M": in each group of M weights at most N are not zero. Quote the pattern in YAML.
         activation_bits: The number of bits of a quantised token: 8, 4, or null to leave tokens as they are.
         mask_source: What ranks the weights of a group: the ``"latent"`` weights, or their ``"ternary"`` codes. Ranking
-            by codes is an ablation of the paper, and clearly worse.
+            by codes is an ablation of the paper. It cost 6 % of perplexity at 2:4 and nothing beyond noise at 6:8.
         gradient: Which weights get the straight-through gradient: all of them (``"dense"``), or only the weights that
             the mask keeps (``"masked"``).
         gamma_over: The weights whose mean magnitude is gamma. ``"dense"``: all weights, as in the paper. ``"kept"``:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from sbn_lightning.backends.selection import Choice
 from sbn_lightning.core.errors import ConfigError, DataError
-from sbn_lightning.integrations import load_sparse, revert, save_sparse, use_kernels
+from sbn_lightning.integrations import load_sparse, pytorch, revert, save_sparse, use_kernels
 from sbn_lightning.integrations.folder import conversion_options, describe
 from sbn_lightning.integrations.pytorch import convert, convert_by_name
 from sbn_lightning.layers.packed import PackedTernaryLinear
@@ -144,12 +145,29 @@ def test_kernels_by_one_call_and_back():
     assert mixed[1].backend == "auto"  # A refused choice leaves every layer as it was.
     with pytest.raises(ConfigError, match="call convert"):
         use_kernels(Net())
-    with pytest.raises(ConfigError, match="need integer tensor cores"):
-        use_kernels(model, backend="reference", gradients="int8")
+    for options, message in (
+        ({"backend": "reference", "gradients": "int8-dx"}, 'gradients="int8-dx" needs integer tensor cores'),
+        ({"backend": "reference", "saved_gates": "int8"}, 'saved_gates="int8" needs integer tensor cores'),
+        ({"gradients": "fp8"}, "gradients='fp8' is not one of bf16, int8, int8-dx, int8-dw"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            use_kernels(model, **options)
     effective = model.qkv.effective_weight()
     assert revert(model) == ["qkv", "up"]
     assert type(model.qkv) is nn.Linear
     assert torch.equal(model.qkv.weight, effective)
+
+
+def test_kernels_get_the_modes_of_the_precision_plugin(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(pytorch, "choose", lambda layers, *rest: dict.fromkeys(layers, Choice("int8", "portable", "")))
+    model = net()
+    use_kernels(model, gradients="int8-dx", saved_gates="int8", join_layers=False)
+    backend = model.qkv.backend
+    assert (backend.gradients, backend.saved_gates, backend.joins) == ("int8-dx", True, False)
+    assert model._forward_pre_hooks  # Rounding needs a seed for each pass.
+    use_kernels(model)
+    assert not model._forward_pre_hooks
 
 
 def test_convert_is_public_and_survives_the_import_of_its_old_module():
