@@ -310,8 +310,10 @@ class SparseBitLinear(MaskedLinear):
     def _factor(self) -> Tensor:
         """Return the learned factor on gamma of each row, ``[out_features]``."""
         scale = self.log_scale.detach()
-        # Under FSDP2 every rank has all scales.
-        scale = scale.to_local() if isinstance(scale, DTensor) else scale
+        if isinstance(scale, DTensor):
+            # With packed codes every rank has all scales. With gather="latent" FSDP2 cuts them, and all ranks gather.
+            whole = all(placement.is_replicate() for placement in scale.placements)
+            scale = scale.to_local() if whole else scale.full_tensor()
         return factor_of_rows(scale, self.split_sizes, self.out_features)
 
     def _with_learned_scale(self, prepared: Any) -> Any:

@@ -259,8 +259,7 @@ def check_scales(ranks: int) -> None:
         for (name, layer), other in zip(ternary_layers(made).items(), ternary_layers(alone).values(), strict=True):
             assert other.log_scale.abs().min() > 0, name
             torch.testing.assert_close(layer.log_scale.full_tensor(), other.log_scale, rtol=1e-4, atol=1e-6, msg=name)
-            if gather != "latent":
-                torch.testing.assert_close(layer.ternary()[1], other.ternary()[1], rtol=1e-4, atol=0, msg=name)
+            torch.testing.assert_close(layer.ternary()[1], other.ternary()[1], rtol=1e-4, atol=0, msg=name)
 
 
 def check_codes(ranks: int) -> None:
