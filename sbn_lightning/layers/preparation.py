@@ -20,15 +20,28 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-Due = list[tuple[Any, tuple[Any, ...]]]
-"""Layers whose weights must be prepared, each with the arguments of ``Backend.prepare``."""
+from sbn_lightning.backends.base import Keep
+from sbn_lightning.sparsity.config import SparsityConfig
+
+
+class Asked(NamedTuple):
+    """The arguments of ``Backend.prepare`` for one weight; ``mask_bits`` is None if the mask must be made, too."""
+
+    latent: Tensor
+    mask_bits: Tensor | None
+    keep: Keep
+    sparsity: SparsityConfig
+
+
+Due = list[tuple[Any, Asked]]
+"""Layers whose weights must be prepared."""
 
 Replay = Callable[[], None]
 
@@ -132,7 +145,7 @@ class _Recording:
     """
 
     def __init__(self, due: Due) -> None:
-        self._alive = [(layer.backend, request[3]) for layer, request in due]
+        self._alive = [(layer.backend, request.sparsity) for layer, request in due]
         made: list[Any] = []
 
         def prepare() -> None:
@@ -152,7 +165,7 @@ class _Recording:
             layer.take_written(request, prepared)
 
 
-def _state_of(layer: Any, request: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _state_of(layer: Any, request: Asked) -> tuple[Any, ...] | None:
     """What decides which kernels run on which addresses; None if a tensor is made anew for each preparation."""
     latent, mask_bits, keep, sparsity = request
     if not isinstance(keep, int) or latent.data_ptr() != layer.weight.data_ptr():

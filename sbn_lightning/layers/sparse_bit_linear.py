@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sbn_lightning.backends.base import Backend, Keep, Operands
+from sbn_lightning.backends.base import Backend, Operands
 from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.joined import Readers, joined_result
 from sbn_lightning.layers.mask_tracker import MaskTracker, trust_weights, version
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.layers.options import config_option
-from sbn_lightning.layers.preparation import forget_recordings
+from sbn_lightning.layers.preparation import Asked, forget_recordings
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.learned_scale import ScaledWeight, factor_of_rows
 from sbn_lightning.sparsity.partial_rounding import partly_rounded_linear, partly_rounded_weight
@@ -215,7 +215,7 @@ class SparseBitLinear(MaskedLinear):
             if request is not None:
                 self.take(request, self._backend.prepare(*request))
 
-    def due(self) -> tuple[Tensor, Tensor | None, Keep, SparsityConfig] | None:
+    def due(self) -> Asked | None:
         """Return the arguments of ``Backend.prepare`` if the weight must be prepared anew; otherwise None."""
         stale = self._mask_is_stale()
         if self._scale_tracker is not None:
@@ -226,9 +226,9 @@ class SparseBitLinear(MaskedLinear):
         if not stale and self.is_prepared:
             return None
         keep = self._keep() if stale else self._most_kept
-        return self._for_backend(), None if stale else self.mask_bits, keep, self.sparsity
+        return Asked(self._for_backend(), None if stale else self.mask_bits, keep, self.sparsity)
 
-    def take(self, request: tuple[Tensor, Tensor | None, Keep, SparsityConfig], prepared: Any) -> None:
+    def take(self, request: Asked, prepared: Any) -> None:
         """Take over a prepared weight.
 
         Args:
@@ -236,7 +236,7 @@ class SparseBitLinear(MaskedLinear):
             prepared: What the backend made of the weight.
         """
         prepared = self._with_learned_scale(prepared)
-        if request[1] is None:
+        if request.mask_bits is None:
             self._set_mask(prepared.mask_bits)
             if hasattr(prepared, "_replace"):
                 prepared = prepared._replace(mask_bits=self.mask_bits)  # One copy of the mask is enough.
@@ -245,7 +245,7 @@ class SparseBitLinear(MaskedLinear):
         self._prepared = prepared
         self._prepared_of = self._prepared_key()
 
-    def take_written(self, request: tuple[Tensor, Tensor | None, Keep, SparsityConfig], prepared: Any) -> None:
+    def take_written(self, request: Asked, prepared: Any) -> None:
         """Take over a prepared weight whose tensors, and ``mask_bits``, were written in place.
 
         Args:
@@ -253,7 +253,7 @@ class SparseBitLinear(MaskedLinear):
             prepared: What :meth:`take` had made of the weight when the writing was recorded.
         """
         self._prepared = prepared._replace()  # Another object says that the weight has changed.
-        if request[1] is None:
+        if request.mask_bits is None:
             self._mask_is_set()
         self._prepared_of = self._prepared_key()
 
