@@ -8,6 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 from sbn_lightning.core.errors import ConfigError, DataError  # noqa: E402
@@ -210,6 +211,10 @@ def test_learned_scales_are_saved_with_latent_weights_and_go_into_gamma_when_pac
         assert dtype != torch.float32 or torch.equal(loaded(tokens).logits, expected)
     save_packed(model, tmp_path / "packed")
     assert torch.equal(load(tmp_path / "packed")(tokens).logits, expected)
+    file = tmp_path / "latent" / "model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if name not in scales}, file, {"format": "pt"})
+    loaded = load(tmp_path / "latent")  # Scales that a folder does not have begin at zero.
+    assert all(loaded.get_parameter(name).count_nonzero() == 0 for name in scales)
 
 
 def test_the_trainer_trains_a_loaded_latent_model_with_the_schedule(tmp_path):

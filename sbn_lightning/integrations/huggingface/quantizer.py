@@ -114,7 +114,7 @@ class SBNQuantizer(HfQuantizer):
             if config.form == "packed":
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, TernaryLinear2Bit.empty(layer, name, config.of(name)))
-            else:  # These receive the mask and the scales. The layer is converted after they and its weight are loaded.
+            else:  # A mask and scales are loaded with the weight, and the layer is converted after that.
                 shape, options = _shape_of(layer), config.of(name)
                 mask_bits = torch.empty(shape[0], -(-shape[1] // 8), dtype=torch.uint8, device="meta")
                 layer.register_buffer("mask_bits", mask_bits)
@@ -326,7 +326,8 @@ def _convert_with_masks(model: nn.Module, layers: Mapping[str, Mapping[str, Any]
                 scales[name] = layer._parameters.pop("log_scale")
     convert_by_name(model, layers)
     for name, log_scale in scales.items():
-        model.get_submodule(name)._parameters["log_scale"] = log_scale
+        if getattr(log_scale, "_is_hf_initialized", False):  # Otherwise the folder has none, and they begin at zero.
+            model.get_submodule(name)._parameters["log_scale"] = log_scale
     for name, mask_bits in masks.items():
         if not getattr(mask_bits, "_is_hf_initialized", False):
             continue
