@@ -1,6 +1,6 @@
 """A ternary weight whose rows are on several ranks: what each backend computes from its own rows, and from all rows.
 
-One process makes a ternary weight in one call, :meth:`~sbn_lightning.backends.reference.Backend.prepare`. Ranks that
+One process makes a ternary weight in one call, :meth:`~sbn_lightning.backends.base.Backend.prepare`. Ranks that
 hold some rows each need the same work in pieces, with an exchange between the pieces:
 
 1. ``terms``: what gamma is a mean of, for some rows;
