@@ -120,7 +120,7 @@ class StepAttention:
 class RowAttention:
     """Causal attention of prompts, or parts of prompts, that writes keys and values into rows of a layer's cache.
 
-    The numbers of the rows and of the tokens before are tensors, so a CUDA graph of the call serves all of them.
+    The rows and the numbers of tokens before are tensors, so one CUDA graph of the call serves every row and number.
 
     Args:
         keys: The keys of the layer, ``[B, K, S, E]``.
@@ -150,10 +150,10 @@ class RowAttention:
 
 def has_kernel(keys: Tensor) -> bool:
     """Whether :func:`sbn_kernels.prompt.attend` computes attention to keys of this dtype, head size and device."""
-    from sbn_kernels.prompt import attention
-
     if not keys.is_cuda or keys.dtype not in (torch.bfloat16, torch.float16):
         return False
+    from sbn_kernels.prompt import attention
+
     return keys.shape[-1] in attention.HEAD_SIZES and attention.NEEDS.missing(keys.device.index) is None
 
 

@@ -101,9 +101,10 @@ class PromptGraphs:
         self._model, self._pass, self._cuda_graph = model, prompt_pass, cuda_graph
         self._device = layers[0].keys.device
         self._caches = [(layer.keys, layer.values) for layer in layers]
-        # The attention of each block, by number of prompts: a compiled block must see the same tensors in every graph.
+        # Number of prompts, whether they stand behind others -> attention of each block. A compiled block must see the
+        # same tensors in every graph.
         self._attend: dict[tuple[int, bool], list[RowAttention]] = {}
-        self._inputs: dict[Kind, _Inputs] = {}
+        self._inputs: dict[Kind, Inputs] = {}
         self._graphs: dict[Kind, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None  # The handle of the pool of memory that all graphs share.
 
@@ -119,12 +120,12 @@ class PromptGraphs:
         Returns:
             The logits of the token after the prompt, ``[1, vocab_size]``. They are a copy.
         """
-        count, kind = len(tokens), Kind(1, bucket, start > 0)
-        given = to_device([*tokens, *[0] * (bucket - count), count - 1, row, start], self._device)
+        kind = Kind(1, bucket, start > 0)
+        given = inputs_of(tokens, row, start, self._device, bucket)
         if kind not in self._inputs:
-            self._inputs[kind] = _Inputs(given, 1)
+            self._inputs[kind] = given
             return self._read(kind)
-        self._inputs[kind].all.copy_(given)
+        self._inputs[kind].all.copy_(given.all)
         return self._replay(kind)
 
     def read_all(self, tokens_BT: Tensor, lengths_B: Tensor, bucket: int) -> Tensor:
@@ -141,7 +142,7 @@ class PromptGraphs:
         count, length = tokens_BT.shape
         kind = Kind(count, bucket, False)
         if kind not in self._inputs:
-            self._inputs[kind] = _Inputs(tokens_BT.new_zeros(count * (bucket + 3)), count)
+            self._inputs[kind] = Inputs(tokens_BT.new_zeros(3 * _even(count) + count * bucket), count)
         inputs = self._inputs[kind]
         torch.arange(count, out=inputs.rows)
         inputs.tokens[:, :length] = tokens_BT
@@ -198,16 +199,37 @@ class PromptGraphs:
         return graph, logits
 
 
-class _Inputs:
-    """What a graph reads: views of one tensor, which a prompt on the host fills with one copy.
+class Inputs:
+    """What a pass over prompts reads: views of one tensor, which a prompt on the host fills with one copy.
 
     Args:
-        all: Room for the tokens of each prompt, then the positions of their last tokens, the rows, and the numbers of
-            tokens that the rows hold already.
+        all: Room for three numbers of each prompt (the position of the last token, the row, and the number of tokens
+            that the row holds already), and then for the tokens of each prompt. If ``count`` is odd, one number after
+            each kind of number is unused.
         count: The number of prompts.
     """
 
     def __init__(self, all: Tensor, count: int) -> None:
         self.all = all
-        self.tokens = all[: -3 * count].view(count, -1)
-        self.last, self.rows, self.before = all[-3 * count :].view(3, count)
+        # All views begin at multiples of 16 bytes. Other pointers cost a kernel a compilation and a slower launch.
+        numbers, tokens = all.split([3 * _even(count), len(all) - 3 * _even(count)])
+        self.last, self.rows, self.before = numbers.view(3, -1)[:, :count]
+        self.tokens = tokens.view(count, -1)
+
+
+def inputs_of(tokens: Sequence[int], row: int, start: int, device: torch.device, length: int = 0) -> Inputs:
+    """Copy one prompt, or a part of one, to the device.
+
+    Args:
+        tokens: The prompt.
+        row: The row of the cache.
+        start: The number of tokens that the row keeps; these tokens stand behind them.
+        device: The device.
+        length: The length to pad the prompt to.
+    """
+    padding = [0] * (length - len(tokens))
+    return Inputs(to_device([len(tokens) - 1, 0, row, 0, start, 0, *tokens, *padding], device), 1)
+
+
+def _even(count: int) -> int:
+    return count + count % 2

@@ -199,8 +199,10 @@ class Decoder:
             The logits of the token after these, ``[1, vocab_size]``.
 
         Raises:
-            ConfigError: If the tokens do not fit into the row.
+            ConfigError: If there is no such row, or the tokens do not fit into the row.
         """
+        if not 0 <= row < self.batch_size:
+            raise ConfigError(f"row {row} is outside 0 to {self.batch_size - 1}, the rows of batch_size")
         end = start + len(tokens)
         if not 0 <= start < end <= self.max_length:
             raise ConfigError(f"tokens {start} to {end} do not fit into a row of {self.max_length} tokens")

@@ -20,7 +20,7 @@ from sbn_lightning.inference.attention import (
     has_kernel,
     room_like,
 )
-from sbn_lightning.inference.buckets import PromptGraphs, bucket_of, to_device
+from sbn_lightning.inference.buckets import PromptGraphs, bucket_of, inputs_of
 from sbn_lightning.inference.prompt_pass import PromptPass, make_pass
 from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.models.transformer import TernaryTransformer
@@ -103,9 +103,8 @@ class PromptReader:
         if bucket is not None and self.layers and (start == 0 or self._goes_on_in_graphs()):
             return self._graphs(prompt_pass).read(tokens, row, bucket, start)
         if prompt_pass is not None:
-            numbers = to_device([*tokens, count - 1, row, start], self._device)
-            last, rows, before = numbers[count:].unsqueeze(1)
-            return prompt_pass(numbers[:count].unsqueeze(0), last, rows, before, self._caches(), start)
+            given = inputs_of(tokens, row, start, self._device)
+            return prompt_pass(given.tokens, given.last, given.rows, given.before, self._caches(), start)
         # The very first prompt makes the cache. It is padded like those after it, so its sums have their shapes.
         padded = [*tokens, *[0] * ((bucket or count) - count)]
         hidden = self._read(slice(row, row + 1), torch.tensor([padded], device=self._device), start)

@@ -9,7 +9,7 @@ from sbn_kernels import prompt as prompt_kernels
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference import Decoder, generate
 from sbn_lightning.inference.attention import has_kernel
-from sbn_lightning.inference.buckets import PromptGraphs, bucket_of, to_device
+from sbn_lightning.inference.buckets import Inputs, PromptGraphs, bucket_of, inputs_of, to_device
 from sbn_lightning.layers.packed import pack_layers
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
@@ -217,6 +217,23 @@ def test_integers_arrive_on_every_device():
     assert to_device([3, -1], torch.device("meta")).device.type == "meta"
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_inputs_of_kernels_begin_at_multiples_of_16_bytes(count):
+    """A kernel is launched faster then, and is compiled for this case alone."""
+    all = torch.arange(3 * (count + count % 2) + 64 * count)
+    inputs = Inputs(all, count)
+    for view in (inputs.last, inputs.rows, inputs.before, inputs.tokens):
+        assert view.data_ptr() % 16 == 0
+    assert inputs.tokens.shape == (count, 64)
+    assert inputs.tokens[-1, -1] == all[-1]
+
+
+def test_the_inputs_of_one_prompt():
+    given = inputs_of([5, 6, 7], 4, 9, torch.device("cpu"), 5)
+    assert (given.last.tolist(), given.rows.tolist(), given.before.tolist()) == ([2], [4], [9])
+    assert given.tokens.tolist() == [[5, 6, 7, 0, 0]]
+
+
 def test_refuses(model):
     with pytest.raises(ConfigError, match="prefill_chunk=0"):
         Decoder(model, 1, 8, prefill_chunk=0)
@@ -224,6 +241,9 @@ def test_refuses(model):
         Decoder(model, 1, 8).extend(0, [1, 2, 3], 6)
     with pytest.raises(ConfigError, match="a new decoder holds no tokens"):
         Decoder(model, 1, 8).extend(0, [1, 2, 3], 2)
+    for row in (-1, 2):
+        with pytest.raises(ConfigError, match=f"row {row} is outside 0 to 1"):
+            Decoder(model, 2, 8).extend(row, [1], 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -5,9 +5,9 @@ about one more. A kernel that is launched early is set up in that time, and then
 
 A kernel calls ``begin`` before it reads or writes global memory. ``begin`` lets the next kernel be set up, and waits
 until the kernel before this one has ended and all its results can be seen. A kernel that runs for long calls ``wait``
-at its begin and ``announce`` near its end: programs of the next kernel that are set up sooner crowd on multiprocessors
-that this one leaves free. Every program has to wait, also one without
-work: the end of a kernel must mean that all kernels before it have ended.
+at its start and ``announce`` near its end instead. If its successor were set up sooner, the successor's programs would
+crowd on the multiprocessors that this kernel leaves free. Every program has to wait, also one without work: the end of
+a kernel must mean that all kernels before it have ended.
 
 The Hopper product (:mod:`sbn_kernels.gemm.sm90.kernels`) waits in each of its roles. Before the wait it reads only
 weights, and the kernels of :mod:`sbn_kernels.prompt` read only the numbers of rows and tokens. Between the kernel that

@@ -21,13 +21,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sbn_kernels.common.checks import refuse_gradients
 from sbn_kernels.common.integers import ceil_div
 from sbn_kernels.common.overlap import announce, wait
 from sbn_kernels.runtime.capability import Needs, multiprocessors, require
 from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
 
-NEEDS = Needs("attend", least=(9, 0), interpreter=True)
+# Blocks of keys are chosen for the shared memory of a Hopper GPU. RTX GPUs of later generations have less.
+NEEDS = Needs("attend", only=(9, 0), interpreter=True)
 _QUERIES = 64
 # Head size -> keys of a block -> blocks on their way. With blocks of 128 keys a program fills the shared memory of its
 # multiprocessor more than half, so that programs which are launched early spread over all multiprocessors.
@@ -97,7 +99,7 @@ def _op(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, before: Tensor) -
     kv_heads, slots = keys.shape[1:3]
     y = torch.empty((batch, length, heads, size), dtype=q.dtype, device=q.device)
     grid = (heads, ceil_div(length, _QUERIES), batch)
-    processors = multiprocessors(q.device.index) if q.is_cuda else 5
+    processors = multiprocessors(q.device.index) if q.is_cuda else 5  # Tests in the interpreter then see both blocks.
     block = 128 if math.prod(grid) < 2 * processors else 64
     _attend[size, block](
         grid,
@@ -133,8 +135,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, before: Tensor
         ``[batch, tokens, heads, head_size]``.
 
     Raises:
-        ValueError: If an argument does not fit.
-        UnsupportedError: If the GPU is older than Hopper.
+        ValueError: If an argument does not fit, or wants a gradient.
+        UnsupportedError: If the GPU is not a Hopper GPU.
     """
     batch, heads, length, size = q.shape
     if size not in HEAD_SIZES or q.stride(3) != 1 or heads % keys.shape[1] or not 1 <= length <= keys.shape[2]:
@@ -145,5 +147,6 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, before: Tensor
         raise ValueError(f"keys and values must be contiguous, and bfloat16 or float16, not {q.dtype}")
     if any(each.shape != (batch,) or each.dtype != torch.int64 for each in (rows, before)):
         raise ValueError(f"rows and numbers of tokens must be int64 [{batch}]")
+    refuse_gradients(q, keys, values)
     y: Tensor = torch.ops.sbn_kernels.attend(q, keys, values, rows, before)
     return y
