@@ -24,7 +24,8 @@ from sbn_lightning.inference.buckets import to_device
 from sbn_lightning.inference.loop import Speed
 from sbn_lightning.inference.request import Request
 
-# A shorter common beginning is read again: a whole prompt may run as a CUDA graph, and the rest of one does not.
+# A shorter common beginning is read again. A whole prompt may run as a CUDA graph, and on GPUs other than Hopper the
+# rest of a prompt does not.
 LEAST_REUSED = 16
 
 

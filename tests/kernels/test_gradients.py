@@ -104,5 +104,7 @@ def test_refused_arguments() -> None:
     for into in (torch.zeros(3, 4), torch.zeros(3, 3, dtype=torch.bfloat16), torch.zeros(3, 3).t()[:, :1].expand(3, 3)):
         with pytest.raises(ValueError, match=r"into must be contiguous float32 \[3, 3\]"):
             sk.weight_gradient_gemm(eight, scale[:3], eight, into=into, portable=True)
+    with pytest.raises(ValueError, match="leave out_dtype out"):
+        sk.weight_gradient_gemm(eight, scale[:3], eight, torch.bfloat16, into=torch.zeros(3, 3), portable=True)
     with pytest.raises(ValueError, match="codes must be int8"):
         sk.pack_transposed(dy)

@@ -255,8 +255,11 @@ def weight_gradient_gemm(
         portable = gradients_on(place(b8t)) != "hopper"
     if into is not None:
         wanted = (b8t.shape[0], x8t.shape[0])
-        if into.shape != wanted or into.dtype != out_dtype or out_dtype != torch.float32 or not into.is_contiguous():
-            raise ValueError(f"into must be contiguous float32 {list(wanted)}, not {into.dtype} {list(into.shape)}")
+        if into.shape != wanted or into.dtype != torch.float32 or not into.is_contiguous() or into.device != b8t.device:
+            found = f"{into.dtype} {list(into.shape)}, strides {list(into.stride())}, on {into.device}"
+            raise ValueError(f"into must be contiguous float32 {list(wanted)} on {b8t.device}, not {found}")
+        if out_dtype != torch.float32:
+            raise ValueError(f"out_dtype={out_dtype} does not fit into, which is float32: leave out_dtype out")
         refuse_gradients(into)
         torch.ops.sbn_kernels.add_weight_gradient(into, b8t, scale, x8t, portable, list(launch or ()))
         return into
