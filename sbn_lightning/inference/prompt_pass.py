@@ -160,8 +160,9 @@ class PromptPass:
             before_B: The number of tokens that each row of the cache holds already, int64 ``[B]``; these tokens stand
                 behind them.
             caches: The keys and values of each layer, bfloat16 ``[rows, K, slots, E]``.
-            start: The same number on the host, if it is the same for all rows. None means that a CUDA graph serves all
-                numbers, where :func:`~sbn_lightning.inference.attention.has_kernel` is true for the caches.
+            start: The same number on the host, if all rows have the same one. None if only the device knows the
+                numbers, as in a CUDA graph. Then :func:`~sbn_lightning.inference.attention.has_kernel` has to be true
+                for the caches.
 
         Returns:
             The logits, ``[B, vocab_size]``.
@@ -191,7 +192,8 @@ class PromptPass:
         model, config = self._model, self._model.config
         batch, length = tokens_BT.shape
         splits = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
-        own = has_kernel(caches[0][0]) and (start != 0 or batch * length <= FEW_TOKENS)
+        with_kernel = has_kernel(caches[0][0]) and (start != 0 or batch * length <= FEW_TOKENS)
+        assert with_kernel or start is not None  # torch's attention needs the number on the host.
         x = model.embed(tokens_BT).flatten(0, 1)
         delta: Tensor | _Sums | None = None
         block: Any
@@ -202,7 +204,7 @@ class PromptPass:
             places = rows_B, config.n_heads, before_B
             rotate_and_store(qkv, attention.qkv.bias, model.cos, model.sin, keys, values, *places)
             parts = qkv.unflatten(-1, (-1, config.head_size)).transpose(1, 2).split(splits, 1)
-            if own:
+            if with_kernel:
                 attended = attend(parts[0], keys, values, rows_B, before_B).transpose(1, 2)
             elif start:
                 end = start + length

@@ -307,6 +307,7 @@ def test_a_pass_of_fused_kernels_gives_the_logits_of_the_blocks(pattern, backend
         ours.extend(1, prompts[0][:start], 0)
         logits.append(ours.extend(1, prompts[0][start:], start))
     assert ((1, 64, True) in ours._reader.graphs._graphs) == has_kernel(ours._layers[0].keys)
+    ours.extend(1, prompts[1], 0)  # The row has its own prompt again.
     with monkeypatch.context() as patch:
         patch.setattr(prompt_pass, "_MOST_EARLY", 0)
         assert torch.equal(Decoder(model, 2, 200).prefill(prompts), logits[0])  # Early launches change no bit.
