@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sbn_lightning.backends.base import Backend
+from sbn_lightning.distributed.packed import PackedRows
 from sbn_lightning.distributed.rows import RowCut
 from tests.distributed.forked_runs import statuses
 
@@ -22,6 +24,13 @@ def test_the_cut_is_that_of_a_dtensor(rows, ranks):
         assert torch.equal(cut.mine(whole), chunk)
         assert len(cut.pad(cut.mine(whole))) == cut.padded
     assert sum(cut.count for cut in cuts) == rows
+
+
+def test_a_sharded_layer_passes_on_what_its_backend_offers():
+    offers = {name for name, value in vars(Backend).items() if callable(value) or isinstance(value, property)}
+    # No graph records a gather, experts are not sharded, and layers that read the same tokens stay apart.
+    declined = {"records", "from_codes", "several"}
+    assert {name for name in offers if not name.startswith("_")} - set(vars(PackedRows)) == declined
 
 
 def jobs_of_ranks(folder, tokens):
