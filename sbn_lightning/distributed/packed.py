@@ -263,10 +263,11 @@ def shard_packed(
         weights.add(weight)
         scale_leaf = None
         if layer.learnable_scales:
-            scale = layer.log_scale.detach()
-            scale_leaf = torch.zeros_like(scale, requires_grad=True)
-            whole = distribute_tensor(scale, mesh, [Replicate()] * mesh.ndim, src_data_rank=None)
-            layer.log_scale = nn.Parameter(whole, layer.log_scale.requires_grad)
+            replicas = [Replicate()] * mesh.ndim
+            scale = distribute_tensor(layer.log_scale.detach(), mesh, replicas, src_data_rank=None)
+            # The model may still be on the host. Its parameters are on the devices of the mesh from here on.
+            scale_leaf = torch.zeros_like(scale.to_local(), requires_grad=True)
+            layer.log_scale = nn.Parameter(scale, layer.log_scale.requires_grad)
             scatter.attach_replicated(scale_leaf, layer.log_scale)
             weights.add(layer.log_scale)
         options: dict[str, Any] = {"cut": cut, "exchange": exchange, "leaf": leaf, "scale_leaf": scale_leaf}
