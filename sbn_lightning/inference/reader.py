@@ -105,7 +105,7 @@ class PromptReader:
         if prompt_pass is not None:
             given = inputs_of(tokens, row, start, self._device)
             return prompt_pass(given.tokens, given.last, given.rows, given.before, self._caches(), start)
-        # The very first prompt makes the cache. It is padded like those after it, so its sums have their shapes.
+        # The very first prompt makes the cache. It is padded like those after it, so its products have their shapes.
         padded = [*tokens, *[0] * ((bucket or count) - count)]
         hidden = self._read(slice(row, row + 1), torch.tensor([padded], device=self._device), start)
         logits: Tensor = self._model.lm_head(hidden[:, count - 1])

@@ -1,4 +1,4 @@
-"""Attention of prompts on a Hopper GPU, in bfloat16: against its plain-PyTorch twin, and equal in every part."""
+"""Attention of prompts on a Hopper GPU, in bfloat16: against its plain-PyTorch twin, of a whole prompt and its end."""
 
 import pytest
 import torch
