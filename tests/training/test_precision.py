@@ -21,11 +21,12 @@ from sbn_lightning import (
 )
 from sbn_lightning.backends import candidates, selection
 from sbn_lightning.backends.reference import REFERENCE, ReferenceBackend
-from sbn_lightning.backends.selection import choose, decide, table
+from sbn_lightning.backends.selection import Choice, choose, decide, table
 from sbn_lightning.backends.timing import Trial
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.sparse_linear import SparseBitLinear
 from sbn_lightning.sparsity.ternary import quantize_activations
+from sbn_lightning.training import precision
 from tests.helpers import (
     ForeignModule,
     Interrupted,
@@ -173,6 +174,18 @@ def test_what_the_hardware_cannot_do_is_an_error_that_says_what_it_can(backend):
         pytest.skip("the CPU is not what limits here")
     with pytest.raises(ConfigError, match=f'backend "{backend}" cannot run on the CPU: .*; use auto, reference'):
         fit(small_module(pattern="2:4"), [SparseTernaryPrecision(backend)])
+
+
+def test_options_reach_the_backend_of_each_layer(monkeypatch):
+    pytest.importorskip("triton")
+    choice = Choice("int8", "portable", "")
+    monkeypatch.setattr(precision, "choose", lambda layers, *rest: dict.fromkeys(layers, choice))
+    module = small_module(pattern="2:4")
+    plugin = SparseTernaryPrecision(gradients="int8", saved_gates="int8", join_layers=False)
+    plugin.convert_module(module)
+    with plugin.forward_context():
+        backends = [layer.backend for layer in module.modules() if isinstance(layer, SparseBitLinear)]
+    assert {(backend.gradients, backend.saved_gates, backend.joins) for backend in backends} == {("int8", True, False)}
 
 
 def test_saved_gates_on_the_reference_are_an_error():
