@@ -6,8 +6,8 @@ texts make no gap.)
 
 The noise of one seed's gap differs much between sizes, so each size has its own. It comes from the first of these that
 there is: the seeds of the way at this size; the seeds of all ways of the family at this size; at 15M the 119 runs of
-``research/reproduce``; and the next smaller size, whose noise is larger in all that was seen. Estimates with fewer than
-two degrees of freedom do not count.
+``research/reproduce``; the seeds of both families at this size; and the next smaller size, whose noise is larger in all
+that was seen. Estimates with fewer than two degrees of freedom do not count.
 
 Two curves are fitted by least squares, each place weighted by the inverse of its variance:
 
@@ -136,9 +136,10 @@ def by_the_rule(row: Row, best: dict[Family, float]) -> bool:
 
 def gaps(rows: Sequence[Row], family: str, way: str) -> list[Gap]:
     """Return the gaps of a family and a way with their noise, the smallest size first."""
-    ways = {found for of, found in map(family_and_way, rows) if of == family and found != "8:8"}
-    all_ways = {name: _without_noise(rows, family, name) for name in ways}
-    return [replace(place, noise=noise(all_ways, family, way, place.size)) for place in all_ways.get(way, [])]
+    ways = {found for found in map(family_and_way, rows) if found[1] != "8:8"}
+    all_ways = {found: _without_noise(rows, *found) for found in ways}
+    places = all_ways.get((family, way), [])
+    return [replace(place, noise=noise(all_ways, family, way, place.size)) for place in places]
 
 
 def _without_noise(rows: Sequence[Row], family: str, way: str) -> list[Gap]:
@@ -163,23 +164,27 @@ def _without_noise(rows: Sequence[Row], family: str, way: str) -> list[Gap]:
     ]
 
 
-def noise(all_ways: dict[str, list[Gap]], family: str, way: str, size: str) -> Noise | None:
+def noise(all_ways: dict[tuple[str, str], list[Gap]], family: str, way: str, size: str) -> Noise | None:
     """Return the noise of one seed's gap at a size, as the docstring of this module says.
 
     Args:
-        all_ways: The gaps of the family by way.
+        all_ways: The gaps of both families by family and way.
         family: The family.
         way: The way.
         size: The name of the size.
     """
-    own = _pooled([place for place in all_ways.get(way, []) if place.size == size], f"{way} at {size}")
+    here = {found: [place for place in places if place.size == size] for found, places in all_ways.items()}
+    own = _pooled(here.get((family, way), []), f"{way} at {size}")
     if own is not None:
         return own
-    every = [place for places in all_ways.values() for place in places if place.size == size]
-    if (found := _pooled(every, f"all ways at {size}")) is not None:
-        return found
+    of_family = [place for found, places in here.items() for place in places if found[0] == family]
+    if (estimate := _pooled(of_family, f"all ways at {size}")) is not None:
+        return estimate
     if size == "15M":
         return earlier_noise(family, way.partition(" ")[0].rstrip(","))
+    every = [place for places in here.values() for place in places]
+    if (estimate := _pooled(every, f"both families at {size}")) is not None:
+        return estimate
     before = list(SIZES).index(size) - 1
     return noise(all_ways, family, way, list(SIZES)[before]) if before >= 0 else None
 

@@ -211,6 +211,17 @@ def test_the_noise_of_single_runs_comes_from_the_nearest_place_that_knows_it():
     assert fit(gaps(rows_of(0.0, sizes=("2M", "5M", "9M"), seeds=1), "ternary", "2:4")) is None  # Nobody knows it.
 
 
+def test_two_seeds_of_both_families_show_the_noise_of_a_size():
+    rows = rows_of(-0.03, sizes=("5M",), seeds=2)
+    of_bf16 = [row | {"trial": row["trial"] | {"family": "bf16"}} for row in rows if row["trial"]["size"] == "5M"]
+    rate = learning_rate("5M", "bf16", best_rates(rows))
+    for row in of_bf16:
+        row["trial"] |= {"lr": rate}
+    assert gaps(rows, "ternary", "2:4")[-1].noise is None  # one degree of freedom
+    found = gaps(rows + of_bf16, "ternary", "2:4")[-1].noise
+    assert (found.source, found.freedom) == ("both families at 5M", 2)
+
+
 def test_gaps_pair_seeds_and_leave_other_learning_rates_out():
     rows = rows_of(0.0, sizes=("2M",), noise=0.0, seeds=2)
     rows.append(row_of(Trial("2M", "ternary", "2:4", tokens_of("2M", 20), 0.5), 9.0))
