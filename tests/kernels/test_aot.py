@@ -228,11 +228,9 @@ def test_attention_of_prompts(size: int, keys: int, tmp_path: Path) -> None:
     types = dict.fromkeys(("keys", "values"), f"tensordesc<bf16[{keys},{size}]>")
     types |= {"q_pointer": "*bf16", "rows_pointer": "*i64", "before_pointer": "*i64"}
     constants = {"HEADS": 12, "GROUP": 6, "SIZE": size, "QUERIES": 64, "KEYS": keys, "EARLY": False}
-    options = {"num_stages": attention._STAGES[size][keys], "enable_fp_fusion": True}
+    options = {"num_stages": attention._STAGES[keys], "enable_fp_fusion": True}
     compiled = build(attention.attend_kernel, constants, 90, types, **options)
     assert "wgmma.mma_async" in compiled.asm["ptx"]
-    one = 233472 // 2  # More than half of a multiprocessor's shared memory
-    assert (compiled.metadata.shared > one) == (keys == 128)
     assert spilled_bytes(compiled, tmp_path) == 0
 
 

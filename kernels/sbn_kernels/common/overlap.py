@@ -4,10 +4,8 @@ A prompt of 512 tokens runs hundreds of kernels of a few microseconds each, and 
 about one more. A kernel that is launched early is set up in that time, and then waits in the device.
 
 A kernel calls ``begin`` before it reads or writes global memory. ``begin`` lets the next kernel be set up, and waits
-until the kernel before this one has ended and all its results can be seen. A kernel that runs for long calls ``wait``
-at its start and ``announce`` near its end instead. If its successor were set up sooner, the successor's programs would
-crowd on the multiprocessors that this kernel leaves free. Every program has to wait, also one without work: the end of
-a kernel must mean that all kernels before it have ended.
+until the kernel before this one has ended and all its results can be seen. Every program has to wait, also one without
+work: the end of a kernel must mean that all kernels before it have ended.
 
 The Hopper product (:mod:`sbn_kernels.gemm.sm90.kernels`) waits in each of its roles. Before the wait it reads only
 weights, and the kernels of :mod:`sbn_kernels.prompt` read only the numbers of rows and tokens. Between the kernel that
@@ -25,20 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def begin(EARLY: tl.constexpr):
-    """Let the next kernel be set up and wait for the kernels before this one, if this one was launched early."""
-    announce(EARLY)
-    wait(EARLY)
-
-
-@triton.jit
-def announce(EARLY: tl.constexpr):
-    """Let the next kernel be set up once all programs have come here."""
+    """Wait for the kernels before this one, if this one was launched early."""
     if EARLY:
         gdc_launch_dependents()
-
-
-@triton.jit
-def wait(EARLY: tl.constexpr):
-    """Wait for the kernels before this one."""
-    if EARLY:
         gdc_wait()

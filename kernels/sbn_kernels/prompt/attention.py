@@ -23,18 +23,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sbn_kernels.common.checks import refuse_gradients
 from sbn_kernels.common.integers import ceil_div
-from sbn_kernels.common.overlap import announce, wait
+from sbn_kernels.common.overlap import begin
 from sbn_kernels.runtime.capability import Needs, multiprocessors, require
 from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
 
 # Blocks of keys are chosen for the shared memory of a Hopper GPU. RTX GPUs of later generations have less.
 NEEDS = Needs("attend", only=(9, 0), interpreter=True)
+HEAD_SIZES = (64, 128)
 _QUERIES = 64
-# Head size -> keys of a block -> blocks on their way. With blocks of 128 keys a program fills the shared memory of its
-# multiprocessor more than half, so that programs which are launched early spread over all multiprocessors.
-_STAGES = {128: {128: 2, 64: 3}, 64: {128: 4, 64: 3}}
-HEAD_SIZES = tuple(_STAGES)
+_STAGES = {128: 2, 64: 3}  # The blocks of keys that are on their way, by their size.
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -54,7 +52,7 @@ def attend_kernel(
     sequence = tl.program_id(2)
     row = tl.load(rows_pointer + sequence).to(tl.int32)
     before = tl.load(before_pointer + sequence).to(tl.int32)
-    wait(EARLY)
+    begin(EARLY)
     token = block * QUERIES + tl.arange(0, QUERIES)
     feature = tl.arange(0, SIZE)
     q_at = q_pointer + sequence.to(tl.int64) * q_sequence + head * q_head
@@ -79,16 +77,14 @@ def attend_kernel(
         v = values.load([first_slot + first, 0])
         acc = tl.dot(weights.to(v.dtype), v, acc)
         largest = higher
-    announce(EARLY)
     y = (acc / total[:, None]).to(y_pointer.dtype.element_ty)
     to = y_pointer + (sequence.to(tl.int64) * length * HEADS + head) * SIZE
     tl.store(to + token[:, None] * (HEADS * SIZE) + feature[None, :], y, mask=token[:, None] < length)
 
 
 _attend = {
-    (size, keys): Launcher(attend_kernel, enable_fp_fusion=True, overlaps=True, num_stages=stages)
-    for size, by_keys in _STAGES.items()
-    for keys, stages in by_keys.items()
+    keys: Launcher(attend_kernel, enable_fp_fusion=True, overlaps=True, num_stages=stages)
+    for keys, stages in _STAGES.items()
 }
 
 
@@ -101,7 +97,7 @@ def _op(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, before: Tensor) -
     grid = (heads, ceil_div(length, _QUERIES), batch)
     processors = multiprocessors(q.device.index) if q.is_cuda else 5  # Tests in the interpreter then see both blocks.
     block = 128 if math.prod(grid) < 2 * processors else 64
-    _attend[size, block](
+    _attend[block](
         grid,
         (q, rows, before, y),
         (length, slots, *q.stride()[:3]),
