@@ -33,7 +33,6 @@ from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.background import BackgroundSaver, failures_named
-from sbn_lightning.distributed.gradient_mean import GradientMean
 from sbn_lightning.distributed.gradients import group_for_gradients, send_first
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
 from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches, make_buffers, reshard
@@ -251,11 +250,10 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
 
 
 class ReplicatedStrategy(_Together, DDPStrategy):
-    """Lightning's ``DDPStrategy`` with gradients that are averaged where they lie: ``trainer.strategy: sbn_ddp``.
+    """Lightning's ``DDPStrategy`` with the options that suit masked models: ``trainer.strategy: sbn_ddp``.
 
-    Gradients are not copied into other buffers (:class:`~sbn_lightning.distributed.gradient_mean.GradientMean`). Masks
-    are not broadcast: every rank computes the same ones. The ranks agree on a SIGTERM without their GPUs
-    (:mod:`~sbn_lightning.distributed.stopping`).
+    Masks are not broadcast: every rank computes the same ones. Gradients lie in the buffers that DDP sends. On one GPU
+    nothing is averaged. The ranks agree on a SIGTERM without their GPUs (:mod:`~sbn_lightning.distributed.stopping`).
 
     Args:
         reduce_dtype: The dtype in which gradients travel. With ``"bfloat16"`` half as many bytes travel, and the sum
@@ -263,8 +261,7 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         timeout: How long a collective may take before the rank gives up.
         max_ctas: The most multiprocessors that NCCL takes while it sends gradients beside the backward; None for NCCL's
             own choice.
-        **options: The other options of ``DDPStrategy``. With an option of torch's ``DistributedDataParallel``, such as
-            ``find_unused_parameters``, or with a ``ddp_comm_hook``, torch's class averages the gradients.
+        **options: The other options of ``DDPStrategy``.
 
     Raises:
         ConfigError: If ``reduce_dtype`` has another value, or is ``"bfloat16"`` beside a ``ddp_comm_hook``, or if there
@@ -279,26 +276,20 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         **options: Any,
     ) -> None:
         _check_reduce_dtype(reduce_dtype)
-        if reduce_dtype == "bfloat16" and options.get("ddp_comm_hook") is not None:
-            raise ConfigError(
-                "reduce_dtype='bfloat16' and ddp_comm_hook both change gradients: leave one of the two out"
-            )
+        if reduce_dtype == "bfloat16":
+            if options.get("ddp_comm_hook") is not None:
+                raise ConfigError("reduce_dtype='bfloat16' is a ddp_comm_hook itself: leave one of the two out")
+            options["ddp_comm_hook"] = bf16_compress_hook
         if max_ctas is not None and "process_group" in options:
             raise ConfigError("max_ctas makes a process_group of its own: leave one of the two out")
-        known = signature(DistributedDataParallel).parameters
-        by_torch = {"ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period", *known}
-        self._by_torch = any(name in by_torch and options[name] is not None for name in options)
-        if self._by_torch and reduce_dtype == "bfloat16":
-            options["ddp_comm_hook"] = bf16_compress_hook
         # Newer versions of torch have the first name, and deprecate the second one.
+        known = signature(DistributedDataParallel).parameters
         broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         if "broadcast_buffers" not in options:
             options.setdefault(broadcast, False)
         options.setdefault("gradient_as_bucket_view", True)
         super().__init__(timeout=timeout, **options)
         self.max_ctas = max_ctas
-        self.reduce_dtype: torch.dtype = getattr(torch, reduce_dtype)
-        self._mean: GradientMean | None = None
 
     @override
     def setup_environment(self) -> None:
@@ -311,40 +302,8 @@ class ReplicatedStrategy(_Together, DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        if self._by_torch:
+        if self.world_size > 1:  # On one GPU, torch's DDP would copy all gradients into its buffers for nothing.
             super().configure_ddp()
-            return
-        self._let_go()
-        if self.world_size == 1:
-            return  # There is nothing to average.
-        assert self.lightning_module is not None
-        _equal_on_all_ranks(self.lightning_module)
-        group = self._ddp_kwargs.get("process_group") or dist.group.WORLD
-        self._mean = GradientMean(self.lightning_module, cast(dist.ProcessGroup, group), self.reduce_dtype)
-
-    @override
-    @contextmanager
-    def block_backward_sync(self) -> Iterator[None]:
-        """Lightning enters this for each micro-batch but the last of an optimiser step."""
-        if self._mean is None:
-            with super().block_backward_sync():
-                yield
-            return
-        self._mean.hold = True
-        try:
-            yield
-        finally:
-            self._mean.hold = False
-
-    @override
-    def teardown(self) -> None:
-        self._let_go()
-        super().teardown()
-
-    def _let_go(self) -> None:
-        if self._mean is not None:
-            self._mean.detach()
-            self._mean = None
 
     @override
     def _setup_model(self, model: Module) -> DistributedDataParallel:
@@ -355,24 +314,9 @@ class ReplicatedStrategy(_Together, DDPStrategy):
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sends = isinstance(self.model, DistributedDataParallel) and self.model.require_backward_grad_sync
-        with beside_collectives() if sends and self.world_size > 1 else nullcontext():
-            try:
-                result: Tensor = super().backward(closure_loss, *args, **kwargs)
-            except BaseException:
-                if self._mean is not None:
-                    self._mean.reset()
-                raise
-        if self._mean is not None:
-            self._mean.check()
-        return result
-
-
-def _equal_on_all_ranks(model: Module) -> None:
-    """Give all ranks the parameters and buffers of rank 0, but for masks, which every rank computes."""
-    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if name not in ignored:
-            dist.broadcast(tensor.detach(), 0)
+        with beside_collectives() if sends else nullcontext():
+            result: Tensor = super().backward(closure_loss, *args, **kwargs)
+            return result
 
 
 StrategyRegistry.register(
