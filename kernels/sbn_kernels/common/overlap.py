@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def begin(EARLY: tl.constexpr):
-    """Wait for the kernels before this one, if this one was launched early."""
+    """Let the next kernel be set up, and wait for those before this one. Nothing if this one was not launched early."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()

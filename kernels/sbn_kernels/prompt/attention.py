@@ -28,7 +28,7 @@ from sbn_kernels.runtime.capability import Needs, multiprocessors, require
 from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
 
-# Blocks of keys are chosen for the shared memory of a Hopper GPU. RTX GPUs of later generations have less.
+# Blocks were chosen on a Hopper GPU. Later GPUs have other amounts of shared memory, and the kernel was not run there.
 NEEDS = Needs("attend", only=(9, 0), interpreter=True)
 HEAD_SIZES = (64, 128)
 _QUERIES = 64
