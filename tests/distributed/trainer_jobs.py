@@ -1,4 +1,4 @@
-"""Jobs of :mod:`tests.distributed.forked`: that train with a Trainer: signals, validations, averages, and savers."""
+"""Jobs of :mod:`tests.distributed.forked` that train with a Trainer: signals, validations, averages, and savers."""
 
 from __future__ import annotations
 
