@@ -31,8 +31,8 @@ from sbn_kernels.decode.step.weights import pack
 
 from sbn_lightning.formats.assemble import cast_model
 from sbn_lightning.inference import Decoder
-from sbn_lightning.inference.gather import gather_weights, persistent_step, refusal
 from sbn_lightning.inference.opening import use_backend
+from sbn_lightning.inference.persistent import gather_weights, persistent_step, refusal
 from sbn_lightning.models.config import QWEN2_5_SHAPES, TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
 

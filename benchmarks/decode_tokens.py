@@ -25,8 +25,8 @@ from common import header, need_gpu
 
 from sbn_lightning.formats.loaded import LoadedModel
 from sbn_lightning.inference import Decoder, generate
-from sbn_lightning.inference.gather import refusal
 from sbn_lightning.inference.opening import open_model
+from sbn_lightning.inference.persistent import refusal
 
 PROMPT = 48
 

@@ -62,9 +62,9 @@ from torch import Tensor
 from sbn_lightning.formats.assemble import cast_model
 from sbn_lightning.inference import Decoder, Sampling, generate
 from sbn_lightning.inference.decoder import StepKind
-from sbn_lightning.inference.gather import refusal
 from sbn_lightning.inference.head import use_head
 from sbn_lightning.inference.opening import use_backend
+from sbn_lightning.inference.persistent import refusal
 from sbn_lightning.layers.sparse_linear import prepare_layers
 from sbn_lightning.models.config import QWEN2_5_SHAPES, TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer

@@ -9,8 +9,8 @@
 * :mod:`~sbn_lightning.inference.attention` has the attention of a decoder, and
   :mod:`~sbn_lightning.inference.buckets` reads a prompt as one CUDA graph. :mod:`~sbn_lightning.inference.prompt_pass`
   reads prompts with fused kernels where a model allows that.
-* :mod:`~sbn_lightning.inference.signs` sees quickly that no weight has changed.
-* :mod:`~sbn_lightning.inference.gather` hands a model to the persistent decode step of the kernels;
+* :mod:`~sbn_lightning.inference.prepared` sees quickly that no weight has changed.
+* :mod:`~sbn_lightning.inference.persistent` hands a model to the persistent decode step of the kernels;
   :mod:`~sbn_lightning.inference.choice` measures whether that step is the faster one.
 * :mod:`~sbn_lightning.inference.sampling` chooses tokens from logits, on the device.
 * :mod:`~sbn_lightning.inference.loop` has :func:`generate` and :func:`stream`: token ids in, token ids out.

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sbn_lightning.inference.gather import shape_of
+from sbn_lightning.inference.persistent import shape_of
 from sbn_lightning.models.transformer import TernaryTransformer
 
 # The largest relative RMS difference of the logits. Both paths round, and a rounding may move an 8-bit integer in every

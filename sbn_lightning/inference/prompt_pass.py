@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sbn_lightning.backends.integer import KernelBackend
 from sbn_lightning.backends.products import multiply
 from sbn_lightning.inference.attention import FEW_TOKENS, attend_to_cache, has_kernel
-from sbn_lightning.inference.gather import outside_of_the_family
+from sbn_lightning.inference.persistent import outside_of_the_family
 from sbn_lightning.layers.options import is_hooked
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear

@@ -12,8 +12,8 @@ from sbn_lightning.cli import main
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data.tokenizer import byte_tokenizer
 from sbn_lightning.inference import generate
-from sbn_lightning.inference.gather import gather_weights, refusal
 from sbn_lightning.inference.head import Int8Head, use_head
+from sbn_lightning.inference.persistent import gather_weights, refusal
 from tests.inference.test_decoder import PROMPTS, make
 
 

@@ -21,7 +21,7 @@ from sbn_lightning.evaluation.inspection import dense_twin
 from sbn_lightning.formats import load_model
 from sbn_lightning.formats.init_from import load_weights
 from sbn_lightning.formats.write import WriteOptions, write_model
-from sbn_lightning.inference.signs import PreparedWeights
+from sbn_lightning.inference.prepared import PreparedWeights
 from sbn_lightning.layers.experts_linear import SparseBitExperts
 from sbn_lightning.layers.masked_linear import prepare_layers
 from sbn_lightning.layers.packed import packed_layer

@@ -16,7 +16,7 @@ from sbn_lightning.formats.assemble import cast_model
 from sbn_lightning.formats.loaded import LoadedModel
 from sbn_lightning.inference import Decoder, Generator, choice, generate
 from sbn_lightning.inference import decoder as decoder_module
-from sbn_lightning.inference.gather import gather_weights, persistent_step, refusal
+from sbn_lightning.inference.persistent import gather_weights, persistent_step, refusal
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
 
