@@ -10,7 +10,8 @@ each other there either.
 On a GPU a step is one CUDA graph: nothing in a step depends on the host, and the tensors that it reads keep their
 place. A step launches hundreds of kernels that run for microseconds each; without the graph the host would be the
 bottleneck. On a Hopper GPU the step can be one persistent kernel instead, where the caller asks for it
-(:mod:`sbn_lightning.inference.persistent`) or leaves the choice to a measurement (:mod:`sbn_lightning.inference.choice`).
+(:mod:`sbn_lightning.inference.persistent`) or leaves the choice to a measurement
+(:mod:`sbn_lightning.inference.choice`).
 
 A row can also start while other rows go on: :meth:`Decoder.extend` reads tokens into one row. A step always computes
 all rows of the cache. So the sums of a row have the same shapes whatever the other rows do.
