@@ -6,7 +6,7 @@ from sbn_kernels.block import norm_backward, norm_quantize, norm_quantize_sums, 
 from sbn_kernels.block.reference import norm_backward_reference, norm_quantize_reference, rope_backward_reference
 
 from sbn_lightning.backends import blocks
-from sbn_lightning.backends.blocks import BlockKernels
+from sbn_lightning.backends.integer import KernelBackend
 from sbn_lightning.models.rope import apply_rope
 from sbn_lightning.sparsity.ternary import apply_swiglu
 
@@ -99,9 +99,9 @@ def test_the_functions_of_a_block_have_the_gradients_of_plain_pytorch() -> None:
     for by_kernels in (True, False):
         for residual in (None, inputs[1]):
             if by_kernels:
-                h, y, (codes, scale) = BlockKernels().norm_and_quantize(inputs[0], residual, norm, 8)
+                h, y, (codes, scale) = KernelBackend("portable").norm_and_quantize(inputs[0], residual, norm, 8)
                 torch.testing.assert_close(codes * scale[:, None], y.detach().flatten(0, 1), rtol=0, atol=0.02)
-                heads = BlockKernels().turned_heads(y, *tables, (8, 4, 4), 4)
+                heads = KernelBackend("portable").turned_heads(y, *tables, (8, 4, 4), 4)
             else:
                 h = inputs[0] if residual is None else inputs[0] + residual
                 q, k, v = (x.unflatten(-1, (-1, 4)).transpose(1, 2) for x in norm(h).split((8, 4, 4), -1))
@@ -117,7 +117,7 @@ def test_the_product_of_gates_and_ups_has_the_gradient_of_plain_pytorch(monkeypa
     monkeypatch.setattr(blocks, "_in_a_training_graph", lambda x: True)
     gate_up = torch.randn(2, 3, 24, requires_grad=True)
     found = []
-    for product in (BlockKernels().gated_product, apply_swiglu):
+    for product in (KernelBackend("portable").gated_product, apply_swiglu):
         y = product(gate_up)
         found.append((y, *torch.autograd.grad(y.sin().sum(), gate_up)))
     for ours, expected in zip(*found, strict=True):
