@@ -11,7 +11,7 @@ import torch
 from sbn_lightning.formats.assemble import cast_model
 from sbn_lightning.inference import Decoder, choice
 from sbn_lightning.inference import decoder as decoder_module
-from tests.inference.test_gather import ReferenceStep, make
+from tests.inference.test_persistent import ReferenceStep, make
 
 ALL = torch.ones(2, dtype=torch.bool)
 LENGTHS = torch.tensor([3, 4])
