@@ -172,7 +172,7 @@ class Backend(ABC):
     ) -> Tensor | None:  # fmt: skip
         """Compute both layers around a SwiGLU: ``last(silu(gate) * up)`` with ``gate, up = first(x)``.
 
-        This backend is that of the first layer (:mod:`sbn_lightning.backends.gated`).
+        The first layer has this backend (:mod:`sbn_lightning.backends.gated`).
 
         Args:
             x: The tokens, ``[..., in]``.
@@ -228,7 +228,7 @@ class Backend(ABC):
 
         Args:
             x: The tokens, ``[..., features]``.
-            residual: What is added to them; None: nothing.
+            residual: The residual to add to the tokens, ``[..., features]``; None adds nothing.
             norm: The norm.
             bits: The bits of a quantised token.
 

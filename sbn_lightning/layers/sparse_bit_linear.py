@@ -358,7 +358,7 @@ class SparseBitLinear(MaskedLinear):
             whole: A tensor that has one row for each row of the weight. None takes the latent weight.
         """
         if whole is None:
-            # A backend with a leaf has the rows of a weight that is sharded, so the weight is not gathered for it.
+            # A backend with a leaf takes the rows of a sharded weight, so the weight is not gathered.
             whole = self.latent() if self._backend.leaf is None else self.weight
         return self._backend.rows(whole)
 

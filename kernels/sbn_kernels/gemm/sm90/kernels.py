@@ -203,7 +203,7 @@ def sum_steps(
     """Sums the k steps ``first`` to ``end``, at least one, as the producer fills the ring: int32 [64, BT].
 
     ``stage`` and ``phase`` are the place of the first step in the ring, ``held`` are the metadata registers. All three
-    are returned for the next tile. The last multiplications may still run; :func:`finish_steps` waits for them.
+    are returned for the next tile. The last multiplications may still run: :func:`finish_steps` waits for their end.
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BT, 32])
     CODES: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
