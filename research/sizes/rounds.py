@@ -46,7 +46,7 @@ def ideas(seed: int) -> Iterator[Trial]:
 
 
 def large() -> Iterator[Trial]:
-    """Yield the trials that go beyond 15M. Large trials take most of the time, so two processes of a GPU begin with the large ones."""
+    """Yield the trials beyond 15M. Large trials take the longest, so two processes of a GPU begin there."""
     yield from trials("31M", 10, [1], PAIR, ("ternary",))
 
 
