@@ -54,6 +54,8 @@ SUMMARY = (
     ("2:4, GEMM alone", "2:4 sparse, 2-bit", "gemm"),
     ("**2:4 layer**", "2:4 sparse, 2-bit", "layer"),
     ("**6:8 layer**", "6:8 as dense ternary, 2-bit", "layer"),
+    ("2:4, Ampere's GEMM", "2:4 by mma.sp, 2-bit, tile 128 x 128", "gemm"),
+    ("6:8, Ampere's GEMM", "6:8 by mma, 2-bit, tile 128 x 128", "gemm"),
 )
 
 
@@ -100,17 +102,19 @@ def _summarize_generation(rows: list[dict[str, str]], where: str) -> str:
 
 
 def _summarize_layers(rows: list[dict[str, str]], where: str) -> str:
+    """One row a shape and run, because a ratio belongs to one run."""
     table: dict[tuple[str, ...], dict[tuple[str, str], dict[str, str]]] = {}
     for row in rows:
-        table.setdefault((row["tokens"], row["in"], row["out"]), {})[row["variant"], row["what"]] = row
+        run = (row["tokens"], row["in"], row["out"], row["measured"])
+        table.setdefault(run, {})[row["variant"], row["what"]] = row
     lines = [where, "", "| tokens, in, out | " + " | ".join(heading for heading, _, _ in SUMMARY) + " |"]
     lines.append("|" + " --- |" * (len(SUMMARY) + 1))
-    for shape, cells in table.items():
+    for (*shape, _), cells in table.items():
         values = []
-        for heading, *key in SUMMARY:
-            row = cells[key[0], key[1]]
-            ratio = _ratio(row) if heading.startswith("**") else ""
-            values.append(f"{float(row['ms']):.3f}{ratio}")
+        for heading, variant, what in SUMMARY:
+            row = cells.get((variant, what))
+            ratio = _ratio(row) if row and ("**" in heading or "Ampere" in heading) else ""
+            values.append(f"{float(row['ms']):.3f}{ratio}" if row else "")
         lines.append(f"| {', '.join(shape)} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
