@@ -92,4 +92,5 @@ def test_a_tile_fills_the_buffers_of_its_epilogue_evenly(tile: int, size: int) -
     chunk, buffers, stages = launch_shape(tile, size)
     assert tile % (chunk * buffers) == 0
     assert stages >= 4
-    assert stages * (128 * tile + 4096) + 2 * buffers * chunk * 64 * size <= 232448 - 2048
+    scales = 2 * tile * 4
+    assert stages * (128 * tile + 4096) + 2 * buffers * chunk * 64 * size + scales <= 232448 - 2048

@@ -4,9 +4,11 @@ torch's kernels for this cannot be launched early, and need 5 microseconds besid
 behind others in a cache takes their number from the host, so a CUDA graph serves one place. Here the numbers of rows
 and tokens come from the device.
 
-A program computes 64 queries of a head. Few programs take keys in blocks of 128, which has the least latency. Many take
-blocks of 64, so that two programs fit a multiprocessor. On an H200 and 12 heads, 512 tokens take 8.7 microseconds and
-2,048 tokens 36.5; torch's kernel takes 12.2 and 45.0. For 2,048 tokens behind 6,144 others it is 228 against 385.
+A program computes 64 queries of a head. Few programs take keys in blocks of 128, which has the least latency. Such a
+program takes more than half of a multiprocessor's shared memory. Programs that were set up while the kernel before ends
+then spread over all multiprocessors, and do not crowd on those that became free first. Many programs take blocks of 64,
+so that two fit a multiprocessor. On an H200 and 12 heads of 128, 512 tokens take 8.7 microseconds and 2,048 tokens
+36.5; torch's kernel takes 12.2 and 45.0. For 2,048 tokens behind 6,144 others it is 228 against 385.
 
 With the same size of blocks, a token's result depends on the tokens before it, and not on the part or the padding.
 """
@@ -30,9 +32,11 @@ from sbn_kernels.runtime.ops import kernel_fake, kernel_op
 
 # Blocks were chosen on a Hopper GPU. Later GPUs have other amounts of shared memory, and the kernel was not run there.
 NEEDS = Needs("attend", only=(9, 0), interpreter=True)
-HEAD_SIZES = (64, 128)
 _QUERIES = 64
-_STAGES = {128: 2, 64: 3}  # The blocks of keys that are on their way, by their size.
+# The size of a head -> the keys of a block -> the blocks that are on their way. With two blocks of 128 keys of heads of
+# 64, two programs fit a multiprocessor: a prompt of 512 tokens at 0.5B took 1.36 ms, and with four 1.22 ms.
+_STAGES = {128: {128: 2, 64: 3}, 64: {128: 4, 64: 3}}
+HEAD_SIZES = tuple(_STAGES)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -83,8 +87,9 @@ def attend_kernel(
 
 
 _attend = {
-    keys: Launcher(attend_kernel, enable_fp_fusion=True, overlaps=True, num_stages=stages)
-    for keys, stages in _STAGES.items()
+    (size, keys): Launcher(attend_kernel, enable_fp_fusion=True, overlaps=True, num_stages=stages)
+    for size, of_keys in _STAGES.items()
+    for keys, stages in of_keys.items()
 }
 
 
@@ -97,7 +102,7 @@ def _op(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, before: Tensor) -
     grid = (heads, ceil_div(length, _QUERIES), batch)
     processors = multiprocessors(q.device.index) if q.is_cuda else 5  # Tests in the interpreter then see both blocks.
     block = 128 if math.prod(grid) < 2 * processors else 64
-    _attend[block](
+    _attend[size, block](
         grid,
         (q, rows, before, y),
         (length, slots, *q.stride()[:3]),

@@ -74,7 +74,8 @@ def launch_shape(tile: int, out_itemsize: int) -> tuple[int, int, int]:
     chunk = min(tile, 32)
     # The chunks of a tile fill the buffers a whole number of times, so that each store is the oldest one of its buffer.
     buffers = min(tile // chunk, 4 if out_itemsize == 2 else 2)
-    epilogue = buffers * chunk * PANEL * out_itemsize
+    scales = 2 * tile * 4  # float32, for each of the two consumers
+    epilogue = buffers * chunk * PANEL * out_itemsize + scales
     return chunk, buffers, min(8, (_SHARED_BYTES - epilogue) // (tile * K_STEP + 4 * BLOCK_WORDS))
 
 

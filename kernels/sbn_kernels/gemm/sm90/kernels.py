@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.extra.cuda import gdc_wait
 
@@ -266,23 +267,12 @@ def no_metadata():
 
 
 @gluon.jit
-def _load_scales(of_tokens, of_rows, bias, ROWS: gl.constexpr, BIAS: gl.constexpr):
-    """The scales of tokens and of rows, and the bias; what is not there is the number 0."""
-    rows = 0.0
-    added = 0.0
-    if ROWS:
-        rows = gl.load(of_rows)
-    if BIAS:
-        added = gl.load(bias).to(gl.float32)
-    return gl.load(of_tokens), rows, added
-
-
-@gluon.jit
 def _consumer(
-    scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part, group, zero,
-    BT: gl.constexpr, CHUNK: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr,
+    scale, row_scale, bias, y, xs, ws, ys, ss, full, empty, k_steps, token_tiles, panels, parts, per_part, group,
+    zero, BT: gl.constexpr, CHUNK: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr,
     ROWS: gl.constexpr, BIAS: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
+    COPY: gl.constexpr = gl.BlockedLayout([max(1, BT // 128)], [32], [4], [0])
     stage = 0
     phase = 0
     held = no_metadata()
@@ -290,38 +280,40 @@ def _consumer(
         gdc_wait()  # The kernel before makes the scales of the tokens, and may read memory that y takes over.
     for i in range(gl.program_id(0), token_tiles * panels * parts, gl.num_programs(0)):
         panel, token_tile, part, first, end = _work(i, token_tiles, panels, per_part, k_steps, group, PARTS)
+        token0 = (part * token_tiles + token_tile) * BT
+        row0 = panel * 128 + 64 * HALF
+        # The scales of the tile's tokens travel to shared memory during the sum. A load from global memory at the end
+        # would delay the fence of each chunk. Their vector is as long as whole tiles, so there is no mask.
+        of_tokens = ss.index(HALF)
+        if not PARTS:
+            async_copy.async_load(of_tokens, scale + token0 + gl.arange(0, BT, COPY))
+            async_copy.commit_group()
         acc, held, stage, phase = sum_steps(
             xs, ws, full, empty, first, end, stage, phase, held, zero, BT, STAGES, SPARSE, HALF
         )
-        token0 = (part * token_tiles + token_tile) * BT
-        row0 = panel * 128 + 64 * HALF
-        # The scales of tokens are loaded one chunk ahead. Their vectors are as long as whole tiles, because masks here
-        # would take the registers that the pipeline needs. A sparse product has registers for more: it loads the first
-        # scales while its last multiplications run, and later ones before it uses those of the chunk.
         LIKE: gl.constexpr = split_columns(acc, BT // CHUNK)[0].type.layout
         rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, LIKE))
-        columns = token0 + gl.arange(0, CHUNK, gl.SliceLayout(0, LIKE))
-        if SPARSE and not PARTS:
-            coming, of_rows, added = _load_scales(scale + columns, row_scale + rows, bias + rows, ROWS, BIAS)
+        of_rows = 0.0
+        added = 0.0
+        if ROWS:
+            of_rows = gl.load(row_scale + rows)
+        if BIAS:
+            added = gl.load(bias + rows).to(gl.float32)
         acc = finish_steps(acc, empty, stage, BT, STAGES)
-        if not SPARSE and not PARTS:
-            coming, of_rows, added = _load_scales(scale + columns, row_scale + rows, bias + rows, ROWS, BIAS)
+        if not PARTS:
+            async_copy.wait_group(0)
         # Epilogue: scale, round, transpose and store CHUNK tokens at a time through BUFFERS shared buffers.
         chunks = split_columns(acc, BT // CHUNK)
         for c in gl.static_range(BT // CHUNK):
             out = chunks[c]
             if not PARTS:
-                factor = coming[None, :]
-                if SPARSE and c + 1 < BT // CHUNK:
-                    coming = gl.load(scale + columns + (c + 1) * CHUNK)
+                factor = of_tokens.slice(c * CHUNK, CHUNK, dim=0).load(gl.SliceLayout(0, LIKE))[None, :]
                 if ROWS:
                     factor = factor * of_rows[:, None]
                 out = out.to(gl.float32) * factor
                 if BIAS:
                     out += added[:, None]
             out = gl.permute(out, (1, 0)).to(y.dtype)
-            if not SPARSE and not PARTS and c + 1 < BT // CHUNK:
-                coming = gl.load(scale + columns + (c + 1) * CHUNK)
             buffer = ys.index(BUFFERS * HALF + c % BUFFERS)
             tma.store_wait(BUFFERS - 1)
             buffer.store(out)
@@ -352,14 +344,15 @@ def ternary_gemm_kernel(
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, BT, 128], x.layout)
     ws = gl.allocate_shared_memory(gl.int32, [STAGES, 32, 32], w.layout)
     ys = gl.allocate_shared_memory(y.dtype, [2 * BUFFERS, CHUNK, 64], y.layout)
+    ss = gl.allocate_shared_memory(gl.float32, [2, BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full, empty = ring(STAGES)
     gl.warp_specialize(
         [
             (_consumer, (
-                scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part,
+                scale, row_scale, bias, y, xs, ws, ys, ss, full, empty, k_steps, token_tiles, panels, parts, per_part,
                 group, zero, BT, CHUNK, BUFFERS, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 0)),
             (_consumer, (
-                scale, row_scale, bias, y, xs, ws, ys, full, empty, k_steps, token_tiles, panels, parts, per_part,
+                scale, row_scale, bias, y, xs, ws, ys, ss, full, empty, k_steps, token_tiles, panels, parts, per_part,
                 group, zero, BT, CHUNK, BUFFERS, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 1)),
             (_producer, (
                 x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group, BT, STAGES, PARTS,
