@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from research.pretrained.__main__ import _plan, _try, longest
 from research.pretrained.corpus import licences
+from research.pretrained.plan import _plan, _try, longest
 from research.pretrained.report import copying, report, tasks
 from research.pretrained.train import FILE, Setting, Training, make_optimizer
 from research.pretrained.trials import LOGITS, Trial, best, long, short, untrained, without_warmup
