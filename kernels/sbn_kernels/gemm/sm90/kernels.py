@@ -12,7 +12,8 @@ computed transposed, and turned round on its way through shared memory in the ep
 
 Roles: a producer, and two consumer warpgroups of 64 features each. The producer fills a ring of ``STAGES`` buffers by
 TMA: tokens [BT, 128] and 4 KB of codes. Consumers fetch the codes of the next step while the current step multiplies,
-and run apart from each other, so that one keeps the tensor core busy while the other is in its epilogue.
+and run apart from each other, so that one keeps the tensor core busy while the other is in its epilogue. The scales of
+a tile's tokens come to shared memory while the tile is summed.
 
 Two facts that only the compiler's report and a bit-exact test show:
 
@@ -293,8 +294,6 @@ def _consumer(
         )
         LIKE: gl.constexpr = split_columns(acc, BT // CHUNK)[0].type.layout
         rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, LIKE))
-        of_rows = 0.0
-        added = 0.0
         if ROWS:
             of_rows = gl.load(row_scale + rows)
         if BIAS:
