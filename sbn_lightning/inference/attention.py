@@ -2,7 +2,7 @@
 
 A call of the model is one of four kinds, and each kind has a class here.
 
-* :class:`PromptAttention`: prompts from their first token on. The causal kernel needs no cache.
+* :class:`PromptAttention`: prompts from their first token on, without a CUDA graph. torch's kernel needs no cache.
 * :class:`ChunkAttention`: a part of a prompt behind tokens that are in the cache already.
 * :class:`RowAttention`: prompts or parts of prompts whose rows and places are tensors, for CUDA graphs.
 * :class:`StepAttention`: one token in each row.
@@ -22,8 +22,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from sbn_lightning.models.attention import causal_attention, in_window
 
-# Up to this many tokens of all prompts, ``attend`` of sbn_kernels is faster than torch's causal kernel on an H200.
-FEW_TOKENS = 2048
+_FEW_TOKENS = 2048
 
 
 class PromptAttention:
@@ -140,11 +139,11 @@ class RowAttention:
         places = self.before[:, None] + torch.arange(length, device=self.before.device)
         self.keys[self.rows[:, None], :, places] = k_BKTE.transpose(1, 2)
         self.values[self.rows[:, None], :, places] = v_BKTE.transpose(1, 2)
-        if self.behind or (self._has_kernel and window is None and len(k_BKTE) * length <= FEW_TOKENS):
-            assert window is None
+        if self._has_kernel and window is None and is_faster(len(k_BKTE) * length, self.behind):
             from sbn_kernels.prompt import attend
 
             return attend(q_BHTE, self.keys, self.values, self.rows, self.before).transpose(1, 2)
+        assert not self.behind
         return causal_attention(q_BHTE, k_BKTE, v_BKTE, window)
 
 
@@ -155,6 +154,16 @@ def has_kernel(keys: Tensor) -> bool:
     from sbn_kernels.prompt import attention
 
     return keys.shape[-1] in attention.HEAD_SIZES and attention.NEEDS.missing(keys.device.index) is None
+
+
+def is_faster(tokens: int, behind: bool) -> bool:
+    """Whether :func:`sbn_kernels.prompt.attend` is faster than torch's kernels, as measured on an H200.
+
+    Args:
+        tokens: The number of tokens of all prompts together.
+        behind: Whether they stand behind tokens that the cache holds already.
+    """
+    return behind or tokens <= _FEW_TOKENS
 
 
 def room_like(keys_BKTE: Tensor, batch_size: int, slots: int) -> Tensor:

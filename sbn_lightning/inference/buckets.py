@@ -129,7 +129,7 @@ class PromptGraphs:
         return self._replay(kind)
 
     def read_all(self, tokens_BT: Tensor, lengths_B: Tensor, bucket: int) -> Tensor:
-        """Read a prompt into each row of the cache, from the first slots on. The first call captures a graph.
+        """Read a prompt into each row of the cache, from the first slots on.
 
         Args:
             tokens_BT: The prompts on the device, padded at their ends with any token, int64 ``[B, T]``.
@@ -141,13 +141,14 @@ class PromptGraphs:
         """
         count, length = tokens_BT.shape
         kind = Kind(count, bucket, False)
-        if kind not in self._inputs:
+        first = kind not in self._inputs
+        if first:
             self._inputs[kind] = Inputs(tokens_BT.new_zeros(3 * _even(count) + count * bucket), count)
         inputs = self._inputs[kind]
         torch.arange(count, out=inputs.rows)
         inputs.tokens[:, :length] = tokens_BT
         torch.sub(lengths_B, 1, out=inputs.last)
-        return self._replay(kind)
+        return self._read(kind) if first else self._replay(kind)
 
     def _replay(self, kind: Kind) -> Tensor:
         if not self._cuda_graph:

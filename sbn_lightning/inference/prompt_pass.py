@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sbn_lightning.backends.integer import KernelBackend
 from sbn_lightning.backends.products import multiply
-from sbn_lightning.inference.attention import FEW_TOKENS, attend_to_cache, has_kernel
+from sbn_lightning.inference.attention import attend_to_cache, has_kernel, is_faster
 from sbn_lightning.inference.persistent import outside_of_the_family
 from sbn_lightning.layers.options import is_hooked
 from sbn_lightning.layers.packed import PackedTernaryLinear
@@ -192,7 +192,7 @@ class PromptPass:
         model, config = self._model, self._model.config
         batch, length = tokens_BT.shape
         splits = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
-        with_kernel = has_kernel(caches[0][0]) and (start != 0 or batch * length <= FEW_TOKENS)
+        with_kernel = has_kernel(caches[0][0]) and is_faster(batch * length, start != 0)
         assert with_kernel or start is not None  # torch's attention needs the number on the host.
         x = model.embed(tokens_BT).flatten(0, 1)
         delta: Tensor | _Sums | None = None

@@ -49,12 +49,10 @@ class PromptReader:
         self.layers: list[StepAttention] = []
         self.prompt_pass: PromptPass | None = None
         self.graphs: PromptGraphs | None = None
-        self._buckets: set[int] = set()  # The buckets of the batches that were read with the present weights.
 
     def forget(self) -> None:
         """Drop the graphs, and look at the model again: layers or prepared weights have been replaced."""
         self.graphs = None
-        self._buckets.clear()
         self.prompt_pass = make_pass(self._model)
 
     def read_all(self, tokens_BT: Tensor, lengths_B: Tensor, chunk: int | None) -> Tensor:
@@ -69,14 +67,12 @@ class PromptReader:
             The logits of each prompt's next token, ``[B, vocab_size]``.
         """
         length, rows = tokens_BT.shape[1], self._shared.rows
-        prompt_pass = self._usable_pass()
+        prompt_pass = self._start()
         if chunk is None or chunk >= length:
             chunk = length
             bucket = bucket_of(length, self._slots, len(rows)) if self.use_graph else None
-            if bucket is not None and bucket in self._buckets and self.layers:
+            if bucket is not None and self.layers:
                 return self._graphs(prompt_pass).read_all(tokens_BT, lengths_B, bucket)
-            if bucket is not None:
-                self._buckets.add(bucket)  # A decoder that reads one batch must not wait for the capture of a graph.
         logits: Tensor | None = None
         for start in range(0, length, chunk):
             part = tokens_BT[:, start : start + chunk]
@@ -98,14 +94,14 @@ class PromptReader:
             The logits of the token after these, ``[1, vocab_size]``.
         """
         count = len(tokens)
-        prompt_pass = self._usable_pass()
+        prompt_pass = self._start()
         bucket = bucket_of(count, self._slots - start) if self.use_graph else None
         if bucket is not None and self.layers and (start == 0 or self._goes_on_in_graphs()):
             return self._graphs(prompt_pass).read(tokens, row, bucket, start)
         if prompt_pass is not None:
             given = inputs_of(tokens, row, start, self._device)
             return prompt_pass(given.tokens, given.last, given.rows, given.before, self._caches(), start)
-        # The very first prompt makes the cache. It is padded like those after it, so its products have their shapes.
+        # The first prompt under autocast is padded like later ones, so its products have their shapes.
         padded = [*tokens, *[0] * ((bucket or count) - count)]
         hidden = self._read(slice(row, row + 1), torch.tensor([padded], device=self._device), start)
         logits: Tensor = self._model.lm_head(hidden[:, count - 1])
@@ -125,9 +121,12 @@ class PromptReader:
             self.graphs = PromptGraphs(self._model, self.layers, prompt_pass, cuda_graph=True)
         return self.graphs
 
-    def _usable_pass(self) -> PromptPass | None:
-        """The pass of fused kernels, with a cache to write to; None without one."""
-        if self.prompt_pass is None or torch.is_autocast_enabled(self._device.type):
+    def _start(self) -> PromptPass | None:
+        """Allocate the cache, and return the pass of fused kernels; None without one.
+
+        Under autocast the dtype of keys is not known before the first prompt. That prompt then makes the cache.
+        """
+        if torch.is_autocast_enabled(self._device.type):
             return None
         if not self.layers:
             config = self._model.config
@@ -161,7 +160,6 @@ class PromptReader:
         with trust_weights():
             hidden = self._model.hidden(tokens_RT, attend=attend)
         if not self.layers:
-            # The dtype of keys and values is known only now: the model may compute in another dtype than it stores.
             for layer in attend:
                 self._add_layer(layer.keys, layer.values)
         for cache, layer in zip(self.layers, attend, strict=True):

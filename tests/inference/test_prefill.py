@@ -7,7 +7,7 @@ import torch
 from sbn_kernels import prompt as prompt_kernels
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.inference import Decoder, generate
+from sbn_lightning.inference import Decoder, attention, generate
 from sbn_lightning.inference.attention import has_kernel
 from sbn_lightning.inference.buckets import Inputs, PromptGraphs, bucket_of, inputs_of, to_device
 from sbn_lightning.layers.packed import pack_layers
@@ -150,6 +150,7 @@ def patched_attend():
     """The kernel's twin in its place."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prompt_kernels, "attend", prompt_kernels.attend_reference)
+        patch.setattr(attention, "has_kernel", lambda keys: True)
         yield
 
 
@@ -197,14 +198,14 @@ def test_a_batch_captures_a_graph_when_its_bucket_comes_again(model, monkeypatch
     decoder._reader.use_graph = True
     captured = []
 
-    def read_all(self, tokens, lengths, bucket):
-        captured.append((tuple(tokens.shape), bucket))
+    def replay(self, kind):
+        captured.append(kind)
         return torch.zeros(2, 320)
 
-    monkeypatch.setattr(PromptGraphs, "read_all", read_all)
+    monkeypatch.setattr(PromptGraphs, "_replay", replay)
     for length in (5, 70, 60, 128, 72, 128):
         decoder.prefill([[1] * length, [2]])
-    assert captured == [((2, 60), 64), ((2, 72), 80), ((2, 128), 128)]
+    assert captured == [(2, 64, False), (2, 80, False), (2, 128, False)]
     decoder._reader.forget()  # Weights have changed, so the next batch is a first one again.
     decoder.prefill([[1] * 72, [2]])
     decoder.prefill_chunk = 16
@@ -316,6 +317,8 @@ def test_a_pass_of_fused_kernels_gives_the_logits_of_the_blocks(pattern, backend
     plain = Decoder(model, 2, 200)
     expected = plain.prefill(prompts)
     assert plain._reader.prompt_pass is None
+    for _ in range(2):  # From a graph; the kernels are those of the very first prompts.
+        assert torch.equal(plain.prefill(prompts), expected)
     singles = [expected[i % 2 : i % 2 + 1] for i in range(4)]
     all_expected = [expected, *singles, expected, expected, *[expected[:1]] * 3]
     for got, wanted in zip(logits, all_expected, strict=True):
