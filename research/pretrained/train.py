@@ -185,7 +185,7 @@ class Training:
         factor = learning_rate_factor(
             self.step,
             schedule="cosine",
-            warmup_steps=max(1, min(50, self.steps // 20)),
+            warmup_steps=max(1, min(50, int(self.steps * self.trial.warmup))),
             max_steps=self.steps,
             floor=0.05,
         )
