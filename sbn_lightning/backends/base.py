@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,12 @@ from sbn_lightning.sparsity.pattern import NMPattern
 
 Keep = int | Tensor
 """How many weights a mask leaves in each group: one number, or an integer tensor ``[out_features]``, one a row."""
+
+Gradients = Literal["bf16", "int8", "int8-dx", "int8-dw"]
+"""The kinds of gradients: exact, or rounded to int8 for both products of a backward, or for one of the two."""
+
+SavedGates = Literal["full", "int8"]
+"""How the gates and ups of a SwiGLU are saved for the backward: as they are, or as codes."""
 
 Operands = tuple[Tensor, Any, Tensor | None, int | None]
 """What ``linear`` takes of a layer: its latent weight, prepared weight, mask of the gradient, and bits of a token."""

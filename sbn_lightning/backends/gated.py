@@ -31,7 +31,6 @@ class GatedFunction(torch.autograd.Function):
         latent_last: Tensor,
         codes_first: Tensor | None,
         row_scale_first: Tensor,
-        mask_bits_first: Tensor,
         packed_first: Tensor | None,
         transposed_first: Tensor,
         kernel_first: str,
@@ -40,7 +39,6 @@ class GatedFunction(torch.autograd.Function):
         seed_first: Tensor,
         codes_last: Tensor | None,
         row_scale_last: Tensor,
-        mask_bits_last: Tensor,
         packed_last: Tensor | None,
         transposed_last: Tensor,
         kernel_last: str,
@@ -54,9 +52,9 @@ class GatedFunction(torch.autograd.Function):
     ) -> Tensor:
         """Computes ``[tokens, out]`` in ``dtype``.
 
-        ``x`` is ``[tokens, in]``. Each of the two layers brings its latent weight, for the gradient; the fields of its
-        :class:`~sbn_lightning.backends.integer.KernelWeight`; the mask of its gradient (None lets all weights have
-        gradients); the bits of a quantised token; and a seed. Gates and ups have ``dtype``, too. With
+        ``x`` is ``[tokens, in]``. Each of the two layers brings its latent weight, for the gradient; what products
+        read of its :class:`~sbn_lightning.backends.integer.KernelWeight`; the mask of its gradient (None lets all
+        weights have gradients); the bits of a quantised token; and a seed. Gates and ups have ``dtype``, too. With
         ``saved_gates`` these are saved as int8 codes. ``x8`` and ``scale`` are the quantised tokens if they exist
         already.
         """
@@ -106,4 +104,4 @@ class GatedFunction(torch.autograd.Function):
             d_first = kernels.weight_gradient(rounded.channels, rounded.channel_scale, tokens_t, first_dtype)
         d_first = d_first if d_first is None or mask is None else d_first * mask
         d_last = d_last if d_last is None or last_mask is None else d_last * last_mask
-        return dx, d_first, d_last, *[None] * 22
+        return dx, d_first, d_last, *[None] * 20

@@ -20,7 +20,7 @@ The backend names the kernel that multiplies; the registry (:mod:`sbn_kernels.ge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import sbn_kernels as sk
 import sbn_kernels.catalog
@@ -32,7 +32,7 @@ from sbn_kernels.swiglu.triton import MAX_FEATURES
 from torch import Tensor
 from torch.nn import functional as F
 
-from sbn_lightning.backends.base import Keep, Operands
+from sbn_lightning.backends.base import Gradients, Keep, Operands
 from sbn_lightning.backends.blocks import BlockKernels
 from sbn_lightning.backends.gated import GatedFunction
 from sbn_lightning.backends.joined import join
@@ -42,7 +42,6 @@ from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
 from sbn_lightning.sparsity.ternary import apply_swiglu
 
-Gradients = Literal["bf16", "int8", "int8-dx", "int8-dw"]
 Engine = str  # version 0.1.0 listed three; kernels have names in the registry now
 
 
@@ -234,8 +233,8 @@ class KernelBackend(BlockKernels):
         tokens = x.reshape(-1, x.shape[-1])
         ups = None if up is None else up.reshape(-1, up.shape[-1])
         y: Tensor = KernelLinearFunction.apply(
-            tokens, latent, ups, *prepared, gradient_mask, activation_bits, fused, self.seed if rounds else None,
-            self.gradients != "int8-dx", dtype, x8, scale, self.saved_gates,
+            tokens, latent, ups, *_factors(prepared), gradient_mask, activation_bits, fused,
+            self.seed if rounds else None, self.gradients != "int8-dx", dtype, x8, scale, self.saved_gates,
         )  # fmt: skip
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -251,8 +250,8 @@ class KernelBackend(BlockKernels):
             return None
         y: Tensor = GatedFunction.apply(
             x.reshape(-1, x.shape[-1]), first[0], last[0],
-            *first[1], *first[2:], self.seed, *last[1], *last[2:], backend.seed, dtype, backend.saved_gates,
-            *(quantized or (None, None)),
+            *_factors(first[1]), *first[2:], self.seed, *_factors(last[1]), *last[2:], backend.seed, dtype,
+            backend.saved_gates, *(quantized or (None, None)),
         )  # fmt: skip
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -281,6 +280,11 @@ class KernelBackend(BlockKernels):
         """The operands of layers as one layer with this backend; None if they stay apart."""
         alike = all(other.joins and other.gradients == self.gradients for other in backends)
         return join(layers) if alike else None
+
+
+def _factors(weight: KernelWeight) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, str]:
+    """What products read of a weight: all but the mask."""
+    return weight.codes, weight.row_scale, weight.packed, weight.transposed, weight.kernel
 
 
 def _layout(kernel: registry.Product) -> str:

@@ -28,7 +28,6 @@ class KernelLinearFunction(torch.autograd.Function):
         up: Tensor | None,
         codes: Tensor | None,
         row_scale: Tensor,
-        mask_bits: Tensor,
         packed: Tensor | None,
         transposed: Tensor | None,
         kernel: str,
@@ -98,4 +97,4 @@ class KernelLinearFunction(torch.autograd.Function):
             dx = dx.to(ctx.x_dtype)
         if dw is not None and gradient_mask is not None:
             dw = dw * gradient_mask
-        return dx, dw, d_up, *[None] * 15
+        return dx, dw, d_up, *[None] * 14

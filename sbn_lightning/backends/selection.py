@@ -19,12 +19,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sbn_lightning.backends.base import Backend
+from sbn_lightning.backends.base import Backend, Gradients, SavedGates
 from sbn_lightning.backends.candidates import (
     KernelStatus,
     Shape,
@@ -40,9 +40,6 @@ from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.backends.timing import CHECKED, WRONG, Trial, decide, first_line, milliseconds
 from sbn_lightning.core.errors import ConfigError
 
-if TYPE_CHECKING:
-    from sbn_lightning.backends.integer import Gradients
-
 BackendName = Literal["auto", "reference", "int8", "sparse"]
 BACKENDS: tuple[BackendName, ...] = ("auto", "reference", "int8", "sparse")
 
@@ -53,6 +50,7 @@ __all__ = [
     "KernelStatus",
     "TernaryLayer",
     "candidates",
+    "check_options",
     "choose",
     "choose_packed",
     "decide",
@@ -94,6 +92,33 @@ class Choice:
         return KernelBackend(self.kernel, gradients=gradients, saved_gates=saved_gates, joins=joins)
 
 
+def check_options(owner: str, backend: str, gradients: str, saved_gates: str, tokens: int | None) -> None:
+    """Refuses options of a training run that do not exist or cannot work together.
+
+    Args:
+        owner: What has the options, for the message.
+        backend: The backend that the user asked for.
+        gradients: The kind of gradients.
+        saved_gates: How gates and ups are saved.
+        tokens: The number of tokens in a micro-batch; None if it is not known.
+
+    Raises:
+        ConfigError: If an option has a value that cannot work.
+    """
+    for option, value, known in (
+        ("backend", backend, BACKENDS),
+        ("gradients", gradients, get_args(Gradients)),
+        ("saved_gates", saved_gates, get_args(SavedGates)),
+    ):
+        if value not in known:
+            raise ConfigError(f"{owner}: {option}={value!r} is not one of {', '.join(known)}")
+    if backend == "reference" and (gradients != "bf16" or saved_gates != "full"):
+        option = f'gradients="{gradients}"' if gradients != "bf16" else 'saved_gates="int8"'
+        raise ConfigError(f'{owner}: {option} needs integer tensor cores: use backend="auto", "int8" or "sparse"')
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"{owner}: tokens={tokens} must be at least 1")
+
+
 def require(
     layers: Mapping[str, TernaryLayer | Shape], wanted: str, device: torch.device, packed: bool = False
 ) -> dict[str, str]:
@@ -117,7 +142,7 @@ def require(
         if wanted in absent:
             able = ", ".join(["auto", "reference", *sorted(engines(device)[0])])
             raise ConfigError(f'backend "{wanted}" cannot run on {named(device)}: {reasons[wanted]}; use {able}')
-        if wanted not in found and packed and "reads no packed weights" in reasons[wanted]:
+        if wanted not in found and packed and wanted in candidates(layer, device)[0]:  # It fits with latent weights.
             raise ConfigError(
                 f'backend "{wanted}" cannot run packed weights here: {reasons[wanted]}; use auto, or give the '
                 "checkpoint that they were exported from"

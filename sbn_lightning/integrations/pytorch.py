@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from sbn_lightning.backends.base import Gradients, SavedGates
 from sbn_lightning.backends.reference import REFERENCE
-from sbn_lightning.backends.selection import BACKENDS, BackendName, choose, table
+from sbn_lightning.backends.selection import BackendName, check_options, choose, table
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.conversion import (
     ConversionReport,
@@ -27,6 +28,7 @@ from sbn_lightning.layers.conversion import (
 )
 from sbn_lightning.layers.experts import convert_experts, fused_block, fused_weights
 from sbn_lightning.layers.packed import PackedTernaryLinear
+from sbn_lightning.layers.seeds import draw_seeds
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
@@ -116,11 +118,11 @@ def use_kernels(
     device: torch.device | str | None = None,
     *,
     backend: BackendName = "auto",
-    gradients: Literal["bf16", "int8", "int8-dx", "int8-dw"] = "bf16",
+    gradients: Gradients = "bf16",
     dtype: torch.dtype | None = None,
     tokens: int = 8192,
     seed: int = 0,
-    saved_gates: Literal["full", "int8"] = "full",
+    saved_gates: SavedGates = "full",
     join_layers: bool = True,
 ) -> str:
     """Choose what each ternary layer of a model computes with.
@@ -149,16 +151,7 @@ def use_kernels(
     Raises:
         ConfigError: If the model has no ternary layer, or a backend that was asked for cannot run here.
     """
-    for option, value, known in (
-        ("backend", backend, BACKENDS),
-        ("gradients", gradients, ("bf16", "int8", "int8-dx", "int8-dw")),
-        ("saved_gates", saved_gates, ("full", "int8")),
-    ):
-        if value not in known:
-            raise ConfigError(f"use_kernels: {option}={value!r} is not one of {', '.join(known)}")
-    if backend == "reference" and (gradients != "bf16" or saved_gates != "full"):
-        option = f'gradients="{gradients}"' if gradients != "bf16" else 'saved_gates="int8"'
-        raise ConfigError(f'use_kernels: {option} needs integer tensor cores: use backend="auto"')
+    check_options("use_kernels", backend, gradients, saved_gates, tokens)
     if device is not None:
         model.to(device)
     packed = [module for module in model.modules() if isinstance(module, PackedTernaryLinear)]
@@ -186,27 +179,12 @@ def use_kernels(
 
 
 class _SeedEachPass:
-    """Give each layer a fresh seed before each forward that needs gradients, as rounded gradients require.
-
-    Ranks of a distributed run draw different seeds. With equal seeds their rounding errors would be equal too, and
-    averaging the gradients would not reduce them.
-    """
+    """Give each layer a fresh seed before each forward that needs gradients, as rounded gradients require."""
 
     def __init__(self, seed: int) -> None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
-        ranks = torch.distributed.get_world_size() if distributed else 1
-        self._passes = count(rank, ranks)
-        self._first = seed % 2**23 << 40
+        self._seed, self._passes = seed, count()
 
     def __call__(self, model: nn.Module, inputs: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
         layers = [layer for layer in ternary_layers(model).values() if layer.backend is not REFERENCE]
-        if not layers:
-            return
-        start = self._first + next(self._passes) * len(layers)
-        # Two columns, so that each view starts on a 16-byte boundary, as compiled code likes its inputs.
-        seeds = torch.arange(start, start + len(layers), device=layers[0].weight.device).repeat_interleave(2)
-        for layer, drawn in zip(layers, seeds.view(-1, 2)[:, :1].unbind(), strict=True):
-            layer.backend.seed = drawn  # type: ignore[attr-defined]
+        if torch.is_grad_enabled() and layers:
+            draw_seeds(layers, self._seed, next(self._passes))

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -32,11 +32,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from sbn_lightning.backends.base import Gradients, SavedGates
 from sbn_lightning.backends.reference import REFERENCE
-from sbn_lightning.backends.selection import BACKENDS, BackendName, Choice, choose, table
+from sbn_lightning.backends.selection import BackendName, Choice, check_options, choose, table
 from sbn_lightning.callbacks.base import is_compiled
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.masked_linear import prepare_layers
+from sbn_lightning.layers.seeds import draw_seeds, place
 from sbn_lightning.layers.sparse_linear import SparseBitLinear, ternary_layers
 
 ComputeDtype = Literal["bf16", "fp32"]
@@ -93,30 +95,16 @@ class SparseTernaryPrecision(Precision):
     def __init__(
         self,
         backend: BackendName = "auto",
-        gradients: Literal["bf16", "int8", "int8-dx", "int8-dw"] = "bf16",
+        gradients: Gradients = "bf16",
         dtype: ComputeDtype = "bf16",
         tokens: int | None = None,
         seed: int = 0,
-        saved_gates: Literal["full", "int8"] = "full",
+        saved_gates: SavedGates = "full",
         join_layers: bool = True,
     ) -> None:
-        for option, value, known in (
-            ("backend", backend, BACKENDS),
-            ("gradients", gradients, ("bf16", "int8", "int8-dx", "int8-dw")),
-            ("dtype", dtype, ("bf16", "fp32")),
-            ("saved_gates", saved_gates, ("full", "int8")),
-        ):
-            if value not in known:
-                raise ConfigError(f"SparseTernaryPrecision: {option}={value!r} is not one of {', '.join(known)}")
-        if gradients != "bf16" and backend == "reference":
-            raise ConfigError(
-                f'SparseTernaryPrecision: gradients="{gradients}" run on integer tensor cores: use backend="auto", '
-                '"int8" or "sparse"'
-            )
-        if saved_gates != "full" and backend == "reference":
-            raise ConfigError('SparseTernaryPrecision: saved_gates="int8" needs backend="auto", "int8" or "sparse"')
-        if tokens is not None and tokens < 1:
-            raise ConfigError(f"SparseTernaryPrecision: tokens={tokens} must be at least 1")
+        check_options("SparseTernaryPrecision", backend, gradients, saved_gates, tokens)
+        if dtype not in get_args(ComputeDtype):
+            raise ConfigError(f"SparseTernaryPrecision: dtype={dtype!r} is not one of bf16, fp32")
         self.backend, self.gradients, self.dtype, self.tokens, self.seed = backend, gradients, dtype, tokens, seed
         self.saved_gates, self.join_layers = saved_gates, join_layers
         self.precision = "bf16-mixed" if dtype == "bf16" else "32-true"
@@ -162,7 +150,7 @@ class SparseTernaryPrecision(Precision):
 
     def _agreed_choices(self, layers: dict[str, SparseBitLinear], device: torch.device) -> dict[str, Choice]:
         """Make the choices once for all ranks, because timings differ between ranks."""
-        rank, processes = _place()
+        rank, processes = place()
         agreed: list[dict[str, Choice] | None] = [None]
         if self.backend != "auto" or rank == 0:
             agreed = [choose(layers, self.backend, device, self._compute_dtype, self._tokens)]
@@ -201,7 +189,8 @@ class SparseTernaryPrecision(Precision):
                 ready += _prepared_for_a_graph(module, known)
             layers += known
         if self.gradients != "bf16" and torch.is_grad_enabled() and layers:
-            self._draw_seeds(layers)
+            draw_seeds(layers, self.seed, self._passes)
+            self._passes += 1
         try:
             with torch.autocast(self._device_type, torch.bfloat16, enabled=self.dtype == "bf16"):
                 yield
@@ -225,22 +214,6 @@ class SparseTernaryPrecision(Precision):
         if self.dtype != "bf16":
             return data
         return apply_to_collection(data, Tensor, _in_default_dtype)
-
-    def _draw_seeds(self, layers: list[SparseBitLinear]) -> None:
-        """Give each layer a seed of its own for this pass and this process.
-
-        The seeds are new tensors, because a backward that is still to come may hold the old ones. Processes must not
-        share seeds. Gradients that are rounded by the same draw have the same error, and averaging would not reduce it.
-        """
-        rank, processes = _place()
-        count = len(layers)
-        first = (self.seed % 2**23 << 40) + (self._passes * processes + rank) * count
-        self._passes += 1
-        # Two columns, so that each view starts on a 16-byte boundary; compiled code expects aligned inputs.
-        seeds = torch.arange(first, first + count, device=layers[0].weight.device).repeat_interleave(2)
-        for layer, seed in zip(layers, seeds.view(count, 2)[:, :1].unbind(), strict=True):
-            if layer.backend is not REFERENCE:
-                layer.backend.seed = seed.to(layer.weight.device)  # type: ignore[attr-defined]
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -318,10 +291,3 @@ def _hooks(module: nn.Module | None) -> type[FabricPrecision]:
     """The class whose hooks suit the caller: a Trainer or Fabric."""
     trained = isinstance(module, LightningModule) and isinstance(module._trainer, Trainer)
     return Precision if trained else FabricPrecision
-
-
-def _place() -> tuple[int, int]:
-    """The rank of this process, and the number of processes."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

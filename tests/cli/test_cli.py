@@ -271,7 +271,7 @@ def test_the_precision_plugin_from_options(tokens):
     [
         ({"bakend": "auto"}, "Option 'bakend' is not accepted; did you mean backend?"),
         ({"backend": "fast"}, "Literal['auto', 'reference', 'int8', 'sparse']. Got value: fast"),
-        ({"backend": "reference", "gradients": "int8"}, 'gradients="int8" run on integer tensor cores'),
+        ({"backend": "reference", "gradients": "int8"}, 'gradients="int8" needs integer tensor cores'),
         ({"tokens": 0}, "tokens=0 must be at least 1"),
     ],
 )

@@ -189,7 +189,7 @@ def test_options_reach_the_backend_of_each_layer(monkeypatch):
 
 
 def test_saved_gates_on_the_reference_are_an_error():
-    with pytest.raises(ConfigError, match='saved_gates="int8" needs backend'):
+    with pytest.raises(ConfigError, match='saved_gates="int8" needs integer tensor cores'):
         SparseTernaryPrecision("reference", saved_gates="int8")
 
 
