@@ -156,7 +156,6 @@ def prompt_ms(model: TernaryTransformer, tokens: Tensor, expected: Tensor | None
     """Returns the median time to read one prompt; logits are checked first, without a graph and from the graph."""
     decoder = Decoder(model, 1, max(tokens.shape[1], 64))
     prompts = tokens.tolist()
-    decoder.extend(0, prompts[0][:8], 0)  # a decoder has no cache, and so no graphs, before its first prompt
     for _ in range(2):
         logits = torch.cat([decoder.extend(0, prompt, 0) for prompt in prompts])
         if expected is not None:
