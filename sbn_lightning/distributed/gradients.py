@@ -100,7 +100,46 @@ class _Sent:
     mine: Tensor
 
 
-class GradientScatter:
+class BackwardCollectives:
+    """Collectives that start in hooks of autograd, and end with the backward.
+
+    Args:
+        group: The ranks.
+        dtype: The dtype in which gradients travel.
+
+    Attributes:
+        hold: Whether gradients stay as they are for the next micro-batch, whose own are added to them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+        self.dtype, self.hold = dtype, False
+        # NCCL divides while it sums. gloo does not know how.
+        self._operation = dist.ReduceOp.AVG if dist.get_backend(group) == "nccl" else dist.ReduceOp.SUM
+        self._runs = False
+
+    def _begin(self) -> None:
+        """Ask autograd, once in a backward, to call :meth:`_finish` at its end."""
+        if not self._runs:
+            self._runs = True
+            begin_collectives()  # Kernels of the backward make room for the collectives.
+            Variable._execution_engine.queue_callback(self._finish)
+
+    def _end(self) -> None:
+        """Say that the kernels of the backward have started, or that it has raised an error."""
+        if self._runs:
+            self._runs = False
+            end_collectives()
+
+    def _divide(self, total: Tensor, ranks: int) -> None:
+        """Make the mean of a sum, if the collective has not."""
+        if self._operation != dist.ReduceOp.AVG:
+            total.div_(ranks)
+
+    def _finish(self) -> None:
+        raise NotImplementedError
+
+
+class GradientScatter(BackwardCollectives):
     """Sends gradients of whole weights to the ranks that own their rows.
 
     Args:
@@ -108,9 +147,6 @@ class GradientScatter:
         replicate_group: The ranks that hold the same rows, in hybrid sharding. None means that there are none.
         average: The number of ranks that a gradient is averaged over.
         dtype: The dtype in which gradients travel.
-
-    Attributes:
-        hold: Whether gradients stay whole for the next micro-batch, whose own are added to them.
     """
 
     def __init__(
@@ -120,11 +156,8 @@ class GradientScatter:
         average: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.shard_group, self.replicate_group, self.average, self.dtype = shard_group, replicate_group, average, dtype
-        self.hold = False
-        # NCCL divides while it sums. gloo does not know how.
-        self._operation = dist.ReduceOp.AVG if dist.get_backend(shard_group) == "nccl" else dist.ReduceOp.SUM
-        self._runs = False
+        super().__init__(shard_group, dtype)
+        self.shard_group, self.replicate_group, self.average = shard_group, replicate_group, average
         # The hook of a leaf holds this object. A cycle through a hook would never be collected.
         self._leaves: list[weakref.ref[Tensor]] = []
         self._sent: deque[_Sent] = deque()
@@ -182,24 +215,6 @@ class GradientScatter:
             if (leaf := reference()) is not None:
                 leaf.grad = None
         self._end()
-
-    def _begin(self) -> None:
-        """Ask autograd, once in a backward, to call :meth:`_finish` at its end."""
-        if not self._runs:
-            self._runs = True
-            begin_collectives()  # Kernels of the backward make room for the collectives.
-            Variable._execution_engine.queue_callback(self._finish)
-
-    def _end(self) -> None:
-        """Say that the kernels of the backward have started, or that it has raised an error."""
-        if self._runs:
-            self._runs = False
-            end_collectives()
-
-    def _divide(self, total: Tensor) -> None:
-        """Make the mean of a sum, if the collective has not."""
-        if self._operation != dist.ReduceOp.AVG:
-            total.div_(self.average)
 
     def _collect(self, gradient: _Gradient) -> None:
         self._begin()
@@ -263,13 +278,13 @@ class GradientScatter:
         for group in (self.shard_group, self.replicate_group):
             if group is not None:
                 dist.all_reduce(whole, op=self._operation, group=group)
-        self._divide(whole)
+        self._divide(whole, self.average)
         parts = whole.split([gradient.numel() for gradient, _ in replicated])
         for (_, parameter), mine in zip(replicated, parts, strict=True):
             _accumulate(parameter, mine.view(parameter.shape))
 
     def _take(self, sent: _Sent) -> None:
-        self._divide(sent.mine)
+        self._divide(sent.mine, self.average)
         parts = sent.mine.split([size for _, _, size in sent.places])
         for (weight, cut, _), mine in zip(sent.places, parts, strict=True):
             _accumulate(weight, mine.view(cut.padded, -1)[: cut.count])

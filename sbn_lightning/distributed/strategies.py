@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as FabricModelParallelStrategy
 from lightning.pytorch import Trainer
+from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -26,6 +27,7 @@ from lightning.pytorch.strategies import (
 from sbn_kernels.runtime.sharing import beside_collectives
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.utils import _verify_param_shape_across_processes
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
@@ -33,6 +35,7 @@ from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.background import BackgroundSaver, failures_named
+from sbn_lightning.distributed.gradient_mean import GradientMean
 from sbn_lightning.distributed.gradients import group_for_gradients, send_first
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
 from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches, make_buffers, reshard
@@ -250,10 +253,11 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
 
 
 class ReplicatedStrategy(_Together, DDPStrategy):
-    """Lightning's ``DDPStrategy`` with the options that suit masked models: ``trainer.strategy: sbn_ddp``.
+    """Lightning's ``DDPStrategy`` with gradients that are averaged where they lie: ``trainer.strategy: sbn_ddp``.
 
-    Masks are not broadcast: every rank computes the same ones. Gradients lie in the buffers that DDP sends. On one GPU
-    nothing is averaged. The ranks agree on a SIGTERM without their GPUs (:mod:`~sbn_lightning.distributed.stopping`).
+    Gradients are not copied into other buffers (:class:`~sbn_lightning.distributed.gradient_mean.GradientMean`). Masks
+    are not broadcast: every rank computes the same ones. On one GPU nothing is averaged. The ranks agree on a SIGTERM
+    without their GPUs (:mod:`~sbn_lightning.distributed.stopping`).
 
     Args:
         reduce_dtype: The dtype in which gradients travel. With ``"bfloat16"`` half as many bytes travel, and the sum
@@ -261,7 +265,11 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         timeout: How long a collective may take before the rank gives up.
         max_ctas: The most multiprocessors that NCCL takes while it sends gradients beside the backward; None for NCCL's
             own choice.
-        **options: The other options of ``DDPStrategy``.
+        **options: The other options of ``DDPStrategy``. With an option of torch's ``DistributedDataParallel``, such as
+            ``find_unused_parameters``, or with a ``ddp_comm_hook``, torch's class averages the gradients.
+
+    Attributes:
+        by_torch: Whether torch's class averages the gradients.
 
     Raises:
         ConfigError: If ``reduce_dtype`` has another value, or is ``"bfloat16"`` beside a ``ddp_comm_hook``, or if there
@@ -276,20 +284,26 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         **options: Any,
     ) -> None:
         _check_reduce_dtype(reduce_dtype)
-        if reduce_dtype == "bfloat16":
-            if options.get("ddp_comm_hook") is not None:
-                raise ConfigError("reduce_dtype='bfloat16' is a ddp_comm_hook itself: leave one of the two out")
-            options["ddp_comm_hook"] = bf16_compress_hook
+        if reduce_dtype == "bfloat16" and options.get("ddp_comm_hook") is not None:
+            raise ConfigError(
+                "reduce_dtype='bfloat16' and ddp_comm_hook both change gradients: leave one of the two out"
+            )
         if max_ctas is not None and "process_group" in options:
             raise ConfigError("max_ctas makes a process_group of its own: leave one of the two out")
-        # Newer versions of torch have the first name, and deprecate the second one.
         known = signature(DistributedDataParallel).parameters
+        by_torch = {"ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period", *known}
+        self.by_torch = any(name in by_torch and options[name] is not None for name in options)
+        if self.by_torch and reduce_dtype == "bfloat16":
+            options["ddp_comm_hook"] = bf16_compress_hook
+        # Newer versions of torch have the first name, and deprecate the second one.
         broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         if "broadcast_buffers" not in options:
             options.setdefault(broadcast, False)
         options.setdefault("gradient_as_bucket_view", True)
         super().__init__(timeout=timeout, **options)
         self.max_ctas = max_ctas
+        self.reduce_dtype: torch.dtype = getattr(torch, reduce_dtype)
+        self._mean: GradientMean | None = None
 
     @override
     def setup_environment(self) -> None:
@@ -302,8 +316,41 @@ class ReplicatedStrategy(_Together, DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        if self.world_size > 1:  # On one GPU, torch's DDP would copy all gradients into its buffers for nothing.
+        self._let_go()
+        if self.world_size == 1:
+            return  # There is nothing to average.
+        if self.by_torch:
             super().configure_ddp()
+            return
+        assert self.lightning_module is not None
+        group = cast(dist.ProcessGroup, self._ddp_kwargs.get("process_group") or dist.group.WORLD)
+        _verify_param_shape_across_processes(group, list(self.lightning_module.parameters()))
+        _sync_module_states(self.lightning_module)
+        self._mean = GradientMean(self.lightning_module, group, self.reduce_dtype)
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning enters this for each micro-batch but the last of an optimiser step."""
+        if self._mean is None:
+            with super().block_backward_sync():
+                yield
+            return
+        self._mean.hold = True
+        try:
+            yield
+        finally:
+            self._mean.hold = False
+
+    @override
+    def teardown(self) -> None:
+        self._let_go()
+        super().teardown()
+
+    def _let_go(self) -> None:
+        if self._mean is not None:
+            self._mean.detach()
+            self._mean = None
 
     @override
     def _setup_model(self, model: Module) -> DistributedDataParallel:
@@ -315,8 +362,16 @@ class ReplicatedStrategy(_Together, DDPStrategy):
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sends = isinstance(self.model, DistributedDataParallel) and self.model.require_backward_grad_sync
         with beside_collectives() if sends else nullcontext():
-            result: Tensor = super().backward(closure_loss, *args, **kwargs)
-            return result
+            try:
+                result: Tensor = super().backward(closure_loss, *args, **kwargs)
+            except BaseException:
+                if self._mean is not None:
+                    self._mean.reset()
+                raise
+        if self._mean is not None and not self._mean.hold:
+            assert self.lightning_module is not None
+            self._mean.complete(self.lightning_module)
+        return result
 
 
 StrategyRegistry.register(

@@ -106,7 +106,7 @@ def check_fabric_options(config: dict[str, Any]) -> None:
     if isinstance(strategy, ShardedStrategy):
         config["strategy"] = fabric_sharded(strategy)
     elif isinstance(strategy, DDPStrategy):
-        if has_comm_hook(strategy):
+        if has_comm_hook(strategy) or getattr(strategy, "reduce_dtype", torch.float32) != torch.float32:
             raise ConfigError(
                 "the Fabric loop sums the gradients of DDP as they are: leave out reduce_dtype of sbn_ddp, or "
                 "ddp_comm_hook"

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.distributed.strategies import ReplicatedStrategy
 from sbn_lightning.formats.init_from import check_tokenizer
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.training.distillation import Distillation
@@ -92,8 +93,10 @@ def check_graphs(module: Any, trainer: Any) -> None:
     strategy = trainer.strategy
     distillation = module.distillation
     reasons = {
-        f"{trainer.world_size} processes": trainer.world_size > 1,
-        f"{type(strategy).__name__}, only with trainer.strategy: auto": not isinstance(strategy, SingleDeviceStrategy),
+        f"{type(strategy).__name__}, only with trainer.strategy: auto or sbn_ddp": not isinstance(
+            strategy, (SingleDeviceStrategy, ReplicatedStrategy)
+        ),
+        "options of torch's DistributedDataParallel in sbn_ddp": getattr(strategy, "by_torch", False),
         "a mixture of experts, whose host reads how many tokens each expert has": bool(module.config.n_experts),
         "distillation.teacher: null": distillation is not None and distillation.teacher is None,
         "answers": module.answers is not None,

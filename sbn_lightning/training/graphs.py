@@ -13,7 +13,8 @@ What a graph reads must keep its address:
   are buffers, which are written in place. The seeds of rounded gradients are copied.
 * Gradients are added to tensors that stay. If somebody has set ``parameter.grad`` to None, they are zeroed first.
 
-Clipping, the optimiser, the schedule of the learning rate and all callbacks stay outside. What only Python sees (the
+Clipping, the optimiser, the schedule of the learning rate and all callbacks stay outside. So do the collectives of the
+strategy ``sbn_ddp``: gradients are averaged after the last micro-batch of an optimiser step. What only Python sees (the
 kernel of a layer, whether masked weights get gradients, the address of a parameter) is compared before each replay.
 Each of the last few states has its own graphs. All of them share their memory, and are replayed one after the other.
 """

@@ -88,12 +88,12 @@ def test_multiprocessors_of_a_collective(mesh):
 
 
 def test_the_dtypes_of_gradients():
-    assert ReplicatedStrategy()._ddp_comm_hook is None
-    assert ReplicatedStrategy("bfloat16")._ddp_comm_hook is bf16_compress_hook
+    assert ReplicatedStrategy("bfloat16")._ddp_comm_hook is None
+    assert ReplicatedStrategy("bfloat16", bucket_cap_mb=25)._ddp_comm_hook is bf16_compress_hook
     for strategy in (ReplicatedStrategy, ShardedStrategy):
         with pytest.raises(ConfigError, match="reduce_dtype='half' is not 'float32' or 'bfloat16'"):
             strategy("half")
-    with pytest.raises(ConfigError, match="reduce_dtype='bfloat16' is a ddp_comm_hook itself"):
+    with pytest.raises(ConfigError, match="reduce_dtype='bfloat16' and ddp_comm_hook both change gradients"):
         ReplicatedStrategy("bfloat16", ddp_comm_hook=bf16_compress_hook)
     config = {"strategy": ReplicatedStrategy("bfloat16"), "val_check_interval": 1, "max_steps": 1}
     with pytest.raises(ConfigError, match="leave out reduce_dtype of sbn_ddp, or ddp_comm_hook"):

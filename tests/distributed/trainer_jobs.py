@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import threading
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -113,6 +115,122 @@ def background(folder: Path) -> None:
         pytest.raises(DataError, match=r"cannot write the checkpoint .*step=1.ckpt: rank 1: .*No space left on device"),
     ):
         fit(folder / "full", 3, **options)
+
+
+def mean(folder: Path) -> None:
+    """Average gradients where they lie, and compare them with those of torch's DDP."""
+    from copy import deepcopy
+
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.checkpoint import checkpoint
+
+    from sbn_lightning import TernaryTransformer
+    from sbn_lightning.core.errors import ConfigError
+    from sbn_lightning.distributed import gradient_mean
+    from sbn_lightning.distributed.gradient_mean import GradientMean
+    from tests.helpers import small_config
+
+    torch.distributed.init_process_group("gloo")
+    rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    torch.manual_seed(0)
+    model = TernaryTransformer(small_config(pattern="4:8", n_layers=2))
+    model.norm.weight.requires_grad_(False)
+    torch.manual_seed(rank)
+    batches = torch.randint(320, (2, 2, 9))
+
+    def gradients(made: Any, between: Any) -> list[torch.Tensor]:
+        with between():
+            made(batches[0]).square().mean().backward()
+        made(batches[1]).square().mean().backward()
+        return [parameter.grad for parameter in made.parameters() if parameter.requires_grad]
+
+    by_torch = DistributedDataParallel(deepcopy(model))
+    expected = gradients(by_torch, by_torch.no_sync)
+    sizes = sorted({parameter.nbytes for parameter in model.parameters()})
+    # Some parameters travel alone, and the others together. Then all travel together, and copies have no room.
+    for alone, copies in ((sizes[-2], 2**28), (2**24, 1)):
+        with (
+            mock.patch.object(gradient_mean, "ALONE", alone),
+            mock.patch.object(gradient_mean, "COPIES", copies),
+        ):
+            for dtype, bound in ((torch.float32, 0.0), (torch.bfloat16, 0.01)):
+                made = deepcopy(model)
+                averages = GradientMean(made, group, dtype)
+                held = partial(mock.patch.object, averages, "hold", True)
+                for mine, other in zip(gradients(made, held), expected, strict=True):
+                    assert (mine - other).norm() <= bound * other.norm()
+    made.embed(batches[0]).sum().backward()
+    with pytest.raises(ConfigError, match=r"blocks\.1\.mlp\.down\.weight.*, \.\.\. took no part in the loss"):
+        averages.complete(made)
+    gradients(made, held)  # The error has left nothing behind.
+    averages.complete(made)
+    made.embed(batches[0]).sum().backward()
+    with pytest.raises(ConfigError, match=r"embed\.weight got a gradient again before all parameters had one"):
+        made.embed(batches[0]).sum().backward()
+    averages.detach()
+    # A replayed graph calls no hooks.
+    made.zero_grad()
+    gradients(made, nullcontext)
+    averages.complete(made)
+    for parameter, other in zip(filter(lambda p: p.requires_grad, made.parameters()), expected, strict=True):
+        assert (parameter.grad - other).norm() <= 0.01 * other.norm()  # In bfloat16.
+    # A reentrant checkpoint has a backward of its own within the backward.
+    layers, found = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), []
+    for run in (lambda layer, x: layer(x), partial(checkpoint, use_reentrant=True)):
+        layers.zero_grad()
+        with mock.patch.object(gradient_mean, "ALONE", 1):
+            averages = GradientMean(layers, group)
+        x = batches[0, :, :4].float().requires_grad_()
+        for layer in layers:
+            x = run(layer, x)
+        x.square().mean().backward()
+        averages.complete(layers)
+        averages.detach()
+        found.append([parameter.grad for parameter in layers.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    torch.distributed.destroy_process_group()
+
+
+def graphed(folder: Path) -> None:
+    """Train with graphs of the step under ``sbn_ddp``, and without: the losses and weights are the same."""
+    from sbn_lightning.distributed import gradient_mean
+    from sbn_lightning.distributed.strategies import ReplicatedStrategy
+    from sbn_lightning.training import graphs
+    from tests.helpers import Losses
+
+    rank, calls = int(os.environ["RANK"]), {"recorded": 0, "replayed": 0}
+
+    def run(function: Any) -> None:  # Neither a recording nor a replay lets a hook start a collective.
+        with mock.patch.object(gradient_mean, "is_recording", return_value=True), torch.enable_grad():
+            function()
+
+    def record(function: Any, pool: Any) -> Any:
+        def replay() -> None:
+            calls["replayed"] += 1
+            run(function)
+
+        calls["recorded"] += 1
+        run(function)
+        return replay
+
+    found = []
+    for cuda_graphs in (False, True):
+        module, losses = small_module(pattern="2:4"), Losses()
+        module.cuda_graphs = cuda_graphs
+        trainer = quiet_trainer(
+            [losses], strategy=ReplicatedStrategy(), devices=2, max_steps=5, accumulate_grad_batches=2,
+            gradient_clip_val=0.5, use_distributed_sampler=False,
+        )  # fmt: skip
+        with (
+            mock.patch.object(graphs, "record", record),
+            mock.patch("sbn_lightning.training.module.check_graphs"),
+        ):
+            trainer.fit(module, token_loader(batches=10, batch_size=2, length=9, rank=rank, world=2))
+        found.append((losses.values, [parameter.detach().clone() for parameter in module.parameters()]))
+    (plain, expected), (losses_of_graphs, weights) = found
+    assert losses_of_graphs == plain
+    assert all(torch.equal(one, other) for one, other in zip(weights, expected, strict=True))
+    assert calls == {"recorded": 2, "replayed": 2 * (10 - 2)}
 
 
 def averaged(folder: Path, first: str | None = None) -> None:

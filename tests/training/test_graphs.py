@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from sbn_lightning import MaskRefresh, TernarySparseConversion
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.strategies import ReplicatedStrategy
 from sbn_lightning.fabric import FabricRun
 from sbn_lightning.layers.sparse_linear import masked_layers
 from sbn_lightning.training import graphs
@@ -211,7 +212,13 @@ def test_an_operation_that_cannot_be_recorded_is_one_error(monkeypatch):
         ({}, {}, "a run on cpu"),
         ({"n_experts": 4, "d_expert": 32}, {}, "a mixture of experts"),
         ({"loss": "liger"}, {}, "loss: liger"),
-        ({}, {"strategy": DDPStrategy()}, r"DDPStrategy, only with trainer\.strategy: auto"),
+        ({}, {"strategy": DDPStrategy()}, r"DDPStrategy, only with trainer\.strategy: auto or sbn_ddp"),
+        ({}, {"strategy": ReplicatedStrategy()}, "a run on cpu"),
+        (
+            {},
+            {"strategy": ReplicatedStrategy(static_graph=True)},
+            "options of torch's DistributedDataParallel in sbn_ddp",
+        ),
     ],
 )
 def test_what_does_not_work_is_refused(changes, options, message):

@@ -5,11 +5,14 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch import distributed as dist
 
 from sbn_lightning import MaskedWeightDecay, MaskRefresh, NonFiniteGuard, RoundingWarmup, SparseTernaryPrecision
 from sbn_lightning.backends.selection import engines
 from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.checkpoints.text_files import TextFiles
+from sbn_lightning.distributed.gradient_mean import GradientMean
+from sbn_lightning.distributed.strategies import ReplicatedStrategy
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.training import graphs
 from sbn_lightning.training.distillation import Distillation
@@ -40,7 +43,7 @@ def recorded(monkeypatch):
 
 def train(
     cuda_graphs, compile=False, gradients="bf16", steps=20, interval=1, ckpt_path=None, save=None, loader=None,
-    recomputed=False,
+    recomputed=False, strategy="auto",
 ):  # fmt: skip
     if "sparse" not in engines(torch.device("cuda"))[0]:
         pytest.skip("sparse does not run on this GPU")
@@ -56,7 +59,7 @@ def train(
     ]
     trainer = quiet_trainer(
         callbacks, accelerator="gpu", devices=1, max_steps=steps, accumulate_grad_batches=2, gradient_clip_val=0.5,
-        plugins=[SparseTernaryPrecision("sparse", gradients)],
+        plugins=[SparseTernaryPrecision("sparse", gradients)], strategy=strategy,
     )  # fmt: skip
     if loader is None:
         loader = token_loader(batches=2 * steps, batch_size=8, length=65, vocab_size=512)
@@ -102,6 +105,28 @@ def test_held_masks_and_recomputation(interval, compile, recomputed, gradients, 
     assert len(recorded) == (2 if interval == 1 else 4)
     assert graphed == losses
     assert_equal(actual, expected)
+
+
+class OneRank(ReplicatedStrategy):
+    """``sbn_ddp`` that sends gradients, to itself."""
+
+    def configure_ddp(self):
+        self._mean = GradientMean(self.lightning_module, dist.group.WORLD)
+
+
+def test_gradients_are_averaged_over_nccl_after_a_replay(recorded, monkeypatch):
+    sent, send = [], dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **options: sent.append(tensor) or send(tensor, **options))
+    expected, losses = train(False, True, "int8", steps=8)
+    assert not sent
+    counts = []
+    for cuda_graphs in (False, True):
+        actual, found = train(cuda_graphs, True, "int8", steps=8, strategy=OneRank())
+        assert found == losses
+        assert_equal(actual, expected)
+        counts.append(len(sent))
+    assert len(recorded) == 2
+    assert counts[1] == 2 * counts[0] > 0  # A replay is averaged as a backward is.
 
 
 def test_graphs_read_the_weights_where_their_preparation_writes_them(monkeypatch):
