@@ -16,8 +16,9 @@ block, ``fsdp2 latent`` latent weights. ``fsdp2 step`` is ``fsdp2 packed`` with 
 4 bytes a weight. ``ddp`` is the strategy ``sbn_ddp``, and ``ddp bfloat16`` sums its gradients in bfloat16, as the rows
 of FSDP2 do. ``ddp lightning`` is Lightning's own strategy. In rows whose names end in ``waiting`` kernels make no room
 for collectives: a kernel starts one program for each multiprocessor. In rows whose names end in ``on 8 ctas``, NCCL
-takes at most so many multiprocessors while it sends gradients. In rows whose names end in ``in 100 mb``, DDP sends so
-many megabytes of gradients in one collective, instead of 25.
+takes at most so many multiprocessors while it sends gradients. In rows whose names end in ``in 25 mb``, torch's
+DDP averages the gradients, in buffers of so many megabytes. In rows whose names end in ``graphs``, micro-batches are
+replayed as CUDA graphs. They are compared with a single GPU that does the same, ``one graphs``.
 Names with ``bf16`` train the dense model in bfloat16, names with ``float8`` on torchao's float8 tensor cores, under
 FSDP2 with its float8 all-gather. Every GPU gets as many tokens as the single GPU, so ``scaling`` is the tokens a second
 of all GPUs over those of one GPU times their number. ``scaling`` is empty if there is no run on one GPU. ``same_masks``
@@ -48,7 +49,7 @@ STRATEGIES = ("one", "bf16 one", "float8 one", "fsdp2 packed", "ddp", "bf16 fsdp
 STRATEGIES += ("ddp bfloat16", "float8 ddp", "fsdp2 step", "fsdp2 layer", "fsdp2 latent", "ddp lightning")
 STRATEGIES += tuple(name + WAITING for name in ("fsdp2 packed", "ddp", "ddp bfloat16"))
 STRATEGIES += tuple(f"{name} on {ctas} ctas" for name in ("fsdp2 packed", "ddp") for ctas in (4, 8, 16))
-STRATEGIES += ("ddp in 100 mb",)
+STRATEGIES += ("ddp in 25 mb", "ddp in 100 mb", "one graphs", "ddp graphs")
 MICRO_BATCHES = (2, 1, 8)  # of a step, with --all
 # Shape -> sequences of a micro-batch of one GPU, micro-batches of a step: 32,768 tokens, as in training_step.py.
 BATCHES = {"qwen2.5-1.5b": (8, 2), "qwen2.5-3b": (8, 2), "qwen2.5-0.5b": (8, 2)}
@@ -117,7 +118,7 @@ class Table:
             return
         gpus = 1 if run.alone else self.devices
         kind = run.strategy.split()[0] if run.dense else run.gradients
-        alone = (run.shape, run.dense, kind, run.sequences, count)
+        alone = (run.shape, run.dense, kind, run.graphs, run.sequences, count)
         rate = gpus * count * run.sequences * LENGTH / (found["ms"] / 1e3)
         if gpus == 1:
             self.alone[alone] = rate

@@ -38,10 +38,12 @@ from sbn_lightning.layers.sparse_linear import masked_layers
 
 LENGTH = 2048
 WARM_STEPS = 2
+WARM_STEPS_OF_GRAPHS = 5  # The graphs are recorded in one of them.
 LINK_BYTES = 2**30
 # Under all other strategies of FSDP2 the ranks gather latent weights.
 GATHERS = {"fsdp2 packed": "packed_step", "fsdp2 step": "packed_step", "fsdp2 layer": "packed_layer"}
 WAITING = " waiting"  # The end of the name of a row whose kernels make no room for collectives.
+GRAPHS = " graphs"  # The end of the name of a row whose micro-batches are replayed as CUDA graphs.
 ACCELERATOR = "gpu"
 
 Say = Callable[[str], None]  # Prints progress.
@@ -59,7 +61,12 @@ class Run(NamedTuple):
     @property
     def alone(self) -> bool:
         """Whether the run is on one GPU."""
-        return self.strategy.endswith("one")
+        return self.strategy.removesuffix(GRAPHS).endswith("one")
+
+    @property
+    def graphs(self) -> bool:
+        """Whether micro-batches are replayed as CUDA graphs."""
+        return self.strategy.endswith(GRAPHS)
 
     def told(self, count: int) -> str:
         """The name of one row."""
@@ -78,7 +85,7 @@ class Step(NamedTuple):
     what: str  # "warm", "timed", "wire" or "profile"
 
 
-def plan(counts: Sequence[int], steps: int, wire: bool, profile: bool) -> list[Step]:
+def plan(counts: Sequence[int], steps: int, wire: bool, profile: bool, warm: int = WARM_STEPS) -> list[Step]:
     """The steps of a run. Lightning counts batches, so steps of n micro-batches begin at multiples of n.
 
     Args:
@@ -86,12 +93,13 @@ def plan(counts: Sequence[int], steps: int, wire: bool, profile: bool) -> list[S
         steps: How many steps are timed, for up to two micro-batches; fewer for larger numbers.
         wire: Whether to count bytes in one more step of the smallest number. Blocks run uncompiled in that step.
         profile: Whether to profile three more steps with the first number.
+        warm: How many steps come first.
     """
     wanted = [Step(count, "timed") for count in counts for _ in range(max(1, min(steps, 2 * steps // count)))]
     wanted += [Step(counts[0], "profile")] * 3 if profile else []
     wanted += [Step(min(counts), "wire")] if wire else []
-    made = [Step(counts[0], "warm")] * WARM_STEPS
-    batches = counts[0] * WARM_STEPS
+    made = [Step(counts[0], "warm")] * warm
+    batches = counts[0] * warm
     for step in wanted:
         while batches % step.batches:
             made.append(made[-1]._replace(what="warm"))
@@ -223,6 +231,7 @@ class Dense(SparseBitNet):
 
 def strategy_of(name: str) -> Any:
     """A strategy for ``Trainer``."""
+    name = name.removesuffix(GRAPHS)
     if name.endswith("one"):
         return "auto"
     if name == "ddp lightning":
@@ -263,7 +272,9 @@ def measure(
     torch.manual_seed(0)
     # Drawing 3 billion numbers on a CPU takes too long.
     with torch.device("cuda" if ACCELERATOR == "gpu" else "cpu", rank):
-        module = (Dense if run.dense else SparseBitNet)(config, optimizer, schedule="constant", compile=True)
+        module = (Dense if run.dense else SparseBitNet)(
+            config, optimizer, schedule="constant", compile=True, cuda_graphs=run.graphs
+        )
     if isinstance(module, Dense):
         module.float8 = run.strategy.startswith("float8")
     clock = Clock(say, steps, taken)
@@ -338,7 +349,10 @@ def train_all(runs: Sequence[Run], args: Any) -> None:
         if first:
             put({"run": number, "began": True})
             say(f"begins; {torch.cuda.memory_allocated() / 2**30:.1f} GiB are taken")
-        steps = plan(run.counts, args.steps, not (args.no_wire or run.alone), run.strategy in args.profile)
+        steps = plan(
+            run.counts, args.steps, not (args.no_wire or run.alone or run.graphs), run.strategy in args.profile,
+            WARM_STEPS_OF_GRAPHS if run.graphs else WARM_STEPS,
+        )  # fmt: skip
         with kernels_of(run.strategy):
             rows = measure(run, steps, rank, args.devices, say)
         for row in rows if first else ():

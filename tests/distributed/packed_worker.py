@@ -1,12 +1,14 @@
 """What the ranks of ``test_packed_rows`` check.
 
 On GPUs: ``python -m tests.distributed.packed_worker RANKS FILE RANK cuda``, once for each GPU with the same new FILE.
-There layers multiply with kernels.
+There layers multiply with kernels, which are compiled first. What follows ``cuda`` names some of the checks.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -34,6 +36,12 @@ from tests.helpers import Interrupted, small_config
 from tests.interpreter import quick_interpreter
 
 DEVICE = sys.argv[4] if len(sys.argv) > 4 and sys.argv[4] == "cuda" else "cpu"
+STARTED = time.monotonic()
+
+
+def say(what: str) -> None:
+    """Print how far this rank is."""
+    print(f"{time.monotonic() - STARTED:6.1f} s: {what}", flush=True)
 
 
 def with_kernels(made: nn.Module) -> nn.Module:
@@ -186,6 +194,7 @@ def check_models(ranks: int) -> None:
         if compiled:
             made.compile_blocks(backend="aot_eager")
         losses = train(made)
+        say(f"{gather} {changes} {compiled}")
         assert losses[0] == expected[0], gather
         assert losses == pytest.approx(expected, rel=1e-5), gather
         first = first or losses
@@ -247,6 +256,7 @@ def check_layers(ranks: int) -> None:
     for case in CASES:
         for held, share, rounding in ((False, 1.0, 1.0), (True, 1.0, 1.0), (False, 0.6, 1.0), (False, 1.0, 0.4)):
             check(case, ranks, held, share, rounding)
+        say(str(case))
 
 
 def check_scales(ranks: int) -> None:
@@ -256,6 +266,7 @@ def check_scales(ranks: int) -> None:
     for gather in ("packed_step", "packed_layer", "latent"):
         made = model(mesh, gather, learnable_scales=True)
         assert train(made, clip=0.5) == pytest.approx(expected, rel=1e-5), gather
+        say(gather)
         for (name, layer), other in zip(ternary_layers(made).items(), ternary_layers(alone).values(), strict=True):
             assert other.log_scale.abs().min() > 0, name
             torch.testing.assert_close(layer.log_scale.full_tensor(), other.log_scale, rtol=1e-4, atol=1e-6, msg=name)
@@ -306,12 +317,14 @@ def main() -> None:
     ranks, file, rank = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
+        faulthandler.dump_traceback_later(30, repeat=True)  # So that a log tells what takes long.
     backend = "nccl" if DEVICE == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=ranks)
-    check_layers(ranks)
-    check_models(ranks)
-    check_codes(ranks)
-    check_scales(ranks)
+    checks = {"layers": check_layers, "models": check_models, "codes": check_codes, "scales": check_scales}
+    for name in sys.argv[5:] or checks:
+        say(f"{name} begin")
+        checks[name](ranks)
+    say("done")
     dist.destroy_process_group()
 
 
