@@ -31,8 +31,8 @@ from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.sparsity.config import SparsityConfig
 
 _UP, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
-MASK_BUFFER = "_mask_bits"
-"""What follows the name of a fused weight in the name of its mask, in folders of Hugging Face.
+MASK_BUFFER, SCALE_PARAMETER = "_mask_bits", "_log_scale"
+"""What follows the name of a fused weight in the names of its mask and its learned scales, in folders of Hugging Face.
 
 There a name with a dot would have to belong to a module, and the fused weight is a parameter.
 """
@@ -92,7 +92,7 @@ class SparseExperts(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in (*_UP, _DOWN):
             if isinstance(self._modules.get(name), FusedWeight):
-                for theirs, ours in (("", ".weight"), (MASK_BUFFER, ".mask_bits")):
+                for theirs, ours in (("", ".weight"), (MASK_BUFFER, ".mask_bits"), (SCALE_PARAMETER, ".log_scale")):
                     if f"{prefix}{name}{theirs}" in state_dict:
                         state_dict[f"{prefix}{name}{ours}"] = state_dict.pop(f"{prefix}{name}{theirs}")
         super()._load_from_state_dict(state_dict, prefix, *args)

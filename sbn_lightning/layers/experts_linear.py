@@ -227,9 +227,9 @@ class SparseBitExperts(SparseBitLinear):
             x = input if self.activation_bits is not None else input.to(dtype)
             wanted = self._gradient_mask(self.mask_bits)
             masks = [None] * self.experts if wanted is None else wanted.chunk(self.experts)
-            latents = self.weight.chunk(self.experts)
             if getattr(self, "_rounding", None) is not None:
-                return self._partly_rounded(apply_swiglu(x) if swiglu else x, counts, latents, masks, dtype)
+                return self._partly_rounded(apply_swiglu(x) if swiglu else x, counts, masks, dtype)
+            latents = self._leaf(self._prepared).chunk(self.experts)
             prepared = self._prepared_by_expert()
 
             def multiply(own: slice, e: int) -> Tensor:
@@ -238,9 +238,7 @@ class SparseBitExperts(SparseBitLinear):
 
             return multiply_groups(x, counts, self.out_features // self.experts, multiply).to(dtype)
 
-    def _partly_rounded(
-        self, x: Tensor, counts: Tensor, latents: tuple[Tensor, ...], masks: Any, dtype: torch.dtype
-    ) -> Tensor:
+    def _partly_rounded(self, x: Tensor, counts: Tensor, masks: Any, dtype: torch.dtype) -> Tensor:
         """The product while only a share of the rounding is in effect; see :meth:`SparseBitLinear.set_rounding`."""
         from sbn_lightning.sparsity.partial_rounding import partly_rounded_linear, partly_rounded_weight
 
@@ -248,7 +246,7 @@ class SparseBitExperts(SparseBitLinear):
         weights, tokens = self._rounding
         mask, whole = unpack_mask(self.mask_bits, self.in_features), self._prepared
         effective = partly_rounded_weight(self.weight, mask, whole.codes, whole.row_scale, weights).chunk(self.experts)
-        bits = self.activation_bits
+        latents, bits = self._leaf(whole, weights).chunk(self.experts), self.activation_bits
 
         def multiply(own: slice, e: int) -> Tensor:
             return partly_rounded_linear(x[own], latents[e], effective[e], masks[e], bits, tokens, dtype)

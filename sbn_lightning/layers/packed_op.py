@@ -62,17 +62,8 @@ def packed_linear(
     return y.reshape(*x.shape[:-1], codes.shape[0])
 
 
-def _shape(
-    x: Tensor,
-    codes: Tensor,
-    gamma: Tensor,
-    row_scale: Tensor,
-    packed: Tensor | None,
-    layout: str,
-    kernel: str | None,
-    activation_bits: int | None,
-    magnitude: Tensor | None = None,
-) -> Tensor:
+def _shape(x: Tensor, codes: Tensor, *rest: object) -> Tensor:
+    """An empty tensor like the result, for a trace."""
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 

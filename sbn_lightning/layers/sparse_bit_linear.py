@@ -70,11 +70,9 @@ class SparseBitLinear(MaskedLinear):
         self.readers, self.given = None, None
         self._scale_tracker = MaskTracker() if sparsity.learnable_scales else None
         if sparsity.learnable_scales:
-            if hasattr(self, "experts"):
-                raise ConfigError("experts have no learned scales: exclude them, or set learnable_scales to false")
             dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
             zeros = torch.zeros(len(sparsity.split_sizes or (1,)), dtype=dtype, device=self.weight.device)
-            self.log_scale = nn.Parameter(zeros, requires_grad=self.weight.requires_grad)
+            self.log_scale = nn.Parameter(zeros, requires_grad=self._weight().requires_grad)
         super()._init_mask(sparsity, mask_bits)
 
     def forward(self, input: Tensor, swiglu: bool = False, quantized: tuple[Tensor, Tensor] | None = None) -> Tensor:

@@ -229,7 +229,7 @@ class TransformerConfig(SparsityOptions):
                 f"n_experts_per_token={self.n_experts_per_token} must be 1 to n_experts={self.n_experts}, and d_expert="
                 f"{self.d_expert} at least 1"
             )
-        for option in ("mlp_bias", "sub_norms", "learnable_scales"):
+        for option in ("mlp_bias", "sub_norms"):
             if getattr(self, option):
                 raise ConfigError(f"experts have no {option}; set n_experts to 0, or {option} to false")
 

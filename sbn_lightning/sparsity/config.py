@@ -39,7 +39,7 @@ class SparsityOptions:
             weights whose code is not zero. Codes that rank a group (``mask_source="ternary"``) always use gamma over
             all weights.
         learnable_scales: Whether gamma of each part has a factor that is trained
-            (:mod:`sbn_lightning.sparsity.learned_scale`). Not for experts.
+            (:mod:`sbn_lightning.sparsity.learned_scale`).
 
     Raises:
         ConfigError: If an option has a value that is not listed here.

@@ -155,6 +155,29 @@ def test_copies_pickles_and_packed_layers_compute_the_same(converted):
     assert torch.equal(logits(packed), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folders_hold_the_learned_scales_of_experts(dtype, tmp_path):
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    build("qwen3-moe").save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense", quantization_config=SBNConfig("2:4", learnable_scales=True))
+    scales = {name: value for name, value in model.named_parameters() if name.endswith("proj.log_scale")}
+    for i, scale in enumerate(scales.values()):
+        torch.nn.init.uniform_(scale, -0.01 * (i + 1), 0.01 * (i + 1))
+    assert "model.layers.0.mlp.experts.gate_up_proj.log_scale" in scales
+    model.save_pretrained(tmp_path / "latent")
+    loaded = load(tmp_path / "latent", dtype=dtype)
+    for name, scale in scales.items():
+        assert torch.equal(loaded.get_parameter(name), scale), name  # They stay float32.
+    if dtype == torch.float32:
+        assert torch.equal(logits(loaded), logits(model))
+        save_packed(model, tmp_path / "packed")
+        assert torch.equal(logits(load(tmp_path / "packed")), logits(model))
+        save_sparse(model, tmp_path / "folder", "latent")
+        again = build("qwen3-moe")
+        load_sparse(again, tmp_path / "folder")
+        assert torch.equal(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("kind", ["ternary", "masked"])
 @pytest.mark.parametrize("form", ["packed", "latent"])
 def test_a_folder_of_save_sparse_holds_experts(kind, form, tmp_path):

@@ -58,6 +58,29 @@ def test_the_gradient_is_that_of_finite_differences(activation_bits, share):
             torch.testing.assert_close(found[part], (values[0] - values[1]) / 2e-6, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_each_expert_has_factors_of_its_own(share):
+    """A layer of experts computes and learns what one layer for each expert does."""
+    torch.manual_seed(0)
+    sparsity = SparsityConfig(pattern="2:4", learnable_scales=True)
+    experts = SparseBitExperts(3, 16, (5, 7), sparsity=sparsity)
+    nn.init.uniform_(experts.log_scale, -0.5, 0.5)
+    experts.set_rounding(share, 1.0)
+    counts, x = torch.tensor([4, 0, 5]), torch.randn(9, 16)
+    y = experts(x, counts)
+    y.square().sum().backward()
+    parts = []
+    for e, (weight, scale) in enumerate(zip(experts.weight.chunk(3), experts.log_scale.chunk(3), strict=True)):
+        one = make_layer(bias=False)
+        one.weight.data, one.log_scale.data = weight.detach().clone(), scale.detach().clone()
+        one.set_rounding(share, 1.0)
+        parts.append(one(x.split(counts.tolist())[e]))
+        parts[-1].square().sum().backward()
+        torch.testing.assert_close(experts.log_scale.grad.chunk(3)[e], one.log_scale.grad)
+        torch.testing.assert_close(experts.weight.grad.chunk(3)[e], one.weight.grad)
+    torch.testing.assert_close(y, torch.cat(parts))
+
+
 def test_factors_of_one_are_no_factors():
     """The learned factor, whatever its value, does not change the gradient of the latent weight."""
     layer, x = make_layer(), torch.randn(9, 16)
@@ -212,7 +235,3 @@ def test_what_cannot_have_learned_scales_says_so():
     layer = SparseBitLinear(16, 12)
     with pytest.raises(ConfigError, match="a layer with 0 learned scales cannot have 1; make a new layer"):
         layer.learnable_scales = True
-    with pytest.raises(ConfigError, match="experts have no learned scales: exclude them"):
-        SparseBitExperts(2, 16, (8,), sparsity=SparsityConfig(learnable_scales=True))
-    with pytest.raises(ConfigError, match="experts have no learnable_scales"):
-        small_config(n_experts=2, learnable_scales=True)

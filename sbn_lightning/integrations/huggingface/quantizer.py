@@ -31,7 +31,14 @@ from sbn_lightning.integrations.folder import describe, sparse_layers
 from sbn_lightning.integrations.huggingface.packed_linear import TernaryExperts2Bit, TernaryLinear2Bit
 from sbn_lightning.integrations.pytorch import convert, convert_by_name
 from sbn_lightning.layers.conv1d import is_conv1d
-from sbn_lightning.layers.experts import MASK_BUFFER, FusedWeight, fused_block, fused_shape, put_packed
+from sbn_lightning.layers.experts import (
+    MASK_BUFFER,
+    SCALE_PARAMETER,
+    FusedWeight,
+    fused_block,
+    fused_shape,
+    put_packed,
+)
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
@@ -101,6 +108,7 @@ class SBNQuantizer(HfQuantizer):
             return model
         config = self.quantization_config
         fused = {name: found for name in config.modules if (found := fused_block(model, name)) is not None}
+        exact = {"gamma", "log_scale"}
         # The blocks change their classes, so every place is looked up before the first change.
         for name, (block, child) in fused.items():
             if config.form == "packed":
@@ -109,6 +117,11 @@ class SBNQuantizer(HfQuantizer):
                 experts, rows, width = fused_shape(block, child)
                 mask_bits = torch.empty(experts * rows, -(-width // 8), dtype=torch.uint8, device="meta")
                 block.register_buffer(f"{child}{MASK_BUFFER}", mask_bits)
+                if config.of(name).get(SCALES):
+                    parts = experts * (2 if child == "gate_up_proj" else 1)
+                    scale = nn.Parameter(torch.empty(parts, device="meta"))
+                    block.register_parameter(f"{child}{SCALE_PARAMETER}", scale)
+                    exact.add(f"{child}{SCALE_PARAMETER}")
         for name in config.modules.keys() - fused.keys():
             layer = _linear(model, name)
             if config.form == "packed":
@@ -122,7 +135,7 @@ class SBNQuantizer(HfQuantizer):
                     parts = len(options.get("split_sizes") or (shape[0],))
                     layer.register_parameter("log_scale", nn.Parameter(torch.empty(parts, device="meta")))
         # transformers casts floating-point tensors to the model's dtype; gamma and its factor have to stay exact.
-        model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | {"gamma", "log_scale"}
+        model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | exact
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -222,7 +235,7 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def latent_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """Return the state dict of a model in which masks of fused experts have names that transformers can load.
+    """Return the state dict of a model in which fused experts have names for transformers: of masks and learned scales.
 
     Returns:
         None if the model has no sparse fused experts: its own state dict will do.
@@ -231,7 +244,9 @@ def latent_state(model: nn.Module) -> dict[str, Tensor] | None:
     if not names:
         return None
     state: dict[str, Tensor] = dict(model.state_dict())
-    return state | {f"{name}{MASK_BUFFER}": state.pop(f"{name}.mask_bits") for name in names}
+    for ours, theirs in ((".mask_bits", MASK_BUFFER), (".log_scale", SCALE_PARAMETER)):
+        state |= {f"{name}{theirs}": state.pop(name + ours) for name in names if name + ours in state}
+    return state
 
 
 def save_packed(
@@ -319,6 +334,8 @@ def _convert_with_masks(model: nn.Module, layers: Mapping[str, Mapping[str, Any]
         if name in fused:
             block, child = fused[name]
             masks[name] = block._buffers.pop(f"{child}{MASK_BUFFER}")
+            if f"{child}{SCALE_PARAMETER}" in block._parameters:
+                scales[name] = block._parameters.pop(f"{child}{SCALE_PARAMETER}")
         else:
             layer = model.get_submodule(name)
             masks[name] = layer._buffers.pop("mask_bits")
