@@ -174,10 +174,11 @@ ALL = (
         "GPU. `wire_mib` is what a rank receives in a step, counted as the collectives run; it is empty in rows from "
         "before it was counted. `same_masks` says whether both ranks had the same masks at the end. Strategies that "
         "begin with `bf16` train the dense model, which has no int8 gradients. `ddp` is the strategy `sbn_ddp`, and "
-        "`ddp bfloat16` sums gradients in bfloat16. With `in 100 mb` DDP sends so many megabytes in one "
-        "collective, instead of 25. "
-        "Hosts differ: 0.5B on one GPU took 213 to 264 ms. `sbn_fsdp2` was made easier for the host in the night of "
-        "2026-11-29. Rows of `fsdp2 step`, 8 multiprocessors, 4 sequences at 3B and 0.5B are from before.",
+        "`ddp bfloat16` sums gradients in bfloat16. With `in 25 mb` and `in 100 mb` torch's DDP averages the "
+        "gradients, in buffers of so many megabytes. Rows of `ddp bfloat16` and `on 8 ctas` are of torch's DDP, too. "
+        "Hosts differ: 0.5B takes 213 to 264 ms on one GPU, and 249 to 307 ms under torch's DDP. `sbn_fsdp2` was made "
+        "easier for the host in the night of 2026-11-29. Rows of `fsdp2 step`, 8 multiprocessors and 4 sequences at "
+        "3B are from before.",
         render,
     ),
     Page(

@@ -26,18 +26,17 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 # Shape, how it is trained, micro-batches of a step and their sequences; milliseconds on two GPUs and on one.
 MEASURED = (
-    (0, "packed_step", 1, 8, 245.4, 238.8),
-    (0, "packed_step", 2, 8, 479.7, 457.5),
-    (0, "packed_step", 8, 8, 1872.1, 1783.6),
-    (0, "ddp", 1, 8, 261.9, 238.8),
-    (0, "ddp", 2, 8, 482.6, 457.5),
-    (0, "ddp", 8, 8, 1815.4, 1783.6),
+    (0, "packed_step", 1, 8, 246.7, 236.6),
+    (0, "packed_step", 2, 8, 479.6, 458.5),
+    (0, "packed_step", 8, 8, 1856.1, 1768.5),
+    (0, "ddp", 1, 8, 253.9, 236.6),
+    (0, "ddp", 2, 8, 474.2, 458.5),
     (0, "bf16", 1, 8, 350.3, 316.3),
     (0, "bf16", 2, 8, 693.6, 631.6),
     (1, "packed_step", 2, 8, 826.3, 796.5),
     (1, "bf16", 2, 8, 1305.2, 1247.2),
 )
-PEAKS = ((0, 44.7), (1, 74.5))  # Shape, and the measured GiB of each of two GPUs under packed_step.
+PEAKS = ((0, 43.8), (1, 74.5))  # Shape, and the measured GiB of each of two GPUs under packed_step.
 NAMES = {"ddp": "ours, DDP", "packed_step": "ours, `sbn_fsdp2`", "bf16": "BF16 dense, FSDP2, gathered in bf16"}
 
 
@@ -154,10 +153,9 @@ bandwidth, the latencies of rings, and what a backward hides. [Several GPUs](sca
 
 {check_table()}
 
-One number was fitted, to three rows of ours of the day before. The rows of ours are from before kernels beside
-collectives dealt out single tiles. With one micro-batch DDP is slower than the model. The model knows nothing of the
-host, which limited several runs on these machines, above all of small models. BF16 at 1.5B is slower than the model,
-perhaps because its matrix products do not make room for collectives.
+One number was fitted, to three rows of ours of the day before. The model knows nothing of the host, which limited
+several runs on these machines, above all of small models. BF16 at 1.5B is slower than the model, perhaps because its
+matrix products do not make room for collectives.
 
 ## Scaling: throughput over that of one GPU times the number of GPUs
 
