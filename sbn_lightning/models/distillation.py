@@ -128,7 +128,7 @@ def _log_rest(log_probabilities: Tensor) -> Tensor:
 
 def linear_distillation(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     teacher_hidden: Tensor | StoredLogits,
     teacher_weight: Tensor | None,
     target: Tensor,
@@ -139,10 +139,12 @@ def linear_distillation(
 
     Args:
         hidden: The student's hidden states, ``[tokens, d_model]``.
-        weight: The weight of the student's head, ``[classes, d_model]``.
+        weight: The weight of the student's head, ``[classes, d_model]``. None if ``hidden`` are logits already,
+            ``[tokens, classes]``.
         teacher_hidden: The teacher's hidden states, ``[tokens, width]``; the width may differ from the student's. Or
             what the teacher said before.
-        teacher_weight: The weight of the teacher's head, ``[classes, width]``; None for a teacher that was stored.
+        teacher_weight: The weight of the teacher's head, ``[classes, width]``. None for a teacher that was stored, and
+            if ``teacher_hidden`` are logits already.
         target: The next tokens, int64 ``[tokens]``.
         options: How the logits are compared.
         chunk: The number of tokens in a chunk. None takes what fits into about a gigabyte.
@@ -154,8 +156,8 @@ def linear_distillation(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden = hidden.to(dtype)
-        if isinstance(teacher_hidden, Tensor):
+        hidden = hidden if weight is None else hidden.to(dtype)
+        if isinstance(teacher_hidden, Tensor) and teacher_weight is not None:
             teacher_hidden = teacher_hidden.to(dtype)
     closed = options.is_closed and isinstance(teacher_hidden, Tensor)
     if chunk is None:
@@ -163,18 +165,22 @@ def linear_distillation(
         # compiled function holds three in the dtype of the hidden states. A power of two divides the tokens of a common
         # batch into equal chunks.
         compiled = hidden.is_cuda and closed
-        most = CHUNK_BYTES // (weight.shape[0] * (3 * hidden.element_size() if compiled else 20))
+        classes = hidden.shape[-1] if weight is None else weight.shape[0]
+        most = CHUNK_BYTES // (classes * (3 * hidden.element_size() if compiled else 20))
         chunk = 1 << (max(64, most).bit_length() - 1)
     differentiate = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
         parts, dh, dw = _in_chunks(
             hidden.detach(),
-            weight.detach(),
+            None if weight is None else weight.detach(),
             _detach(teacher_hidden, teacher_weight),
             target,
             options,
             chunk,
-            needed=(differentiate and hidden.requires_grad, differentiate and weight.requires_grad),
+            needed=(
+                differentiate and hidden.requires_grad,
+                differentiate and weight is not None and weight.requires_grad,
+            ),
         )
         total: Tensor = options.language_model * parts[0] + options.teacher * parts[1]
         if differentiate:
@@ -182,17 +188,20 @@ def linear_distillation(
     return total, parts[0], parts[1]
 
 
-def _detach(hidden: Tensor | StoredLogits, weight: Tensor | None) -> tuple[Tensor, Tensor] | StoredLogits:
+def _detach(hidden: Tensor | StoredLogits, weight: Tensor | None) -> tuple[Tensor, Tensor | None] | StoredLogits:
     if isinstance(hidden, StoredLogits):
         return hidden
-    assert weight is not None
-    return hidden.detach(), weight.detach().to(hidden.dtype)
+    return hidden.detach(), None if weight is None else weight.detach().to(hidden.dtype)
+
+
+def _logits(hidden: Tensor, head: Tensor | None) -> Tensor:
+    return hidden if head is None else hidden @ head.t()
 
 
 def _in_chunks(
     hidden: Tensor,
-    weight: Tensor,
-    teacher: tuple[Tensor, Tensor] | StoredLogits,
+    weight: Tensor | None,
+    teacher: tuple[Tensor, Tensor | None] | StoredLogits,
     target: Tensor,
     options: LogitsLoss,
     chunk: int,
@@ -200,17 +209,17 @@ def _in_chunks(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return both losses ``[2]``, and the gradients of ``hidden`` and ``weight`` where they are needed."""
     need_dh, need_dw = needed
-    head = weight.to(hidden.dtype)
+    head = None if weight is None else weight.to(hidden.dtype)
     parts = hidden.new_zeros(2, dtype=torch.float32)
     dh = torch.empty_like(hidden) if need_dh else None
     dw = None
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        student = hidden[part] @ head.t()
+        student = _logits(hidden[part], head)
         if isinstance(teacher, StoredLogits):
             its: Tensor | StoredLogits = StoredLogits(teacher.classes[part], teacher.log_probabilities[part])
         else:
-            its = teacher[0][part] @ teacher[1].t()
+            its = _logits(teacher[0][part], teacher[1])
         if hidden.is_cuda and options.is_closed and isinstance(its, Tensor):
             weights = (options.language_model, options.teacher, options.temperature)
             sums, gradient = _compiled()(student, its, target[part], *weights, 1 / len(hidden))
@@ -221,11 +230,14 @@ def _in_chunks(
             continue
         gradient = gradient.to(hidden.dtype)
         if dh is not None:
-            torch.mm(gradient, head, out=dh[part])
+            if head is None:
+                dh[part] = gradient
+            else:
+                torch.mm(gradient, head, out=dh[part])
         if need_dw:
             product = float32_mm(gradient.t(), hidden[part])  # summed in float32, whatever the dtype of the head
             dw = product if dw is None else dw.add_(product)
-    return parts / max(len(hidden), 1), dh, None if dw is None else dw.to(weight.dtype)
+    return parts / max(len(hidden), 1), dh, None if dw is None or weight is None else dw.to(weight.dtype)
 
 
 def _by_autograd(
@@ -298,7 +310,9 @@ class _WithGradients(torch.autograd.Function):
     """Attach gradients that were computed already to a loss."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor, dh: Tensor | None, dw: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, loss: Tensor, hidden: Tensor, weight: Tensor | None, dh: Tensor | None, dw: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(dh, dw)
         return loss.clone()
 

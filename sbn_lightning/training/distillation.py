@@ -101,8 +101,27 @@ class Distillation:
         return "loss", "logits", *(name for name in ("hidden", "relations") if getattr(self, name))
 
 
+def load_teacher(options: Distillation) -> TernaryTransformer | None:
+    """Return the teacher that the options name; None if the data hold what a teacher said.
+
+    Args:
+        options: The options of the distillation.
+
+    Raises:
+        DataError: If there is no such model, or its file is damaged.
+    """
+    if options.teacher is None:
+        return None
+    from sbn_lightning.formats.load import load_model
+
+    return load_model(options.teacher, dtype=getattr(torch, options.dtype)).model
+
+
 class Distiller:
     """Computes the loss of a student against a frozen teacher.
+
+    Both may be of another class than :class:`TernaryTransformer`, if ``hidden`` returns logits and ``lm_head`` has no
+    weight. ``options`` may have no losses on blocks then.
 
     Args:
         options: The options, with the place of the teacher's weights.
@@ -120,10 +139,7 @@ class Distiller:
         device: torch.device | str = "cpu",
     ) -> None:
         self.options = options
-        if teacher is None and options.teacher is not None:
-            from sbn_lightning.formats.load import load_model
-
-            teacher = load_model(options.teacher, dtype=getattr(torch, options.dtype)).model
+        teacher = load_teacher(options) if teacher is None else teacher
         self.teacher = None if teacher is None else teacher.to(device).eval().requires_grad_(False)
 
     def check(self, student: TernaryTransformer) -> None:
@@ -145,11 +161,12 @@ class Distiller:
                 f"distillation.hidden compares block by block, and the teacher has {theirs.n_layers} blocks of width "
                 f"{theirs.d_model}, the student {ours.n_layers} of width {ours.d_model}: set hidden to 0"
             )
-        block, fewest = self.options.relation_block, min(ours.n_layers, theirs.n_layers)
-        if self.options.relations and not -fewest <= block < fewest:
-            raise ConfigError(
-                f"distillation.relation_block={block}: the models have {ours.n_layers} and {theirs.n_layers} blocks"
-            )
+        if self.options.relations:
+            block, fewest = self.options.relation_block, min(ours.n_layers, theirs.n_layers)
+            if not -fewest <= block < fewest:
+                raise ConfigError(
+                    f"distillation.relation_block={block}: the models have {ours.n_layers} and {theirs.n_layers} blocks"
+                )
 
     def loss(
         self,
@@ -188,14 +205,14 @@ class Distiller:
             raise ConfigError("distillation.hidden and distillation.relations need the blocks of the teacher")
         with torch.no_grad(), self._watch(self.teacher) as theirs:
             if teacher_hidden is None:
-                teacher_hidden = self.teacher.hidden(tokens_BT, after_blocks=theirs.after_blocks)
+                teacher_hidden = theirs.hidden(self.teacher, tokens_BT)
         with self._watch(student) as ours:
-            hidden = student.hidden(tokens_BT, after_blocks=ours.after_blocks)
+            hidden = ours.hidden(student, tokens_BT)
         total, language, divergence = linear_distillation(
             hidden.flatten(0, 1),
-            student.lm_head.weight,
+            _head(student),
             teacher_hidden.flatten(0, 1),
-            self.teacher.lm_head.weight,
+            _head(self.teacher),
             targets_BT.flatten(),
             LogitsLoss(options.language_model, options.logits, options.divergence, options.temperature, options.top_k),
         )
@@ -219,7 +236,7 @@ class Distiller:
         options = self.options
         total, language, divergence = linear_distillation(
             student.hidden(tokens_BT).flatten(0, 1),
-            student.lm_head.weight,
+            _head(student),
             stored,
             None,
             targets_BT.flatten(),
@@ -253,6 +270,17 @@ class _Seen:
 
     after_blocks: list[Tensor] | None
     qkv: Tensor | None = None
+
+    def hidden(self, model: TernaryTransformer, tokens_BT: Tensor) -> Tensor:
+        """Return what a model's head sees, and fill :attr:`after_blocks`."""
+        if self.after_blocks is None:
+            return model.hidden(tokens_BT)
+        return model.hidden(tokens_BT, after_blocks=self.after_blocks)
+
+
+def _head(model: TernaryTransformer) -> Tensor | None:
+    """Return the weight of the head; None if the model's hidden states are logits already."""
+    return getattr(model.lm_head, "weight", None)
 
 
 def _split(model: TernaryTransformer, qkv: Tensor | None) -> tuple[Tensor, ...]:

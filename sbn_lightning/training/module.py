@@ -34,7 +34,7 @@ from sbn_lightning.models.moe import busiest, load_balance_loss, loads
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.training.answers import AnswerLoss, Answers
 from sbn_lightning.training.checks import check_graphs, check_lengths, check_teacher, warn_of_other_options
-from sbn_lightning.training.distillation import Distillation, Distiller
+from sbn_lightning.training.distillation import Distillation, Distiller, load_teacher
 from sbn_lightning.training.graphs import GraphedLoss
 from sbn_lightning.training.metrics import Perplexity
 from sbn_lightning.training.parameter_groups import LearningRateRule, parameter_groups, scale_learning_rates
@@ -83,6 +83,9 @@ class SparseBitNet(LightningModule):
     learning_rates: Sequence[LearningRateRule] = ()
     cuda_graphs = False
     separate_documents = False
+    # A subclass has other teachers.
+    check_teacher = staticmethod(check_teacher)
+    load_teacher = staticmethod(load_teacher)
 
     answer_loss: AnswerLoss | None = None  # Made when the tokenizer of the data is known.
     _distiller: Distiller | None = None  # Made at the first batch.
@@ -148,7 +151,7 @@ class SparseBitNet(LightningModule):
         if self.init_from is not None:
             check_tokenizer(self.init_from, data)
         if self.distillation is not None and stage == "fit":
-            check_teacher(self.distillation, self.config, data)
+            self.check_teacher(self.distillation, self.config, data)
         check_lengths(self.config, data)
         if self.answers is not None:
             tokenizer = getattr(data, "tokenizer", None)
@@ -310,10 +313,11 @@ class SparseBitNet(LightningModule):
         """Return the distiller, made at the first batch: only then is the device known."""
         if self._distiller is None:
             assert self.distillation is not None
-            distiller = Distiller(self.distillation, device=device)
+            distiller = Distiller(self.distillation, self.load_teacher(self.distillation), device)
             distiller.check(self.model)
             if distiller.teacher is not None:
-                distiller.teacher.separate_at = self.model.separate_at
+                if self.separate_documents:
+                    distiller.teacher.separate_at = self.model.separate_at
                 if self.model.is_compiled:
                     distiller.teacher.compile_blocks()
             self._distiller = distiller

@@ -63,6 +63,17 @@ def test_chunks_give_the_formula_and_its_gradients(tensors, options, chunk):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("options", [LogitsLoss(0.5, 2.0, temperature=3.0), LogitsLoss(0.5, 1.0, top_k=7)], ids=str)
+def test_logits_in_place_of_hidden_states_give_the_same(tensors, options):
+    hidden, weight, teacher_hidden, teacher_weight, target = tensors
+    expected, *parts = linear_distillation(*tensors, options, 5)
+    logits, theirs = hidden @ weight.t(), teacher_hidden @ teacher_weight.t()
+    total, *others = linear_distillation(logits, None, theirs, None, target, options, 5)
+    torch.testing.assert_close([total, *others], [expected, *parts])
+    gradients = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for loss in (total, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("weights", [(0.0, 1.0, 1.0), (0.5, 2.0, 3.0)])
 def test_the_closed_form_is_what_autograd_gives(weights):
     generator = torch.Generator().manual_seed(0)

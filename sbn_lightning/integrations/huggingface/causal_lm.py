@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +35,10 @@ from sbn_lightning.layers.audit import audit
 from sbn_lightning.layers.masked_linear import prepare_layers
 from sbn_lightning.sparsity.config import Gradient, MaskSource
 from sbn_lightning.sparsity.ternary import GammaOver
+from sbn_lightning.training.checks import check_teacher
+from sbn_lightning.training.distillation import Distillation
 from sbn_lightning.training.module import Perplexity, Schedule, SparseBitNet
+from sbn_lightning.training.parameter_groups import LearningRateRule
 
 __all__ = ["CausalLM", "Network", "Shape", "build_network"]
 
@@ -67,10 +71,14 @@ class CausalLM(SparseBitNet):
         init_from: A model of the same architecture whose weights a new run starts from: a checkpoint, the folder of a
             run, or a Hugging Face folder. Masks are made anew. A run that continues from a checkpoint takes the
             checkpoint's weights.
+        distillation: The teacher and the losses of a distillation. The teacher is a Hugging Face folder or a name of
+            the hub. None trains on the text alone.
+        learning_rates: Rules that multiply the learning rate of parameters with certain names.
 
     Raises:
         DataError: If there is no such model.
-        ConfigError: If the configuration does not make a model, or no layer can be converted.
+        ConfigError: If the configuration does not make a model, no layer can be converted, or the distillation has a
+            loss that needs our own transformer.
     """
 
     def __init__(
@@ -92,8 +100,12 @@ class CausalLM(SparseBitNet):
         schedule_steps: int | None = None,
         compile: bool = False,
         init_from: str | None = None,
+        distillation: Distillation | None = None,
+        learning_rates: list[LearningRateRule] | None = None,
     ) -> None:
         super(SparseBitNet, self).__init__()  # SparseBitNet's own __init__ would build a TernaryTransformer
+        if isinstance(distillation, dict):  # A checkpoint holds the options as plain values.
+            distillation = Distillation(**distillation)
         network, self.report = make_network(
             source,
             linear,
@@ -106,10 +118,15 @@ class CausalLM(SparseBitNet):
             gamma_over=gamma_over,
             learnable_scales=learnable_scales,
         )
-        self.save_hyperparameters(ignore=["source", "optimizer", "init_from"])
+        self.save_hyperparameters(ignore=["source", "optimizer", "init_from", "distillation", "learning_rates"])
         self.config = network.config  # type: ignore[assignment]
         # A checkpoint builds the same network, with weights of its own: load_from_checkpoint finds no other source.
         self.save_hyperparameters({"source": network.config.hugging_face, "config": network.config.to_dict()})
+        if distillation is not None:  # The checkpoint says where the teacher is, and does not hold its weights.
+            _check_distillation(distillation, network)
+            self.save_hyperparameters({"distillation": asdict(distillation)})
+        self.distillation = distillation
+        self.learning_rates = learning_rates or ()
         self.model = network  # type: ignore[assignment]
         self.init_from = init_from
         # Every checkpoint holds tokenizer, chat template, stop tokens.
@@ -126,6 +143,20 @@ class CausalLM(SparseBitNet):
             if isinstance(self._source, str) and self.init_from is None and Path(self._source).is_dir():
                 check_tokenizer(self._source, getattr(self.trainer, "datamodule", None), "model.source")
             self._print_audit()
+
+    @staticmethod
+    def check_teacher(distillation: Distillation, config: Any, data: Any) -> None:
+        """Check the tokens of a teacher. Of a name of the hub nothing is known before it is loaded."""
+        if distillation.teacher is None or Path(distillation.teacher).exists():
+            check_teacher(distillation, config, data)
+
+    @staticmethod
+    def load_teacher(options: Distillation) -> Any:
+        """Return the teacher, a :class:`Network`; None if the data hold what the teacher said."""
+        if options.teacher is None:
+            return None
+        teacher = Network(build_network(options.teacher, "model.distillation.teacher "), "dense")
+        return teacher.to(getattr(torch, options.dtype))
 
     def load_initial_weights(self, path: str) -> TextFiles:
         """Copy the weights of another model into this one; see ``init_from``."""
@@ -201,3 +232,19 @@ class CausalLM(SparseBitNet):
         if self.report is not None:
             for line in self.report.split_lines():
                 print(line)
+
+
+def _check_distillation(options: Distillation, network: Network) -> None:
+    """Refuse what a distillation of another architecture cannot do."""
+    if options.hidden or options.relations:
+        raise ConfigError(
+            "model.distillation: hidden and relations look into the blocks of our own transformer; set both to 0, or "
+            "convert the weights with `sbn import-hf` and take the recipe distill_from_pretrained"
+        )
+    if getattr(network.hf.config, "router_aux_loss_coef", None) is not None:
+        raise ConfigError("model.distillation does not work with a mixture of experts of transformers")
+    if options.teacher is not None and options.teacher.endswith(".ckpt"):
+        raise ConfigError(
+            f"model.distillation.teacher {options.teacher} is a checkpoint; give a Hugging Face folder or a name of "
+            "the hub, as in model.source"
+        )

@@ -7,10 +7,10 @@ name or a configuration, and makes its layers sparse. Nothing here needs Lightni
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from sbn_lightning.integrations.pytorch import convert
 from sbn_lightning.layers.conversion import ConversionReport
 from sbn_lightning.sparsity.config import SparsityOptions
 
+T = TypeVar("T")
 Linear = Literal["ternary", "masked", "dense"]
 
 # What a checkpoint of CausalLM records about its layers, by the names of the arguments of make_network.
@@ -99,6 +100,15 @@ class Network(nn.Module):
     def lm_head(self) -> nn.Module:
         """The identity; see :meth:`hidden`."""
         return nn.Identity()
+
+    def run(self, function: Callable[..., T], *inputs: Any) -> T:
+        """Return ``function(self, *inputs)``. Wrappers such as Fabric's treat the call as a forward of the model.
+
+        Args:
+            function: A function of the model, for example the loss against a teacher.
+            *inputs: The other arguments of the function.
+        """
+        return function(self, *inputs)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats of ``targets [B, T]``, and a router's balance loss in training."""
