@@ -211,16 +211,12 @@ def _norm_quantize_sums(
 
 
 @kernel_fake("norm_quantize_sums")
-def _(
-    x: Tensor, sums: Tensor, token_scales: Tensor, row_scales: Tensor, weight: Tensor, eps: float, bits: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty(x, sums)
 
 
 @kernel_fake("norm_quantize")
-def _(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, bits: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty(x, residual)
 
 
@@ -242,7 +238,7 @@ def _norm_backward(dy: Tensor, h: Tensor, dh: Tensor, weight: Tensor, rstd: Tens
 
 
 @kernel_fake("norm_backward")
-def _(dy: Tensor, h: Tensor, dh: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _(h: Tensor) -> tuple[Tensor, Tensor]:
     return (
         torch.empty(h.shape, dtype=h.dtype, device=h.device),
         torch.empty(h.shape[1], dtype=torch.float32, device=h.device),

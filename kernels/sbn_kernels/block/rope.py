@@ -97,7 +97,7 @@ def _rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor)
 
 
 @kernel_fake("rope_backward")
-def _(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _(dq: Tensor, dk: Tensor) -> Tensor:
     return _empty(dq, dk)
 
 

@@ -70,7 +70,7 @@ def _int8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 @kernel_fake("int8_rows")
-def _(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def _(x: Tensor, codes: Tensor) -> Tensor:
     return torch.empty((x.shape[0], codes.shape[0]), dtype=x.dtype, device=x.device)
 
 

@@ -97,7 +97,7 @@ def _encode_rows(weight: Tensor, row_scale: Tensor, n: int, m: int, mask_bits: T
 
 
 @kernel_fake("encode_rows")
-def _(weight: Tensor, row_scale: Tensor, n: int, m: int, mask_bits: Tensor | None) -> Tensor:
+def _(weight: Tensor) -> Tensor:
     rows, columns = weight.shape
     return torch.empty((rows, ceil_div(columns, 4)), dtype=torch.uint8, device=weight.device)
 

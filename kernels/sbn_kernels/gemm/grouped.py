@@ -137,7 +137,7 @@ def _grouped_gemm(
 
 
 @kernel_fake("grouped_gemm")
-def _(x8: Tensor, scale: Tensor, packed: Tensor, row_scale: Tensor, counts: Tensor, out_dtype: torch.dtype) -> Tensor:
+def _(x8: Tensor, packed: Tensor, counts: Tensor, out_dtype: torch.dtype) -> Tensor:
     return torch.empty((x8.shape[0], packed.shape[0] // counts.shape[0]), dtype=out_dtype, device=x8.device)
 
 

@@ -73,9 +73,7 @@ def _cross_entropy_rounded(
 
 
 @kernel_fake("cross_entropy_rounded")
-def _(
-    logits: Tensor, class_scale: Tensor, target: Tensor, factor: float, token_scale: Tensor, seed: Tensor, stream: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     return loss, *outputs_for(logits, True, True)
 

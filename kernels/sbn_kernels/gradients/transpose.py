@@ -146,7 +146,7 @@ def _dequantize_tokens(x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @kernel_fake("dequantize_tokens")
-def _(x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _(x8: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty((x8.shape[0], x8.shape[1]), dtype=dtype, device=x8.device)
 
 

@@ -112,15 +112,7 @@ def _quantize_gradient(
 
 
 @kernel_fake("quantize_gradient")
-def _(
-    dy: Tensor,
-    row_scale: Tensor,
-    token_scale: Tensor,
-    seed: Tensor,
-    stream: int,
-    want_tokens: bool,
-    want_channels: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(dy: Tensor, want_tokens: bool, want_channels: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return outputs_for(dy, want_tokens, want_channels)
 
 

@@ -189,7 +189,7 @@ def _weight_gradient(
 
 
 @kernel_fake("weight_gradient")
-def _(b8t: Tensor, scale: Tensor, x8t: Tensor, out_dtype: torch.dtype, portable: bool, launch: list[int]) -> Tensor:
+def _(b8t: Tensor, x8t: Tensor, out_dtype: torch.dtype) -> Tensor:
     return torch.empty((b8t.shape[0], x8t.shape[0]), dtype=out_dtype, device=b8t.device)
 
 
@@ -207,7 +207,7 @@ def _add_weight_gradient(
 
 
 @kernel_fake("add_weight_gradient")
-def _(into: Tensor, b8t: Tensor, scale: Tensor, x8t: Tensor, portable: bool, launch: list[int]) -> None:
+def _() -> None:
     return None
 
 

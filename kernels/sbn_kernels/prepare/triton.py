@@ -195,19 +195,7 @@ def _prepare_weight(
 
 @kernel_fake("prepare_weight")
 def _(
-    weight: Tensor,
-    n: int,
-    m: int,
-    split_sizes: list[int],
-    mask_bits: Tensor | None,
-    old_mask_bits: Tensor | None,
-    keep: Tensor | None,
-    gamma: Tensor | None,
-    gamma_over: str,
-    layout: str,
-    want_mask: bool,
-    want_codes: bool,
-    want_stats: bool,
+    weight: Tensor, split_sizes: list[int], layout: str, want_mask: bool, want_codes: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _outputs(weight, len(split_sizes), layout, want_mask, want_codes)
 

@@ -116,7 +116,7 @@ def _op(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, before: Tensor) -
 
 
 @kernel_fake("attend")
-def _(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, before: Tensor) -> Tensor:
+def _(q: Tensor) -> Tensor:
     batch, heads, length, size = q.shape
     return torch.empty((batch, length, heads, size), dtype=q.dtype, device=q.device)
 

@@ -119,7 +119,7 @@ def _quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 @kernel_fake("quantize_tokens")
-def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     return empty_tokens(rows, columns, x.device), empty_vector(rows, x.device)
 

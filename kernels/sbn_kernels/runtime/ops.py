@@ -11,6 +11,7 @@ A module that registers ops cannot be reloaded.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("sbn_kernels", "FRAGMENT")
+_ARGUMENTS: dict[str, list[str]] = {}  # The names of the arguments of each op.
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +34,7 @@ def kernel_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]:
 
     def register(function: F) -> F:
         schema = torch.library.infer_schema(function, mutates_args=mutates)
+        _ARGUMENTS[name] = list(inspect.signature(function).parameters)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
         @functools.wraps(function)
@@ -49,10 +52,18 @@ def kernel_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]:
 
 
 def kernel_fake(name: str) -> Callable[[F], F]:
-    """Registers the function that gives the shapes, dtypes and strides of what the op ``name`` returns."""
+    """Registers the function that gives the shapes, dtypes and strides of what the op ``name`` returns.
+
+    The function names the arguments of the op that it needs, and gets no others.
+    """
 
     def register(function: F) -> F:
-        torch.library.register_fake(f"sbn_kernels::{name}", function, lib=_LIBRARY)
+        places = [_ARGUMENTS[name].index(argument) for argument in inspect.signature(function).parameters]
+
+        def of_all(*given: Any) -> Any:
+            return function(*(given[place] for place in places))
+
+        torch.library.register_fake(f"sbn_kernels::{name}", of_all, lib=_LIBRARY)
         return function
 
     return register

@@ -156,10 +156,7 @@ def _swiglu_backward_of_rounded(
 
 
 @kernel_fake("swiglu_backward_of_rounded")
-def _(
-    a8: Tensor, scale: Tensor, weight_t: Tensor, x: Tensor, code_scale: Tensor | None, row_scale: Tensor,
-    token_scale: Tensor, seed: Tensor, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return outputs_for(x, True, True)
 
 
@@ -173,7 +170,7 @@ def _swiglu_backward_of_codes(d: Tensor, codes: Tensor, code_scale: Tensor) -> T
 
 
 @kernel_fake("swiglu_backward_of_codes")
-def _(d: Tensor, codes: Tensor, code_scale: Tensor) -> Tensor:
+def _(d: Tensor, codes: Tensor) -> Tensor:
     return torch.empty(codes.shape, dtype=d.dtype, device=d.device)
 
 

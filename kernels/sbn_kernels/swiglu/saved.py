@@ -87,7 +87,7 @@ def _swiglu_quantize_and_save(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Ten
 
 
 @kernel_fake("swiglu_quantize_and_save")
-def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_saved(x)
 
 

@@ -176,7 +176,7 @@ def _swiglu_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 @kernel_fake("swiglu_quantize")
-def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, features = x.shape[0], x.shape[1] // 2
     return empty_tokens(rows, features, x.device), empty_vector(rows, x.device)
 
@@ -195,7 +195,7 @@ def _swiglu_backward(d: Tensor, x: Tensor) -> Tensor:
 
 
 @kernel_fake("swiglu_backward")
-def _(d: Tensor, x: Tensor) -> Tensor:
+def _(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -214,7 +214,7 @@ def _swiglu_pair_quantize(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, 
 
 
 @kernel_fake("swiglu_pair_quantize")
-def _(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _(gate: Tensor) -> tuple[Tensor, Tensor]:
     rows, features = gate.shape
     return empty_tokens(rows, features, gate.device), empty_vector(rows, gate.device)
 
@@ -234,7 +234,7 @@ def _swiglu_pair_backward(d: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
 
 
 @kernel_fake("swiglu_pair_backward")
-def _(d: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return (
         torch.empty(gate.shape, dtype=gate.dtype, device=gate.device),
         torch.empty(up.shape, dtype=up.dtype, device=up.device),

@@ -177,18 +177,7 @@ def _hopper_gemm(
 
 
 @kernel_fake("hopper_gemm")
-def _(
-    x8: Tensor,
-    scale: Tensor,
-    packed: Tensor,
-    row_scale: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    sparse: bool,
-    out_dtype: torch.dtype,
-    token_tile: int,
-    splits: int,
-) -> Tensor:
+def _(x8: Tensor, out_features: int, out_dtype: torch.dtype) -> Tensor:
     return torch.empty((x8.shape[0], out_features), dtype=out_dtype, device=x8.device)
 
 
@@ -218,7 +207,7 @@ def _hopper_gemm_sums(x8: Tensor, packed: Tensor, out_features: int, sparse: boo
 
 
 @kernel_fake("hopper_gemm_sums")
-def _(x8: Tensor, packed: Tensor, out_features: int, sparse: bool, parts: int, tile: int) -> Tensor:
+def _(x8: Tensor, packed: Tensor, out_features: int, parts: int, tile: int) -> Tensor:
     parts, _ = whole_parts(packed.shape[1], parts)
     rows = ceil_div(x8.shape[0], tile) * tile
     return torch.empty((parts, rows, out_features), dtype=torch.int32, device=x8.device)
