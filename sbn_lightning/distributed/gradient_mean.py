@@ -137,8 +137,9 @@ class GradientMean(BackwardCollectives):
     def _send(self, gradients: list[Tensor]) -> None:
         tensor = gradients[0]
         if len(gradients) > 1 or tensor.dtype != self.dtype or not tensor.is_contiguous():
-            tensor = torch.cat([gradient.to(self.dtype).reshape(-1) for gradient in gradients])
+            tensor = tensor.new_empty(sum(gradient.numel() for gradient in gradients), dtype=self.dtype)
             self._wait(COPIES - tensor.nbytes)
+            torch._foreach_copy_(_parts(tensor, gradients), gradients)
         else:
             gradients = []
         work = dist.all_reduce(tensor, op=self._operation, group=self.group, async_op=True)
@@ -152,10 +153,15 @@ class GradientMean(BackwardCollectives):
             work.wait()  # On a GPU the stream waits here, not the host.
             self._divide(tensor, self.group.size())
             if gradients:
-                parts = tensor.split([gradient.numel() for gradient in gradients])
-                torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+                torch._foreach_copy_(gradients, _parts(tensor, gradients))
 
     def _finish(self) -> None:
         # A reentrant checkpoint has a backward of its own, with an end of its own.
         self._wait(-1)
         self._end()
+
+
+def _parts(tensor: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    """Cut a copy of some gradients into parts of their shapes."""
+    parts = tensor.split([gradient.numel() for gradient in gradients])
+    return [part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
