@@ -71,7 +71,7 @@ def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_pieces(tokens: int, panels: int, processors: int) -> tuple[tuple[int, int, int], ...]:
+def choose_pieces(tokens: int, panels: int, processors: int) -> list[tuple[int, int, int]]:
     """Cuts a product where the last wave of tiles would leave most of the GPU idle.
 
     The panels beyond the last full wave then have smaller tiles, and are computed first.
@@ -80,14 +80,14 @@ def choose_pieces(tokens: int, panels: int, processors: int) -> tuple[tuple[int,
         The pieces in the order of their launches: the first panel, the panel after the last, and the tokens of a tile.
     """
     tile = choose_token_tile(tokens, panels, processors)
-    best, pieces = _cost(tokens, panels, processors, tile), ((0, panels, tile),)
+    best, pieces = _cost(tokens, panels, processors, tile), [(0, panels, tile)]
     for large, small in ((256, 128), (256, 64), (128, 64)):
         across = ceil_div(tokens, large)
         full = panels * across // processors * processors // across
         if 0 < full < panels:
             cost = _cost(tokens, full, processors, large) + _cost(tokens, panels - full, processors, small) + _LAUNCH
             if cost < best:
-                best, pieces = cost, ((full, panels, small), (0, full, large))
+                best, pieces = cost, [(full, panels, small), (0, full, large)]
     return pieces
 
 
@@ -147,10 +147,10 @@ def _hopper_gemm(
         splits = choose_splits(tokens, out_features, columns, processors)
     if splits > 1:
         return add_splits(_parts(x8, packed, sparse, splits), scale, row_scale, bias, y)
-    if token_tile or not launches_early():
-        pieces = ((0, panels, token_tile or choose_token_tile(tokens, panels, processors)),)
-    else:
+    if launches_early() and not token_tile:
         pieces = choose_pieces(tokens, panels, processors)
+    else:
+        pieces = [(0, panels, token_tile or choose_token_tile(tokens, panels, processors))]
     # TMA stores rows that start on 16-byte boundaries, so an odd out_features is stored to a wider output first
     align = 16 // y.element_size()
     width = ceil_div(out_features, align) * align
