@@ -5,7 +5,8 @@ question's side are context, and only the tokens of an answer and the marker tha
 the loss of InstructGPT's supervised fine-tuning as the field uses it (``assistant_only_loss`` in TRL).
 
 An answer whose start lies before the row is not seen as one, and an answer that the row cuts is predicted up to there.
-Several conversations may lie in one row; that is how ``prepare`` packs documents.
+Several conversations may lie in one row; that is how ``prepare`` packs documents. The divergence from a teacher
+is over the same tokens.
 """
 
 from __future__ import annotations
@@ -80,13 +81,21 @@ class AnswerLoss:
             model: The model.
             batch: The token ids, int64 ``[B, T + 1]``.
         """
-        places = self.places(batch)[:, 1:].flatten().nonzero().flatten()
+        places = self.target_places(batch)
         hidden = model.hidden(batch[:, :-1]).flatten(0, 1)
         if not len(places):
             return (hidden * 0).sum(dtype=torch.float32), 0
         targets = batch[:, 1:].flatten()[places]
         head, config = model.lm_head.weight, model.config
         return linear_cross_entropy(hidden[places], head, targets, config.loss, config.head_precision), len(places)
+
+    def target_places(self, batch: Tensor) -> Tensor:
+        """Return which of the flattened targets belong to answers, their indices, int64 ``[answer tokens]``.
+
+        Args:
+            batch: The token ids, int64 ``[B, T + 1]``. The last T of each row are the targets.
+        """
+        return self.places(batch)[:, 1:].flatten().nonzero().flatten()
 
     def places(self, tokens: Tensor) -> Tensor:
         """Return which tokens belong to answers, or to the markers that end them, bool ``[B, T]``.

@@ -175,6 +175,7 @@ class Distiller:
         targets_BT: Tensor,
         stored: StoredLogits | None = None,
         teacher_hidden: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss, a scalar with gradients for the student, and its parts without gradients.
 
@@ -185,6 +186,8 @@ class Distiller:
             stored: What the teacher said about these tokens, ``[B * T, k]``, if there is no teacher.
             teacher_hidden: The teacher's final hidden states of these tokens, ``[B, T, D]``, if somebody has computed
                 them already. The losses on blocks (``hidden`` and ``relations``) need more than these.
+            places: The flattened tokens whose targets count, their indices, int64 ``[n]``; None for all. The losses on
+                blocks are over all tokens.
 
         Returns:
             The loss, and by name the cross-entropy (``"loss"``), the divergence of the logits (``"logits"``), and the
@@ -200,7 +203,7 @@ class Distiller:
                     "distillation.teacher is null, and the batch holds no teacher's logits: give the teacher, or data "
                     "that `sbn teacher-logits` wrote"
                 )
-            return self._against_stored(student, tokens_BT, targets_BT, stored)
+            return self._against_stored(student, tokens_BT, targets_BT, stored, places)
         if teacher_hidden is not None and (options.hidden or options.relations):
             raise ConfigError("distillation.hidden and distillation.relations need the blocks of the teacher")
         with torch.no_grad(), self._watch(self.teacher) as theirs:
@@ -209,11 +212,11 @@ class Distiller:
         with self._watch(student) as ours:
             hidden = ours.hidden(student, tokens_BT)
         total, language, divergence = linear_distillation(
-            hidden.flatten(0, 1),
+            _chosen(hidden.flatten(0, 1), places),
             _head(student),
-            teacher_hidden.flatten(0, 1),
+            _chosen(teacher_hidden.flatten(0, 1), places),
             _head(self.teacher),
-            targets_BT.flatten(),
+            _chosen(targets_BT.flatten(), places),
             LogitsLoss(options.language_model, options.logits, options.divergence, options.temperature, options.top_k),
         )
         parts = {"loss": language, "logits": divergence}
@@ -231,15 +234,20 @@ class Distiller:
         return total, parts
 
     def _against_stored(
-        self, student: TernaryTransformer, tokens_BT: Tensor, targets_BT: Tensor, stored: StoredLogits
+        self,
+        student: TernaryTransformer,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        stored: StoredLogits,
+        places: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         options = self.options
         total, language, divergence = linear_distillation(
-            student.hidden(tokens_BT).flatten(0, 1),
+            _chosen(student.hidden(tokens_BT).flatten(0, 1), places),
             _head(student),
-            stored,
+            StoredLogits(*(_chosen(part, places) for part in stored)),
             None,
-            targets_BT.flatten(),
+            _chosen(targets_BT.flatten(), places),
             LogitsLoss(options.language_model, options.logits, options.divergence),
         )
         return total, {"loss": language, "logits": divergence}
@@ -276,6 +284,10 @@ class _Seen:
         if self.after_blocks is None:
             return model.hidden(tokens_BT)
         return model.hidden(tokens_BT, after_blocks=self.after_blocks)
+
+
+def _chosen(rows: Tensor, places: Tensor | None) -> Tensor:
+    return rows if places is None else rows[places]
 
 
 def _head(model: TernaryTransformer) -> Tensor | None:

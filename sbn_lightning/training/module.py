@@ -129,8 +129,8 @@ class SparseBitNet(LightningModule):
         self._make_optimizer = optimizer
         self.learning_rates = learning_rates or ()
         self.answers = answers
-        if answers is not None and (distillation is not None or config.n_experts):
-            raise ConfigError("model.answers works neither with model.distillation nor with experts; take one of them")
+        if answers is not None and config.n_experts:
+            raise ConfigError("model.answers does not work with experts; set it to null")
         if distillation is not None and config.head_precision != "full":
             raise ConfigError("a distillation has no head in 8 bits; set model.config.head_precision to full")
 
@@ -268,8 +268,11 @@ class SparseBitNet(LightningModule):
                 loss, *found = self._graphed(model, self._distilled, batch).unbind()
                 parts = dict(zip(self.distillation.parts, (part.detach() for part in found), strict=True))
             else:
-                given = () if self.distillation.teacher is not None else (stored,)
+                places = None if self.answer_loss is None else self.answer_loss.target_places(batch)
+                given = (stored, None, places)
                 loss, parts = model.run(self._get_distiller(batch.device).loss, batch[:, :-1], batch[:, 1:], *given)
+                if places is not None:
+                    metrics["train/answer_tokens"] = torch.tensor(float(len(places)))
             cross_entropy = parts.pop("loss")
             metrics["train/distillation"] = loss.detach()
             metrics |= {f"train/distillation_{name}": part for name, part in parts.items()}

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn import functional as F
 
 from sbn_lightning import RoundingWarmup, SparseBitNet
 from sbn_lightning.checkpoints import lightning_file
@@ -17,8 +18,10 @@ from sbn_lightning.fabric.loop import FabricRun, train
 from sbn_lightning.formats.init_from import load_weights
 from sbn_lightning.formats.load import load_model
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
+from sbn_lightning.models.distillation import StoredLogits, likeliest
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.training import graphs
+from sbn_lightning.training.answers import AnswerLoss
 from sbn_lightning.training.distillation import Distillation, Distiller
 from tests.helpers import Losses, quiet_trainer, small_config, token_loader
 
@@ -110,6 +113,31 @@ def test_a_dense_student_with_the_teachers_weights_has_nothing_to_learn(teacher)
     loss, parts = Distiller(Distillation(teacher, hidden=1.0, relations=1.0)).loss(student, batch[:, :-1], batch[:, 1:])
     assert abs(float(loss)) < 1e-5
     assert float(parts["loss"]) == pytest.approx(student.loss(batch[:, :-1], batch[:, 1:]).item())
+
+
+def test_a_teacher_counts_at_answers_alone(teacher):
+    module = module_of(teacher, language_model=0.5)
+    module.answer_loss = AnswerLoss([3], [4])
+    batch = next(iter(token_loader(vocab_size=300))).clone()
+    batch[0, 2], batch[0, 6], batch[2, 9] = 3, 4, 3
+    loss, metrics = module.compute_loss(module.model, batch)
+    chosen = module.answer_loss.places(batch)[:, 1:]
+    assert metrics["train/answer_tokens"] == int(chosen.sum())
+    student, theirs = (model(batch[:, :-1])[chosen] for model in (module.model, load_model(teacher).model))
+    expected = F.kl_div(student.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
+    torch.testing.assert_close(loss, expected + 0.5 * F.cross_entropy(student, batch[:, 1:][chosen]))
+
+    likely = likeliest(load_model(teacher).model.hidden(batch[:, :-1]), load_model(teacher).model.lm_head.weight, 5)
+    stored = StoredLogits(*(part.flatten(0, 1) for part in likely))
+    places = module.answer_loss.target_places(batch)
+    inputs = module.model, batch[:, :-1], batch[:, 1:]
+    found, _ = Distiller(Distillation(None)).loss(*inputs, stored, None, places)
+    expected, _ = Distiller(Distillation(teacher, top_k=5)).loss(*inputs, places=places)
+    torch.testing.assert_close(found, expected)
+    module.answer_loss = AnswerLoss([1, 1, 1], [4])
+    nothing, _ = module.compute_loss(module.model, batch)
+    nothing.backward()
+    assert nothing == 0
 
 
 def test_relations_are_seen_in_compiled_models(teacher):
