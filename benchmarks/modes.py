@@ -24,6 +24,7 @@ MODES = (
     ("ours 2:4", "2:4, exact gradients", "sparse"),
     ("ours 2:4, chunked loss", "the same, with our loss", ""),
     ("ours 2:4, int8 dX", '2:4, `gradients: int8-dx`', "sparse, int8 dX"),
+    ("ours 2:4, int8 dX, int8 gates", '2:4, `gradients: int8-dx`, `saved_gates: int8`', ""),
     ("ours 2:4, int8 dW", '2:4, `gradients: int8-dw`', "sparse, int8 dW"),
     ("ours 2:4, int8 gradients", '2:4, `gradients: int8`', "sparse, int8 gradients"),
     (

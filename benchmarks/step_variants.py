@@ -214,6 +214,7 @@ VARIANTS: dict[str, tuple[Build, dict[str, str] | None]] = {
     "ours 2:4, chunked loss": (partial(_OURS, head="chunked"), {"backend": "sparse"}),
     "ours 2:4, int8 gradients": (_OURS, {"backend": "sparse", "gradients": "int8"}),
     "ours 2:4, int8 dX": (_OURS, {"backend": "sparse", "gradients": "int8-dx"}),
+    "ours 2:4, int8 dX, int8 gates": (_OURS, {"backend": "sparse", "gradients": "int8-dx", "saved_gates": "int8"}),
     "ours 2:4, int8 dW": (_OURS, {"backend": "sparse", "gradients": "int8-dw"}),
     "ours 2:4, int8 gradients, int8 head": (
         partial(_OURS, head_precision="int8"),
