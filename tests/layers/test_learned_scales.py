@@ -154,8 +154,8 @@ def test_a_compiled_layer():
     torch.testing.assert_close(layer.log_scale.grad, wanted)
 
 
-def scaled_model():
-    model = make_model(learnable_scales=True, n_layers=1)
+def scaled_model(**changes):
+    model = make_model(learnable_scales=True, n_layers=1, **changes)
     with torch.no_grad():
         for layer in ternary_layers(model).values():
             layer.log_scale.uniform_(-0.5, 0.5)
@@ -183,14 +183,15 @@ def test_every_format_holds_the_factor_in_gamma(tmp_path, format):
         torch.testing.assert_close(weight, layer.effective_weight(), rtol=tolerance, atol=0.0)
 
 
-def test_weights_start_a_run_with_and_without_learned_scales(tmp_path):
-    model, tokens = scaled_model(), some_tokens()
+@pytest.mark.parametrize("changes", [{}, {"n_experts": 4, "d_expert": 16}])
+def test_weights_start_a_run_with_and_without_learned_scales(changes, tmp_path):
+    model, tokens = scaled_model(**changes), some_tokens()
     path = str(save(model, tmp_path / "m.ckpt"))
     for learnable in (True, False):
-        other = TernaryTransformer(small_config(n_layers=1, learnable_scales=learnable)).eval()
+        other = TernaryTransformer(small_config(n_layers=1, learnable_scales=learnable, **changes)).eval()
         load_weights(other, path)
         torch.testing.assert_close(logits(other, tokens), logits(model, tokens), rtol=1e-4, atol=1e-4)
-    plain = make_model(n_layers=1)
+    plain = make_model(n_layers=1, **changes)
     load_weights(model, str(save(plain, tmp_path / "plain.ckpt")))  # the model has factors, and the weights have none
     nn.init.zeros_(model.blocks[0].mlp.down.log_scale)
     assert torch.equal(model.blocks[0].mlp.down.ternary()[1], plain.blocks[0].mlp.down.ternary()[1])
