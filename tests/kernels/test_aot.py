@@ -270,14 +270,12 @@ def test_hopper_gemm(sparse: bool, rows: bool, bias: bool, tmp_path: Path) -> No
         "ROWS": rows,
         "BIAS": bias,
         "PARTS": False,
-        "ANNOUNCE": bias,
         "EARLY": True,
     }
     compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
     kind = "wgmma.mma_async.sp" if sparse else "wgmma.mma_async.sync"
     assert kind + (".sync" if sparse else "") + ".aligned.m64n256k" in compiled.asm["ptx"]
     assert ("wgmma.mma_async.sp" in compiled.asm["ptx"]) == sparse
-    assert ("griddepcontrol.launch_dependents" in compiled.asm["ptx"]) == bias
     assert spilled_bytes(compiled, tmp_path) == 0
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
@@ -299,7 +297,7 @@ def test_hopper_gemm_of_a_prompt_in_parts_of_k(tile: int, tmp_path: Path) -> Non
     chunk, buffers, stages = launch_shape(tile, 4)
     types = _hopper_gemm_types(tile, chunk, "i32", 32)
     constants = {"BT": tile, "CHUNK": chunk, "STAGES": stages, "SPARSE": True, "ROWS": False, "BIAS": False}
-    constants |= {"BUFFERS": buffers, "PARTS": True, "ANNOUNCE": False, "EARLY": True}
+    constants |= {"BUFFERS": buffers, "PARTS": True, "EARLY": True}
     compiled = build(ternary_gemm_kernel, constants, 90, types, GluonASTSource)
     assert f"wgmma.mma_async.sp.sync.aligned.m64n{tile}k64" in compiled.asm["ptx"]
     assert spilled_bytes(compiled, tmp_path) == 0

@@ -2,7 +2,6 @@
 
 import pytest
 from sbn_kernels.decode.triton import prefers_decode
-from sbn_kernels.gemm.sm90.gemm import choose_pieces
 from sbn_kernels.gemm.sm90.split_k import choose_parts, choose_splits, split_tile, whole_parts
 
 # in, out, tokens, microseconds of the decode kernel and of the prefill kernel, K in one piece, 2:4 (docs/LOG.md)
@@ -101,16 +100,3 @@ def test_long_sums_of_short_prompts_are_cut_into_parts() -> None:
     for tokens in range(65, 1025, 5):
         parts, tile = choose_parts(tokens, 1536, 8960, 132)
         assert parts == 1 or 60 <= 12 * -(-tokens // tile) * parts <= 132
-
-
-def test_a_product_is_cut_where_its_last_wave_is_short():
-    """1.5B, the product with gate and up: 264 of 280 tiles are two full waves of 132 multiprocessors."""
-    assert choose_pieces(512, 140, 132) == [(132, 140, 64), (0, 132, 256)]
-    assert choose_pieces(512, 132, 132) == [(0, 132, 256)]
-    assert choose_pieces(512, 172, 132) == [(0, 172, 256)], "the rest needs two waves of smaller tiles"
-    assert choose_pieces(1, 1, 132) == [(0, 1, 16)]
-    for tokens in (65, 300, 512, 1000, 2048, 4096):
-        for panels in range(1, 300):
-            pieces = sorted(choose_pieces(tokens, panels, 132))
-            assert [first for first, _, _ in pieces] == [0, *(end for _, end, _ in pieces[:-1])]
-            assert pieces[-1][1] == panels

@@ -12,10 +12,9 @@ from sbn_kernels.block import norm_quantize, norm_quantize_sums
 from sbn_kernels.decode import int8_rows
 from sbn_kernels.decode.reference import int8_rows_reference
 from sbn_kernels.gemm.reference import gemm_reference as reference
-from sbn_kernels.gemm.sm90.gemm import choose_pieces, gemm_sums
+from sbn_kernels.gemm.sm90.gemm import gemm_sums
 from sbn_kernels.prepare.reference import codes_reference, gamma_reference, mask_reference
 from sbn_kernels.quantize.reference import quantize_tokens_reference
-from sbn_kernels.runtime.launch import launching_early
 from sbn_kernels.swiglu.reference import swiglu_backward_reference, swiglu_reference
 
 pytestmark = pytest.mark.skipif(
@@ -82,26 +81,6 @@ def test_many_tiles_a_program_and_repeated_launches(sparse: bool) -> None:
         for _ in range(20):
             poison(4096, 2048, torch.bfloat16)
             assert torch.equal(gemm(x8, scale, packed, row_scale, 2048, token_tile=tile), expected), tile
-
-
-@pytest.mark.parametrize("sparse", [True, False])
-def test_a_product_in_two_pieces(sparse: bool) -> None:
-    """The pieces have tiles of two sizes, and the second is set up while the first runs."""
-    needs("sparse_gemm")
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    tokens, columns, out = 500, 388, processors * 128 + 1001
-    assert len(choose_pieces(tokens, -(-out // 128), processors)) == 2
-    x8, scale, codes, mask, row_scale, bias = case(tokens, columns, out, sparse)
-    gemm, packed = sk.ternary_gemm, sk.pack_dense(codes)
-    if sparse:
-        gemm, packed = sk.sparse_gemm, sk.pack_sparse24(codes, mask)
-    for b in (None, bias):
-        expected = reference(x8, scale, codes, row_scale, b, torch.bfloat16)
-        for _ in range(5):
-            poison(tokens, out, torch.bfloat16)
-            with launching_early(x8.device):
-                y = gemm(x8, scale, packed, row_scale, out, b, torch.bfloat16)
-            assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 16, 33, 64])

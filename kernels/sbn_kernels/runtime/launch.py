@@ -47,11 +47,6 @@ def launching_early(device: torch.device) -> Iterator[None]:
         _early.reset(before)
 
 
-def launches_early() -> bool:
-    """Whether this is inside of :func:`launching_early`, on a device that can do so."""
-    return _early.get()
-
-
 class Launcher:
     """Launches a kernel whose parameters are descriptors, pointers, integers and constants, in this order.
 

@@ -4,9 +4,8 @@ This file launches the Gluon kernel of ``kernels.py`` and chooses its tiles. Bot
 int32 (``in_features`` up to 2^24 cannot overflow it), the scales are multiplied in float32 in the order of the
 plain-PyTorch reference, and one rounding to the dtype of the result follows.
 
-A tile is 128 features by ``BT`` tokens. The number of waves of tiles over the multiprocessors decides about ``BT``.
-Where kernels are launched early, a product may be two launches with tiles of two sizes (:func:`choose_pieces`). Up to
-64 tokens the sum over K may be split over programs; ``split_k.py`` says where, and why the result is the same. On
+A tile is 128 features by ``BT`` tokens. The number of waves of tiles over the multiprocessors decides about ``BT``. Up
+to 64 tokens the sum over K may be split over programs; ``split_k.py`` says where, and why the result is the same. On
 Hopper only 2:4 gains from sparsity: any other pattern runs as dense ternary at the int8 rate.
 """
 
@@ -25,7 +24,7 @@ from sbn_kernels.gemm.registry import Product, register
 from sbn_kernels.gemm.sm90.split_k import MOST_SPLITS, MOST_TOKENS, add_splits, choose_splits, split_tile, whole_parts
 from sbn_kernels.runtime.capability import Needs, multiprocessors, require
 from sbn_kernels.runtime.descriptors import descriptor
-from sbn_kernels.runtime.launch import Launcher, launches_early
+from sbn_kernels.runtime.launch import Launcher
 from sbn_kernels.runtime.ops import kernel_fake, kernel_op
 from sbn_kernels.runtime.sharing import programs
 
@@ -35,7 +34,6 @@ DENSE_NEEDS = Needs("ternary_gemm", only=(9, 0), gluon=True)
 _SHARED_BYTES = 232448 - 2048
 _TOKEN_TILES = (256, 128, 64, 32, 16)
 SPLIT_STAGES = 8  # stages of the ring for parts of K: 96 KB at 64 tokens, so that two programs fit a multiprocessor
-_LAUNCH = 60  # what one more launch costs, in the unit of _cost: about 1.3 microseconds
 _BAND = 8  # token tiles that share a sweep over the weight; 16, or an L2 evict-first hint on stores, was slower
 
 
@@ -55,40 +53,19 @@ def _split_kernel() -> Launcher:
     return Launcher(ternary_gemm_split_kernel, enable_fp_fusion=False)
 
 
-def _cost(tokens: int, panels: int, processors: int, tile: int) -> int:
-    """The time of a product by its waves of tiles, in the time that one more token of a tile costs.
-
-    A tile has a fixed cost for the epilogue and the codes. It was fitted to 2:4 products of 512 to 8,192 tokens on an
-    H200, shapes of Qwen2.5 1.5B and 3B. The fastest tile is then the one with the least cost in all 24 cases.
-    """
-    return ceil_div(ceil_div(tokens, tile) * panels, processors) * (tile + 78)
-
-
 @functools.lru_cache(maxsize=4096)
 def choose_token_tile(tokens: int, panels: int, processors: int) -> int:
-    """Chooses the tokens of a tile."""
-    return min(_TOKEN_TILES, key=lambda tile: (_cost(tokens, panels, processors, tile), -tile))
+    """Chooses the tokens of a tile: the least waves times (tile + a fixed cost for the epilogue and the codes).
 
-
-@functools.lru_cache(maxsize=4096)
-def choose_pieces(tokens: int, panels: int, processors: int) -> list[tuple[int, int, int]]:
-    """Cuts a product where the last wave of tiles would leave most of the GPU idle.
-
-    The panels beyond the last full wave then have smaller tiles, and are computed first.
-
-    Returns:
-        The pieces in the order of their launches: the first panel, the panel after the last, and the tokens of a tile.
+    The fixed cost was fitted to 2:4 products of 512 to 8,192 tokens on an H200, shapes of Qwen2.5 1.5B and 3B. The
+    rule then chooses the fastest tile in all 24 cases.
     """
-    tile = choose_token_tile(tokens, panels, processors)
-    best, pieces = _cost(tokens, panels, processors, tile), [(0, panels, tile)]
-    for large, small in ((256, 128), (256, 64), (128, 64)):
-        across = ceil_div(tokens, large)
-        full = panels * across // processors * processors // across
-        if 0 < full < panels:
-            cost = _cost(tokens, full, processors, large) + _cost(tokens, panels - full, processors, small) + _LAUNCH
-            if cost < best:
-                best, pieces = cost, [(full, panels, small), (0, full, large)]
-    return pieces
+
+    def cost(tile: int) -> tuple[int, int]:
+        waves = ceil_div(ceil_div(tokens, tile) * panels, processors)
+        return waves * (tile + 78), -tile
+
+    return min(_TOKEN_TILES, key=cost)
 
 
 @functools.cache
@@ -147,30 +124,26 @@ def _hopper_gemm(
         splits = choose_splits(tokens, out_features, columns, processors)
     if splits > 1:
         return add_splits(_parts(x8, packed, sparse, splits), scale, row_scale, bias, y)
-    if launches_early() and not token_tile:
-        pieces = choose_pieces(tokens, panels, processors)
-    else:
-        pieces = [(0, panels, token_tile or choose_token_tile(tokens, panels, processors))]
+    tile = token_tile or choose_token_tile(tokens, panels, processors)
+    token_tiles = ceil_div(tokens, tile)
+    chunk, buffers, stages = launch_shape(tile, y.element_size())
     # TMA stores rows that start on 16-byte boundaries, so an odd out_features is stored to a wider output first
     align = 16 // y.element_size()
     width = ceil_div(out_features, align) * align
     target = y if width == out_features else y.new_empty((tokens, width))
-    scale = padded_to(scale, max(tile for _, _, tile in pieces))
-    of_rows = [None if vector is None else padded_to(vector, PANEL) for vector in (row_scale, bias)]
-    for first, end, tile in pieces:
-        token_tiles, row = ceil_div(tokens, tile), first * PANEL
-        chunk, buffers, stages = launch_shape(tile, y.element_size())
-        _kernel()(
-            (programs(processors, token_tiles * (end - first), k_steps), 1, 1),
-            (scale, *(scale if vector is None else vector[row:] for vector in of_rows)),
-            (k_steps, token_tiles, end - first, 1, k_steps, _BAND, 0),
-            (tile, chunk, buffers, stages, sparse, row_scale is not None, bias is not None, False, first > 0),
-            descriptors=(
-                descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
-                descriptor(packed[first:end], ((end - first) * k_steps * 32, 32), 32, (32, 32)),
-                descriptor(target[:, row:], (tokens, min(width, end * PANEL) - row), width, (chunk, PANEL // 2)),
-            ),
-        )
+    scale = padded_to(scale, tile)
+    of_rows = [scale if vector is None else padded_to(vector, PANEL) for vector in (row_scale, bias)]
+    _kernel()(
+        (programs(processors, token_tiles * panels, k_steps), 1, 1),
+        (scale, *of_rows),
+        (k_steps, token_tiles, panels, 1, k_steps, _BAND, 0),
+        (tile, chunk, buffers, stages, sparse, row_scale is not None, bias is not None, False),
+        descriptors=(
+            descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
+            descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),
+            descriptor(target, (tokens, width), width, (chunk, PANEL // 2)),
+        ),
+    )
     if target is not y:
         y.copy_(target[:, :out_features])
     return y
@@ -196,7 +169,7 @@ def _hopper_gemm_sums(x8: Tensor, packed: Tensor, out_features: int, sparse: boo
         (programs(multiprocessors(x8.device.index), work, per_part), 1, 1),
         (sums, sums, sums),  # no scales and no bias
         (k_steps, token_tiles, panels, parts, per_part, _BAND, 0),
-        (tile, chunk, buffers, stages, sparse, False, False, True, False),
+        (tile, chunk, buffers, stages, sparse, False, False, True),
         descriptors=(
             descriptor(x8, (tokens, columns), x8.stride(0), (tile, K_STEP)),
             descriptor(packed, (panels * k_steps * 32, 32), 32, (32, 32)),

@@ -35,7 +35,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from sbn_kernels.common.decode_ptx import unpack_word
 from sbn_kernels.common.hopper_pipeline import (
@@ -170,10 +170,8 @@ def load_steps(
 @gluon.jit
 def _producer(
     x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group,
-    BT: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, ANNOUNCE: gl.constexpr, EARLY: gl.constexpr,
+    BT: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    if ANNOUNCE:
-        gdc_launch_dependents()
     stage = 0
     phase = 1
     done = 0  # The k steps of the first tile that are on their way.
@@ -331,15 +329,13 @@ _SIZES = ("k_steps", "token_tiles", "panels", "parts", "per_part", "group", "zer
 def ternary_gemm_kernel(
     x, w, y, scale, row_scale, bias, k_steps, token_tiles, panels, parts, per_part, group, zero,
     BT: gl.constexpr, CHUNK: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr,
-    ROWS: gl.constexpr, BIAS: gl.constexpr, PARTS: gl.constexpr, ANNOUNCE: gl.constexpr, EARLY: gl.constexpr,
+    ROWS: gl.constexpr, BIAS: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, features] = (x [tokens, K] int8 @ T^T) * scale[token] (* row_scale[feature]) (+ bias[feature]).
 
     ``x``, ``w``, ``y`` are tensor descriptors (blocks [BT, 128] int8, [32, 32] int32, [CHUNK, 64]); ``zero`` is 0.
     ``scale``, ``row_scale`` and ``bias`` are readable up to whole tiles. Launch with 4 warps: those of the first
     consumer.
-
-    ``ANNOUNCE`` lets the next kernel be set up as soon as this one runs.
 
     With ``PARTS`` the sum over K is cut into ``parts`` parts of ``per_part`` k steps, none of them empty, and ``y``
     takes their int32 sums, unscaled: [parts * token tiles * BT, features].
@@ -359,7 +355,7 @@ def ternary_gemm_kernel(
                 group, zero, BT, CHUNK, BUFFERS, STAGES, SPARSE, ROWS, BIAS, PARTS, EARLY, 1)),
             (_producer, (
                 x, w, xs, ws, full, empty, k_steps, token_tiles, panels, parts, per_part, group, BT, STAGES, PARTS,
-                ANNOUNCE, EARLY)),
+                EARLY)),
         ],
         [4, 4],
     )  # fmt: skip
