@@ -116,7 +116,7 @@ class OneRank(ReplicatedStrategy):
 
 def test_gradients_are_averaged_over_nccl_after_a_replay(recorded, monkeypatch):
     sent, send = [], dist.all_reduce
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **options: sent.append(tensor) or send(tensor, **options))
+    monkeypatch.setattr(dist, "all_reduce", lambda *given, **options: sent.append(given) or send(*given, **options))
     expected, losses = train(False, True, "int8", steps=8)
     assert not sent
     counts = []
