@@ -149,6 +149,7 @@ def test_kernels_by_one_call_and_back():
         ({"backend": "reference", "gradients": "int8-dx"}, 'gradients="int8-dx" needs integer tensor cores'),
         ({"backend": "reference", "saved_gates": "int8"}, 'saved_gates="int8" needs integer tensor cores'),
         ({"gradients": "fp8"}, "gradients='fp8' is not one of bf16, int8, int8-dx, int8-dw"),
+        ({"tokens": 0}, "tokens=0 must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             use_kernels(model, **options)
