@@ -59,7 +59,7 @@ def train(
     ]
     trainer = quiet_trainer(
         callbacks, accelerator="gpu", devices=1, max_steps=steps, accumulate_grad_batches=2, gradient_clip_val=0.5,
-        plugins=[SparseTernaryPrecision("sparse", gradients)], strategy=strategy,
+        plugins=[SparseTernaryPrecision("sparse", gradients)], strategy=strategy, use_distributed_sampler=False,
     )  # fmt: skip
     if loader is None:
         loader = token_loader(batches=2 * steps, batch_size=8, length=65, vocab_size=512)
