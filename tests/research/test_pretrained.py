@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from research.pretrained.__main__ import choose_trials, make_parser, trial_of_this_process
 from research.pretrained.corpus import licences
 from research.pretrained.plan import _plan, _try, longest
 from research.pretrained.report import copying, report, tasks
@@ -144,3 +145,21 @@ def test_a_trial_without_a_teacher_shares_none(setting):
 
 def test_licences_of_installed_packages():
     assert sum(licences().values()) > 5
+
+
+def test_the_command_line_chooses_trials(monkeypatch):
+    def chosen(*words):
+        return choose_trials(make_parser().parse_args(["work", "--weights", "model.ckpt", *words]))
+
+    assert chosen() is None
+    assert len(chosen("--options", "3000000", "6000000")) == len(chosen("--options", "3000000")) + 2
+    slow = chosen("--options", "3000000", "--only", "slow start")
+    assert [trial.warmup for trial in slow] == [0.25] * len(slow)
+    assert chosen("--lengthy", "2000000", "1000000")[0].name == "2M both 2:4 seed 1"
+    with pytest.raises(ConfigError, match="--together needs torchrun"):
+        trial_of_this_process(slow)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert trial_of_this_process(slow) == slow[1]
+    with pytest.raises(ConfigError, match="2 processes, but 1 trials"):
+        trial_of_this_process(slow[:1])
