@@ -130,6 +130,7 @@ def _try(trial: Trial, setting: Setting, deadline: float, later: float | None = 
     needed = OVERHEAD + trial.tokens / _speed_of(trial, _speeds(rows), setting.expected_speed)
     enough = 0.5 * needed if later is None else needed - later
     if left < 2 * OVERHEAD or (not started and left < enough):
+        print(f"left out: {trial.name} needs about {needed:.0f} s, and {left:.0f} s are left", flush=True)
         return
     with claim(setting.output / "claims" / trial.folder) as mine:
         # Another process may have ended the trial just now.
