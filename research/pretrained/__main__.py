@@ -253,7 +253,10 @@ def _add_work(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="compare options of the distillation; a second number is for longer trials of learned scales",
     )  # fmt: skip
     train.add_argument("--only", nargs="+", help="of the given trials only those whose names hold one of these texts")
-    train.add_argument("--later", type=float, default=0.0, help="seconds of a later call on this machine")
+    train.add_argument(
+        "--later", type=float, default=0.0,
+        help="seconds of a later call on this machine: a given trial that fits into both calls begins in this one",
+    )  # fmt: skip
     train.add_argument("--expected_speed", type=float, default=1e5, help="tokens a second, until some are measured")
     train.add_argument(
         "--together", action="store_true",

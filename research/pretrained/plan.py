@@ -75,13 +75,15 @@ def _plan(setting: Setting, first: Sequence[str], deadline: float, workers: int,
             if tokens is None:
                 # Few processes do the most valuable trials at a length that says something.
                 wanted = long(1, ends)[: max(6, 2 * workers)]
-                tokens = longest(speeds, max(0.0, deadline - time.monotonic()), wanted, workers)
+                tokens = longest(speeds, deadline - time.monotonic(), wanted, workers, setting.expected_speed)
             print(f"long trials have {tokens:,} tokens; tokens a second: {speeds}", flush=True)
             write_text(file, json.dumps([asdict(trial) for trial in long(tokens, ends)]))
         return [Trial(**values) for values in json.loads(file.read_text(encoding="utf-8"))]
 
 
-def longest(speeds: dict[str, float], seconds: float, trials: Sequence[Trial], workers: int) -> int:
+def longest(
+    speeds: dict[str, float], seconds: float, trials: Sequence[Trial], workers: int, expected_speed: float
+) -> int:
     """Return the largest of :data:`LENGTHS` with which all trials fit; the smallest if none does.
 
     Args:
@@ -89,11 +91,12 @@ def longest(speeds: dict[str, float], seconds: float, trials: Sequence[Trial], w
         seconds: The number of seconds that each process has.
         trials: The trials, in their order. Each process takes the next one when it is free.
         workers: The number of processes.
+        expected_speed: The tokens a second of a trial whose kind is not in ``speeds``.
     """
     for tokens in LENGTHS:
         busy = [0.0] * workers
         for trial in trials:
-            busy[busy.index(min(busy))] += OVERHEAD + tokens / _speed_of(trial, speeds)
+            busy[busy.index(min(busy))] += OVERHEAD + tokens / _speed_of(trial, speeds, expected_speed)
         if max(busy) <= seconds:
             return tokens
     return LENGTHS[-1]
@@ -109,7 +112,7 @@ def _speeds(rows: Sequence[dict[str, object]]) -> dict[str, float]:
     return {kind: sorted(values)[len(values) // 2] for kind, values in found.items()}
 
 
-def _speed_of(trial: Trial, speeds: dict[str, float], expected: float = 100_000.0) -> float:
+def _speed_of(trial: Trial, speeds: dict[str, float], expected: float) -> float:
     return speeds.get("plain" if trial.distillation is None else "distilled", expected)
 
 
@@ -127,10 +130,15 @@ def _try(trial: Trial, setting: Setting, deadline: float, later: float | None = 
         return
     started = (setting.output / trial.folder / STATE).is_file()
     left = deadline - time.monotonic()
-    needed = OVERHEAD + trial.tokens / _speed_of(trial, _speeds(rows), setting.expected_speed)
+    speed = _speed_of(trial, _speeds(rows), setting.expected_speed)
+    needed = OVERHEAD + trial.tokens / speed
     enough = 0.5 * needed if later is None else needed - later
     if left < 2 * OVERHEAD or (not started and left < enough):
-        print(f"left out: {trial.name} needs about {needed:.0f} s, and {left:.0f} s are left", flush=True)
+        print(
+            f"left out: {trial.name} needs about {needed:.0f} s at {speed:,.0f} tokens a second, and {left:.0f} s are "
+            "left",
+            flush=True,
+        )
         return
     with claim(setting.output / "claims" / trial.folder) as mine:
         # Another process may have ended the trial just now.

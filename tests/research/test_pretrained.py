@@ -124,9 +124,26 @@ def test_long_trials_take_what_was_best_in_the_short_ones(setting):
 def test_the_length_is_what_fits():
     trials = [Trial("a", 1), Trial("b", 1, distillation=LOGITS)]
     speeds = {"plain": 1e6, "distilled": 5e5}
-    assert longest(speeds, 50 + 100 + 2 * 15, trials, 1) == 50_000_000
-    assert longest(speeds, 100 + 15, trials, 2) == 50_000_000
-    assert longest(speeds, 1, trials, 2) == 2_000_000
+    assert longest(speeds, 50 + 100 + 2 * 15, trials, 1, 1.0) == 50_000_000
+    assert longest(speeds, 100 + 15, trials, 2, 1.0) == 50_000_000
+    assert longest(speeds, 1, trials, 2, 1.0) == 2_000_000
+
+
+@pytest.mark.parametrize(("speed", "tokens"), [(1e6, 50_000_000), (1e5, 5_000_000)])
+def test_until_speeds_are_measured_the_expected_one_counts(setting, speed, tokens):
+    setting.output.mkdir()
+    plan = _plan(replace(setting, expected_speed=speed), [], time.monotonic() + 400, 1, None)  # six trials one by one
+    assert {trial.tokens for trial in plan} == {tokens}
+
+
+def test_a_trial_begins_if_it_fits_at_the_expected_speed(setting, capsys):
+    trial = Trial("long", 50_000_000, pattern="3:5")  # cannot be built, so nothing is trained here
+    _try(trial, replace(setting, expected_speed=1e5), time.monotonic() + 210, later=0.0)
+    seen = capsys.readouterr()
+    assert "left out: long needs about 515 s at 100,000 tokens a second" in seen.out
+    assert not seen.err
+    _try(trial, replace(setting, expected_speed=3e5), time.monotonic() + 210, later=0.0)
+    assert "ConfigError" in capsys.readouterr().err
 
 
 def test_a_trial_that_fails_or_is_done_does_not_stop_the_others(setting, capsys):
