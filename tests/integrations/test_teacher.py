@@ -85,6 +85,14 @@ def test_a_dense_student_with_the_teachers_weights_has_nothing_to_learn(folder):
     torch.testing.assert_close(loss, module.model.loss(TOKENS[:, :-1], TOKENS[:, 1:]))
 
 
+def test_a_teacher_in_bfloat16_has_exact_positions(folder):
+    teacher = CausalLM.load_teacher(Distillation(folder, dtype="bfloat16"))
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+    frequencies = [b for name, b in teacher.named_buffers() if name.endswith("inv_freq")]
+    assert frequencies
+    assert {b.dtype for b in frequencies} == {torch.float32}
+
+
 @pytest.mark.parametrize("loss", ["hidden", "relations"])
 def test_losses_on_blocks_are_refused(folder, loss):
     with pytest.raises(ConfigError, match="hidden and relations look into the blocks of our own transformer"):

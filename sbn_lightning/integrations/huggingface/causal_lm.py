@@ -146,7 +146,7 @@ class CausalLM(SparseBitNet):
 
     @staticmethod
     def check_teacher(distillation: Distillation, config: Any, data: Any) -> None:
-        """Check the tokens of a teacher. Of a name of the hub nothing is known before it is loaded."""
+        """Check that teacher and student share a tokenizer. A teacher on the hub is checked when it is loaded."""
         if distillation.teacher is None or Path(distillation.teacher).exists():
             check_teacher(distillation, config, data)
 
@@ -155,8 +155,8 @@ class CausalLM(SparseBitNet):
         """Return the teacher, a :class:`Network`; None if the data hold what the teacher said."""
         if options.teacher is None:
             return None
-        teacher = Network(build_network(options.teacher, "model.distillation.teacher "), "dense")
-        return teacher.to(getattr(torch, options.dtype))
+        dtype = getattr(torch, options.dtype)
+        return Network(build_network(options.teacher, "model.distillation.teacher ", dtype), "dense")
 
     def load_initial_weights(self, path: str) -> TextFiles:
         """Copy the weights of another model into this one; see ``init_from``."""
@@ -242,7 +242,9 @@ def _check_distillation(options: Distillation, network: Network) -> None:
             "convert the weights with `sbn import-hf` and take the recipe distill_from_pretrained"
         )
     if getattr(network.hf.config, "router_aux_loss_coef", None) is not None:
-        raise ConfigError("model.distillation does not work with a mixture of experts of transformers")
+        raise ConfigError(
+            "model.distillation does not work with a mixture of experts of transformers; set model.distillation to null"
+        )
     if options.teacher is not None and options.teacher.endswith(".ckpt"):
         raise ConfigError(
             f"model.distillation.teacher {options.teacher} is a checkpoint; give a Hugging Face folder or a name of "

@@ -179,12 +179,15 @@ def make_network(
     return Network(hf, linear), report
 
 
-def build_network(source: str | Mapping[str, Any], what: str = "model.source ") -> nn.Module:
+def build_network(
+    source: str | Mapping[str, Any], what: str = "model.source ", dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """Build an ``AutoModelForCausalLM``.
 
     Args:
         source: A folder or a name for ``from_pretrained``, or a configuration as a mapping with ``model_type``.
         what: The option that names the source, for messages; empty for a file that the user named directly.
+        dtype: The dtype of the weights. Frequencies of rotary positions stay float32.
 
     Raises:
         DataError: If there is no such model.
@@ -200,7 +203,7 @@ def build_network(source: str | Mapping[str, Any], what: str = "model.source ") 
         if source.endswith(".ckpt"):
             raise ConfigError(f"model.source {source} is a checkpoint: set model.source as it was, and model.init_from")
         try:
-            network: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+            network: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         except (OSError, ValueError) as error:
             raise DataError(f"{what}{source}: {str(error).strip().splitlines()[0]}") from error
         return network.train()
@@ -210,7 +213,7 @@ def build_network(source: str | Mapping[str, Any], what: str = "model.source ") 
         raise ConfigError("model.source is a mapping without model_type; name one, for example model_type: qwen3")
     try:
         config = AutoConfig.for_model(kind, **values)
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"model.source: {str(error).strip().splitlines()[0]}") from error
     return network.train()
