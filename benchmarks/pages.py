@@ -176,9 +176,9 @@ ALL = (
         "begin with `bf16` train the dense model, which has no int8 gradients. `ddp` is the strategy `sbn_ddp`, and "
         "`ddp bfloat16` sums gradients in bfloat16. With `in 25 mb` and `in 100 mb` torch's DDP averages the "
         "gradients, in buffers of so many megabytes. Rows of `ddp bfloat16` and `on 8 ctas` are of torch's DDP, too. "
-        "Rows with `graphs` replay micro-batches as CUDA graphs, and are compared with one GPU that does the same. Their "
-        "`peak_gib` lacks the memory of the graphs. `scaling` is against one GPU in the same run. That may be another "
-        "run than that of the row `one`. It is empty if one GPU was not measured or was disturbed. "
+        "Rows with `graphs` replay micro-batches as CUDA graphs, and are compared with one GPU that does the same. "
+        "Their `peak_gib` lacks the memory of the graphs. `scaling` is against one GPU in the same run. That may be "
+        "another run than that of the row `one`. It is empty if one GPU was not measured or was disturbed. "
         "Hosts differ: 0.5B takes 213 to 264 ms on one GPU, and 249 to 307 ms under torch's DDP. `sbn_fsdp2` was made "
         "easier for the host in the night of 2026-11-29. Rows of `fsdp2 step`, 8 multiprocessors and 4 sequences at "
         "3B are from before.",
