@@ -129,12 +129,20 @@ def choose_trials(args: argparse.Namespace) -> list[Trial] | None:
     if args.trials is not None:
         trials = [Trial(**values) for values in json.loads(Path(args.trials).read_text(encoding="utf-8"))]
     elif args.options is not None:
+        if len(args.options) > 2:
+            raise ConfigError(f"--options takes one or two numbers of tokens, not {len(args.options)}")
         trials = options(*args.options)
     elif args.lengthy is not None:
         trials = lengthy(*args.lengthy)
+    elif args.only is not None:
+        raise ConfigError("--only chooses among the trials of --options, --lengthy or --trials; give one of them")
     else:
         return None
-    return [trial for trial in trials if args.only is None or any(text in trial.name for text in args.only)]
+    chosen = [trial for trial in trials if args.only is None or any(text in trial.name for text in args.only)]
+    if not chosen:
+        names = ", ".join(trial.name for trial in trials)
+        raise ConfigError(f"--only {' '.join(args.only or [])}: no trial has such a name; there are {names}")
+    return chosen
 
 
 def trial_of_this_process(trials: list[Trial] | None) -> Trial:
@@ -243,12 +251,13 @@ def _add_work(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     train.add_argument("--workers", type=int, default=1, help="processes that work in the folder")
     train.add_argument("--tokens", type=int, help="tokens of a long trial; default: what the time allows")
     train.add_argument("--short_tokens", type=int, default=SHORT)
-    train.add_argument("--trials", help="a JSON file with other trials: a list of the fields of Trial")
     train.add_argument("--length", type=int, default=1024)
     train.add_argument("--batch", type=int, default=16)
     train.add_argument("--held_out_rows", type=int, default=64)
-    train.add_argument("--lengthy", nargs=2, type=int, metavar=("LONGEST", "TOKENS"), help="do the long comparison")
-    train.add_argument(
+    trials = train.add_mutually_exclusive_group()
+    trials.add_argument("--trials", help="a JSON file with other trials: a list of the fields of Trial")
+    trials.add_argument("--lengthy", nargs=2, type=int, metavar=("LONGEST", "TOKENS"), help="do the long comparison")
+    trials.add_argument(
         "--options", nargs="+", type=int, metavar="TOKENS",
         help="compare options of the distillation; a second number is for longer trials of learned scales",
     )  # fmt: skip

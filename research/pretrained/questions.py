@@ -43,7 +43,7 @@ def ask(model: TernaryTransformer, items: dict[str, list[Item]], tokenizer: Toke
 def probe_short(
     logits: Callable[[Tensor], Tensor], tasks: list[Task], short: int, length: int, batch: int
 ) -> list[dict[str, Any]]:
-    """Return the results of the probes for a function that takes rows of one length alone.
+    """Return the results of the probes for a function that takes only rows of one length.
 
     Args:
         logits: The function from token ids ``[batch, length]`` to logits ``[batch, length, vocab_size]``.

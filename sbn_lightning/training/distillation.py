@@ -121,7 +121,7 @@ class Distiller:
     """Computes the loss of a student against a frozen teacher.
 
     Both may be of another class than :class:`TernaryTransformer`, if ``hidden`` returns logits and ``lm_head`` has no
-    weight. ``options`` may have no losses on blocks then.
+    weight. The losses on blocks then have to be off.
 
     Args:
         options: The options, with the place of the teacher's weights.
@@ -186,8 +186,8 @@ class Distiller:
             stored: What the teacher said about these tokens, ``[B * T, k]``, if there is no teacher.
             teacher_hidden: The teacher's final hidden states of these tokens, ``[B, T, D]``, if somebody has computed
                 them already. The losses on blocks (``hidden`` and ``relations``) need more than these.
-            places: The flattened tokens whose targets count, their indices, int64 ``[n]``; None for all. The losses on
-                blocks are over all tokens.
+            places: The indices of the flattened targets that count, int64 ``[n]``; None for all. The losses on blocks
+                are over all tokens.
 
         Returns:
             The loss, and by name the cross-entropy (``"loss"``), the divergence of the logits (``"logits"``), and the

@@ -173,6 +173,13 @@ def test_the_command_line_chooses_trials(monkeypatch):
     slow = chosen("--options", "3000000", "--only", "slow start")
     assert [trial.warmup for trial in slow] == [0.25] * len(slow)
     assert chosen("--lengthy", "2000000", "1000000")[0].name == "2M both 2:4 seed 1"
+    for words, message in [
+        (("--only", "slow start"), "--only chooses among the trials of --options, --lengthy or --trials"),
+        (("--options", "1", "--only", "quick"), "--only quick: no trial has such a name; there are 1e-06M both"),
+        (("--options", "1", "2", "3"), "--options takes one or two numbers of tokens, not 3"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            chosen(*words)
     with pytest.raises(ConfigError, match="--together needs torchrun"):
         trial_of_this_process(slow)
     monkeypatch.setenv("RANK", "1")

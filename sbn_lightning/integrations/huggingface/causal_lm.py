@@ -73,7 +73,8 @@ class CausalLM(SparseBitNet):
             checkpoint's weights.
         distillation: The teacher and the losses of a distillation. The teacher is a Hugging Face folder or a name of
             the hub. None trains on the text alone.
-        learning_rates: Rules that multiply the learning rate of parameters with certain names.
+        learning_rates: Rules for parameters that have a learning rate or a weight decay of their own. A run that
+            resumes needs the same rules.
 
     Raises:
         DataError: If there is no such model.

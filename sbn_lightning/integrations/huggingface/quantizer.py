@@ -235,7 +235,7 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def latent_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """Return the state dict of a model in which fused experts have names for transformers: of masks and learned scales.
+    """Return the state dict of a model, with the names by which transformers loads masks and scales of fused experts.
 
     Returns:
         None if the model has no sparse fused experts: its own state dict will do.
