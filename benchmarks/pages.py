@@ -99,7 +99,7 @@ ALL = (
     Page(
         "layer_forward",
         "One layer, forward",
-        "Milliseconds of one linear layer. The columns with a ratio are whole layers: from bfloat16 tokens to bfloat16 "
+        "Milliseconds of one linear layer. The bold columns are whole layers: from bfloat16 tokens to bfloat16 "
         "output, with the quantisation of the activations included. The ratio is to bf16 in the same run. The "
         "cuSPARSELt column is a product without scales. The last two columns are the products that are written for "
         "Ampere and Ada, here on Hopper: from quantised tokens to bfloat16 output. They were timed in a run of their "
@@ -177,11 +177,11 @@ ALL = (
         "`ddp bfloat16` sums gradients in bfloat16. With `in 25 mb` and `in 100 mb` torch's DDP averages the "
         "gradients, in buffers of so many megabytes. Rows of `ddp bfloat16` and `on 8 ctas` are of torch's DDP, too. "
         "Rows with `graphs` replay micro-batches as CUDA graphs, and are compared with one GPU that does the same. "
-        "Their `peak_gib` lacks the memory of the graphs. `scaling` is against one GPU in the same run. That may be "
-        "another run than that of the row `one`. It is empty if one GPU was not measured or was disturbed. "
-        "Hosts differ: 0.5B takes 213 to 264 ms on one GPU, and 249 to 307 ms under torch's DDP. `sbn_fsdp2` was made "
-        "easier for the host in the night of 2026-11-29. Rows of `fsdp2 step`, 8 multiprocessors and 4 sequences at "
-        "3B are from before.",
+        "Their `peak_gib` lacks the memory of the graphs. `scaling` compares with one GPU in the run of the row. The "
+        "row `one` may be from another run. `scaling` is empty if one GPU was not measured or was disturbed. "
+        "Hosts differ: two micro-batches of 0.5B take 213 to 264 ms on one GPU, and 249 to 307 ms under torch's DDP. "
+        "`sbn_fsdp2` was made easier for the host in the night of 2026-11-29. Rows of `fsdp2 step`, 8 multiprocessors "
+        "and 4 sequences at 3B are from before.",
         render,
     ),
     Page(

@@ -161,7 +161,7 @@ def is_faster(tokens: int, behind: bool) -> bool:
 
     Args:
         tokens: The number of tokens of all prompts together.
-        behind: Whether they stand behind tokens that the cache holds already.
+        behind: Whether the prompts stand behind tokens that the cache holds already.
     """
     return behind or tokens <= _FEW_TOKENS
 

@@ -90,3 +90,11 @@ def test_fake_kernels_give_the_shapes_of_the_real_ones() -> None:
         y = sk.sparse_gemm(x8, scale, p.packed, p.row_scale, 40, out_dtype=torch.float32)
         assert (y.shape, y.dtype) == ((5, 40), torch.float32)
         assert sk.int8_gemm(x8, scale, p.codes, p.row_scale).shape == (5, 40)
+        ops = torch.ops.sbn_kernels
+        named = {"out_dtype": torch.float16, "sparse": True, "out_features": 40, "packed": p.packed, "scale": scale}
+        y = ops.hopper_gemm(x8, splits=0, token_tile=0, bias=None, row_scale=p.row_scale, **named)
+        assert (y.shape, y.dtype) == ((5, 40), torch.float16)
+        y = ops.hopper_gemm_sums(x8, p.packed, 40, True, 1, 64)
+        assert (y.shape, y.dtype) == ((1, 64, 40), torch.int32)
+        assert ops.dequantize_tokens(x8, scale, torch.float16).dtype == torch.float16
+        assert ops.add_weight_gradient(torch.empty(5, 40), x8, scale, p.codes, False, [1, 2]) is None

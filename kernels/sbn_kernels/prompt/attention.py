@@ -6,10 +6,10 @@ and tokens come from the device.
 
 A program computes 64 queries of a head. Few programs take keys in blocks of 128, which has the least latency. Such a
 program takes more than half of a multiprocessor's shared memory, so a multiprocessor has one of them. Where two fitted,
-a prompt took longer. The likely reason is that programs which are launched early gathered on the multiprocessors that
-became free first. Many programs take blocks of 64, so that two fit. On an H200 and 12 heads of 128, 512 tokens take 8.7
-microseconds and 2,048 tokens 36.5; torch's kernel takes 12.2 and 45.0. For 2,048 tokens behind 6,144 others it is 228
-against 385.
+a prompt took longer. The likely reason is that programs which are launched early gather on the multiprocessors that
+become free first. Many programs take blocks of 64, so that two fit. On an H200 and 12 heads of 128, 512 tokens take 8.7
+microseconds and 2,048 tokens 36.5; torch's kernel takes 12.2 and 45.0. 2,048 tokens behind 6,144 others take 228, and
+385 with torch's kernel.
 
 With the same size of blocks, a token's result depends on the tokens before it, and not on the part or the padding.
 """
@@ -34,8 +34,9 @@ from sbn_kernels.runtime.ops import kernel_fake, kernel_op
 # Blocks were chosen on a Hopper GPU. Later GPUs have other amounts of shared memory, and the kernel was not run there.
 NEEDS = Needs("attend", only=(9, 0), interpreter=True)
 _QUERIES = 64
-# The size of a head -> the keys of a block -> the blocks that are on their way. For heads of 64, two blocks of 128 keys
-# let two programs fit a multiprocessor: a prompt of 512 tokens at 0.5B took 1.36 ms, and takes 1.22 ms with four.
+# The size of a head -> the keys of a block -> the number of blocks that are on their way. For heads of 64 and blocks of
+# 128 keys, four blocks keep a second program off a multiprocessor. A prompt of 512 tokens at 0.5B takes 1.22 ms with
+# four blocks. It took 1.36 ms with two.
 _STAGES = {128: {128: 2, 64: 3}, 64: {128: 4, 64: 3}}
 HEAD_SIZES = tuple(_STAGES)
 

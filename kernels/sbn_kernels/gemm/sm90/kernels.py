@@ -284,7 +284,7 @@ def _consumer(
         token0 = (part * token_tiles + token_tile) * BT
         row0 = panel * 128 + 64 * HALF
         # The scales of the tile's tokens travel to shared memory during the sum. A load from global memory at the end
-        # would delay the fence of each chunk. Their vector is as long as whole tiles, so there is no mask.
+        # would delay the fence of each chunk. The vector of scales is as long as whole tiles, so there is no mask.
         of_tokens = ss.index(HALF)
         if not PARTS:
             async_copy.async_load(of_tokens, scale + token0 + gl.arange(0, BT, COPY))
