@@ -132,8 +132,15 @@ class SparsitySchedule:
         return {key: value for key, value in values.items() if not (is_first and key.startswith("flip_rate"))}
 
     def finish(self) -> None:
-        """End the schedule. Held masks stay until the weights train again; masked weights no longer decay."""
-        self.refresh.release(self._layers().values())
+        """End the schedule.
+
+        Held masks stay until the weights train again. Masked weights no longer decay. Everything is rounded, also if
+        training ended within the warm-up.
+        """
+        layers = list(self._layers().values())
+        self.refresh.release(layers)
+        if self.rounding is not None:
+            Rounding().apply(layers, 1, 1)
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

@@ -219,14 +219,14 @@ def test_learned_scales_are_saved_with_latent_weights_and_go_into_gamma_when_pac
 
 def test_the_trainer_trains_a_loaded_latent_model_with_the_schedule(tmp_path):
     from sbn_lightning.integrations.huggingface import SparsityCallback
-    from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh
+    from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh, Rounding
 
     build("qwen2-tied").save_pretrained(tmp_path / "dense")
 
     def start():
         model = load(tmp_path / "dense", quantization_config=SBNConfig("2:4"))
-        schedule = SparsityCallback(ramp=Ramp("walk", end=0.6), refresh=Refresh(2), masked_decay=MaskedDecay(0.5))
-        return model, schedule
+        options = {"refresh": Refresh(2), "masked_decay": MaskedDecay(0.5), "rounding": Rounding(0.8, shape="layers")}
+        return model, SparsityCallback(ramp=Ramp("walk", end=0.6), **options)
 
     model, callback = start()
     trainer = trainer_of(model, tmp_path / "run", [callback], save_strategy="steps", save_steps=3)
@@ -235,6 +235,9 @@ def test_the_trainer_trains_a_loaded_latent_model_with_the_schedule(tmp_path):
     assert [entry["sparsity/mask_density"] for entry in logged][:2] == [1.0, 0.75]
     assert logged[-1]["sparsity/mask_density"] == 0.5
     assert callback.schedule.steps == 6
+    dense = trainer_of(load(tmp_path / "dense"), tmp_path / "run0", max_steps=1)
+    dense.train()  # Before the first step nothing is rounded.
+    assert logged[0]["loss"] == pytest.approx(dense.state.log_history[0]["loss"], abs=1e-4)
 
     again, callback = start()
     resumed = trainer_of(again, tmp_path / "run2", [callback])

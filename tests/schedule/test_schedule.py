@@ -147,6 +147,16 @@ def test_finish_stops_the_decay_and_lets_masks_follow_again():
     assert torch.equal(layer.weight, before)
 
 
+def test_finish_rounds_everything():
+    model, optimizer, schedule = start({"rounding": Rounding(1.0)})
+    plain_loop(model, optimizer, schedule, last=2)
+    x, expected = torch.randn(3, 16), converted()
+    expected.load_state_dict(model.state_dict())
+    assert not torch.equal(model.net(x), expected.net(x))
+    schedule.finish()
+    assert torch.equal(model.net(x), expected.net(x))
+
+
 def test_masked_weights_decay_in_a_conv1d_which_stores_its_transpose():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

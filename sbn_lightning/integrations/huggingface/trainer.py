@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh, SparsitySchedule
+from sbn_lightning.schedule import MaskedDecay, Ramp, Refresh, Rounding, SparsitySchedule
 
 
 class SparsityCallback(TrainerCallback):
@@ -25,6 +25,8 @@ class SparsityCallback(TrainerCallback):
         total_steps: The number of optimiser steps that the schedule spans; None takes the Trainer's ``max_steps``.
         log_statistics: Whether to log shares of zeros and flip rates, as ``sparsity/...``, at each of the Trainer's
             logging steps.
+        rounding: The way from unrounded to ternary weights, for a model whose weights were trained already; None rounds
+            from the start.
 
     Attributes:
         schedule: The schedule, from the start of training on.
@@ -37,8 +39,9 @@ class SparsityCallback(TrainerCallback):
         masked_decay: MaskedDecay | float | None = None,
         total_steps: int | None = None,
         log_statistics: bool = True,
+        rounding: Rounding | None = None,
     ) -> None:
-        self.refresh, self.ramp, self.masked_decay = refresh, ramp, masked_decay
+        self.refresh, self.ramp, self.rounding, self.masked_decay = refresh, ramp, rounding, masked_decay
         self.total_steps = total_steps
         self.log_statistics = log_statistics
         self.schedule: SparsitySchedule | None = None
@@ -55,6 +58,7 @@ class SparsityCallback(TrainerCallback):
             total_steps=self.total_steps or state.max_steps,
             refresh=self.refresh,
             ramp=self.ramp,
+            rounding=self.rounding,
             masked_decay=self.masked_decay,
             steps=state.global_step,
         )
