@@ -7,9 +7,9 @@
   mean over the codes would give another value.
 * Masked layers: ``NAME.values``, the weights that the mask leaves in, row by row, and ``NAME.mask``, one bit for each
   weight.
-* Embedding and head: 16 bits by default. With 8 bits each row is ``NAME.codes`` (int8) times ``NAME.scale`` (float32,
-  one for each row).
-* Norms and biases: as they are in the model.
+* Embedding and head: 16 bits by default, so a model that computes in float32 has other logits than the checkpoint; 32
+  bits give the same. With 8 bits each row is ``NAME.codes`` (int8) times ``NAME.scale`` (float32, one for each row).
+* Norms, biases and routers: as they are in the model.
 
 ``config.json`` holds the configuration, what each layer's codes look like, and a checksum of every file and of itself.
 The checksums find accidents; they are not a signature. Version 1 of the format has neither masked layers nor 8-bit

@@ -235,6 +235,23 @@ def test_a_packed_folder_computes_the_same(kind, checkpoints, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_a_packed_folder_rounds_embedding_and_head_by_default_and_nothing_else(tmp_path):
+    model = make(learnable_scales=True).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("log_scale"):
+                parameter.normal_(std=0.2)
+    torch.save(lightning_file.contents(model.config, model.state_dict()), tmp_path / "m.ckpt")
+    assert main(["export", "--checkpoint", str(tmp_path / "m.ckpt"), "--output", str(tmp_path / "out")]) == 0
+    in_bfloat16 = (load_model(tmp_path / name, dtype=torch.bfloat16).model for name in ("out", "m.ckpt"))
+    assert torch.equal(*map(logits, in_bfloat16))
+    loaded = load_model(tmp_path / "out", dtype=torch.float32).model
+    assert not torch.equal(logits(loaded), logits(model))
+    for weight in (model.embed.weight, model.lm_head.weight):
+        weight.data = weight.data.bfloat16().float()
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_a_run_starts_from_packed_experts(checkpoints, tmp_path):
     path, model = checkpoints["ternary", None]
     assert main(["export", "--checkpoint", str(path), "--output", str(tmp_path / "out"), "--format", "packed"]) == 0
