@@ -11,8 +11,11 @@ of autograd. Its gradients are averaged after the replay.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -38,28 +41,71 @@ class _Sent(NamedTuple):
 class GradientMean(BackwardCollectives):
     """Averages the gradients of a model over the ranks, in each backward in which ``hold`` is False.
 
-    Each trained parameter must get one gradient in such a backward.
+    Each trained parameter must get one gradient in such a backward. Parameters may be frozen, unfrozen or replaced
+    between two of them, on all ranks alike.
 
     Args:
         model: The model. Its frozen parameters are left out.
         group: The ranks.
-        dtype: The dtype in which gradients travel. Gradients of another dtype are copied.
+        dtype: The dtype in which gradients travel. Gradients of another dtype are copied. With float32, wider gradients
+            travel as they are.
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(group, dtype)
         self.group = group
-        self._groups: list[list[str]] = []  # The names of the parameters whose gradients are sent together.
         self._next = 0  # The first group that this backward has not sent. After the last one a new backward begins.
         self._gradients: dict[str, Tensor] = {}  # What this backward has computed and not sent.
         self._sent: deque[_Sent] = deque()
-        # A hook keeps this object alive, so this object must not keep a parameter alive.
-        self._handles = []
+        self._copied = 0  # The bytes of the copies in _sent.
+        self._failed = False
+        self._attach(_trained(model))
+
+    def detach(self) -> None:
+        """Leave the parameters alone from now on."""
+        for handle in self._handles:
+            handle.remove()
+        self._known.clear()
+
+    @contextmanager
+    def backward(self, model: nn.Module) -> Iterator[None]:
+        """Average the gradients of the backward that runs in this context, unless ``hold`` is True.
+
+        Args:
+            model: The model.
+
+        Raises:
+            ConfigError: If a parameter gets no gradient, or more than one. The message names the parameter. Also if an
+                earlier backward has raised an error.
+        """
+        if self.hold:
+            yield
+            return
+        if self._failed:
+            raise ConfigError(
+                "an earlier backward raised an error, and the other ranks may be waiting for its gradients: end the "
+                "run, and continue from its last checkpoint"
+            )
+        trained = _trained(model)
+        if len(trained) != len(self._known) or any(
+            known() is not parameter for known, parameter in zip(self._known, trained.values(), strict=True)
+        ):
+            self.detach()
+            self._attach(trained)
+        try:
+            yield
+            self._complete(trained)
+        except BaseException:
+            self._failed = True
+            self._forget()
+            raise
+
+    def _attach(self, trained: dict[str, nn.Parameter]) -> None:
+        """Sort parameters into the groups that are sent together, and wait for their gradients."""
+        self._groups: list[list[str]] = []  # The names of the parameters of each group.
         small: list[str] = []
         size = 0
-        for name, parameter in reversed(list(model.named_parameters())):
-            if not parameter.requires_grad:
-                continue
+        for name, parameter in reversed(trained.items()):
             if parameter.nbytes >= ALONE:
                 self._groups.append([name])
             else:
@@ -70,38 +116,28 @@ class GradientMean(BackwardCollectives):
                     small, size = [], 0
         self._groups += [small] if small else []
         number_of = {name: i for i, names in enumerate(self._groups) for name in names}
-        for name, parameter in model.named_parameters():
-            if name in number_of:
-                hook = self._hook(name, number_of[name])
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        # A hook keeps this object alive, so this object must not keep a parameter alive.
+        self._known = [weakref.ref(parameter) for parameter in trained.values()]
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._hook(name, number_of[name]))
+            for name, parameter in trained.items()
+        ]
 
-    def detach(self) -> None:
-        """Leave the parameters alone from now on."""
-        for handle in self._handles:
-            handle.remove()
-
-    def reset(self) -> None:
+    def _forget(self) -> None:
         """Forget what a backward has left. One that has raised an error leaves gradients that wait or travel."""
         self._sent.clear()
         self._gradients.clear()
-        self._next = 0
+        self._next = self._copied = 0
         self._end()
 
-    def complete(self, model: nn.Module) -> None:
-        """End a backward in which ``hold`` is False. If it has called no hooks, average the gradients that are there.
-
-        Args:
-            model: The model.
-
-        Raises:
-            ConfigError: If a parameter got no gradient. The message names it.
-        """
+    def _complete(self, trained: dict[str, nn.Parameter]) -> None:
+        """End a backward. If it has called no hooks, average the gradients that are there."""
         if self._next == 0 and not self._gradients:
-            self._gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            self._gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
             self._send_ready()
             self._wait(-1)
         missing = [name for names in self._groups[self._next :] for name in names if name not in self._gradients]
-        self.reset()
+        self._forget()
         if missing:
             names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ConfigError(
@@ -117,12 +153,15 @@ class GradientMean(BackwardCollectives):
                 self._next = 0
             self._begin()
             if number < self._next or name in self._gradients:
-                self.reset()
                 raise ConfigError(
                     f"{name} got a gradient again before all parameters had one: set find_unused_parameters=true or "
                     "static_graph=true in the strategy"
                 )
             assert parameter.grad is not None
+            if parameter.grad.layout != torch.strided:
+                raise ConfigError(
+                    f"{name} has a sparse gradient, which sbn_ddp cannot average: make its layer with sparse=False"
+                )
             self._gradients[name] = parameter.grad
             self._send_ready()
 
@@ -135,10 +174,13 @@ class GradientMean(BackwardCollectives):
             self._next += 1
 
     def _send(self, gradients: list[Tensor]) -> None:
-        tensor = gradients[0]
-        if len(gradients) > 1 or tensor.dtype != self.dtype or not tensor.is_contiguous():
-            tensor = tensor.new_empty(sum(gradient.numel() for gradient in gradients), dtype=self.dtype)
+        tensor, dtype = gradients[0], self.dtype
+        if dtype == torch.float32:
+            dtype = reduce(torch.promote_types, (gradient.dtype for gradient in gradients), dtype)
+        if len(gradients) > 1 or tensor.dtype != dtype or not tensor.is_contiguous():
+            tensor = tensor.new_empty(sum(gradient.numel() for gradient in gradients), dtype=dtype)
             self._wait(COPIES - tensor.nbytes)
+            self._copied += tensor.nbytes
             torch._foreach_copy_(_parts(tensor, gradients), gradients)
         else:
             gradients = []
@@ -148,17 +190,24 @@ class GradientMean(BackwardCollectives):
 
     def _wait(self, most: int) -> None:
         """Take over what has come, the oldest first, until no more bytes of copies travel than ``most``."""
-        while self._sent and sum(sent.tensor.nbytes for sent in self._sent if sent.gradients) > most:
+        while self._sent and self._copied > most:
             work, tensor, gradients = self._sent.popleft()
             work.wait()  # On a GPU the stream waits here, not the host.
             self._divide(tensor, self.group.size())
             if gradients:
+                self._copied -= tensor.nbytes
                 torch._foreach_copy_(gradients, _parts(tensor, gradients))
 
     def _finish(self) -> None:
         # A reentrant checkpoint has a backward of its own, with an end of its own.
         self._wait(-1)
         self._end()
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters whose gradients are averaged, by name. torch's DDP ignores the same ones."""
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and name not in ignored}
 
 
 def _parts(tensor: Tensor, gradients: list[Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from inspect import signature
@@ -324,7 +324,9 @@ class ReplicatedStrategy(_Together, DDPStrategy):
             return
         assert self.lightning_module is not None
         group = cast(dist.ProcessGroup, self._ddp_kwargs.get("process_group") or dist.group.WORLD)
-        _verify_param_shape_across_processes(group, list(self.lightning_module.parameters()))
+        trained: list[Tensor] = [p for p in self.lightning_module.parameters() if p.requires_grad]
+        if trained:  # torch crashes if there are none.
+            _verify_param_shape_across_processes(group, trained)
         _sync_module_states(self.lightning_module)
         self._mean = GradientMean(self.lightning_module, group, self.reduce_dtype)
 
@@ -360,18 +362,15 @@ class ReplicatedStrategy(_Together, DDPStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        sends = isinstance(self.model, DistributedDataParallel) and self.model.require_backward_grad_sync
-        with beside_collectives() if sends else nullcontext():
-            try:
-                result: Tensor = super().backward(closure_loss, *args, **kwargs)
-            except BaseException:
-                if self._mean is not None:
-                    self._mean.reset()
-                raise
-        if self._mean is not None and not self._mean.hold:
+        if self._mean is not None:
             assert self.lightning_module is not None
-            self._mean.complete(self.lightning_module)
-        return result
+            averages: AbstractContextManager[None] = self._mean.backward(self.lightning_module)
+        else:
+            sends = isinstance(self.model, DistributedDataParallel) and self.model.require_backward_grad_sync
+            averages = beside_collectives() if sends else nullcontext()
+        with averages:
+            result: Tensor = super().backward(closure_loss, *args, **kwargs)
+            return result
 
 
 StrategyRegistry.register(

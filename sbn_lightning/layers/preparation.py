@@ -76,7 +76,7 @@ def record(function: Callable[[], None], pool: Any) -> Replay:
 
 
 def is_recording() -> bool:
-    """Whether :func:`record` runs a function at present. Hooks of autograd ask, which have a thread of their own."""
+    """Whether :func:`record` runs a function at present. Hooks of autograd ask this in a thread of their own."""
     return _recordings > 0
 
 

@@ -271,6 +271,11 @@ def check_scales(ranks: int) -> None:
             assert other.log_scale.abs().min() > 0, name
             torch.testing.assert_close(layer.log_scale.full_tensor(), other.log_scale, rtol=1e-4, atol=1e-6, msg=name)
             torch.testing.assert_close(layer.ternary()[1], other.ternary()[1], rtol=1e-4, atol=0, msg=name)
+    # FSDP2 shards experts, and their scales with them.
+    alone = with_kernels(TernaryTransformer(small_config(n_layers=1, n_experts=4, d_expert=16, learnable_scales=True)))
+    made = deepcopy(alone)
+    shard(made, mesh)
+    assert train(made, clip=0.5) == pytest.approx(train(alone, clip=0.5), rel=1e-5)
 
 
 def check_codes(ranks: int) -> None:

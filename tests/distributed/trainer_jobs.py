@@ -138,14 +138,19 @@ def mean(folder: Path) -> None:
     torch.manual_seed(rank)
     batches = torch.randint(320, (2, 2, 9))
 
-    def gradients(made: Any, between: Any) -> list[torch.Tensor]:
+    def gradients(made: Any, between: Any, last: Any = nullcontext) -> list[torch.Tensor]:
         with between():
             made(batches[0]).square().mean().backward()
-        made(batches[1]).square().mean().backward()
+        with last():
+            made(batches[1]).square().mean().backward()
         return [parameter.grad for parameter in made.parameters() if parameter.requires_grad]
 
-    by_torch = DistributedDataParallel(deepcopy(model))
-    expected = gradients(by_torch, by_torch.no_sync)
+    def by_torch(made: Any) -> list[torch.Tensor]:
+        other = DistributedDataParallel(deepcopy(made))
+        other.zero_grad()
+        return gradients(other, other.no_sync)
+
+    expected = by_torch(model)
     sizes = sorted({parameter.nbytes for parameter in model.parameters()})
     # Some parameters travel alone, and the others together. Then all travel together, and copies have no room.
     for alone, copies in ((sizes[-2], 2**28), (2**24, 1)):
@@ -157,23 +162,46 @@ def mean(folder: Path) -> None:
                 made = deepcopy(model)
                 averages = GradientMean(made, group, dtype)
                 held = partial(mock.patch.object, averages, "hold", True)
-                for mine, other in zip(gradients(made, held), expected, strict=True):
+                found = gradients(made, held, partial(averages.backward, made))
+                for mine, other in zip(found, expected, strict=True):
                     assert (mine - other).norm() <= bound * other.norm()
-    made.embed(batches[0]).sum().backward()
-    with pytest.raises(ConfigError, match=r"blocks\.1\.mlp\.down\.weight.*, \.\.\. took no part in the loss"):
-        averages.complete(made)
-    gradients(made, held)  # The error has left nothing behind.
-    averages.complete(made)
-    made.embed(batches[0]).sum().backward()
-    with pytest.raises(ConfigError, match=r"embed\.weight got a gradient again before all parameters had one"):
-        made.embed(batches[0]).sum().backward()
+    # A parameter that is freed gets its mean as the others do, and one that is frozen is not missed.
+    for frozen in ("embed.weight", None):
+        made.zero_grad()
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_(name != frozen)
+        found = gradients(made, held, partial(averages.backward, made))
+        for mine, other in zip(found, by_torch(made), strict=True):
+            assert (mine - other).norm() <= 0.01 * other.norm()
     averages.detach()
-    # A replayed graph calls no hooks.
-    made.zero_grad()
-    gradients(made, nullcontext)
-    averages.complete(made)
-    for parameter, other in zip(filter(lambda p: p.requires_grad, made.parameters()), expected, strict=True):
-        assert (parameter.grad - other).norm() <= 0.01 * other.norm()  # In bfloat16.
+
+    def refused(message: str, backward: Any) -> None:
+        broken = deepcopy(model)
+        averages = GradientMean(broken, group)
+        with pytest.raises(ConfigError, match=message), averages.backward(broken):
+            backward(broken.embed)
+        with pytest.raises(ConfigError, match="an earlier backward raised an error"), averages.backward(broken):
+            pass
+        averages.detach()
+
+    def twice(embed: Any) -> None:
+        for _ in range(2):
+            embed(batches[0]).sum().backward()
+
+    def sparse(embed: Any) -> None:
+        torch.nn.functional.embedding(batches[0], embed.weight, sparse=True).sum().backward()
+
+    missing = r"blocks\.1\.mlp\.down\.weight.*, \.\.\. took no part in the loss"
+    refused(missing, lambda embed: embed(batches[0]).sum().backward())
+    refused(r"embed\.weight got a gradient again before all parameters had one", twice)
+    refused(r"embed\.weight has a sparse gradient", sparse)
+    # A replayed graph calls no hooks. Gradients of float64 are not rounded.
+    made = deepcopy(model).double()
+    averages = GradientMean(made, group)
+    with averages.backward(made), mock.patch.object(gradient_mean, "is_recording", return_value=True):
+        found = gradients(made, nullcontext)
+    for mine, other in zip(found, by_torch(made), strict=True):
+        assert torch.equal(mine, other)
     # A reentrant checkpoint has a backward of its own within the backward.
     layers, found = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), []
     for run in (lambda layer, x: layer(x), partial(checkpoint, use_reentrant=True)):
@@ -183,8 +211,8 @@ def mean(folder: Path) -> None:
         x = batches[0, :, :4].float().requires_grad_()
         for layer in layers:
             x = run(layer, x)
-        x.square().mean().backward()
-        averages.complete(layers)
+        with averages.backward(layers):
+            x.square().mean().backward()
         averages.detach()
         found.append([parameter.grad for parameter in layers.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
