@@ -29,4 +29,6 @@ def test_one_process_has_no_ddp_around_its_model(ranks):
         mock.patch.object(DDPStrategy, "configure_ddp") as configure,
     ):
         ReplicatedStrategy(static_graph=True).configure_ddp()
+        if ranks == 1:
+            ReplicatedStrategy().configure_ddp()  # It does not ask for a process group, which is not there.
     assert configure.call_count == ranks - 1
