@@ -68,7 +68,7 @@ def shard(
         *old: The mesh and the methods, if the blocks came before the mesh, as in version 0.1.0.
         blocks: The transformer blocks of the model, in the order in which they run. None takes ``module.blocks``.
         methods: The names of the methods of ``module``, besides ``forward``, for which FSDP2 must gather weights. None
-            takes ``loss``, if the model has such a method.
+            takes ``loss`` and ``run``, if the model has such methods.
         gather: What the ranks gather of ternary layers. ``"packed_step"``: 2-bit codes, once in an optimiser step; all
             codes stay whole until the next. ``"packed_layer"``: 2-bit codes, before the forward and the backward of
             each block, and their memory is given back after it. ``"latent"``: FSDP2 shards latent weights as well, and
@@ -113,7 +113,7 @@ def shard(
         raise ConfigError(f"{type(module).__name__} has no attribute blocks: give its transformer blocks, blocks=...")
     blocks = list(blocks)
     if methods is None:
-        methods = [name for name in ("loss",) if hasattr(module, name)]
+        methods = [name for name in ("loss", "run") if hasattr(module, name)]
     if "tensor_parallel" in (mesh.mesh_dim_names or ()):
         if mesh["tensor_parallel"].size() > 1:
             raise ConfigError(

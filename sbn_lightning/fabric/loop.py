@@ -82,7 +82,6 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
     checkpoint = fabric_checkpoint.read(run, ckpt_path) if ckpt_path else None
     sharded = isinstance(fabric.strategy, FabricShardedStrategy)
     if sharded:
-        module.check_sharding()
         # Sharding replaces the parameters, so the optimiser comes after it.
         model = fabric.setup_module(module.model)
     if checkpoint:

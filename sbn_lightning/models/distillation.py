@@ -237,6 +237,8 @@ def _in_chunks(
         if need_dw:
             product = float32_mm(gradient.t(), hidden[part])  # summed in float32, whatever the dtype of the head
             dw = product if dw is None else dw.add_(product)
+    if need_dw and dw is None and weight is not None:  # No tokens. Other ranks may have some, and average gradients.
+        dw = torch.zeros_like(weight)
     return parts / max(len(hidden), 1), dh, None if dw is None or weight is None else dw.to(weight.dtype)
 
 

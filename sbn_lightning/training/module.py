@@ -174,19 +174,8 @@ class SparseBitNet(LightningModule):
         if self.hparams["compile"] and not self.model.is_compiled:
             self.model.compile_blocks()
         if self.device_mesh is not None:  # ModelParallelStrategy
-            self.check_sharding()
             options = getattr(self.trainer.strategy, "sharding", {"gather": "latent"})  # ShardedStrategy says more
             shard(self.model, self.device_mesh, **options)
-
-    def check_sharding(self) -> None:
-        """Refuse losses that need the whole model on each rank.
-
-        Raises:
-            ConfigError: If the module has such a loss.
-        """
-        if self.distillation is not None or self.answers is not None:
-            name = "distillation" if self.answers is None else "answers"
-            raise ConfigError(f"model.{name} does not work with a strategy that shards the model; use ddp")
 
     def load_initial_weights(self, path: str) -> TextFiles:
         """Copy the weights of another model into this one, and return the text files of the other model.
@@ -348,7 +337,7 @@ class SparseBitNet(LightningModule):
         """
         batch, _ = _split(batch)
         if self.answer_loss is not None:
-            loss, count = self.answer_loss(self.model, batch)
+            loss, count = self.model.run(self.answer_loss, batch)
             return loss, count, count
         return self._plain_loss(batch), batch[:, 1:].numel(), len(batch)
 

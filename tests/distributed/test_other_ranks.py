@@ -32,7 +32,7 @@ def jobs_of_ranks(folder, tokens):
     jobs.append({"ranks": 4, "function": "hybrid", "folder": folder / "hybrid"})
     return (
         jobs
-        + [{"ranks": 2, "function": name, "folder": folder / name} for name in ("wire", "validated")]
+        + [{"ranks": 2, "function": name, "folder": folder / name} for name in ("wire", "validated", "distilled")]
         + [{"ranks": 2, "function": "background", "folder": folder / "slow"}]
     )
 
@@ -64,6 +64,11 @@ def test_bytes_on_the_wire_are_counted_as_they_are_sent(folder):
 def test_a_validation_before_a_training_changes_nothing(folder):
     """What FSDP2 gathers into in the inference mode of a validation could not be used in training."""
     assert statuses(folder / "validated") == [0] * 2, (folder / "validated/rank0.log").read_text()
+
+
+def test_distilled_students_on_two_ranks_equal_one_process(folder):
+    """Each rank has the whole teacher. Rank 1 has no answers in the runs on answers alone."""
+    assert statuses(folder / "distilled") == [0] * 2, (folder / "distilled/rank0.log").read_text()
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(folder):

@@ -303,3 +303,93 @@ def averaged(folder: Path, first: str | None = None) -> None:
     trainer.fit(module, token_loader(batches=3, **data), token_loader(batches=1, **data), ckpt_path=checkpoint)
     torch.save(seen, folder / f"rank{rank}.pt")
     trainer.save_checkpoint(folder / "end.ckpt")
+
+
+def distilled(folder: Path) -> None:
+    """Train students whose teacher is whole on each rank. Losses under each strategy are those of one process."""
+    from lightning.fabric import Fabric
+    from lightning.pytorch import LightningDataModule
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sbn_lightning import RoundingWarmup, SparseBitNet, TernaryTransformer
+    from sbn_lightning.callbacks.base import RunCallback
+    from sbn_lightning.checkpoints import lightning_file
+    from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
+    from sbn_lightning.distributed.strategies import ReplicatedStrategy
+    from sbn_lightning.fabric.loop import FabricRun, train
+    from sbn_lightning.integrations.huggingface.causal_lm import CausalLM
+    from sbn_lightning.training.answers import AnswerLoss
+    from sbn_lightning.training.distillation import Distillation
+    from tests.helpers import small_config
+
+    rank, shape = int(os.environ["RANK"]), {"n_layers": 1, "tie_embeddings": False}
+    teacher, theirs = folder / f"teacher{rank}.ckpt", folder / f"hugging_face{rank}"
+    torch.manual_seed(0)
+    dense = TernaryTransformer(small_config(linear="dense", **shape))
+    torch.save(lightning_file.contents(dense.config, dense.state_dict()), teacher)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=320, **small)).save_pretrained(theirs)
+    optimizer = partial(torch.optim.AdamW, lr=3e-3)
+    warmup, relations = RoundingWarmup(0.5, total_steps=3), {"relations": 0.1, "relation_block": -1}
+
+    def own(**options: Any) -> SparseBitNet:
+        torch.manual_seed(1)
+        losses = Distillation(str(teacher), **({"language_model": 0.5, "hidden": 0.1, **relations} | options))
+        return SparseBitNet(
+            small_config(pattern="2:4", **shape), optimizer, init_from=str(teacher), distillation=losses
+        )
+
+    def hugging_face() -> SparseBitNet:
+        options = {"distillation": Distillation(str(theirs), language_model=0.5), "learnable_scales": True}
+        return CausalLM(str(theirs), "ternary", "2:4", optimizer=optimizer, **options)
+
+    def answers(distil: bool) -> SparseBitNet:  # Rank 1 has no answer.
+        module = own(hidden=0.0, relations=0.0)
+        module.distillation = module.distillation if distil else None
+        module.answer_loss = AnswerLoss(token_loader(batches=1, length=9).dataset[0][:1].tolist(), [319])
+        return module
+
+    class Data(LightningDataModule):
+        def __init__(self, ranks: int = 2) -> None:
+            super().__init__()
+            self.options = {"batch_size": 4 // ranks, "length": 9, "rank": rank % ranks, "world": ranks}
+
+        def train_dataloader(self) -> Any:
+            return token_loader(batches=3, **self.options)
+
+        def val_dataloader(self) -> Any:
+            return token_loader(batches=1, **self.options)
+
+    class Losses(RunCallback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            loss = outputs["loss"].detach().clone()
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(loss)
+                loss /= 2
+            seen.append(loss.item())
+
+    def fit(module: SparseBitNet, strategy: Any = "auto", ranks: int = 2) -> list[float]:
+        seen.clear()
+        options = {"strategy": strategy, "devices": ranks, "use_distributed_sampler": False}
+        trainer = quiet_trainer([warmup, Losses()], max_steps=3, **options)
+        trainer.fit(module, Data(ranks))
+        return [*seen, trainer.callback_metrics["val/loss"].item()]
+
+    seen: list[float] = []
+    strategies = (ReplicatedStrategy, ShardedStrategy)
+    for make, more in ((hugging_face, ()), (own, (partial(ShardedStrategy, gather="latent"),))):
+        with mock.patch.dict(os.environ):
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"):
+                del os.environ[name]
+            expected = fit(make(), ranks=1)
+        for strategy in (*strategies, *more):
+            assert fit(make(), strategy()) == pytest.approx(expected, rel=1e-5), (make, strategy)
+    for distil in (False, True):
+        found = [fit(answers(distil), strategy()) for strategy in strategies]
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+    seen.clear()
+    strategy = FabricShardedStrategy()
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy, callbacks=[warmup, Losses()])
+    fabric.launch()
+    train(FabricRun(fabric, max_steps=3, enable_progress_bar=False, limit_val_batches=0), own(), Data())
+    assert seen == pytest.approx(expected[:-1], rel=1e-5)
