@@ -8,6 +8,7 @@ import signal
 import threading
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -307,8 +308,6 @@ def averaged(folder: Path, first: str | None = None) -> None:
 
 def distilled(folder: Path) -> None:
     """Train students whose teacher is whole on each rank. Losses under each strategy are those of one process."""
-    from importlib.util import find_spec
-
     from lightning.fabric import Fabric
     from lightning.pytorch import LightningDataModule
 
@@ -333,9 +332,8 @@ def distilled(folder: Path) -> None:
     def own(**options: Any) -> SparseBitNet:
         torch.manual_seed(1)
         losses = Distillation(str(teacher), **({"language_model": 0.5, "hidden": 0.1, **relations} | options))
-        return SparseBitNet(
-            small_config(pattern="2:4", **shape), optimizer, init_from=str(teacher), distillation=losses
-        )
+        config = small_config(pattern="2:4", **shape)
+        return SparseBitNet(config, optimizer, init_from=str(teacher), distillation=losses)
 
     def hugging_face() -> SparseBitNet:
         from transformers import LlamaConfig, LlamaForCausalLM
