@@ -10,7 +10,7 @@ from sbn_lightning import SparseBitNet
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.models.documents import document_numbers
 from sbn_lightning.models.transformer import TernaryTransformer
-from sbn_lightning.training.distillation import Distillation, Distiller
+from sbn_lightning.training.distillation import Distillation
 from tests.helpers import quiet_trainer, small_config, token_loader
 
 EOS = 7
@@ -75,9 +75,7 @@ def test_student_and_teacher_both_separate_documents(monkeypatch, tmp_path):
         replace(teacher.config, linear="ternary", pattern="2:4"), schedule="constant", separate_documents=True,
         distillation=Distillation(teacher=str(tmp_path)),
     )  # fmt: skip
-    monkeypatch.setattr(
-        "sbn_lightning.training.module.Distiller", lambda options, device: Distiller(options, teacher, device)
-    )
+    monkeypatch.setattr(module, "load_teacher", lambda options: teacher)
     trainer = SimpleNamespace(datamodule=SimpleNamespace(eos_id=EOS), callbacks=[], strategy=None)
     monkeypatch.setattr("sbn_lightning.training.module.check_strategy", lambda strategy: None)
     module._trainer = module.trainer = trainer
