@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.distributed.gradients import BackwardCollectives
+from sbn_lightning.distributed.gradients import BackwardCollectives, split_like
 from sbn_lightning.layers.preparation import is_recording
 
 ALONE = 2**24  # The bytes of a gradient that is sent by itself. Smaller ones are sent together.
@@ -181,7 +181,7 @@ class GradientMean(BackwardCollectives):
             tensor = tensor.new_empty(sum(gradient.numel() for gradient in gradients), dtype=dtype)
             self._wait(COPIES - tensor.nbytes)
             self._copied += tensor.nbytes
-            torch._foreach_copy_(_parts(tensor, gradients), gradients)
+            torch._foreach_copy_(split_like(tensor, gradients), gradients)
         else:
             gradients = []
         work = dist.all_reduce(tensor, op=self._operation, group=self.group, async_op=True)
@@ -196,7 +196,7 @@ class GradientMean(BackwardCollectives):
             self._divide(tensor, self.group.size())
             if gradients:
                 self._copied -= tensor.nbytes
-                torch._foreach_copy_(gradients, _parts(tensor, gradients))
+                torch._foreach_copy_(gradients, split_like(tensor, gradients))
 
     def _finish(self) -> None:
         # A reentrant checkpoint has a backward of its own, with an end of its own.
@@ -208,9 +208,3 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters whose gradients are averaged, by name. torch's DDP ignores the same ones."""
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
     return {name: p for name, p in model.named_parameters() if p.requires_grad and name not in ignored}
-
-
-def _parts(tensor: Tensor, gradients: list[Tensor]) -> list[Tensor]:
-    """Cut a copy of some gradients into parts of their shapes."""
-    parts = tensor.split([gradient.numel() for gradient in gradients])
-    return [part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]

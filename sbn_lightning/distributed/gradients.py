@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -279,9 +280,9 @@ class GradientScatter(BackwardCollectives):
             if group is not None:
                 dist.all_reduce(whole, op=self._operation, group=group)
         self._divide(whole, self.average)
-        parts = whole.split([gradient.numel() for gradient, _ in replicated])
-        for (_, parameter), mine in zip(replicated, parts, strict=True):
-            _accumulate(parameter, mine.view(parameter.shape))
+        parameters = [parameter for _, parameter in replicated]
+        for parameter, mine in zip(parameters, split_like(whole, parameters), strict=True):
+            _accumulate(parameter, mine)
 
     def _take(self, sent: _Sent) -> None:
         self._divide(sent.mine, self.average)
@@ -298,3 +299,9 @@ def _accumulate(weight: nn.Parameter, mine: Tensor) -> None:
         weight.grad = DTensor(mine.to(weight.dtype), weight._spec, requires_grad=False)
     else:
         cast(DTensor, weight.grad)._local_tensor.add_(mine)
+
+
+def split_like(whole: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Cut a flat tensor into views of the shapes of other tensors, one after the other."""
+    parts = whole.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("sbn_kernels", "FRAGMENT")
-_ARGUMENTS: dict[str, list[str]] = {}  # The names of the arguments of each op.
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,7 +33,6 @@ def kernel_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[F], F]:
 
     def register(function: F) -> F:
         schema = torch.library.infer_schema(function, mutates_args=mutates)
-        _ARGUMENTS[name] = list(inspect.signature(function).parameters)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
         @functools.wraps(function)
@@ -58,7 +56,9 @@ def kernel_fake(name: str) -> Callable[[F], F]:
     """
 
     def register(function: F) -> F:
-        places = [_ARGUMENTS[name].index(argument) for argument in inspect.signature(function).parameters]
+        schema = getattr(torch.ops.sbn_kernels, name).default._schema
+        known = [argument.name for argument in schema.arguments]
+        places = [known.index(argument) for argument in inspect.signature(function).parameters]
 
         def of_all(*given: Any) -> Any:
             return function(*(given[place] for place in places))
