@@ -38,7 +38,7 @@ from sbn_lightning.layers.sparse_linear import masked_layers
 
 LENGTH = 2048
 WARM_STEPS = 2
-WARM_STEPS_OF_GRAPHS = 5  # The graphs are recorded in one of them.
+WARM_STEPS_OF_GRAPHS = 5  # One of these steps records the graphs.
 LINK_BYTES = 2**30
 # Under all other strategies of FSDP2 the ranks gather latent weights.
 GATHERS = {"fsdp2 packed": "packed_step", "fsdp2 step": "packed_step", "fsdp2 layer": "packed_layer"}

@@ -125,7 +125,7 @@ def run_work(args: argparse.Namespace) -> None:
 
 
 def choose_trials(args: argparse.Namespace) -> list[Trial] | None:
-    """Return the trials that the command line asks for; None for the short trials and those that follow from them."""
+    """Return the trials that the command line asks for. None means the short trials, and the long ones after these."""
     if args.trials is not None:
         trials = [Trial(**values) for values in json.loads(Path(args.trials).read_text(encoding="utf-8"))]
     elif args.options is not None:
