@@ -103,13 +103,16 @@ def linear_cross_entropy(
         head_precision: The precision of the products in training: ``"full"`` is the dtype of the tokens.
 
     Returns:
-        The mean over tokens, a float32 scalar.
+        The mean over tokens, a float32 scalar. It is 0 if there are none.
 
     Raises:
         ConfigError: If the implementation cannot run here, or not with this precision.
     """
     device = hidden.device.type
     check_head(head_precision, implementation)
+    if not len(hidden):
+        # Every weight gets a gradient, as on ranks that have tokens: the ranks average them.
+        return (hidden * 0).sum(dtype=torch.float32) + (weight * 0).sum(dtype=torch.float32)
     in_int8 = head_precision == "int8" and torch.is_grad_enabled()
     chosen = "chunked" if in_int8 else choose_loss(implementation, weight.shape[0], hidden.device)
     if torch.is_autocast_enabled(device):

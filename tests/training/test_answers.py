@@ -11,6 +11,7 @@ from sbn_lightning.cli import main
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data import prepare
 from sbn_lightning.data.tokenizer import byte_tokenizer
+from sbn_lightning.models.loss import linear_cross_entropy
 from sbn_lightning.training.answers import AnswerLoss, Answers
 from tests.helpers import quiet_trainer, small_config, small_module, token_loader
 
@@ -44,6 +45,19 @@ def test_the_loss_is_the_mean_over_these_tokens():
     none, count = AnswerLoss([1, 1, 1], END)(model, batch)
     none.backward()
     assert (none.item(), count) == (0.0, 0)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "chunked", "torch"])
+def test_the_loss_of_no_tokens_is_0_with_gradients(implementation):
+    if implementation == "torch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("this version of torch has no such loss")
+    hidden, weight = torch.ones(3, 8, requires_grad=True), torch.ones(20, 8, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    loss = linear_cross_entropy(hidden[none], weight, none, implementation)
+    loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
 
 
 def test_a_run_learns_answers_and_validates_on_them():
