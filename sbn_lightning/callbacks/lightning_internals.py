@@ -75,14 +75,18 @@ def precision_of(run: Any) -> Any:
     return run.precision_plugin if isinstance(run, Trainer) else run.fabric._precision
 
 
-def options_of_ddp(strategy: Any) -> dict[str, Any]:
-    """The arguments of a Trainer's ``DDPStrategy``, as arguments of Fabric's ``DDPStrategy``."""
+def options_of_process_group(strategy: Any) -> dict[str, Any]:
+    """How the ranks of a Trainer's ``DDPStrategy`` start and meet, as arguments of Fabric's ``DDPStrategy``."""
     return {
         "process_group_backend": strategy.process_group_backend,
         "timeout": strategy._timeout,
         "start_method": strategy._start_method,
-        **strategy._ddp_kwargs,
     }
+
+
+def options_of_ddp(strategy: Any) -> dict[str, Any]:
+    """What a Trainer's ``DDPStrategy`` gives to torch's ``DistributedDataParallel``."""
+    return dict(strategy._ddp_kwargs)
 
 
 def has_comm_hook(strategy: Any) -> bool:

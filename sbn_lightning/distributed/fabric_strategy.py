@@ -1,23 +1,101 @@
-"""``FabricShardedStrategy``: the strategy ``sbn_fsdp2`` for Lightning Fabric."""
+"""The strategies ``sbn_ddp`` and ``sbn_fsdp2`` for Lightning Fabric."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.strategies import STRATEGY_REGISTRY
+from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
-from sbn_lightning.distributed.gradients import send_first
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.gradient_mean import GradientMean, replicate
+from sbn_lightning.distributed.gradients import group_for_gradients, send_first
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
 from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches, shard
+
+
+class FabricReplicatedStrategy(DDPStrategy):
+    """DDP whose gradients are averaged where they lie: ``Fabric(strategy="sbn_ddp")``.
+
+    Buffers, masks among them, are broadcast once, at the start. On one GPU nothing is averaged. With several models,
+    ``fabric.backward`` needs the argument ``model``.
+
+    Args:
+        reduce_dtype: The dtype in which gradients travel, float32 or bfloat16.
+        timeout: How long a collective may take before the rank gives up; None for torch's own limit.
+        max_ctas: The most multiprocessors that NCCL takes while it sends gradients; None for NCCL's own choice.
+        **options: The other options of Fabric's ``DDPStrategy``, without those of torch's ``DistributedDataParallel``.
+
+    Raises:
+        ConfigError: If there is an option of torch's class.
+    """
+
+    def __init__(
+        self,
+        reduce_dtype: torch.dtype = torch.float32,
+        timeout: timedelta | None = TIMEOUT,
+        max_ctas: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(timeout=timeout, **options)
+        if self._ddp_kwargs:
+            raise ConfigError(f"{', '.join(self._ddp_kwargs)}: options of torch's DDP need strategy='ddp'")
+        self.reduce_dtype, self.max_ctas = reduce_dtype, max_ctas
+        self._group: dist.ProcessGroup | None = None
+        self._means: WeakKeyDictionary[nn.Module, GradientMean] = WeakKeyDictionary()
+        self._backward_sync_control = _WithoutMean(self._means)
+
+    @override
+    def setup_environment(self) -> None:
+        send_first()
+        meet_afresh(self._timeout or TIMEOUT)
+        super().setup_environment()
+
+    @override
+    def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
+        if self.world_size > 1:
+            if self._group is None:  # One group for all models.
+                self._group = group_for_gradients(cast(dist.ProcessGroup, dist.group.WORLD), self.max_ctas)
+            self._means[module] = replicate(module, self._group, self.reduce_dtype)
+        return module
+
+    @override
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        if module is None and len(self._means) > 1:
+            raise ConfigError("sbn_ddp averages the gradients of one model: call fabric.backward(loss, model=model)")
+        model = next(iter(self._means), None) if module is None else module
+        mean = None if model is None else self._means.get(model)
+        with nullcontext() if model is None or mean is None else mean.backward(model):
+            super().backward(tensor, module, *args, **kwargs)
+
+
+class _WithoutMean(_BackwardSyncControl):
+    """What ``fabric.no_backward_sync`` does under :class:`FabricReplicatedStrategy`."""
+
+    def __init__(self, means: WeakKeyDictionary[nn.Module, GradientMean]) -> None:
+        self._means = means
+
+    @override
+    @contextmanager
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
+        mean = self._means.get(module)
+        if mean is None or not enabled:
+            yield
+            return
+        with mean.held():
+            yield
 
 
 class FabricShardedStrategy(ModelParallelStrategy):
@@ -97,6 +175,9 @@ class _BetweenMicroBatches(_BackwardSyncControl):
         return between_micro_batches(module, self._reduce) if enabled else nullcontext()
 
 
+STRATEGY_REGISTRY.register(
+    "sbn_ddp", FabricReplicatedStrategy, description="DDP that averages gradients where they lie"
+)
 STRATEGY_REGISTRY.register(
     "sbn_fsdp2", FabricShardedStrategy, description="FSDP2 with latent weights sharded by rows and 2-bit codes sent"
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.utils import _sync_module_states, _verify_param_shape_across_processes
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.gradients import BackwardCollectives, split_like
@@ -28,6 +29,7 @@ from sbn_lightning.layers.preparation import is_recording
 
 ALONE = 2**24  # The bytes of a gradient that is sent by itself. Smaller ones are sent together.
 COPIES = 2**28  # The bytes of copies that may be in memory at a time.
+BROADCAST = 250 * 2**20  # The bytes of a broadcast at the start, as in torch's DDP.
 
 
 class _Sent(NamedTuple):
@@ -66,6 +68,15 @@ class GradientMean(BackwardCollectives):
         for handle in self._handles:
             handle.remove()
         self._known.clear()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let gradients stay as they are in the backwards in this context. The next one adds its own, and sends all."""
+        self.hold = True
+        try:
+            yield
+        finally:
+            self.hold = False
 
     @contextmanager
     def backward(self, model: nn.Module) -> Iterator[None]:
@@ -204,7 +215,30 @@ class GradientMean(BackwardCollectives):
         self._end()
 
 
+def replicate(model: nn.Module, group: dist.ProcessGroup, dtype: torch.dtype) -> GradientMean:
+    """Give all ranks the weights and buffers of the first one, and average gradients from now on.
+
+    Args:
+        model: The model, on the device of this rank.
+        group: The ranks.
+        dtype: The dtype in which gradients travel.
+
+    Raises:
+        RuntimeError: If the ranks train other parameters. The message of torch names the first one.
+    """
+    trained: list[Tensor] = list(_trained(model).values())
+    if trained:  # torch crashes if there are none.
+        _verify_param_shape_across_processes(group, trained)
+    _sync_module_states(model, group, BROADCAST, src=0, params_and_buffers_to_ignore=_ignored(model))
+    return GradientMean(model, group, dtype)
+
+
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters whose gradients are averaged, by name. torch's DDP ignores the same ones."""
-    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    """The parameters whose gradients are averaged, by name."""
+    ignored = _ignored(model)
     return {name: p for name, p in model.named_parameters() if p.requires_grad and name not in ignored}
+
+
+def _ignored(model: nn.Module) -> Collection[str]:
+    """The names of parameters and buffers that ranks do not send each other. torch's DDP ignores the same ones."""
+    return getattr(model, "_ddp_params_and_buffers_to_ignore", ())

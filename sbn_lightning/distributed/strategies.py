@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as FabricModelParallelStrategy
 from lightning.pytorch import Trainer
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -27,7 +26,6 @@ from lightning.pytorch.strategies import (
 from sbn_kernels.runtime.sharing import beside_collectives
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.utils import _verify_param_shape_across_processes
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
@@ -35,7 +33,7 @@ from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.background import BackgroundSaver, failures_named
-from sbn_lightning.distributed.gradient_mean import GradientMean
+from sbn_lightning.distributed.gradient_mean import GradientMean, replicate
 from sbn_lightning.distributed.gradients import group_for_gradients, send_first
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
 from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches, make_buffers, reshard
@@ -324,25 +322,14 @@ class ReplicatedStrategy(_Together, DDPStrategy):
             return
         assert self.lightning_module is not None
         group = cast(dist.ProcessGroup, self._ddp_kwargs.get("process_group") or dist.group.WORLD)
-        trained: list[Tensor] = [p for p in self.lightning_module.parameters() if p.requires_grad]
-        if trained:  # torch crashes if there are none.
-            _verify_param_shape_across_processes(group, trained)
-        _sync_module_states(self.lightning_module)
-        self._mean = GradientMean(self.lightning_module, group, self.reduce_dtype)
+        self._mean = replicate(self.lightning_module, group, self.reduce_dtype)
 
     @override
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Lightning enters this for each micro-batch but the last of an optimiser step."""
-        if self._mean is None:
-            with super().block_backward_sync():
-                yield
-            return
-        self._mean.hold = True
-        try:
+        with super().block_backward_sync() if self._mean is None else self._mean.held():
             yield
-        finally:
-            self._mean.hold = False
 
     @override
     def teardown(self) -> None:

@@ -15,9 +15,9 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sbn_lightning.callbacks.lightning_internals import has_comm_hook, options_of_ddp
+from sbn_lightning.callbacks.lightning_internals import has_comm_hook, options_of_ddp, options_of_process_group
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
+from sbn_lightning.distributed.fabric_strategy import FabricReplicatedStrategy, FabricShardedStrategy
 from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.fabric.run import FabricRun
 from sbn_lightning.training.precision import SparseTernaryPrecision
@@ -105,15 +105,22 @@ def check_fabric_options(config: dict[str, Any]) -> None:
         strategy = ours[strategy]()
     if isinstance(strategy, ShardedStrategy):
         config["strategy"] = fabric_sharded(strategy)
+    elif isinstance(strategy, ReplicatedStrategy) and not strategy.by_torch:
+        config["strategy"] = FabricReplicatedStrategy(
+            strategy.reduce_dtype, max_ctas=strategy.max_ctas, **options_of_process_group(strategy)
+        )
     elif isinstance(strategy, DDPStrategy):
-        if has_comm_hook(strategy) or getattr(strategy, "reduce_dtype", torch.float32) != torch.float32:
+        if has_comm_hook(strategy):
             raise ConfigError(
-                "the Fabric loop sums the gradients of DDP as they are: leave out reduce_dtype of sbn_ddp, or "
-                "ddp_comm_hook"
+                "the Fabric loop cannot honour ddp_comm_hook, nor reduce_dtype of sbn_ddp beside options of torch's "
+                "DDP: leave them out, or use `fit`"
             )
         if isinstance(strategy, ReplicatedStrategy) and strategy.max_ctas is not None:
-            raise ConfigError("the Fabric loop cannot honour max_ctas of sbn_ddp; leave it out, or use `fit`")
-        config["strategy"] = FabricDDPStrategy(**options_of_ddp(strategy))
+            raise ConfigError(
+                "the Fabric loop cannot honour max_ctas of sbn_ddp beside options of torch's DDP; leave it out, or use "
+                "`fit`"
+            )
+        config["strategy"] = FabricDDPStrategy(**options_of_process_group(strategy), **options_of_ddp(strategy))
     elif strategy not in ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"):
         name = type(strategy).__name__ if isinstance(strategy, Strategy) else strategy
         raise ConfigError(

@@ -7,13 +7,15 @@ import pytest
 from sbn_lightning.distributed.strategies import ReplicatedStrategy
 from tests.distributed.forked_runs import statuses
 
+JOBS = ("mean", "fabric_mean", "graphed")
+
 
 def jobs_of_ranks(folder, tokens):
-    return [{"ranks": 2, "function": name, "folder": folder / name} for name in ("mean", "graphed")]
+    return [{"ranks": 2, "function": name, "folder": folder / name} for name in JOBS]
 
 
 @pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
-@pytest.mark.parametrize("job", ["mean", "graphed"])
+@pytest.mark.parametrize("job", JOBS)
 def test_means_equal_those_of_torch_and_of_a_training_without_graphs(job, forked_runs):
     folder = forked_runs / "test_gradient_mean" / job
     assert statuses(folder) == [0, 0], [(folder / f"rank{rank}.log").read_text() for rank in (0, 1)]

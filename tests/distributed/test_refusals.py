@@ -16,6 +16,7 @@ from sbn_lightning.callbacks import SparseEMAWeightAveraging
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.distributed import shard
 from sbn_lightning.distributed.background import BackgroundSaver
+from sbn_lightning.distributed.fabric_strategy import FabricReplicatedStrategy
 from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.fabric.options import check_fabric_options
 from tests.helpers import small_module
@@ -95,14 +96,26 @@ def test_the_dtypes_of_gradients():
             strategy("half")
     with pytest.raises(ConfigError, match="reduce_dtype='bfloat16' and ddp_comm_hook both change gradients"):
         ReplicatedStrategy("bfloat16", ddp_comm_hook=bf16_compress_hook)
-    config = {"strategy": ReplicatedStrategy("bfloat16"), "val_check_interval": 1, "max_steps": 1}
-    with pytest.raises(ConfigError, match="leave out reduce_dtype of sbn_ddp, or ddp_comm_hook"):
+    config = {"strategy": ReplicatedStrategy("bfloat16", bucket_cap_mb=25), "val_check_interval": 1, "max_steps": 1}
+    with pytest.raises(ConfigError, match="nor reduce_dtype of sbn_ddp beside options of torch's DDP"):
         check_fabric_options(config)
 
 
 def test_a_group_for_the_gradients():
     with pytest.raises(ConfigError, match="max_ctas makes a process_group of its own"):
         ReplicatedStrategy(max_ctas=8, process_group=None)
-    config = {"strategy": ReplicatedStrategy(max_ctas=8), "val_check_interval": 1, "max_steps": 1}
+    config = {"strategy": ReplicatedStrategy(max_ctas=8, bucket_cap_mb=9), "val_check_interval": 1, "max_steps": 1}
     with pytest.raises(ConfigError, match="the Fabric loop cannot honour max_ctas of sbn_ddp"):
         check_fabric_options(config)
+
+
+def test_fabric_averages_gradients_as_the_trainer_does():
+    for strategy in ("sbn_ddp", ReplicatedStrategy("bfloat16", max_ctas=8)):
+        config = {"strategy": strategy, "val_check_interval": 1, "max_steps": 1, "plugins": None}
+        check_fabric_options(config)
+        made = config["strategy"]
+        assert isinstance(made, FabricReplicatedStrategy)
+        expected = (torch.float32, None) if strategy == "sbn_ddp" else (torch.bfloat16, 8)
+        assert (made.reduce_dtype, made.max_ctas) == expected
+    with pytest.raises(ConfigError, match="find_unused_parameters: options of torch's DDP need strategy='ddp'"):
+        FabricReplicatedStrategy(find_unused_parameters=True)

@@ -220,6 +220,38 @@ def mean(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def fabric_mean(folder: Path) -> None:
+    """Train two models under ``sbn_ddp`` of Fabric. Ranks begin with other weights, and end with those of one rank."""
+    from lightning.fabric import Fabric
+
+    from sbn_lightning import TernaryTransformer
+    from sbn_lightning.core.errors import ConfigError
+    from tests.helpers import small_config
+
+    torch.manual_seed(0)
+    tokens = torch.randint(320, (2, 2, 2, 9))  # Micro-batches, ranks, rows.
+
+    def make(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return TernaryTransformer(small_config(pattern="4:8", n_layers=1))
+
+    alone = make(1)
+    for micro_batch in tokens:
+        alone(micro_batch.flatten(0, 1)).square().mean().backward()
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="sbn_ddp")
+    fabric.launch()
+    rank = fabric.global_rank
+    models = [fabric.setup_module(make(1 + 10 * rank + i)) for i in range(2)]
+    with pytest.raises(ConfigError, match=r"fabric\.backward\(loss, model=model\)"):
+        fabric.backward(models[0](tokens[0, rank]).square().mean())
+    for i, micro_batch in enumerate(tokens):
+        with fabric.no_backward_sync(models[0], enabled=i == 0):
+            fabric.backward(models[0](micro_batch[rank]).square().mean(), model=models[0])
+    for mine, other in zip(models[0].parameters(), alone.parameters(), strict=True):
+        assert (mine.grad - other.grad).norm() <= 1e-5 * other.grad.norm()
+    assert all(parameter.grad is None for parameter in models[1].parameters())
+
+
 def graphed(folder: Path) -> None:
     """Train with graphs of the step under ``sbn_ddp``, and without: the losses and weights are the same."""
     from sbn_lightning.distributed import gradient_mean
@@ -314,7 +346,6 @@ def distilled(folder: Path) -> None:
     from sbn_lightning import RoundingWarmup, SparseBitNet, TernaryTransformer
     from sbn_lightning.callbacks.base import RunCallback
     from sbn_lightning.checkpoints import lightning_file
-    from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
     from sbn_lightning.distributed.strategies import ReplicatedStrategy
     from sbn_lightning.fabric.loop import FabricRun, train
     from sbn_lightning.training.answers import AnswerLoss
@@ -391,9 +422,9 @@ def distilled(folder: Path) -> None:
     for distil in (False, True):
         found = [fit(answers(distil), strategy()) for strategy in strategies]
         assert found[0] == pytest.approx(found[1], rel=1e-5)
-    seen.clear()
-    strategy = FabricShardedStrategy()
-    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy, callbacks=[warmup, Losses()])
-    fabric.launch()
-    train(FabricRun(fabric, max_steps=3, enable_progress_bar=False, limit_val_batches=0), own(), Data())
-    assert seen == pytest.approx(expected[:-1], rel=1e-5)
+    for name in ("sbn_ddp", "sbn_fsdp2"):
+        seen.clear()
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=name, callbacks=[warmup, Losses()])
+        fabric.launch()
+        train(FabricRun(fabric, max_steps=3, enable_progress_bar=False, limit_val_batches=0), own(), Data())
+        assert seen == pytest.approx(expected[:-1], rel=1e-5)
