@@ -28,7 +28,7 @@ from research.queue import append_row, claim, read_rows
 from research.sizes.rates import AT_15M, best_rates, is_complete, resolve
 from research.sizes.rounds import ROUNDS
 from research.sizes.train import FILE, Setting, Training
-from research.sizes.trials import Trial, tokens_of
+from research.sizes.trials import SIZES, Trial, tokens_of
 from research.training import STATE
 
 SUFFIXES = [".py", ".md", ".rst", ".txt"]
@@ -150,13 +150,24 @@ BENCHES = [
     ("63M", "bf16", "8:8", "bf16", True, "auto"),
     ("31M", "ternary", "2:4", "bf16", True, "auto"),
     ("2M", "ternary", "2:4", "bf16", True, "reference"),
+    ("150M", "ternary", "2:4", "bf16", True, "auto"),
+    ("150M", "bf16", "8:8", "bf16", True, "auto"),
 ]
 
 
-def bench(setting: Setting, seconds: float, steps: int) -> None:
-    """Measure the time of a step for some models, one after the other on a GPU of their own."""
+def bench(setting: Setting, seconds: float, steps: int, sizes: Sequence[str] | None = None) -> None:
+    """Measure the time of a step for some models, one after the other on a GPU of their own.
+
+    Args:
+        setting: What all models share.
+        seconds: The number of seconds after which no further model is begun.
+        steps: The number of timed steps of each model.
+        sizes: The sizes to measure; None for all.
+    """
     deadline = time.monotonic() + seconds
     for size, family, pattern, gradients, graphs, backend in BENCHES:
+        if sizes is not None and size not in sizes:
+            continue
         if time.monotonic() > deadline:
             return
         setting.gradients, setting.graphs, setting.backend = gradients, graphs, backend
@@ -214,6 +225,7 @@ def main() -> None:
         "--shrink_tokens", type=int, default=1, help="for a trial run: divides the tokens of each trial"
     )
     commands.choices["bench"].add_argument("--steps", type=int, default=60)
+    commands.choices["bench"].add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: all of them")
     table = commands.add_parser("report")
     table.add_argument("results", nargs="+", help="files of rows that `work` wrote")
     table.add_argument("--output", default="docs/sizes.md", help="the page to write; what stands above its mark stays")
@@ -232,7 +244,7 @@ def main() -> None:
     setting = read_setting(args)
     print(f"{len(setting.train):,} tokens to train on, {len(setting.held_out):,} held out", flush=True)
     if args.command == "bench":
-        bench(setting, args.seconds, args.steps)
+        bench(setting, args.seconds, args.steps, args.sizes)
         return
     wanted = [one for name in args.round for one in ROUNDS[name]]
     chosen = [one for one in wanted if args.names is None or one.name in args.names]

@@ -9,7 +9,8 @@ import torch
 
 from research.queue import append_row, read_rows
 from research.reproduce.noise import t_factor
-from research.sizes.__main__ import ALONE, speed, work
+from research.sizes import __main__ as program
+from research.sizes.__main__ import ALONE, bench, speed, work
 from research.sizes.fit import fit, gaps
 from research.sizes.rates import AT_15M, best_rates, is_complete, learning_rate, resolve, sweep
 from research.sizes.report import MARK, write_report
@@ -258,3 +259,12 @@ def test_sizes_have_the_parameters_that_the_table_says(setting):
         if size != "tiny":
             model = make_model(Trial(size, "bf16", "8:8", 1, 1e-3), here)
             assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+def test_steps_of_chosen_sizes_alone_are_timed(setting, monkeypatch):
+    kinds = [(size, family, "2:4", "bf16", False, "auto") for size, family in (("15M", "bf16"), ("tiny", "ternary"))]
+    monkeypatch.setattr(program, "BENCHES", kinds)
+    bench(setting, seconds=600.0, steps=2, sizes=["tiny"])
+    (row,) = read_rows(setting.output / "bench.jsonl")
+    assert row["what"].startswith("tiny ternary 2:4")
+    assert row["ms"] > 0
