@@ -186,7 +186,7 @@ def decode_ms(model: TernaryTransformer, batch: int, context: int, steps: int, s
     def eight() -> None:
         nonlocal token
         for _ in range(8):
-            token = decoder.step_greedy(token)
+            token = decoder.step_next(token)
 
     eight(), eight()
     times = call_times(eight, max(1, steps // 8))

@@ -29,6 +29,7 @@ from sbn_kernels.prompt import triton as prompt
 from sbn_kernels.quantize import triton as quantize
 from sbn_kernels.runtime import capability
 from sbn_kernels.runtime.capability import Needs, UnsupportedError
+from sbn_kernels.sampling import triton as sampling
 from sbn_kernels.swiglu import triton as swiglu
 
 # the names are those of version 0.1.0
@@ -55,6 +56,7 @@ _STEPS: dict[str, tuple[str, Needs]] = {
     "attend": ("attention of prompts to a cache", attention.NEEDS),
     "cross_entropy": ("loss of an 8-bit head in training, with a rounded gradient", cross_entropy.NEEDS),
     "int8_rows": ("an 8-bit head, up to 64 tokens", head.NEEDS),
+    "choose_tokens": ("the choice of the next tokens, greedy or drawn", sampling.NEEDS),
 }
 
 

@@ -85,7 +85,7 @@ class HarnessModel(TemplateLM):
         self.add_special_tokens = add_special_tokens
         self._device = self.model.embed.weight.device
         # The seed of the next batch. With one seed for all batches, every batch would draw alike.
-        self._batches_drawn = 0
+        self._texts_drawn = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -184,10 +184,10 @@ class HarnessModel(TemplateLM):
             prompts,
             max_new_tokens=int(new),
             sampling=sampling,
-            seed=self._batches_drawn,
+            seed=self._texts_drawn,
             stop_tokens=[self.eot_token_id],
         )
-        self._batches_drawn += 1
+        self._texts_drawn += len(prompts)  # Each text has a seed of its own.
         until = options.get("until") or []
         return [_cut(self.tokenizer.decode(row), [until] if isinstance(until, str) else until) for row in rows]
 

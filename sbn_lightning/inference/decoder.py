@@ -7,11 +7,11 @@ through the causal kernel without a mask. The next step writes each row's token 
 padding, and attends to the slots up to this one. Activations are quantised token by token, so rows do not influence
 each other there either.
 
-On a GPU a step is one CUDA graph: nothing in a step depends on the host, and the tensors that it reads keep their
-place. A step launches hundreds of kernels that run for microseconds each; without the graph the host would be the
-bottleneck. On a Hopper GPU the step can be one persistent kernel instead, where the caller asks for it
-(:mod:`sbn_lightning.inference.persistent`) or leaves the choice to a measurement
-(:mod:`sbn_lightning.inference.choice`).
+On a GPU a step and the choice of the next tokens are one CUDA graph (:mod:`sbn_lightning.inference.recorded`): nothing
+in them depends on the host, and the tensors that they read keep their place. A step launches hundreds of kernels that
+run for microseconds each; without the graph the host would be the bottleneck. On a Hopper GPU the step can be one
+persistent kernel instead, where the caller asks for it (:mod:`sbn_lightning.inference.persistent`) or leaves the choice
+to a measurement (:mod:`sbn_lightning.inference.choice`).
 
 A row can also start while other rows go on: :meth:`Decoder.extend` reads tokens into one row. A step always computes
 all rows of the cache. So the sums of a row have the same shapes whatever the other rows do.
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,22 +29,20 @@ from torch import Tensor
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference.attention import Slots
 from sbn_lightning.inference.choice import judge, key_of, known, withdraw
+from sbn_lightning.inference.layers_step import LayersStep
 from sbn_lightning.inference.persistent import persistent_step, refusal
 from sbn_lightning.inference.prepared import PreparedWeights
 from sbn_lightning.inference.prompts import check_prompt
 from sbn_lightning.inference.reader import PromptReader
-from sbn_lightning.layers.mask_tracker import trust_weights, version
-from sbn_lightning.models.attention import in_window
+from sbn_lightning.inference.recorded import RecordedStep
+from sbn_lightning.inference.sampling import Kind, Sampler
+from sbn_lightning.layers.mask_tracker import version
 from sbn_lightning.models.transformer import TernaryTransformer
-
-if TYPE_CHECKING:
-    from sbn_kernels.decode.step import DecodeStep
 
 StepKind = Literal["graph", "persistent", "auto"]
 
 # The length of the cache is a multiple of this: attention kernels want the rows of a mask aligned.
 _SLOTS = 64
-_WARM_UP = 2  # How many steps run before a CUDA graph is captured.
 
 
 class Decoder:
@@ -77,6 +75,7 @@ class Decoder:
         lengths: The number of tokens of each row, int64 ``[B]`` on the device.
         growing: 1 for each row that a step makes longer and 0 for the others, int64 ``[B]`` on the device;
             :meth:`prefill` sets ones. A row of 0 must have fewer than ``max_length`` tokens.
+        sampler: Has the settings of each row, and chooses tokens. All rows start greedy.
 
     Raises:
         ConfigError: If ``max_length`` is beyond the model's context, if a CUDA graph is asked for without a GPU, if
@@ -115,7 +114,7 @@ class Decoder:
         self.kind: Literal["graph", "persistent"] = (
             "graph" if step == "graph" or self._refusal is not None else "persistent"
         )
-        self._persistent: DecodeStep | None = None
+        self._persistent: RecordedStep | None = None
         self.model = model
         self.batch_size = batch_size
         self.max_length = max_length
@@ -124,20 +123,19 @@ class Decoder:
         # The host reads how many tokens each expert has, which a graph cannot do.
         able = self.device.type == "cuda" and not model.config.n_experts
         self._use_graph = able if cuda_graph is None else cuda_graph
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._choosing = False  # Whether a graph that is captured from now on has the greedy choice in it.
-        self._graph_chooses = False  # Whether the captured graph has.
         self._weights = PreparedWeights(model)
-        self._logits: Tensor | None = None
         self._shared = Slots()
         self._shared.rows = torch.arange(batch_size, device=self.device)
-        self._windows = {model.config.window(block) for block in range(model.config.n_layers)}
-        self._index = torch.arange(self.slots, device=self.device)
-        self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
+        self.sampler = Sampler(batch_size, self.device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._reader = PromptReader(model, self._shared, self.slots, use_graph=self._use_graph)
         self._layers = self._reader.layers
         self.growing = torch.ones_like(self.lengths)
+        tokens = torch.zeros_like(self.lengths)
+        compute = LayersStep(
+            model, self._layers, self._shared, self.slots, max_length, tokens, self.lengths, self.growing
+        )
+        self._plain = RecordedStep(compute, tokens, self.lengths, self.sampler, use_graph=self._use_graph)
         self._ones = -1  # The version of ``growing`` that holds ones only.
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -177,7 +175,8 @@ class Decoder:
     def _prepare(self) -> None:
         """Prepare the weights of the layers, and drop what reads weights that have been replaced."""
         if self._weights.prepare():
-            self._graph = self._persistent = None
+            self._persistent = None
+            self._plain.forget()
             self._reader.forget()
 
     def _start_rows(self, lengths_B: Tensor) -> None:
@@ -231,54 +230,37 @@ class Decoder:
             ConfigError: If ``prefill`` was not called before, or if the persistent step cannot compute in the dtype of
                 the model.
         """
-        if not self._layers:
-            raise ConfigError("a decoder steps on from prompts: call prefill first")
-        if self.kind == "persistent" and (persistent := self._persistent_step(tokens_B)) is not None:
-            logits = persistent.step(tokens_B)
-            if self.growing.is_inference() or self.growing._version != self._ones:
-                # The kernel has added one to every row. Rows that do not grow have a free slot, so they grew as well.
-                self.lengths.sub_(1 - self.growing)
-            return logits
-        return self._plain_step(tokens_B)
+        return self._advance(tokens_B, None)[0]
 
     @torch.no_grad()
-    def step_greedy(self, tokens_B: Tensor) -> Tensor:
-        """Add a token to each sequence, and choose the most likely next tokens.
+    def step_next(self, tokens_B: Tensor) -> Tensor:
+        """Add a token to each sequence, and choose the next tokens as :attr:`sampler` says.
 
-        The choice is a part of the persistent kernel. It is a part of the CUDA graph if this method, and not
-        :meth:`step`, makes the first step.
+        On a GPU step and choice are one CUDA graph. The first step of a kind of choice captures the graph.
 
         Args:
             tokens_B: The token ids, int64 ``[B]`` on the model's device. Without a copy if they are the result of the
                 last step.
 
         Returns:
-            ``step(tokens_B).argmax(-1)``, int64 ``[B]``. The next step may overwrite it.
+            ``sampler.choose(step(tokens_B), lengths)``, int64 ``[B]``. The next step overwrites it.
 
         Raises:
             ConfigError: As :meth:`step`.
         """
-        self._choosing = True
-        logits = self.step(tokens_B)
-        if self._persistent is not None:
-            return self._persistent.chosen
-        return self._tokens.squeeze(1) if self._graph is not None and self._graph_chooses else logits.argmax(-1)
+        return self._advance(tokens_B, self.sampler.kind)[1]
 
-    def _plain_step(self, tokens_B: Tensor) -> Tensor:
-        """Add a token to each sequence with the layers of the model."""
-        if tokens_B.data_ptr() != self._tokens.data_ptr():
-            self._tokens.copy_(tokens_B.unsqueeze(1))
-        if not self._use_graph:
-            logits = self._step()
-        else:
-            if self._graph is None:
-                self._capture()
-            assert self._graph is not None
-            assert self._logits is not None
-            self._graph.replay()
-            logits = self._logits
-        self.lengths.add_(self.growing).clamp_(max=self.max_length)
-        return logits
+    def _advance(self, tokens_B: Tensor, kind: Kind | None) -> tuple[Tensor, Tensor]:
+        """Add a token to each sequence; return the logits and, unless ``kind`` is None, the next tokens."""
+        if not self._layers:
+            raise ConfigError("a decoder steps on from prompts: call prefill first")
+        persistent = self._persistent_step(tokens_B, kind) if self.kind == "persistent" else None
+        step = persistent or self._plain
+        logits = step(tokens_B, kind)
+        if persistent is not None and (self.growing.is_inference() or self.growing._version != self._ones):
+            # The kernel has added one to every row. Rows that do not grow have a free slot, so they grew as well.
+            self.lengths.sub_(1 - self.growing)
+        return logits, step.tokens
 
     def check(self) -> None:
         """Check that the steps so far are valid. The persistent step waits for the device. A graph has no deadline.
@@ -289,9 +271,9 @@ class Decoder:
                 and those of later decoders of the same shape.
         """
         step, self._persistent = self._persistent, None
-        if step is not None:
+        if step is not None and step.kernel is not None:
             try:
-                step.check()
+                step.kernel.check()
             except RuntimeError:
                 if self._gives_way:  # Whatever held the step up may come again.
                     key = key_of(self.model, self.batch_size, self._use_graph)
@@ -313,9 +295,10 @@ class Decoder:
     @property
     def flag(self) -> Tensor | None:
         """A tensor on the device that is not 0 once a persistent step has passed its deadline; None for a graph."""
-        return None if self._persistent is None else self._persistent.flag
+        kernel = None if self._persistent is None else self._persistent.kernel
+        return None if kernel is None else kernel.flag
 
-    def _persistent_step(self, tokens_B: Tensor) -> DecodeStep | None:
+    def _persistent_step(self, tokens_B: Tensor, kind: Kind | None) -> RecordedStep | None:
         """Make the persistent step, or give way to the layers of the model where the caller allows that."""
         if self._persistent is not None:
             return self._persistent
@@ -324,54 +307,33 @@ class Decoder:
         if verdict is None or verdict.kind == "persistent":
             caches = [(layer.keys, layer.values) for layer in self._layers]
             try:
-                self._persistent = persistent_step(
-                    self.model, caches, self.max_length, self.lengths, cuda_graph=self._use_graph
-                )
+                kernel = persistent_step(self.model, caches, self.max_length, self.lengths)
             except (ConfigError, torch.OutOfMemoryError) as error:  # The kernel has a copy of the weights.
                 if not self._gives_way:
                     raise
                 reason = str(error.__cause__ or error).splitlines()[0]
                 self.kind, self._refusal = "graph", f"cannot be used: {reason}"
                 return None
+            self._persistent = RecordedStep(
+                lambda: kernel.step(kernel.chosen),
+                kernel.chosen,
+                self.lengths,
+                self.sampler,
+                use_graph=self._use_graph,
+                kernel=kernel,
+            )
             if self._gives_way and verdict is None:
-                ours, theirs = partial(self._persistent.step, tokens_B), partial(self._plain_step, tokens_B)
-                verdict = judge(key, ours, theirs, self._persistent.check, self.growing.bool(), self.lengths)
+                # No step has run yet, so ``tokens_B`` is no tensor that these steps write into.
+                ours, theirs = (partial(step, tokens_B, kind) for step in (self._persistent, self._plain))
+                verdict = judge(key, ours, theirs, kernel.check, self.growing.bool(), self.lengths)
         if verdict is not None:
             self.kind = verdict.kind
             if verdict.kind == "persistent":
-                self._measured, self._graph = f": {verdict.reason}", None
+                self._measured = f": {verdict.reason}"
+                self._plain.forget()
             else:
                 self._refusal, self._persistent = verdict.reason, None
         return self._persistent
-
-    def _step(self) -> Tensor:
-        shared, dtype = self._shared, self._layers[0].keys.dtype
-        shared.now = self.lengths.clamp(max=self.max_length - 1)
-        shared.bias = {}
-        for window in self._windows:
-            seen = in_window(shared.now.unsqueeze(1), self._index, window)
-            bias = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, float("-inf"))
-            shared.bias[window] = bias[:, None, None]
-        with trust_weights():
-            hidden = self.model.hidden(self._tokens, shared.now.unsqueeze(1), self._layers)
-        logits: Tensor = self.model.lm_head(hidden[:, 0])
-        return logits
-
-    def _capture(self) -> None:
-        # At their first call kernels are compiled, chosen and given workspaces, which a graph cannot record. Repeating
-        # a step does no harm, because the step writes the same keys and values into the same slots.
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                self._step()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph):
-            self._logits = self._step()
-            if self._choosing:
-                torch.argmax(self._logits, dim=-1, keepdim=True, out=self._tokens)
-        self._graph, self._graph_chooses = graph, self._choosing
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         if len(prompts) != self.batch_size:

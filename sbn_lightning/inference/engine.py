@@ -5,8 +5,8 @@ rows that start, and steps all rows that write. This file knows nothing of threa
 :mod:`~sbn_lightning.inference.generator` has those.
 
 A request gets the tokens that it would get alone. Its prompt is read in a batch of one. A step computes all rows of the
-cache, busy or not, so the shapes of its sums never change. Every request draws from a random generator of its own, row
-by row.
+cache, busy or not, so the shapes of its sums never change. A draw depends on the request's own seed and on the position
+of the new token.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from sbn_lightning.inference.buckets import to_device
 from sbn_lightning.inference.loop import Speed
 from sbn_lightning.inference.request import Request
+from sbn_lightning.inference.sampling import GREEDY, Sampler
 
 # A shorter common beginning is read again. A whole prompt may run as a CUDA graph, and on GPUs other than Hopper the
 # rest of a prompt does not.
@@ -41,6 +42,7 @@ class Rows(Protocol):
         flag: A number on the device that is not 0 once a step has failed; None if steps do not fail on the device.
         lengths: The number of tokens of each row, int64 ``[B]``.
         growing: 1 for each row that a step makes longer and 0 for the others, int64 ``[B]``.
+        sampler: Has the settings of each row, and chooses tokens.
     """
 
     batch_size: int
@@ -48,6 +50,7 @@ class Rows(Protocol):
     device: torch.device
     lengths: Tensor
     growing: Tensor
+    sampler: Sampler
 
     @property
     def choice(self) -> str: ...
@@ -62,12 +65,8 @@ class Rows(Protocol):
         """Read tokens into a row, behind its first ``start`` tokens; return the next logits ``[1, vocab_size]``."""
         ...
 
-    def step(self, tokens_B: Tensor) -> Tensor:
-        """Add a token to each row that grows; return the next logits ``[B, vocab_size]``."""
-        ...
-
-    def step_greedy(self, tokens_B: Tensor) -> Tensor:
-        """Step as :meth:`step` does; return the most likely tokens, int64 ``[B]``, until the next step."""
+    def step_next(self, tokens_B: Tensor) -> Tensor:
+        """Add a token to each row that grows; return the next tokens, int64 ``[B]``, until the next step."""
         ...
 
     def check(self) -> None:
@@ -154,6 +153,7 @@ class Engine:
         row = max(free, key=lambda row: (self._shared(row, request), -row.last_used))
         shared = self._shared(row, request)
         row.request, row.chosen, row.last_used = request, 0, next(self._count)
+        self._decoder.sampler.set_row(row.index, request.sampling, request.limits.seed)
         row.cached = row.cached[:shared]
         self.reused_tokens += shared
         self.speed.sequences += 1
@@ -186,6 +186,7 @@ class Engine:
             if row.request is not None:
                 row.request.fail(error)
             row.request, row.cached = None, []
+            self._decoder.sampler.set_row(row.index, GREEDY, 0)
 
     def _shared(self, row: _Row, request: Request) -> int:
         """How many tokens at the beginning of a prompt a free row holds already."""
@@ -209,7 +210,8 @@ class Engine:
                 logits = self._decoder.extend(row.index, part, len(row.cached))
                 row.cached += part
                 if len(row.cached) == len(request.prompt):
-                    first = request.sampling(logits, request.random)
+                    position = to_device([len(row.cached)], logits.device)
+                    first = self._decoder.sampler.choose(logits, position, row.index)
                     self._tokens[row.index : row.index + 1] = first
                     row.chosen = 1
                     # The host waits for the first token, so that the reader gets it at once.
@@ -227,10 +229,7 @@ class Engine:
         waiting, self._pending = self._pending, None
         if writing:
             self._grow({row.index for row, _ in writing})
-            if all(request.sampling.temperature == 0 for _, request in writing):
-                self._tokens.copy_(self._decoder.step_greedy(self._tokens))
-            else:
-                self._choose(self._decoder.step(self._tokens), writing)
+            self._tokens.copy_(self._decoder.step_next(self._tokens))
             for row, _ in writing:
                 row.chosen += 1
             self._pending = self._send(writing)
@@ -247,21 +246,6 @@ class Engine:
         if growing != self._growing:
             self._decoder.growing.copy_(to_device(growing, self._decoder.growing.device))
             self._growing = growing
-
-    def _choose(self, logits: Tensor, writing: list[tuple[_Row, Request]]) -> None:
-        self._tokens.copy_(logits.argmax(dim=-1))
-        # Rows with the same settings draw together if each gets the token that it would get alone. The bits of a sum
-        # over a row depend on whether the row begins at a multiple of 16 bytes, which are four float32. The order of
-        # equal values in a sort depends on the number of rows.
-        together: dict[object, list[tuple[_Row, Request]]] = {}
-        for row, request in writing:
-            if request.sampling.temperature > 0:
-                alike = not request.sampling.sorts and logits.shape[1] % 4 == 0
-                together.setdefault(request.sampling if alike else row.index, []).append((row, request))
-        for pairs in together.values():
-            rows = to_device([row.index for row, _ in pairs], logits.device)
-            random = [request.random for _, request in pairs]
-            self._tokens.index_copy_(0, rows, pairs[0][1].sampling(logits.index_select(0, rows), random))
 
     def _send(self, writing: list[tuple[_Row, Request]]) -> _Step:
         if self._tokens.device.type != "cuda":
@@ -291,6 +275,7 @@ class Engine:
     def _leave(self, row: _Row) -> None:
         """Free a row, and let it keep its tokens if that is wanted."""
         row.request = None
+        self._decoder.sampler.set_row(row.index, GREEDY, 0)
         # A free row is computed in every step, and writes into the slot behind its tokens. So that slot has to exist.
         row.cached = row.cached[: self._decoder.max_length - 1] if self._keep else []
         self._decoder.lengths[row.index : row.index + 1].fill_(len(row.cached))

@@ -212,7 +212,7 @@ class Generator:
             )
         stops = self._stop_tokens if limits.stop_tokens is None else frozenset(limits.stop_tokens)
         room = min(limits.max_new_tokens, most - len(ids))
-        return Request(ids, limits, room, stops, self._opened.tokenizer, self._device)
+        return Request(ids, limits, room, stops, self._opened.tokenizer)
 
     @property
     def speed(self) -> Speed:

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference.decoder import Decoder, StepKind
-from sbn_lightning.inference.sampling import Sampling
+from sbn_lightning.inference.sampling import GREEDY, Sampling
 from sbn_lightning.models.transformer import TernaryTransformer
 
 CHECK_EVERY = 16
-
-GREEDY = Sampling()
 
 
 @dataclass
@@ -83,7 +81,8 @@ def generate(
         prompts: The token ids of each prompt, none empty.
         max_new_tokens: How many tokens to add to each prompt at most; fewer where the model's context ends.
         sampling: How tokens are chosen; greedy if not given.
-        seed: The seed of the draws. The same seed, prompts and device give the same tokens.
+        seed: The seed of the first prompt's draws. The next prompt has the seed after it, and so on, so a prompt draws
+            what it would draw alone. The same seed, prompts and device give the same tokens.
         stop_tokens: The ids that end a sequence; they are not part of the result.
         cuda_graph: Whether to capture a step as a CUDA graph; see :class:`Decoder`.
         decode_step: How a step is computed; ``step`` of :class:`Decoder`.
@@ -209,13 +208,12 @@ def _tokens(
     decoder: Decoder, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, seed: int
 ) -> Iterator[Tensor]:
     """Yield the next token of each sequence, ``count`` times, int64 ``[B]``; the device may still compute them."""
-    generator = torch.Generator(decoder.device).manual_seed(seed)
-    tokens = sampling(decoder.prefill(prompts), generator)
+    decoder.sampler.set_all(sampling, seed)
+    tokens = decoder.sampler.choose(decoder.prefill(prompts), decoder.lengths)
     for i in range(count):
         yield tokens
         if i + 1 < count:
-            greedy = sampling.temperature == 0
-            tokens = decoder.step_greedy(tokens) if greedy else sampling(decoder.step(tokens), generator)
+            tokens = decoder.step_next(tokens)
 
 
 def _late(tokens: Iterator[Tensor], device: torch.device) -> Iterator[int]:

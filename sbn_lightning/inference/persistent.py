@@ -118,17 +118,14 @@ def persistent_step(
     caches: Sequence[tuple[Tensor, Tensor]],
     max_length: int,
     lengths: Tensor,
-    *,
-    cuda_graph: bool,
 ) -> DecodeStep:
-    """Pack a model's weights and make the step on a decoder's caches.
+    """Pack a model's weights and make the step on a decoder's caches. The decoder captures the step in a CUDA graph.
 
     Args:
         model: The model. Changes of its weights after this call do not reach the step.
         caches: The keys and values of each layer, ``[B, K, slots, E]``.
         max_length: The number of tokens that a sequence can have.
         lengths: The number of tokens of each sequence, int64 ``[B]``. The step counts up in place.
-        cuda_graph: Whether the step replays a CUDA graph.
 
     Raises:
         ConfigError: If the model computes in another dtype than bfloat16, or the device refuses the launch.
@@ -142,6 +139,6 @@ def persistent_step(
             'bfloat16, or use step="graph"'
         )
     try:
-        return DecodeStep(pack(gather_weights(model)), caches, max_length, lengths=lengths, cuda_graph=cuda_graph)
+        return DecodeStep(pack(gather_weights(model)), caches, max_length, lengths=lengths, cuda_graph=False)
     except StepUnavailableError as error:
         raise ConfigError(f'step="persistent" cannot be used: {error}; use step="graph"') from error

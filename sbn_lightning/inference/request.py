@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference.loop import Speed
 from sbn_lightning.inference.sampling import Sampling
@@ -95,7 +93,6 @@ class Request:
         room: The number of new tokens at most, which may be fewer than ``limits.max_new_tokens``.
         stop_tokens: The ids that end the text.
         tokenizer: The tokenizer; None for a model without one, whose requests have no text.
-        device: The device of the logits.
     """
 
     def __init__(
@@ -105,12 +102,10 @@ class Request:
         room: int,
         stop_tokens: frozenset[int],
         tokenizer: Tokenizer | None,
-        device: torch.device,
     ) -> None:
         """Make a request that has not started."""
         self.prompt, self.limits, self.room = list(prompt), limits, room
         self.sampling = limits.sampling
-        self.random = torch.Generator(device).manual_seed(limits.seed)
         self._stop_tokens = stop_tokens
         self._text = None if tokenizer is None else TextStream(tokenizer)
         self._stops = StopStrings(limits.stop)

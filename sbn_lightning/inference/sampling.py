@@ -1,20 +1,30 @@
-"""Choose the next token from logits, on the device, without waiting for the host.
+"""Choose the next token of each row from its logits, on the device, without waiting for the host.
 
-A draw is a race of exponential clocks: with ``e`` drawn from Exp(1) for each token, ``argmax(p / e)`` is a token with a
-probability proportional to its ``p``. The sum of ``p`` does not matter, so probabilities need not be normalised again
-after top-k and top-p have removed tokens.
+The choice is a function of the logits, of the row's settings and seed, and of the position of the new token. There is
+no generator with a state, so rows do not influence each other, and a CUDA graph can record the choice.
+:mod:`sbn_kernels.sampling.reference` has the formula. ``top_k`` and ``top_p`` only give the smallest logit that can be
+drawn. So the order of equal logits does not matter: tokens as likely as the last one that stays can be drawn as well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
+from sbn_kernels.sampling.reference import SETTINGS, TEMPERATURE, TOP_K, TOP_P, choose_tokens_reference
 from torch import Tensor
 
 from sbn_lightning.core.errors import ConfigError
+
+# What a choice needs: the largest logit alone, noise, or noise and the smallest logit that can be drawn.
+Kind = Literal["greedy", "drawn", "limited"]
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HIGHEST = 1e30  # A higher temperature changes nothing: all tokens are equally likely.
+_ONE = 2.0**40  # The weight of the most likely token, as an integer.
 
 
 @dataclass(frozen=True)
@@ -45,47 +55,136 @@ class Sampling:
             raise ConfigError(f"top_k={self.top_k} is below 1; leave it out to draw from all tokens")
 
     @property
-    def sorts(self) -> bool:
-        """Whether tokens are sorted for a draw. The order of equal logits may then depend on the number of rows."""
-        return self.temperature > 0 and (self.top_p < 1 or self.top_k is not None)
+    def kind(self) -> Kind:
+        """What the choice needs."""
+        if self.temperature == 0:
+            return "greedy"
+        return "drawn" if self.top_p == 1 and self.top_k is None else "limited"
 
-    def __call__(
-        self, logits_BV: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
-    ) -> Tensor:
+    def __call__(self, logits_BV: Tensor, seed: int = 0, position: int = 0) -> Tensor:
         """Choose a token for each row.
 
         Args:
             logits_BV: The logits, ``[B, vocab_size]``.
-            generator: The source of randomness, on the device of the logits. A sequence has one source for each row. A
-                greedy choice needs none.
+            seed: The seed of the first row. The next row has the seed after it, and so on.
+            position: The position of the new tokens in their texts. Equal seeds and positions draw alike.
+
+        Returns:
+            The token ids, int64 ``[B]``.
+
+        Raises:
+            ConfigError: If the seed is a ``torch.Generator``, as earlier versions took it.
+        """
+        if isinstance(seed, torch.Generator):
+            raise ConfigError("a draw takes a seed, not a generator of torch: sampling(logits, seed=3, position=i)")
+        sampler = Sampler(len(logits_BV), logits_BV.device)
+        sampler.set_all(self, seed)
+        return sampler.choose(logits_BV, torch.full((len(logits_BV),), position, device=logits_BV.device))
+
+
+GREEDY = Sampling()
+
+
+class Sampler:
+    """The settings of the rows of a decoder, and the choice of their next tokens.
+
+    The settings are on the device, where CUDA graphs read them. A change needs no new graph, unless it changes
+    :attr:`kind`.
+
+    Args:
+        rows: The number of rows. They start as greedy ones.
+        device: The device of the logits.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._rows: list[tuple[Sampling, int]] = [(GREEDY, 0)] * rows
+        self._settings = torch.zeros(rows, SETTINGS, dtype=torch.int64, device=device)  # Zeros are greedy.
+        self._changed = False
+
+    def set_row(self, row: int, sampling: Sampling, seed: int) -> None:
+        """Change how the next tokens of a row are chosen.
+
+        Args:
+            row: The number of the row.
+            sampling: The settings.
+            seed: The seed of the row's draws. Seeds that differ by a multiple of 2^64 draw alike.
+        """
+        new = (sampling, (seed + 2**63) % 2**64 - 2**63) if sampling.temperature > 0 else (GREEDY, 0)
+        self._changed |= new != self._rows[row]
+        self._rows[row] = new
+
+    def set_all(self, sampling: Sampling, seed: int) -> None:
+        """Give all rows the same settings. The first row has this seed, the next row the seed after it, and so on."""
+        for row in range(len(self._rows)):
+            self.set_row(row, sampling, seed + row)
+
+    @property
+    def kind(self) -> Kind:
+        """What the choice of all rows together needs."""
+        kinds = {sampling.kind for sampling, _ in self._rows}
+        return "limited" if "limited" in kinds else "drawn" if "drawn" in kinds else "greedy"
+
+    def choose(self, logits_BV: Tensor, positions_B: Tensor, row: int | None = None) -> Tensor:
+        """Choose a token for each row.
+
+        Args:
+            logits_BV: The logits, ``[B, vocab_size]``.
+            positions_B: The position of each row's new token, which is the number of tokens before it, int64 ``[B]``.
+            row: The number of the one row that the logits belong to; None for all rows.
 
         Returns:
             The token ids, int64 ``[B]``.
         """
-        if self.temperature == 0:
-            return logits_BV.argmax(dim=-1)
-        logits = logits_BV.float()
-        # The largest logit is subtracted first: a small temperature would make it infinite.
-        temperature = max(self.temperature, torch.finfo(logits.dtype).tiny)
-        probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
-        order = None
-        if self.top_k is not None:
-            probabilities, order = probabilities.topk(min(self.top_k, probabilities.shape[-1]), dim=-1)
-            probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-        elif self.top_p < 1:
-            probabilities, order = probabilities.sort(dim=-1, descending=True)
-        if self.top_p < 1:
-            before = probabilities.cumsum(dim=-1) - probabilities
-            # The most likely token always stays. The sum before it should be 0, and is so only up to rounding.
-            outside = (before >= self.top_p).index_fill_(
-                -1, torch.zeros(1, dtype=torch.int64, device=before.device), False
-            )
-            probabilities = probabilities.masked_fill(outside, 0.0)
-        clocks = torch.empty_like(probabilities)
-        if isinstance(generator, Sequence):
-            for row, own in zip(clocks.split(1), generator, strict=True):
-                row.exponential_(generator=own)
-        else:
-            clocks.exponential_(generator=generator)
-        drawn = (probabilities / clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)).argmax(dim=-1)
-        return drawn if order is None else order.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+        self.update_device()
+        settings = self._settings if row is None else self._settings[row : row + 1]
+        kind = self.kind if row is None else self._rows[row][0].kind
+        return _choose(kind, logits_BV, settings, positions_B)
+
+    def record(self, kind: Kind, logits_BV: Tensor, positions_B: Tensor) -> Tensor:
+        """Choose as :meth:`choose` does, from the settings that the device has: for a CUDA graph to record."""
+        return _choose(kind, logits_BV, self._settings, positions_B)
+
+    def update_device(self) -> None:
+        """Copy settings that have changed to the device, without waiting for the device."""
+        if not self._changed:
+            return
+        numbers = [[min(sampling.temperature, _HIGHEST), sampling.top_p] for sampling, _ in self._rows]
+        integers = [[sampling.top_k or 0, seed] for sampling, seed in self._rows]
+        host = torch.cat([torch.tensor(numbers, dtype=torch.float64).view(torch.int64), torch.tensor(integers)], dim=1)
+        if self._settings.is_cuda:
+            host = host.pin_memory()  # The allocator keeps the memory until the copy has run.
+        self._settings.copy_(host, non_blocking=True)
+        self._changed = False
+
+
+def _choose(kind: Kind, logits_BV: Tensor, settings: Tensor, positions_B: Tensor) -> Tensor:
+    lowest = _lowest(logits_BV, settings) if kind == "limited" else None
+    if logits_BV.is_cuda and logits_BV.dtype in _KERNEL_DTYPES and find_spec("triton") is not None:
+        from sbn_kernels.sampling.triton import NEEDS, choose_tokens
+
+        if NEEDS.missing(logits_BV.device.index) is None:
+            return choose_tokens(logits_BV, settings, positions_B, lowest)
+    if kind == "greedy":  # What the formula gives without noise.
+        return logits_BV.argmax(dim=-1)
+    return choose_tokens_reference(logits_BV, settings, positions_B, lowest)
+
+
+def _lowest(logits_BV: Tensor, settings: Tensor) -> Tensor:
+    """The smallest logit of each row that top_k and top_p leave, float32 ``[B]``.
+
+    Probabilities become integers before they are summed. So the sums are exact, and do not depend on how many rows
+    there are.
+    """
+    temperature, top_p = settings.view(torch.float64)[:, TEMPERATURE : TOP_P + 1].split(1, dim=1)
+    vocab, top_k = logits_BV.shape[1], settings[:, TOP_K : TOP_K + 1]
+    # Infinities would make NaNs. The choice itself sees the logits as they are.
+    values = logits_BV.nan_to_num(nan=torch.finfo(logits_BV.dtype).min).sort(dim=-1, descending=True).values.float()
+    last = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab) - 1
+    of_top_k = values.gather(-1, last)
+    behind = (values - values[:, :1]) / temperature.float().clamp(min=torch.finfo(torch.float32).tiny)
+    weights = (behind.exp() * _ONE).long().masked_fill(values < of_top_k, 0)
+    sums = weights.cumsum(dim=-1)
+    # The most likely token has no weight before it, so it always stays.
+    inside = (sums - weights < top_p * sums[:, -1:].double()) | (top_p >= 1)
+    of_top_p = values.gather(-1, inside.sum(dim=-1, keepdim=True) - 1)
+    return torch.maximum(of_top_k, of_top_p).squeeze(-1)

@@ -139,6 +139,24 @@ def test_a_batch_that_fails_does_not_end_the_run(
     assert table.missing == ["qwen2.5-0.5b, bf16 dense, decode, batch 1"]
 
 
+def test_drawn_tokens_rows(generation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = importlib.import_module("drawn_tokens")
+    small = {"DEVICE": torch.device("cpu"), "CONTEXT": 8, "CHECKED_STEPS": 2, "WINDOW": 1, "WINDOWS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(drawn, name, value)
+    path, model = tmp_path / "rows.csv", generation.build("qwen2.5-0.5b", "2:4", 64)
+    drawn.measure(path, "qwen2.5-0.5b", model, "graph", 2, list(drawn.CHOICES))
+    rows = read(path)
+    assert [row["choice"] for row in rows] == list(drawn.CHOICES)
+    alone = float(rows[0]["ms"])
+    for row in rows[1:]:
+        assert float(row["choice_us"]) == pytest.approx(1e3 * (float(row["ms"]) - alone), rel=1e-3, abs=1.0)
+    own = drawn.Decoder.step_next
+    monkeypatch.setattr(drawn.Decoder, "step_next", lambda self, tokens: (own(self, tokens) + 1) % 151936)
+    with pytest.raises(AssertionError, match="greedy, token 0: the graph gives"):
+        drawn.measure(path, "qwen2.5-0.5b", model, "graph", 2, ["greedy"])
+
+
 def test_first_token_rows(generation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The times of a process in this one; and a row of what a process says."""
     first_token = importlib.import_module("first_token")

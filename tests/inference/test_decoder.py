@@ -129,13 +129,13 @@ def test_a_graph_is_recorded_again_when_weights_have_changed():
     model = make()
     decoder = Decoder(model, 1, 60)
     decoder.prefill([[1, 2]])
-    decoder._graph = object()
+    decoder._plain._graphs["greedy"] = object()
     decoder.prefill([[3, 4]])
-    assert decoder._graph is not None
+    assert decoder._plain._graphs
     with torch.no_grad():
         model.blocks[1].mlp.down.weight.mul_(2)
     decoder.prefill([[3, 4]])
-    assert decoder._graph is None
+    assert not decoder._plain._graphs
 
 
 def test_half_precision_and_compiled_blocks():
@@ -158,8 +158,8 @@ def test_stop_tokens_end_a_sequence_and_are_left_out():
 def test_stops_early_when_all_have_stopped(monkeypatch):
     model = make()
     steps = []
-    step = Decoder.step
-    monkeypatch.setattr(Decoder, "step", lambda self, tokens: steps.append(1) or step(self, tokens))
+    step = Decoder.step_next
+    monkeypatch.setattr(Decoder, "step_next", lambda self, tokens: steps.append(1) or step(self, tokens))
     everything = range(320)
     assert generate(model, PROMPTS, max_new_tokens=50, stop_tokens=everything) == [[], [], []]
     assert len(steps) == 15

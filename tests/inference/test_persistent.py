@@ -17,6 +17,7 @@ from sbn_lightning.formats.loaded import LoadedModel
 from sbn_lightning.inference import Decoder, Generator, choice, generate
 from sbn_lightning.inference import decoder as decoder_module
 from sbn_lightning.inference.persistent import gather_weights, persistent_step, refusal
+from sbn_lightning.inference.sampling import GREEDY, Sampling
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.models.transformer import TernaryTransformer
 
@@ -57,19 +58,16 @@ class ReferenceStep:
 
     made = checks = 0
 
-    def __init__(
-        self, model: TernaryTransformer, caches: Caches, max_length: int, lengths: torch.Tensor, *, cuda_graph: bool
-    ) -> None:
-        assert not cuda_graph  # a decoder on a CPU captures no graph
+    def __init__(self, model: TernaryTransformer, caches: Caches, max_length: int, lengths: torch.Tensor) -> None:
         ReferenceStep.made += 1
         self.weights, self.caches, self.max_length, self.lengths = gather_weights(model), caches, max_length, lengths
-        self.layers = list(self.weights.layers)
+        self.layers, self.chosen = list(self.weights.layers), torch.zeros_like(lengths)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         now = self.lengths.clamp(max=self.max_length - 1)
         logits = reference.decode_step(self.weights, self.layers, tokens, now, self.caches)
         self.lengths.add_(1).clamp_(max=self.max_length)
-        self.chosen = logits.argmax(-1)
+        self.chosen.copy_(logits.argmax(-1))
         return logits
 
     def check(self) -> None:
@@ -91,8 +89,14 @@ def test_a_decoder_steps_on_with_the_persistent_step_and_starts_again(monkeypatc
             expected, logits = theirs.step(tokens).float(), ours.step(tokens)
             assert float((logits - expected).norm() / expected.norm()) < 0.05
             tokens = expected.argmax(-1)
-        assert torch.equal(ours.step_greedy(tokens), ours._persistent.chosen)
-        theirs.step_greedy(tokens)
+        for sampling in (GREEDY, Sampling(0.7), Sampling(0.7, top_p=0.9)):
+            ours.sampler.set_all(sampling, 5)
+            start = ours.lengths - 1
+            ours.lengths.copy_(start)
+            logits = ours.step(tokens)
+            expected = ours.sampler.choose(logits, ours.lengths)
+            ours.lengths.copy_(start)
+            assert torch.equal(ours.step_next(tokens), expected)
         assert torch.equal(ours.lengths, theirs.lengths)
     assert ReferenceStep.made == 2  # each prefill forgets the step, which has copies of weights
     ReferenceStep.checks = 0
@@ -142,7 +146,7 @@ def test_other_steps_and_other_dtypes_are_refused() -> None:
         Decoder(make(), 1, 8, step="fast")  # type: ignore[arg-type]
     caches = [(torch.zeros(1, 2, 64, 64),) * 2]
     with pytest.raises(ConfigError, match=r"keys and values are torch\.float32: cast the model to bfloat16"):
-        persistent_step(make(), caches, 64, torch.zeros(1, dtype=torch.int64), cuda_graph=False)
+        persistent_step(make(), caches, 64, torch.zeros(1, dtype=torch.int64))
     Decoder(make(), 1, 8).check()  # returns at once: there is nothing to wait for
 
 
@@ -266,7 +270,7 @@ def test_a_failed_step_fails_its_requests_and_the_next_request_is_served() -> No
     opened = LoadedModel(model, model.config, "checkpoint", Path("made up"), TextFiles())
     with Generator(opened, batch_size=2, max_length=60, decode_step="persistent") as generator:
         first = generator.submit([1, 2, 3], max_new_tokens=20, stop_tokens=()).result(60)
-        step = generator._decoder._persistent
+        step = generator._decoder._persistent.kernel
         assert step is not None
         step._table[0, 0, 3] = 2**31 - 1  # Its first program waits in vain for weights, for 2 seconds.
         with pytest.raises(RuntimeError, match="waited longer"):

@@ -25,6 +25,7 @@ from sbn_kernels.prepare import device as prepare_kernels
 from sbn_kernels.prompt import attention
 from sbn_kernels.quantize import triton as quantize
 from sbn_kernels.runtime.capability import gluon_missing
+from sbn_kernels.sampling import device as sampling
 from sbn_kernels.swiglu import rounded, saved
 from sbn_kernels.swiglu import triton as swiglu
 from triton.backends.compiler import GPUTarget
@@ -207,6 +208,22 @@ PLAIN = {
         head.int8_rows_kernel,
         {"BT": 16, "ROWS": 64, "COLUMNS": 128},
         {"x_pointer": "*bf16", "codes_pointer": "*i8", "y_pointer": "*bf16"},
+        4,
+    ),
+    "best tokens of parts": (
+        sampling.best_of_parts_kernel,
+        {"LIMITED": True},
+        {
+            "logits_pointer": "*bf16",
+            "lowest_pointer": "*fp32",
+            **dict.fromkeys(("settings_pointer", "positions_pointer", "best_pointer"), "*i64"),
+        },
+        4,
+    ),
+    "best token": (
+        sampling.best_of_all_kernel,
+        {"BLOCK": 256},
+        dict.fromkeys(("best_pointer", "tokens_pointer"), "*i64"),
         4,
     ),
     "portable decode": (decode.decode_portable_kernel, {"BIAS": True, "BT": 16}, {"x_pointer": "*i8"}, 4),

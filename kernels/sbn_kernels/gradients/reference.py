@@ -32,11 +32,11 @@ from torch import Tensor
 
 from sbn_kernels.common.checks import FLOAT_DTYPES, check_scale, refuse_gradients
 from sbn_kernels.common.integers import ceil_div
+from sbn_kernels.common.philox import philox
 
 LEVELS = 127 * 2**15 - 2
 SMALLEST = 1e-30
 ROUNDS = 7
-_WORD = 0xFFFFFFFF
 
 
 class QuantizedGradient(NamedTuple):
@@ -82,24 +82,12 @@ def check_seed(seed: Tensor, stream: int, device: torch.device) -> None:
         raise ValueError(f"stream must be in 0 .. 2^31 - 1, not {stream}")
 
 
-def _high_and_low(multiplier: int, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the upper and the lower 32 bits of the product of two unsigned 32-bit integers, held in int64."""
-    upper = multiplier * (value >> 16) + (multiplier * (value & 0xFFFF) >> 16)
-    return upper >> 16, multiplier * value & _WORD
-
-
 def gradient_draws(tokens: int, channels: int, seed: Tensor, stream: int = 0) -> Tensor:
     """Makes the draws of the stochastic rounding: int64 in 0 .. 2^15 - 1, ``[tokens, channels]``."""
     channel = torch.arange(channels, device=seed.device)[None, :]
     octet = torch.arange(ceil_div(tokens, 8), device=seed.device)[:, None]
     whole = torch.zeros(octet.shape[0], channels, dtype=torch.int64, device=seed.device)
-    c0, c1, c2, c3 = channel + whole, octet + whole, whole + stream, whole
-    k0, k1 = seed.reshape(()) & _WORD, (seed.reshape(()) >> 32) & _WORD
-    for _ in range(ROUNDS):
-        (high_a, low_a), (high_b, low_b) = _high_and_low(0xD2511F53, c0), _high_and_low(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    words = torch.stack([c0, c1, c2, c3], 1)
+    words = torch.stack(philox((channel + whole, octet + whole, whole + stream, whole), seed.reshape(()), ROUNDS), 1)
     return torch.stack([words & 0x7FFF, words >> 17], 2).flatten(0, 2)[:tokens]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.inference.prompts import check_prompt
+from sbn_lightning.inference.sampling import Sampler
 from sbn_lightning.layers.masked_linear import prepare_layers
 
 
@@ -61,6 +62,9 @@ class NetworkDecoder:
         hf: An instance of ``AutoModelForCausalLM``, on the device to use.
         batch_size: The number of sequences.
         vocab_size: The number of token ids that the model knows.
+
+    Attributes:
+        sampler: Has the settings of each sequence, and chooses tokens.
     """
 
     def __init__(self, hf: nn.Module, batch_size: int, vocab_size: int) -> None:
@@ -68,6 +72,7 @@ class NetworkDecoder:
         self.vocab_size = vocab_size
         self._model = CachedModel(hf)
         self.device = self._model.device
+        self.sampler = Sampler(batch_size, self.device)
         self._cache: Any = None
         self._seen = torch.empty(0)  # 1 for each token of a sequence and 0 for padding, int64 [B, T]
 
@@ -106,9 +111,14 @@ class NetworkDecoder:
         self._seen = torch.cat([self._seen, self._seen.new_ones(len(tokens_B), 1)], dim=1)
         return self._forward(tokens_B.unsqueeze(-1))
 
-    def step_greedy(self, tokens_B: Tensor) -> Tensor:
-        """Add a token to each sequence, and return the most likely next ones, int64 ``[B]``."""
-        return self.step(tokens_B).argmax(-1)
+    @property
+    def lengths(self) -> Tensor:
+        """The number of tokens of each sequence, int64 ``[B]``."""
+        return self._seen.sum(dim=-1)
+
+    def step_next(self, tokens_B: Tensor) -> Tensor:
+        """Add a token to each sequence, and return the next ones, int64 ``[B]``."""
+        return self.sampler.choose(self.step(tokens_B), self.lengths)
 
     def check(self) -> None:
         """Do nothing: a step of transformers has no deadline that could pass."""
@@ -134,6 +144,7 @@ class NetworkRows:
     Attributes:
         lengths: The number of tokens of each row as the engine counts them, int64 ``[B]`` on the CPU.
         growing: 1 for each row that a step makes longer and 0 for the others, int64 ``[B]`` on the CPU.
+        sampler: Has the settings of each row, and chooses tokens.
     """
 
     kind = "rows"
@@ -147,6 +158,7 @@ class NetworkRows:
         self.device = self._model.device
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
         self.growing = torch.ones_like(self.lengths)
+        self.sampler = Sampler(batch_size, self.device)
         self._caches: list[Any] = [None] * batch_size
         self._held: list[list[int]] = [[] for _ in range(batch_size)]  # The tokens of each row's cache.
         prepare_layers(hf)
@@ -191,9 +203,9 @@ class NetworkRows:
                 self.lengths[row] += 1
         return logits
 
-    def step_greedy(self, tokens_B: Tensor) -> Tensor:
-        """Step as :meth:`step` does; return the most likely next tokens, int64 ``[B]``."""
-        return self.step(tokens_B).argmax(-1)
+    def step_next(self, tokens_B: Tensor) -> Tensor:
+        """Step as :meth:`step` does; return the next tokens, int64 ``[B]``."""
+        return self.sampler.choose(self.step(tokens_B), self.lengths.to(self.device))
 
     def check(self) -> None:
         """Do nothing: a step of transformers has no deadline that could pass."""
