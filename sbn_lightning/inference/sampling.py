@@ -177,8 +177,9 @@ def _lowest(logits_BV: Tensor, settings: Tensor) -> Tensor:
     """
     temperature, top_p = settings.view(torch.float64)[:, TEMPERATURE : TOP_P + 1].split(1, dim=1)
     vocab, top_k = logits_BV.shape[1], settings[:, TOP_K : TOP_K + 1]
+    values = logits_BV if logits_BV.dtype in _KERNEL_DTYPES else logits_BV.float()
     # Infinities would make NaNs. The choice itself sees the logits as they are.
-    values = logits_BV.nan_to_num(nan=torch.finfo(logits_BV.dtype).min).sort(dim=-1, descending=True).values.float()
+    values = values.nan_to_num(nan=torch.finfo(values.dtype).min).sort(dim=-1, descending=True).values.float()
     last = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab) - 1
     of_top_k = values.gather(-1, last)
     behind = (values - values[:, :1]) / temperature.float().clamp(min=torch.finfo(torch.float32).tiny)

@@ -116,10 +116,11 @@ def test_tokens_as_likely_as_the_last_one_that_stays_can_be_drawn():
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0), Sampling(1.0, top_p=0.9), Sampling(1.0, top_k=3)], ids=str)
-def test_infinities_and_nans(sampling):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_infinities_and_nans(sampling, dtype):
     inf, nan = math.inf, math.nan
     logits = torch.tensor(
-        [[-inf, -inf, 1, -inf], [-inf, inf, 3, inf], [0, nan, 3, nan], [-inf, -inf, -inf, -inf], [-inf, 0.5, -inf, 0.5]]
+        [[-inf, -inf, 1, -inf], [-inf, inf, 3, inf], [0, nan, 3, nan], [-inf] * 4, [-inf, 0.5, -inf, 0.5]], dtype=dtype
     )
     for seed in range(20):
         *fixed, last = sampling(logits, seed).tolist()
