@@ -68,7 +68,7 @@ def run_tasks(args: argparse.Namespace) -> None:
 
 def run_pack(args: argparse.Namespace) -> None:
     """Pack the training text into parts to carry."""
-    pack_corpus(args.corpus, args.output, args.parts, args.max_bytes)
+    pack_corpus(args.corpus, args.output, args.parts, args.max_bytes, args.tokens, args.preset)
 
 
 def run_copying(args: argparse.Namespace) -> None:
@@ -238,6 +238,8 @@ def _add_texts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     packed.add_argument("--output", required=True, help="the folder that `held_out` wrote")
     packed.add_argument("--parts", type=int, default=2)
     packed.add_argument("--max_bytes", default="60MB", help="the largest size of a part")
+    packed.add_argument("--tokens", nargs=len(KINDS), type=int, metavar=("CODE", "ENGLISH"), help="default: all")
+    packed.add_argument("--preset", type=int, default=6, help="how hard to compress, from 0 to 9; 2 is much faster")
 
 
 def _add_work(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

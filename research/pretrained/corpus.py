@@ -93,15 +93,29 @@ def write_held_out(corpus: str, output: str, tokens: int) -> None:
         carried.write_tokens(Path(output, f"held_out_{kind}.u16.xz"), carried.as_tokens(found))
 
 
-def pack_corpus(corpus: str, output: str, parts: int, max_bytes: str) -> None:
-    """Write the training text of a corpus beside held-out texts, without documents that repeat them."""
+def pack_corpus(
+    corpus: str, output: str, parts: int, max_bytes: str, tokens: Sequence[int] | None = None, preset: int = 6
+) -> None:
+    """Write the training text of a corpus beside held-out texts, without documents that repeat them.
+
+    Args:
+        corpus: The folder that :func:`make_corpus` wrote.
+        output: The folder with the held-out texts.
+        parts: The number of files.
+        max_bytes: The largest size of a file.
+        tokens: About how many tokens of each kind to take, in the order of :data:`KINDS`; None for all.
+        preset: How hard to compress, from 0 to 9.
+    """
     from sbn_lightning.evaluation.texts import text_of_folder
 
     tokenizer = Tokenizer.from_file(str(Path(corpus, "model.tokenizer.json")))
     train = {
         kind: carried.as_tokens(text_of_folder(str(Path(corpus, kind, "tokens")), "train").tokens) for kind in KINDS
     }
-    carried.pack(train, Path(output), find_eos(tokenizer, None)[1], parts, parse_bytes(max_bytes, "max_bytes"))
+    eos = find_eos(tokenizer, None)[1]
+    if tokens is not None:
+        train = {kind: carried.beginning(train[kind], most, eos) for kind, most in zip(KINDS, tokens, strict=True)}
+    carried.pack(train, Path(output), eos, parts, parse_bytes(max_bytes, "max_bytes"), preset=preset)
 
 
 def read_corpus(corpus: str, device: torch.device, held_out: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -90,3 +90,11 @@ def test_a_packed_corpus_is_read_again(tmp_path):
     assert len(list(tmp_path.glob("train_*.u16.xz"))) == 2
     carried.pack(train, tmp_path, EOS, parts=2, most_bytes=420)  # three documents of about 430 bytes do not fit
     assert len(read_corpus(str(tmp_path), torch.device("cpu"), 50)[0]) < len(text)
+
+
+def test_the_beginning_of_a_text_ends_with_a_document():
+    text = np.concatenate(documents(4, 3, 5))  # documents end after 5, 9 and 15 tokens
+    assert len(carried.beginning(text, 6, EOS)) == 9
+    assert len(carried.beginning(text, 9, EOS)) == 9
+    assert len(carried.beginning(text, 10, EOS)) == 15
+    assert carried.beginning(text, 99, EOS) is text
