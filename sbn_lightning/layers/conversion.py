@@ -32,6 +32,7 @@ from sbn_lightning.layers.conv1d import SparseBitConv1D, SparseConv1D, is_conv1d
 from sbn_lightning.layers.conversion_report import ConversionReport as ConversionReport
 from sbn_lightning.layers.experts import (
     Planned,
+    SparseExperts,
     check_shared,
     convert_planned,
     fused_weights,
@@ -39,11 +40,12 @@ from sbn_lightning.layers.experts import (
     revert_experts,
     why_not,
 )
+from sbn_lightning.layers.instance_forward import change_class, why_class_stays
 from sbn_lightning.layers.joined import note_groups
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.layers.sparse_linear import SparseLinear
-from sbn_lightning.layers.swiglu_fusion import fuse_swiglu, split_swiglu
+from sbn_lightning.layers.swiglu_fusion import FusedSwiGLU, fuse_swiglu, split_swiglu
 from sbn_lightning.sparsity.config import Kind, SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
 
@@ -108,7 +110,8 @@ def convert_linears(
 
     Raises:
         ConfigError: If the model has no masked layer and nothing can be converted, if a selected layer is already
-            masked with other options, if an entry of ``split_sizes`` fits no layer, or if an option cannot work.
+            masked with other options, if the ``forward`` of a selected layer was replaced or its weights are offloaded,
+            if an entry of ``split_sizes`` fits no layer, or if an option cannot work.
     """
     report = convert_quietly(model, sparsity, include=include, exclude=exclude, split_sizes=split_sizes, **options)
     if report.warning is not None:
@@ -134,6 +137,7 @@ def convert_quietly(
     report = ConversionReport(parameters=sum(p.numel() for p in model.parameters()))
     plan: list[_Planned] = []
     experts: dict[str, Planned] = {}
+    fixed: dict[str, str] = {}
     already = False
     for name, module in named_modules(model):
         if weights := fused_weights(module):
@@ -143,7 +147,9 @@ def convert_quietly(
             reason = (why_not(module, sparsity) or check_shared(module, owners)) if wanted else _EXCLUDED
             size = sum(cast(Tensor, module._parameters[weight]).numel() for weight in weights)
             _count(report, size, wanted=wanted)
-            if reason is None:
+            if reason is None and (stays := why_class_stays(module)) is not None:
+                fixed[name] = stays
+            elif reason is None:
                 experts[name] = plan_experts(module, sparsity)
                 report.converted_parameters += size
             else:
@@ -173,6 +179,9 @@ def convert_quietly(
         if (reason or chosen) is not None:
             report.skipped[name] = reason or f"{chosen}; name it in include to convert it"
             continue
+        if (stays := why_class_stays(module)) is not None:
+            fixed[name] = stays
+            continue
         sizes = _sizes_given(name, given, used)
         if sizes == "guess":
             sizes = sparsity.split_sizes or guess_split_sizes(model, name, module)
@@ -182,6 +191,7 @@ def convert_quietly(
         if own.split_sizes is not None:
             report.split_sizes[name] = own.split_sizes
     report.unmatched = _unmatched(model, (*include, *exclude))
+    _refuse(fixed, "converted", "; or exclude them")
     if unused := set(given) - used:
         raise ConfigError(f"split_sizes: no converted layer has a name like {', '.join(sorted(unused))}")
     if not plan and not experts and not already:
@@ -213,7 +223,11 @@ def revert_linears(model: nn.Module) -> list[str]:
 
     Returns:
         The names of the layers.
+
+    Raises:
+        ConfigError: If the ``forward`` of a layer was replaced, or its weights are offloaded.
     """
+    _refuse({name: why for name, module in named_modules(model) if (why := _why_not_back(module))}, "reverted")
     layers = [(name, module) for name, module in named_modules(model) if isinstance(module, MaskedLinear)]
     with torch.no_grad():
         for _, layer in layers:
@@ -225,6 +239,19 @@ def revert_linears(model: nn.Module) -> list[str]:
     split_swiglu(model)
     _switch_fused_inference(model, on=True)
     return [name for name, _ in layers]
+
+
+def _refuse(fixed: Mapping[str, str], done: str, remedy: str = "") -> None:
+    """Raise an error that names the modules that cannot get another class, if there are any."""
+    if fixed:
+        reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in list(fixed.items())[:3])
+        more = f"; and {len(fixed) - 3} more" if len(fixed) > 3 else ""
+        raise ConfigError(f"cannot be {done}: {reasons}{more}{remedy}")
+
+
+def _why_not_back(module: nn.Module) -> str | None:
+    changes = isinstance(module, MaskedLinear | SparseExperts | FusedSwiGLU)
+    return why_class_stays(module) if changes else None
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -319,7 +346,7 @@ def _convert(planned: _Planned) -> None:
         # A reversion needs the class. Conv1D's own attributes nx and nf stay as they are.
         in_features, out_features = shape_of(module)
         vars(module).update(converted_from=type(module), in_features=in_features, out_features=out_features)
-    module.__class__ = _CLASSES[planned.sparsity.kind][transposed]
+    change_class(module, _CLASSES[planned.sparsity.kind][transposed])
     cast(MaskedLinear, module)._init_mask(planned.sparsity, planned.mask_bits)
 
 
@@ -334,7 +361,7 @@ def _revert(layer: MaskedLinear) -> None:
         vars(layer).pop(extra, None)
     del layer.mask_bits
     layer._parameters.pop("log_scale", None)  # The effective weight has the learned factor.
-    layer.__class__ = plain
+    change_class(layer, plain)
 
 
 def connect_layers(model: nn.Module) -> list[str]:

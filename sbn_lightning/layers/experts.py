@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.experts_linear import (
     PackedExperts,
     Routing,
     SparseBitExperts,
     SparseExpertsLinear,
 )
+from sbn_lightning.layers.instance_forward import change_class, why_class_stays
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.sparsity.config import SparsityConfig
 
@@ -217,12 +219,18 @@ def convert_planned(planned: Planned) -> list[str]:
     for name, layer in planned.layers.items():
         del module._parameters[name]
         module._modules[name] = layer
-    module.__class__ = _sparse_class(cast(Any, type(module)))
+    change_class(module, _sparse_class(cast(Any, type(module))))
     return list(planned.layers)
 
 
 def convert_experts(module: nn.Module, sparsity: SparsityConfig) -> list[str]:
-    """Make the fused experts of one module sparse, in place; see :func:`plan_experts`."""
+    """Make the fused experts of one module sparse, in place; see :func:`plan_experts`.
+
+    Raises:
+        ConfigError: If the block cannot get another class.
+    """
+    if (reason := why_class_stays(module)) is not None:
+        raise ConfigError(f"the experts of this {type(module).__name__} cannot be converted: {reason}")
     return convert_planned(plan_experts(module, sparsity))
 
 
@@ -238,7 +246,7 @@ def put_packed(block: nn.Module, name: str, layer: PackedExperts) -> None:
     block._modules[name] = layer
     layer.active = active_experts(block)
     if not isinstance(block, SparseExperts):
-        block.__class__ = _sparse_class(cast(Any, type(block)))
+        change_class(block, _sparse_class(cast(Any, type(block))))
 
 
 def revert_experts(model: nn.Module, *, effective: bool = True) -> list[str]:
@@ -266,7 +274,7 @@ def revert_experts(model: nn.Module, *, effective: bool = True) -> list[str]:
             module._parameters[own] = layer._parameters["weight"]
             reverted.append(f"{name}.{own}".lstrip(".").replace("_orig_mod.", ""))
         if layers:
-            module.__class__ = cast(Any, module.plain_class)
+            change_class(module, module.plain_class)
     return reverted
 
 

@@ -19,7 +19,8 @@ from sbn_lightning.layers.conversion import (
     _unsuitable,
     connect_layers,
 )
-from sbn_lightning.layers.experts import Planned, convert_planned, fused_block, plan_experts
+from sbn_lightning.layers.experts import Planned, convert_planned, fused_block, plan_experts, why_not
+from sbn_lightning.layers.instance_forward import why_class_stays
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
@@ -72,8 +73,11 @@ def convert_to_match(
         own = _options_of(name, saved, sparsity, options)
         if fused is None:
             reason = _unsuitable(module, owners, own.nm) or _why_no_place(module, state_dict[f"{name}.mask_bits"])
-            if reason is not None:
-                raise ConfigError(f"the state dict has a mask for {name}, which cannot have one: {reason}")
+        else:
+            reason = why_not(module, own)
+        if (reason := reason or why_class_stays(module)) is not None:
+            raise ConfigError(f"the state dict has a mask for {name}, which cannot have one: {reason}")
+        if fused is None:
             if saved is None and own.split_sizes is None:
                 own = replace(own, split_sizes=guess_split_sizes(model, name, module))
             plan.append(_Planned(name, module, own, _first_mask(name, module, own)))

@@ -54,5 +54,5 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody has put a hook on a module."""
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+    """Whether somebody has put a hook on a module, or a ``forward`` into the instance, as accelerate does."""
+    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)

@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from sbn_lightning.layers.gated import swiglu_of_pair
+from sbn_lightning.layers.instance_forward import change_class
 from sbn_lightning.layers.options import is_hooked
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
@@ -104,7 +105,7 @@ def split_swiglu(model: nn.Module) -> None:
         if isinstance(module, FusedSwiGLU):
             own: Any = module.swiglu_of
             del vars(module)["swiglu_parts"]
-            module.__class__ = own
+            change_class(module, own)
 
 
 class _Tracer(fx.Tracer):
