@@ -16,9 +16,11 @@ from torch import Tensor
 from sbn_kernels.common.integers import next_power_of_2
 from sbn_kernels.common.overlap import begin
 from sbn_kernels.runtime.capability import Needs, require
+from sbn_kernels.runtime.devices import check_one_device
 from sbn_kernels.runtime.launch import Launcher
 
 NEEDS = Needs("prompt", least=(0, 0), interpreter=True)
+_NAMES = ("qkv", "bias", "cos", "sin", "keys", "values", "rows", "before")
 
 
 @triton.jit
@@ -115,11 +117,13 @@ def rotate_and_store(
         raise ValueError(f"the bias must be [{width}] or None, not {list(bias.shape)}")
     if not (qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("queries, keys and values and their caches must be contiguous")
+    tensors = (qkv, bias, cos, sin, keys, values, rows, before)
+    check_one_device("rotate_and_store", _NAMES, tensors)
     require(NEEDS, qkv)
     with torch.cuda.device_of(qkv):
         _rotate(
             (length, batch, 1),
-            (qkv, qkv if bias is None else bias, cos, sin, keys, values, rows, before),
+            (qkv, qkv if bias is None else bias, *tensors[2:]),
             (length, slots),
             (heads, kv_heads, next_power_of_2(count), size // 2, bias is not None),
             4,

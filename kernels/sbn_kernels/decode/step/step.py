@@ -13,9 +13,11 @@ from sbn_kernels.decode.step.planner import make_plan
 from sbn_kernels.decode.step.schedule import schedule
 from sbn_kernels.decode.step.weights import PackedWeights
 from sbn_kernels.runtime.capability import Needs, UnsupportedError, multiprocessors
+from sbn_kernels.runtime.devices import check_one_device
 
 NEEDS = Needs("decode step", only=(9, 0), gluon=True)
 EMPTY = 0x80  # as in ptx.py, which needs Triton 3.9
+_TENSORS = ("words", "norms", "embedding", "head", "cos", "sin", "head_scale")  # of PackedWeights
 _LOWEST = -(2**63)  # as in head.py
 _FIRST_EPOCH = 1  # fresh buffers hold zeros, and no word of the first layer may look like a zero
 
@@ -60,6 +62,17 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+def _check_devices(weights: PackedWeights, caches: Sequence[tuple[Tensor, Tensor]], lengths: Tensor | None) -> None:
+    of_model = {name: getattr(weights, name) for name in _TENSORS}
+    of_caches = {
+        f"the {name} of layer {i}": cache
+        for i, pair in enumerate(caches)
+        for name, cache in zip(("keys", "values"), pair, strict=True)
+    }
+    tensors = {**of_model, **of_caches, "lengths": lengths}
+    check_one_device(NEEDS.op, list(tensors), list(tensors.values()))
+
+
 class DecodeStep:
     """Adds one token to each of ``batch`` sequences, from the embedding to the logits, with one kernel.
 
@@ -96,7 +109,7 @@ class DecodeStep:
 
     Raises:
         StepUnavailableError: If the device cannot run the kernel, or refuses to run all programs at the same time.
-        ValueError: If the caches do not fit the model.
+        ValueError: If the caches do not fit the model, or tensors are on several devices.
     """
 
     def __init__(
@@ -114,6 +127,7 @@ class DecodeStep:
     ) -> None:
         shape, device = weights.shape, weights.words.device
         self.batch = batch = caches[0][0].shape[0]
+        _check_devices(weights, caches, lengths)
         reason = supports(shape, batch, device)
         if reason is not None:
             raise StepUnavailableError(f"{NEEDS.op}: {reason}")
