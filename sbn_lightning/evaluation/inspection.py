@@ -25,7 +25,7 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.core.tables import format_table
 from sbn_lightning.formats.init_from import without_learned_scales, without_masks
 from sbn_lightning.layers.candidates import shape_of
-from sbn_lightning.layers.conversion import convert_linears
+from sbn_lightning.layers.conversion import convert_quietly
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.models.loss import linear_cross_entropy
 from sbn_lightning.models.transformer import TernaryTransformer
@@ -218,7 +218,7 @@ class Inspection:
             # The twin shares the weight, and has dictionaries of its own for parameters and hooks.
             vars(twin).update({name: copy(value) for name, value in vars(twin).items() if isinstance(value, dict)})
         sizes = {key: place.sizes for key, place in self._places.items()}
-        convert_linears(twins, variant_of(self.sparsity, variant), include=list(sizes), exclude=(), split_sizes=sizes)
+        convert_quietly(twins, variant_of(self.sparsity, variant), include=list(sizes), exclude=(), split_sizes=sizes)
         chosen: dict[str, Tensor] = {}
 
         def take_rows(key: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:

@@ -24,6 +24,7 @@ from sbn_lightning.layers.conversion import (
     ConversionReport,
     connect_layers,
     convert_linears,
+    convert_quietly,
     revert_linears,
 )
 from sbn_lightning.layers.experts import convert_experts, fused_block, fused_weights
@@ -89,7 +90,7 @@ def convert_by_name(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -
             continue
         layer = model.get_submodule(name)
         only = _alone(name, layer)
-        convert_linears(only, include=("*",), exclude=(), **given)
+        convert_quietly(only, include=("*",), exclude=(), **given)
         sizes = options.get("split_sizes")
         wanted = None if sizes is None else tuple(sizes)
         if (

@@ -92,7 +92,7 @@ def convert_linears(
 
     Output heads, routers, gates with one row and the matrices of a LoRA are skipped (:func:`left_alone`) unless
     ``include`` names them with a pattern other than ``"*"``. If less than half of the linear parameters became sparse,
-    or if a pattern fits no name in the model, a warning says so.
+    if a pattern fits no name in the model, or if frozen layers were converted, a warning says so.
 
     Args:
         model: The model, changed in place: as a whole or, on an error, not at all.
@@ -152,6 +152,7 @@ def convert_quietly(
             elif reason is None:
                 experts[name] = plan_experts(module, sparsity)
                 report.converted_parameters += size
+                report.frozen += [] if any(p.requires_grad for p in module.parameters(recurse=False)) else names
             else:
                 report.skipped |= dict.fromkeys(names, reason)
             continue
@@ -188,6 +189,8 @@ def convert_quietly(
         own = replace(sparsity, split_sizes=cast("tuple[int, ...] | None", sizes))
         plan.append(_Planned(name, module, own, _first_mask(name, module, own)))
         report.converted_parameters += size
+        if not cast(Tensor, module._parameters["weight"]).requires_grad:
+            report.frozen.append(name)
         if own.split_sizes is not None:
             report.split_sizes[name] = own.split_sizes
     report.unmatched = _unmatched(model, (*include, *exclude))

@@ -20,6 +20,7 @@ class ConversionReport:
         split_sizes: The rows of each part of the fused layers that were converted, by layer.
         swiglu: The names of the modules whose SwiGLU is handed to the layer after it (:func:`fuse_swiglu`).
         unmatched: The patterns of ``include`` and ``exclude`` that are no name in the model, perhaps misspelt.
+        frozen: The names of the converted layers whose weights were frozen (``requires_grad=False``) at the time.
         converted_parameters: The number of weights in converted layers.
         linear_parameters: The number of linear parameters in the model.
         wanted_parameters: The number of linear parameters without those that the caller excluded by name, and without
@@ -32,6 +33,7 @@ class ConversionReport:
     split_sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     swiglu: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
     converted_parameters: int = 0
     linear_parameters: int = 0
     wanted_parameters: int = 0
@@ -41,7 +43,8 @@ class ConversionReport:
     def warning(self) -> str | None:
         """A line of warning; None if all went as asked.
 
-        The line warns if less than half of the wanted parameters were converted, and if a pattern fits no name.
+        The line warns if less than half of the wanted parameters were converted, if a pattern fits no name, and if
+        frozen layers were converted.
         """
         found = []
         if self.unmatched:
@@ -52,7 +55,21 @@ class ConversionReport:
                 f"only {share:.1%} of the model's linear parameters became sparse; the rest is in layers that a "
                 "conversion does not take. The report of the conversion names them, with the reasons"
             )
+        if self.frozen:
+            found.append(self._of_frozen())
         return "; ".join(found) or None
+
+    def _of_frozen(self) -> str:
+        """Say that frozen layers were converted, and which names in ``exclude`` would leave them out."""
+        trained = [name for name in self.converted if name not in set(self.frozen)]
+        names = dict.fromkeys(_outermost(name, trained) for name in self.frozen)
+        one = len(self.frozen) == 1
+        others = "" if one else f" and {len(self.frozen) - 1} more"
+        remedy = f"leave them out with exclude={list(names)}" if trained else "train them, or leave them dense"
+        return (
+            f"{self.frozen[0]}{others} {'is' if one else 'are'} frozen, and a weight that never trains cannot adapt to "
+            f"its rounding: {remedy}. Nothing is wrong if training unfreezes the layers later"
+        )
 
     def split_lines(self) -> list[str]:
         """Return a line for each kind of fused layer: its names, and the rows of its parts."""
@@ -79,3 +96,10 @@ class ConversionReport:
             by_reason.setdefault(reason, []).append(name)
         lines += [f"skipped {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
         return "\n".join(lines)
+
+
+def _outermost(name: str, others: list[str]) -> str:
+    """The shortest leading part of a dotted name that no other name begins with; the whole name if there is none."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[:length]) for length in range(1, len(parts))]
+    return next((one for one in prefixes if not any(f"{other}.".startswith(f"{one}.") for other in others)), name)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from sbn_lightning.integrations.pytorch import convert_by_name
 from sbn_lightning.layers.conversion import convert_linears
 
 
@@ -123,3 +124,29 @@ def test_a_1x1_convolution_is_said_to_be_a_linear_layer():
     skipped = convert_linears(model, "2:4").skipped
     assert "linear layer over channels" in skipped["0"]
     assert "many windows" in skipped["1"]
+
+
+def test_frozen_layers_are_named_once_with_the_way_to_leave_them_out():
+    """A weight that never trains cannot adapt to its rounding, for example that of a teacher."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.ModuleDict({"a": nn.Linear(16, 16), "ab": nn.Linear(16, 16)})
+            self.teacher = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).requires_grad_(False)
+            self.net["a"].requires_grad_(False)
+
+    with pytest.warns(UserWarning, match="frozen") as got:
+        report = convert_linears(Pair(), "2:4")
+    assert report.frozen == ["net.a", "teacher.0", "teacher.1"]
+    assert len(got) == 1
+    message = str(got[0].message)
+    assert message.startswith("net.a and 2 more are frozen")
+    assert "exclude=['net.a', 'teacher']" in message
+    with pytest.warns(UserWarning, match="net.ab and 2 more are frozen.* train them, or leave them dense"):
+        convert_linears(Pair().requires_grad_(False), "2:4", exclude="net.a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert convert_linears(Pair(), "2:4", exclude=["net.a", "teacher"]).converted == ["net.ab"]
+        # A saved conversion says which layers it has, and the weights that come were trained.
+        convert_by_name(Pair(), {"teacher.0": {"pattern": "2:4"}})
