@@ -1,7 +1,9 @@
 """What the ranks of ``test_packed_rows`` check.
 
 On GPUs: ``python -m tests.distributed.packed_worker RANKS FILE RANK cuda``, once for each GPU with the same new FILE.
-There layers multiply with kernels, which are compiled first. What follows ``cuda`` names some of the checks.
+There layers multiply with kernels, which are compiled first: some 65 variants for ``layers``, and some 25 more for
+``models``. What follows ``cuda`` names some of the checks; ``layers:3`` is the check of one kind of layer. With one
+rank each, processes with one check each fill Triton's cache beside each other.
 """
 
 from __future__ import annotations
@@ -251,9 +253,14 @@ def counted() -> Iterator[list[int]]:
         yield calls
 
 
-def check_layers(ranks: int) -> None:
-    """Check single layers of all kinds."""
-    for case in CASES:
+def check_layers(ranks: int, number: int | None = None) -> None:
+    """Check single layers of all kinds.
+
+    Args:
+        ranks: The number of ranks.
+        number: The only case to check; None for all.
+    """
+    for case in CASES if number is None else [CASES[number]]:
         for held, share, rounding in ((False, 1.0, 1.0), (True, 1.0, 1.0), (False, 0.6, 1.0), (False, 1.0, 0.4)):
             check(case, ranks, held, share, rounding)
         say(str(case))
@@ -328,7 +335,8 @@ def main() -> None:
     checks = {"layers": check_layers, "models": check_models, "codes": check_codes, "scales": check_scales}
     for name in sys.argv[5:] or checks:
         say(f"{name} begin")
-        checks[name](ranks)
+        kind, _, number = name.partition(":")
+        checks[kind](ranks, *([int(number)] if number else []))
     say("done")
     dist.destroy_process_group()
 
