@@ -12,6 +12,7 @@ from research.reproduce import paper
 from research.reproduce.tables import FAMILIES, Cell, Results, change, density
 from research.reproduce.variants import ABLATIONS, BASES, FLIPS, RAMPS
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.install import how_to_install
 
 COLOURS = {"bf16-sparse": "#4c72b0", "ternary": "#c44e52"}
 Figure = Any  # matplotlib.figure.Figure, which is imported only to draw.
@@ -31,7 +32,7 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
         ConfigError: If matplotlib is missing.
     """
     if find_spec("matplotlib") is None:
-        raise ConfigError('plots need matplotlib: pip install "sbn-lightning[plots]", or pass --plots false')
+        raise ConfigError(f"plots need matplotlib: {how_to_install('plots')}, or pass --plots false")
     from matplotlib.figure import Figure as MakeFigure
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.install import how_to_install
 
 
 def evaluate(
@@ -39,7 +40,7 @@ def evaluate(
         window: How many tokens the model sees at a time. The default is its max_sequence_length, at most 1024.
         stride: How many tokens lie between the starts of two windows. The default is half a window.
         max_tokens: The largest number of tokens to take, from the beginning of data or text.
-        tasks: Names of tasks of the lm-evaluation-harness; needs pip install "sbn-lightning[eval]".
+        tasks: Names of tasks of the lm-evaluation-harness; needs pip install -e ".[eval]".
         tasks_folder: A folder with tasks of your own, as YAML.
         num_fewshot: How many examples the prompts of tasks have. The default is each task's own number.
         limit: The largest number of examples of each task, for a quick trial.
@@ -59,7 +60,7 @@ def evaluate(
     if data is not None and text is not None:
         raise ConfigError("give --data or --text, not both: they are different texts")
     if named and find_spec("lm_eval") is None:
-        raise ConfigError('--tasks needs the lm-evaluation-harness: pip install "sbn-lightning[eval]"')
+        raise ConfigError(f"--tasks needs the lm-evaluation-harness: {how_to_install('eval')}")
     for option, value in {"tasks_folder": tasks_folder, "num_fewshot": num_fewshot, "limit": limit}.items():
         if value is not None and not named:
             raise ConfigError(f"{option}={value} is for tasks, and none is asked for; name them with --tasks")

@@ -4,7 +4,7 @@
 * :mod:`~sbn_lightning.evaluation.sliding` computes perplexity with sliding windows.
 * :mod:`~sbn_lightning.evaluation.texts` reads the tokens of a text.
 * :mod:`~sbn_lightning.evaluation.layer_report` describes each linear layer: pattern, zeros, gamma.
-* :mod:`~sbn_lightning.evaluation.harness` is for the lm-evaluation-harness (``pip install sbn-lightning[eval]``).
+* :mod:`~sbn_lightning.evaluation.harness` is for the lm-evaluation-harness (``pip install -e ".[eval]"``).
 * :mod:`~sbn_lightning.evaluation.measure` puts them together for the command ``sbn evaluate``.
 """
 

@@ -19,6 +19,7 @@ import torch
 from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.checkpoints.text_files import find_text_files
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.install import how_to_install
 from sbn_lightning.formats.assemble import cast_model
 from sbn_lightning.formats.files import read_json
 from sbn_lightning.formats.load import load_model
@@ -34,7 +35,7 @@ from sbn_lightning.inference.opening import (
 )
 
 CONFIG = "config.json"
-NEEDS = 'this model needs transformers: pip install "sbn-lightning[hf]"'
+NEEDS = f"this model needs transformers: {how_to_install('hf')}"
 
 
 def open_any(

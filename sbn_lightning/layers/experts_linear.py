@@ -358,7 +358,7 @@ class PackedExperts(PackedTernaryLinear):
             self._one_launch = choose_grouped(self.activation_bits, device)
             self._kernel, self._packed = self._one_launch.name, self._one_launch.pack(self.codes)
         elif self.backend != "reference":
-            n, m = (2, 4) if self._fits_24() else (self.pattern.n, self.pattern.m)
+            n, m = self._held_pattern()
             rows = self.out_features // self.experts
             choice = choose_packed(self.in_features, rows, n, m, self.activation_bits, self.backend, device)
             self._kernel = choice.kernel

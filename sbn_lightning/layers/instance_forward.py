@@ -3,8 +3,8 @@
 A conversion gives a module another class. A ``forward`` that somebody stored in the instance hides the forward of the
 class, and the module would go on computing what it computed before. Three kinds of entries are known:
 
-* accelerate stores a wrapper (``device_map="auto"``, ``dispatch_model``). The wrapper calls ``_old_forward``, which is a
-  method of the old class. :func:`change_class` binds ``_old_forward`` to the new class, so the hooks of accelerate keep
+* accelerate stores a wrapper (``device_map="auto"``, ``dispatch_model``). The wrapper calls ``_old_forward``, a method
+  of the old class. :func:`change_class` binds ``_old_forward`` to the new class, so the hooks of accelerate keep
   working.
 * accelerate leaves the method of the class in the instance when it removes its hooks. :func:`change_class` drops it.
 * Anything else is a patch. Nobody can say what a patch computes with, so :func:`why_class_stays` refuses.

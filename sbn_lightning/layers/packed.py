@@ -124,7 +124,7 @@ class PackedTernaryLinear(nn.Module):
         if self.backend != "reference":
             from sbn_lightning.backends.selection import choose_packed, pack_for
 
-            n, m = (2, 4) if self._fits_24() else (self.pattern.n, self.pattern.m)
+            n, m = self._held_pattern()
             choice = choose_packed(
                 self.in_features, self.out_features, n, m, self.activation_bits, self.backend, self.codes.device
             )
@@ -133,8 +133,12 @@ class PackedTernaryLinear(nn.Module):
                 self._packed, self._layout = pack_for(choice.kernel, self.codes)
         self._settled_for = (self.backend, self.codes.device)
 
-    def _fits_24(self) -> bool:
-        return self.in_features % 4 == 0 and int(nonzeros_per_group(self.codes, 4).max()) <= 2
+    def _held_pattern(self) -> tuple[int, int]:
+        """N and M that the codes keep to: 2:4 where it fits, or else the pattern, or else M:M (within a ramp)."""
+        if self.in_features % 4 == 0 and int(nonzeros_per_group(self.codes, 4).max()) <= 2:
+            return 2, 4
+        n, m = self.pattern.n, self.pattern.m
+        return (n, m) if n == m or int(nonzeros_per_group(self.codes, m).max()) <= n else (m, m)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedTernaryLinear:
         """Move all tensors to another device. A cast to another dtype leaves gamma in float32."""

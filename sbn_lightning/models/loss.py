@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from sbn_lightning.backends.int8_head import Int8Head
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.install import how_to_install
 from sbn_lightning.sparsity.ternary import float32_mm
 
 LossImplementation = Literal["auto", "chunked", "liger", "torch", "plain"]
@@ -62,7 +63,7 @@ def choose_loss(implementation: LossImplementation, vocab_size: int, device: tor
             return "chunked" if vocab_size >= CHUNKED_VOCABULARY else "plain"
         return "torch" if has_torch and vocab_size >= FUSED_VOCABULARY else "plain"
     if implementation == "liger" and not has_liger:
-        raise ConfigError('loss "liger" needs a CUDA device and pip install "sbn-lightning[liger]"')
+        raise ConfigError(f"loss 'liger' needs a CUDA device and liger-kernel: {how_to_install('liger')}")
     if implementation == "torch" and not has_torch:
         raise ConfigError(
             f'loss "torch" needs torch.nn.functional.linear_cross_entropy, which torch {torch.__version__} lacks; '

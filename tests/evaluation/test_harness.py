@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-pytest.importorskip("lm_eval", reason='needs pip install "sbn-lightning[eval]"')
+pytest.importorskip("lm_eval", reason='needs pip install -e ".[eval]"')
 
 from lm_eval.tasks import TaskManager
 

@@ -327,7 +327,7 @@ def test_the_package_is_asked_for_by_name(tmp_path, capsys, monkeypatch):
     save(make_model(**WIDE), tmp_path / "m.ckpt")
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert export() == 1
-    assert 'pip install "sbn-lightning[export]"' in capsys.readouterr().err
+    assert 'pip install -e ".[export]"' in capsys.readouterr().err
 
 
 def merged(pre_tokenizer, ignore_merges=False, **parts):

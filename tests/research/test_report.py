@@ -251,4 +251,4 @@ def test_errors_say_what_to_do(capsys, monkeypatch):
     assert "nothing.jsonl holds no results yet" in capsys.readouterr().err
     monkeypatch.setattr("research.reproduce.plots.find_spec", lambda name: None)
     assert write(all_lines(loss_of))[0] == 1
-    assert 'pip install "sbn-lightning[plots]", or pass --plots false' in capsys.readouterr().err
+    assert 'pip install -e ".[plots]" in a checkout of the repository, or pass --plots false' in capsys.readouterr().err

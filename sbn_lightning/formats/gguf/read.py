@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sbn_lightning.checkpoints.text_files import TextFiles
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.core.install import how_to_install
 from sbn_lightning.formats.files import refuse_pointer
 from sbn_lightning.formats.gguf.names import LINEAR, OUTER, ROPE_DIVISORS, block_norms, restore_halves
 from sbn_lightning.formats.gguf.tokenizer import read_tokenizer
@@ -86,7 +87,7 @@ def _reading(file: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         import gguf
     except ImportError as error:
         raise ConfigError(
-            f'{file}: reading GGUF needs the package gguf: pip install "sbn-lightning[export]" or pip install gguf'
+            f"{file}: reading GGUF needs the package gguf: {how_to_install('export')}, or pip install gguf"
         ) from error
     try:
         reader = gguf.GGUFReader(file)

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.install import how_to_install
 from sbn_lightning.formats.gguf.blocks import BLOCKS, FALLBACK, TYPES, blocks, type_for
 from sbn_lightning.formats.gguf.names import EXPERTS, NAMES, ROPE_DIVISORS, ROUTER, block_norms, interleave_halves
 from sbn_lightning.formats.gguf.tokenizer import add_tokenizer, check_tokenizer
@@ -62,7 +63,7 @@ def write_gguf(loaded: LoadedModel, folder: Path, quantization: str, embedding_b
         import gguf
     except ImportError as error:
         raise ConfigError(
-            'writing GGUF needs the package gguf: pip install "sbn-lightning[export]" or pip install gguf'
+            f"writing GGUF needs the package gguf: {how_to_install('export')}, or pip install gguf"
         ) from error
     check_gguf(loaded, quantization)
     config = loaded.config

@@ -16,6 +16,7 @@ tensor by rows and by columns, as tensor parallelism does, without decoding it f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from sbn_lightning.formats.huggingface.config import architecture
 from sbn_lightning.formats.huggingface.names import fused_name, linear_parts
 from sbn_lightning.formats.packed import ternary_layers
 from sbn_lightning.sparsity.config import OPTION_NAMES
+from sbn_lightning.sparsity.pattern import NMPattern, nonzeros_per_group
 
 if TYPE_CHECKING:
     from sbn_lightning.formats.loaded import LoadedModel
@@ -75,6 +77,38 @@ def quantization_config(modules: Mapping[str, Mapping[str, Any]], form: str) -> 
     return {"quant_method": METHOD, "version": VERSION, "form": form, **common, "modules": own}
 
 
+def most_in_group(codes: Tensor, pattern: str | NMPattern) -> int:
+    """Return the largest number of non-zero codes in a group of a pattern; at least 1."""
+    return max(1, int(nonzeros_per_group(codes, NMPattern.parse(pattern).m).max()))
+
+
+def widen_patterns(modules: Mapping[str, dict[str, Any]], most: Mapping[str, int]) -> str | None:
+    """Write into the options of packed layers the patterns that their codes keep to.
+
+    In the middle of a ramp, groups have more non-zeros than N. All layers of a pattern then get the same larger N,
+    because vLLM computes q, k and v as one layer and refuses parts whose options differ.
+
+    Args:
+        modules: The options of each layer by name, changed in place.
+        most: The :func:`most_in_group` of each layer.
+
+    Returns:
+        What to say on the model card; None if all layers keep to their patterns. A warning says the same.
+    """
+    wider: dict[str, int] = {}
+    for name, options in modules.items():
+        if most[name] > NMPattern.parse(options["pattern"]).n:
+            wider[options["pattern"]] = max(most[name], wider.get(options["pattern"], 0))
+    if not wider:
+        return None
+    for options in modules.values():
+        if (n := wider.get(options["pattern"])) is not None:
+            options["pattern"] = f"{n}:{NMPattern.parse(options['pattern']).m}"
+    reason = f"written before the ramp to {', '.join(wider)} had ended"
+    warnings.warn(f"{reason}: groups have more non-zero weights than that, and the folder says so", stacklevel=3)
+    return reason
+
+
 def write_hf_sbn(loaded: LoadedModel, folder: Path, perplexity: float | None = None) -> str:
     """Write a ternary model of this project as a Hugging Face folder that ``from_pretrained`` reads with our quantiser.
 
@@ -102,6 +136,7 @@ def write_hf_sbn(loaded: LoadedModel, folder: Path, perplexity: float | None = N
         )
     tensors = _other_tensors(loaded)
     modules: dict[str, dict[str, Any]] = {}
+    most: dict[str, int] = {}
     zeros = weights = 0
     for part in tqdm(list(linear_parts(config)), desc="writing", unit="layer", disable=None):
         layer = layers[part.ours]
@@ -109,6 +144,7 @@ def write_hf_sbn(loaded: LoadedModel, folder: Path, perplexity: float | None = N
         if (fused := fused_name(part)) is not None:
             tensors[f"{fused}.codes"], tensors[f"{fused}.gamma"] = pack_codes(codes), gamma.clone()
             modules[fused] = {"pattern": str(layer.pattern), "activation_bits": layer.activation_bits}
+            most[fused] = most_in_group(codes, layer.pattern)
             zeros, weights = zeros + int((codes == 0).sum()), weights + codes.numel()
             continue
         rows = part.rows or (layer.out_features,)
@@ -119,12 +155,14 @@ def write_hf_sbn(loaded: LoadedModel, folder: Path, perplexity: float | None = N
             if bias is not None:
                 tensors[f"{name}.bias"] = bias.clone()
             modules[name] = {"pattern": str(layer.pattern), "activation_bits": layer.activation_bits}
+            most[name] = most_in_group(piece, layer.pattern)
             zeros, weights = zeros + int((piece == 0).sum()), weights + piece.numel()
+    remark = widen_patterns(modules, most)
     _save(loaded, folder, tensors, {"quantization_config": quantization_config(modules, "packed")})
     facts = {
         "architecture": architecture(config),
-        "pattern": str(config.pattern),
-        "activation_bits": config.activation_bits,
+        "modules": modules,
+        "remark": remark,
         "zeros": zeros / weights,
         "perplexity": perplexity,
     }
@@ -136,34 +174,40 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """Return a model card that says what the model is and how to load it.
 
     Args:
-        facts: ``architecture``, ``pattern``, ``activation_bits``, ``zeros`` (a share of the ternary weights) and
-            ``perplexity`` (None if it was not measured).
+        facts: ``architecture``, ``modules`` (the options of each sparse layer), ``remark`` (more about the pattern, or
+            None), ``zeros`` (a share of the ternary weights) and ``perplexity`` (None if it was not measured).
     """
-    n, m = (int(part) for part in str(facts["pattern"]).split(":"))
-    sparsity = "no fixed pattern of zeros" if n == m else f"at most {n} of every {m} weights in a row are not zero"
-    bits = facts["activation_bits"]
+    modules = facts["modules"].values()
+    patterns = dict.fromkeys(str(options["pattern"]) for options in modules)
+    bits = dict.fromkeys(options["activation_bits"] for options in modules)
+    sparsity = "; ".join(_in_words(pattern) for pattern in patterns)
+    sparsity += "" if facts["remark"] is None else f". {facts['remark'].capitalize()}"
+    activations = "; ".join(
+        "as they are" if one is None else f"quantised to {one} bits, token by token" for one in bits
+    )
     perplexity = facts["perplexity"]
     return f"""---
 library_name: transformers
 tags: [sbn-lightning, ternary, bitnet, sparse]
 ---
 
-# A ternary model, {facts["pattern"]}
+# A ternary model, {", ".join(patterns)}
 
 | | |
 | --- | --- |
 | architecture | {facts["architecture"]} |
 | weights of linear layers | -1, 0 or 1, times one scale for each part of a tensor |
-| pattern | {facts["pattern"]}: {sparsity} |
+| pattern | {sparsity} |
 | zeros | {facts["zeros"]:.1%} of the ternary weights |
 | bits | 2 for each ternary weight in the file |
-| activations | {"as they are" if bits is None else f"quantised to {bits} bits, token by token"} |
+| activations | {activations} |
 | perplexity | {"not measured" if perplexity is None else f"{perplexity:.2f}"} |
 
 ## How to load
 
+The Python package `sbn_lightning` comes from its own repository, and from no package index. It needs transformers.
+
 ```python
-# pip install sbn-lightning[hf]
 import sbn_lightning.integrations.huggingface  # makes the quantisation method known to transformers
 from transformers import AutoModelForCausalLM
 
@@ -172,3 +216,9 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 
 The layers run on the kernels of sbn-lightning on a GPU that has them, and in plain PyTorch elsewhere.
 """
+
+
+def _in_words(pattern: str) -> str:
+    n, m = (int(part) for part in pattern.split(":"))
+    rule = "no fixed pattern of zeros" if n == m else f"at most {n} of every {m} weights in a row are not zero"
+    return f"{pattern}: {rule}"

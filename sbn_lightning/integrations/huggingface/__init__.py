@@ -12,7 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sbn_lightning.integrations.huggingface.quantizer import SBNConfig, SBNQuantizer, save_packed
+from sbn_lightning.integrations.huggingface.quantizer import SBNConfig, SBNQuantizer
+from sbn_lightning.integrations.huggingface.saving import save_packed
 
 if TYPE_CHECKING:
     from sbn_lightning.integrations.huggingface.causal_lm import CausalLM

@@ -14,7 +14,7 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.huggingface.write import write_text_files
 from sbn_lightning.integrations.folder import write_sparse
 from sbn_lightning.integrations.huggingface.network import Network
-from sbn_lightning.integrations.huggingface.quantizer import save_packed
+from sbn_lightning.integrations.huggingface.saving import save_packed
 from sbn_lightning.integrations.pytorch import revert
 
 FORMATS = ("hf-sbn", "packed", "hf")

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sbn_lightning.checkpoints.text_files import TextFiles, only_token_ids, read_folder
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.core.install import how_to_install
 from sbn_lightning.formats.huggingface.folder import read_hf_text
 from sbn_lightning.integrations.huggingface.decoder import NetworkDecoder, NetworkRows
 from sbn_lightning.integrations.pytorch import convert
@@ -196,7 +197,7 @@ def build_network(
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
-        raise ConfigError('a Hugging Face model needs transformers: pip install "sbn-lightning[hf]"') from error
+        raise ConfigError(f"a Hugging Face model needs transformers: {how_to_install('hf')}") from error
     if isinstance(source, str):
         import sbn_lightning.integrations.huggingface.quantizer  # noqa: F401 (folders of our own method load too)
 

@@ -6,13 +6,12 @@ There are three ways in:
 * a folder with latent weights and masks (``form="latent"``): ``Trainer`` trains it further;
 * a dense folder, loaded with ``quantization_config=SBNConfig("2:4")``: its layers are converted after loading.
 
-``save_pretrained`` writes the form that the model has. :func:`save_packed` writes packed layers from either form.
+``save_pretrained`` writes the form that the model has. ``save_packed`` writes packed layers from either form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sbn_lightning.core.errors import ConfigError, DataError
-from sbn_lightning.formats.huggingface.sbn import METHOD, OPTIONS, VERSION, model_card, pack_codes, quantization_config
+from sbn_lightning.formats.huggingface.sbn import METHOD, OPTIONS, VERSION, pack_codes, quantization_config
 from sbn_lightning.integrations.folder import describe, sparse_layers
 from sbn_lightning.integrations.huggingface.packed_linear import TernaryExperts2Bit, TernaryLinear2Bit
 from sbn_lightning.integrations.pytorch import convert, convert_by_name
@@ -247,51 +246,6 @@ def latent_state(model: nn.Module) -> dict[str, Tensor] | None:
     for ours, theirs in ((".mask_bits", MASK_BUFFER), (".log_scale", SCALE_PARAMETER)):
         state |= {f"{name}{theirs}": state.pop(name + ours) for name in names if name + ours in state}
     return state
-
-
-def save_packed(
-    model: Any, directory: str | Path, *, dtype: torch.dtype | None = None, perplexity: float | None = None
-) -> None:
-    """Write a Hugging Face model with ternary layers to a folder, 2 bits a ternary weight, with a model card.
-
-    Args:
-        model: A ``PreTrainedModel`` with converted or packed layers.
-        directory: The folder to write to.
-        dtype: The dtype of the other weights; None leaves each as it is.
-        perplexity: The perplexity for the model card, if it was measured.
-
-    Raises:
-        ConfigError: If no layer is sparse, or a sparse layer is not ternary.
-    """
-    config = config_of(model, "packed")
-    state = packed_state(model)
-    if dtype is not None:
-        state = {
-            name: value.to(dtype) if value.is_floating_point() and not name.endswith(".gamma") else value
-            for name, value in state.items()
-        }
-    quantizer = getattr(model, "hf_quantizer", None)
-    saved = model.config.__dict__.get("quantization_config")
-    model.hf_quantizer = None
-    model.config.quantization_config = config
-    try:
-        # transformers would cut fused experts into one tensor for each expert, and our folder holds them fused.
-        model.save_pretrained(directory, state_dict=state, save_original_format=False)
-    finally:
-        model.hf_quantizer = quantizer
-        if saved is None:
-            del model.config.quantization_config
-        else:
-            model.config.quantization_config = saved
-    codes = [layer.ternary()[0] for layer in sparse_layers(model).values()]  # type: ignore[union-attr, operator]
-    facts = {
-        "architecture": type(model).__name__,
-        "pattern": config.pattern,
-        "activation_bits": config.activation_bits,
-        "zeros": sum(int((part == 0).sum()) for part in codes) / sum(part.numel() for part in codes),
-        "perplexity": perplexity,
-    }
-    (Path(directory) / "README.md").write_text(model_card(facts), encoding="utf-8")
 
 
 def _save_experts_fused(model: Any) -> None:
