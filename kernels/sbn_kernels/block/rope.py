@@ -25,8 +25,9 @@ _TOKENS = 8  # tokens of a program
 @triton.jit
 def _turned_back(d, head, stride, y, place, wide, inside, half, tables, TURN: tl.constexpr):
     """Writes one head of some tokens to its place ``y``."""
-    low = tl.load(d + head * stride + wide, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(d + head * stride + wide + half, mask=inside, other=0.0).to(tl.float32)
+    d += (tl.full([], 0, tl.int64) + head) * stride
+    low = tl.load(d + wide, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(d + wide + half, mask=inside, other=0.0).to(tl.float32)
     if TURN:
         cos_low, cos_high, sin_low, sin_high = tables
         low, high = low * cos_low + high * sin_high, high * cos_high + low * sin_low
@@ -49,15 +50,15 @@ def rope_backward_kernel(
     column = tl.arange(0, HALF)
     half = size // 2
     inside = (row < tokens)[:, None] & (column < half)[None, :]
-    where = row[:, None] * cos_stride + column[None, :]
+    wide = row.to(tl.int64)[:, None]
+    where = wide * cos_stride + column[None, :]
     cos_low = tl.load(cos_pointer + where, mask=inside, other=0.0)
     cos_high = tl.load(cos_pointer + where + half, mask=inside, other=0.0)
     sin_low = tl.load(sin_pointer + where, mask=inside, other=0.0)
     sin_high = tl.load(sin_pointer + where + half, mask=inside, other=0.0)
     tables = (cos_low, cos_high, sin_low, sin_high)
     width = (heads + 2 * key_heads) * size
-    y = y_pointer + (batch * tokens + row.to(tl.int64))[:, None] * width + column[None, :]
-    wide = row.to(tl.int64)[:, None]
+    y = y_pointer + (batch * tokens + wide) * width + column[None, :]
     of_q, of_k, of_v = (
         wide * dq_token + column[None, :],
         wide * dk_token + column[None, :],

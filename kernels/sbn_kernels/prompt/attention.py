@@ -61,8 +61,9 @@ def attend_kernel(
     begin(EARLY)
     token = block * QUERIES + tl.arange(0, QUERIES)
     feature = tl.arange(0, SIZE)
-    q_at = q_pointer + sequence.to(tl.int64) * q_sequence + head * q_head
-    q = tl.load(q_at + token[:, None] * q_token + feature[None, :], mask=token[:, None] < length, other=0.0)
+    wide = token.to(tl.int64)[:, None]
+    q_at = q_pointer + sequence.to(tl.int64) * q_sequence + head.to(tl.int64) * q_head
+    q = tl.load(q_at + wide * q_token + feature[None, :], mask=token[:, None] < length, other=0.0)
     place = before + token
     end = before + tl.minimum(length, (block + 1) * QUERIES)
     first_slot = (row * (HEADS // GROUP) + head // GROUP) * slots
@@ -85,7 +86,7 @@ def attend_kernel(
         largest = higher
     y = (acc / total[:, None]).to(y_pointer.dtype.element_ty)
     to = y_pointer + (sequence.to(tl.int64) * length * HEADS + head) * SIZE
-    tl.store(to + token[:, None] * (HEADS * SIZE) + feature[None, :], y, mask=token[:, None] < length)
+    tl.store(to + wide * (HEADS * SIZE) + feature[None, :], y, mask=token[:, None] < length)
 
 
 _attend = {
