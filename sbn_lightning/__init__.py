@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from sbn_lightning.data import TokenDataModule
     from sbn_lightning.integrations import convert, load_sparse, revert, save_sparse, use_kernels
     from sbn_lightning.layers.audit import audit
-    from sbn_lightning.layers.conversion import convert_linears, revert_linears
+    from sbn_lightning.layers.conversion import convert_linears
+    from sbn_lightning.layers.reversion import revert_linears
     from sbn_lightning.layers.sparse_linear import SparseBitLinear, SparseLinear
     from sbn_lightning.models.config import TransformerConfig
     from sbn_lightning.models.rope_scaling import RopeScaling
@@ -82,7 +83,7 @@ _MODULE_OF = {
     "convert_linears": "layers.conversion",
     "load_sparse": "integrations",
     "revert": "integrations",
-    "revert_linears": "layers.conversion",
+    "revert_linears": "layers.reversion",
     "save_sparse": "integrations",
     "use_kernels": "integrations",
 }

@@ -31,11 +31,11 @@ from sbn_lightning.formats.group_code import GroupCode, choose_code, decode, enc
 from sbn_lightning.formats.output import output_folder
 from sbn_lightning.integrations.pytorch import convert_by_name
 from sbn_lightning.layers.conv1d import is_conv1d
-from sbn_lightning.layers.conversion import revert_linears
 from sbn_lightning.layers.experts import fused_block, fused_shape, put_packed
 from sbn_lightning.layers.experts_linear import PackedExperts
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.packed import PackedTernaryLinear
+from sbn_lightning.layers.reversion import revert_layers
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.sparsity.config import OPTION_NAMES, TRAINING_NAMES
 
@@ -171,10 +171,11 @@ def load_sparse(model: nn.Module, directory: str | Path, *, strict: bool = True)
             if isinstance(new, PackedExperts):
                 put_packed(parent, child, new)
             else:
+                new.plain_class = _plain_class_of(old)
                 setattr(parent, child, new)
         model.load_state_dict(state, strict=False)
         return list(layers)
-    revert_linears(model)
+    revert_layers(model)
     convert_by_name(model, {name: conversion_options(about) for name, about in layers.items()})
     model.load_state_dict(state, strict=False)
     return list(layers)
@@ -302,6 +303,13 @@ def _check_fit(
             raise ConfigError(
                 f"{name} is {list(state[name].shape)} in {folder}, {list(wanted[name].shape)} in the model"
             )
+
+
+def _plain_class_of(layer: nn.Module) -> type[nn.Module]:
+    """The class that a layer has when it is not sparse."""
+    if isinstance(layer, PackedTernaryLinear):
+        return layer.plain_class
+    return type(layer) if is_conv1d(layer) else vars(layer).get("converted_from", nn.Linear)
 
 
 def _device_of(layer: nn.Module | Tensor) -> torch.device:

@@ -66,7 +66,11 @@ def convert(
 
 
 def revert(model: nn.Module) -> list[str]:
-    """Turn sparse layers back into plain ones, which now hold the effective weights, and return their names."""
+    """Turn sparse layers, latent or packed, back into plain ones with the effective weights, and return their names.
+
+    A model of transformers is no longer marked as quantised; see
+    :func:`~sbn_lightning.layers.reversion.revert_linears`.
+    """
     return revert_linears(model)
 
 

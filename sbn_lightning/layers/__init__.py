@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sbn_lightning.layers.audit import Audit
-    from sbn_lightning.layers.conversion import ConversionReport, convert_linears, revert_linears
+    from sbn_lightning.layers.conversion import ConversionReport, convert_linears
     from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers, prepare_layers
     from sbn_lightning.layers.matching import convert_to_match
     from sbn_lightning.layers.packed import PackedTernaryLinear, pack_layers
+    from sbn_lightning.layers.reversion import revert_linears
     from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
     from sbn_lightning.layers.sparse_linear import SparseLinear
     from sbn_lightning.sparsity.config import Gradient, MaskSource, SparsityConfig
@@ -30,7 +31,7 @@ _MODULE_OF = {
     "masked_layers": "layers.masked_linear",
     "pack_layers": "layers.packed",
     "prepare_layers": "layers.masked_linear",
-    "revert_linears": "layers.conversion",
+    "revert_linears": "layers.reversion",
     "ternary_layers": "layers.sparse_bit_linear",
 }
 

@@ -6,8 +6,8 @@ and an existing optimiser therefore stay valid. A conversion takes only exact ``
 (:mod:`sbn_lightning.layers.experts`). A subclass of ``nn.Linear`` may be used in another way:
 ``nn.MultiheadAttention`` reads the weight of its ``out_proj`` and never calls the layer.
 
-A conversion first checks every layer and computes every mask, and only then changes the first layer. A reversion first
-computes every ternary weight. So both happen as a whole or not at all.
+A conversion first checks every layer and computes every mask, and only then changes the first layer. So it happens as a
+whole or not at all. :mod:`sbn_lightning.layers.reversion` is the way back.
 
 Convolutions are left alone. The quantiser scales each token, and a convolution with a window larger than 1x1 has no
 tokens: a pixel takes part in many windows, and each window has a maximum of its own. A 1x1 convolution is a linear
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -28,34 +28,27 @@ from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.candidates import guess_split_sizes, left_alone, name_matches, not_linear, shape_of
+from sbn_lightning.layers.connection import connect_layers as connect_layers
+from sbn_lightning.layers.connection import named_modules as named_modules
 from sbn_lightning.layers.conv1d import SparseBitConv1D, SparseConv1D, is_conv1d
 from sbn_lightning.layers.conversion_report import ConversionReport as ConversionReport
 from sbn_lightning.layers.experts import (
     Planned,
-    SparseExperts,
     check_shared,
     convert_planned,
     fused_weights,
     plan_experts,
-    revert_experts,
     why_not,
 )
 from sbn_lightning.layers.instance_forward import change_class, why_class_stays
-from sbn_lightning.layers.joined import note_groups
-from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
+from sbn_lightning.layers.masked_linear import MaskedLinear
+from sbn_lightning.layers.reversion import refuse
+from sbn_lightning.layers.reversion import revert_linears as revert_linears
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.layers.sparse_linear import SparseLinear
-from sbn_lightning.layers.swiglu_fusion import FusedSwiGLU, fuse_swiglu, split_swiglu
 from sbn_lightning.sparsity.config import Kind, SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
 
-# In evaluation these modules of PyTorch hand the weights of their linear layers to one fused kernel and never call the
-# layers, so the kernel would use the dense latent weights. Each entry is the attribute that switches the fused kernel,
-# and the value that turns the kernel off.
-_FUSED_INFERENCE: dict[type[nn.Module], tuple[str, int]] = {
-    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-    nn.TransformerEncoder: ("use_nested_tensor", False),
-}
 # The classes of converted layers by kind: the class for an ``nn.Linear``, and the class for a ``Conv1D``.
 _CLASSES: dict[Kind, tuple[type[MaskedLinear], type[MaskedLinear]]] = {
     "ternary": (SparseBitLinear, SparseBitConv1D),
@@ -194,7 +187,7 @@ def convert_quietly(
         if own.split_sizes is not None:
             report.split_sizes[name] = own.split_sizes
     report.unmatched = _unmatched(model, (*include, *exclude))
-    _refuse(fixed, "converted", "; or exclude them")
+    refuse(fixed, "converted", "; or exclude them")
     if unused := set(given) - used:
         raise ConfigError(f"split_sizes: no converted layer has a name like {', '.join(sorted(unused))}")
     if not plan and not experts and not already:
@@ -209,58 +202,6 @@ def convert_quietly(
         report.converted += [f"{name}.{weight}".lstrip(".") for weight in convert_planned(block)]
     report.swiglu = connect_layers(model)
     return report
-
-
-def revert_linears(model: nn.Module) -> list[str]:
-    """Turn masked layers back into the plain layers they were, which now hold the effective weight.
-
-    Parameter objects stay the same. The plain layers do not quantise their tokens, so the outputs of ternary layers
-    change by the size of that rounding. Convert with ``activation_bits=None`` if this matters.
-
-    Revert a Hugging Face model before ``save_pretrained``. Until then its weights are latent weights, and
-    ``from_pretrained`` would use them as they are. Revert also before a LoRA is merged (``merge_and_unload``): in a
-    masked layer it would become part of the latent weight and be rounded away.
-
-    Args:
-        model: The model, changed in place: as a whole or, on an error, not at all.
-
-    Returns:
-        The names of the layers.
-
-    Raises:
-        ConfigError: If the ``forward`` of a layer was replaced, or its weights are offloaded.
-    """
-    _refuse({name: why for name, module in named_modules(model) if (why := _why_not_back(module))}, "reverted")
-    layers = [(name, module) for name, module in named_modules(model) if isinstance(module, MaskedLinear)]
-    with torch.no_grad():
-        for _, layer in layers:
-            layer.prepare()  # Raises whatever can go wrong, before the first layer is changed.
-        experts = set(revert_experts(model))
-        for name, layer in layers:
-            if name not in experts:
-                _revert(layer)
-    split_swiglu(model)
-    _switch_fused_inference(model, on=True)
-    return [name for name, _ in layers]
-
-
-def _refuse(fixed: Mapping[str, str], done: str, remedy: str = "") -> None:
-    """Raise an error that names the modules that cannot get another class, if there are any."""
-    if fixed:
-        reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in list(fixed.items())[:3])
-        more = f"; and {len(fixed) - 3} more" if len(fixed) > 3 else ""
-        raise ConfigError(f"cannot be {done}: {reasons}{more}{remedy}")
-
-
-def _why_not_back(module: nn.Module) -> str | None:
-    changes = isinstance(module, MaskedLinear | SparseExperts | FusedSwiGLU)
-    return why_class_stays(module) if changes else None
-
-
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model with their names, without the part that ``torch.compile`` adds to names."""
-    for name, module in model.named_modules():
-        yield name.replace("_orig_mod.", ""), module
 
 
 def _count(report: ConversionReport, parameters: int, wanted: bool) -> None:
@@ -351,43 +292,3 @@ def _convert(planned: _Planned) -> None:
         vars(module).update(converted_from=type(module), in_features=in_features, out_features=out_features)
     change_class(module, _CLASSES[planned.sparsity.kind][transposed])
     cast(MaskedLinear, module)._init_mask(planned.sparsity, planned.mask_bits)
-
-
-def _revert(layer: MaskedLinear) -> None:
-    layer.weight.copy_(layer.effective_weight())
-    layer.tracker.let_go()
-    transposed = "converted_from" in vars(layer)
-    plain = vars(layer).pop("converted_from", nn.Linear)
-    own = _CLASSES[layer.sparsity.kind][0]  # Not the class for a Conv1D: only a conversion can make one.
-    ours = set(vars(own(1, 1, sparsity="1:1", device="meta"))) - set(vars(nn.Linear(1, 1, device="meta")))
-    for extra in ours | ({"in_features", "out_features"} if transposed else set()):
-        vars(layer).pop(extra, None)
-    del layer.mask_bits
-    layer._parameters.pop("log_scale", None)  # The effective weight has the learned factor.
-    change_class(layer, plain)
-
-
-def connect_layers(model: nn.Module) -> list[str]:
-    """Find converted layers that can compute together, and switch off fused inference, which would not see their masks.
-
-    Every way to put a converted model together ends with this function. So a model that was saved and loaded trains as
-    fast as before, and with the same bits. A second call finds nothing new.
-
-    Returns:
-        The names of the modules whose SwiGLU is handed to the layer after it.
-    """
-    swiglu = fuse_swiglu(model)
-    note_groups(model, SparseBitLinear)
-    _switch_fused_inference(model, on=False)
-    return swiglu
-
-
-def _switch_fused_inference(model: nn.Module, on: bool) -> None:
-    for module in model.modules():
-        for kind, (switch, off) in _FUSED_INFERENCE.items():
-            if isinstance(module, kind):
-                if on and "fused_before" in vars(module):
-                    setattr(module, switch, vars(module).pop("fused_before"))
-                elif not on and "fused_before" not in vars(module) and any(masked_layers(module)):
-                    vars(module)["fused_before"] = getattr(module, switch)
-                    setattr(module, switch, off)

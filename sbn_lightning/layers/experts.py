@@ -249,13 +249,15 @@ def put_packed(block: nn.Module, name: str, layer: PackedExperts) -> None:
         change_class(block, _sparse_class(cast(Any, type(block))))
 
 
-def revert_experts(model: nn.Module, *, effective: bool = True) -> list[str]:
+def revert_experts(
+    model: nn.Module, *, dtype: torch.dtype | None = None, packed_dtype: torch.dtype = torch.float32
+) -> list[str]:
     """Turn all converted experts of a model back into plain ones.
 
     Args:
-        model: The model, changed in place. Packed experts stay: they have no latent weight.
-        effective: Whether the plain experts get the effective weights. If False they keep the latent ones, which
-            undoes a conversion.
+        model: The model, changed in place. The plain experts get the effective weights.
+        dtype: The dtype of plain weights that had latent weights; None keeps theirs.
+        packed_dtype: The dtype of plain weights that were packed.
 
     Returns:
         The names of the weights.
@@ -264,14 +266,21 @@ def revert_experts(model: nn.Module, *, effective: bool = True) -> list[str]:
     for name, module in model.named_modules():
         if not isinstance(module, SparseExperts):
             continue
-        layers = {own: layer for own, layer in module._modules.items() if isinstance(layer, FusedWeight)}
+        layers: dict[str, Any] = {
+            own: layer for own, layer in module._modules.items() if isinstance(layer, FusedWeight | PackedExperts)
+        }
         for own, layer in layers.items():
-            if effective:
+            if isinstance(layer, FusedWeight):
+                parameter = cast(nn.Parameter, layer._parameters["weight"])
                 with torch.no_grad():
                     layer.weight.copy_(layer.effective_weight())
-            layer.tracker.let_go()
+                    parameter.data = parameter.data.to(dtype or parameter.dtype)
+                layer.tracker.let_go()
+            else:
+                weight = layer.effective_weight().to(packed_dtype)
+                parameter = nn.Parameter(weight.unflatten(0, (layer.experts, -1)))
             del module._modules[own]
-            module._parameters[own] = layer._parameters["weight"]
+            module._parameters[own] = parameter
             reverted.append(f"{name}.{own}".lstrip(".").replace("_orig_mod.", ""))
         if layers:
             change_class(module, module.plain_class)

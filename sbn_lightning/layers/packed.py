@@ -41,6 +41,7 @@ class PackedTernaryLinear(nn.Module):
             raises an error where no kernel can run. ``"int8"`` takes the kernels for dense tensor cores. ``"auto"``
             (the default) takes kernels if the GPU has them and tokens have 8 or 4 bits, and otherwise the reference.
             ``"grouped"`` is ``"kernels"``, except in layers of experts, which take one launch for all experts.
+        plain_class: The class of the plain layer that a reversion makes: ``nn.Linear``, or ``Conv1D`` of transformers.
 
     Shape:
         x ``[..., in_features]`` -> y ``[..., out_features]`` in the dtype of x, or autocast's where autocast is on.
@@ -49,6 +50,7 @@ class PackedTernaryLinear(nn.Module):
     pattern: NMPattern = config_option("pattern")
     split_sizes: tuple[int, ...] | None = config_option("split_sizes")
     activation_bits: int | None = config_option("activation_bits")
+    plain_class: type[nn.Module] = nn.Linear
     codes: Tensor
     gamma: Tensor
     row_scale: Tensor
@@ -188,9 +190,6 @@ def packed_layer(layer: SparseBitLinear) -> PackedTernaryLinear:
     """
     codes, gamma = layer.ternary()
     bias = None if layer.bias is None else layer.bias.detach()
-    return PackedTernaryLinear(
-        codes,
-        gamma,
-        bias,
-        sparsity=layer.sparsity,
-    ).train(layer.training)
+    packed = PackedTernaryLinear(codes, gamma, bias, sparsity=layer.sparsity).train(layer.training)
+    packed.plain_class = vars(layer).get("converted_from", nn.Linear)
+    return packed

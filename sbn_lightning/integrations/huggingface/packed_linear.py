@@ -95,6 +95,7 @@ class TernaryLinear2Bit(_TwoBit, nn.Linear):  # type: ignore[misc]  # its bias i
         )
         layer.__class__ = cls
         assert isinstance(layer, cls)
+        layer.plain_class = nn.Linear if isinstance(linear, nn.Linear) else type(linear)
         layer.begin(name)
         return layer
 

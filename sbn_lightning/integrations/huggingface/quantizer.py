@@ -39,6 +39,7 @@ from sbn_lightning.layers.experts import (
     put_packed,
 )
 from sbn_lightning.layers.packed import PackedTernaryLinear
+from sbn_lightning.layers.reversion import revert_layers
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
 Form = Literal["packed", "latent"]
@@ -175,6 +176,11 @@ class SBNQuantizer(HfQuantizer):
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Return True: ``save_pretrained`` writes what ``from_pretrained`` reads."""
         return True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Turn sparse layers into plain ones for ``model.dequantize()``, in place; see ``revert_linears``."""
+        revert_layers(model, dtype)
+        return model
 
     @property
     def is_trainable(self) -> bool:
