@@ -18,6 +18,7 @@ from sbn_lightning.callbacks.base import is_compiled
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
 from sbn_lightning.checkpoints import lightning_file, search
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.distributed.own_module import check_not_alone
 from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts
 from sbn_lightning.distributed.strategies import check_strategy
 from sbn_lightning.layers.conversion import (
@@ -84,7 +85,8 @@ class TernarySparseConversion(Callback):
         ``load_from_checkpoint`` cannot do this for a class that builds plain layers, which have no place for masks.
 
         Args:
-            module: A module with plain layers, changed in place: as a whole or, on an error, not at all.
+            module: A module with plain layers, changed in place: as a whole or, on an error, not at all. A module that
+                builds layers in ``configure_model`` must have done so: call ``module.configure_model()`` first.
             path: A checkpoint file of a run with this callback, or the folder of the run.
             **options: Single fields of :class:`SparsityConfig`, for a checkpoint that does not carry them.
 
@@ -102,6 +104,8 @@ class TernarySparseConversion(Callback):
         if not isinstance(state, dict):
             raise DataError(f"{file} is no checkpoint of Lightning: it holds no state_dict")
         if (reason := _why_not_of(module, state)) is not None:
+            if isinstance(module, LightningModule) and is_overridden("configure_model", module):
+                reason += "; if the module builds layers in configure_model, call module.configure_model() first"
             raise ConfigError(f"{file} is not of this {type(module).__name__}: {reason}")
         names = convert_to_match(module, state, **options)
         module.load_state_dict(state)
@@ -144,6 +148,7 @@ class TernarySparseConversion(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_not_alone(pl_module, trainer.strategy)
         # A model may pass the weight of a layer to some function and never call the layer. The first backward pass
         # shows this: the weight gets a gradient although the layer was not called. A compiled model is not watched,
         # because the hooks would make it compile twice.

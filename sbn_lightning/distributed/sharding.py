@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
+from inspect import unwrap
 from types import MethodType
 from typing import Any, Literal, cast, get_args
 
@@ -29,6 +30,7 @@ from sbn_lightning.layers.sparse_linear import masked_layers, prepare_layers
 Gather = Literal["packed_step", "packed_layer", "latent"]
 Reduce = Literal["micro_batch", "step"]
 LAYERS = "_layers_to_prepare"  # The attribute of a sharded model that lists its masked layers.
+OPTIONS = "_sharding_options"  # The attribute of a sharded model that has the options it was sharded with.
 SMALL = 2**20  # A block with more weights than that besides its ternary ones is gathered on its own.
 
 
@@ -140,6 +142,8 @@ def shard(
         register_fsdp_forward_method(module, method)
     if ours:
         prepare_first(module, methods)
+    given = {"reduce_dtype": reduce_dtype, "gather": gather, "replicate": replicate, "reduce": reduce}
+    setattr(module, OPTIONS, given | {"max_ctas": max_ctas})
 
 
 def _rest(block: nn.Module, ours: set[nn.Parameter]) -> int:
@@ -295,7 +299,7 @@ def recover(module: FSDPModule) -> None:
 
 
 def _after_preparing(method: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(method)
+    @wraps(unwrap(method))  # Lightning looks one wrapper deep for the arguments of a step.
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _prepare(module)
         with trust_weights():  # Nothing inside looks at the weights a second time.

@@ -36,6 +36,7 @@ from sbn_lightning.distributed.background import BackgroundSaver, failures_named
 from sbn_lightning.distributed.gradient_mean import GradientMean, replicate
 from sbn_lightning.distributed.gradients import group_for_gradients, send_first
 from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
+from sbn_lightning.distributed.own_module import check_sharded, configured, is_sharded, shard_module
 from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches, make_buffers, reshard
 from sbn_lightning.distributed.stopping import stop_together
 
@@ -117,6 +118,10 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
     This strategy uses all GPUs for data parallelism. ``ModelParallelStrategy`` would give all GPUs of a node to tensor
     parallelism by default, which these models do not use.
 
+    A LightningModule of your own is sharded as a whole when its layers are converted. It needs no ``configure_model``.
+    Its attribute ``blocks`` lists its transformer blocks. A module that optimises by hand has to shard its networks
+    itself (:mod:`~sbn_lightning.distributed.own_module`).
+
     Args:
         reduce_dtype: The dtype in which gradients travel.
         gather: What the ranks gather of ternary layers. ``"packed_step"``: 2-bit codes, once in an optimiser step. All
@@ -179,11 +184,17 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        assert self.lightning_module is not None
+        module = self.lightning_module
+        assert module is not None
         # A validation may have left weights gathered, and the optimiser must get the rows.
-        reshard(self.lightning_module)
-        super().setup(trainer)
-        make_buffers(self.lightning_module)
+        reshard(module)
+        if is_sharded(module):
+            check_sharded(module, self.sharding)
+        else:
+            shard_module(module, self.device_mesh, self.root_device, self.sharding)
+        with configured(module):
+            super().setup(trainer)
+        make_buffers(module)
         if self._in_background and self._saver is None:
             self._saver = BackgroundSaver()
 
