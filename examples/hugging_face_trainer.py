@@ -15,7 +15,9 @@ def main(folder="logs/hugging_face_trainer", steps=60):
     shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
     dense = Qwen3ForCausalLM(Qwen3Config(vocab_size=256, head_dim=16, num_key_value_heads=2, **shape))
     dense.save_pretrained(f"{folder}/dense")
-    model = AutoModelForCausalLM.from_pretrained(f"{folder}/dense", quantization_config=SBNConfig("2:4"))
+    # Most published models are bfloat16, in which most updates of latent weights round away.
+    config = SBNConfig("2:4")
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/dense", dtype=torch.float32, quantization_config=config)
 
     tokens = torch.tensor(list(Path(json.decoder.__file__).read_bytes()))  # some text, as bytes
     rows = [{"input_ids": row, "labels": row} for row in tokens[: len(tokens) // 64 * 64].view(-1, 64)]

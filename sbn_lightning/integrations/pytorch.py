@@ -94,7 +94,7 @@ def convert_by_name(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -
             continue
         layer = model.get_submodule(name)
         only = _alone(name, layer)
-        convert_quietly(only, include=("*",), exclude=(), **given)
+        convert_quietly(only, include=("*",), exclude=(), shown=False, **given)
         sizes = options.get("split_sizes")
         wanted = None if sizes is None else tuple(sizes)
         if (

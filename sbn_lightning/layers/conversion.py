@@ -41,6 +41,7 @@ from sbn_lightning.layers.experts import (
     why_not,
 )
 from sbn_lightning.layers.instance_forward import change_class, why_class_stays
+from sbn_lightning.layers.latent_dtype import has_16_bits, note_told
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.reversion import refuse
 from sbn_lightning.layers.reversion import revert_linears as revert_linears
@@ -85,7 +86,8 @@ def convert_linears(
 
     Output heads, routers, gates with one row and the matrices of a LoRA are skipped (:func:`left_alone`) unless
     ``include`` names them with a pattern other than ``"*"``. If less than half of the linear parameters became sparse,
-    if a pattern fits no name in the model, or if frozen layers were converted, a warning says so.
+    if a pattern fits no name in the model, if frozen layers were converted, or if weights that
+    are to be trained have 16 bits, a warning says so.
 
     Args:
         model: The model, changed in place: as a whole or, on an error, not at all.
@@ -119,9 +121,21 @@ def convert_quietly(
     include: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = ("lm_head",),
     split_sizes: Mapping[str, tuple[int, ...] | None] | None = None,
+    shown: bool = True,
     **options: Any,
 ) -> ConversionReport:
-    """Convert layers as :func:`convert_linears` does, but without a warning. The caller shows ``report.warning``."""
+    """Convert layers as :func:`convert_linears` does, but without a warning.
+
+    Args:
+        model: The model.
+        sparsity: The options of the new layers.
+        include: The patterns for layers to convert.
+        exclude: The patterns for layers to leave alone.
+        split_sizes: The rows of each part of fused layers.
+        shown: Whether the caller shows ``report.warning``. If not, the first step of an optimiser warns of weights in
+            16 bits.
+        **options: Single fields of :class:`SparsityConfig`.
+    """
     sparsity = SparsityConfig.make(sparsity, **options)
     include, exclude = as_patterns(include), as_patterns(exclude)
     given = dict(split_sizes or {})
@@ -200,6 +214,11 @@ def convert_quietly(
         report.converted.append(planned.name)
     for name, block in experts.items():
         report.converted += [f"{name}.{weight}".lstrip(".") for weight in convert_planned(block)]
+    layers = [planned.module for planned in plan] + [one for block in experts.values() for one in block.layers.values()]
+    latent = [cast(Tensor, layer._parameters["weight"]) for layer in layers]
+    narrow = [weight for weight in latent if weight.requires_grad and has_16_bits(weight)]
+    note_told(narrow if shown else [])
+    report.narrow = narrow[0].dtype if narrow else None
     report.swiglu = connect_layers(model)
     return report
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+import torch
+
+from sbn_lightning.layers.latent_dtype import what_is_lost
+
 
 @dataclass
 class ConversionReport:
@@ -21,6 +25,7 @@ class ConversionReport:
         swiglu: The names of the modules whose SwiGLU is handed to the layer after it (:func:`fuse_swiglu`).
         unmatched: The patterns of ``include`` and ``exclude`` that are no name in the model, perhaps misspelt.
         frozen: The names of the converted layers whose weights were frozen (``requires_grad=False``) at the time.
+        narrow: The dtype of converted weights that are to be trained and have only 16 bits; None if there are none.
         converted_parameters: The number of weights in converted layers.
         linear_parameters: The number of linear parameters in the model.
         wanted_parameters: The number of linear parameters without those that the caller excluded by name, and without
@@ -34,6 +39,7 @@ class ConversionReport:
     swiglu: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
+    narrow: torch.dtype | None = None
     converted_parameters: int = 0
     linear_parameters: int = 0
     wanted_parameters: int = 0
@@ -43,8 +49,8 @@ class ConversionReport:
     def warning(self) -> str | None:
         """A line of warning; None if all went as asked.
 
-        The line warns if less than half of the wanted parameters were converted, if a pattern fits no name, and if
-        frozen layers were converted.
+        The line warns if less than half of the wanted parameters were converted, if a pattern fits no name, if frozen
+        layers were converted, and if latent weights have only 16 bits.
         """
         found = []
         if self.unmatched:
@@ -57,6 +63,8 @@ class ConversionReport:
             )
         if self.frozen:
             found.append(self._of_frozen())
+        if self.narrow is not None:
+            found.append(what_is_lost(self.narrow))
         return "; ".join(found) or None
 
     def _of_frozen(self) -> str:

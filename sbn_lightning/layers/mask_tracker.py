@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.latent_dtype import note_latent, warn_of_lost_updates
 
 Density = tuple[int, float]
 """How much a mask keeps: weights in each group of a sparse row, and the share of rows that are sparse."""
@@ -168,6 +169,7 @@ class MaskTracker:
 
     def _remember(self, weight: Tensor, training: bool, changed: bool) -> None:
         if changed:
+            note_latent(weight)
             self.changes += 1
             taken = _has_fingerprint(weight) and not _is_unwatched(weight)
             self.fingerprint = fingerprint(weight) if taken else None
@@ -316,6 +318,7 @@ def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             owners = _owned.setdefault(weight, [])
             if own not in owners:
                 owners.append(own)
+        warn_of_lost_updates(weights)
         _steps.sharded |= any(isinstance(weight, DTensor) for weight in weights)
     if _loaded_masks:
         stepped = {_number(weight) for weight in weights}

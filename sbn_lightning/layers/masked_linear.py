@@ -301,11 +301,14 @@ class MaskedLinear(SavedMask):
         """The parameter itself. The attribute ``weight`` of a subclass may be a view of the parameter."""
         weight = self._parameters.get("weight")
         if weight is None:
-            raise ConfigError(
-                f"{type(self).__name__}({self.in_features}, {self.out_features}): its weight is no parameter any more "
-                "(parametrize, weight_norm, pruning), and masks are made of latent weights; leave that out, or exclude "
-                "the layer from conversion"
+            reason = (
+                "nn.DataParallel copies layers in each forward, and a copy has no latent weight; use one process for "
+                "each GPU (torchrun and DistributedDataParallel), or one GPU (CUDA_VISIBLE_DEVICES=0)"
+                if getattr(self, "_is_replica", False)
+                else "its weight is no parameter any more (parametrize, weight_norm, pruning), and masks are made of "
+                "latent weights; leave that out, or exclude the layer from conversion"
             )
+            raise ConfigError(f"{type(self).__name__}({self.in_features}, {self.out_features}): {reason}")
         return weight
 
     def _mask_is_stale(self) -> bool:

@@ -48,6 +48,12 @@ class SparsityCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the schedule, or continue it at the step that the Trainer resumes from."""
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"SparsityCallback: the Trainer would copy the model to {args.n_gpu} GPUs in each forward "
+                "(nn.DataParallel), and a copy has no latent weights: start the program with torchrun --nproc_per_node "
+                f"{args.n_gpu}, or use one GPU with CUDA_VISIBLE_DEVICES=0"
+            )
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if optimizer is None:
             raise ConfigError("SparsityCallback: the Trainer has no optimizer yet at the start of training")
