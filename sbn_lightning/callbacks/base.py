@@ -15,11 +15,13 @@ back (:meth:`StepCallback.restore`), and only then does the first of them act (:
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.optim import Optimizer
 
@@ -90,24 +92,41 @@ def require_masked_layers(callback: Callback, module: nn.Module) -> dict[str, Ma
 def schedule_length(callback: Callback, trainer: Run, total_steps: int | None) -> int:
     """Return the number of optimiser steps that a schedule spans.
 
-    ``trainer.estimated_stepping_batches`` is not used here. It sets up the data loaders early, and a resumed loader
-    would lose its position.
+    Callbacks ask when training starts, or later. Before that, Lightning would set up the data loaders early to answer,
+    and a resumed loader would lose its position.
 
     Args:
         callback: The callback that has the schedule, for the message.
-        trainer: The run. Its ``max_steps`` is the length if ``total_steps`` is None.
+        trainer: The run. If ``total_steps`` is None, the length is its ``max_steps``, or else the steps in its
+            ``max_epochs``.
         total_steps: The length that the user gave, or None.
 
     Raises:
-        ConfigError: If neither says how long training is.
+        ConfigError: If nothing says how long training is.
     """
     steps = total_steps if total_steps is not None else trainer.max_steps
+    if total_steps is None and steps < 1 and isinstance(trainer, Trainer):
+        steps = _steps_of_epochs(trainer)
     if steps < 1:
         raise ConfigError(
             f"{type(callback).__name__} must know how long training is: set the trainer's max_steps, "
             "or the callback's total_steps"
         )
     return steps
+
+
+def _steps_of_epochs(trainer: Trainer) -> int:
+    """The number of optimiser steps in all epochs of a run whose data loaders are set up; -1 if nobody knows.
+
+    Nobody knows if the data or the epochs have no end, if accumulation changes from epoch to epoch, or if the module
+    calls its optimisers by hand.
+    """
+    accumulation = [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    changes = any(len(set(one.scheduling.values())) > 1 for one in accumulation)
+    if changes or not trainer.lightning_module.automatic_optimization or trainer.train_dataloader is None:
+        return -1
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if isfinite(steps) else -1
 
 
 def is_step(trainer: Run) -> bool:

@@ -26,7 +26,7 @@ class MaskedWeightDecay(RunCallback):
         decay: The strength, in the units of a weight decay. 0 does nothing.
         until: The share of training after which the decay is 0. A cosine leads there. None leaves the decay constant.
         total_steps: The number of optimiser steps of the whole training, which ``until`` needs. None takes the
-            trainer's ``max_steps``.
+            trainer's ``max_steps``, or else the number of steps in its ``max_epochs``.
 
     Raises:
         ConfigError: If the decay is negative or ``until`` is no share of training, and when training starts if the

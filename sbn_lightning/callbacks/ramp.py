@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from sbn_lightning.callbacks.base import StepCallback, is_compiled, require_masked_layers, schedule_length
-from sbn_lightning.layers.masked_linear import MaskedLinear
+from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.schedule.ramp import Curve, Density, Ramp, RampShape
 from sbn_lightning.sparsity.pattern import NMPattern
 
@@ -35,7 +35,8 @@ class DenseToSparseRamp(StepCallback):
         end: The share of training at which the ramp arrives at N:M. The shape ``"step"`` does not use it.
         curve: ``"linear"``, or ``"cubic"`` for ``1 - (1 - p)^3``, which is fast first and slow at the end
             (Zhu and Gupta, arXiv 1710.01878).
-        total_steps: The number of optimiser steps of the whole training. None takes the trainer's ``max_steps``.
+        total_steps: The number of optimiser steps of the whole training. None takes the trainer's ``max_steps``, or
+            else the number of steps in its ``max_epochs``.
 
     Raises:
         ConfigError: If the values do not make a ramp, and when training starts if the length of training is not known.
@@ -93,6 +94,13 @@ class DenseToSparseRamp(StepCallback):
         """Give each layer the density of this step."""
         layers = list(require_masked_layers(self, module).values())
         self._densities = self.ramp.apply(layers, step, self._length(trainer))
+
+    def on_train_end(self, trainer: Run, pl_module: nn.Module) -> None:
+        """Warn if training ended before the ramp did."""
+        layers = [layer for _, layer in masked_layers(pl_module)]  # None, if another callback has reverted them.
+        warning = self.ramp.unfinished(layers, trainer.global_step, self._length(trainer))
+        if warning and not trainer.fast_dev_run:  # type: ignore[union-attr]
+            rank_zero_warn(warning)
 
     def _length(self, trainer: Run) -> int:
         return schedule_length(self, trainer, self.total_steps) if self.ramp.needs_length else 1

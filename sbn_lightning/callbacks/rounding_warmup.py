@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from sbn_lightning.callbacks.base import StepCallback, require_masked_layers, schedule_length
+from sbn_lightning.layers.masked_linear import masked_layers
 from sbn_lightning.schedule.ramp import Curve
 from sbn_lightning.schedule.rounding import Rounded, Rounding, RoundingShape
 
@@ -27,7 +29,8 @@ class RoundingWarmup(StepCallback):
         shape: ``"all"``: every layer has the share p. ``"layers"``: one layer after the other, from the first.
         curve: ``"linear"``, or ``"cubic"`` for ``1 - (1 - p)^3``.
         what: What grows into its rounding: ``"both"``, the ``"weights"`` or the ``"tokens"``.
-        total_steps: The number of optimiser steps of the whole training. None takes the trainer's ``max_steps``.
+        total_steps: The number of optimiser steps of the whole training. None takes the trainer's ``max_steps``, or
+            else the number of steps in its ``max_epochs``.
 
     Raises:
         ConfigError: If the values do not make a warm-up, and when training starts if the length of training is not
@@ -56,6 +59,12 @@ class RoundingWarmup(StepCallback):
             self.rounding.apply(layers, step, schedule_length(self, trainer, self.total_steps))
 
     def on_train_end(self, trainer: Run, pl_module: nn.Module) -> None:
-        """Leave a model whose rounding is whole, as an evaluation of its checkpoint has it."""
+        """Leave a model whose rounding is whole, and warn if the warm-up had not ended yet."""
+        layers = [layer for _, layer in masked_layers(pl_module)]  # None, if another callback has reverted them.
         if self.rounding.needs_length:
-            Rounding().apply(list(require_masked_layers(self, pl_module).values()), 1, 1)
+            warning = self.rounding.unfinished(
+                layers, trainer.global_step, schedule_length(self, trainer, self.total_steps)
+            )
+            if warning and not trainer.fast_dev_run:  # type: ignore[union-attr]
+                rank_zero_warn(warning)
+            Rounding().apply(layers, 1, 1)

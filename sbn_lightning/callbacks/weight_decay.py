@@ -20,7 +20,8 @@ class WeightDecaySchedule(StepCallback):
 
     Args:
         until: The share of training after which weight decay is 0. None leaves weight decay alone and only logs it.
-        total_steps: The number of optimiser steps of the whole training. None takes the trainer's ``max_steps``.
+        total_steps: The number of optimiser steps of the whole training. None takes the trainer's ``max_steps``, or
+            else the number of steps in its ``max_epochs``.
 
     Raises:
         ConfigError: If ``until`` is no share of training, and when training starts if its length is not known.

@@ -14,6 +14,7 @@ RampShape = Literal["step", "walk", "rows", "layers"]
 Curve = Literal["linear", "cubic"]
 Density = tuple[int, float]
 """The arguments of ``MaskedLinear.set_density``: weights kept in a group, and the share of rows that are sparse."""
+OF_STEPS = " (max_steps or total_steps)"  # Where the number of steps is given.
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,19 @@ class Ramp:
         for layer, (keep_n, share) in zip(layers, densities, strict=True):
             layer.set_density(keep_n, share)
         return densities
+
+    def unfinished(self, layers: Sequence[MaskedLinear], step: int, total_steps: int) -> str | None:
+        """Return what a user should know if training ends after ``step`` of ``total_steps`` steps; None if nothing."""
+        progress = self.progress(step, total_steps)
+        densities = [self.density(progress, layer.pattern, i, len(layers)) for i, layer in enumerate(layers)]
+        late = [layer for layer, density in zip(layers, densities, strict=True) if density != (layer.pattern.n, 1.0)]
+        if not late:
+            return None
+        return (
+            f"{self.owner}: training ended after {step} of {total_steps} steps, at {progress:.0%} of the ramp. "
+            f"{len(late)} of {len(layers)} layers are not yet {late[0].pattern}: continue from a checkpoint, train "
+            f"again with the true number of steps{OF_STEPS}, or call layer.set_density({late[0].pattern.n}, 1.0)"
+        )
 
     @staticmethod
     def restore(layers: Sequence[MaskedLinear], densities: Sequence[Density]) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
-from sbn_lightning.schedule.ramp import Curve
+from sbn_lightning.schedule.ramp import OF_STEPS, Curve
 
 RoundingShape = Literal["all", "layers"]
 Rounded = Literal["both", "weights", "tokens"]
@@ -80,6 +80,17 @@ class Rounding:
         if self.shape == "all" or progress == 1:
             return progress
         return min(max(progress * count - index, 0.0), 1.0)
+
+    def unfinished(self, layers: Sequence[MaskedLinear], step: int, total_steps: int) -> str | None:
+        """Return what a user should know if training ends after ``step`` of ``total_steps`` steps; None if nothing."""
+        progress = self.progress(step, total_steps)
+        if progress == 1 or not any(isinstance(layer, SparseBitLinear) for layer in layers):
+            return None
+        return (
+            f"{self.owner}: training ended after {step} of {total_steps} steps, at {progress:.0%} of the rounding. "
+            "From here on the model is rounded as a whole, and computes something else than it did in training: "
+            f"continue from a checkpoint, or train again with the true number of steps{OF_STEPS}"
+        )
 
     def apply(self, layers: Sequence[MaskedLinear], step: int, total_steps: int) -> float:
         """Give each ternary layer its share after ``step`` of ``total_steps`` optimiser steps, and return p.

@@ -135,12 +135,16 @@ class SparsitySchedule:
         """End the schedule.
 
         Held masks stay until the weights train again. Masked weights no longer decay. Everything is rounded, also if
-        training ended within the warm-up.
+        training ended within the warm-up. A warning says if training ended before the warm-up or the ramp did.
         """
         layers = list(self._layers().values())
         self.refresh.release(layers)
+        found = [] if self.ramp is None else [self.ramp.unfinished(layers, self.steps, self._length)]
         if self.rounding is not None:
+            found.append(self.rounding.unfinished(layers, self.steps, self._length))
             Rounding().apply(layers, 1, 1)
+        for warning in filter(None, found):
+            warnings.warn(warning, stacklevel=2)
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

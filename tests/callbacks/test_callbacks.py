@@ -160,13 +160,6 @@ def test_ramp_refuses(options):
         DenseToSparseRamp(**options)
 
 
-def test_ramp_must_know_the_length():
-    module = ForeignModule()
-    callbacks = [TernarySparseConversion(), DenseToSparseRamp("walk")]
-    with pytest.raises(ConfigError, match="total_steps"):
-        quiet_trainer(callbacks, max_steps=-1, max_epochs=1).fit(module, regression_loader())
-
-
 # WeightDecaySchedule
 
 

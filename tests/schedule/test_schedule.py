@@ -1,6 +1,7 @@
 """SparsitySchedule in a plain loop gives the numbers of the Lightning callbacks, and resumes to the last bit."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -153,8 +154,21 @@ def test_finish_rounds_everything():
     x, expected = torch.randn(3, 16), converted()
     expected.load_state_dict(model.state_dict())
     assert not torch.equal(model.net(x), expected.net(x))
-    schedule.finish()
+    with pytest.warns(UserWarning, match=r"Rounding: training ended after 2 of \d+ steps, at \d+% of the rounding"):
+        schedule.finish()
     assert torch.equal(model.net(x), expected.net(x))
+
+
+def test_finish_says_if_the_ramp_had_not_ended():
+    model, optimizer, schedule = start({"ramp": Ramp("rows", end=1.0)})
+    plain_loop(model, optimizer, schedule, last=2)
+    with pytest.warns(UserWarning, match=r"Ramp: training ended after 2 of \d+ steps, at \d+% of the ramp"):
+        schedule.finish()
+    model, optimizer, schedule = start({"ramp": Ramp("rows", end=0.1), "rounding": Rounding(0.1)})
+    plain_loop(model, optimizer, schedule, last=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.finish()
 
 
 def test_masked_weights_decay_in_a_conv1d_which_stores_its_transpose():
