@@ -7,6 +7,9 @@ in a process of their own, which ``test_interpreter`` starts, and are not collec
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 for path in (ROOT / "kernels", ROOT):
@@ -16,3 +19,20 @@ for path in (ROOT / "kernels", ROOT):
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted/*"]
 
 from tests.kernels.toy import toy  # noqa: F401 (a fixture, for every test below)
+
+
+@pytest.fixture(autouse=True)
+def _offsets_have_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the addresses of each kernel that a test compiles without a GPU."""
+    triton = pytest.importorskip("triton")
+    from tests.kernels.addresses import narrow_products
+
+    compile_any = triton.compile
+
+    def compile_and_check(*args: Any, **kwargs: Any) -> Any:
+        compiled = compile_any(*args, **kwargs)
+        lines = narrow_products(compiled)
+        assert not lines, f"{compiled.metadata.name} computes an offset in 32 bits: {', '.join(sorted(lines))}"
+        return compiled
+
+    monkeypatch.setattr(triton, "compile", compile_and_check)

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import sbn_kernels
-import sbn_kernels.catalog  # registers the ops
-import sbn_kernels.swiglu.rounded
-import sbn_kernels.swiglu.saved
 import torch
 from sbn_kernels.decode.step.plan import Shape
 from sbn_kernels.decode.step.step import DecodeStep
@@ -19,6 +13,8 @@ from sbn_kernels.decode.step.weights import PackedWeights
 from sbn_kernels.prompt import rotate_and_store
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.kernels.every_op import NAMES
 
 # What an argument of a type can be. The check comes before everything else, so the values do not matter.
 VALUES: dict[str, Any] = {
@@ -40,13 +36,6 @@ class Elsewhere(Tensor):
         return torch.device("cuda:1")
 
 
-def ops() -> list[str]:
-    folder = Path(sbn_kernels.__file__).parent
-    return sorted(
-        name for file in folder.rglob("*.py") for name in re.findall(r'@kernel_op\("(\w+)"', file.read_text())
-    )
-
-
 def calls(op: str) -> Iterator[tuple[list[str], list[Any], int]]:
     """Names and values of the arguments of calls, and the place of the argument that must be elsewhere."""
     arguments = getattr(torch.ops.sbn_kernels, op).default._schema.arguments
@@ -57,7 +46,7 @@ def calls(op: str) -> Iterator[tuple[list[str], list[Any], int]]:
             yield names, [torch.zeros(2, 2) if kind == "Tensor" else VALUES[kind] for kind in kinds], place
 
 
-@pytest.mark.parametrize("op", ops())
+@pytest.mark.parametrize("op", NAMES)
 def test_each_op_compares_the_devices_of_all_tensors(op: str) -> None:
     for names, values, place in calls(op):
         values[place] = torch.zeros(2, 2).as_subclass(Elsewhere)
@@ -66,7 +55,7 @@ def test_each_op_compares_the_devices_of_all_tensors(op: str) -> None:
             getattr(torch.ops.sbn_kernels, op)(*values)
 
 
-@pytest.mark.parametrize("op", ops())
+@pytest.mark.parametrize("op", NAMES)
 def test_the_compiler_gets_the_same_answer(op: str) -> None:
     with FakeTensorMode():
         for names, values, place in calls(op):
@@ -78,7 +67,7 @@ def test_the_compiler_gets_the_same_answer(op: str) -> None:
 
 
 def test_ops_with_several_tensors_were_found() -> None:
-    found = [op for op in ops() for _ in calls(op)]
+    found = [op for op in NAMES for _ in calls(op)]
     assert {"int8_gemm", "attend", "choose_tokens", "prepare_weight", "hopper_gemm"} <= set(found)
     assert found.count("int8_gemm") == 4
     assert found.count("prepare_weight") == 4  # the masks, what to keep, and gamma, all of which can be None

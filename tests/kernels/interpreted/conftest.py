@@ -6,11 +6,20 @@ import pytest
 import torch
 
 from tests.interpreter import quick_interpreter
+from tests.kernels.interpreted.declarations import compared
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _the_interpreter_is_quick() -> Iterator[None]:
     with quick_interpreter():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ops_do_what_they_declare() -> Iterator[None]:
+    from tests.kernels.every_op import NAMES
+
+    with compared(NAMES):
         yield
 
 
