@@ -29,6 +29,7 @@ from sbn_kernels.prompt import triton as prompt
 from sbn_kernels.quantize import triton as quantize
 from sbn_kernels.runtime import capability
 from sbn_kernels.runtime.capability import Needs, UnsupportedError
+from sbn_kernels.sampling import threshold
 from sbn_kernels.sampling import triton as sampling
 from sbn_kernels.swiglu import triton as swiglu
 
@@ -57,6 +58,7 @@ _STEPS: dict[str, tuple[str, Needs]] = {
     "cross_entropy": ("loss of an 8-bit head in training, with a rounded gradient", cross_entropy.NEEDS),
     "int8_rows": ("an 8-bit head, up to 64 tokens", head.NEEDS),
     "choose_tokens": ("the choice of the next tokens, greedy or drawn", sampling.NEEDS),
+    "lowest_logits": ("the smallest logits that top_k and top_p leave", threshold.NEEDS),
 }
 
 

@@ -1,7 +1,7 @@
 """A decode step and the choice of the next tokens behind it, as one CUDA graph.
 
 What follows the step depends on the rows: a greedy choice, draws from all tokens, or draws from the most likely ones,
-which have to be sorted. There is one graph for each of these kinds of choice that was needed. All of them read tokens,
+which have to be found. There is one graph for each of these kinds of choice that was needed. All of them read tokens,
 lengths and settings from the device, and write the chosen tokens where the next step reads them.
 """
 

@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
-from sbn_kernels.sampling.reference import SETTINGS, TEMPERATURE, TOP_K, TOP_P, choose_tokens_reference
+from sbn_kernels.sampling.reference import SETTINGS, choose_tokens_reference
+from sbn_kernels.sampling.threshold_reference import lowest_logits_reference
 from torch import Tensor
 
 from sbn_lightning.core.errors import ConfigError
@@ -24,7 +25,6 @@ Kind = Literal["greedy", "drawn", "limited"]
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HIGHEST = 1e30  # A higher temperature changes nothing: all tokens are equally likely.
-_ONE = 2.0**40  # The weight of the most likely token, as an integer.
 
 
 @dataclass(frozen=True)
@@ -157,35 +157,30 @@ class Sampler:
         self._changed = False
 
 
+def _kernels_run(logits_BV: Tensor) -> bool:
+    if not logits_BV.is_cuda or logits_BV.dtype not in _KERNEL_DTYPES or find_spec("triton") is None:
+        return False
+    from sbn_kernels.sampling.triton import NEEDS
+
+    return NEEDS.missing(logits_BV.device.index) is None
+
+
 def _choose(kind: Kind, logits_BV: Tensor, settings: Tensor, positions_B: Tensor) -> Tensor:
     lowest = _lowest(logits_BV, settings) if kind == "limited" else None
-    if logits_BV.is_cuda and logits_BV.dtype in _KERNEL_DTYPES and find_spec("triton") is not None:
-        from sbn_kernels.sampling.triton import NEEDS, choose_tokens
+    if _kernels_run(logits_BV):
+        from sbn_kernels.sampling.triton import choose_tokens
 
-        if NEEDS.missing(logits_BV.device.index) is None:
-            return choose_tokens(logits_BV, settings, positions_B, lowest)
+        return choose_tokens(logits_BV, settings, positions_B, lowest)
     if kind == "greedy":  # What the formula gives without noise.
         return logits_BV.argmax(dim=-1)
     return choose_tokens_reference(logits_BV, settings, positions_B, lowest)
 
 
 def _lowest(logits_BV: Tensor, settings: Tensor) -> Tensor:
-    """The smallest logit of each row that top_k and top_p leave, float32 ``[B]``.
+    if logits_BV.dtype not in _KERNEL_DTYPES:
+        logits_BV = logits_BV.float()
+    if _kernels_run(logits_BV) and logits_BV.dtype != torch.float32:
+        from sbn_kernels.sampling.threshold import lowest_logits
 
-    Probabilities become integers before they are summed. So the sums are exact, and do not depend on how many rows
-    there are.
-    """
-    temperature, top_p = settings.view(torch.float64)[:, TEMPERATURE : TOP_P + 1].split(1, dim=1)
-    vocab, top_k = logits_BV.shape[1], settings[:, TOP_K : TOP_K + 1]
-    values = logits_BV if logits_BV.dtype in _KERNEL_DTYPES else logits_BV.float()
-    # Infinities would make NaNs. The choice itself sees the logits as they are.
-    values = values.nan_to_num(nan=torch.finfo(values.dtype).min).sort(dim=-1, descending=True).values.float()
-    last = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab) - 1
-    of_top_k = values.gather(-1, last)
-    behind = (values - values[:, :1]) / temperature.float().clamp(min=torch.finfo(torch.float32).tiny)
-    weights = (behind.exp() * _ONE).long().masked_fill(values < of_top_k, 0)
-    sums = weights.cumsum(dim=-1)
-    # The most likely token has no weight before it, so it always stays.
-    inside = (sums - weights < top_p * sums[:, -1:].double()) | (top_p >= 1)
-    of_top_p = values.gather(-1, inside.sum(dim=-1, keepdim=True) - 1)
-    return torch.maximum(of_top_k, of_top_p).squeeze(-1)
+        return lowest_logits(logits_BV, settings)
+    return lowest_logits_reference(logits_BV, settings)

@@ -26,6 +26,7 @@ from sbn_kernels.prompt import attention
 from sbn_kernels.quantize import triton as quantize
 from sbn_kernels.runtime.capability import gluon_missing
 from sbn_kernels.sampling import device as sampling
+from sbn_kernels.sampling import threshold_device as threshold
 from sbn_kernels.swiglu import rounded, saved
 from sbn_kernels.swiglu import triton as swiglu
 from triton.backends.compiler import GPUTarget
@@ -224,6 +225,29 @@ PLAIN = {
         sampling.best_of_all_kernel,
         {"BLOCK": 256},
         dict.fromkeys(("best_pointer", "tokens_pointer"), "*i64"),
+        4,
+    ),
+    "counts of values": (
+        threshold.count_values_kernel,
+        {"FINITE": 0x7F7F},
+        {"logits_pointer": "*bf16", "settings_pointer": "*i64", "bins_pointer": "*i32"},
+        4,
+    ),
+    "sums of groups": (
+        threshold.sum_groups_kernel,
+        {"DTYPE": triton.language.bfloat16},
+        {"settings_pointer": "*i64", "bins_pointer": "*i32", "groups_pointer": "*i64"},
+        4,
+    ),
+    "lowest logits": (
+        threshold.lowest_logits_kernel,
+        {"DTYPE": triton.language.bfloat16},
+        {
+            "settings_pointer": "*i64",
+            "bins_pointer": "*i32",
+            "groups_pointer": "*i64",
+            "lowest_pointer": "*fp32",
+        },
         4,
     ),
     "portable decode": (decode.decode_portable_kernel, {"BIAS": True, "BT": 16}, {"x_pointer": "*i8"}, 4),

@@ -11,7 +11,12 @@ if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
 from sbn_kernels.sampling.reference import noise
 
 from sbn_lightning.inference.sampling import GREEDY, Sampler, Sampling
-from tests.kernels.sampling_cases import check_against_twin, check_special_values
+from tests.kernels.sampling_cases import (
+    check_against_twin,
+    check_lowest_of_random_logits,
+    check_lowest_of_special_values,
+    check_special_values,
+)
 
 
 @pytest.mark.parametrize("vocab", [1, 1023, 1025, 50_257, 151_936])
@@ -24,6 +29,17 @@ def test_special_values() -> None:
     check_special_values("cuda")
 
 
+@pytest.mark.parametrize("vocab", [1, 1025, 50_257, 151_936])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_lowest_logit_equals_its_twin(vocab: int, dtype: torch.dtype) -> None:
+    check_lowest_of_random_logits(vocab, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_lowest_logit_of_special_values(dtype: torch.dtype) -> None:
+    check_lowest_of_special_values(dtype, "cuda")
+
+
 def test_the_noise_on_a_gpu_is_that_of_a_cpu_up_to_the_logarithms() -> None:
     seeds, positions = torch.arange(4), torch.tensor([0, 1, 2**40, 7])
     torch.testing.assert_close(
@@ -31,7 +47,7 @@ def test_the_noise_on_a_gpu_is_that_of_a_cpu_up_to_the_logarithms() -> None:
     )
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8), Sampling(0.8, 0.9), Sampling(0.8, 0.9, 50)], ids=str)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8), Sampling(0.8, 0.9), Sampling(0.8, top_k=50)], ids=str)
 def test_a_graph_of_the_choice_gives_the_tokens_of_the_choice(sampling: Sampling) -> None:
     torch.manual_seed(0)
     device, vocab = torch.device("cuda"), 151_936

@@ -3,9 +3,14 @@
 from importlib import import_module
 from typing import Any
 
-_MODULE_OF = {"choose_tokens": "triton", "choose_tokens_reference": "reference"}
+_MODULE_OF = {
+    "choose_tokens": "triton",
+    "choose_tokens_reference": "reference",
+    "lowest_logits": "threshold",
+    "lowest_logits_reference": "threshold_reference",
+}
 
-__all__ = ["choose_tokens", "choose_tokens_reference"]
+__all__ = ["choose_tokens", "choose_tokens_reference", "lowest_logits", "lowest_logits_reference"]
 
 
 def __getattr__(name: str) -> Any:

@@ -34,8 +34,10 @@ SMALL = 2.0**-6  # Below, log(1 - v) is a polynomial.
 LARGEST = 1.0 - 2.0**-24  # The largest float32 below 1
 
 
-def check_settings(logits: Tensor, settings: Tensor, positions: Tensor, lowest: Tensor | None) -> None:
-    """Checks the arguments of :func:`choose_tokens_reference` and of its kernel.
+def check_settings(
+    logits: Tensor, settings: Tensor, positions: Tensor | None = None, lowest: Tensor | None = None
+) -> None:
+    """Checks the arguments of the functions of this package.
 
     Raises:
         ValueError: If an argument does not fit.
@@ -45,7 +47,7 @@ def check_settings(logits: Tensor, settings: Tensor, positions: Tensor, lowest: 
     rows = logits.shape[0]
     if settings.shape != (rows, SETTINGS) or settings.dtype != torch.int64:
         raise ValueError(f"settings must be int64 [{rows}, {SETTINGS}], not {settings.dtype} {list(settings.shape)}")
-    if positions.shape != (rows,) or positions.dtype != torch.int64:
+    if positions is not None and (positions.shape != (rows,) or positions.dtype != torch.int64):
         raise ValueError(f"positions must be int64 [{rows}], not {positions.dtype} {list(positions.shape)}")
     if lowest is not None and (lowest.shape != (rows,) or lowest.dtype != torch.float32):
         raise ValueError(f"lowest must be float32 [{rows}], not {lowest.dtype} {list(lowest.shape)}")
