@@ -15,7 +15,7 @@ back (:meth:`StepCallback.restore`), and only then does the first of them act (:
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -105,7 +105,7 @@ def schedule_length(callback: Callback, trainer: Run, total_steps: int | None) -
         ConfigError: If nothing says how long training is.
     """
     steps = total_steps if total_steps is not None else trainer.max_steps
-    if total_steps is None and steps < 1 and isinstance(trainer, Trainer):
+    if total_steps is None and steps < 1:
         steps = _steps_of_epochs(trainer)
     if steps < 1:
         raise ConfigError(
@@ -115,17 +115,18 @@ def schedule_length(callback: Callback, trainer: Run, total_steps: int | None) -
     return steps
 
 
-def _steps_of_epochs(trainer: Trainer) -> int:
+def _steps_of_epochs(trainer: Run) -> int:
     """The number of optimiser steps in all epochs of a run whose data loaders are set up; -1 if nobody knows.
 
-    Nobody knows if the data or the epochs have no end, if accumulation changes from epoch to epoch, or if the module
-    calls its optimisers by hand.
+    Nobody knows if the data or the epochs have no end, if accumulation changes from epoch to epoch, if the module calls
+    its optimisers by hand, or if a loop does not say.
     """
-    accumulation = [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
-    changes = any(len(set(one.scheduling.values())) > 1 for one in accumulation)
-    if changes or not trainer.lightning_module.automatic_optimization or trainer.train_dataloader is None:
-        return -1
-    steps = trainer.estimated_stepping_batches
+    if isinstance(trainer, Trainer):
+        accumulation = [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+        changes = any(len(set(one.scheduling.values())) > 1 for one in accumulation)
+        if changes or not trainer.lightning_module.automatic_optimization or trainer.train_dataloader is None:
+            return -1
+    steps = getattr(trainer, "estimated_stepping_batches", inf)
     return int(steps) if isfinite(steps) else -1
 
 

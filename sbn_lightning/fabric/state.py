@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
@@ -170,6 +171,13 @@ class RunState:
     def is_done(self) -> bool:
         epochs = self.current_epoch + (self.is_last_batch and self.batches_done > 0)
         return 0 <= self.max_steps <= self.global_step or 0 <= self.max_epochs <= epochs
+
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """The number of optimiser steps in ``max_epochs``; infinite if the epochs or the loader are not known."""
+        if self.max_epochs < 0 or self.num_training_batches == 0:
+            return inf
+        return -(-self.num_training_batches // self.accumulate_grad_batches) * self.max_epochs
 
     @property
     def validation_is_due(self) -> bool:

@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.fabric import Fabric
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,10 +18,13 @@ from sbn_lightning import (
     TernarySparseConversion,
     WeightDecaySchedule,
 )
+from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data import TokenDataModule, prepare
+from sbn_lightning.fabric.loop import train as run
+from sbn_lightning.fabric.run import FabricRun
 from sbn_lightning.layers.masked_linear import masked_layers
-from tests.helpers import ForeignModule, quiet_trainer, regression_loader, small_module, unbounded
+from tests.helpers import ForeignModule, quiet_trainer, regression_loader, small_module, token_loader, unbounded
 
 MAKE = {
     "ramp": lambda **options: DenseToSparseRamp("rows", end=0.9, **options),
@@ -30,7 +34,7 @@ MAKE = {
 }
 
 
-class Shares(Callback):
+class Shares(RunCallback):
     """Records what the schedules did to the first layer and to the optimiser, by step."""
 
     def __init__(self):
@@ -67,6 +71,26 @@ def test_schedules_span_the_epochs():
         assert all(seen[later] == values for later, values in again.items() if later > step)
         assert max(again) == 6
         assert all(torch.equal(one, other) for one, other in zip(found, weights, strict=True))
+
+
+def test_the_fabric_loop_spans_the_epochs_too():
+    """Eight batches and windows of three, twice: the Trainer and the loop give the same numbers."""
+    found = []
+    for loop in ("trainer", "fabric"):
+        module, shares = small_module(pattern="2:4"), Shares()
+        module.hparams["schedule"] = "constant"  # A schedule of the learning rate needs max_steps.
+        callbacks = [*(make() for make in MAKE.values()), shares]
+        options = {"max_epochs": 2, "accumulate_grad_batches": 3}
+        if loop == "trainer":
+            quiet_trainer(callbacks, max_steps=-1, **options).fit(module, token_loader())
+        else:
+            data = LightningDataModule.from_datasets(token_loader().dataset, token_loader().dataset, batch_size=4)
+            data.train_dataloader = token_loader  # In the order of the Trainer.
+            fabric = Fabric(accelerator="cpu", devices=1, callbacks=callbacks)
+            run(FabricRun(fabric, **options, enable_progress_bar=False), module, data)
+        found.append(shares.seen)
+    assert max(found[0]) == 6
+    assert found[0] == found[1]
 
 
 def test_a_resumed_stream_knows_its_length():

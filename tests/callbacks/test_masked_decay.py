@@ -127,7 +127,7 @@ def test_what_cannot_work_is_refused_before_training():
         MaskedWeightDecay(1.0, until=1.5)
     module = small_module()
     module.hparams["schedule"] = "constant"
-    endless = quiet_trainer([MaskedWeightDecay(1.0, until=0.5)], max_steps=-1, max_epochs=1)
+    endless = quiet_trainer([MaskedWeightDecay(1.0, until=0.5)], max_steps=-1, max_epochs=-1)
     with pytest.raises(ConfigError, match="MaskedWeightDecay must know how long"):
         endless.fit(module, token_loader())
     with pytest.raises(ConfigError, match="no SparseBitLinear"):
