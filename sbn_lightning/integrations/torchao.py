@@ -22,7 +22,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.integrations.pytorch import convert_by_name
 from sbn_lightning.layers.candidates import name_matches
-from sbn_lightning.layers.packed import packed_layer
+from sbn_lightning.layers.packed import pack_layers
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
 
@@ -61,11 +61,11 @@ def linear_except(*patterns: str) -> Callable[[nn.Module, str], bool]:
 
 @register_quantize_module_handler(TernarySparseConfig)  # type: ignore[untyped-decorator]
 def _transform(module: nn.Module, config: TernarySparseConfig) -> nn.Module:
+    holder = nn.Module()
+    holder.layer = module
     if config.step == "convert":
-        return packed_layer(module) if isinstance(module, SparseBitLinear) else module
+        return pack_layers(holder).get_submodule("layer") if isinstance(module, SparseBitLinear) else module
     if type(module) is nn.Linear:
-        holder = nn.Module()
-        holder.layer = module
         options = {"pattern": config.pattern, "activation_bits": config.activation_bits, "gradient": config.gradient}
         convert_by_name(holder, {"layer": options})
     return module

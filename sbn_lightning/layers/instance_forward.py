@@ -42,7 +42,7 @@ def why_class_stays(module: nn.Module) -> str | None:
         return None
     return (
         "somebody replaced its forward (module.forward = ...), which would go on computing with the old weights: "
-        "convert or revert without the replacement"
+        "convert, revert or pack without the replacement"
     )
 
 
@@ -61,6 +61,19 @@ def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
         del own["forward"]
     if wrapped:
         own[_WRAPPED] = MethodType(kind.forward, module)
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give the hooks of accelerate to the module that takes the place of another one.
+
+    Args:
+        old: The module that is replaced; :func:`why_class_stays` returns None for it.
+        new: The module in its place.
+    """
+    forward = vars(old).get("forward")
+    if _is_of_accelerate(forward):
+        wrapper = partial(cast(Any, forward).func, new)
+        vars(new).update({"_hf_hook": vars(old)["_hf_hook"], _WRAPPED: new.forward, "forward": wrapper})
 
 
 def _is_method(module: nn.Module, forward: Any) -> bool:

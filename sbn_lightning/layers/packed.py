@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.instance_forward import carry_hooks, why_class_stays
 from sbn_lightning.layers.options import check_tokens, config_option, result_dtype
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.sparsity.config import SparsityConfig
@@ -172,13 +174,21 @@ def pack_layers(model: nn.Module, backend: InferenceBackend = "auto") -> nn.Modu
 
     Returns:
         ``model``.
+
+    Raises:
+        ConfigError: If the ``forward`` of a layer was replaced, or its weights are offloaded. The model is unchanged
+            then.
     """
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, SparseBitLinear):
-            parent, _, child = name.rpartition(".")
-            packed = packed_layer(layer)
-            packed.backend = backend
-            setattr(model.get_submodule(parent), child, packed)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseBitLinear)}
+    for name, layer in layers.items():
+        if (reason := why_class_stays(layer)) is not None:
+            raise ConfigError(f"{name} cannot be packed: {reason}")
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        packed = packed_layer(layer)
+        packed.backend = backend
+        carry_hooks(layer, packed)
+        setattr(model.get_submodule(parent), child, packed)
     return model
 
 

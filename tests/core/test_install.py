@@ -26,7 +26,10 @@ def test_the_search_finds_what_it_is_for(text):
 def test_no_page_message_or_card_installs_the_package_by_its_name():
     folders = ("sbn_lightning", "kernels", "docs", "recipes", "examples", "research", "benchmarks")
     files = [
-        file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in {".py", ".md", ".yaml"}
+        file
+        for folder in folders
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in {".py", ".md", ".yaml", ".ipynb"}
     ]
     files += [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     assert len(files) > 300

@@ -127,3 +127,20 @@ def test_options_of_save_pretrained(tmp_path):
     assert not (tmp_path / "second" / "README.md").exists()
     with pytest.raises(ConfigError, match="push_to_hub would replace the model card"):
         save_packed(model, tmp_path / "packed", push_to_hub=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("named", ["4:4", "2:4"])
+def test_a_folder_from_the_middle_of_a_ramp_loads_on_a_gpu(named, tmp_path):
+    model = build("qwen2", hidden_size=256, intermediate_size=512).eval()
+    convert(model, "2:4")
+    next(reversed(ternary_layers(model).values())).set_density(2, 0.5)
+    with pytest.warns(UserWarning, match="written before the ramp"):
+        save_packed(model, tmp_path / "early")
+    file = tmp_path / "early" / "config.json"
+    values = json.loads(file.read_text())
+    values["quantization_config"]["pattern"] = named  # Earlier versions named the final pattern.
+    file.write_text(json.dumps(values))
+    loaded = load(tmp_path / "early", device_map={"": 0})
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=TOKENS.cuda()).logits.cpu(), logits(model), rtol=1e-3, atol=1e-3)

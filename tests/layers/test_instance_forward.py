@@ -13,6 +13,7 @@ from sbn_lightning.layers.instance_forward import why_class_stays
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.matching import convert_to_match
 from sbn_lightning.layers.options import is_hooked
+from sbn_lightning.layers.packed import PackedTernaryLinear, pack_layers
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
 DEVICES = {"gate": "cpu", "up": "cpu", "down": "cpu", "lm_head": "cpu"}
@@ -161,3 +162,23 @@ def test_experts_with_the_hooks_of_accelerate(monkeypatch):
     block.forward = lambda *args: args[0]
     with pytest.raises(ConfigError, match=r"mlp.experts: somebody replaced its forward"):
         convert_linears(model, "2:4")
+
+
+def test_packing_keeps_the_hooks_of_accelerate_and_refuses_what_it_would_lose(tmp_path):
+    model = dispatched(converted(net()))
+    expected = model(tokens())
+    pack_layers(model)
+    assert isinstance(model.up, PackedTernaryLinear)
+    calls = []
+    model.up._hf_hook.pre_forward = lambda module, *args, **kwargs: (calls.append(module), (args, kwargs))[1]
+    assert torch.equal(model(tokens()), expected)
+    assert calls == [model.up]
+
+    model = converted(net())
+    model.up.forward = lambda x: x
+    with pytest.raises(ConfigError, match="up cannot be packed: somebody replaced its forward"):
+        pack_layers(model)
+    assert isinstance(model.gate, SparseBitLinear)
+    model = dispatched(converted(net()), DEVICES | {"down": "disk"}, offload_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="down cannot be packed: its weights are offloaded"):
+        pack_layers(model)
