@@ -11,6 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import sbn_kernels
+
+PACKAGE, TESTS = Path(sbn_kernels.__file__).parent, Path(__file__).parent
 # Lines whose products are such indices, or numbers in one row of a matrix. Their products are not offsets of rows.
 INDICES = (
     "per = group * column_tiles",  # tiles of a matrix
@@ -26,9 +29,10 @@ _VALUE = re.compile(r"%[\w#]+")
 def narrow_products(compiled: Any) -> set[str]:
     """Return the source lines where two numbers of 32 bits are multiplied for an address, and that INDICES lacks.
 
-    Constants do not count: a constant is the size of a block.
+    Constants do not count: a constant is the size of a block. Kernels in Gluon are not looked at: their parts use the
+    same names for other values, and most of their addresses are coordinates of tensor descriptors.
     """
-    text = compiled.asm["ttir"] if "ttir" in compiled.asm else compiled.asm["ttgir"]
+    text = compiled.asm.get("ttir", "")
     places = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.MULTILINE))
     made = dict(re.findall(r"^\s*(%[\w#]+)(?::\d+)? = (.*)$", text, re.MULTILINE))
     offsets = [offset for kind, offset in re.findall(r"tt\.(addptr) %[\w#]+, (%[\w#]+)", text)]
@@ -63,12 +67,19 @@ def _line(operation: str, places: dict[str, str]) -> str:
     todo = re.findall(r"#loc\d*", operation)
     while todo:
         place = places.get(todo.pop(0), "")
-        if source := re.search(r'"([^"]+\.py)":(\d+)', place):
-            return f"{Path(source[1]).name}:{source[2]}: {_lines(source[1])[int(source[2]) - 1].strip()}"
+        source = re.search(r'"([^"]+\.py)":(\d+)', place)
+        if source and (lines := _lines(source[1])):
+            return f"{Path(source[1]).name}:{source[2]}: {lines[int(source[2]) - 1].strip()}"
         todo += re.findall(r"#loc\d*", place)
     return operation
 
 
 @cache
-def _lines(file: str) -> list[str]:
-    return Path(file).read_text().splitlines()
+def _lines(path: str) -> list[str]:
+    """The lines of a file of the kernels or of their tests.
+
+    Triton's cache may name a file of another checkout, where the same kernel was compiled first.
+    """
+    inside = path.rpartition("/sbn_kernels/")[2]
+    file = PACKAGE / inside if inside != path else TESTS / Path(path).name
+    return file.read_text().splitlines() if file.exists() else []
