@@ -58,12 +58,12 @@ def _value_of(place, DTYPE: tl.constexpr):
 def _weights(place, largest, temperature, DTYPE: tl.constexpr):
     """The integer weights of the logits of bins."""
     scale = tl.minimum(tl.full([], _LOG2_E, tl.float64) / temperature, _STEEPEST).to(tl.float32)
-    exponent = (_value_of(place, DTYPE) - largest) * scale
-    exponent = tl.minimum(tl.maximum(exponent, -_SHIFT * 1.0), 0.0)  # No token has a bin before the largest.
-    whole = tl.floor(exponent)
-    x = exponent - whole
+    halvings = (largest - _value_of(place, DTYPE)) * scale
+    halvings = tl.maximum(tl.minimum(halvings, _SHIFT * 1.0), 0.0)  # No token has a bin before the largest.
+    whole = halvings.to(tl.int32)
+    x = halvings - whole.to(tl.float32)
     power = ((((x * _C5 + _C4) * x + _C3) * x + _C2) * x + _C1) * x + 1
-    return (power * _ONE).to(tl.int64) >> (-whole).to(tl.int64)
+    return (power * _ONE).to(tl.int64) >> whole.to(tl.int64)
 
 
 @triton.jit

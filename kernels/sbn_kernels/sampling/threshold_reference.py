@@ -27,8 +27,8 @@ LOG2_E = math.log2(math.e)
 STEEPEST = 1e38  # The largest number that a difference of logits is multiplied with
 SHIFT = 63  # A weight shifted by this many bits is 0.
 NO_LIMIT = 2**62
-# 2^x = 1 + C1 x + C2 x^2 + ... for x from 0 to 1, within 1e-7. At 0 it is exactly 1.
-C1, C2, C3, C4, C5 = 0.69315173, 0.24015969, 0.05581672, 0.00899392, 0.00187794
+# 2^-x = 1 + C1 x + C2 x^2 + ... for x from 0 to 1, within 4e-7 as float32 computes it
+C1, C2, C3, C4, C5 = -0.69314409, 0.24018328, -0.05530559, 0.00921418, -0.00094778
 
 
 def weights(values: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:
@@ -44,11 +44,11 @@ def weights(values: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:
     """
     # A number divided by a tensor would be the product with the reciprocal, which rounds twice.
     scale = (torch.full_like(temperature, LOG2_E) / temperature).clamp(max=STEEPEST).float()
-    exponent = ((values - largest) * scale).clamp(min=-SHIFT)
-    whole = exponent.floor()
-    x = exponent - whole
+    halvings = ((largest - values) * scale).clamp(max=SHIFT)
+    whole = halvings.int()
+    x = halvings - whole.float()
     power = ((((x * C5 + C4) * x + C3) * x + C2) * x + C1) * x + 1
-    return (power * ONE).long() >> -whole.long()
+    return (power * ONE).long() >> whole.long()
 
 
 def lowest_logits_reference(logits: Tensor, settings: Tensor) -> Tensor:
