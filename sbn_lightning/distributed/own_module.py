@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -52,14 +50,12 @@ def _nothing() -> None:
     """A ``configure_model`` for modules that build their layers elsewhere."""
 
 
-def shard_module(module: LightningModule, mesh: DeviceMesh, device: torch.device, options: Mapping[str, Any]) -> None:
+def shard_module(module: LightningModule, mesh: DeviceMesh, options: Mapping[str, Any]) -> None:
     """Shard a whole LightningModule, after the layers were converted and before the optimiser is made.
 
     Args:
-        module: The module, changed in place. All ranks begin with the weights and buffers of the first one. An
-            attribute ``blocks`` names the transformer blocks.
+        module: The module, changed in place. An attribute ``blocks`` names the transformer blocks.
         mesh: The mesh of the strategy.
-        device: The device of this rank.
         options: The options of :func:`~sbn_lightning.distributed.sharding.shard`.
 
     Raises:
@@ -78,21 +74,8 @@ def shard_module(module: LightningModule, mesh: DeviceMesh, device: torch.device
             "which these are: give the LightningModule an attribute or a property blocks, a list of modules in the "
             "order in which they run"
         )
-    _send_from_first_rank(module, device)
     methods = [step for step in STEPS if is_overridden(step, module)]
     shard(module, mesh, blocks=() if blocks is None else blocks, methods=methods, **options)
-
-
-@torch.no_grad()
-def _send_from_first_rank(module: nn.Module, device: torch.device) -> None:
-    """Give all ranks the parameters and buffers of the first one, one after the other: a GPU may not hold them all."""
-    if dist.get_world_size() == 1:
-        return
-    for value in (*module.parameters(), *module.buffers()):
-        if not value.is_meta:
-            whole = value.detach().to(device).contiguous()
-            dist.broadcast(whole, 0)
-            value.copy_(whole)
 
 
 def check_sharded(module: nn.Module, options: Mapping[str, Any]) -> None:

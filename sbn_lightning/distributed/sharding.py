@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sbn_lightning.core.errors import ConfigError, SBNError
+from sbn_lightning.distributed.first_rank import send_from_first_rank
 from sbn_lightning.distributed.packed import exchange_of, forget_backward, shard_packed
 from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
@@ -62,8 +63,8 @@ def shard(
     on its own when the block runs.
 
     Args:
-        module: The whole model, with equal weights on all ranks; changed in place, once. Do not replace layers later,
-            because the model remembers which masked layers it has.
+        module: The whole model, changed in place, once. All ranks begin with the weights and buffers of the first one.
+            Do not replace layers later, because the model remembers which masked layers it has.
         mesh: The ranks. In a mesh of one dimension all ranks share the rows. In a mesh of two dimensions the ranks of
             the first hold the same rows, and those of the second share the rows. Lightning's mesh has the dimensions
             ``data_parallel`` and ``tensor_parallel``; the size of ``tensor_parallel`` must be 1.
@@ -125,6 +126,7 @@ def shard(
         mesh = mesh["data_parallel"]
     if replicate != 1:
         mesh = _hybrid(mesh, replicate)
+    send_from_first_rank(module, mesh)
     layered = blocks if gather == "packed_layer" else ()
     ours: set[nn.Parameter] = set()
     if gather != "latent":

@@ -191,7 +191,7 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
         if is_sharded(module):
             check_sharded(module, self.sharding)
         else:
-            shard_module(module, self.device_mesh, self.root_device, self.sharding)
+            shard_module(module, self.device_mesh, self.sharding)
         with configured(module):
             super().setup(trainer)
         make_buffers(module)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from sbn_lightning import MaskRefresh, TernarySparseConversion, convert_linears
@@ -162,3 +164,14 @@ def own_module(folder: Path) -> None:
     TernarySparseConversion.load(plain, folder / "own.ckpt", pattern="2:4")
     loaded = [layer.packed_mask() for _, layer in masked_layers(plain)]
     assert all(torch.equal(one, other) for one, other in zip(loaded, masks, strict=True))
+
+    # Ranks that hold the same rows must begin with the same weights, also if each has drawn its own.
+    torch.manual_seed(rank)
+    net = Whole()
+    convert_linears(net, "2:4")
+    shard(net, init_device_mesh("cpu", (2,)), blocks=net.layers, replicate=2)
+    for value in (*net.parameters(), *net.buffers()):
+        mine = value.detach().to_local() if isinstance(value, DTensor) else value
+        everyone = [torch.empty_like(mine) for _ in range(2)]
+        torch.distributed.all_gather(everyone, mine.contiguous())
+        assert torch.equal(*everyone)

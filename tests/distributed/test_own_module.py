@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -47,9 +46,9 @@ def test_what_cannot_be_sharded_by_itself(mesh):
     by_hand = Own(0)
     by_hand.automatic_optimization = False
     with pytest.raises(ConfigError, match=r"training_step calls the backward.*shard\(self\.net"):
-        shard_module(by_hand, mesh, torch.device("cpu"), OPTIONS)
+        shard_module(by_hand, mesh, OPTIONS)
     with pytest.raises(ConfigError, match=r"Own does not say which these are: give the LightningModule .* blocks"):
-        shard_module(Own(0), mesh, torch.device("cpu"), OPTIONS | {"gather": "packed_layer"})
+        shard_module(Own(0), mesh, OPTIONS | {"gather": "packed_layer"})
 
 
 def test_a_module_that_shards_itself_otherwise_than_the_strategy_says(mesh):
