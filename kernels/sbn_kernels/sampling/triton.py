@@ -34,7 +34,7 @@ def _choose_tokens(logits: Tensor, settings: Tensor, positions: Tensor, lowest: 
     logits = with_rows(logits)
     parts = ceil_div(vocab, 4 * CALLS)
     best = torch.empty((rows, parts), dtype=torch.int64, device=logits.device)
-    limits = settings if lowest is None else lowest
+    limits = settings if lowest is None else lowest.contiguous()
     _parts(
         (parts, rows, 1), (logits, settings, positions, limits, best), (vocab, logits.stride(0)), (lowest is not None,)
     )

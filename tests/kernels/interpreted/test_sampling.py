@@ -37,6 +37,14 @@ def test_the_noise_has_the_moments_of_its_distribution() -> None:
     assert -2.9 < float(found.min()) < float(found.max()) < 23
 
 
+def test_limits_may_have_any_strides() -> None:
+    """A column of a table is read as it is, and not the memory behind its first number."""
+    logits, positions = torch.randn(8, 50), torch.zeros(8).long()
+    table = torch.stack([logits.max(1).values, torch.full((8,), float("-inf"))], 1)
+    tokens = choose_tokens(logits, settings_of((100.0,) * 8, list(range(8))), positions, table[:, 0])
+    assert torch.equal(tokens, logits.argmax(1))
+
+
 def test_no_rows() -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
     assert choose_tokens(torch.zeros(0, 5), torch.zeros(0, 4, dtype=torch.int64), nothing).shape == (0,)
