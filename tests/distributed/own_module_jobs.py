@@ -100,10 +100,10 @@ class ByHand(Own):
         self.net = Whole()
 
     def configure_model(self) -> None:
-        if not any(masked_layers(self)):
-            convert_linears(self.net, "2:4")
-            options = self.trainer.strategy.sharding  # type: ignore[attr-defined]
-            shard(self.net, self.device_mesh["data_parallel"], blocks=self.net.layers, **options)  # type: ignore[index]
+        # The hook is called for each command of a Trainer. The second time there is nothing left to do.
+        convert_linears(self.net, "2:4")
+        options = self.trainer.strategy.sharding  # type: ignore[attr-defined]
+        shard(self.net, self.device_mesh["data_parallel"], blocks=self.net.layers, **options)  # type: ignore[index]
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.net(x)
