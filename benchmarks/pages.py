@@ -122,9 +122,9 @@ ALL = (
         "of each prompt, or the number in the row; decoding is measured after 256 tokens of context. The ratio is to "
         "bf16 in the same loop and the same run. A row can hold cells of different runs, so compare a cell with its "
         "own ratio and not with the bf16 cell beside it. One prompt and four prompts are read from a CUDA graph, "
-        "and 16 prompts of the 1.5B by fused kernels without one. Other prefill of 16 and 64 prompts, and of 6:8 at "
-        "0.5B and 3B, was measured before there were such graphs and before prompts had fused kernels. Rows of 29 "
-        "November, 07:39 and later, have the attention kernel for short prompts, also those of bf16 dense. "
+        "and 16 prompts of the 1.5B by fused kernels without one. Other prefill of 16 and 64 prompts was measured "
+        "before there were such graphs and before prompts had fused kernels. Rows of 29 November, 07:39 and later, "
+        "have the attention kernel for short prompts, also those of bf16 dense. "
         '"one kernel" is the persistent decode step. An empty cell was not measured.',
         summarize,
     ),
@@ -142,6 +142,25 @@ ALL = (
         '`Decoder(step="persistent")`. The weights are random, and the choice of a token is not part of the time. '
         "There is no ratio, because BF16 was not measured in the same run. The page of prefill and decoding has "
         "ratios, with the choice of a token. `--timeline` prints where a step spends its time.",
+        render,
+    ),
+    Page(
+        "first_token",
+        "The first token of a process",
+        "One prompt in a fresh process, random weights. `start_up_s` is the time until the model is ready, without "
+        "reading a file. `cold_ms` is the first prompt to its first token, `graph_ms` the second one, which captures "
+        "the CUDA graph of its length, and `warm_ms` the median of the prompts after that. With `empty_cache` the "
+        "process finds no compiled kernels on disk.",
+        render,
+    ),
+    Page(
+        "drawn_tokens",
+        "The choice of a token",
+        "Milliseconds of a decode step with the choice of the next token behind it, at 2:4 with random weights, after "
+        "256 tokens of context. `choice_us` is what the choice takes, in microseconds: the difference to the step "
+        "alone in the same run. Choices are in the CUDA graph of the step. `behind` is the draw of `temperature` "
+        "launched behind the graph, and `multinomial` is `torch.multinomial` of a softmax there. The persistent step "
+        "makes the greedy choice itself, also where nothing is chosen.",
         render,
     ),
     Page(
