@@ -16,20 +16,21 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import reduce
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.utils import _sync_module_states, _verify_param_shape_across_processes
+from torch.distributed.utils import _verify_param_shape_across_processes
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.first_rank import send_from_first_rank
 from sbn_lightning.distributed.gradients import BackwardCollectives, split_like
 from sbn_lightning.layers.preparation import is_recording
 
 ALONE = 2**24  # The bytes of a gradient that is sent by itself. Smaller ones are sent together.
 COPIES = 2**28  # The bytes of copies that may be in memory at a time.
-BROADCAST = 250 * 2**20  # The bytes of a broadcast at the start, as in torch's DDP.
 
 
 class _Sent(NamedTuple):
@@ -229,7 +230,8 @@ def replicate(model: nn.Module, group: dist.ProcessGroup, dtype: torch.dtype) ->
     trained: list[Tensor] = list(_trained(model).values())
     if trained:  # torch crashes if there are none.
         _verify_param_shape_across_processes(group, trained)
-    _sync_module_states(model, group, BROADCAST, src=0, params_and_buffers_to_ignore=_ignored(model))
+    kept = next(chain(model.parameters(), model.buffers()), torch.empty(0))
+    send_from_first_rank(model, [group], kept.device.type, _ignored(model))
     return GradientMean(model, group, dtype)
 
 

@@ -89,11 +89,11 @@ def shard(
 
     Raises:
         ConfigError: If ``mesh`` is no mesh, if ``gather``, ``reduce_dtype`` or ``reduce`` has another value, if the
-            model has no attribute ``blocks`` and none are given, if ``reduce="step"`` meets ``gather="latent"``, if
-            ``replicate`` does not divide the ranks or the mesh has two dimensions already, if the mesh has ranks for
-            tensor parallelism, or if a layer that FSDP2 shards has fewer rows than there are ranks. (Lightning gives
-            all GPUs of a node to tensor parallelism by default. Each of them would then train a model of its own,
-            unnoticed.)
+            model has no attribute ``blocks`` and none are given, if ``blocks`` lists something else than modules, if
+            ``reduce="step"`` meets ``gather="latent"``, if ``replicate`` does not divide the ranks or the mesh has two
+            dimensions already, if the mesh has ranks for tensor parallelism, or if a layer that FSDP2 shards has fewer
+            rows than there are ranks. (Lightning gives all GPUs of a node to tensor parallelism by default. Each of
+            them would then train a model of its own, unnoticed.)
     """
     if not isinstance(mesh, DeviceMesh):
         if not old or not isinstance(old[0], DeviceMesh):
@@ -114,7 +114,7 @@ def shard(
         return
     if blocks is None and (blocks := getattr(module, "blocks", None)) is None:
         raise ConfigError(f"{type(module).__name__} has no attribute blocks: give its transformer blocks, blocks=...")
-    blocks = list(blocks)
+    blocks = _modules(blocks)
     if methods is None:
         methods = [name for name in ("loss", "run") if hasattr(module, name)]
     if "tensor_parallel" in (mesh.mesh_dim_names or ()):
@@ -126,7 +126,7 @@ def shard(
         mesh = mesh["data_parallel"]
     if replicate != 1:
         mesh = _hybrid(mesh, replicate)
-    send_from_first_rank(module, mesh)
+    send_from_first_rank(module, [mesh.get_group(i) for i in range(mesh.ndim)], mesh.device_type)
     layered = blocks if gather == "packed_layer" else ()
     ours: set[nn.Parameter] = set()
     if gather != "latent":
@@ -146,6 +146,16 @@ def shard(
         prepare_first(module, methods)
     given = {"reduce_dtype": reduce_dtype, "gather": gather, "replicate": replicate, "reduce": reduce}
     setattr(module, OPTIONS, given | {"max_ctas": max_ctas})
+
+
+def _modules(blocks: Any) -> list[nn.Module]:
+    found: list[Any] = list(blocks) if isinstance(blocks, Iterable) else [None]
+    if not all(isinstance(block, nn.Module) for block in found):
+        raise ConfigError(
+            "blocks must list the transformer blocks of the model, which are modules, and this is a "
+            f"{type(blocks).__name__}: give blocks=..., or give the attribute blocks of the model another name"
+        )
+    return found
 
 
 def _rest(block: nn.Module, ours: set[nn.Parameter]) -> int:

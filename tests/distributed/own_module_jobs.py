@@ -26,7 +26,7 @@ ROWS = 24
 
 
 class Net(nn.Module):
-    """A transformer without attention, and with a parameter and a buffer that are drawn at random."""
+    """A transformer without attention, and with buffers that are drawn at random. gloo does not send int16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,6 +34,7 @@ class Net(nn.Module):
         self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.ReLU()) for _ in range(2))
         self.lm_head = nn.Linear(16, 4)
         self.register_buffer("noise", torch.randn(16))
+        self.register_buffer("numbers", torch.randint(1000, (16,), dtype=torch.int16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.first(x) + self.noise
@@ -171,7 +172,7 @@ def own_module(folder: Path) -> None:
     convert_linears(net, "2:4")
     shard(net, init_device_mesh("cpu", (2,)), blocks=net.layers, replicate=2)
     for value in (*net.parameters(), *net.buffers()):
-        mine = value.detach().to_local() if isinstance(value, DTensor) else value
+        mine = (value.detach().to_local() if isinstance(value, DTensor) else value.detach()).view(torch.uint8)
         everyone = [torch.empty_like(mine) for _ in range(2)]
         torch.distributed.all_gather(everyone, mine.contiguous())
         assert torch.equal(*everyone)

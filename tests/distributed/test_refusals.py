@@ -61,6 +61,9 @@ def test_the_blocks_of_a_model(mesh):
     model = small_module(n_layers=1).model
     with pytest.raises(ConfigError, match="Linear has no attribute blocks: give its transformer blocks"):
         shard(torch.nn.Linear(2, 2), mesh)
+    for blocks in (4, [4], torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})):
+        with pytest.raises(ConfigError, match=f"must list the transformer blocks.*this is a {type(blocks).__name__}: "):
+            shard(torch.nn.Linear(2, 2), mesh, blocks=blocks)
     with pytest.raises(ConfigError, match=r"takes a DeviceMesh \(init_device_mesh\), not list"):
         shard(model, [model.blocks[0]])
     with pytest.raises(ConfigError, match="takes everything else by name, for example blocks="):
