@@ -9,6 +9,8 @@ import torch
 
 from sbn_lightning.layers.latent_dtype import what_is_lost
 
+_MOST_NAMES = 20  # A longer list in a warning helps nobody.
+
 
 @dataclass
 class ConversionReport:
@@ -69,11 +71,15 @@ class ConversionReport:
 
     def _of_frozen(self) -> str:
         """Say that frozen layers were converted, and which names in ``exclude`` would leave them out."""
-        trained = [name for name in self.converted if name not in set(self.frozen)]
-        names = dict.fromkeys(_outermost(name, trained) for name in self.frozen)
+        trained = set(self.converted) - set(self.frozen)
+        with_trained = {part for name in trained for part in _leading_parts(name)}
+        # The shortest leading part of each name below which nothing is trained.
+        outermost = (next((p for p in _leading_parts(name) if p not in with_trained), name) for name in self.frozen)
+        names = list(dict.fromkeys(outermost))
         one = len(self.frozen) == 1
         others = "" if one else f" and {len(self.frozen) - 1} more"
-        remedy = f"leave them out with exclude={list(names)}" if trained else "train them, or leave them dense"
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        remedy = f"add {names[:_MOST_NAMES]}{more} to exclude" if trained else "train them, or leave them dense"
         return (
             f"{self.frozen[0]}{others} {'is' if one else 'are'} frozen, and a weight that never trains cannot adapt to "
             f"its rounding: {remedy}. Nothing is wrong if training unfreezes the layers later"
@@ -106,8 +112,7 @@ class ConversionReport:
         return "\n".join(lines)
 
 
-def _outermost(name: str, others: list[str]) -> str:
-    """The shortest leading part of a dotted name that no other name begins with; the whole name if there is none."""
+def _leading_parts(name: str) -> list[str]:
+    """The leading parts of a dotted name, the shortest first; the last one is the whole name."""
     parts = name.split(".")
-    prefixes = [".".join(parts[:length]) for length in range(1, len(parts))]
-    return next((one for one in prefixes if not any(f"{other}.".startswith(f"{one}.") for other in others)), name)
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]

@@ -142,7 +142,7 @@ def test_frozen_layers_are_named_once_with_the_way_to_leave_them_out():
     assert len(got) == 1
     message = str(got[0].message)
     assert message.startswith("net.a and 2 more are frozen")
-    assert "exclude=['net.a', 'teacher']" in message
+    assert "add ['net.a', 'teacher'] to exclude" in message
     with pytest.warns(UserWarning, match="net.ab and 2 more are frozen.* train them, or leave them dense"):
         convert_linears(Pair().requires_grad_(False), "2:4", exclude="net.a")
     with warnings.catch_warnings():
@@ -150,3 +150,10 @@ def test_frozen_layers_are_named_once_with_the_way_to_leave_them_out():
         assert convert_linears(Pair(), "2:4", exclude=["net.a", "teacher"]).converted == ["net.ab"]
         # A saved conversion says which layers it has, and the weights that come were trained.
         convert_by_name(Pair(), {"teacher.0": {"pattern": "2:4"}})
+
+
+def test_a_warning_of_many_frozen_layers_stays_short():
+    layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(60)])
+    layers[::2].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"0 and 29 more are frozen.*'36', '38'\] and 10 more to exclude"):
+        convert_linears(layers, "2:4")
