@@ -76,6 +76,9 @@ class RecordedStep:
     def forget(self) -> None:
         """Drop the graphs, because tensors that they read have been replaced."""
         self._graphs.clear()
+        # Logits that a caller has kept hold memory of the pool. PyTorch refuses to capture into a pool that has memory
+        # and no graph.
+        self._pool = None
 
     def _run(self, kind: Kind | None) -> Tensor:
         logits = self._compute()

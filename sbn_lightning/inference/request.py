@@ -53,6 +53,8 @@ class Limits:
         """Check the ranges."""
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens} is below 1")
+        if not isinstance(self.seed, int):
+            raise ConfigError(f"seed={self.seed!r} is not an integer")
         if not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed={self.seed} is outside 0 to 2^63 - 1")
         if isinstance(self.stop, str):  # A string is a sequence of strings as well: its characters.

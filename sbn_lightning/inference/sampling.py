@@ -9,6 +9,7 @@ drawn. So the order of equal logits does not matter: tokens as likely as the las
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -25,6 +26,7 @@ Kind = Literal["greedy", "drawn", "limited"]
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HIGHEST = 1e30  # A higher temperature changes nothing: all tokens are equally likely.
+_MOST = 2**62  # No vocabulary has more tokens, and the device needs a number of 64 bits.
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Sampling:
         temperature: The number that divides the logits; 0 takes the most likely token.
         top_p: A probability. Tokens are drawn from the smallest set of most likely tokens whose probabilities sum to
             at least this value (nucleus sampling, arXiv 1904.09751). 1 draws from all tokens.
-        top_k: The number of most likely tokens to draw from; None draws from all.
+        top_k: The number of most likely tokens to draw from; None draws from all. Tokens as likely as the last one that
+            ``top_p`` or ``top_k`` leaves can be drawn as well.
 
     Raises:
         ConfigError: If a value is outside its range.
@@ -51,6 +54,8 @@ class Sampling:
             raise ConfigError(f"temperature={self.temperature} is not a number from 0 (greedy) upwards")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} is outside 0 (excluded) to 1; 1 draws from all tokens")
+        if self.top_k is not None and not isinstance(self.top_k, int):
+            raise ConfigError(f"top_k={self.top_k!r} is not an integer; leave it out to draw from all tokens")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k} is below 1; leave it out to draw from all tokens")
 
@@ -100,6 +105,7 @@ class Sampler:
         self._rows: list[tuple[Sampling, int]] = [(GREEDY, 0)] * rows
         self._settings = torch.zeros(rows, SETTINGS, dtype=torch.int64, device=device)  # Zeros are greedy.
         self._changed = False
+        self._kind: Kind | None = "greedy"  # None after a change
 
     def set_row(self, row: int, sampling: Sampling, seed: int) -> None:
         """Change how the next tokens of a row are chosen.
@@ -109,9 +115,10 @@ class Sampler:
             sampling: The settings.
             seed: The seed of the row's draws. Seeds that differ by a multiple of 2^64 draw alike.
         """
-        new = (sampling, (seed + 2**63) % 2**64 - 2**63) if sampling.temperature > 0 else (GREEDY, 0)
-        self._changed |= new != self._rows[row]
-        self._rows[row] = new
+        seed = (operator.index(seed) + 2**63) % 2**64 - 2**63
+        new = (sampling, seed) if sampling.temperature > 0 else (GREEDY, 0)
+        if new != self._rows[row]:
+            self._rows[row], self._changed, self._kind = new, True, None
 
     def set_all(self, sampling: Sampling, seed: int) -> None:
         """Give all rows the same settings. The first row has this seed, the next row the seed after it, and so on."""
@@ -121,8 +128,10 @@ class Sampler:
     @property
     def kind(self) -> Kind:
         """What the choice of all rows together needs."""
-        kinds = {sampling.kind for sampling, _ in self._rows}
-        return "limited" if "limited" in kinds else "drawn" if "drawn" in kinds else "greedy"
+        if self._kind is None:  # Each step asks.
+            kinds = {sampling.kind for sampling, _ in self._rows}
+            self._kind = "limited" if "limited" in kinds else "drawn" if "drawn" in kinds else "greedy"
+        return self._kind
 
     def choose(self, logits_BV: Tensor, positions_B: Tensor, row: int | None = None) -> Tensor:
         """Choose a token for each row.
@@ -149,8 +158,9 @@ class Sampler:
         if not self._changed:
             return
         numbers = [[min(sampling.temperature, _HIGHEST), sampling.top_p] for sampling, _ in self._rows]
-        integers = [[sampling.top_k or 0, seed] for sampling, seed in self._rows]
-        host = torch.cat([torch.tensor(numbers, dtype=torch.float64).view(torch.int64), torch.tensor(integers)], dim=1)
+        integers = [[min(sampling.top_k or 0, _MOST), seed] for sampling, seed in self._rows]
+        bits = torch.tensor(numbers, dtype=torch.float64).view(torch.int64)
+        host = torch.cat([bits, torch.tensor(integers, dtype=torch.int64)], dim=1)
         if self._settings.is_cuda:
             host = host.pin_memory()  # The allocator keeps the memory until the copy has run.
         self._settings.copy_(host, non_blocking=True)

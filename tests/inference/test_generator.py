@@ -239,6 +239,7 @@ def test_closing_ends_what_runs_and_takes_no_more(opened):
         ([1], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([1], {"top_p": 0.0}, "top_p=0.0"),
         ([1], {"seed": -1}, "seed=-1"),
+        ([1], {"seed": 1.0}, r"seed=1\.0 is not an integer"),
         ([1], {"stop": ["a", ""]}, "a stop string is empty"),
     ],
 )

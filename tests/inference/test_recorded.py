@@ -74,3 +74,17 @@ def test_a_seed_gives_the_same_tokens_again_whatever_came_between() -> None:
     ]
     assert texts[1] == texts[3]
     assert texts[1] != texts[4]
+
+
+@needs_hopper
+def test_a_graph_is_captured_again_while_logits_of_the_one_before_are_kept() -> None:
+    model = on_gpu()
+    decoder = Decoder(model, 3, 48)
+    kept = []
+    for _ in range(3):
+        tokens = decoder.prefill(PROMPTS).argmax(-1)
+        kept.append(decoder.step(tokens))
+        checked_step(decoder, tokens)
+        with torch.no_grad():
+            model.blocks[1].mlp.down.weight.mul_(2)
+    assert not torch.equal(kept[0], kept[2])

@@ -93,6 +93,17 @@ def test_a_row_draws_what_it_draws_alone_whatever_the_other_rows_do():
     assert int(chosen[1]) == int(logits[1].argmax())
 
 
+def test_numbers_of_any_size_reach_the_device_and_change_no_other_row():
+    """The temperature of a row is stored as bits, which a conversion to another dtype would change."""
+    sampler = Sampler(2, torch.device("cpu"))
+    sampler.set_row(0, Sampling(0.1), 2**64 - 3)
+    sampler.set_row(1, Sampling(10**400, top_k=10**30), -1)
+    sampler.update_device()
+    numbers = sampler._settings.view(torch.float64)[:, :2]
+    assert numbers.tolist() == [[0.1, 1.0], [1e30, 1.0]]
+    assert sampler._settings[:, 2:].tolist() == [[0, -3], [2**62, -1]]
+
+
 def test_settings_that_change_are_used_and_the_kind_follows():
     logits, position = torch.tensor([[0.0, 1.0, 0.5]]), torch.zeros(1, dtype=torch.int64)
     sampler = Sampler(1, torch.device("cpu"))
@@ -152,6 +163,7 @@ def test_a_text_that_is_cut_goes_on_as_it_would_have():
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.1}, r"top_p=1\.1"),
         ({"top_k": 0}, "top_k=0"),
+        ({"top_k": 2.0}, r"top_k=2\.0 is not an integer"),
     ],
 )
 def test_refuses(options, message):
@@ -162,3 +174,8 @@ def test_refuses(options, message):
 def test_a_generator_is_refused():
     with pytest.raises(ConfigError, match="a draw takes a seed, not a generator of torch"):
         Sampling(1.0)(torch.zeros(1, 3), torch.Generator())
+
+
+def test_a_seed_that_is_no_integer_is_refused():
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        generate(make(), PROMPTS, max_new_tokens=2, sampling=Sampling(1.0), seed=1.5)
