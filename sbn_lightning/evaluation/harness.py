@@ -84,7 +84,7 @@ class HarnessModel(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self.add_special_tokens = add_special_tokens
         self._device = self.model.embed.weight.device
-        # The seed of the next batch. With one seed for all batches, every batch would draw alike.
+        # The seed of the next text. With one seed for all texts, equal prompts would draw alike.
         self._texts_drawn = 0
 
     @property
@@ -187,7 +187,7 @@ class HarnessModel(TemplateLM):
             seed=self._texts_drawn,
             stop_tokens=[self.eot_token_id],
         )
-        self._texts_drawn += len(prompts)  # Each text has a seed of its own.
+        self._texts_drawn += len(prompts)
         until = options.get("until") or []
         return [_cut(self.tokenizer.decode(row), [until] if isinstance(until, str) else until) for row in rows]
 

@@ -24,7 +24,10 @@ from tests.kernels.toy import toy  # noqa: F401 (a fixture, for every test below
 @pytest.fixture(autouse=True)
 def _offsets_have_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check the addresses of each kernel that a test compiles without a GPU."""
-    triton = pytest.importorskip("triton")
+    try:
+        import triton
+    except ImportError:  # Then a test compiles nothing.
+        return
     from tests.kernels.addresses import narrow_products
 
     compile_any = triton.compile
