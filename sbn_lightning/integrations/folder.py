@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +59,24 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     }
 
 
+def warn_of_partial_rounding(layers: Mapping[str, SparseLayer], caller: str) -> None:
+    """Warn if packed layers would compute something else than the present ones, which are in their rounding warm-up.
+
+    Args:
+        layers: The layers that are to be packed, by name.
+        caller: The name of the function that packs them.
+    """
+    found = [name for name, layer in layers.items() if getattr(layer, "is_partly_rounded", False)]
+    if found:
+        one = len(found) == 1
+        warnings.warn(
+            f"{caller}: {found[0]}{'' if one else f' and {len(found) - 1} more layers'} {'is' if one else 'are'} in the "
+            "middle of the rounding warm-up. The folder holds rounded weights, so it computes something else than this "
+            "model at present",
+            stacklevel=3,
+        )
+
+
 def save_sparse(model: nn.Module, directory: str | Path, form: Form = "packed", *, overwrite: bool = False) -> Path:
     """Write a converted model to a folder.
 
@@ -75,6 +94,8 @@ def save_sparse(model: nn.Module, directory: str | Path, form: Form = "packed", 
         DataError: If the folder cannot be written. Nothing that was there is lost.
     """
     target = Path(directory)
+    if form == "packed":
+        warn_of_partial_rounding(sparse_layers(model), "save_sparse")
     with output_folder(target, overwrite) as folder:
         write_sparse(model, folder, form)
     return target

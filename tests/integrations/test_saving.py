@@ -1,6 +1,7 @@
 """``save_packed``: the options of ``save_pretrained``, and models in the middle of a ramp or a warm-up."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ transformers = pytest.importorskip("transformers", minversion="5")
 import sbn_lightning.backends.selection as selection  # noqa: E402
 from sbn_lightning.core.errors import ConfigError  # noqa: E402
 from sbn_lightning.formats.huggingface.sbn import model_card  # noqa: E402
+from sbn_lightning.integrations.folder import save_sparse  # noqa: E402
 from sbn_lightning.integrations.huggingface import save_packed  # noqa: E402
 from sbn_lightning.integrations.pytorch import convert  # noqa: E402
 from sbn_lightning.layers.experts_linear import PackedExperts  # noqa: E402
@@ -112,8 +114,16 @@ def test_a_model_within_its_rounding_warm_up_is_named(tmp_path):
     model = ternary()
     for layer in ternary_layers(model).values():
         layer.set_rounding(0.5, 0.5)
-    with pytest.warns(UserWarning, match=r"q_proj and 13 more layers are in the middle of their rounding warm-up"):
+    with pytest.warns(UserWarning, match=r"q_proj and 13 more layers are in the middle of the rounding warm-up"):
         save_packed(model, tmp_path / "packed")
+    for layer in list(ternary_layers(model).values())[1:]:
+        layer.set_rounding(1, 1)
+    with pytest.warns(UserWarning, match=r"save_sparse: .*q_proj is in the middle of the rounding warm-up") as got:
+        save_sparse(model, tmp_path / "sparse")
+    assert got[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_sparse(model, tmp_path / "latent", form="latent")
 
 
 def test_options_of_save_pretrained(tmp_path):

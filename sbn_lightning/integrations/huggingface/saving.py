@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.huggingface.sbn import model_card, most_in_group, quantization_config, widen_patterns
-from sbn_lightning.integrations.folder import sparse_layers
+from sbn_lightning.integrations.folder import sparse_layers, warn_of_partial_rounding
 from sbn_lightning.integrations.huggingface.quantizer import SBNConfig, config_of, packed_state
 
 
@@ -45,12 +44,7 @@ def save_packed(
         )
     config = config_of(model, "packed")
     layers = sparse_layers(model)
-    if rounding := [name for name, layer in layers.items() if getattr(layer, "is_partly_rounded", False)]:
-        warnings.warn(
-            f"save_packed: {rounding[0]} and {len(rounding) - 1} more layers are in the middle of their rounding "
-            "warm-up. The folder holds their rounded weights, so it computes something else than this model at present",
-            stacklevel=2,
-        )
+    warn_of_partial_rounding(layers, "save_packed")
     state = packed_state(model)
     if dtype is not None:
         state = {
