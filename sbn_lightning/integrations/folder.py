@@ -68,11 +68,10 @@ def warn_of_partial_rounding(layers: Mapping[str, SparseLayer], caller: str) -> 
     """
     found = [name for name, layer in layers.items() if getattr(layer, "is_partly_rounded", False)]
     if found:
-        one = len(found) == 1
+        named = f"{found[0]} is" if len(found) == 1 else f"{found[0]} and {len(found) - 1} more layers are"
         warnings.warn(
-            f"{caller}: {found[0]}{'' if one else f' and {len(found) - 1} more layers'} {'is' if one else 'are'} in the "
-            "middle of the rounding warm-up. The folder holds rounded weights, so it computes something else than this "
-            "model at present",
+            f"{caller}: {named} in the middle of the rounding warm-up. The folder holds rounded weights, so it "
+            "computes something else than this model at present",
             stacklevel=3,
         )
 
