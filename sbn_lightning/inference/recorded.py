@@ -8,7 +8,7 @@ lengths and settings from the device, and write the chosen tokens where the next
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -48,7 +48,6 @@ class RecordedStep:
         self.tokens, self.kernel = tokens, kernel
         self._compute, self._lengths, self._sampler, self._use_graph = compute, lengths, sampler, use_graph
         self._graphs: dict[Kind | None, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool: Any = None  # The handle of the pool of memory that the graphs share.
 
     def __call__(self, tokens_B: Tensor, kind: Kind | None) -> Tensor:
         """Add a token to each row.
@@ -76,9 +75,6 @@ class RecordedStep:
     def forget(self) -> None:
         """Drop the graphs, because tensors that they read have been replaced."""
         self._graphs.clear()
-        # Logits that a caller has kept hold memory of the pool. PyTorch refuses to capture into a pool that has memory
-        # and no graph.
-        self._pool = None
 
     def _run(self, kind: Kind | None) -> Tensor:
         logits = self._compute()
@@ -99,9 +95,10 @@ class RecordedStep:
                 self.tokens.copy_(before[0])
                 self._lengths.copy_(before[1])
         torch.cuda.current_stream(device).wait_stream(stream)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        # The graphs share memory. The pool of graphs that were dropped cannot be used again: PyTorch refuses a pool
+        # without a graph if a caller has kept logits that lie in it.
+        pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
             logits = self._run(kind)
         return graph, logits

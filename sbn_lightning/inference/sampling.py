@@ -114,6 +114,9 @@ class Sampler:
             row: The number of the row.
             sampling: The settings.
             seed: The seed of the row's draws. Seeds that differ by a multiple of 2^64 draw alike.
+
+        Raises:
+            TypeError: If the seed is no integer.
         """
         seed = (operator.index(seed) + 2**63) % 2**64 - 2**63
         new = (sampling, seed) if sampling.temperature > 0 else (GREEDY, 0)
