@@ -67,7 +67,7 @@ def revert_layers(model: nn.Module, dtype: torch.dtype | None = None) -> list[st
         for layer in layers.values():
             if isinstance(layer, MaskedLinear):
                 layer.prepare()  # Raises whatever can go wrong, before the first layer is changed.
-        of_packed = dtype or _dtype_of(model)
+        of_packed = dtype or dtype_of(model)
         experts = set(revert_experts(model, dtype=dtype, packed_dtype=of_packed))
         for name, layer in layers.items():
             if name in experts:
@@ -103,7 +103,8 @@ def _why_not(module: nn.Module) -> str | None:
     return why_class_stays(module) if changes else None
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype:
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the first parameter of floating-point numbers; float32 if there is none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 

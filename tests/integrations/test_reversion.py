@@ -102,6 +102,15 @@ def test_dtypes(tmp_path):
         assert model.model.embed_tokens.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("form", ["packed", "latent"])
+def test_a_model_that_was_cast_after_loading_is_dequantised_in_its_present_dtype(form, tmp_path):
+    model = load(folder_of("qwen2", form, tmp_path), dtype=torch.bfloat16).to(torch.float32)
+    expected = logits(model)
+    model.dequantize()  # The configuration still says bfloat16.
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits(model), expected)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "mixtral"])
 def test_layers_that_were_packed_in_place_or_loaded_packed(name, tmp_path):
     expected = build(name).eval()

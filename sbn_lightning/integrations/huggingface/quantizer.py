@@ -39,7 +39,7 @@ from sbn_lightning.layers.experts import (
     put_packed,
 )
 from sbn_lightning.layers.packed import PackedTernaryLinear
-from sbn_lightning.layers.reversion import revert_layers
+from sbn_lightning.layers.reversion import dtype_of, revert_layers
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
 Form = Literal["packed", "latent"]
@@ -176,6 +176,13 @@ class SBNQuantizer(HfQuantizer):
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Return True: ``save_pretrained`` writes what ``from_pretrained`` reads."""
         return True
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Do what ``model.dequantize()`` promises. Without ``dtype``, plain layers get the dtype of the other weights.
+
+        transformers would take the dtype of the configuration, which stays as it was when a model is cast.
+        """
+        return super().dequantize(model, dtype or dtype_of(model))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Turn sparse layers into plain ones for ``model.dequantize()``, in place; see ``revert_linears``."""
