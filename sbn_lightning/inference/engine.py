@@ -229,7 +229,7 @@ class Engine:
         waiting, self._pending = self._pending, None
         if writing:
             self._grow({row.index for row, _ in writing})
-            self._tokens.copy_(self._decoder.step_next(self._tokens))
+            self._tokens = self._decoder.step_next(self._tokens)  # A decoder reads its own tensor without a copy.
             for row, _ in writing:
                 row.chosen += 1
             self._pending = self._send(writing)

@@ -207,7 +207,10 @@ def _rooms(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: int, wh
 def _tokens(
     decoder: Decoder, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, seed: int
 ) -> Iterator[Tensor]:
-    """Yield the next token of each sequence, ``count`` times, int64 ``[B]``; the device may still compute them."""
+    """Yield the next token of each sequence, ``count`` times, int64 ``[B]``. The next step overwrites the tensor.
+
+    The device may still compute the tokens when they are yielded.
+    """
     decoder.sampler.set_all(sampling, seed)
     tokens = decoder.sampler.choose(decoder.prefill(prompts), decoder.lengths)
     for i in range(count):

@@ -159,6 +159,19 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_generator(opened, monke
         )
 
 
+def test_steps_read_the_tokens_that_the_decoder_has_chosen_without_a_copy(opened, monkeypatch):
+    with Generator(opened, batch_size=2, max_length=40) as generator:
+        decoder, own = generator._decoder, []
+        step = decoder.step_next
+        monkeypatch.setattr(
+            decoder, "step_next", lambda tokens: own.append(tokens is decoder._plain.tokens) or step(tokens)
+        )
+        requests = [generator.submit(prompt, max_new_tokens=9, stop_tokens=()) for prompt in MORE[:4]]
+        found = [request.result().tokens for request in requests]
+    assert found == [without_cache(opened.model, prompt, 9) for prompt in MORE[:4]]
+    assert own == [False] + [True] * (len(own) - 1)
+
+
 def raise_(error):
     raise error
 

@@ -3,7 +3,8 @@
 This does what ``torch.library.custom_op`` does, without its checks at each call. With torch 2.11 the checks for outputs
 that alias inputs took 0.3 to 0.4 ms of the host's time, more than most kernels run, so a training step waited for the
 host. No op here returns an argument, and an op that changes one says so, so the checks have nothing to find. No op has
-a gradient; their public functions refuse tensors that want one, and autograd is written where the ops are put together.
+a gradient. Their public functions refuse tensors that want one, except where a result is a choice, as in ``sampling/``.
+Autograd is written where the ops are put together.
 
 Every op refuses tensors on several devices, at each call and when ``torch.compile`` traces the op. The check takes
 about a tenth of a microsecond for each tensor. The replay of a CUDA graph runs no code of the host, so no check either.
