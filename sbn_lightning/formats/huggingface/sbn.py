@@ -30,13 +30,13 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.formats.huggingface.config import architecture
 from sbn_lightning.formats.huggingface.names import fused_name, linear_parts
 from sbn_lightning.formats.packed import ternary_layers
+from sbn_lightning.layers.reversion import METHOD as METHOD
 from sbn_lightning.sparsity.config import OPTION_NAMES
 from sbn_lightning.sparsity.pattern import NMPattern, nonzeros_per_group
 
 if TYPE_CHECKING:
     from sbn_lightning.formats.loaded import LoadedModel
 
-METHOD = "sbn"
 VERSION = 1
 OPTIONS = OPTION_NAMES
 """The options of a layer that a folder records."""
