@@ -118,13 +118,14 @@ def schedule_length(callback: Callback, trainer: Run, total_steps: int | None) -
 def _steps_of_epochs(trainer: Run) -> int:
     """The number of optimiser steps in all epochs of a run whose data loaders are set up; -1 if nobody knows.
 
-    Nobody knows if the data or the epochs have no end, if accumulation changes from epoch to epoch, if the module calls
-    its optimisers by hand, or if a loop does not say.
+    Nobody knows if the data or the epochs have no end, if a callback schedules the accumulation, if the module calls its
+    optimisers by hand, or if a loop does not say.
     """
     if isinstance(trainer, Trainer):
         accumulation = [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
-        changes = any(len(set(one.scheduling.values())) > 1 for one in accumulation)
-        if changes or not trainer.lightning_module.automatic_optimization or trainer.train_dataloader is None:
+        # The scheduler sets the accumulation when an epoch starts. Callbacks ask before that.
+        scheduled = any(set(one.scheduling.values()) != {1} for one in accumulation)
+        if scheduled or not trainer.lightning_module.automatic_optimization or trainer.train_dataloader is None:
             return -1
     steps = getattr(trainer, "estimated_stepping_batches", inf)
     return int(steps) if isfinite(steps) else -1

@@ -120,10 +120,11 @@ class ByHand(ForeignModule):
 
 
 @pytest.mark.parametrize("name", list(MAKE))
-@pytest.mark.parametrize("case", ["stream", "by hand", "accumulation"])
+@pytest.mark.parametrize("case", ["stream", "by hand", "accumulation", "accumulation of the first epoch"])
 def test_a_length_that_nobody_knows_is_an_error(name, case):
     loader = unbounded(list(regression_loader())) if case == "stream" else regression_loader()
-    more = [GradientAccumulationScheduler({0: 1, 1: 2})] if case == "accumulation" else []
+    schedule = {"accumulation": {0: 1, 1: 2}, "accumulation of the first epoch": {0: 2}}.get(case)
+    more = [GradientAccumulationScheduler(schedule)] if schedule else []
     callbacks = [TernarySparseConversion("2:4"), MAKE[name](), *more]
     module = ByHand() if case == "by hand" else ForeignModule()
     with pytest.raises(ConfigError, match=r"must know how long training is: set .*max_steps.*total_steps"):
