@@ -118,8 +118,8 @@ def schedule_length(callback: Callback, trainer: Run, total_steps: int | None) -
 def _steps_of_epochs(trainer: Run) -> int:
     """The number of optimiser steps in all epochs of a run whose data loaders are set up; -1 if nobody knows.
 
-    Nobody knows if the data or the epochs have no end, if a callback schedules the accumulation, if the module calls its
-    optimisers by hand, or if a loop does not say.
+    Nobody knows if the data or the epochs have no end, if a callback schedules the accumulation, if the module calls
+    its optimisers by hand, or if a loop does not say.
     """
     if isinstance(trainer, Trainer):
         accumulation = [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
