@@ -21,7 +21,7 @@ from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.layers.sparse_linear import SparseLinear
-from sbn_lightning.layers.swiglu_fusion import FusedSwiGLU, split_swiglu
+from sbn_lightning.layers.swiglu_fusion import split_swiglu
 
 METHOD = "sbn"  # Our quantisation method in transformers.
 
@@ -99,7 +99,7 @@ def refuse(fixed: Mapping[str, str], done: str, remedy: str = "") -> None:
 
 
 def _why_not(module: nn.Module) -> str | None:
-    changes = isinstance(module, MaskedLinear | PackedTernaryLinear | SparseExperts | FusedSwiGLU)
+    changes = isinstance(module, MaskedLinear | PackedTernaryLinear | SparseExperts)
     return why_class_stays(module) if changes else None
 
 

@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from sbn_lightning.layers.gated import swiglu_of_pair
-from sbn_lightning.layers.instance_forward import change_class
+from sbn_lightning.layers.instance_forward import change_class, why_class_stays
 from sbn_lightning.layers.options import is_hooked
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
@@ -100,9 +100,13 @@ def fuse_swiglu(model: nn.Module) -> list[str]:
 
 
 def split_swiglu(model: nn.Module) -> None:
-    """Undo :func:`fuse_swiglu`."""
+    """Undo :func:`fuse_swiglu`.
+
+    A module whose ``forward`` somebody replaced since keeps its class, because the replacement may call the forward of
+    that class. Between plain layers this forward computes what the module's own forward computes.
+    """
     for module in model.modules():
-        if isinstance(module, FusedSwiGLU):
+        if isinstance(module, FusedSwiGLU) and why_class_stays(module) is None:
             own: Any = module.swiglu_of
             del vars(module)["swiglu_parts"]
             change_class(module, own)

@@ -1,6 +1,7 @@
 """Modules whose ``forward`` is an entry of the instance: they are converted correctly, or refused by name."""
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sbn_lightning.layers.matching import convert_to_match
 from sbn_lightning.layers.options import is_hooked
 from sbn_lightning.layers.packed import PackedTernaryLinear, pack_layers
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
+from sbn_lightning.layers.swiglu_fusion import FusedSwiGLU
 
 DEVICES = {"gate": "cpu", "up": "cpu", "down": "cpu", "lm_head": "cpu"}
 
@@ -126,6 +128,25 @@ def test_a_forward_of_somebody_else_is_refused_by_name_and_nothing_changes():
     with pytest.raises(ConfigError, match=r"cannot be reverted: up: somebody replaced its forward"):
         revert_linears(model)
     assert isinstance(model.down, SparseBitLinear)
+
+
+@pytest.mark.parametrize("patch", ["of liger", "of anybody"])
+def test_a_fused_swiglu_whose_forward_was_replaced_is_reverted(patch):
+    # Trainer(use_liger_kernel=True) binds a forward to each MLP of a converted model.
+    expected = converted(net())
+    revert_linears(expected)
+    model = nn.Sequential(converted(net()))
+    assert isinstance(model[0], FusedSwiGLU)
+    own = model[0].forward
+    bound = MethodType(lambda self, x: Net.forward(self, x), model[0])
+    model[0].forward = bound if patch == "of liger" else lambda x: own(x)
+    assert len(revert_linears(model)) == 3
+    assert torch.equal(model(tokens()), expected(tokens()))
+    del model[0].forward
+    assert torch.equal(model(tokens()), expected(tokens()))
+    again = copy.deepcopy(model)
+    convert_linears(again, "2:4")
+    assert torch.equal(again(tokens()), converted(expected)(tokens()))
 
 
 def test_a_patch_above_or_below_the_hooks_of_accelerate_is_refused():
