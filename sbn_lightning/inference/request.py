@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
 from sbn_lightning.core.errors import ConfigError
@@ -53,7 +54,7 @@ class Limits:
         """Check the ranges."""
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens} is below 1")
-        if not isinstance(self.seed, int):
+        if not isinstance(self.seed, Integral):
             raise ConfigError(f"seed={self.seed!r} is not an integer")
         if not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed={self.seed} is outside 0 to 2^63 - 1")

@@ -12,6 +12,7 @@ import math
 import operator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -54,7 +55,7 @@ class Sampling:
             raise ConfigError(f"temperature={self.temperature} is not a number from 0 (greedy) upwards")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} is outside 0 (excluded) to 1; 1 draws from all tokens")
-        if self.top_k is not None and not isinstance(self.top_k, int):
+        if self.top_k is not None and not isinstance(self.top_k, Integral):
             raise ConfigError(f"top_k={self.top_k!r} is not an integer; leave it out to draw from all tokens")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k} is below 1; leave it out to draw from all tokens")

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,11 +98,14 @@ def test_numbers_of_any_size_reach_the_device_and_change_no_other_row():
     """The temperature of a row is stored as bits, which a conversion to another dtype would change."""
     sampler = Sampler(2, torch.device("cpu"))
     sampler.set_row(0, Sampling(0.1), 2**64 - 3)
-    sampler.set_row(1, Sampling(10**400, top_k=10**30), -1)
+    sampler.set_row(1, Sampling(10**400, top_k=10**30), np.int64(-1))
     sampler.update_device()
     numbers = sampler._settings.view(torch.float64)[:, :2]
     assert numbers.tolist() == [[0.1, 1.0], [1e30, 1.0]]
     assert sampler._settings[:, 2:].tolist() == [[0, -3], [2**62, -1]]
+    sampler.set_row(1, Sampling(1.0, top_k=np.int64(5)), 0)
+    sampler.update_device()
+    assert sampler._settings[1, 2:].tolist() == [5, 0]
 
 
 def test_settings_that_change_are_used_and_the_kind_follows():
