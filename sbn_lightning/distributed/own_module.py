@@ -59,7 +59,8 @@ def shard_module(module: LightningModule, mesh: DeviceMesh, options: Mapping[str
         options: The options of :func:`~sbn_lightning.distributed.sharding.shard`.
 
     Raises:
-        ConfigError: If the module optimises by hand, or has no ``blocks`` and ``gather`` needs them.
+        ConfigError: If the module optimises by hand, if ``gather`` needs ``blocks`` and the module has none, or if its
+            ``blocks`` cannot be read.
     """
     name, blocks = type(module).__name__, getattr(module, "blocks", None)
     if not module.automatic_optimization:
@@ -68,6 +69,8 @@ def shard_module(module: LightningModule, mesh: DeviceMesh, options: Mapping[str
             "networks in configure_model: convert_linears(self.net, ...), then shard(self.net, "
             'self.device_mesh["data_parallel"], blocks=..., **self.trainer.strategy.sharding)'
         )
+    if blocks is None and hasattr(type(module), "blocks"):  # An AttributeError in a property looks like no attribute.
+        raise ConfigError(f"blocks of {name} gives no blocks: it is None, or its property raises an AttributeError")
     if blocks is None and options["gather"] != "packed_step":
         raise ConfigError(
             f"gather={options['gather']!r} gathers one transformer block after the other, and {name} does not say "

@@ -34,6 +34,12 @@ def test_two_ranks_train_one_model(forked_runs):
     assert not any(statuses(folder)), (folder / "rank0.log").read_text()[-3000:]
 
 
+class Misspelt(Own):
+    @property
+    def blocks(self):
+        return self.net.layer
+
+
 @pytest.fixture
 def mesh(tmp_path):
     """A mesh of this process alone."""
@@ -49,6 +55,8 @@ def test_what_cannot_be_sharded_by_itself(mesh):
         shard_module(by_hand, mesh, OPTIONS)
     with pytest.raises(ConfigError, match=r"Own does not say which these are: give the LightningModule .* blocks"):
         shard_module(Own(0), mesh, OPTIONS | {"gather": "packed_layer"})
+    with pytest.raises(ConfigError, match=r"blocks of Misspelt gives no blocks: .*raises an AttributeError"):
+        shard_module(Misspelt(0), mesh, OPTIONS)
 
 
 def test_a_module_that_shards_itself_otherwise_than_the_strategy_says(mesh):
