@@ -18,6 +18,7 @@ PACKAGE, TESTS = Path(sbn_kernels.__file__).parent, Path(__file__).parent
 INDICES = (
     "per = group * column_tiles",  # tiles of a matrix
     "first = tile // per * group",
+    "row = tl.minimum(expert, experts - 1) * features",  # rows of the weights of all experts
     "where = row // padded * stride + row % padded",  # scales of all rows of all matrices
     "head * size",  # features of one token
     "(heads + head) * size",
