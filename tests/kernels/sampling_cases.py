@@ -30,8 +30,8 @@ def check_against_twin(vocab: int, dtype: torch.dtype, device: str) -> None:
             found = choose_tokens(logits, settings, positions, limit)
             assert torch.equal(found, choose_tokens_reference(logits, settings, positions, limit))
             assert int(found[0]) == int(kept[0].argmax())
-            alone = [choose_tokens(logits[i : i + 1], settings[i : i + 1], positions[i : i + 1]) for i in range(5)]
-            if limit is None:
+            if limit is None:  # A row has alone what it has among others.
+                alone = [choose_tokens(logits[i : i + 1], settings[i : i + 1], positions[i : i + 1]) for i in range(5)]
                 assert torch.equal(found, torch.cat(alone))
 
 
@@ -74,7 +74,7 @@ def check_lowest_of_random_logits(vocab: int, dtype: torch.dtype, device: str) -
     generator = torch.Generator().manual_seed(vocab)
     settings = limits_of(list(LIMITS)).to(device)
     shapes = ((3.0, 0.0), (1.0, 16.0), (1e-3, -0.5), (300.0, 0.0), (0.0, 1.0))
-    for scale, shift in shapes if device == "cuda" else shapes[::2]:  # The interpreter takes seconds for each.
+    for scale, shift in shapes if device == "cuda" else shapes[::4]:  # The interpreter takes seconds for each.
         whole = scale * torch.randn(len(LIMITS), vocab + 3, generator=generator) + shift
         whole[:, 1::7] = whole[:, :1]  # Equal logits
         whole = whole.to(device, dtype)
@@ -93,7 +93,7 @@ def check_lowest_of_special_values(dtype: torch.dtype, device: str) -> None:
         [most, -most, 0, -inf], [-most, -inf, nan, -2], [inf, nan, -inf, 0],
     ]  # fmt: skip
     logits = torch.tensor(rows, device=device).to(dtype)
-    for limit in LIMITS if device == "cuda" else LIMITS[::5]:
+    for limit in LIMITS if device == "cuda" else LIMITS[::7]:
         check_lowest(logits, limits_of([limit] * len(rows)).to(device))
     of_two = check_lowest(logits, limits_of([(1.0, 1.0, 2)] * len(rows)).to(device)).tolist()
     assert of_two == [-most, -most, 2.0, most, 0.0, 0.0, 0.0, -most, 0.0]
