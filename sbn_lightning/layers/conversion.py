@@ -86,8 +86,8 @@ def convert_linears(
 
     Output heads, routers, gates with one row and the matrices of a LoRA are skipped (:func:`left_alone`) unless
     ``include`` names them with a pattern other than ``"*"``. If less than half of the linear parameters became sparse,
-    if a pattern fits no name in the model, if frozen layers were converted, or if weights that
-    are to be trained have 16 bits, a warning says so.
+    if a pattern fits no name in the model, if frozen layers were converted, or if weights that are to be trained have
+    16 bits, a warning says so.
 
     Args:
         model: The model, changed in place: as a whole or, on an error, not at all.

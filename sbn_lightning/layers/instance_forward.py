@@ -27,12 +27,12 @@ def why_class_stays(module: nn.Module) -> str | None:
     """Why a module cannot get another class; None if it can.
 
     Args:
-        module: A module that is to be converted, or converted back.
+        module: A module that is to be converted, reverted or packed.
     """
     if _is_offloaded(module):
         return (
             'its weights are offloaded (accelerate, a device_map with "cpu" or "disk" beside a GPU), so they are not '
-            "there to be converted: load the model without offloading"
+            "there to be changed: load the model without offloading"
         )
     own = vars(module)
     forward = own.get("forward")

@@ -5,7 +5,8 @@ nearly every step is smaller. Small changes of latent weights decide which weigh
 
 A conversion warns if it can see the problem. A model may also get 16 bits later (``precision="bf16-true"`` of Lightning
 casts after the conversion), or come from a folder that is only to be run. The first step of an optimiser that owns such
-weights therefore warns too, once for each weight.
+weights therefore warns too, once for each weight. ``fully_shard`` of PyTorch gives the optimiser shards, which are other
+tensors than those that a layer computes with. There only the conversion warns.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Latent weights, and those about which a warning was given. The values mean nothing.
+# The weights that layers with a mask compute with, and the weights about which a warning was given. The values mean
+# nothing.
 _latent = WeakIdKeyDictionary()
 _told = WeakIdKeyDictionary()
 
