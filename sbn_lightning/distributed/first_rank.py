@@ -33,7 +33,7 @@ def send_from_first_rank(
     if device.type != "cpu":
         device = torch.device(device.type, torch.get_device_module(device).current_device())
     for name, value in chain(module.named_parameters(), module.named_buffers()):
-        if name in ignored or value.is_meta or isinstance(value, DTensor):
+        if name in ignored or value.is_meta or not value.numel() or isinstance(value, DTensor):
             continue
         # Bytes travel, because NCCL and gloo do not know every dtype.
         own = value.detach().to(device).reshape(-1).view(torch.uint8)
