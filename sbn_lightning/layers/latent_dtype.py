@@ -5,8 +5,8 @@ nearly every step is smaller. Small changes of latent weights decide which weigh
 
 A conversion warns if it can see the problem. A model may also get 16 bits later (``precision="bf16-true"`` of Lightning
 casts after the conversion), or come from a folder that is only to be run. The first step of an optimiser that owns such
-weights therefore warns too, once for each weight. ``fully_shard`` of PyTorch gives the optimiser shards, which are other
-tensors than those that a layer computes with. There only the conversion warns.
+weights therefore warns too, once for each weight. ``fully_shard`` of PyTorch gives the optimiser shards, and a layer
+computes with other tensors. There only the conversion warns.
 """
 
 from __future__ import annotations

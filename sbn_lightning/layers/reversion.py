@@ -35,8 +35,8 @@ def revert_linears(model: nn.Module) -> list[str]:
 
     A model of transformers is no longer marked as quantised, so ``save_pretrained`` writes a dense folder. Before a
     reversion its weights are latent weights, and ``from_pretrained`` would use them as they are, unless the folder
-    names our quantisation method. Revert also before a LoRA is merged (``merge_and_unload``): in a masked layer it would become part of the
-    latent weight and be rounded away.
+    names our quantisation method. Revert also before a LoRA is merged (``merge_and_unload``): in a masked layer it
+    would become part of the latent weight and be rounded away.
 
     Args:
         model: The model, changed in place: as a whole or, on an error, not at all.
