@@ -65,6 +65,6 @@ def warn_of_lost_updates(weights: Iterable[Tensor]) -> None:
     if not found:
         return
     note_told(found)
-    first = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-    if first or torch.distributed.get_rank() == 0:
+    alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+    if alone or torch.distributed.get_rank() == 0:
         warnings.warn(what_is_lost(found[0].dtype), stacklevel=2)
