@@ -77,9 +77,36 @@ def quantization_config(modules: Mapping[str, Mapping[str, Any]], form: str) -> 
     return {"quant_method": METHOD, "version": VERSION, "form": form, **common, "modules": own}
 
 
-def most_in_group(codes: Tensor, pattern: str | NMPattern) -> int:
-    """Return the largest number of non-zero codes in a group of a pattern; at least 1."""
-    return max(1, int(nonzeros_per_group(codes, NMPattern.parse(pattern).m).max()))
+class PackedContents:
+    """What a folder says about its packed layers.
+
+    Attributes:
+        modules: The options of each layer by name.
+        most: The largest number of non-zero codes in a group of each layer's pattern; at least 1.
+    """
+
+    def __init__(self) -> None:
+        self.modules: dict[str, dict[str, Any]] = {}
+        self.most: dict[str, int] = {}
+        self._zeros = self._weights = 0
+
+    def add(self, name: str, options: Mapping[str, Any], codes: Tensor) -> None:
+        """Note a layer.
+
+        Args:
+            name: The name of the layer in the folder.
+            options: Its options, with the ``pattern``.
+            codes: Its codes, ``[out_features, in_features]``.
+        """
+        self.modules[name] = dict(options)
+        self.most[name] = max(1, int(nonzeros_per_group(codes, NMPattern.parse(options["pattern"]).m).max()))
+        self._zeros += int((codes == 0).sum())
+        self._weights += codes.numel()
+
+    @property
+    def zeros(self) -> float:
+        """The share of ternary weights that are 0."""
+        return self._zeros / self._weights
 
 
 def widen_patterns(modules: Mapping[str, dict[str, Any]], most: Mapping[str, int]) -> str | None:
@@ -90,7 +117,7 @@ def widen_patterns(modules: Mapping[str, dict[str, Any]], most: Mapping[str, int
 
     Args:
         modules: The options of each layer by name, changed in place.
-        most: The :func:`most_in_group` of each layer.
+        most: The largest number of non-zero codes in a group of each layer.
 
     Returns:
         What to say on the model card; None if all layers keep to their patterns. A warning says the same.
@@ -135,17 +162,14 @@ def write_hf_sbn(loaded: LoadedModel, folder: Path, perplexity: float | None = N
             "another kind: use --format packed"
         )
     tensors = _other_tensors(loaded)
-    modules: dict[str, dict[str, Any]] = {}
-    most: dict[str, int] = {}
-    zeros = weights = 0
+    contents = PackedContents()
     for part in tqdm(list(linear_parts(config)), desc="writing", unit="layer", disable=None):
         layer = layers[part.ours]
         codes, gamma = layer.ternary()
+        options = {"pattern": str(layer.pattern), "activation_bits": layer.activation_bits}
         if (fused := fused_name(part)) is not None:
             tensors[f"{fused}.codes"], tensors[f"{fused}.gamma"] = pack_codes(codes), gamma.clone()
-            modules[fused] = {"pattern": str(layer.pattern), "activation_bits": layer.activation_bits}
-            most[fused] = most_in_group(codes, layer.pattern)
-            zeros, weights = zeros + int((codes == 0).sum()), weights + codes.numel()
+            contents.add(fused, options, codes)
             continue
         rows = part.rows or (layer.out_features,)
         biases = (None,) * len(rows) if layer.bias is None else layer.bias.detach().split(rows)
@@ -154,16 +178,14 @@ def write_hf_sbn(loaded: LoadedModel, folder: Path, perplexity: float | None = N
             tensors[f"{name}.gamma"] = scale.reshape(1).clone()
             if bias is not None:
                 tensors[f"{name}.bias"] = bias.clone()
-            modules[name] = {"pattern": str(layer.pattern), "activation_bits": layer.activation_bits}
-            most[name] = most_in_group(piece, layer.pattern)
-            zeros, weights = zeros + int((piece == 0).sum()), weights + piece.numel()
-    remark = widen_patterns(modules, most)
-    _save(loaded, folder, tensors, {"quantization_config": quantization_config(modules, "packed")})
+            contents.add(name, options, piece)
+    remark = widen_patterns(contents.modules, contents.most)
+    _save(loaded, folder, tensors, {"quantization_config": quantization_config(contents.modules, "packed")})
     facts = {
         "architecture": architecture(config),
-        "modules": modules,
+        "modules": contents.modules,
         "remark": remark,
-        "zeros": zeros / weights,
+        "zeros": contents.zeros,
         "perplexity": perplexity,
     }
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")

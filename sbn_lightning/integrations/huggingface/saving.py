@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.formats.huggingface.sbn import model_card, most_in_group, quantization_config, widen_patterns
+from sbn_lightning.formats.huggingface.sbn import PackedContents, model_card, quantization_config, widen_patterns
 from sbn_lightning.integrations.folder import sparse_layers, warn_of_partial_rounding
 from sbn_lightning.integrations.huggingface.quantizer import SBNConfig, config_of, packed_state
 
@@ -51,25 +51,21 @@ def save_packed(
             name: value.to(dtype) if value.is_floating_point() and not name.endswith(".gamma") else value
             for name, value in state.items()
         }
-    modules = {name: config.of(name) for name in layers}
-    most: dict[str, int] = {}
-    zeros = weights = 0
+    contents = PackedContents()
     for name, layer in layers.items():
-        codes = layer.ternary()[0]  # type: ignore[union-attr, operator]
-        most[name] = most_in_group(codes, layer.pattern)
-        zeros, weights = zeros + int((codes == 0).sum()), weights + codes.numel()
-    remark = widen_patterns(modules, most)
+        contents.add(name, config.of(name), layer.ternary()[0])  # type: ignore[union-attr, operator]
+    remark = widen_patterns(contents.modules, contents.most)
     facts = {
         "architecture": type(model).__name__,
-        "modules": modules,
+        "modules": contents.modules,
         "remark": remark,
-        "zeros": zeros / weights,
+        "zeros": contents.zeros,
         "perplexity": perplexity,
     }
     quantizer = getattr(model, "hf_quantizer", None)
     saved = model.config.__dict__.get("quantization_config")
     model.hf_quantizer = None
-    model.config.quantization_config = SBNConfig(**quantization_config(modules, "packed"))
+    model.config.quantization_config = SBNConfig(**quantization_config(contents.modules, "packed"))
     try:
         # transformers would cut fused experts into one tensor for each expert, and our folder holds them fused.
         model.save_pretrained(directory, state_dict=state, save_original_format=False, **options)
