@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -21,8 +20,8 @@ from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.gradient_mean import GradientMean, replicate
-from sbn_lightning.distributed.gradients import group_for_gradients, send_first
-from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
+from sbn_lightning.distributed.gradients import group_for_gradients
+from sbn_lightning.distributed.meeting import TIMEOUT, prepare_to_meet
 from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches, shard
 
 
@@ -59,8 +58,7 @@ class FabricReplicatedStrategy(DDPStrategy):
 
     @override
     def setup_environment(self) -> None:
-        send_first()
-        meet_afresh(self._timeout or TIMEOUT)
+        prepare_to_meet(self._timeout)
         super().setup_environment()
 
     @override
@@ -88,14 +86,9 @@ class _WithoutMean(_BackwardSyncControl):
         self._means = means
 
     @override
-    @contextmanager
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
-        mean = self._means.get(module)
-        if mean is None or not enabled:
-            yield
-            return
-        with mean.held():
-            yield
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        mean = self._means.get(module) if enabled else None
+        return nullcontext() if mean is None else mean.held()
 
 
 class FabricShardedStrategy(ModelParallelStrategy):
@@ -159,8 +152,7 @@ class FabricShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._tensor_parallel_size = 1
         self._data_parallel_size = self.num_nodes * self.num_processes
-        send_first()
-        meet_afresh(self._timeout or TIMEOUT)
+        prepare_to_meet(self._timeout)
         super().setup_environment()
 
 

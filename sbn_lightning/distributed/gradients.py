@@ -12,7 +12,6 @@ backward.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -36,11 +35,6 @@ IN_FLIGHT = 2**28  # The bytes of whole gradients that may be in memory at a tim
 # A collective sends at least these bytes to each rank. In small models the host is the limit, and starting a collective
 # takes the host as long as several kernels.
 PIECE = 2**24
-
-
-def send_first() -> None:
-    """Let NCCL's kernels start before others that wait for the GPU. The process group must not be there yet."""
-    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
 
 
 def group_for_gradients(group: dist.ProcessGroup, max_ctas: int | None) -> dist.ProcessGroup:

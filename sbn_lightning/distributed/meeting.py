@@ -51,6 +51,21 @@ def meet_afresh(timeout: timedelta = TIMEOUT) -> None:
     os.environ["MASTER_PORT"], os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(port), "False"
 
 
+def prepare_to_meet(timeout: timedelta | None) -> None:
+    """Do what must come before the ranks make a process group.
+
+    NCCL's kernels start before others that wait for the GPU.
+
+    Args:
+        timeout: How long to wait for ranks that do not come; None for :data:`TIMEOUT`.
+
+    Raises:
+        SBNError: If a rank does not come.
+    """
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    meet_afresh(timeout or TIMEOUT)
+
+
 def _open(old: TCPStore, host: str, ranks: int, timeout: timedelta) -> int:
     """Open a store, and tell all other ranks where it is. Return its port."""
     new = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True)

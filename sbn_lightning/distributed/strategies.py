@@ -34,8 +34,8 @@ from typing_extensions import override
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.background import BackgroundSaver, failures_named
 from sbn_lightning.distributed.gradient_mean import GradientMean, replicate
-from sbn_lightning.distributed.gradients import group_for_gradients, send_first
-from sbn_lightning.distributed.meeting import TIMEOUT, meet_afresh
+from sbn_lightning.distributed.gradients import group_for_gradients
+from sbn_lightning.distributed.meeting import TIMEOUT, prepare_to_meet
 from sbn_lightning.distributed.own_module import check_sharded, configured, is_sharded, shard_module
 from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches, make_buffers, reshard
 from sbn_lightning.distributed.stopping import stop_together
@@ -102,8 +102,7 @@ class _Together(Strategy):
 
     @override
     def setup_environment(self) -> None:
-        send_first()
-        meet_afresh(self._timeout or TIMEOUT)
+        prepare_to_meet(self._timeout)
         super().setup_environment()
 
     @override
