@@ -40,10 +40,9 @@ from sbn_lightning.layers.experts import (
     plan_experts,
     why_not,
 )
-from sbn_lightning.layers.instance_forward import change_class, why_class_stays
+from sbn_lightning.layers.instance_forward import change_class, refuse, why_class_stays
 from sbn_lightning.layers.latent_dtype import has_16_bits, note_told
 from sbn_lightning.layers.masked_linear import MaskedLinear
-from sbn_lightning.layers.reversion import refuse
 from sbn_lightning.layers.reversion import revert_linears as revert_linears
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.layers.sparse_linear import SparseLinear

@@ -14,11 +14,14 @@ accelerate is not imported here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from types import MethodType
 from typing import Any, cast
 
 from torch import nn
+
+from sbn_lightning.core.errors import ConfigError
 
 _WRAPPED = "_old_forward"  # Where accelerate keeps the forward that its wrapper calls.
 
@@ -44,6 +47,23 @@ def why_class_stays(module: nn.Module) -> str | None:
         "somebody replaced its forward (module.forward = ...), which would go on computing with the old weights: "
         "convert, revert or pack without the replacement"
     )
+
+
+def refuse(fixed: Mapping[str, str], done: str, remedy: str = "") -> None:
+    """Raise an error that names the modules that cannot get another class, if there are any.
+
+    Args:
+        fixed: The reasons by name.
+        done: What cannot be done, as a participle.
+        remedy: What a user can do, beside what the reasons say.
+
+    Raises:
+        ConfigError: If there is a reason.
+    """
+    if fixed:
+        reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in list(fixed.items())[:3])
+        more = f"; and {len(fixed) - 3} more" if len(fixed) > 3 else ""
+        raise ConfigError(f"cannot be {done}: {reasons}{more}{remedy}")
 
 
 def change_class(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.connection import named_modules, switch_fused_inference
 from sbn_lightning.layers.experts import SparseExperts, revert_experts
 from sbn_lightning.layers.experts_linear import PackedExperts
-from sbn_lightning.layers.instance_forward import change_class, why_class_stays
+from sbn_lightning.layers.instance_forward import change_class, refuse, why_class_stays
 from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
@@ -79,23 +78,6 @@ def revert_layers(model: nn.Module, dtype: torch.dtype | None = None) -> list[st
     split_swiglu(model)
     switch_fused_inference(model, on=True)
     return list(layers)
-
-
-def refuse(fixed: Mapping[str, str], done: str, remedy: str = "") -> None:
-    """Raise an error that names the modules that cannot get another class, if there are any.
-
-    Args:
-        fixed: The reasons by name.
-        done: What cannot be done, as a participle.
-        remedy: What a user can do, beside what the reasons say.
-
-    Raises:
-        ConfigError: If there is a reason.
-    """
-    if fixed:
-        reasons = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in list(fixed.items())[:3])
-        more = f"; and {len(fixed) - 3} more" if len(fixed) > 3 else ""
-        raise ConfigError(f"cannot be {done}: {reasons}{more}{remedy}")
 
 
 def _why_not(module: nn.Module) -> str | None:
