@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -113,6 +114,12 @@ def schedule_length(callback: Callback, trainer: Run, total_steps: int | None) -
             "or the callback's total_steps"
         )
     return steps
+
+
+def warn_of_early_end(trainer: Run, warning: str | None) -> None:
+    """Show what a schedule says of a training that ended before it, unless the run is a trial of a few batches."""
+    if warning and not trainer.fast_dev_run:  # type: ignore[union-attr]
+        rank_zero_warn(warning)
 
 
 def _steps_of_epochs(trainer: Run) -> int:

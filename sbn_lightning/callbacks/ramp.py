@@ -8,7 +8,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from sbn_lightning.callbacks.base import StepCallback, is_compiled, require_masked_layers, schedule_length
+from sbn_lightning.callbacks.base import (
+    StepCallback,
+    is_compiled,
+    require_masked_layers,
+    schedule_length,
+    warn_of_early_end,
+)
 from sbn_lightning.layers.masked_linear import MaskedLinear, masked_layers
 from sbn_lightning.schedule.ramp import Curve, Density, Ramp, RampShape
 from sbn_lightning.sparsity.pattern import NMPattern
@@ -98,9 +104,7 @@ class DenseToSparseRamp(StepCallback):
     def on_train_end(self, trainer: Run, pl_module: nn.Module) -> None:
         """Warn if training ended before the ramp did."""
         layers = [layer for _, layer in masked_layers(pl_module)]  # None, if another callback has reverted them.
-        warning = self.ramp.unfinished(layers, trainer.global_step, self._length(trainer))
-        if warning and not trainer.fast_dev_run:  # type: ignore[union-attr]
-            rank_zero_warn(warning)
+        warn_of_early_end(trainer, self.ramp.unfinished(layers, trainer.global_step, self._length(trainer)))
 
     def _length(self, trainer: Run) -> int:
         return schedule_length(self, trainer, self.total_steps) if self.ramp.needs_length else 1

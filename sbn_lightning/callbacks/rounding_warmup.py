@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from sbn_lightning.callbacks.base import StepCallback, require_masked_layers, schedule_length
+from sbn_lightning.callbacks.base import StepCallback, require_masked_layers, schedule_length, warn_of_early_end
 from sbn_lightning.layers.masked_linear import masked_layers
 from sbn_lightning.schedule.ramp import Curve
 from sbn_lightning.schedule.rounding import Rounded, Rounding, RoundingShape
@@ -62,9 +61,6 @@ class RoundingWarmup(StepCallback):
         """Leave a model whose rounding is whole, and warn if the warm-up had not ended yet."""
         layers = [layer for _, layer in masked_layers(pl_module)]  # None, if another callback has reverted them.
         if self.rounding.needs_length:
-            warning = self.rounding.unfinished(
-                layers, trainer.global_step, schedule_length(self, trainer, self.total_steps)
-            )
-            if warning and not trainer.fast_dev_run:  # type: ignore[union-attr]
-                rank_zero_warn(warning)
+            length = schedule_length(self, trainer, self.total_steps)
+            warn_of_early_end(trainer, self.rounding.unfinished(layers, trainer.global_step, length))
             Rounding().apply(layers, 1, 1)
