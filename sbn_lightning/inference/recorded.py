@@ -95,8 +95,8 @@ class RecordedStep:
                 self.tokens.copy_(before[0])
                 self._lengths.copy_(before[1])
         torch.cuda.current_stream(device).wait_stream(stream)
-        # The graphs share memory. The pool of graphs that were dropped cannot be used again: PyTorch refuses a pool
-        # without a graph if a caller has kept logits that lie in it.
+        # The graphs share memory. The pool of dropped graphs cannot be used again. PyTorch refuses a pool that has no
+        # graph, if logits of the pool are still in use.
         pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):

@@ -94,7 +94,7 @@ def count(
                 changed = (now.nonzero ^ old.nonzero) | (now.negative ^ old.negative)
                 code_flips = unpack_mask(changed, layer.in_features).sum()
         rows.append(torch.stack([mask.sum(), (~free).sum(), (free & ~mask).sum(), mask_flips, code_flips]))
-    # A model that is spread over several GPUs (device_map) has counts on each of them.
+    # With a device_map over several GPUs, each GPU has the counts of its layers.
     table = torch.stack([row.to(rows[0].device) for row in rows]).tolist() if rows else []
     weights = [layer.weight.numel() for layer in layers.values()]
     return {name: Counts(total, *row) for name, total, row in zip(layers, weights, table, strict=True)}, after

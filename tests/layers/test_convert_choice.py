@@ -127,7 +127,7 @@ def test_a_1x1_convolution_is_said_to_be_a_linear_layer():
 
 
 def test_frozen_layers_are_named_once_with_the_way_to_leave_them_out():
-    """A weight that never trains cannot adapt to its rounding, for example that of a teacher."""
+    """Weights that never train, for example those of a teacher, cannot adapt to their rounding."""
 
     class Pair(nn.Module):
         def __init__(self):

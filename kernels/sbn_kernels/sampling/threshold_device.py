@@ -8,7 +8,7 @@ import triton.language as tl
 from sbn_kernels.sampling import threshold_reference as reference
 from sbn_kernels.sampling.reference import SETTINGS, TEMPERATURE, TOP_K, TOP_P
 
-BINS = 65536  # One for each value of 16 bits. Bin 0 is that of the largest value.
+BINS = 65536  # One for each value of 16 bits. Bin 0 counts the largest value.
 GROUP = 256  # Bins of a group, and groups of a row
 ROW = BINS + 32  # The numbers of a row: its bins, then the first bin that has a token, inverted, and room.
 PART = 1024  # Tokens of a program that counts

@@ -1,7 +1,8 @@
-"""Chooses a token for each row in two launches: the best token of each part of the vocabulary, then the best of those.
+"""Chooses a token for each row in two launches.
 
-A part has 1,024 tokens, so one row of 152,000 tokens keeps 149 programs busy. Both launches can be captured in a CUDA
-graph: settings and positions are read from the device.
+The first finds the best token of each part of the vocabulary, and the second the best of these tokens. A part has 1,024
+tokens, so one row of 152,000 tokens keeps 149 programs busy. Both launches can be captured in a CUDA graph: settings
+and positions are read from the device.
 """
 
 from __future__ import annotations
