@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from wire import Wire
 
 from sbn_lightning import SparseBitNet, SparseTernaryPrecision, TransformerConfig
-from sbn_lightning.distributed.gradients import send_first
+from sbn_lightning.distributed.meeting import prepare_to_meet
 from sbn_lightning.distributed.sharding import shard
 from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.layers.sparse_linear import masked_layers
@@ -304,7 +304,7 @@ def link(devices: int) -> float:
     Raises:
         AssertionError: If a sum is wrong.
     """
-    send_first()
+    prepare_to_meet(None)
     fabric = Fabric(accelerator=ACCELERATOR, devices=devices, strategy="ddp")
     fabric.launch()
     warm, timed = 2, 5
