@@ -47,7 +47,8 @@ def ideas(seed: int) -> Iterator[Trial]:
 
 def large() -> Iterator[Trial]:
     """Yield the trials beyond 15M. Large trials take the longest, so two processes of a GPU begin there."""
-    yield from trials("31M", 10, [1], PAIR, ("ternary",))
+    for family in FAMILIES:
+        yield from trials("31M", 10, [1], PAIR, (family,))
 
 
 def main() -> Iterator[Trial]:
