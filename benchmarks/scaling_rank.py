@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from wire import Wire
 
 from sbn_lightning import SparseBitNet, SparseTernaryPrecision, TransformerConfig
+from sbn_lightning.backends.selection import BackendName
 from sbn_lightning.distributed.meeting import prepare_to_meet
 from sbn_lightning.distributed.sharding import shard
 from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
@@ -45,6 +46,7 @@ GATHERS = {"fsdp2 packed": "packed_step", "fsdp2 step": "packed_step", "fsdp2 la
 WAITING = " waiting"  # The end of the name of a row whose kernels make no room for collectives.
 GRAPHS = " graphs"  # The end of the name of a row whose micro-batches are replayed as CUDA graphs.
 ACCELERATOR = "gpu"
+BACKEND: BackendName = "sparse"
 
 Say = Callable[[str], None]  # Prints progress.
 
@@ -216,7 +218,8 @@ class Dense(SparseBitNet):
             self.model.compile_blocks()
         if self.device_mesh is not None:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
-            shard(self.model, self.device_mesh, policy=policy)
+            options = self.trainer.strategy.sharding  # type: ignore[attr-defined]
+            shard(self.model, self.device_mesh, policy=policy, **options)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Lightning's bf16-mixed clips no gradients before a fused optimiser.
@@ -279,7 +282,7 @@ def measure(
         module.float8 = run.strategy.startswith("float8")
     clock = Clock(say, steps, taken)
     tokens = torch.randint(config.vocab_size, (sum(step.batches for step in steps) * run.sequences, LENGTH + 1))
-    precision = {"plugins": [SparseTernaryPrecision("sparse", run.gradients)]}  # type: ignore[arg-type]
+    precision = {"plugins": [SparseTernaryPrecision(BACKEND, run.gradients)]}  # type: ignore[arg-type]
     trainer = Trainer(
         accelerator=ACCELERATOR, devices=[rank] if run.alone else devices, strategy=strategy_of(run.strategy),
         callbacks=[clock], max_epochs=1, **({"precision": "bf16-mixed"} if run.dense else precision),
