@@ -75,13 +75,13 @@ class _Gradient(NamedTuple):
     @property
     def size(self) -> int:
         """The elements that each rank gets. The last rows of some ranks may be padding."""
-        return self.cut.padded * self.whole.shape[1]
+        return self.cut.padded * self.whole.shape[1:].numel()
 
     def pieces(self) -> Tensor:
         """What each rank gets, ``[ranks, size]``."""
         whole, cut = self.whole, self.cut
         if cut.rows != cut.padded * cut.ranks:
-            whole = torch.cat([whole, whole.new_zeros(cut.padded * cut.ranks - cut.rows, whole.shape[1])])
+            whole = torch.cat([whole, whole.new_zeros(cut.padded * cut.ranks - cut.rows, *whole.shape[1:])])
         return whole.contiguous().view(cut.ranks, -1)
 
 
@@ -198,6 +198,11 @@ class GradientScatter(BackwardCollectives):
         leaf.register_post_accumulate_grad_hook(send)
         self._leaves.append(weakref.ref(leaf))
 
+    def recover(self) -> None:
+        """Throw away what an earlier backward has left, if it has raised an error."""
+        if self._runs and torch._C._current_graph_task_id() == -1:
+            self.reset()
+
     def reset(self) -> None:
         """Throw away what a backward that has raised an error has left: gradients that wait or travel."""
         for sent in self._sent:
@@ -282,7 +287,7 @@ class GradientScatter(BackwardCollectives):
         self._divide(sent.mine, self.average)
         parts = sent.mine.split([size for _, _, size in sent.places])
         for (weight, cut, _), mine in zip(sent.places, parts, strict=True):
-            _accumulate(weight, mine.view(cut.padded, -1)[: cut.count])
+            _accumulate(weight, mine.view(cut.padded, *weight.shape[1:])[: cut.count])
 
 
 def _accumulate(weight: nn.Parameter, mine: Tensor) -> None:

@@ -144,8 +144,9 @@ def shard(
         register_fsdp_forward_method(module, method)
     if ours:
         prepare_first(module, methods)
-    given = {"reduce_dtype": reduce_dtype, "gather": gather, "replicate": replicate, "reduce": reduce}
-    setattr(module, OPTIONS, given | {"max_ctas": max_ctas})
+    given: dict[str, Any] = {"reduce_dtype": reduce_dtype, "gather": gather, "replicate": replicate, "reduce": reduce}
+    given |= {"max_ctas": max_ctas, "methods": tuple(methods), "param_dtype": policy.param_dtype}
+    setattr(module, OPTIONS, given)
 
 
 def _modules(blocks: Any) -> list[nn.Module]:
@@ -231,7 +232,7 @@ def prepare_first(module: nn.Module, methods: Sequence[str] = ()) -> None:
         module: The whole model; changed in place.
         methods: The names of the methods, besides ``forward``, that multiply with the layers.
     """
-    module.register_forward_pre_hook(_prepare, prepend=True)
+    module.register_forward_pre_hook(prepare_sharded, prepend=True)
     for name in methods:
         setattr(module, name, MethodType(_after_preparing(getattr(module, name).__func__), module))
     layers = [layer for _, layer in masked_layers(module)]
@@ -241,7 +242,12 @@ def prepare_first(module: nn.Module, methods: Sequence[str] = ()) -> None:
 
 
 @torch._dynamo.disable  # type: ignore[untyped-decorator]  # A graph cannot ask whether a weight has changed.
-def _prepare(module: nn.Module, *_: Any) -> None:
+def prepare_sharded(module: nn.Module, *_: Any) -> None:
+    """Prepare all layers of a model together, as a hook before its forward.
+
+    Args:
+        module: The whole model.
+    """
     layers = getattr(module, LAYERS)
     exchange = exchange_of(layers)
     if exchange is None or not isinstance(module, FSDPModule):
@@ -313,7 +319,7 @@ def recover(module: FSDPModule) -> None:
 def _after_preparing(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(unwrap(method))  # Lightning looks one wrapper deep for the arguments of a step.
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _prepare(module)
+        prepare_sharded(module)
         with trust_weights():  # Nothing inside looks at the weights a second time.
             return method(module, *args, **kwargs)
 

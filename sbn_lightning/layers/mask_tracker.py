@@ -241,6 +241,11 @@ def fingerprint(weight: Tensor) -> Tensor:
     return torch.cat([integers.sum(1), integers.sum(0)])
 
 
+def optimizer_steps() -> int:
+    """How many steps the optimisers of this process have taken."""
+    return _steps.taken
+
+
 def version(tensor: Tensor) -> int:
     """The version counter of a tensor; 0 for a tensor of inference mode, which has no counter."""
     return 0 if tensor.is_inference() else tensor._version

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from sbn_lightning.core.errors import ConfigError, DataError
-from sbn_lightning.distributed.strategies import ReplicatedStrategy
+from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.formats.init_from import check_tokenizer
 from sbn_lightning.models.config import TransformerConfig
 from sbn_lightning.training.distillation import Distillation
@@ -92,10 +92,14 @@ def check_graphs(module: Any, trainer: Any) -> None:
         raise ConfigError("model.cuda_graphs works in a Trainer and not in the Fabric loop; set it to false")
     strategy = trainer.strategy
     distillation = module.distillation
+    sharding = getattr(strategy, "sharding", {})
     reasons = {
-        f"{type(strategy).__name__}, only with trainer.strategy: auto or sbn_ddp": not isinstance(
-            strategy, (SingleDeviceStrategy, ReplicatedStrategy)
+        f"{type(strategy).__name__}, only with trainer.strategy: auto, sbn_ddp or sbn_fsdp2": not isinstance(
+            strategy, (SingleDeviceStrategy, ReplicatedStrategy, ShardedStrategy)
         ),
+        f"gather: {sharding.get('gather')} in sbn_fsdp2, only with packed_step": sharding
+        and sharding["gather"] != "packed_step",
+        "reduce: step in sbn_fsdp2, only with micro_batch": sharding.get("reduce") == "step",
         "options of torch's DistributedDataParallel in sbn_ddp": getattr(strategy, "by_torch", False),
         "a mixture of experts, whose host reads how many tokens each expert has": bool(module.config.n_experts),
         "distillation.teacher: null": distillation is not None and distillation.teacher is None,

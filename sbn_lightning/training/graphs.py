@@ -14,23 +14,29 @@ What a graph reads must keep its address:
 * Gradients are added to tensors that stay. If somebody has set ``parameter.grad`` to None, they are zeroed first.
 
 Clipping, the optimiser, the schedule of the learning rate and all callbacks stay outside. So do the collectives of the
-strategy ``sbn_ddp``: gradients are averaged after the last micro-batch of an optimiser step. What only Python sees (the
+strategy ``sbn_ddp``: gradients are averaged after the last micro-batch of an optimiser step. Under ``sbn_fsdp2`` the
+graph of a backward contains the collectives that send its gradients, and the model has whole copies of the parameters
+that FSDP2 shards (:mod:`sbn_lightning.distributed.whole_parameters`). What only Python sees (the
 kernel of a layer, whether masked weights get gradients, the address of a parameter) is compared before each replay.
 Each of the last few states has its own graphs. All of them share their memory, and are replayed one after the other.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.whole_parameters import local, whole_parameters
 from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers
 from sbn_lightning.layers.preparation import is_settled, record
@@ -90,10 +96,12 @@ class GraphedLoss:
                     f"recorded for {list(shared.batch.shape)}"
                 )
             return loss(batch)
-        prepare_layers(model)
+        if shared is not None:
+            shared.reshard()
         if shared is None or shared.where != _addresses(model):
             self._shared = shared = _Shared(model, batch, () if self.numbers is None else (self.numbers,))
             self._graphs = {}
+        shared.prepare(model)
         state = _state_of(model)
         if state not in self._graphs:
             while len(self._graphs) >= self.most:
@@ -102,7 +110,7 @@ class GraphedLoss:
         if isinstance(found, int) and (found < self.warm_up or (found < PATIENCE and not is_settled(model))):
             shared.bring_up_to_date(hold=False)
             self._graphs[state] = found + 1
-            plain: Tensor = _Plain.apply(shared.anchor, loss, batch)
+            plain: Tensor = _Plain.apply(shared.anchor, shared, loss, batch)
             return plain
         shared.bring_up_to_date(hold=True)
         if isinstance(found, int):
@@ -114,6 +122,7 @@ class _Shared:
     """The tensors that all graphs of a model read and write, and their memory."""
 
     def __init__(self, model: nn.Module, batch: Tensor, shape: tuple[int, ...]) -> None:
+        self._whole = whole_parameters(model)
         self.where = _addresses(model)
         self.batch = batch.clone()
         self.loss = torch.zeros(shape, dtype=torch.float32, device=batch.device)
@@ -127,9 +136,30 @@ class _Shared:
         self._prepared: dict[tuple[int, Any], Any] = {}
         self._seeds: dict[int, Tensor] = {}
 
+    def prepare(self, model: nn.Module) -> None:
+        """Prepare the weights of the model."""
+        if self._whole is None:
+            prepare_layers(model)
+        else:
+            self._whole.prepare(model)
+
+    def reshard(self) -> None:
+        """Give back what FSDP2 has gathered."""
+        if self._whole is not None:
+            self._whole.reshard()
+
+    @property
+    def sends(self) -> bool:
+        """Whether the backward sends gradients, so that its graph contains collectives."""
+        return self._whole is not None
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """A context in which a sharded model has the parameters that graphs read."""
+        return nullcontext() if self._whole is None else self._whole.in_place()
+
     @cached_property
     def gradients(self) -> list[Tensor]:
-        """The gradients of the parameters, made for the first recording."""
+        """The gradients of the parameters, made for the first recording. Those of sharded parameters are sharded."""
         return [torch.zeros_like(parameter) for parameter in self.parameters]
 
     @torch.no_grad()
@@ -176,7 +206,7 @@ class _Graphs:
         gc.collect()  # A graph of autograd that is still alive would tie its parameters to another stream.
         self.shared = shared
         pairs = list(zip(shared.parameters, shared.gradients, strict=True))
-        before = [(parameter.grad, own._version) for parameter, own in pairs]
+        before = [(parameter.grad, local(own)._version) for parameter, own in pairs]
         for parameter, own in pairs:
             parameter.grad = own
         live: list[Tensor] = []
@@ -185,14 +215,17 @@ class _Graphs:
             # Casts of parameters that autocast remembers would be those of an earlier step, and those made here belong
             # to the graph. (To turn the cache off would be another state for torch.compile, which cannot compile now.)
             torch.clear_autocast_cache()
-            with trust_weights():  # The weights were prepared outside.
+            with shared.in_place(), trust_weights():  # The weights were prepared outside.
                 live.append(loss(shared.batch))
             torch.clear_autocast_cache()
             shared.loss.copy_(live[0].detach())
 
         def backward() -> None:
-            torch.autograd.backward(live.pop(), shared.gradient)
+            with shared.in_place():  # Activations that are computed again read parameters.
+                torch.autograd.backward(live.pop(), shared.gradient)
 
+        if shared.sends:
+            free_at_exit(self)
         try:
             self._forward = record(forward, shared.pool)
             self._backward = record(backward, shared.pool)
@@ -203,9 +236,13 @@ class _Graphs:
             ) from error
         finally:
             # A parameter that the loss does not use has no gradient in a step without graphs, and no weight decay.
-            self.used = [pair for pair, (_, old) in zip(pairs, before, strict=True) if pair[1]._version != old]
+            self.used = [pair for pair, (_, old) in zip(pairs, before, strict=True) if local(pair[1])._version != old]
             for (parameter, _), (given, _) in zip(pairs, before, strict=True):
                 parameter.grad = given
+
+    def free(self) -> None:
+        """Give the graphs up."""
+        self._forward = self._backward = _freed
 
     def __call__(self, batch: Tensor) -> Tensor:
         """Return the loss of a micro-batch."""
@@ -233,12 +270,12 @@ class _Graphs:
         if number != self.shared.passes:
             raise ConfigError(ONE_BACKWARD)
         self.shared.passes += 1  # A second backward would read activations that the first one has overwritten.
-        fresh = [own for parameter, own in self.used if parameter.grad is None]
+        fresh = [local(own) for parameter, own in self.used if parameter.grad is None]
         if fresh:
             torch._foreach_zero_(fresh)
         for parameter, own in self.used:
             if parameter.grad is not None and parameter.grad is not own:
-                own.copy_(parameter.grad)
+                local(own).copy_(local(parameter.grad))
             parameter.grad = own
         self.shared.gradient.copy_(gradient)
         self._backward()
@@ -253,9 +290,10 @@ class _Plain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, loss: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, shared: _Shared, loss: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         """Compute the loss."""
-        with torch.enable_grad(), trust_weights():
+        ctx.shared = shared
+        with torch.enable_grad(), shared.in_place(), trust_weights():
             ctx.live = [loss(batch)]
         found: Tensor = ctx.live[0].detach()
         return found.clone()
@@ -265,8 +303,9 @@ class _Plain(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, ...]:
         if not ctx.live:
             raise ConfigError(ONE_BACKWARD)
-        torch.autograd.backward(ctx.live.pop(), grad_outputs[0])
-        return None, None, None
+        with ctx.shared.in_place():
+            torch.autograd.backward(ctx.live.pop(), grad_outputs[0])
+        return None, None, None, None
 
 
 class _Replayed(torch.autograd.Function):
@@ -285,6 +324,28 @@ class _Replayed(torch.autograd.Function):
         return None, None, None
 
 
+def free_at_exit(graphs: _Graphs) -> None:
+    """Free graphs that contain collectives before the process group ends, which waits for them.
+
+    The process group ends at the exit of the process, and what is registered last runs first.
+    """
+    if not _with_collectives:
+        atexit.register(_free)
+    _with_collectives.add(graphs)
+
+
+_with_collectives: WeakSet[_Graphs] = WeakSet()
+
+
+def _freed() -> None:
+    raise RuntimeError("the process ends, and its CUDA graphs are gone")
+
+
+def _free() -> None:
+    for graphs in _with_collectives:
+        graphs.free()
+
+
 def _form(prepared: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in prepared)
 
@@ -295,7 +356,7 @@ def _writable(prepared: Any) -> Any:
 
 
 def _addresses(model: nn.Module) -> list[Any]:
-    return [(parameter.data_ptr(), parameter.requires_grad) for parameter in model.parameters()]
+    return [(local(parameter).data_ptr(), parameter.requires_grad) for parameter in model.parameters()]
 
 
 def _state_of(model: nn.Module) -> tuple[Any, ...]:

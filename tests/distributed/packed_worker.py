@@ -34,6 +34,8 @@ from sbn_lightning.layers import SparseBitLinear, masked_layers
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.sparsity.config import SparsityConfig
+from sbn_lightning.training import graphs
+from sbn_lightning.training.graphs import GraphedLoss
 from tests.helpers import Interrupted, small_config
 from tests.interpreter import quick_interpreter
 
@@ -151,18 +153,25 @@ def model(
     return made
 
 
-def train(made: nn.Module, steps: int = 2, clip: float | None = None) -> list[float]:
+def train(
+    made: nn.Module, steps: int = 2, clip: float | None = None, graphed: GraphedLoss | None = None
+) -> list[float]:
     """Losses of some optimiser steps of two micro-batches, and of a validation after each.
 
-    With ``clip`` the norm of all gradients is limited to that number, and the losses are followed by the norm.
+    With ``clip`` the norm of all gradients is limited to that number, and the losses are followed by the norm. With
+    ``graphed`` micro-batches are replayed.
     """
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
+        return made.loss(rows[:, :-1], rows[:, 1:])  # type: ignore[no-any-return, operator]
+
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     seen = []
     for _ in range(steps):
         for _ in range(2):
             tokens = torch.randint(320, (2, 9), generator=generator).to(DEVICE)
-            loss = made.loss(tokens[:, :-1], tokens[:, 1:])
+            loss = loss_of(tokens) if graphed is None else graphed(made, loss_of, tokens)
             loss.backward()
             seen.append(loss.item())
         if clip is not None:
@@ -285,6 +294,18 @@ def check_scales(ranks: int) -> None:
     assert train(made, clip=0.5) == pytest.approx(train(alone, clip=0.5), rel=1e-5)
 
 
+def check_graphs(ranks: int) -> None:
+    """Micro-batches that are replayed as CUDA graphs, with their collectives, train as they do without graphs."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # The backward of attention adds in any order otherwise.
+    mesh, record = init_device_mesh(DEVICE, (ranks,)), graphs.record
+    for changes in ({}, {"reduce_dtype": torch.bfloat16}, {"activation_checkpointing": True, "learnable_scales": True}):
+        expected = train(model(mesh, **changes), steps=8, clip=0.5)
+        with mock.patch.object(graphs, "record", side_effect=record) as recorded:
+            assert train(model(mesh, **changes), steps=8, clip=0.5, graphed=GraphedLoss()) == expected, changes
+        assert recorded.call_count == 2
+        say(f"graphs {changes}")
+
+
 def check_codes(ranks: int) -> None:
     """Layers whose kernels read packed words alone keep no codes, and what reads codes still finds them."""
     mesh = init_device_mesh(DEVICE, (ranks,))
@@ -333,6 +354,8 @@ def main() -> None:
     backend = "nccl" if DEVICE == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=ranks)
     checks = {"layers": check_layers, "models": check_models, "codes": check_codes, "scales": check_scales}
+    if DEVICE == "cuda":
+        checks["graphs"] = check_graphs
     for name in sys.argv[5:] or checks:
         say(f"{name} begin")
         kind, _, number = name.partition(":")

@@ -7,7 +7,7 @@ import pytest
 from sbn_lightning.distributed.strategies import ReplicatedStrategy
 from tests.distributed.forked_runs import statuses
 
-JOBS = ("mean", "fabric_mean", "graphed")
+JOBS = ("mean", "fabric_mean", "graphed", "graphed_sharded")
 
 
 def jobs_of_ranks(folder, tokens):

@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.distributed.tensor import DTensor
 
 from sbn_lightning import DurableCheckpoint
 from sbn_lightning.distributed.strategies import ShardedStrategy
@@ -256,13 +257,41 @@ def graphed(folder: Path) -> None:
     """Train with graphs of the step under ``sbn_ddp``, and without: the losses and weights are the same."""
     from sbn_lightning.distributed import gradient_mean
     from sbn_lightning.distributed.strategies import ReplicatedStrategy
+
+    # Neither a recording nor a replay lets a hook start a collective.
+    no_hooks = partial(mock.patch.object, gradient_mean, "is_recording", return_value=True)
+    with_and_without_graphs(ReplicatedStrategy, no_hooks)
+
+
+def graphed_sharded(folder: Path) -> None:
+    """The same under ``sbn_fsdp2``, whose collectives are part of the graphs. Validations run without graphs."""
+    from sbn_lightning.distributed.strategies import ShardedStrategy
+
+    validated = {"val_check_interval": 4, "limit_val_batches": 1, "num_sanity_val_steps": 1}
+    plain = {"tie_embeddings": False, "vocab_size": 65}
+    with_and_without_graphs(ShardedStrategy, nullcontext, validated, plain)
+    recomputed = {"activation_checkpointing": True, "learnable_scales": True, "n_layers": 2}
+    with_and_without_graphs(partial(ShardedStrategy, reduce_dtype="bfloat16"), nullcontext, changes=recomputed)
+
+
+def with_and_without_graphs(
+    strategy: Any, context: Any, options: dict[str, Any] | None = None, changes: dict[str, Any] | None = None
+) -> None:
+    """Train on this rank with graphs and without, and compare.
+
+    Args:
+        strategy: A function that makes the strategy.
+        context: A function that makes a context in which a function is recorded and replayed.
+        options: Further options of the Trainer.
+        changes: Changes of the model.
+    """
     from sbn_lightning.training import graphs
     from tests.helpers import Losses
 
     rank, calls = int(os.environ["RANK"]), {"recorded": 0, "replayed": 0}
 
-    def run(function: Any) -> None:  # Neither a recording nor a replay lets a hook start a collective.
-        with mock.patch.object(gradient_mean, "is_recording", return_value=True), torch.enable_grad():
+    def run(function: Any) -> None:
+        with context(), torch.enable_grad():
             function()
 
     def record(function: Any, pool: Any) -> Any:
@@ -276,18 +305,22 @@ def graphed(folder: Path) -> None:
 
     found = []
     for cuda_graphs in (False, True):
-        module, losses = small_module(pattern="2:4"), Losses()
+        module, losses = small_module(pattern="2:4", **(changes or {})), Losses()
         module.cuda_graphs = cuda_graphs
         trainer = quiet_trainer(
-            [losses], strategy=ReplicatedStrategy(), devices=2, max_steps=5, accumulate_grad_batches=2,
-            gradient_clip_val=0.5, use_distributed_sampler=False,
+            [losses], strategy=strategy(), devices=2, max_steps=5, accumulate_grad_batches=2,
+            gradient_clip_val=0.5, use_distributed_sampler=False, **(options or {}),
         )  # fmt: skip
         with (
             mock.patch.object(graphs, "record", record),
             mock.patch("sbn_lightning.training.module.check_graphs"),
         ):
-            trainer.fit(module, token_loader(batches=10, batch_size=2, length=9, rank=rank, world=2))
-        found.append((losses.values, [parameter.detach().clone() for parameter in module.parameters()]))
+            loader = token_loader(batches=10, batch_size=2, length=9, rank=rank, world=2, vocab_size=64)
+            trainer.fit(module, loader, loader if options else None)
+        weights = [parameter.detach() for parameter in module.parameters()]
+        whole = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
+        seen = [trainer.callback_metrics["val/loss"].item()] if options else []
+        found.append((losses.values + seen, whole))
     (plain, expected), (losses_of_graphs, weights) = found
     assert losses_of_graphs == plain
     assert all(torch.equal(one, other) for one, other in zip(weights, expected, strict=True))

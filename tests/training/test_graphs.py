@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from sbn_lightning import MaskRefresh, TernarySparseConversion
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.distributed.strategies import ReplicatedStrategy
+from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.fabric import FabricRun
 from sbn_lightning.layers.sparse_linear import masked_layers
 from sbn_lightning.training import graphs
@@ -212,8 +212,11 @@ def test_an_operation_that_cannot_be_recorded_is_one_error(monkeypatch):
         ({}, {}, "a run on cpu"),
         ({"n_experts": 4, "d_expert": 32}, {}, "a mixture of experts"),
         ({"loss": "liger"}, {}, "loss: liger"),
-        ({}, {"strategy": DDPStrategy()}, r"DDPStrategy, only with trainer\.strategy: auto or sbn_ddp"),
+        ({}, {"strategy": DDPStrategy()}, r"DDPStrategy, only with trainer\.strategy: auto, sbn_ddp or sbn_fsdp2"),
         ({}, {"strategy": ReplicatedStrategy()}, "a run on cpu"),
+        ({}, {"strategy": ShardedStrategy()}, "a run on cpu"),
+        ({}, {"strategy": ShardedStrategy(gather="packed_layer")}, "gather: packed_layer in sbn_fsdp2"),
+        ({}, {"strategy": ShardedStrategy(reduce="step")}, "reduce: step in sbn_fsdp2, only with micro_batch"),
         (
             {},
             {"strategy": ReplicatedStrategy(static_graph=True)},

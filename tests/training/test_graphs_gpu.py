@@ -6,13 +6,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 from sbn_lightning import MaskedWeightDecay, MaskRefresh, NonFiniteGuard, RoundingWarmup, SparseTernaryPrecision
 from sbn_lightning.backends.selection import engines
 from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.checkpoints.text_files import TextFiles
 from sbn_lightning.distributed.gradient_mean import GradientMean
-from sbn_lightning.distributed.strategies import ReplicatedStrategy
+from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.training import graphs
 from sbn_lightning.training.distillation import Distillation
@@ -66,7 +67,8 @@ def train(
     trainer.fit(module, loader, ckpt_path=ckpt_path)
     if save:
         trainer.save_checkpoint(save)
-    return {name: value.cpu() for name, value in module.state_dict().items()}, losses.values
+    state = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in module.state_dict().items()}
+    return {name: value.cpu() for name, value in state.items()}, losses.values
 
 
 def assert_equal(a, b):
@@ -127,6 +129,18 @@ def test_gradients_are_averaged_over_nccl_after_a_replay(recorded, monkeypatch):
         counts.append(len(sent))
     assert len(recorded) == 2
     assert counts[1] == 2 * counts[0] > 0  # A replay is averaged as a backward is.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_replay_sends_the_gradients_of_a_sharded_model_over_nccl(dtype, recorded):
+    found = []
+    for cuda_graphs in (False, True):
+        assert not recorded
+        found.append(train(cuda_graphs, True, "int8", steps=8, strategy=ShardedStrategy(dtype)))
+    assert len(recorded) == 2
+    (expected, losses), (actual, graphed) = found
+    assert graphed == losses
+    assert_equal(actual, expected)
 
 
 def test_graphs_read_the_weights_where_their_preparation_writes_them(monkeypatch):
