@@ -160,7 +160,9 @@ def step(shape: Shape, cluster: Cluster, plan: Plan) -> Step:
     tokens = plan.sequences * plan.length
     faster = 1.0 if plan.gather == "bf16" else shape.faster
     compute = shape.flops(plan.length) * tokens * plan.accumulate / (shape.bf16 * 1e12 * faster)
-    busy = compute * (BUSY if n > 1 else 1.0)
+    # The part of the step whose backward sends gradients.
+    beside = 1 / plan.accumulate if plan.gather == "ddp" else 1.0
+    busy = compute * (1 + (BUSY - 1) * beside if n > 1 else 1.0)
     backward, forward = busy * 2 / 3 / plan.accumulate, busy / 3 / plan.accumulate
     blocks = shape.layers
 
