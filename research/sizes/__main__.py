@@ -35,7 +35,7 @@ SUFFIXES = [".py", ".md", ".rst", ".txt"]
 OVERHEAD = 12.0  # seconds of a trial besides its steps
 PATIENCE = 150.0  # seconds that a worker waits for the sweep of learning rates
 # About the tokens a second of an H200 for each size, until rows say more.
-ALONE = {"2M": 12e6, "5M": 5.4e6, "9M": 4e6, "15M": 3.1e6, "31M": 1.5e6, "63M": 0.8e6, "150M": 0.35e6}
+ALONE = {"2M": 12e6, "5M": 5.4e6, "9M": 4e6, "15M": 3.1e6, "31M": 1.9e6, "63M": 0.95e6, "150M": 0.38e6}
 Row = dict[str, Any]
 
 

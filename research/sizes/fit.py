@@ -6,8 +6,8 @@ texts make no gap.)
 
 The noise of one seed's gap differs much between sizes, so each size has its own. It comes from the first of these that
 there is: the seeds of the way at this size; the seeds of all ways of the family at this size; at 15M the 119 runs of
-``research/reproduce``; the seeds of both families at this size; and the next smaller size, whose noise is larger in all
-that was seen. Estimates with fewer than two degrees of freedom do not count.
+``research/reproduce``; the seeds of both families at this size; and the next smaller size. Estimates with fewer than
+two degrees of freedom do not count.
 
 Two curves are fitted by least squares, each place weighted by the inverse of its variance:
 
@@ -204,6 +204,32 @@ def earlier_noise(family: str, pattern: str) -> Noise | None:
     if None in parts:
         return None
     return Noise(*combined([(part.deviation, part.freedom) for part in parts if part]), "the runs of reproduction.md")
+
+
+def family_differences(rows: Sequence[Row], way: str) -> list[Gap]:
+    """Return the gap of BF16 minus the gap of ternary models, at each place where both are known.
+
+    Both families may have one estimate of the noise. Then the difference has the degrees of freedom of this estimate.
+
+    Args:
+        rows: The lines of results.
+        way: The way, for example ``"2:4"``.
+    """
+    ternary = {(place.size, place.each): place for place in gaps(rows, "ternary", way)}
+    found = []
+    for bf16 in gaps(rows, "bf16", way):
+        other = ternary.get((bf16.size, bf16.each))
+        if other is None:
+            continue
+        noise = None
+        if bf16.noise is not None and other.noise is not None:
+            parts = [(place.deviation, place.noise.freedom) for place in (bf16, other)]  # type: ignore[union-attr]
+            deviation, freedom = combined(parts)  # type: ignore[arg-type]
+            if bf16.noise == other.noise:
+                freedom = bf16.noise.freedom
+            noise = Noise(deviation, freedom, f"{bf16.noise.source}, {freedom} degrees of freedom")
+        found.append(Gap(bf16.size, bf16.each, (bf16.mean - other.mean,), noise))
+    return found
 
 
 def fit(places: Sequence[Gap], seed: int = 0) -> Fit | None:

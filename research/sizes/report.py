@@ -14,7 +14,7 @@ import numpy as np
 from research.reproduce.noise import t_factor
 from research.reproduce.paper import ABSOLUTE
 from research.reproduce.tables import change, table
-from research.sizes.fit import Gap, Row, by_the_rule, family_and_way, fit, gaps, tokens_each
+from research.sizes.fit import Gap, Row, by_the_rule, family_and_way, family_differences, fit, gaps, tokens_each
 from research.sizes.rates import EACH, best_rates, learning_rate
 from research.sizes.rounds import VARIANTS_AT
 from research.sizes.trials import PARAMETERS, SIZES, tokens_of
@@ -44,6 +44,8 @@ def report(rows: Sequence[Row]) -> str:
         "## The gap to the dense model",
         gap_table(rows),
         "![The gap between sparse and dense over sizes and tokens](images/sizes_gap.png)",
+        "## BF16 against ternary",
+        family_table(rows),
         "## The fit",
         fit_table(rows),
         "## Learning rates",
@@ -70,6 +72,27 @@ def gap_table(rows: Sequence[Row]) -> str:
                 ])  # fmt: skip
     header = ("family", "way", "size", "tokens a parameter", "seeds", "gap in nats", "perplexity", "noise from")
     return table(header, cells) if cells else "Not run."
+
+
+def family_table(rows: Sequence[Row]) -> str:
+    """Return how much more BF16 models pay for a way than ternary models do, and how this changes with the size."""
+    cells, slopes = [], []
+    for way in WAYS:
+        places = family_differences(rows, way)
+        for place in places:
+            shown = "noise not known" if place.error is None else f"±{place.error:.4f}"
+            said = "-" if place.error is None else "within noise" if abs(place.mean) <= place.error else (
+                "BF16 pays more" if place.mean > 0 else "ternary pays more")  # fmt: skip
+            source = "-" if place.noise is None else place.noise.source
+            cells.append([way, place.size, f"{place.each:g}", f"{place.mean:+.4f} {shown}", said, source])
+        found = fit(places)
+        if found is not None and "a decade of size" in found.line:
+            slopes.append(f"{way} {found.line['a decade of size']}")
+    header = ("way", "size", "tokens a parameter", "gap of BF16 minus gap of ternary, nats", "verdict", "noise from")
+    if not cells:
+        return "Not run."
+    change_of = f"\n\nChange of this difference with ten times the size, nats: {'; '.join(slopes)}." if slopes else ""
+    return f"{table(header, cells)}{change_of}"
 
 
 def fit_table(rows: Sequence[Row]) -> str:

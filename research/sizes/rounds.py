@@ -51,6 +51,14 @@ def large() -> Iterator[Trial]:
         yield from trials("31M", 10, [1], PAIR, (family,))
 
 
+def seeds() -> Iterator[Trial]:
+    """Yield the trials that decide whether BF16 pays more for 2:4 than ternary at 31M: the seeds 2 and 3."""
+    for seed in (2, 3):
+        for family in FAMILIES:
+            yield from trials("31M", 10, [seed], PAIR, (family,))
+    yield from trials("31M", 10, [1], ("decay",))
+
+
 def main() -> Iterator[Trial]:
     """Yield the study, the most valuable trials first."""
     # results.jsonl has these, except a few seeds at 2M. There 560 steps are too few to tell much.
@@ -93,4 +101,4 @@ def smoke() -> Iterator[Trial]:
     yield replace(base, family="bf16", lr=4e-3)
 
 
-ROUNDS = {"main": list(main()), "large": list(large()), "smoke": list(smoke())}
+ROUNDS = {"main": list(main()), "large": list(large()), "seeds": list(seeds()), "smoke": list(smoke())}

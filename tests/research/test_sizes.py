@@ -11,9 +11,9 @@ from research.queue import append_row, read_rows
 from research.reproduce.noise import t_factor
 from research.sizes import __main__ as program
 from research.sizes.__main__ import ALONE, bench, speed, work
-from research.sizes.fit import fit, gaps
+from research.sizes.fit import family_differences, fit, gaps
 from research.sizes.rates import AT_15M, best_rates, is_complete, learning_rate, resolve, sweep
-from research.sizes.report import MARK, write_report
+from research.sizes.report import MARK, family_table, write_report
 from research.sizes.rounds import ROUNDS
 from research.sizes.train import FILE, ON_THE_WAY, Setting, Training, make_model, make_optimizer
 from research.sizes.trials import PARAMETERS, SIZES, Size, Trial, tokens_of
@@ -221,6 +221,39 @@ def test_two_seeds_of_both_families_show_the_noise_of_a_size():
     assert gaps(rows, "ternary", "2:4")[-1].noise is None  # one degree of freedom
     found = gaps(rows + of_bf16, "ternary", "2:4")[-1].noise
     assert (found.source, found.freedom) == ("both families at 5M", 2)
+
+
+def of_both_families(sizes, extra, seeds=4):
+    """Rows of both families, in which BF16 pays ``extra`` nats more for 2:4 than ternary models do."""
+    rows = rows_of(-0.03, sizes=sizes, seeds=seeds)
+    of_bf16 = []
+    for row in rows_of(-0.03, sizes=sizes, seeds=seeds, at=0.05 + extra)[len(swept()) :]:
+        rate = learning_rate(row["trial"]["size"], "bf16", best_rates(rows))
+        of_bf16.append(row | {"trial": row["trial"] | {"family": "bf16", "lr": rate}})
+    return rows + of_bf16
+
+
+@pytest.mark.parametrize(
+    ("extra", "verdict"), [(0.04, "BF16 pays more"), (-0.04, "ternary pays more"), (0.0, "within noise")]
+)
+def test_the_difference_of_the_families_is_told_from_noise(extra, verdict):
+    rows = of_both_families(("2M", "5M", "15M"), extra)
+    _, *places = family_differences(rows, "2:4")  # The first place is that of the sweep.
+    assert [place.size for place in places] == ["2M", "5M", "15M"]
+    assert all(place.mean == pytest.approx(extra, abs=1e-9) for place in places)  # Both have the same draws.
+    text = family_table(rows)
+    assert text.count(f"| {verdict} |") >= 3
+    assert not any(f"| {other} |" in text for other in {"BF16 pays more", "ternary pays more"} - {verdict})
+    assert "Change of this difference with ten times the size, nats: 2:4 " in text
+
+
+def test_families_with_one_estimate_of_the_noise_share_its_degrees_of_freedom():
+    rows = of_both_families(("5M",), 0.04, seeds=2)
+    *_, place = family_differences(rows, "2:4")
+    bf16, ternary = (gaps(rows, family, "2:4")[-1] for family in ("bf16", "ternary"))
+    assert bf16.noise == ternary.noise
+    assert place.noise.freedom == bf16.noise.freedom == 2
+    assert place.deviation == pytest.approx(2**0.5 * bf16.deviation)
 
 
 def test_gaps_pair_seeds_and_leave_other_learning_rates_out():
