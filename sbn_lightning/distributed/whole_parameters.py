@@ -73,7 +73,7 @@ class WholeParameters:
         self._exchange, self._scatter = exchange, exchange.scatter
         self.reshard()
         packed = [layer for layer in layers if exchange_of([layer]) is not None]
-        ours = {id(parameter) for layer in packed for parameter in layer.parameters(recurse=False)}
+        ours = {id(parameter) for layer in packed for parameter in (layer.weight, getattr(layer, "log_scale", None))}
         copies: dict[int, _Copy] = {}  # Embedding and head may be one parameter.
         self._places: list[tuple[dict[str, nn.Parameter | None], str, _Copy]] = []
         for part in model.modules():

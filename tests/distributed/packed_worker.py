@@ -136,7 +136,11 @@ def check(case: dict[str, object], ranks: int, held: bool, share: float, roundin
 
 
 def model(
-    mesh: DeviceMesh | None, gather: str = "packed_step", reduce_dtype: torch.dtype = torch.float32, **changes: object
+    mesh: DeviceMesh | None,
+    gather: str = "packed_step",
+    reduce_dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+    **changes: object,
 ) -> nn.Module:
     """A small transformer of mixed layers, sharded over a mesh if there is one."""
     torch.manual_seed(5)
@@ -150,6 +154,8 @@ def model(
     made = with_kernels(made)
     if mesh is not None:
         shard(made, mesh, gather=gather, reduce_dtype=reduce_dtype)
+    if compiled:
+        made.compile_blocks(backend="aot_eager")
     return made
 
 
@@ -200,10 +206,8 @@ def check_models(ranks: int) -> None:
         ("packed_step", {"compiled": True}),
     ]
     for gather, changes in ways if ranks == 2 else ways[:2]:
-        compiled = changes.pop("compiled", False)
         made = model(mesh, gather, **changes)
-        if compiled:
-            made.compile_blocks(backend="aot_eager")
+        compiled = changes.pop("compiled", False)
         losses = train(made)
         say(f"{gather} {changes} {compiled}")
         assert losses[0] == expected[0], gather
@@ -298,11 +302,14 @@ def check_graphs(ranks: int) -> None:
     """Micro-batches that are replayed as CUDA graphs, with their collectives, train as they do without graphs."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # The backward of attention adds in any order otherwise.
     mesh, record = init_device_mesh(DEVICE, (ranks,)), graphs.record
-    for changes in ({}, {"reduce_dtype": torch.bfloat16}, {"activation_checkpointing": True, "learnable_scales": True}):
-        expected = train(model(mesh, **changes), steps=8, clip=0.5)
-        with mock.patch.object(graphs, "record", side_effect=record) as recorded:
-            assert train(model(mesh, **changes), steps=8, clip=0.5, graphed=GraphedLoss()) == expected, changes
-        assert recorded.call_count == 2
+    biased = {"qkv_bias": True, "tie_embeddings": False, "reduce_dtype": torch.bfloat16}
+    for changes in (biased, {"activation_checkpointing": True, "learnable_scales": True}):
+        for compiled in (False, True):
+            expected = train(model(mesh, compiled=compiled, **changes), steps=8, clip=0.5)
+            with mock.patch.object(graphs, "record", side_effect=record) as recorded:
+                made = model(mesh, compiled=compiled, **changes)
+                assert train(made, steps=8, clip=0.5, graphed=GraphedLoss()) == expected, changes
+            assert recorded.call_count == 2
         say(f"graphs {changes}")
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, partialmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from sbn_lightning import DurableCheckpoint
 from sbn_lightning.distributed.strategies import ShardedStrategy
+from sbn_lightning.models.transformer import TernaryTransformer
 from tests.distributed.sharded_fit import fit, full_disk
 from tests.helpers import quiet_trainer, small_module, token_loader
 
@@ -268,14 +269,20 @@ def graphed_sharded(folder: Path) -> None:
     from sbn_lightning.distributed.strategies import ShardedStrategy
 
     validated = {"val_check_interval": 4, "limit_val_batches": 1, "num_sanity_val_steps": 1}
-    plain = {"tie_embeddings": False, "vocab_size": 65}
-    with_and_without_graphs(ShardedStrategy, nullcontext, validated, plain)
+    uneven = {"tie_embeddings": False, "vocab_size": 65, "qkv_bias": True}
+    quick = partialmethod(TernaryTransformer.compile_blocks, backend="aot_eager")
+    with mock.patch.object(TernaryTransformer, "compile_blocks", quick):
+        with_and_without_graphs(ShardedStrategy, nullcontext, validated, uneven, compiled=True)
     recomputed = {"activation_checkpointing": True, "learnable_scales": True, "n_layers": 2}
     with_and_without_graphs(partial(ShardedStrategy, reduce_dtype="bfloat16"), nullcontext, changes=recomputed)
 
 
 def with_and_without_graphs(
-    strategy: Any, context: Any, options: dict[str, Any] | None = None, changes: dict[str, Any] | None = None
+    strategy: Any,
+    context: Any,
+    options: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None,
+    compiled: bool = False,
 ) -> None:
     """Train on this rank with graphs and without, and compare.
 
@@ -284,6 +291,7 @@ def with_and_without_graphs(
         context: A function that makes a context in which a function is recorded and replayed.
         options: Further options of the Trainer.
         changes: Changes of the model.
+        compiled: Whether blocks are compiled.
     """
     from sbn_lightning.training import graphs
     from tests.helpers import Losses
@@ -306,7 +314,7 @@ def with_and_without_graphs(
     found = []
     for cuda_graphs in (False, True):
         module, losses = small_module(pattern="2:4", **(changes or {})), Losses()
-        module.cuda_graphs = cuda_graphs
+        module.cuda_graphs, module.hparams["compile"] = cuda_graphs, compiled
         trainer = quiet_trainer(
             [losses], strategy=strategy(), devices=2, max_steps=5, accumulate_grad_batches=2,
             gradient_clip_val=0.5, use_distributed_sampler=False, **(options or {}),
