@@ -71,7 +71,8 @@ class SparseBitNet(LightningModule):
             resumes needs the same rules.
         cuda_graphs: Whether to replay the forward and the backward of a micro-batch as CUDA graphs
             (:mod:`sbn_lightning.training.graphs`). A small model, whose step waits for the host, becomes faster. Needs
-            a ``Trainer`` with the strategy ``auto`` on one GPU or ``sbn_ddp``, and micro-batches of one shape.
+            a ``Trainer`` with the strategy ``auto`` on one GPU, ``sbn_ddp`` or ``sbn_fsdp2``, and micro-batches of one
+            shape.
         separate_documents: Whether tokens attend to their own document alone, where a row holds several documents
             (:mod:`sbn_lightning.models.documents`). Needs a :class:`TokenDataModule`, which knows the token that ends a
             document. Masked attention is slower.
