@@ -11,7 +11,7 @@ from sbn_lightning.distributed.rows import RowCut
 from tests.distributed.forked_runs import statuses
 
 pytestmark = pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
-CHECKS = [("layers", 2), ("layers", 3), ("models", 2), ("models", 3), ("codes", 2), ("scales", 2)]
+CHECKS = [("layers", 2), ("layers", 3), ("models", 2), ("models", 3), ("models", 4), ("codes", 2), ("scales", 2)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17])

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from sbn_lightning.callbacks import SparseEMAWeightAveraging
 from sbn_lightning.core.errors import ConfigError, DataError
@@ -84,6 +85,21 @@ def test_nothing_holds_a_sharded_model_that_is_gone(mesh):
     del model
     gc.collect()
     assert weight() is None
+
+
+def test_a_model_that_is_sharded_already(mesh):
+    """Options of a second call must not be ignored. Lightning calls configure_model again for each command."""
+    model = small_module(n_layers=1).model
+    shard(model, mesh, reduce_dtype=torch.bfloat16)
+    shard(model, mesh, reduce_dtype=torch.bfloat16)
+    message = "TernaryTransformer is sharded already, with reduce_dtype=torch.bfloat16, not torch.float32"
+    with pytest.raises(ConfigError, match=message):
+        shard(model, mesh)
+    model = small_module(n_layers=1).model
+    fully_shard(model, mesh=mesh)
+    shard(model, mesh, gather="latent")
+    with pytest.raises(ConfigError, match="with gather='latent', not 'packed_step'"):
+        shard(model, mesh)
 
 
 def test_multiprocessors_of_a_collective(mesh):
