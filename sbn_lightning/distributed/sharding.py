@@ -63,8 +63,9 @@ def shard(
     on its own when the block runs.
 
     Args:
-        module: The whole model, changed in place, once. All ranks begin with the weights and buffers of the first one.
-            Do not replace layers later, because the model remembers which masked layers it has.
+        module: The whole model, changed in place, once: a second call with the same options does nothing. All ranks
+            begin with the weights and buffers of the first one. Do not replace layers later, because the model
+            remembers which masked layers it has.
         mesh: The ranks. In a mesh of one dimension all ranks share the rows. In a mesh of two dimensions the ranks of
             the first hold the same rows, and those of the second share the rows. Lightning's mesh has the dimensions
             ``data_parallel`` and ``tensor_parallel``; the size of ``tensor_parallel`` must be 1.
@@ -91,9 +92,9 @@ def shard(
         ConfigError: If ``mesh`` is no mesh, if ``gather``, ``reduce_dtype`` or ``reduce`` has another value, if the
             model has no attribute ``blocks`` and none are given, if ``blocks`` lists something else than modules, if
             ``reduce="step"`` meets ``gather="latent"``, if ``replicate`` does not divide the ranks or the mesh has two
-            dimensions already, if the mesh has ranks for tensor parallelism, or if a layer that FSDP2 shards has fewer
-            rows than there are ranks. (Lightning gives all GPUs of a node to tensor parallelism by default. Each of
-            them would then train a model of its own, unnoticed.)
+            dimensions already, if the mesh has ranks for tensor parallelism, if a layer that FSDP2 shards has fewer
+            rows than there are ranks, or if the model is sharded already with other options. (Lightning gives all GPUs
+            of a node to tensor parallelism by default. Each of them would then train a model of its own, unnoticed.)
     """
     if not isinstance(mesh, DeviceMesh):
         if not old or not isinstance(old[0], DeviceMesh):
@@ -110,7 +111,10 @@ def shard(
         raise ConfigError(f"reduce={reduce!r} is not one of {', '.join(get_args(Reduce))}")
     if reduce == "step" and gather == "latent":
         raise ConfigError('reduce="step" is for packed codes: set gather to packed_step or packed_layer')
+    given: dict[str, Any] = {"reduce_dtype": reduce_dtype, "gather": gather, "replicate": replicate, "reduce": reduce}
+    given["max_ctas"] = max_ctas
     if isinstance(module, FSDPModule):
+        _check_again(module, given)
         return
     if blocks is None and (blocks := getattr(module, "blocks", None)) is None:
         raise ConfigError(f"{type(module).__name__} has no attribute blocks: give its transformer blocks, blocks=...")
@@ -144,9 +148,16 @@ def shard(
         register_fsdp_forward_method(module, method)
     if ours:
         prepare_first(module, methods)
-    given: dict[str, Any] = {"reduce_dtype": reduce_dtype, "gather": gather, "replicate": replicate, "reduce": reduce}
-    given |= {"max_ctas": max_ctas, "methods": tuple(methods), "param_dtype": policy.param_dtype}
-    setattr(module, OPTIONS, given)
+    setattr(module, OPTIONS, given | {"methods": tuple(methods), "param_dtype": policy.param_dtype})
+
+
+def _check_again(module: nn.Module, given: dict[str, Any]) -> None:
+    """Check that a model which is sharded already is sharded as a second call of ``shard`` says."""
+    # A model that fully_shard has sharded gathers latent weights.
+    own = vars(module).get(OPTIONS) or given | {"gather": "latent"}
+    if differing := [key for key, value in given.items() if own[key] != value]:
+        values = ", ".join(f"{key}={own[key]!r}, not {given[key]!r}" for key in differing)
+        raise ConfigError(f"{type(module).__name__.removeprefix('FSDP')} is sharded already, with {values}")
 
 
 def _modules(blocks: Any) -> list[nn.Module]:
