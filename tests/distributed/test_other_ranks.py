@@ -13,7 +13,9 @@ ONWARD = {
     "one": (1, "whole", {}),
     "three": (3, "whole", {"gather": "packed_layer"}),
     "four": (4, "whole", {"replicate": 2}),
+    "one of shards": (1, "shards", {"save_distributed_checkpoint": True}),
     "three of shards": (3, "shards", {"save_distributed_checkpoint": True}),
+    "four of shards": (4, "shards", {"save_distributed_checkpoint": True, "gather": "packed_layer"}),
     "two of background": (2, "background", {"save_distributed_checkpoint": True}),
 }
 
