@@ -5,8 +5,8 @@ the buffers, so with accumulation gradients take memory twice. Here a large grad
 small ones are copied and sent together. The order is the same on all ranks: from the last parameter of the model to the
 first, which is about the order in which a backward computes gradients.
 
-A CUDA graph of a backward (:mod:`sbn_lightning.training.graphs`) contains no collectives, and its replay calls no hooks
-of autograd. Its gradients are averaged after the replay.
+A CUDA graph of a backward (:mod:`sbn_lightning.training.graphs`) contains these collectives. A replay calls no hooks of
+autograd, so nothing is checked and nothing is sent a second time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import reduce
 from itertools import chain
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,6 @@ from torch.distributed.utils import _verify_param_shape_across_processes
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.first_rank import send_from_first_rank
 from sbn_lightning.distributed.gradients import BackwardCollectives, split_like
-from sbn_lightning.layers.preparation import is_recording
 
 ALONE = 2**24  # The bytes of a gradient that is sent by itself. Smaller ones are sent together.
 COPIES = 2**28  # The bytes of copies that may be in memory at a time.
@@ -61,11 +61,16 @@ class GradientMean(BackwardCollectives):
         self._gradients: dict[str, Tensor] = {}  # What this backward has computed and not sent.
         self._sent: deque[_Sent] = deque()
         self._copied = 0  # The bytes of the copies in _sent.
-        self._failed = False
+        self._failed = self._replayed = False
         self._attach(_trained(model))
+
+    def replayed(self) -> None:
+        """Note that a CUDA graph has run this backward with its collectives."""
+        self._replayed = True
 
     def detach(self) -> None:
         """Leave the parameters alone from now on."""
+        _attached.discard(self)
         for handle in self._handles:
             handle.remove()
         self._known.clear()
@@ -106,7 +111,7 @@ class GradientMean(BackwardCollectives):
             self._attach(trained)
         try:
             yield
-            self._complete(trained)
+            self._complete()
         except BaseException:
             self._failed = True
             self._forget()
@@ -114,6 +119,7 @@ class GradientMean(BackwardCollectives):
 
     def _attach(self, trained: dict[str, nn.Parameter]) -> None:
         """Sort parameters into the groups that are sent together, and wait for their gradients."""
+        _attached.add(self)
         self._groups: list[list[str]] = []  # The names of the parameters of each group.
         small: list[str] = []
         size = 0
@@ -140,14 +146,14 @@ class GradientMean(BackwardCollectives):
         self._sent.clear()
         self._gradients.clear()
         self._next = self._copied = 0
+        self._replayed = False
         self._end()
 
-    def _complete(self, trained: dict[str, nn.Parameter]) -> None:
-        """End a backward. If it has called no hooks, average the gradients that are there."""
-        if self._next == 0 and not self._gradients:
-            self._gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
-            self._send_ready()
-            self._wait(-1)
+    def _complete(self) -> None:
+        """End a backward, and check that all parameters took part."""
+        if self._replayed:
+            self._forget()
+            return
         missing = [name for names in self._groups[self._next :] for name in names if name not in self._gradients]
         self._forget()
         if missing:
@@ -159,7 +165,7 @@ class GradientMean(BackwardCollectives):
 
     def _hook(self, name: str, number: int) -> Callable[[Tensor], None]:
         def ready(parameter: Tensor) -> None:
-            if self.hold or is_recording():
+            if self.hold:
                 return
             if not self._runs and self._next == len(self._groups):
                 self._next = 0
@@ -214,6 +220,14 @@ class GradientMean(BackwardCollectives):
         # A reentrant checkpoint has a backward of its own, with an end of its own.
         self._wait(-1)
         self._end()
+
+
+_attached: WeakSet[GradientMean] = WeakSet()
+
+
+def attached_means() -> list[GradientMean]:
+    """What averages gradients in this process at present, in any order."""
+    return list(_attached)
 
 
 def replicate(model: nn.Module, group: dist.ProcessGroup, dtype: torch.dtype) -> GradientMean:

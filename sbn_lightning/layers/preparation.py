@@ -49,7 +49,6 @@ SOON = 3  # A state is recorded if one of the last three preparations had it. It
 MOST_AT_A_TIME = 2  # A run whose masks are held for some steps has two states.
 SETTLED = 3  # A model whose masks are refreshed in each step is recorded in its third preparation.
 MOST = 8  # A run whose states keep changing is not worth more recordings.
-_recordings = 0  # How many are under way.
 
 
 def record(function: Callable[[], None], pool: Any) -> Replay:
@@ -62,22 +61,12 @@ def record(function: Callable[[], None], pool: Any) -> Replay:
     Returns:
         A function that launches the same work.
     """
-    global _recordings
     graph = torch.cuda.CUDAGraph()
-    _recordings += 1
-    try:
-        # Other threads, for example one that pins batches, may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            function()
-    finally:
-        _recordings -= 1
+    # Other threads, for example one that pins batches, may use the GPU meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        function()
     replay: Replay = graph.replay
     return replay
-
-
-def is_recording() -> bool:
-    """Whether :func:`record` runs a function at present. Hooks of autograd ask this in a thread of their own."""
-    return _recordings > 0
 
 
 def can_record(layer: Any) -> bool:

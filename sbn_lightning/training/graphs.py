@@ -13,11 +13,12 @@ What a graph reads must keep its address:
   are buffers, which are written in place. The seeds of rounded gradients are copied.
 * Gradients are added to tensors that stay. If somebody has set ``parameter.grad`` to None, they are zeroed first.
 
-Clipping, the optimiser, the schedule of the learning rate and all callbacks stay outside. So do the collectives of the
-strategy ``sbn_ddp``: gradients are averaged after the last micro-batch of an optimiser step. Under ``sbn_fsdp2`` the
-graph of a backward contains the collectives that send its gradients, and the model has whole copies of the parameters
-that FSDP2 shards (:mod:`sbn_lightning.distributed.whole_parameters`). What only Python sees (the
-kernel of a layer, whether masked weights get gradients, the address of a parameter) is compared before each replay.
+Clipping, the optimiser, the schedule of the learning rate and all callbacks stay outside. On several GPUs the graph of
+a backward contains the collectives that ``sbn_ddp`` and ``sbn_fsdp2`` start in hooks of autograd. Under ``sbn_fsdp2``
+the model has whole copies of the parameters that FSDP2 shards (:mod:`sbn_lightning.distributed.whole_parameters`).
+
+What only Python sees is compared before each replay: the kernel of a layer, whether masked weights get gradients, the
+address of a parameter, whether the micro-batch is the last of an optimiser step under ``sbn_ddp``.
 Each of the last few states has its own graphs. All of them share their memory, and are replayed one after the other.
 """
 
@@ -36,6 +37,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed.gradient_mean import attached_means
 from sbn_lightning.distributed.whole_parameters import local, whole_parameters
 from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers
@@ -149,8 +151,8 @@ class _Shared:
             self._whole.reshard()
 
     @property
-    def sends(self) -> bool:
-        """Whether the backward sends gradients, so that its graph contains collectives."""
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 shards parameters of the model."""
         return self._whole is not None
 
     def in_place(self) -> AbstractContextManager[None]:
@@ -224,8 +226,7 @@ class _Graphs:
             with shared.in_place():  # Activations that are computed again read parameters.
                 torch.autograd.backward(live.pop(), shared.gradient)
 
-        if shared.sends:
-            free_at_exit(self)
+        begun = {mean: mean.begun for mean in attached_means()}
         try:
             self._forward = record(forward, shared.pool)
             self._backward = record(backward, shared.pool)
@@ -239,6 +240,9 @@ class _Graphs:
             self.used = [pair for pair, (_, old) in zip(pairs, before, strict=True) if local(pair[1])._version != old]
             for (parameter, _), (given, _) in zip(pairs, before, strict=True):
                 parameter.grad = given
+            self._means = [mean for mean, number in begun.items() if mean.begun != number]
+            if self._means or shared.is_sharded:
+                _free_at_exit(self)
 
     def free(self) -> None:
         """Give the graphs up."""
@@ -279,6 +283,8 @@ class _Graphs:
             parameter.grad = own
         self.shared.gradient.copy_(gradient)
         self._backward()
+        for mean in self._means:
+            mean.replayed()
 
 
 class _Plain(torch.autograd.Function):
@@ -324,7 +330,7 @@ class _Replayed(torch.autograd.Function):
         return None, None, None
 
 
-def free_at_exit(graphs: _Graphs) -> None:
+def _free_at_exit(graphs: _Graphs) -> None:
     """Free graphs that contain collectives before the process group ends, which waits for them.
 
     The process group ends at the exit of the process, and what is registered last runs first.
@@ -369,4 +375,5 @@ def _state_of(model: nn.Module) -> tuple[Any, ...]:
             layer.density, layer.mask_bits.data_ptr(), None if rounding is None else rounding[0].data_ptr(),
         ))  # fmt: skip
     device = next(model.parameters()).device.type
-    return model.training, torch.is_autocast_enabled(device), tuple(layers)
+    means = frozenset((id(mean), mean.hold) for mean in attached_means())
+    return model.training, torch.is_autocast_enabled(device), means, tuple(layers)

@@ -198,12 +198,14 @@ def mean(folder: Path) -> None:
     refused(missing, lambda embed: embed(batches[0]).sum().backward())
     refused(r"embed\.weight got a gradient again before all parameters had one", twice)
     refused(r"embed\.weight has a sparse gradient", sparse)
-    # A replayed graph calls no hooks. Gradients of float64 are not rounded.
+    # Gradients of float64 are not rounded. The replay of a graph calls no hooks, and has sent its gradients.
     made = deepcopy(model).double()
     averages = GradientMean(made, group)
-    with averages.backward(made), mock.patch.object(gradient_mean, "is_recording", return_value=True):
-        found = gradients(made, nullcontext)
-    for mine, other in zip(found, by_torch(made), strict=True):
+    held = partial(mock.patch.object, averages, "hold", True)
+    found, expected = gradients(made, held, partial(averages.backward, made)), by_torch(made)
+    with averages.backward(made):
+        averages.replayed()
+    for mine, other in zip(found, expected, strict=True):
         assert torch.equal(mine, other)
     # A reentrant checkpoint has a backward of its own within the backward.
     layers, found = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), []
@@ -256,63 +258,63 @@ def fabric_mean(folder: Path) -> None:
 
 def graphed(folder: Path) -> None:
     """Train with graphs of the step under ``sbn_ddp``, and without: the losses and weights are the same."""
-    from sbn_lightning.distributed import gradient_mean
     from sbn_lightning.distributed.strategies import ReplicatedStrategy
 
-    # Neither a recording nor a replay lets a hook start a collective.
-    no_hooks = partial(mock.patch.object, gradient_mean, "is_recording", return_value=True)
-    with_and_without_graphs(ReplicatedStrategy, no_hooks)
+    # Micro-batches that send their gradients have graphs of their own.
+    with_and_without_graphs(ReplicatedStrategy, recorded=4)
+    with_and_without_graphs(partial(ReplicatedStrategy, reduce_dtype="bfloat16"), recorded=4, odd=7)
 
 
 def graphed_sharded(folder: Path) -> None:
-    """The same under ``sbn_fsdp2``, whose collectives are part of the graphs. Validations run without graphs."""
+    """The same under ``sbn_fsdp2``. Validations run without graphs."""
     from sbn_lightning.distributed.strategies import ShardedStrategy
 
     validated = {"val_check_interval": 4, "limit_val_batches": 1, "num_sanity_val_steps": 1}
     uneven = {"tie_embeddings": False, "vocab_size": 65, "qkv_bias": True}
     quick = partialmethod(TernaryTransformer.compile_blocks, backend="aot_eager")
     with mock.patch.object(TernaryTransformer, "compile_blocks", quick):
-        with_and_without_graphs(ShardedStrategy, nullcontext, validated, uneven, compiled=True)
+        with_and_without_graphs(ShardedStrategy, validated, uneven, compiled=True)
     recomputed = {"activation_checkpointing": True, "learnable_scales": True, "n_layers": 2}
     halved = partial(ShardedStrategy, reduce_dtype="bfloat16")
     for odd in (6, 7):  # The first micro-batch of an optimiser step, and the second.
-        with_and_without_graphs(halved, nullcontext, changes=recomputed, odd=odd)
+        with_and_without_graphs(halved, changes=recomputed, odd=odd)
 
 
 def with_and_without_graphs(
     strategy: Any,
-    context: Any,
     options: dict[str, Any] | None = None,
     changes: dict[str, Any] | None = None,
     compiled: bool = False,
+    recorded: int = 2,
     odd: int = 10,
 ) -> None:
     """Train on this rank with graphs and without, and compare.
 
     Args:
         strategy: A function that makes the strategy.
-        context: A function that makes a context in which a function is recorded and replayed.
         options: Further options of the Trainer.
         changes: Changes of the model.
         compiled: Whether blocks are compiled.
+        recorded: How many graphs are recorded: a forward and a backward for each kind of micro-batch.
         odd: The number of a micro-batch that has another shape, and runs without the graphs; 10 for none.
     """
+    from sbn_lightning.distributed.whole_parameters import local
     from sbn_lightning.training import graphs
     from tests.helpers import Losses
 
     rank, calls = int(os.environ["RANK"]), {"recorded": 0, "replayed": 0}
 
-    def run(function: Any) -> None:
-        with context(), torch.enable_grad():
-            function()
-
     def record(function: Any, pool: Any) -> Any:
         def replay() -> None:
             calls["replayed"] += 1
-            run(function)
+            with torch.enable_grad():
+                function()
 
         calls["recorded"] += 1
-        run(function)
+        gradients = [local(parameter.grad) for parameter in module.parameters() if parameter.grad is not None]
+        before = [gradient.clone() for gradient in gradients]
+        function()
+        torch._foreach_copy_(gradients, before)  # A recording computes nothing.
         return replay
 
     found = []
@@ -338,7 +340,7 @@ def with_and_without_graphs(
     (plain, expected), (losses_of_graphs, weights) = found
     assert losses_of_graphs == plain
     assert all(torch.equal(one, other) for one, other in zip(weights, expected, strict=True))
-    assert calls == {"recorded": 2, "replayed": 2 * (10 - 2 - (odd < 10))}
+    assert calls == {"recorded": recorded, "replayed": 2 * (10 - recorded - (odd < 10))}
 
 
 def averaged(folder: Path, first: str | None = None) -> None:
