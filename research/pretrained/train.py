@@ -353,6 +353,12 @@ def make_model(trial: Trial, setting: Setting) -> TernaryTransformer:
     if trial.start == "weights":
         _, unexpected = model.load_state_dict(_weights(setting.weights), strict=False)
         assert not unexpected, unexpected
+    if trial.untied:
+        generator = torch.Generator().manual_seed(trial.seed)
+        with torch.no_grad():
+            for _, layer in masked_layers(model):
+                noise = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
+                layer.weight.add_(noise, alpha=trial.untied * float(layer.weight.std()))
     return model
 
 

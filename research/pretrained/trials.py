@@ -36,7 +36,8 @@ class Trial:
         learnable_scales: Whether gamma of each matrix has a factor that is trained, at the rate of the matrices.
         activation_bits: The bits of a rounded token; None leaves tokens as they are.
         layers: The fields of the rules for layers of another kind.
-        seed: The seed of new weights and of the choice of text.
+        untied: Noise on the first weights of the masked layers, as a share of each matrix's standard deviation.
+        seed: The seed of new weights, of noise on the first weights and of the choice of text.
         probed: Whether the probes are asked at the end.
     """
 
@@ -58,6 +59,7 @@ class Trial:
     learnable_scales: bool = False
     activation_bits: int | None = 8
     layers: list[dict[str, Any]] = field(default_factory=list)
+    untied: float = 0.0
     seed: int = 1
     probed: bool = True
 
@@ -67,6 +69,8 @@ class Trial:
         return self.name.replace(" ", "_").replace(":", "of")
 
 
+# In a file of 4 bits a weight, many weights of a group are equal in magnitude. The first step then decides many masks.
+UNTIED = 0.01
 LOGITS = {"logits": 1.0}
 BOTH = {"logits": 1.0, "language_model": 0.5}
 # From whom a student learns: the text, the teacher, or the teacher and half as much the text.
@@ -180,6 +184,10 @@ def lengthy(longest: int, tokens: int) -> list[Trial]:
         replace(plain, name="plain at 3e-3", pattern="2:4", lr=3e-3),
         replace(both, name="both, hidden", pattern="2:4", distillation={**BOTH, "hidden": 1.0}),
         replace(both, name="both, sub_norms", pattern="2:4", sub_norms=True),
+        replace(both, name="both, untied", pattern="2:4", untied=UNTIED),
+        replace(
+            both, name="both, untied, relations", pattern="2:4", untied=UNTIED, distillation=BOTH | {"relations": 1.0}
+        ),
     ]
     named = [
         replace(trial, name=f"{trial.tokens // 1_000_000}M {trial.name} {trial.pattern} seed {trial.seed}")
@@ -225,6 +233,7 @@ def options(tokens: int, longer: int | None = None) -> list[Trial]:
         replace(both, name="text alone at 3e-3", distillation=None),
         replace(both, name="text alone at 1e-3", distillation=None, lr=1e-3),
         *slow_starts(both, losses),
+        *(replace(both, name="both, untied", untied=UNTIED, seed=seed) for seed in (1, 2, 3, 4)),
     ]
     named = [
         replace(trial, name=f"{trial.tokens / 1e6:g}M {trial.name} {trial.pattern} seed {trial.seed}")

@@ -11,11 +11,12 @@ from research.pretrained.__main__ import choose_trials, make_parser, trial_of_th
 from research.pretrained.corpus import licences
 from research.pretrained.plan import _plan, _try, longest
 from research.pretrained.report import copying, report, tasks
-from research.pretrained.train import FILE, Setting, Training, make_optimizer
+from research.pretrained.train import FILE, Setting, Training, make_model, make_optimizer
 from research.pretrained.trials import LOGITS, Trial, best, long, short, untrained, without_warmup
 from research.queue import append_row, read_rows
 from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.layers.masked_linear import masked_layers
 from sbn_lightning.models.transformer import TernaryTransformer
 from tests.helpers import small_config
 
@@ -100,6 +101,18 @@ def test_a_relative_learning_rate_is_a_share_of_each_weight(setting):
     for group in matrices:
         assert group["peak"] == pytest.approx(0.1 * float(group["params"][0].detach().abs().mean()))
     assert rest["peak"] == 1e-3
+
+
+def test_noise_unties_the_first_weights_a_little(setting):
+    usual = make_model(Trial("usual", TOKENS, "2:4"), setting)
+    untied = [make_model(Trial("untied", TOKENS, "2:4", untied=0.01, seed=seed), setting) for seed in (1, 1, 2)]
+    for (name, layer), *others in zip(masked_layers(usual), *map(masked_layers, untied), strict=True):
+        first, again, other = (found.weight for _, found in others)
+        assert torch.equal(first, again), name
+        assert not torch.equal(first, other), name
+        noise, scale = (first - layer.weight).detach().std(), layer.weight.detach().std()
+        assert float(noise / scale) == pytest.approx(0.01, rel=0.1), name
+    assert torch.equal(usual.embed.weight, untied[0].embed.weight)
 
 
 def test_long_trials_take_what_was_best_in_the_short_ones(setting):
