@@ -225,9 +225,10 @@ class GradientMean(BackwardCollectives):
 _attached: WeakSet[GradientMean] = WeakSet()
 
 
-def attached_means() -> list[GradientMean]:
-    """What averages gradients in this process at present, in any order."""
-    return list(_attached)
+def means_of(model: nn.Module) -> list[GradientMean]:
+    """What averages the gradients of a model at present, in any order."""
+    first = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
+    return [mean for mean in _attached if any(known() is first for known in mean._known)]
 
 
 def replicate(model: nn.Module, group: dist.ProcessGroup, dtype: torch.dtype) -> GradientMean:

@@ -104,11 +104,10 @@ class BackwardCollectives:
 
     Attributes:
         hold: Whether gradients stay as they are for the next micro-batch, whose own are added to them.
-        begun: In how many backwards collectives have started. The recording of a CUDA graph counts, its replays do not.
     """
 
     def __init__(self, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
-        self.dtype, self.hold, self.begun = dtype, False, 0
+        self.dtype, self.hold = dtype, False
         # NCCL divides while it sums. gloo does not know how.
         self._operation = dist.ReduceOp.AVG if dist.get_backend(group) == "nccl" else dist.ReduceOp.SUM
         self._runs = False
@@ -117,7 +116,6 @@ class BackwardCollectives:
         """Ask autograd, once in a backward, to call :meth:`_finish` at its end."""
         if not self._runs:
             self._runs = True
-            self.begun += 1
             begin_collectives()  # Kernels of the backward make room for the collectives.
             Variable._execution_engine.queue_callback(self._finish)
 

@@ -136,7 +136,7 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
                         run.call("on_before_zero_grad", optimizer=run.optimizers[0])
                         optimizer.zero_grad()
                     run.call("on_before_backward", loss=share)
-                    fabric.backward(share)
+                    fabric.backward(share, model=model)
                 run.call("on_after_backward")
                 metrics = computed | {"learning_rate": optimizer.param_groups[0]["lr"]}
                 run.callback_metrics |= metrics
@@ -181,6 +181,7 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
     finally:
         bar.close()
         run.call("teardown", stage="fit")
+        module.teardown("fit")
 
 
 @torch.no_grad()

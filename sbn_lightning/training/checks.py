@@ -8,12 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.strategies.single_device import SingleDeviceStrategy as FabricSingleDeviceStrategy
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.distributed.fabric_strategy import FabricReplicatedStrategy, FabricShardedStrategy
 from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.formats.init_from import check_tokenizer
 from sbn_lightning.models.config import TransformerConfig
@@ -78,6 +80,16 @@ def check_teacher(distillation: Distillation, config: TransformerConfig, data: A
     check_tokenizer(distillation.teacher, data, "distillation.teacher")
 
 
+GRAPHED = (
+    SingleDeviceStrategy,
+    ReplicatedStrategy,
+    ShardedStrategy,
+    FabricSingleDeviceStrategy,
+    FabricReplicatedStrategy,
+    FabricShardedStrategy,
+)
+
+
 def check_graphs(module: Any, trainer: Any) -> None:
     """Refuse what a CUDA graph of the step cannot hold.
 
@@ -88,14 +100,12 @@ def check_graphs(module: Any, trainer: Any) -> None:
     Raises:
         ConfigError: If the run has something that does not work with ``cuda_graphs``. The message names it.
     """
-    if not isinstance(trainer, Trainer):
-        raise ConfigError("model.cuda_graphs works in a Trainer and not in the Fabric loop; set it to false")
-    strategy = trainer.strategy
+    strategy = trainer.strategy if isinstance(trainer, Trainer) else trainer.fabric.strategy
     distillation = module.distillation
     sharding = getattr(strategy, "sharding", {})
     reasons = {
         f"{type(strategy).__name__}, only with trainer.strategy: auto, sbn_ddp or sbn_fsdp2": not isinstance(
-            strategy, (SingleDeviceStrategy, ReplicatedStrategy, ShardedStrategy)
+            strategy, GRAPHED
         ),
         f"gather: {sharding.get('gather')} in sbn_fsdp2, only with packed_step": sharding
         and sharding["gather"] != "packed_step",

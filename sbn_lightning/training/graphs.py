@@ -37,7 +37,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.distributed.gradient_mean import attached_means
+from sbn_lightning.distributed.gradient_mean import GradientMean, means_of
 from sbn_lightning.distributed.whole_parameters import local, whole_parameters
 from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers
@@ -116,7 +116,7 @@ class GraphedLoss:
             return plain
         shared.bring_up_to_date(hold=True)
         if isinstance(found, int):
-            found = self._graphs[state] = _Graphs(shared, loss)
+            found = self._graphs[state] = _Graphs(shared, loss, [mean for mean in means_of(model) if not mean.hold])
         return found(batch)
 
 
@@ -202,9 +202,16 @@ class _Shared:
 
 
 class _Graphs:
-    """The recorded forward and backward of one state."""
+    """The recorded forward and backward of one state.
 
-    def __init__(self, shared: _Shared, loss: Callable[[Tensor], Tensor]) -> None:
+    Args:
+        shared: The tensors that all graphs of the model share.
+        loss: The loss of a micro-batch.
+        means: What averages the gradients over the ranks in this state.
+    """
+
+    def __init__(self, shared: _Shared, loss: Callable[[Tensor], Tensor], means: list[GradientMean]) -> None:
+        self.means = means
         gc.collect()  # A graph of autograd that is still alive would tie its parameters to another stream.
         self.shared = shared
         pairs = list(zip(shared.parameters, shared.gradients, strict=True))
@@ -226,7 +233,8 @@ class _Graphs:
             with shared.in_place():  # Activations that are computed again read parameters.
                 torch.autograd.backward(live.pop(), shared.gradient)
 
-        begun = {mean: mean.begun for mean in attached_means()}
+        if means or shared.is_sharded:
+            _free_at_exit(self)
         try:
             self._forward = record(forward, shared.pool)
             self._backward = record(backward, shared.pool)
@@ -240,9 +248,6 @@ class _Graphs:
             self.used = [pair for pair, (_, old) in zip(pairs, before, strict=True) if local(pair[1])._version != old]
             for (parameter, _), (given, _) in zip(pairs, before, strict=True):
                 parameter.grad = given
-            self._means = [mean for mean, number in begun.items() if mean.begun != number]
-            if self._means or shared.is_sharded:
-                _free_at_exit(self)
 
     def free(self) -> None:
         """Give the graphs up."""
@@ -283,7 +288,7 @@ class _Graphs:
             parameter.grad = own
         self.shared.gradient.copy_(gradient)
         self._backward()
-        for mean in self._means:
+        for mean in self.means:
             mean.replayed()
 
 
@@ -375,5 +380,5 @@ def _state_of(model: nn.Module) -> tuple[Any, ...]:
             layer.density, layer.mask_bits.data_ptr(), None if rounding is None else rounding[0].data_ptr(),
         ))  # fmt: skip
     device = next(model.parameters()).device.type
-    means = frozenset((id(mean), mean.hold) for mean in attached_means())
+    means = frozenset((id(mean), mean.hold) for mean in means_of(model))
     return model.training, torch.is_autocast_enabled(device), means, tuple(layers)

@@ -71,8 +71,7 @@ class SparseBitNet(LightningModule):
             resumes needs the same rules.
         cuda_graphs: Whether to replay the forward and the backward of a micro-batch as CUDA graphs
             (:mod:`sbn_lightning.training.graphs`). A small model, whose step waits for the host, becomes faster. Needs
-            a ``Trainer`` with the strategy ``auto`` on one GPU, ``sbn_ddp`` or ``sbn_fsdp2``, and micro-batches of one
-            shape.
+            the strategy ``auto`` on one GPU, ``sbn_ddp`` or ``sbn_fsdp2``, and micro-batches of one shape.
         separate_documents: Whether tokens attend to their own document alone, where a row holds several documents
             (:mod:`sbn_lightning.models.documents`). Needs a :class:`TokenDataModule`, which knows the token that ends a
             document. Masked attention is slower.
@@ -255,7 +254,7 @@ class SparseBitNet(LightningModule):
         batch, stored = _split(batch)
         if self.distillation is not None:
             if self.cuda_graphs:
-                loss, *found = self._graphed(model, self._distilled, batch).unbind()
+                loss, *found = self._graphed(self.model, self._distilled, batch).unbind()
                 parts = dict(zip(self.distillation.parts, (part.detach() for part in found), strict=True))
             else:
                 places = None if self.answer_loss is None else self.answer_loss.target_places(batch)
@@ -271,8 +270,8 @@ class SparseBitNet(LightningModule):
             cross_entropy = loss.detach()
             metrics["train/answer_tokens"] = torch.tensor(float(count))
         else:
-            if self.cuda_graphs:  # In a Trainer, where ``model`` is this module's own.
-                loss = self._graphed(model, self._plain_loss, batch)
+            if self.cuda_graphs:
+                loss = self._graphed(self.model, self._plain_loss, batch)
             else:
                 loss = model.loss(batch[:, :-1], batch[:, 1:])
             cross_entropy = loss.detach()

@@ -2,9 +2,10 @@
 
 Importing torch and Lightning takes longer than a small job. So one process imports them, and forks the ranks of each
 job. JOBS is a JSON file: a list of ``{"ranks", "function", "folder", "options"}``. Each rank calls the function of
-:mod:`tests.distributed.jobs`, :mod:`tests.distributed.trainer_jobs`, :mod:`tests.distributed.own_module_jobs` or
-:mod:`tests.distributed.benchmark_jobs` with the folder and the options. Its output goes to ``FOLDER/rankN.log``. The
-exit statuses of the ranks and the seconds that the job took go to ``FOLDER/done.json``.
+:mod:`tests.distributed.jobs`, :mod:`tests.distributed.trainer_jobs`, :mod:`tests.distributed.graph_jobs`,
+:mod:`tests.distributed.own_module_jobs` or :mod:`tests.distributed.benchmark_jobs` with the folder and the options. Its
+output goes to ``FOLDER/rankN.log``. The exit statuses of the ranks and the seconds that the job took go to
+``FOLDER/done.json``.
 
 The ranks talk over gloo. torch gives each group of ranks two threads, and each thread writes the name of its last
 collective to the same C++ string, without a lock. The name ``ALLGATHER_COALESCED`` is too long to be stored within the
@@ -28,7 +29,7 @@ from typing import Any
 
 from torch.distributed import distributed_c10d
 
-from tests.distributed import benchmark_jobs, jobs, own_module_jobs, trainer_jobs
+from tests.distributed import benchmark_jobs, graph_jobs, jobs, own_module_jobs, trainer_jobs
 
 # The most seconds that a job may take. On a busy machine a job takes many times as long as on an idle one.
 LIMIT = 500.0
@@ -64,7 +65,9 @@ def run_rank(rank: int, ranks: int, port: int, job: dict[str, Any]) -> None:
     status = 0
     try:
         name = job["function"]
-        module = next(one for one in (jobs, trainer_jobs, own_module_jobs, benchmark_jobs) if hasattr(one, name))
+        module = next(
+            one for one in (jobs, trainer_jobs, graph_jobs, own_module_jobs, benchmark_jobs) if hasattr(one, name)
+        )
         getattr(module, name)(folder, **job.get("options", {}))
     except BaseException:
         traceback.print_exc()

@@ -7,7 +7,7 @@ import pytest
 from sbn_lightning.distributed.strategies import ReplicatedStrategy
 from tests.distributed.forked_runs import statuses
 
-JOBS = ("mean", "fabric_mean", "graphed", "graphed_sharded")
+JOBS = ("mean", "fabric_mean")
 
 
 def jobs_of_ranks(folder, tokens):
@@ -16,7 +16,7 @@ def jobs_of_ranks(folder, tokens):
 
 @pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
 @pytest.mark.parametrize("job", JOBS)
-def test_means_equal_those_of_torch_and_of_a_training_without_graphs(job, forked_runs):
+def test_means_equal_those_of_torch(job, forked_runs):
     folder = forked_runs / "test_gradient_mean" / job
     assert statuses(folder) == [0, 0], [(folder / f"rank{rank}.log").read_text() for rank in (0, 1)]
 

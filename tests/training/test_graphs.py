@@ -11,8 +11,11 @@ from torch._dynamo.testing import CompileCounter
 
 from sbn_lightning import MaskRefresh, TernarySparseConversion
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.data import TokenDataModule
+from sbn_lightning.distributed.fabric_strategy import FabricShardedStrategy
 from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.fabric import FabricRun
+from sbn_lightning.fabric import train as fit_with_fabric
 from sbn_lightning.layers.sparse_linear import masked_layers
 from sbn_lightning.training import graphs
 from sbn_lightning.training.checks import check_graphs
@@ -254,9 +257,28 @@ def test_a_run_is_refused_before_its_first_step():
     module.cuda_graphs = True
     with pytest.raises(ConfigError, match=r"does not work with a run on cpu; set model\.cuda_graphs to false"):
         quiet_trainer().fit(module, token_loader())
-    module.trainer = FabricRun(Fabric(accelerator="cpu", devices=1))
-    with pytest.raises(ConfigError, match="works in a Trainer and not in the Fabric loop"):
-        module.setup("fit")
+    for options, reason in (
+        ({"devices": 1}, "a run on cpu"),
+        ({"strategy": "ddp", "devices": 2}, r"DDPStrategy, only with trainer\.strategy: auto, sbn_ddp or sbn_fsdp2"),
+        ({"strategy": FabricShardedStrategy(reduce="step"), "devices": 2}, "reduce: step in sbn_fsdp2"),
+    ):
+        module.trainer = FabricRun(Fabric(accelerator="cpu", **options))
+        with pytest.raises(ConfigError, match=reason):
+            module.setup("fit")
+
+
+def test_the_fabric_loop_replays_micro_batches(recordings, tokens):
+    trained = []
+    for cuda_graphs in (False, True):
+        module = small_module(pattern="2:4")
+        module.cuda_graphs = cuda_graphs
+        data = TokenDataModule(str(tokens), batch_size=4, sequence_length=16, num_workers=0, seed=5)
+        options = {"max_steps": 6, "accumulate_grad_batches": 2, "limit_val_batches": 1, "val_check_interval": 4}
+        run = FabricRun(Fabric(accelerator="cpu", devices=1), **options, enable_progress_bar=False)
+        fit_with_fabric(run, module, data)
+        trained.append(module)
+    assert_equal(*trained)
+    assert recordings == {"recorded": 2, "replayed": 2 * (12 - 2)}
 
 
 def test_compiled_blocks_are_not_compiled_again_while_recording(recordings):

@@ -1,0 +1,138 @@
+"""Jobs of :mod:`tests.distributed.forked` that replay micro-batches on several ranks, without CUDA."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial, partialmethod
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch import LightningDataModule
+from torch.distributed.tensor import DTensor
+
+from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
+from sbn_lightning.distributed.whole_parameters import local
+from sbn_lightning.fabric import FabricRun, train
+from sbn_lightning.models.transformer import TernaryTransformer
+from sbn_lightning.training import graphs
+from tests.helpers import Losses, quiet_trainer, small_module, token_loader, unbounded
+
+
+def graphed(folder: Path) -> None:
+    """Train with graphs of the step under ``sbn_ddp``, and without: the losses and weights are the same."""
+    # Micro-batches that send their gradients have graphs of their own.
+    with_and_without_graphs(ReplicatedStrategy, recorded=4)
+    with_and_without_graphs(partial(ReplicatedStrategy, reduce_dtype="bfloat16"), recorded=4, odd=7)
+
+
+def graphed_sharded(folder: Path) -> None:
+    """The same under ``sbn_fsdp2``. Validations run without graphs."""
+    validated = {"val_check_interval": 4, "limit_val_batches": 1, "num_sanity_val_steps": 1}
+    uneven = {"tie_embeddings": False, "vocab_size": 65, "qkv_bias": True}
+    quick = partialmethod(TernaryTransformer.compile_blocks, backend="aot_eager")
+    with mock.patch.object(TernaryTransformer, "compile_blocks", quick):
+        with_and_without_graphs(ShardedStrategy, validated, uneven, compiled=True)
+    recomputed = {"activation_checkpointing": True, "learnable_scales": True, "n_layers": 2}
+    halved = partial(ShardedStrategy, reduce_dtype="bfloat16")
+    for odd in (6, 7):  # The first micro-batch of an optimiser step, and the second.
+        with_and_without_graphs(halved, changes=recomputed, odd=odd)
+
+
+class Tokens(LightningDataModule):
+    """Ten micro-batches of this rank."""
+
+    def train_dataloader(self) -> Any:
+        rank = int(os.environ["RANK"])
+        return token_loader(batches=10, batch_size=2, length=9, rank=rank, world=2)
+
+    val_dataloader = train_dataloader
+
+
+def graphed_fabric(folder: Path) -> None:
+    """The same in the Fabric loop, under ``sbn_ddp`` and ``sbn_fsdp2``."""
+    options = {"max_steps": 5, "accumulate_grad_batches": 2, "limit_val_batches": 1, "val_check_interval": 4}
+    for strategy, recorded in (("sbn_ddp", 4), ("sbn_fsdp2", 2)):
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+        fabric.launch()
+        found = []
+        for cuda_graphs in (False, True):
+            module = small_module(pattern="2:4", qkv_bias=True)
+            module.cuda_graphs = cuda_graphs
+            with recordings(module) as calls, mock.patch("sbn_lightning.training.module.check_graphs"):
+                train(FabricRun(fabric, **options, enable_progress_bar=False), module, Tokens())
+            found.append(whole_weights(module))
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)), strategy
+        assert calls == {"recorded": recorded, "replayed": 2 * (10 - recorded)}, strategy
+
+
+@contextmanager
+def recordings(module: torch.nn.Module) -> Iterator[dict[str, int]]:
+    """Replace CUDA graphs by calls, and count recordings and replays."""
+    calls = {"recorded": 0, "replayed": 0}
+
+    def record(function: Any, pool: Any) -> Any:
+        def replay() -> None:
+            calls["replayed"] += 1
+            with torch.enable_grad():
+                function()
+
+        calls["recorded"] += 1
+        gradients = [local(parameter.grad) for parameter in module.parameters() if parameter.grad is not None]
+        before = [gradient.clone() for gradient in gradients]
+        function()
+        torch._foreach_copy_(gradients, before)  # A recording computes nothing.
+        return replay
+
+    with mock.patch.object(graphs, "record", record):
+        yield calls
+
+
+def whole_weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The parameters of a module, whole on this rank."""
+    weights = [parameter.detach() for parameter in module.parameters()]
+    return [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
+
+
+def with_and_without_graphs(
+    strategy: Any,
+    options: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None,
+    compiled: bool = False,
+    recorded: int = 2,
+    odd: int = 10,
+) -> None:
+    """Train on this rank with graphs and without, and compare.
+
+    Args:
+        strategy: A function that makes the strategy.
+        options: Further options of the Trainer.
+        changes: Changes of the model.
+        compiled: Whether blocks are compiled.
+        recorded: How many graphs are recorded: a forward and a backward for each kind of micro-batch.
+        odd: The number of a micro-batch that has another shape, and runs without the graphs; 10 for none.
+    """
+    rank = int(os.environ["RANK"])
+    found = []
+    for cuda_graphs in (False, True):
+        module, losses = small_module(pattern="2:4", **(changes or {})), Losses()
+        module.cuda_graphs, module.hparams["compile"] = cuda_graphs, compiled
+        trainer = quiet_trainer(
+            [losses], strategy=strategy(), devices=2, max_steps=5, accumulate_grad_batches=2,
+            gradient_clip_val=0.5, use_distributed_sampler=False, **(options or {}),
+        )  # fmt: skip
+        with recordings(module) as calls, mock.patch("sbn_lightning.training.module.check_graphs"):
+            loader = token_loader(batches=10, batch_size=2, length=9, rank=rank, world=2, vocab_size=64)
+            batches = list(loader)
+            batches[odd : odd + 1] = [rows[:, :7] for rows in batches[odd : odd + 1]]
+            trainer.fit(module, unbounded(batches), loader if options else None)
+        seen = [trainer.callback_metrics["val/loss"].item()] if options else []
+        found.append((losses.values + seen, whole_weights(module)))
+    (plain, expected), (losses_of_graphs, weights) = found
+    assert losses_of_graphs == plain
+    assert all(torch.equal(one, other) for one, other in zip(weights, expected, strict=True))
+    assert calls == {"recorded": recorded, "replayed": 2 * (10 - recorded - (odd < 10))}
