@@ -55,7 +55,8 @@ class WholeParameters:
         model: The model, sharded by :func:`~sbn_lightning.distributed.sharding.shard`, or a module that contains it.
 
     Raises:
-        ConfigError: If the model was sharded in another way than with the strategy's own ``gather`` and ``reduce``.
+        ConfigError: If the model was sharded in another way than with the strategy's own ``gather`` and ``reduce``, or
+            if FSDP2 has gathered it for the method that runs.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -72,6 +73,11 @@ class WholeParameters:
         assert exchange.scatter is not None
         self._exchange, self._scatter = exchange, exchange.scatter
         self.reshard()
+        if any(parameter.requires_grad and not isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise ConfigError(
+                "cuda_graphs: FSDP2 has gathered the model for the method that runs, which a graph cannot hold: use "
+                "the strategy sbn_ddp, or replay in a method for which shard() does not gather (methods=...)"
+            )
         packed = [layer for layer in layers if exchange_of([layer]) is not None]
         ours = {id(parameter) for layer in packed for parameter in (layer.weight, getattr(layer, "log_scale", None))}
         copies: dict[int, _Copy] = {}  # Embedding and head may be one parameter.

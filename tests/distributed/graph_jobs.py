@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from lightning.fabric import Fabric
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch.distributed.tensor import DTensor
 
+from sbn_lightning import TernarySparseConversion
+from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.distributed.whole_parameters import local
 from sbn_lightning.fabric import FabricRun, train
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.training import graphs
+from sbn_lightning.training.graphs import GraphedLoss
 from tests.helpers import Losses, quiet_trainer, small_module, token_loader, unbounded
 
 
@@ -41,6 +45,38 @@ def graphed_sharded(folder: Path) -> None:
     halved = partial(ShardedStrategy, reduce_dtype="bfloat16")
     for odd in (6, 7):  # The first micro-batch of an optimiser step, and the second.
         with_and_without_graphs(halved, changes=recomputed, odd=odd)
+
+
+class Bare(LightningModule):
+    """A module of somebody else, whose whole training step is replayed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Embedding(512, 16), torch.nn.Linear(16, 32), torch.nn.Linear(32, 512))
+        self.graphed = GraphedLoss()
+
+    def compute_loss(self, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        return self.graphed(self, self.compute_loss, batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def graphed_bare(folder: Path) -> None:
+    """FSDP2 gathers a module of somebody else for its training step, and a graph cannot hold that."""
+    options = {"devices": 2, "max_steps": 4, "use_distributed_sampler": False}
+    for strategy in (ReplicatedStrategy(), ShardedStrategy()):
+        module = Bare()
+        trainer = quiet_trainer([TernarySparseConversion("2:4", exclude=())], strategy=strategy, **options)
+        refused = pytest.raises(ConfigError, match="use the strategy sbn_ddp, or replay in a method for which")
+        with recordings(module) as calls, refused if isinstance(strategy, ShardedStrategy) else nullcontext():
+            trainer.fit(module, Tokens())
+        if isinstance(strategy, ReplicatedStrategy):
+            assert calls == {"recorded": 2, "replayed": 2 * (4 - 2)}
 
 
 class Tokens(LightningDataModule):

@@ -6,7 +6,7 @@ import pytest
 
 from tests.distributed.forked_runs import statuses
 
-JOBS = ("graphed", "graphed_sharded", "graphed_fabric")
+JOBS = ("graphed", "graphed_sharded", "graphed_fabric", "graphed_bare")
 
 
 def jobs_of_ranks(folder, tokens):
