@@ -178,7 +178,7 @@ def noise(all_ways: dict[tuple[str, str], list[Gap]], family: str, way: str, siz
     if own is not None:
         return own
     of_family = [place for found, places in here.items() for place in places if found[0] == family]
-    if (estimate := _pooled(of_family, f"all ways at {size}")) is not None:
+    if (estimate := _pooled(of_family, f"all patterns at {size}")) is not None:
         return estimate
     if size == "15M":
         return earlier_noise(family, way.partition(" ")[0].rstrip(","))

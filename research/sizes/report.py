@@ -70,7 +70,7 @@ def gap_table(rows: Sequence[Row]) -> str:
                     family, way, place.size, f"{place.each:g}", str(len(place.values)), f"{place.mean:+.4f} {shown}",
                     change(math.exp(place.mean)), source,
                 ])  # fmt: skip
-    header = ("family", "way", "size", "tokens a parameter", "seeds", "gap in nats", "perplexity", "noise from")
+    header = ("family", "pattern", "size", "tokens a parameter", "seeds", "gap in nats", "perplexity", "noise from")
     return table(header, cells) if cells else "Not run."
 
 
@@ -88,7 +88,7 @@ def family_table(rows: Sequence[Row]) -> str:
         found = fit(places)
         if found is not None and "a decade of size" in found.line:
             slopes.append(f"{way} {found.line['a decade of size']}")
-    header = ("way", "size", "tokens a parameter", "gap of BF16 minus gap of ternary, nats", "verdict", "noise from")
+    header = ("pattern", "size", "tokens a parameter", "BF16 gap minus ternary gap, nats", "verdict", "noise from")
     if not cells:
         return "Not run."
     change_of = f"\n\nChange of this difference with ten times the size, nats: {'; '.join(slopes)}." if slopes else ""
@@ -110,7 +110,7 @@ def fit_table(rows: Sequence[Row]) -> str:
                 ("at 15M", "a decade of size", "a decade of tokens")), power,
             ])  # fmt: skip
     header = (
-        "family", "way", "places", f"gap at 15M, {EACH:g} tokens a parameter", "change with ten times the size",
+        "family", "pattern", "gaps", f"gap at 15M, {EACH:g} tokens a parameter", "change with ten times the size",
         "change with ten times the tokens a parameter", "exponent of a power law in size",
     )  # fmt: skip
     if not cells:
@@ -197,8 +197,8 @@ def loss_table(rows: Sequence[Row]) -> str:
             str(len(found)), f"{fmean(losses):.4f}", spread, f"{fmean(row['tokens_per_second'] for row in found):,.0f}",
         ])  # fmt: skip
     header = (
-        "size", "tokens a parameter", "tokens", "epochs", "family", "way", "seeds", "loss", "largest minus smallest",
-        "tokens a second of a process",
+        "size", "tokens a parameter", "tokens", "epochs", "family", "pattern", "seeds", "loss",
+        "largest minus smallest", "tokens a second of a process",
     )  # fmt: skip
     return table(header, lines) if lines else "Not run."
 
