@@ -189,22 +189,29 @@ ALL = (
     Page(
         "scaling",
         "Several GPUs",
-        "Training steps on two GPUs of one host. `scaling` is the throughput divided by twice the throughput of one "
-        "GPU in the run of the row. The row `one` may be from another run. `scaling` is empty if one GPU was not "
-        "measured or was disturbed. `wire_mib` is what a rank receives in a step, counted as the collectives run. Some "
-        "counts are from another run of the same row, because they do not depend on the host. The column is empty in "
-        "rows that were not counted. `same_masks` says whether both ranks had the same masks at the end. Strategies "
-        "that begin with `bf16` train the dense model, which has no int8 gradients. `ddp` is the strategy `sbn_ddp`, "
-        "and `ddp bfloat16` sums gradients in bfloat16. With `in 25 mb` and `in 100 mb` torch's DDP averages the "
-        "gradients, in buffers of so many megabytes. Rows of `on 8 ctas` are of torch's DDP, too, and those of `ddp "
-        "bfloat16` at 0.5B and with bf16 gradients. Rows with `graphs` replay micro-batches as CUDA graphs, and are "
-        "compared with one GPU that does the same. Their `peak_gib` lacks the memory of the graphs. Hosts differ: two "
-        "micro-batches of 0.5B take 213 to 264 ms on one GPU, and 249 to 307 ms under torch's DDP. `fsdp2 packed` at "
-        "1.5B with int8 gradients took 277, 501 and 1,965 ms for 1, 2 and 8 micro-batches on the host of these rows "
-        "(`scaling` 0.86, 0.92 and 0.92), and 247, 480 and 1,856 on another (0.96, 0.96 and 0.95). `bf16 one` at 1.5B "
-        "was slow in the run of `bf16 ddp`: 664 ms with two micro-batches, and 628 in another run. So `scaling` of "
-        "`bf16 ddp` goes beyond 1. `sbn_fsdp2` was made easier for the host in the night of 2026-11-29. Rows of `fsdp2 "
-        "step`, 8 multiprocessors and 4 sequences at 3B are from before.",
+        "Training steps on two GPUs of one host.\n\n"
+        "- `scaling` is the throughput divided by twice the throughput of one GPU in the same run. The row `one` of "
+        "this table may be from another run. `scaling` is empty if one GPU was not measured or was disturbed.\n"
+        "- `peak_gib` is the peak memory of one GPU. It lacks the memory of CUDA graphs.\n"
+        "- `wire_mib` is what a rank receives in a step, counted as the collectives run. Some counts are from another "
+        "run of the same row, because they do not depend on the host. Rows that were not counted are empty.\n"
+        "- `same_masks` says whether both ranks had the same masks at the end.\n"
+        "- `bf16` and `float8` at the start of a strategy mean a dense model. The column `gradients` does not apply to "
+        "these rows.\n"
+        "- `ddp` is the strategy `sbn_ddp`, and `ddp bfloat16` sums gradients in bfloat16. torch's DDP averaged the "
+        "gradients in three kinds of rows: `ddp in 25 mb` and `ddp in 100 mb`, which name the size of its buffers; "
+        "`ddp on 8 ctas`; and `ddp bfloat16` at 0.5B and with bf16 gradients.\n"
+        "- `graphs` means that micro-batches were replayed as CUDA graphs. These rows are compared with one GPU that "
+        "does the same.\n\n"
+        "Hosts differ:\n\n"
+        "- Two micro-batches of 0.5B take 213 to 276 ms on one GPU, and 249 to 307 ms under torch's DDP.\n"
+        "- `fsdp2 packed` at 1.5B with int8 gradients took 277, 501 and 1,965 ms for 1, 2 and 8 micro-batches on the "
+        "host of these rows (`scaling` 0.86, 0.92 and 0.92), and 247, 480 and 1,856 ms on another host (0.96, 0.96 and "
+        "0.95).\n"
+        "- `bf16 one` at 1.5B was slow in the run of `bf16 ddp`: two micro-batches took 664 ms, and 628 ms in another "
+        "run. So `scaling` of `bf16 ddp` goes beyond 1.\n"
+        "- In the night of 2026-11-29 the work of the host under `sbn_fsdp2` was reduced. Rows of `fsdp2 step`, of 8 "
+        "multiprocessors (`on 8 ctas`) and of 4 sequences at 3B are from before.",
         render,
     ),
     Page(

@@ -159,9 +159,9 @@ def page() -> str:
 **Nothing on this page was measured beyond two GPUs.** It is what `benchmarks/simulate.py` computes: bytes over
 bandwidth, the latencies of rings, and what a backward hides. [Several GPUs](scaling.md) has the measured rows.
 
-## What the model takes for granted
+## What the model assumes
 
-- One GPU computes as fast as it was measured to: 2:4 with int8 gradients on an H200. The 8B and 70B shapes take the
+- One GPU computes as fast as measured: 2:4 with int8 gradients on an H200. The 8B and 70B shapes take the
   rate of four blocks of the 8B shape.
 - Hosts of 8 GPUs. Inside a host 312 GB/s, the measured bus bandwidth. Each GPU has its own link to other hosts, of 50
   or 400 Gbit/s. A collective costs 15 microseconds, and 1.5 microseconds a hop inside a host and 6 between hosts.
@@ -170,19 +170,22 @@ bandwidth, the latencies of rings, and what a backward hides. [Several GPUs](sca
   tokens in a micro-batch hide more.
 - The backward hides reductions of gradients, and blocks hide the gathers of the next block. With `packed_step` nothing
   hides the gather of the words, which comes once a step.
-- Several GPUs of a host compute {BUSY - 1:.0%} slower than one in micro-batches whose backward sends gradients. Under
-  DDP this is the last one of a step. This number is fitted.
+- In a micro-batch whose backward sends gradients, several GPUs of a host compute {BUSY - 1:.0%} slower than one. Under DDP
+  only the last micro-batch of a step sends gradients. This number is fitted.
 
 ## Against the figures of two GPUs
 
 {check_table()}
 
-Gradients are int8, or exact where a row says so. One number was fitted, to three rows of ours of the day before. But
-for the last three rows, the model is off by at most 2.5 % for `sbn_fsdp2` and by at most 4.3 % for DDP. With one
-micro-batch DDP is slower than the model. The model knows nothing of the host, which limited several runs on these
-machines, above all of small models. The last three rows are most likely such a run, which was not profiled: on the same
-host the model fits exact gradients and 3B, for which the GPU computes longer. BF16 at 1.5B is slower than the model,
-perhaps because its matrix products do not make room for collectives.
+Gradients are int8, or exact where a row says so. "2 of 8" means two micro-batches of 8 sequences. One number was fitted, to
+three rows of ours of the day before.
+
+- **On a fast host** the model is off by at most 2.5 % for `sbn_fsdp2` and by at most 4.3 % for DDP. With one micro-batch
+  DDP takes longer than the model says.
+- **The model knows nothing of the host**, which limited several runs, above all of small models. The last three rows are
+  most likely such a run. It was not profiled. On the same host the model fits exact gradients and 3B, for which the GPU
+  computes longer.
+- **BF16 at 1.5B** takes longer than the model says, perhaps because its matrix products do not make room for collectives.
 
 ## Scaling: throughput over that of one GPU times the number of GPUs
 
