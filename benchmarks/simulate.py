@@ -170,22 +170,23 @@ bandwidth, the latencies of rings, and what a backward hides. [Several GPUs](sca
   tokens in a micro-batch hide more.
 - The backward hides reductions of gradients, and blocks hide the gathers of the next block. With `packed_step` nothing
   hides the gather of the words, which comes once a step.
-- In a micro-batch whose backward sends gradients, several GPUs of a host compute {BUSY - 1:.0%} slower than one. Under DDP
-  only the last micro-batch of a step sends gradients. This number is fitted.
+- In a micro-batch whose backward sends gradients, several GPUs of a host compute {BUSY - 1:.0%} slower than one.
+  Under DDP only the last micro-batch of a step sends gradients. This number is fitted.
 
 ## Against the figures of two GPUs
 
 {check_table()}
 
-Gradients are int8, or exact where a row says so. "2 of 8" means two micro-batches of 8 sequences. One number was fitted, to
-three rows of ours of the day before.
+Gradients are int8, or exact where a row says so. "2 of 8" means two micro-batches of 8 sequences. One number was
+fitted, to three rows of ours of the day before.
 
-- **On a fast host** the model is off by at most 2.5 % for `sbn_fsdp2` and by at most 4.3 % for DDP. With one micro-batch
-  DDP takes longer than the model says.
-- **The model knows nothing of the host**, which limited several runs, above all of small models. The last three rows are
-  most likely such a run. It was not profiled. On the same host the model fits exact gradients and 3B, for which the GPU
-  computes longer.
-- **BF16 at 1.5B** takes longer than the model says, perhaps because its matrix products do not make room for collectives.
+- **Ours, all rows but the last three:** the model is off by at most 2.5 % for `sbn_fsdp2` and by at most 4.3 % for DDP.
+  With one micro-batch DDP takes longer than the model says.
+- **The last three rows:** the model knows nothing of the host, which limited several runs, above all of small models.
+  These rows are most likely such a run. It was not profiled. On the same host the model fits exact gradients and 3B,
+  for which the GPU computes longer.
+- **BF16 at 1.5B** takes longer than the model says, perhaps because its matrix products do not make room for
+  collectives.
 
 ## Scaling: throughput over that of one GPU times the number of GPUs
 
