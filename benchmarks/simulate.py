@@ -48,7 +48,7 @@ MEASURED = (
     (1, "ddp", 8, 8, 3153.8, 3102.4),
     (1, "bf16", 2, 8, 1305.2, 1247.2),
 )
-SLOW = (  # The host was slower than the GPU.
+SLOW = (  # Rows that the host most likely limited.
     (0, "packed_step, slow host", 1, 8, 276.8, 237.8),
     (0, "packed_step, slow host", 2, 8, 500.8, 459.0),
     (0, "packed_step, slow host", 8, 8, 1965.2, 1801.8),

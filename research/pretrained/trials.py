@@ -69,7 +69,8 @@ class Trial:
         return self.name.replace(" ", "_").replace(":", "of")
 
 
-# In a file of 4 bits a weight, many weights of a group are equal in magnitude. The first step then decides many masks.
+# Noise that makes equal weights different. In a file of 4 bits a weight, many weights of a group have equal magnitudes,
+# and without noise the first step decides the masks of all these groups.
 UNTIED = 0.01
 LOGITS = {"logits": 1.0}
 BOTH = {"logits": 1.0, "language_model": 0.5}

@@ -1,13 +1,13 @@
 """The gap between a sparse model and the dense one, over sizes and over tokens a parameter, with error bars.
 
 A gap is the loss of a way (2:4, for example) minus the loss of the dense model of the same family, size, tokens and
-seed, in nats; both read the same text in the same order. (A machine with other packages has another text. Models of two
-texts make no gap.)
+seed, in nats. A way is a pattern, with or without masked decay. Both models read the same text in the same order. (A
+machine with other packages has another text, and a gap between models of two texts means nothing.)
 
-The noise of one seed's gap differs much between sizes, so each size has its own. It comes from the first of these that
-there is: the seeds of the way at this size; the seeds of all ways of the family at this size; at 15M the 119 runs of
-``research/reproduce``; the seeds of both families at this size; and the next smaller size. Estimates with fewer than
-two degrees of freedom do not count.
+The noise of one seed's gap differs much between sizes, so each size has its own noise. It is estimated from the first of
+these that exists: the seeds of the way at this size; the seeds of all ways of the family at this size; at 15M the 119
+runs of ``research/reproduce``; the seeds of both families at this size; and the next smaller size. Estimates with fewer
+than two degrees of freedom do not count.
 
 Two curves are fitted by least squares, each place weighted by the inverse of its variance:
 
@@ -209,7 +209,7 @@ def earlier_noise(family: str, pattern: str) -> Noise | None:
 def family_differences(rows: Sequence[Row], way: str) -> list[Gap]:
     """Return the gap of BF16 minus the gap of ternary models, at each place where both are known.
 
-    Both families may have one estimate of the noise. Then the difference has the degrees of freedom of this estimate.
+    If both families share one estimate of the noise, the difference has the degrees of freedom of this estimate.
 
     Args:
         rows: The lines of results.

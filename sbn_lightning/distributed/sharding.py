@@ -63,7 +63,7 @@ def shard(
     on its own when the block runs.
 
     Args:
-        module: The whole model, changed in place, once: a second call with the same options does nothing. All ranks
+        module: The whole model, which is changed in place. A second call with the same options does nothing. All ranks
             begin with the weights and buffers of the first one. Do not replace layers later, because the model
             remembers which masked layers it has.
         mesh: The ranks. In a mesh of one dimension all ranks share the rows. In a mesh of two dimensions the ranks of
