@@ -4,10 +4,10 @@ A gap is the loss of a way (2:4, for example) minus the loss of the dense model 
 seed, in nats. A way is a pattern, with or without masked decay. Both models read the same text in the same order. (A
 machine with other packages has another text, and a gap between models of two texts means nothing.)
 
-The noise of one seed's gap differs much between sizes, so each size has its own noise. It is estimated from the first of
-these that exists: the seeds of the way at this size; the seeds of all ways of the family at this size; at 15M the 119
-runs of ``research/reproduce``; the seeds of both families at this size; and the next smaller size. Estimates with fewer
-than two degrees of freedom do not count.
+The noise of one seed's gap differs much between sizes, so each size has its own noise. The estimate comes from the
+first of these that exists: the seeds of the way at this size; the seeds of all ways of the family at this size; at 15M
+the 119 runs of ``research/reproduce``; the seeds of both families at this size; and the next smaller size. Estimates
+with fewer than two degrees of freedom do not count.
 
 Two curves are fitted by least squares, each place weighted by the inverse of its variance:
 
