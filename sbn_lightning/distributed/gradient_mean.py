@@ -110,10 +110,23 @@ class GradientMean(BackwardCollectives):
             self.detach()
             self._attach(trained)
         try:
+            with self.recorded():
+                yield
+        except BaseException:
+            self._failed = True
+            raise
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Check that all parameters take part in the backward of this context, which is recorded as a CUDA graph.
+
+        Raises:
+            ConfigError: If a parameter gets no gradient. The message names the parameter.
+        """
+        try:
             yield
             self._complete()
         except BaseException:
-            self._failed = True
             self._forget()
             raise
 
@@ -227,8 +240,8 @@ _attached: WeakSet[GradientMean] = WeakSet()
 
 def means_of(model: nn.Module) -> list[GradientMean]:
     """What averages the gradients of a model at present, in any order."""
-    first = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
-    return [mean for mean in _attached if any(known() is first for known in mean._known)]
+    own = set(map(id, model.parameters()))  # A parameter that was frozen a moment ago is not known to a mean.
+    return [mean for mean in _attached if any(id(known()) in own for known in mean._known)]
 
 
 def replicate(model: nn.Module, group: dist.ProcessGroup, dtype: torch.dtype) -> GradientMean:

@@ -203,10 +203,14 @@ class GradientScatter(BackwardCollectives):
         if self._runs and torch._C._current_graph_task_id() == -1:
             self.reset()
 
-    def reset(self) -> None:
-        """Throw away what a backward that has raised an error has left: gradients that wait or travel."""
+    def reset(self, recorded: bool = False) -> None:
+        """Throw away what a backward that has raised an error has left: gradients that wait or travel.
+
+        Args:
+            recorded: Whether the backward was being recorded as a CUDA graph. Then nothing travels.
+        """
         for sent in self._sent:
-            if sent.work is not None:
+            if sent.work is not None and not recorded:
                 sent.work.wait()
         self._sent.clear()
         self._gathered.clear()

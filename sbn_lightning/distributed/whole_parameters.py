@@ -31,8 +31,7 @@ from sbn_lightning.distributed.packed import exchange_of
 from sbn_lightning.distributed.rows import FlatGather, RowCut
 from sbn_lightning.distributed.sharding import OPTIONS, prepare_sharded
 from sbn_lightning.layers.mask_tracker import optimizer_steps, version
-from sbn_lightning.layers.sparse_bit_linear import ternary_layers
-from sbn_lightning.layers.sparse_linear import prepare_layers
+from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers
 
 # Newer versions of torch have the first name, and deprecate the second one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -60,14 +59,16 @@ class WholeParameters:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = ternary_layers(model).values()
+        layers = [layer for _, layer in masked_layers(model)]
         self._parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
         exchange = exchange_of(layers)
         for options in [vars(part)[OPTIONS] for part in self._parts if OPTIONS in vars(part)] or [{}]:
-            if exchange is None or any(options[key] != value for key, value in WANTED.items()):
+            others = any(exchange_of([layer]) is None for layer in layers)
+            if exchange is None or others or any(options[key] != value for key, value in WANTED.items()):
                 raise ConfigError(
-                    "cuda_graphs: a sharded model must have ternary layers that are sharded with gather: packed_step, "
-                    "reduce: micro_batch and parameters in their own dtype; set model.cuda_graphs to false"
+                    "cuda_graphs: the layers of a sharded model must be ternary, without experts, and sharded with "
+                    "gather: packed_step, reduce: micro_batch and parameters in their own dtype; set model.cuda_graphs "
+                    "to false"
                 )
         assert exchange is not None
         assert exchange.scatter is not None
@@ -78,8 +79,7 @@ class WholeParameters:
                 "cuda_graphs: FSDP2 has gathered the model for the method that runs, which a graph cannot hold: use "
                 "the strategy sbn_ddp, or replay in a method for which shard() does not gather (methods=...)"
             )
-        packed = [layer for layer in layers if exchange_of([layer]) is not None]
-        ours = {id(parameter) for layer in packed for parameter in (layer.weight, getattr(layer, "log_scale", None))}
+        ours = {id(parameter) for layer in layers for parameter in (layer.weight, getattr(layer, "log_scale", None))}
         copies: dict[int, _Copy] = {}  # Embedding and head may be one parameter.
         self._places: list[tuple[dict[str, nn.Parameter | None], str, _Copy]] = []
         for part in model.modules():
@@ -152,6 +152,15 @@ class WholeParameters:
             gather, copies = one
             for whole, copy in zip(gather.wait(), copies, strict=True):
                 copy.whole.copy_(whole.flatten(0, 1)[: copy.cut.rows])
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record a backward in this context. An error leaves no gradients on their way."""
+        try:
+            yield
+        except BaseException:
+            self._scatter.reset(recorded=True)
+            raise
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

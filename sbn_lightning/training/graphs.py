@@ -27,7 +27,7 @@ from __future__ import annotations
 import atexit
 import gc
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from typing import Any
 from weakref import WeakSet
@@ -90,30 +90,29 @@ class GraphedLoss:
         if not torch.is_grad_enabled():
             return loss(batch)
         shared = self._shared
-        if shared is not None and (batch.shape, batch.dtype) != (shared.batch.shape, shared.batch.dtype):
+        if shared is not None:
+            shared.reshard()
+        if shared is None or shared.where != _addresses(model):
+            first = batch if shared is None else shared.batch.to(batch.device)  # The first batch has the usual shape.
+            self._shared = shared = _Shared(model, first, () if self.numbers is None else (self.numbers,))
+            self._graphs = {}
+        shared.prepare(model)
+        if (batch.shape, batch.dtype) != (shared.batch.shape, shared.batch.dtype):
             if not self._warned:
                 self._warned = True
                 rank_zero_warn(
                     f"cuda_graphs: a micro-batch of the shape {list(batch.shape)} runs without the graph, which was "
                     f"recorded for {list(shared.batch.shape)}"
                 )
-            return loss(batch)
-        if shared is not None:
-            shared.reshard()
-        if shared is None or shared.where != _addresses(model):
-            self._shared = shared = _Shared(model, batch, () if self.numbers is None else (self.numbers,))
-            self._graphs = {}
-        shared.prepare(model)
+            return shared.without_graphs(loss, batch)
         state = _state_of(model)
         if state not in self._graphs:
             while len(self._graphs) >= self.most:
                 del self._graphs[next(iter(self._graphs))]
         found = self._graphs.setdefault(state, 0)
         if isinstance(found, int) and (found < self.warm_up or (found < PATIENCE and not is_settled(model))):
-            shared.bring_up_to_date(hold=False)
             self._graphs[state] = found + 1
-            plain: Tensor = _Plain.apply(shared.anchor, shared, loss, batch)
-            return plain
+            return shared.without_graphs(loss, batch)
         shared.bring_up_to_date(hold=True)
         if isinstance(found, int):
             found = self._graphs[state] = _Graphs(shared, loss, [mean for mean in means_of(model) if not mean.hold])
@@ -155,6 +154,10 @@ class _Shared:
         """Whether FSDP2 shards parameters of the model."""
         return self._whole is not None
 
+    def recorded(self) -> AbstractContextManager[None]:
+        """A context in which a backward is recorded. An error leaves no gradients of a sharded model on their way."""
+        return nullcontext() if self._whole is None else self._whole.recorded()
+
     def in_place(self) -> AbstractContextManager[None]:
         """A context in which a sharded model has the parameters that graphs read."""
         return nullcontext() if self._whole is None else self._whole.in_place()
@@ -163,6 +166,12 @@ class _Shared:
     def gradients(self) -> list[Tensor]:
         """The gradients of the parameters, made for the first recording. Those of sharded parameters are sharded."""
         return [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    def without_graphs(self, loss: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """Return the loss of a micro-batch without graphs. The ranks send each other the same as in a replay."""
+        self.bring_up_to_date(hold=False)
+        found: Tensor = _Plain.apply(self.anchor, self, loss, batch)
+        return found
 
     @torch.no_grad()
     def bring_up_to_date(self, hold: bool) -> None:
@@ -237,7 +246,10 @@ class _Graphs:
             _free_at_exit(self)
         try:
             self._forward = record(forward, shared.pool)
-            self._backward = record(backward, shared.pool)
+            with ExitStack() as stack, shared.recorded():
+                for mean in means:
+                    stack.enter_context(mean.recorded())
+                self._backward = record(backward, shared.pool)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
@@ -340,8 +352,8 @@ def _free_at_exit(graphs: _Graphs) -> None:
 
     The process group ends at the exit of the process, and what is registered last runs first.
     """
-    if not _with_collectives:
-        atexit.register(_free)
+    atexit.unregister(_free)
+    atexit.register(_free)  # After the process group of today, which may not be the first one.
     _with_collectives.add(graphs)
 
 
@@ -367,7 +379,7 @@ def _writable(prepared: Any) -> Any:
 
 
 def _addresses(model: nn.Module) -> list[Any]:
-    return [(local(parameter).data_ptr(), parameter.requires_grad) for parameter in model.parameters()]
+    return [(id(one), local(one).data_ptr(), one.requires_grad) for one in model.parameters()]
 
 
 def _state_of(model: nn.Module) -> tuple[Any, ...]:

@@ -13,11 +13,12 @@ from unittest import mock
 import pytest
 import torch
 from lightning.fabric import Fabric
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
 from sbn_lightning import TernarySparseConversion
 from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.distributed import gradient_mean
 from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.distributed.whole_parameters import local
 from sbn_lightning.fabric import FabricRun, train
@@ -32,6 +33,16 @@ def graphed(folder: Path) -> None:
     # Micro-batches that send their gradients have graphs of their own.
     with_and_without_graphs(ReplicatedStrategy, recorded=4)
     with_and_without_graphs(partial(ReplicatedStrategy, reduce_dtype="bfloat16"), recorded=4, odd=7)
+    # The step that unfreezes a parameter has four micro-batches that stay, and one that sends.
+    unfrozen: dict[str, Any] = {"max_steps": 2, "accumulate_grad_batches": 5, "callbacks": [Unfreeze()]}
+    with_and_without_graphs(ReplicatedStrategy, unfrozen, {"tie_embeddings": False}, recorded=4, plain=6)
+
+
+class Unfreeze(Callback):
+    """Trains the embedding, which is the first parameter, from the second optimiser step on."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.model.embed.weight.requires_grad_(trainer.global_step > 0)
 
 
 def graphed_sharded(folder: Path) -> None:
@@ -45,6 +56,7 @@ def graphed_sharded(folder: Path) -> None:
     halved = partial(ShardedStrategy, reduce_dtype="bfloat16")
     for odd in (6, 7):  # The first micro-batch of an optimiser step, and the second.
         with_and_without_graphs(halved, changes=recomputed, odd=odd)
+    with_and_without_graphs(halved, odd=7, odd_rank=0)  # The other rank replays, and sends and receives the same.
 
 
 class Bare(LightningModule):
@@ -112,8 +124,12 @@ def recordings(module: torch.nn.Module) -> Iterator[dict[str, int]]:
     calls = {"recorded": 0, "replayed": 0}
 
     def record(function: Any, pool: Any) -> Any:
+        sends = [not mean.hold for mean in gradient_mean._attached]
+
         def replay() -> None:
             calls["replayed"] += 1
+            # A graph sends what was sent at its recording, and here hooks decide each time.
+            assert sends == [not mean.hold for mean in gradient_mean._attached]
             with torch.enable_grad():
                 function()
 
@@ -141,6 +157,8 @@ def with_and_without_graphs(
     compiled: bool = False,
     recorded: int = 2,
     odd: int = 10,
+    odd_rank: int | None = None,
+    plain: int | None = None,
 ) -> None:
     """Train on this rank with graphs and without, and compare.
 
@@ -151,24 +169,31 @@ def with_and_without_graphs(
         compiled: Whether blocks are compiled.
         recorded: How many graphs are recorded: a forward and a backward for each kind of micro-batch.
         odd: The number of a micro-batch that has another shape, and runs without the graphs; 10 for none.
+        odd_rank: The rank that has this micro-batch; None for all.
+        plain: How many micro-batches of one shape run without the graphs; None for as many as graphs are recorded.
     """
     rank = int(os.environ["RANK"])
+    if odd_rank not in (None, rank):
+        odd = 10
+    given: dict[str, Any] = {"max_steps": 5, "accumulate_grad_batches": 2} | (options or {})
+    validates, callbacks = "limit_val_batches" in given, given.pop("callbacks", [])
     found = []
     for cuda_graphs in (False, True):
         module, losses = small_module(pattern="2:4", **(changes or {})), Losses()
         module.cuda_graphs, module.hparams["compile"] = cuda_graphs, compiled
         trainer = quiet_trainer(
-            [losses], strategy=strategy(), devices=2, max_steps=5, accumulate_grad_batches=2,
-            gradient_clip_val=0.5, use_distributed_sampler=False, **(options or {}),
+            [losses, *callbacks], strategy=strategy(), devices=2, gradient_clip_val=0.5,
+            use_distributed_sampler=False, **given,
         )  # fmt: skip
         with recordings(module) as calls, mock.patch("sbn_lightning.training.module.check_graphs"):
             loader = token_loader(batches=10, batch_size=2, length=9, rank=rank, world=2, vocab_size=64)
             batches = list(loader)
             batches[odd : odd + 1] = [rows[:, :7] for rows in batches[odd : odd + 1]]
-            trainer.fit(module, unbounded(batches), loader if options else None)
-        seen = [trainer.callback_metrics["val/loss"].item()] if options else []
+            trainer.fit(module, unbounded(batches), loader if validates else None)
+        seen = [trainer.callback_metrics["val/loss"].item()] if validates else []
         found.append((losses.values + seen, whole_weights(module)))
-    (plain, expected), (losses_of_graphs, weights) = found
-    assert losses_of_graphs == plain
+    (losses_before, expected), (losses_of_graphs, weights) = found
+    assert losses_of_graphs == losses_before
     assert all(torch.equal(one, other) for one, other in zip(weights, expected, strict=True))
-    assert calls == {"recorded": recorded, "replayed": 2 * (10 - recorded - (odd < 10))}
+    unreplayed = (recorded if plain is None else plain) + (odd < 10)
+    assert calls == {"recorded": recorded, "replayed": 2 * (10 - unreplayed)}

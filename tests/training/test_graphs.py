@@ -198,6 +198,15 @@ def test_a_new_density_is_another_state_and_a_moved_model_starts_anew(recordings
     assert copy.deepcopy(graphed)._shared is None
 
 
+def test_another_parameter_at_the_same_address_gets_the_gradients(recordings):
+    model, batch = small_module(pattern="2:4", tie_embeddings=False).model, next(iter(token_loader()))
+    graphed = GraphedLoss(warm_up=0)
+    for recorded in (2, 4):
+        graphed(model, lambda rows: model.loss(rows[:, :-1], rows[:, 1:]), batch).backward()
+        assert recordings["recorded"] == recorded  # A graph writes to the gradients of the parameters that it knows.
+        model.embed.weight = torch.nn.Parameter(model.embed.weight.data)
+
+
 def test_an_operation_that_cannot_be_recorded_is_one_error(monkeypatch):
     def record(function, pool):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
