@@ -6,7 +6,7 @@ small ones are copied and sent together. The order is the same on all ranks: fro
 first, which is about the order in which a backward computes gradients.
 
 A CUDA graph of a backward (:mod:`sbn_lightning.training.graphs`) contains these collectives. A replay calls no hooks of
-autograd, so nothing is checked and nothing is sent a second time.
+autograd, so the hooks send nothing a second time, and nothing is checked.
 """
 
 from __future__ import annotations
@@ -239,8 +239,8 @@ _attached: WeakSet[GradientMean] = WeakSet()
 
 
 def means_of(model: nn.Module) -> list[GradientMean]:
-    """What averages the gradients of a model at present, in any order."""
-    own = set(map(id, model.parameters()))  # A parameter that was frozen a moment ago is not known to a mean.
+    """Return the objects that average the gradients of a model at present, in any order."""
+    own = set(map(id, model.parameters()))  # All: a mean does not know a parameter that was frozen a moment ago.
     return [mean for mean in _attached if any(id(known()) in own for known in mean._known)]
 
 

@@ -1,13 +1,14 @@
 """``WholeParameters``: the parameters of a sharded model, whole and at addresses that stay, for CUDA graphs.
 
-A CUDA graph reads and writes the addresses that it has recorded, and a replay runs no Python. FSDP2 gathers a parameter
-into memory that it gives back, from hooks. So FSDP2 takes no part in the micro-batches that are replayed:
+A CUDA graph reads and writes the addresses that it has recorded, and a replay runs no Python. FSDP2 gathers parameters
+in hooks, which are Python, and into memory that it frees again. So FSDP2 takes no part in the micro-batches that are
+replayed:
 
 * Each parameter that FSDP2 shards (embedding, norms, head) has a whole copy, which is a leaf of autograd. The ranks
   gather into the copies once in an optimiser step, while the ternary layers are prepared.
 * While the loss and its backward run, the modules have the copies, and the hooks of FSDP2 are off.
-* The gradients of the copies go the way of those of ternary layers (:mod:`~sbn_lightning.distributed.gradients`). Their
-  collectives start in hooks of autograd, so the graph of a backward contains them.
+* The gradients of the copies are reduced like those of ternary layers (:mod:`~sbn_lightning.distributed.gradients`).
+  The collectives start in hooks of autograd, so the graph of a backward contains the collectives.
 
 Optimiser, checkpoints and validation see the sharded parameters, as without graphs.
 """
@@ -76,8 +77,9 @@ class WholeParameters:
         self.reshard()
         if any(parameter.requires_grad and not isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise ConfigError(
-                "cuda_graphs: FSDP2 has gathered the model for the method that runs, which a graph cannot hold: use "
-                "the strategy sbn_ddp, or replay in a method for which shard() does not gather (methods=...)"
+                "cuda_graphs: FSDP2 has gathered the model for the method that runs, and a graph cannot hold gathered "
+                "parameters: use the strategy sbn_ddp, or replay in a method for which shard() does not gather "
+                "(methods=...)"
             )
         ours = {id(parameter) for layer in layers for parameter in (layer.weight, getattr(layer, "log_scale", None))}
         copies: dict[int, _Copy] = {}  # Embedding and head may be one parameter.
@@ -102,7 +104,7 @@ class WholeParameters:
         return _Copy(parameter, whole, cut)
 
     def reshard(self) -> None:
-        """Give back what FSDP2 has gathered, as in a validation."""
+        """Free the parameters that FSDP2 has gathered, for example in a validation."""
         for part in self._parts:
             part.reshard()
 
@@ -155,7 +157,7 @@ class WholeParameters:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Record a backward in this context. An error leaves no gradients on their way."""
+        """Record a backward in this context. After an error no gradients are left that wait or travel."""
         try:
             yield
         except BaseException:

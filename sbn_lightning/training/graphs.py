@@ -17,9 +17,10 @@ Clipping, the optimiser, the schedule of the learning rate and all callbacks sta
 a backward contains the collectives that ``sbn_ddp`` and ``sbn_fsdp2`` start in hooks of autograd. Under ``sbn_fsdp2``
 the model has whole copies of the parameters that FSDP2 shards (:mod:`sbn_lightning.distributed.whole_parameters`).
 
-What only Python sees is compared before each replay: the kernel of a layer, whether masked weights get gradients, the
-address of a parameter, whether the micro-batch is the last of an optimiser step under ``sbn_ddp``.
-Each of the last few states has its own graphs. All of them share their memory, and are replayed one after the other.
+A **state** is what only Python sees: the kernel of each layer, whether masked weights get gradients, the addresses of
+parameters, and under ``sbn_ddp`` whether the micro-batch is the last of an optimiser step. The state is compared before
+each replay, and each of the last few states has its own graphs. All graphs share their memory, and are replayed one
+after the other.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class _Shared:
             self._whole.prepare(model)
 
     def reshard(self) -> None:
-        """Give back what FSDP2 has gathered."""
+        """Free the parameters that FSDP2 has gathered."""
         if self._whole is not None:
             self._whole.reshard()
 
@@ -155,7 +156,7 @@ class _Shared:
         return self._whole is not None
 
     def recorded(self) -> AbstractContextManager[None]:
-        """A context in which a backward is recorded. An error leaves no gradients of a sharded model on their way."""
+        """A context in which a backward is recorded. After an error no gradients are left that wait or travel."""
         return nullcontext() if self._whole is None else self._whole.recorded()
 
     def in_place(self) -> AbstractContextManager[None]:
@@ -168,7 +169,7 @@ class _Shared:
         return [torch.zeros_like(parameter) for parameter in self.parameters]
 
     def without_graphs(self, loss: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        """Return the loss of a micro-batch without graphs. The ranks send each other the same as in a replay."""
+        """Return the loss of a micro-batch without graphs. The ranks start the same collectives as in a replay."""
         self.bring_up_to_date(hold=False)
         found: Tensor = _Plain.apply(self.anchor, self, loss, batch)
         return found
@@ -262,7 +263,7 @@ class _Graphs:
                 parameter.grad = given
 
     def free(self) -> None:
-        """Give the graphs up."""
+        """Free the graphs. A replay is an error from now on."""
         self._forward = self._backward = _freed
 
     def __call__(self, batch: Tensor) -> Tensor:
@@ -353,7 +354,7 @@ def _free_at_exit(graphs: _Graphs) -> None:
     The process group ends at the exit of the process, and what is registered last runs first.
     """
     atexit.unregister(_free)
-    atexit.register(_free)  # After the process group of today, which may not be the first one.
+    atexit.register(_free)  # Again: the process group may be a newer one than at the last call.
     _with_collectives.add(graphs)
 
 
