@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from typing import cast
 from unittest import mock
 
 import pytest
@@ -27,6 +28,7 @@ from sbn_lightning.backends.integer import KernelBackend
 from sbn_lightning.backends.selection import choose
 from sbn_lightning.core.errors import SBNError
 from sbn_lightning.distributed import rows
+from sbn_lightning.distributed.gradient_mean import GradientMean, replicate
 from sbn_lightning.distributed.packed import shard_packed
 from sbn_lightning.distributed.sharding import shard
 from sbn_lightning.distributed.whole_states import load_weights
@@ -160,25 +162,35 @@ def model(
 
 
 def train(
-    made: nn.Module, steps: int = 2, clip: float | None = None, graphed: GraphedLoss | None = None
+    made: nn.Module,
+    steps: int = 2,
+    clip: float | None = None,
+    graphed: GraphedLoss | None = None,
+    mean: GradientMean | None = None,
+    interval: int = 1,
 ) -> list[float]:
     """Losses of some optimiser steps of two micro-batches, and of a validation after each.
 
     With ``clip`` the norm of all gradients is limited to that number, and the losses are followed by the norm. With
-    ``graphed`` micro-batches are replayed.
+    ``graphed`` micro-batches are replayed. With ``mean`` each rank has tokens of its own, and gradients are averaged in
+    the second micro-batch. Masks are made anew in every step whose number ``interval`` divides.
     """
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
         return made.loss(rows[:, :-1], rows[:, 1:])  # type: ignore[no-any-return, operator]
 
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0 if mean is None else dist.get_rank())
     seen = []
-    for _ in range(steps):
-        for _ in range(2):
+    for step in range(steps):
+        for _, layer in masked_layers(made):
+            layer.hold_mask = step % interval > 0
+        for last in (False, True):
             tokens = torch.randint(320, (2, 9), generator=generator).to(DEVICE)
-            loss = loss_of(tokens) if graphed is None else graphed(made, loss_of, tokens)
-            loss.backward()
+            with nullcontext() if mean is None or last else mean.held():
+                loss = loss_of(tokens) if graphed is None else graphed(made, loss_of, tokens)
+                with nullcontext() if mean is None else mean.backward(made):
+                    loss.backward()
             seen.append(loss.item())
         if clip is not None:
             norm = nn.utils.clip_grad_norm_(made.parameters(), clip)
@@ -311,6 +323,17 @@ def check_graphs(ranks: int) -> None:
                 assert train(made, steps=8, clip=0.5, graphed=GraphedLoss()) == expected, changes
             assert recorded.call_count == 2
         say(f"graphs {changes}")
+    world = cast(dist.ProcessGroup, dist.group.WORLD)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = []
+        for graphed in (None, GraphedLoss()):
+            with mock.patch.object(graphs, "record", side_effect=record) as recorded:
+                made = model(None)
+                mean = replicate(made, world, dtype)
+                found.append(train(made, steps=12, clip=0.5, graphed=graphed, mean=mean, interval=2))
+        assert recorded.call_count == 8  # Masks that are fresh or held; gradients that stay or travel.
+        assert found[0] == found[1], dtype
+        say(f"graphs of sbn_ddp {dtype}")
 
 
 def check_codes(ranks: int) -> None:
