@@ -2,7 +2,8 @@
 
 The work has four steps. Each can be interrupted at any moment and continued later:
 
-1. plan: list the inputs, cut them into segments (``sources``), and compute a fingerprint of inputs and options;
+1. plan: list the inputs, compute a fingerprint of inputs and options, choose the side of text files (``splits``), and
+   cut the inputs into segments (``sources``);
 2. tokenizer: take the given one, or train one on a sample of the training split;
 3. tokenize: one segment after the other, in several processes (``segments``);
 4. assemble: lay the segments end to end and cut them into litdata chunks (``shards``).
@@ -28,6 +29,7 @@ from sbn_lightning.data.tokenization import hub, readers, sources
 from sbn_lightning.data.tokenization.options import LOCK, check_options, check_output, default_workers, parse_bytes
 from sbn_lightning.data.tokenization.segments import SPLITS, describe_os_error, tokenize
 from sbn_lightning.data.tokenization.sources import Part
+from sbn_lightning.data.tokenization.splits import assign_splits
 from sbn_lightning.data.tokenization.summary import skipped_records, summary
 from sbn_lightning.data.tokenizer import (
     EOS_TOKEN,
@@ -45,7 +47,7 @@ RESULTS = ("meta.json", "tokenizer.json", "train", "val")
 # A file with this name says that all of the old data have been moved away.
 _WHOLE = "whole"
 # The version of the files in the work folder. Unfinished work of another version is dropped.
-_WORK_VERSION = 2
+_WORK_VERSION = 3
 
 
 def prepare(
@@ -144,7 +146,7 @@ class _Preparation:
 
     def run(self) -> dict[str, Any]:
         self._undo_exchange()
-        segments, skipped, description = self._plan()
+        parts, skipped, description = self._plan()
         # `description` says what the inputs are. Where they lie does not matter.
         choices = {key: value for key, value in self.options.items() if key not in ("input", "tokenizer")}
         choices["tokenizer"] = self._tokenizer_kind
@@ -162,6 +164,7 @@ class _Preparation:
                 )
         self._open_work_folder(fingerprint)
         try:
+            segments = sources.group(assign_splits(parts, self.options), self.options["segment_bytes"])
             vocab_size, eos_token, eos_id = self._take_tokenizer(segments)
             self._tokenize(segments, eos_id)
             meta = self._assemble(len(segments), fingerprint, skipped, vocab_size, eos_token, eos_id)
@@ -173,7 +176,7 @@ class _Preparation:
         _say(f"prepared {self.out}: {summary(meta)}")
         return meta
 
-    def _plan(self) -> tuple[list[list[Part]], dict[str, str], list[Any]]:
+    def _plan(self) -> tuple[list[Part], dict[str, str], list[Any]]:
         inputs: list[str] = self.options["input"]
         files = [text for text in inputs if not text.startswith("hf:")]
         datasets = [text.removeprefix("hf:") for text in inputs if text.startswith("hf:")]
@@ -185,7 +188,6 @@ class _Preparation:
             self.options["pattern"],
             self.out,
             text_key=self.options["text_key"],
-            val_fraction=self.options["val_fraction"],
             max_bytes=limit,
             segment_bytes=size,
         )
@@ -199,7 +201,7 @@ class _Preparation:
         description: list[Any] = sources.describe_files(parts) + [hub.describe_hf(n, self.options) for n in datasets]
         if self._tokenizer_kind == "file":
             description.append(file_crc32(self.options["tokenizer"]))
-        return sources.group(parts, size), skipped, description
+        return parts, skipped, description
 
     def _open_work_folder(self, fingerprint: str) -> None:
         """Keep the work of an interrupted run with the same fingerprint; drop any other."""

@@ -8,9 +8,7 @@ the number of processes nor an interruption changes the result.
 A document belongs to the part in which it starts. Text files and JSON lines are read in blocks, so memory stays
 bounded however large a file is. A JSON array is parsed from memory as a whole.
 
-A hash decides what is training data and what is validation data. A text file goes to one side as a whole, by a hash of
-its relative path. A record goes to one side by a hash of its file and its position. Only if there is a single text file
-and nothing else, the file is cut, and its end becomes the validation text.
+``splits`` decides what is training data and what is validation data.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ class Part:
         start: The first byte, row group (parquet) or row (hf).
         stop: The end of the range, exclusive.
         size: About how many bytes of input the range is.
-        split: ``train`` or ``val``; None where each record is assigned by its hash.
+        split: ``train`` or ``val``; None before ``splits`` has chosen, and where each record is assigned by its hash.
         last: Whether the range ends the document (text files only).
     """
 
@@ -82,7 +80,6 @@ def plan_files(
     output: Path,
     *,
     text_key: str,
-    val_fraction: float,
     max_bytes: int | None,
     segment_bytes: int,
 ) -> tuple[list[Part], dict[str, str]]:
@@ -93,7 +90,6 @@ def plan_files(
         pattern: The glob that the files of a folder must match.
         output: The output folder; nothing in it is read.
         text_key: The key or column that holds the text of a record.
-        val_fraction: The share of text files to hold out for validation.
         max_bytes: About how many bytes to read in all; None for all there are.
         segment_bytes: The largest part, in bytes.
 
@@ -127,7 +123,7 @@ def plan_files(
         parts.extend(new)
         if left is not None:
             left -= sum(part.stop if part.is_packed else part.size for part in new)
-    return assign_splits(parts, val_fraction), dict(sorted(skipped.items()))
+    return parts, dict(sorted(skipped.items()))
 
 
 def _parts_of(path: Path, name: str, format: str, segment_bytes: int, left: int | None) -> Iterator[Part]:
@@ -179,35 +175,6 @@ def _parquet_parts(path: Path, name: str, segment_bytes: int, budget: int) -> It
             begin, size = group + 1, 0
             if budget <= 0:
                 return
-
-
-def assign_splits(parts: list[Part], val_fraction: float) -> list[Part]:
-    """Give every text file a side. If there are only text files, each side gets one; a single file is cut in two."""
-    files = sorted({part.name for part in parts if part.format == "text"})
-    if not files or len(files) != len({part.name for part in parts}):
-        # Records are split one by one, so validation gets data without forcing a text file into it.
-        val = {name for name in files if share(name) < val_fraction}
-    elif len(files) == 1 and val_fraction > 0:
-        return _cut_lone_file(parts, val_fraction)
-    else:
-        val = {name for name in files if share(name) < val_fraction}
-        if val_fraction > 0 and not val:
-            val = {min(files, key=share)}
-        elif len(val) == len(files) and val_fraction < 1:
-            val = set(sorted(files, key=share)[:-1])
-    return [
-        replace(part, split="val" if part.name in val else "train") if part.format == "text" else part for part in parts
-    ]
-
-
-def _cut_lone_file(parts: list[Part], val_fraction: float) -> list[Part]:
-    packed = parts[0].is_packed
-    stop = unpacked_size(Path(parts[0].path), parts[0].stop) if packed else parts[-1].stop
-    border = stop - max(1, int(stop * val_fraction))
-    step = stop if packed else max(part.size for part in parts)
-    head = replace(parts[0], start=0, stop=border, split="train")
-    tail = replace(parts[0], start=border, stop=stop, split="val")
-    return [*cut(head, step, closes=True), *cut(tail, step, closes=True)]
 
 
 def group(parts: Iterable[Part], segment_bytes: int) -> list[list[Part]]:
