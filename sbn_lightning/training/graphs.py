@@ -30,7 +30,7 @@ import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -40,11 +40,12 @@ from torch import Tensor, nn
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.gradient_mean import GradientMean, means_of
 from sbn_lightning.distributed.whole_parameters import local, whole_parameters
-from sbn_lightning.layers.mask_tracker import trust_weights
+from sbn_lightning.layers.mask_tracker import optimizer_steps, trust_weights
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers
 from sbn_lightning.layers.preparation import is_settled, record
+from sbn_lightning.training.graph_state import addresses, form, state_of, writable
 
-PATIENCE = 32  # So many micro-batches may wait for the weights' preparation to be recorded.
+PATIENCE = 32  # So many micro-batches of a state may run without graphs.
 ONE_BACKWARD = (
     "cuda_graphs: a micro-batch has one backward, which must come before the forward of the next micro-batch; set "
     "model.cuda_graphs to false"
@@ -56,7 +57,7 @@ class GraphedLoss:
 
     Args:
         warm_up: How many micro-batches run without graphs before each recording. The first recording also waits until
-            the preparation of the weights is recorded.
+            the preparation of the weights is recorded. A state that does not outlive an optimiser step has no graphs.
         most: How many states have graphs at a time. A run whose masks are held for several steps has two states.
         numbers: How many numbers the loss returns, in one float32 vector, for example the parts of a sum. None if the
             loss returns a scalar.
@@ -67,7 +68,7 @@ class GraphedLoss:
         self.most = most
         self.numbers = numbers
         self._shared: _Shared | None = None
-        self._graphs: dict[tuple[Any, ...], _Graphs | int] = {}  # State -> its graphs, or how often it was seen.
+        self._graphs: dict[tuple[Any, ...], _Graphs | _Seen] = {}  # By state, the last one that was used at the end.
         self._warned = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedLoss:
@@ -93,7 +94,7 @@ class GraphedLoss:
         shared = self._shared
         if shared is not None:
             shared.reshard()
-        if shared is None or shared.where != _addresses(model):
+        if shared is None or shared.where != addresses(model):
             first = batch if shared is None else shared.batch.to(batch.device)  # The first batch has the usual shape.
             self._shared = shared = _Shared(model, first, () if self.numbers is None else (self.numbers,))
             self._graphs = {}
@@ -106,18 +107,35 @@ class GraphedLoss:
                     f"recorded for {list(shared.batch.shape)}"
                 )
             return shared.without_graphs(loss, batch)
-        state = _state_of(model)
-        if state not in self._graphs:
-            while len(self._graphs) >= self.most:
-                del self._graphs[next(iter(self._graphs))]
-        found = self._graphs.setdefault(state, 0)
-        if isinstance(found, int) and (found < self.warm_up or (found < PATIENCE and not is_settled(model))):
-            self._graphs[state] = found + 1
-            return shared.without_graphs(loss, batch)
-        shared.bring_up_to_date(hold=True)
-        if isinstance(found, int):
-            found = self._graphs[state] = _Graphs(shared, loss, [mean for mean in means_of(model) if not mean.hold])
+        state = state_of(model)
+        found = self._graphs.pop(state, None) or _Seen(0, optimizer_steps())
+        while len(self._graphs) >= self.most:
+            del self._graphs[next(iter(self._graphs))]
+        self._graphs[state] = found
+        if isinstance(found, _Seen):
+            if self._waits(found, model):
+                self._graphs[state] = _Seen(found.times + 1, found.step)
+                return shared.without_graphs(loss, batch)
+            shared.bring_up_to_date(hold=True)
+            means = [mean for mean in means_of(model) if not mean.hold]
+            found = self._graphs[state] = _Graphs(shared, loss, means)
+        else:
+            shared.bring_up_to_date(hold=True)
         return found(batch)
+
+    def _waits(self, seen: _Seen, model: nn.Module) -> bool:
+        """Whether a state runs without graphs once more. A state of one optimiser step, as in a ramp, has none."""
+        if seen.times < self.warm_up:
+            return True
+        comes_again = self.warm_up == 0 or optimizer_steps() > seen.step
+        return seen.times < PATIENCE and not (comes_again and is_settled(model))
+
+
+class _Seen(NamedTuple):
+    """A state without graphs: how many micro-batches had it, and the optimiser step of the first one."""
+
+    times: int
+    step: int
 
 
 class _Shared:
@@ -125,7 +143,7 @@ class _Shared:
 
     def __init__(self, model: nn.Module, batch: Tensor, shape: tuple[int, ...]) -> None:
         self._whole = whole_parameters(model)
-        self.where = _addresses(model)
+        self.where = addresses(model)
         self.batch = batch.clone()
         self.loss = torch.zeros(shape, dtype=torch.float32, device=batch.device)
         self.gradient = torch.ones_like(self.loss)
@@ -192,11 +210,11 @@ class _Shared:
         for i, layer in enumerate(self.layers):
             now = getattr(layer, "_prepared", None)
             if isinstance(now, tuple):
-                own: Any = self._prepared.get((i, _form(now)))
+                own: Any = self._prepared.get((i, form(now)))
                 if own is None:
-                    own = _writable(now)
+                    own = writable(now)
                     if hold:
-                        self._prepared[i, _form(now)] = own
+                        self._prepared[i, form(now)] = own
                 for target, source in zip(own, now, strict=True):
                     if isinstance(target, Tensor):
                         copy(target, source)
@@ -368,30 +386,3 @@ def _freed() -> None:
 def _free() -> None:
     for graphs in _with_collectives:
         graphs.free()
-
-
-def _form(prepared: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in prepared)
-
-
-def _writable(prepared: Any) -> Any:
-    """A prepared weight whose tensors can be written to: the reference expands the scale of a part to its rows."""
-    return prepared._make(v.contiguous() if isinstance(v, Tensor) and 0 in v.stride() else v for v in prepared)
-
-
-def _addresses(model: nn.Module) -> list[Any]:
-    return [(id(one), local(one).data_ptr(), one.requires_grad) for one in model.parameters()]
-
-
-def _state_of(model: nn.Module) -> tuple[Any, ...]:
-    """What decides which kernels run on which addresses, and is not a value on the GPU."""
-    layers = []
-    for _, layer in masked_layers(model):
-        prepared, rounding = getattr(layer, "_prepared", None), getattr(layer, "_rounding", None)
-        layers.append((
-            None if prepared is None else _form(prepared), id(layer.backend), layer.regrow, layer.hold_mask,
-            layer.density, layer.mask_bits.data_ptr(), None if rounding is None else rounding[0].data_ptr(),
-        ))  # fmt: skip
-    device = next(model.parameters()).device.type
-    means = frozenset((id(mean), mean.hold) for mean in means_of(model))
-    return model.training, torch.is_autocast_enabled(device), means, tuple(layers)
