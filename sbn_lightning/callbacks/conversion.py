@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
@@ -61,7 +62,7 @@ class TernarySparseConversion(Callback):
         self,
         sparsity: SparsityConfig | NMPattern | str | None = None,
         include: str | Sequence[str] = ("*",),
-        exclude: str | Sequence[str] = ("lm_head",),
+        exclude: str | Sequence[str] = (),
         *,
         split_sizes: dict[str, tuple[int, ...] | None] | None = None,
         **options: Any,
@@ -79,7 +80,9 @@ class TernarySparseConversion(Callback):
         return revert_linears(module)
 
     @staticmethod
-    def load(module: nn.Module, path: str | Path, **options: Any) -> list[str]:
+    def load(
+        module: nn.Module, path: str | Path, sparsity: SparsityConfig | NMPattern | str | None = None, **options: Any
+    ) -> list[str]:
         """Convert a plain module like the one in a checkpoint, and load the checkpoint's weights and masks.
 
         ``load_from_checkpoint`` cannot do this for a class that builds plain layers, which have no place for masks.
@@ -88,7 +91,8 @@ class TernarySparseConversion(Callback):
             module: A module with plain layers, changed in place: as a whole or, on an error, not at all. A module that
                 builds layers in ``configure_model`` must have done so: call ``module.configure_model()`` first.
             path: A checkpoint file of a run with this callback, or the folder of the run.
-            **options: Single fields of :class:`SparsityConfig`, for a checkpoint that does not carry them.
+            sparsity: The options of the layers, for a checkpoint that does not carry them.
+            **options: Single fields of :class:`SparsityConfig`, as ``pattern="2:4"``.
 
         Returns:
             The names of the converted layers.
@@ -100,14 +104,15 @@ class TernarySparseConversion(Callback):
         if any(masked_layers(module)):
             raise ConfigError(f"this {type(module).__name__} is converted already: use its load_state_dict")
         file = search.locate(path)
-        state = lightning_file.load(file).get("state_dict")
+        checkpoint = lightning_file.load(file)
+        state = checkpoint.get("state_dict")
         if not isinstance(state, dict):
             raise DataError(f"{file} is no checkpoint of Lightning: it holds no state_dict")
         if (reason := _why_not_of(module, state)) is not None:
             if isinstance(module, LightningModule) and is_overridden("configure_model", module):
                 reason += "; if the module builds layers in configure_model, call module.configure_model() first"
             raise ConfigError(f"{file} is not of this {type(module).__name__}: {reason}")
-        names = convert_to_match(module, state, **options)
+        names = convert_to_match(module, _with_options(state, checkpoint), sparsity, **options)
         module.load_state_dict(state)
         return names
 
@@ -136,6 +141,11 @@ class TernarySparseConversion(Callback):
             self._convert(pl_module)
 
         pl_module.configure_model = build_and_convert  # type: ignore[method-assign]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the options of the converted layers. A sharded model's own state dict does not carry them."""
+        layers = masked_layers(self._module) if self._module is not None else ()
+        return {"layers": {name: layer.sparsity.to_dict() for name, layer in layers}}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.report is not None
@@ -192,6 +202,16 @@ class TernarySparseConversion(Callback):
         for handle in self._not_called.values():
             handle.remove()
         self._not_called.clear()
+
+
+def _with_options(state: dict[str, Tensor], checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The state dict with the options that this callback has saved, if the state dict does not carry any."""
+    own = checkpoint.get("callbacks", {}).get(TernarySparseConversion.__qualname__, {}).get("layers", {})
+    if hasattr(state, "_metadata") or not own:
+        return state
+    carrying = OrderedDict(state)
+    carrying._metadata = {name: {"sparsity": options} for name, options in own.items()}  # type: ignore[attr-defined]
+    return carrying
 
 
 def _why_not_of(module: nn.Module, saved: Mapping[str, Tensor]) -> str | None:

@@ -98,14 +98,26 @@ class SparsityPatternLogger(RunCallback):
             metrics = {key: value for key, value in metrics.items() if "flip_rate" not in key}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                self._write_tensorboard(logger.experiment, layers, step)
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if boards and (self.histograms or self.pictures):
+            self._write_tensorboard([board.experiment for board in boards], layers, step, trainer.is_global_zero)
 
     @torch.no_grad()
-    def _write_tensorboard(self, writer: Any, layers: dict[str, MaskedLinear], step: int) -> None:
+    def _write_tensorboard(self, writers: list[Any], layers: dict[str, MaskedLinear], step: int, writes: bool) -> None:
+        """Write histograms and pictures of all layers.
+
+        Args:
+            writers: The writers of TensorBoard.
+            layers: The masked layers by name.
+            step: The optimiser step.
+            writes: Whether this rank writes. All ranks look at the values, because sharded layers gather them.
+        """
         pictured = set()
         for name, layer in layers.items():
-            values, sample = layer.values(), _sample(layer.weight.detach())
+            values = layer.values()
+            if not writes:
+                continue
+            sample = _sample(layer.weight.detach())
             if self.histograms and not (values.isfinite().all() and sample.isfinite().all()):
                 if name not in self._not_finite:  # The warning comes once for each layer.
                     rank_zero_warn(
@@ -114,13 +126,16 @@ class SparsityPatternLogger(RunCallback):
                     )
                     self._not_finite.add(name)
             elif self.histograms:
-                writer.add_histogram(f"latent_weight/{name}", sample.float().cpu(), step)
-                _write_counts(writer, f"nonzeros_per_group/{name}", nonzeros_per_group(values, layer.pattern.m), step)
-                if isinstance(layer, SparseBitLinear):
-                    _write_counts(writer, f"ternary_code/{name}", values, step)
+                for writer in writers:
+                    writer.add_histogram(f"latent_weight/{name}", sample.float().cpu(), step)
+                    counts = nonzeros_per_group(values, layer.pattern.m)
+                    _write_counts(writer, f"nonzeros_per_group/{name}", counts, step)
+                    if isinstance(layer, SparseBitLinear):
+                        _write_counts(writer, f"ternary_code/{name}", values, step)
             if self.pictures and kind_of(name) not in pictured:
                 pictured.add(kind_of(name))
-                writer.add_image(f"pattern/{name}", picture(layer), step)
+                for writer in writers:
+                    writer.add_image(f"pattern/{name}", picture(values, layer.mask), step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last look. After a resume, flip rates are counted from this look."""
@@ -133,9 +148,15 @@ class SparsityPatternLogger(RunCallback):
         self._before = {name: Snapshot(*parts) for name, parts in state_dict["before"].items()}
 
 
-def picture(layer: MaskedLinear, size: int = PICTURE_SIZE) -> Tensor:
-    """Return the top left ``size x size`` weights as an image, uint8 ``[3, height, width]``."""
-    values, mask = layer.values()[:size, :size].cpu(), layer.mask[:size, :size].cpu()
+def picture(values: Tensor, mask: Tensor, size: int = PICTURE_SIZE) -> Tensor:
+    """Return the top left ``size x size`` weights as an image, uint8 ``[3, height, width]``.
+
+    Args:
+        values: The codes of a ternary layer, or the weights of another layer, ``[out_features, in_features]``.
+        mask: Which of them the mask keeps, boolean, of the same shape.
+        size: The most rows and columns.
+    """
+    values, mask = values[:size, :size].cpu(), mask[:size, :size].cpu()
     index = torch.where(mask, torch.where(values > 0, 2, torch.where(values < 0, 3, 1)), 0)
     image = COLOURS[index].permute(2, 0, 1)
     return image.repeat_interleave(PICTURE_ZOOM, 1).repeat_interleave(PICTURE_ZOOM, 2)

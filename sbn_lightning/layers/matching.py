@@ -53,9 +53,13 @@ def convert_to_match(
 
     Raises:
         ConfigError: If the state dict has no masks, if it has a mask that no layer of the model can take, if neither
-            the state dict nor the caller says what the options are, or if the two contradict each other. The model is
-            unchanged then.
+            the state dict nor the caller says what the options are, if the two contradict each other, or if ``include``
+            or ``exclude`` is given. The model is unchanged then.
     """
+    if chosen := [name for name in ("include", "exclude") if name in options]:
+        raise ConfigError(
+            f"leave out {' and '.join(chosen)}: the masks of the state dict say which layers are converted"
+        )
     names = [name.removesuffix(".mask_bits") for name in state_dict if name.endswith(".mask_bits")]
     if not names:
         raise ConfigError("the state dict has no masks: it was not saved from a converted model")
@@ -97,7 +101,10 @@ def _options_of(
     """The options of a saved layer, from the state dict or from the caller."""
     if saved is None:
         if sparsity is None and not options:
-            raise ConfigError(f"the state dict does not say how {name} was converted: give the options, as in training")
+            raise ConfigError(
+                f"the state dict does not say how {name} was converted: give the options of the training, for example "
+                'pattern="2:4"'
+            )
         return SparsityConfig.make(sparsity, **options)
     own = wanted = SparsityConfig(**saved)
     if isinstance(sparsity, SparsityConfig):

@@ -10,12 +10,13 @@ from unittest import mock
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from sbn_lightning import MaskRefresh, TernarySparseConversion, convert_linears
+from sbn_lightning import MaskRefresh, SparsityPatternLogger, TernarySparseConversion, convert_linears
 from sbn_lightning.distributed import shard
 from sbn_lightning.distributed.strategies import ShardedStrategy
 from sbn_lightning.layers import masked_layers
@@ -132,8 +133,10 @@ def own_module(folder: Path) -> None:
 
     def train(module: Own, strategy: Any, ranks: int) -> list[Any]:
         losses = Losses()
-        callbacks = [MaskRefresh(), losses] + [TernarySparseConversion("2:4")] * module.automatic_optimization
+        callbacks = [MaskRefresh(), losses, SparsityPatternLogger(interval=2)]
+        callbacks += [TernarySparseConversion("2:4")] * module.automatic_optimization
         options = {"strategy": strategy, "devices": ranks, "use_distributed_sampler": False}
+        options["logger"] = TensorBoardLogger(folder)  # Rank 0 writes histograms, and all ranks gather the codes.
         trainer, mine = quiet_trainer(callbacks, **options), loader(rank if ranks > 1 else 0, ranks)
         trainer.validate(module, mine, verbose=False)
         trainer.fit(module, mine, mine)
@@ -141,7 +144,7 @@ def own_module(folder: Path) -> None:
         if ranks > 1:
             torch.distributed.all_reduce(values)
             values /= ranks
-            trainer.save_checkpoint(folder / "own.ckpt")
+            trainer.save_checkpoint(folder / ("own.ckpt" if module.automatic_optimization else "by_hand.ckpt"))
         masks = [layer.packed_mask().clone() for _, layer in masked_layers(module)]
         return [*values.tolist(), trainer.callback_metrics["val"].item(), masks]
 
@@ -160,11 +163,12 @@ def own_module(folder: Path) -> None:
         *found, made = train(module, strategy, 2)
         assert found == pytest.approx(expected, rel=1e-5), strategy.sharding
         assert all(torch.equal(one, other) for one, other in zip(made, masks, strict=True))
-    # The checkpoint is one file, after all steps. A plain module takes it.
-    plain = Own(5)
-    TernarySparseConversion.load(plain, folder / "own.ckpt", pattern="2:4")
-    loaded = [layer.packed_mask() for _, layer in masked_layers(plain)]
-    assert all(torch.equal(one, other) for one, other in zip(loaded, masks, strict=True))
+    # A checkpoint is one file, after all steps. A plain module takes it.
+    for file, options in (("own.ckpt", {}), ("by_hand.ckpt", {"pattern": "2:4"})):
+        plain = Own(5)
+        TernarySparseConversion.load(plain, folder / file, **options)
+        loaded = [layer.packed_mask() for _, layer in masked_layers(plain)]
+        assert all(torch.equal(one, other) for one, other in zip(loaded, masks, strict=True))
 
     # Ranks that hold the same rows must begin with the same weights, also if each has drawn its own.
     torch.manual_seed(rank)
