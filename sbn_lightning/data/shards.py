@@ -99,7 +99,7 @@ def parse_meta(text: str, where: str) -> dict[str, Any]:
     try:
         meta = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON ({error.msg}); run `prepare` again with --overwrite") from error
+        raise DataError(f"{where} is not JSON ({error}); run `prepare` again with --overwrite") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DataError(f"{where} was not written by `prepare`; give a folder that was")
     if meta["format_version"] != FORMAT_VERSION:

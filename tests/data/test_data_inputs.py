@@ -148,8 +148,12 @@ def test_one_json_record_over_several_lines(tmp_path: Path) -> None:
             r"a.json is one JSON value without text under 'text' \(it has: license\); pass",
         ),
         ("a.json", "[1, 2]", r"a.json has no text under 'text' \(it has: a int\)"),
-        ("a.json", "{broken", r"a.json is not JSON \(Expecting property name"),
-        ("a.json", json.dumps(LINES)[:-9] + "\n", r"a.json is not JSON at item 40 \(.*, line 1\); fix the file"),
+        ("a.json", "{broken", r"a.json is not JSON \(Expecting property name .* at line 1 column 2\)"),
+        (
+            "a.json",
+            json.dumps(LINES)[:-9] + "\n",
+            r"a.json is not JSON at item 40 \(.* at line 1 column \d+\); fix",
+        ),
         ("a.csv", "id;text\n1;a\n", r"a.csv has no text under 'text' \(it has: id;text\); pass --text_key"),
         ("a.txt", "word".encode("utf-16"), r"a.txt is UTF-16 text; convert it to UTF-8"),
         (
@@ -329,7 +333,7 @@ def test_a_failed_overwrite_keeps_the_old_data(corpus: Path, tmp_path: Path, pre
     out = tmp_path / "out"
     prepare_small(corpus, out)
     broken = write(tmp_path / "broken.jsonl", JSONL + "{\n")
-    with pytest.raises(DataError, match="line 41 is not JSON"):
+    with pytest.raises(DataError, match=r"line 41 is not JSON \(Expecting property name .* at column 2\); fix"):
         prepare(broken, str(out), "byte", overwrite=True, num_workers=1)
     prepare_small(corpus, out)
     assert contents(out) == contents(prepared)

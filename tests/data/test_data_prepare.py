@@ -292,8 +292,11 @@ def test_errors_of_records_name_file_and_line(tmp_path: Path, workers: int) -> N
     out = str(tmp_path / "out")
     options: dict[str, Any] = {"tokenizer": "byte", "segment_bytes": 30, "num_workers": workers}
     broken = write(tmp_path / "broken.jsonl", good * 9 + '{"text": \n' + good)
-    with pytest.raises(DataError, match=r"broken.jsonl line 10 is not JSON"):
+    with pytest.raises(DataError, match=r"broken.jsonl line 10 is not JSON \(Expecting value at column \d+\); fix"):
         prepare(broken, out, **options)
+    control = write(tmp_path / "control.jsonl", '{"text": "a\x01"}\n')
+    with pytest.raises(DataError, match=r"line 1 is not JSON \(Invalid control character at column 12\); fix"):
+        prepare(control, out, **options)
     lacking = write(tmp_path / "lacking.jsonl", '{"txt": "a", "id": 1}\n' * 5)
     with pytest.raises(DataError, match=r"lacking.jsonl has no text under 'text' \(it has: id, txt\); pass --text_key"):
         prepare(lacking, out, **options)

@@ -211,11 +211,20 @@ def _after_space(text: str, position: int) -> int:
     return position
 
 
-def describe_json_error(error: Exception) -> str:
-    """Return the reason why Python's parser gave up, in a few words."""
+def describe_json_error(error: Exception, *, one_line: bool = False) -> str:
+    """Return the reason why Python's parser gave up and the place, in a few words.
+
+    Args:
+        error: The exception of the parser.
+        one_line: Whether the parser got a single line, whose number the message has elsewhere.
+    """
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    # Some of Python's reasons end in "at", such as "Invalid control character at", and expect the place.
+    line = "" if one_line else f"line {error.lineno} "
+    return f"{error.msg.removesuffix(' at')} at {line}column {error.colno}"
 
 
 def table_rows(lines: TextIO, format: str) -> Any:

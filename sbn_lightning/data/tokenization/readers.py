@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -191,9 +190,10 @@ def _read_jsonl(part: Part, tally: Tally) -> Iterator[Record]:
                 return f"{part.path} line {_line_number(part.path, at)}"
 
             try:
-                record = parse_json(tally.decode(line))
+                # Without its end, the line is line 1 for the parser, and columns count from the start of the line.
+                record = parse_json(tally.decode(line).rstrip("\r\n"))
             except ValueError as error:
-                reason = describe_json_error(error)
+                reason = describe_json_error(error, one_line=True)
                 raise DataError(f"{where()} is not JSON ({reason}); fix the line or leave the file out") from error
             except RecursionError:
                 record = _TooDeep
@@ -223,10 +223,8 @@ def _read_json(part: Part, tally: Tally) -> Iterator[Record]:
         except StopIteration:
             return
         except ValueError as error:
-            what = f"{part.path} is not JSON at item {number} ({describe_json_error(error)}"
-            if isinstance(error, json.JSONDecodeError):
-                what += f", line {error.lineno}"
-            raise DataError(f"{what}); fix the file or leave it out") from error
+            what = f"{part.path} is not JSON at item {number} ({describe_json_error(error)})"
+            raise DataError(f"{what}; fix the file or leave it out") from error
         except RecursionError as error:
             raise DataError(f"{part.path} is nested too deeply at item {number}; leave the file out") from error
         yield number - 1, item, partial(_place, part.path, "item", number)
