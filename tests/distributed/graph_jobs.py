@@ -33,9 +33,10 @@ def graphed(folder: Path) -> None:
     # Micro-batches that send their gradients have graphs of their own.
     with_and_without_graphs(ReplicatedStrategy, recorded=4)
     with_and_without_graphs(partial(ReplicatedStrategy, reduce_dtype="bfloat16"), recorded=4, odd=7)
-    # The step that unfreezes a parameter has four micro-batches that stay, and one that sends.
-    unfrozen: dict[str, Any] = {"max_steps": 2, "accumulate_grad_batches": 5, "callbacks": [Unfreeze()]}
-    with_and_without_graphs(ReplicatedStrategy, unfrozen, {"tie_embeddings": False}, recorded=4, plain=6)
+    # A step has four micro-batches that stay, and one that sends. The second step unfreezes a parameter, so everything
+    # is recorded after it: micro-batches that stay in the third step, and those that send in the fourth.
+    unfrozen: dict[str, Any] = {"max_steps": 4, "accumulate_grad_batches": 5, "callbacks": [Unfreeze()]}
+    with_and_without_graphs(ReplicatedStrategy, unfrozen, {"tie_embeddings": False}, recorded=4, plain=11, batches=20)
 
 
 class Unfreeze(Callback):
@@ -156,9 +157,10 @@ def with_and_without_graphs(
     changes: dict[str, Any] | None = None,
     compiled: bool = False,
     recorded: int = 2,
-    odd: int = 10,
+    odd: int = 99,
     odd_rank: int | None = None,
     plain: int | None = None,
+    batches: int = 10,
 ) -> None:
     """Train on this rank with graphs and without, and compare.
 
@@ -168,13 +170,14 @@ def with_and_without_graphs(
         changes: Changes of the model.
         compiled: Whether blocks are compiled.
         recorded: How many graphs are recorded: a forward and a backward for each kind of micro-batch.
-        odd: The number of a micro-batch that has another shape, and runs without the graphs; 10 for none.
+        odd: The number of a micro-batch that has another shape, and runs without the graphs; 99 for none.
         odd_rank: The rank that has this micro-batch; None for all.
         plain: How many micro-batches of one shape run without the graphs; None for as many as graphs are recorded.
+        batches: How many micro-batches there are.
     """
     rank = int(os.environ["RANK"])
     if odd_rank not in (None, rank):
-        odd = 10
+        odd = 99
     given: dict[str, Any] = {"max_steps": 5, "accumulate_grad_batches": 2} | (options or {})
     validates, callbacks = "limit_val_batches" in given, given.pop("callbacks", [])
     found = []
@@ -186,14 +189,14 @@ def with_and_without_graphs(
             use_distributed_sampler=False, **given,
         )  # fmt: skip
         with recordings(module) as calls, mock.patch("sbn_lightning.training.module.check_graphs"):
-            loader = token_loader(batches=10, batch_size=2, length=9, rank=rank, world=2, vocab_size=64)
-            batches = list(loader)
-            batches[odd : odd + 1] = [rows[:, :7] for rows in batches[odd : odd + 1]]
-            trainer.fit(module, unbounded(batches), loader if validates else None)
+            loader = token_loader(batches=batches, batch_size=2, length=9, rank=rank, world=2, vocab_size=64)
+            given_batches = list(loader)
+            given_batches[odd : odd + 1] = [rows[:, :7] for rows in given_batches[odd : odd + 1]]
+            trainer.fit(module, unbounded(given_batches), loader if validates else None)
         seen = [trainer.callback_metrics["val/loss"].item()] if validates else []
         found.append((losses.values + seen, whole_weights(module)))
     (losses_before, expected), (losses_of_graphs, weights) = found
     assert losses_of_graphs == losses_before
     assert all(torch.equal(one, other) for one, other in zip(weights, expected, strict=True))
-    unreplayed = (recorded if plain is None else plain) + (odd < 10)
-    assert calls == {"recorded": recorded, "replayed": 2 * (10 - unreplayed)}
+    unreplayed = (recorded if plain is None else plain) + (odd < batches)
+    assert calls == {"recorded": recorded, "replayed": 2 * (batches - unreplayed)}
