@@ -6,6 +6,7 @@ the course of training, and :mod:`sbn_lightning.integrations.folder` saves and l
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -42,7 +43,7 @@ def convert(
     sparsity: SparsityConfig | NMPattern | str | None = None,
     *,
     include: str | Sequence[str] = ("*",),
-    exclude: str | Sequence[str] = ("lm_head",),
+    exclude: str | Sequence[str] = (),
     **options: Any,
 ) -> ConversionReport:
     """Convert the linear layers of a model, and the fused experts of a mixture of experts, in place.
@@ -51,8 +52,9 @@ def convert(
         model: The model.
         sparsity: The options of the new layers: a :class:`SparsityConfig`, or only a pattern. None takes the defaults
             of :class:`SparsityConfig`, with the pattern 6:8.
-        include: Name patterns of the layers to convert.
-        exclude: Name patterns of the layers to leave alone; they win over ``include``.
+        include: Name patterns of the layers to convert. Output heads and routers are converted only if a pattern other
+            than ``"*"`` names them.
+        exclude: Name patterns of further layers to leave alone; they win over ``include``.
         **options: Further options of :func:`~sbn_lightning.layers.conversion.convert_linears`, and single fields of
             :class:`SparsityConfig`.
 
@@ -94,7 +96,8 @@ def convert_by_name(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -
             continue
         layer = model.get_submodule(name)
         only = _alone(name, layer)
-        convert_quietly(only, include=("*",), exclude=(), shown=False, **given)
+        # A pattern that names the layer converts it whatever it is called, also an output head.
+        convert_quietly(only, include=(glob.escape(name),), shown=False, **given)
         sizes = options.get("split_sizes")
         wanted = None if sizes is None else tuple(sizes)
         if (

@@ -24,6 +24,8 @@ _HEADS = {
     "embed_out", "output_projection", "proj_out", "prediction_head", "to_logits", "value_head", "v_head",
     "visual_projection", "text_projection", "class_labels_classifier", "bbox_predictor",
 }  # fmt: skip
+# No other layer has these names, so they are output heads at any place, also in a list of several models.
+_ALWAYS_HEADS = {"lm_head", "embed_out"}
 _ROUTERS = {"gate", "gating", "gate_network", "wg"}
 # A layer called "gate" is taken for a router if it has this many times fewer rows than input features. The gate of a
 # gated MLP has more rows.
@@ -66,12 +68,22 @@ def left_alone(model: nn.Module, name: str, module: nn.Module) -> str | None:
     chooses = last in _ROUTERS and (out_features * _ROUTER_RATIO <= in_features or _has_experts(model, parts))
     if "router" in last or chooses:
         return "a router, which chooses experts"
+    return "an output head" if is_output_head(name) else None
+
+
+def is_output_head(name: str) -> bool:
+    """Whether a layer of this name is taken for an output head.
+
+    Args:
+        name: The name of the layer in the model.
+    """
+    parts = name.split(".")
+    if _ALWAYS_HEADS & set(parts):
+        return True
     # Only outside of the numbered blocks is a "head" an output head. Within a block it is an attention head.
     numbered = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
     outside = parts[:numbered]
-    if (_HEADS - {"heads"}) & set(outside) or (outside == parts and last in _HEADS):
-        return "an output head"
-    return None
+    return bool((_HEADS - {"heads"}) & set(outside)) or (outside == parts and parts[-1] in _HEADS)
 
 
 def _has_experts(model: nn.Module, parts: list[str]) -> bool:

@@ -17,6 +17,7 @@ which is best kept in high precision anyway.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.layers.candidates import guess_split_sizes, left_alone, name_matches, not_linear, shape_of
+from sbn_lightning.layers.candidates import (
+    guess_split_sizes,
+    is_output_head,
+    left_alone,
+    name_matches,
+    not_linear,
+    shape_of,
+)
 from sbn_lightning.layers.connection import connect_layers as connect_layers
 from sbn_lightning.layers.connection import named_modules as named_modules
 from sbn_lightning.layers.conv1d import SparseBitConv1D, SparseConv1D, is_conv1d
@@ -47,14 +55,14 @@ from sbn_lightning.layers.reversion import revert_linears as revert_linears
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.layers.sparse_linear import SparseLinear
 from sbn_lightning.sparsity.config import Kind, SparsityConfig
-from sbn_lightning.sparsity.pattern import NMPattern
+from sbn_lightning.sparsity.pattern import NMPattern, pattern_for
 
 # The classes of converted layers by kind: the class for an ``nn.Linear``, and the class for a ``Conv1D``.
 _CLASSES: dict[Kind, tuple[type[MaskedLinear], type[MaskedLinear]]] = {
     "ternary": (SparseBitLinear, SparseBitConv1D),
     "masked": (SparseLinear, SparseConv1D),
 }
-_EXCLUDED = "excluded by name"
+_CUT = r"in_features=(\d+) "  # Matches the reason of a layer whose rows would be cut in the middle of a group.
 
 
 @dataclass
@@ -77,7 +85,7 @@ def convert_linears(
     sparsity: SparsityConfig | NMPattern | str | None = None,
     *,
     include: str | Sequence[str] = ("*",),
-    exclude: str | Sequence[str] = ("lm_head",),
+    exclude: str | Sequence[str] = (),
     split_sizes: Mapping[str, tuple[int, ...] | None] | None = None,
     **options: Any,
 ) -> ConversionReport:
@@ -92,7 +100,8 @@ def convert_linears(
         model: The model, changed in place: as a whole or, on an error, not at all.
         sparsity: The options of the new layers: a :class:`SparsityConfig`, or only a pattern.
         include: One shell-style pattern or several, for the names of layers to convert (see :func:`name_matches`).
-        exclude: The patterns for layers to leave alone. ``exclude`` wins over ``include``.
+        exclude: The patterns for layers to leave alone, besides those that a conversion skips anyway. ``exclude`` wins
+            over ``include``.
         split_sizes: The rows of each part of fused layers, by name pattern, for example
             ``{"*.qkv": (64, 32, 32)}``. None in place of the rows says that a layer is one part. The rows of a layer
             without an entry are guessed if its architecture is known (:func:`guess_split_sizes`).
@@ -103,9 +112,10 @@ def convert_linears(
         ``in_features``, or if another module shares its weight (a tied head).
 
     Raises:
-        ConfigError: If the model has no masked layer and nothing can be converted, if a selected layer is already
-            masked with other options, if the ``forward`` of a selected layer was replaced or its weights are offloaded,
-            if an entry of ``split_sizes`` fits no layer, or if an option cannot work.
+        ConfigError: If the model has no masked layer and nothing can be converted (the message says why, also if
+            ``include`` fits no linear layer), if a selected layer is already masked with other options, if the
+            ``forward`` of a selected layer was replaced or its weights are offloaded, if an entry of ``split_sizes``
+            fits no layer, or if an option cannot work.
     """
     report = convert_quietly(model, sparsity, include=include, exclude=exclude, split_sizes=split_sizes, **options)
     if report.warning is not None:
@@ -118,7 +128,7 @@ def convert_quietly(
     sparsity: SparsityConfig | NMPattern | str | None = None,
     *,
     include: str | Sequence[str] = ("*",),
-    exclude: str | Sequence[str] = ("lm_head",),
+    exclude: str | Sequence[str] = (),
     split_sizes: Mapping[str, tuple[int, ...] | None] | None = None,
     shown: bool = True,
     **options: Any,
@@ -144,13 +154,16 @@ def convert_quietly(
     plan: list[_Planned] = []
     experts: dict[str, Planned] = {}
     fixed: dict[str, str] = {}
+    linear: list[str] = []
     already = False
     for name, module in named_modules(model):
         if weights := fused_weights(module):
             names = [f"{name}.{weight}".lstrip(".") for weight in weights]
+            linear += names
             # The two weights of an expert are converted together, because one forward computes with both.
-            wanted = all(name_matches(own, include) and not name_matches(own, exclude) for own in names)
-            reason = (why_not(module, sparsity) or check_shared(module, owners)) if wanted else _EXCLUDED
+            unselected = _why_unselected(names, include, exclude)
+            wanted = unselected is None
+            reason = unselected or why_not(module, sparsity) or check_shared(module, owners)
             size = sum(cast(Tensor, module._parameters[weight]).numel() for weight in weights)
             _count(report, size, wanted=wanted)
             if reason is None and (stays := why_class_stays(module)) is not None:
@@ -162,27 +175,29 @@ def convert_quietly(
             else:
                 report.skipped |= dict.fromkeys(names, reason)
             continue
-        selected = name_matches(name, include) and not name_matches(name, exclude)
+        unselected = _why_unselected([name], include, exclude)
+        named = name_matches(name, [pattern for pattern in include if pattern != "*"])
         if isinstance(module, MaskedLinear):
             already = True
+            linear.append(name)
             _count(report, module.weight.numel(), wanted=True)
-            if selected:
+            report.converted_parameters += module.weight.numel()
+            if unselected is None and (named or left_alone(model, name, module) is None):
                 _check_same(name, module, sparsity, given)
-                report.converted_parameters += module.weight.numel()
             continue
         if not isinstance(module, nn.Linear) and not is_conv1d(module):
             reasons = not_linear(name, module)
             report.skipped.update(reasons)
             if reasons:
                 matrices = (p.numel() for p in module.parameters(recurse=False) if p.ndim >= 2)
-                _count(report, sum(matrices), wanted=selected)
+                _count(report, sum(matrices), wanted=unselected is None and (named or not is_output_head(name)))
             continue
+        linear.append(name)
         weight = module._parameters.get("weight")
         size = 0 if weight is None or owners[id(weight)] > 1 else weight.numel()
-        reason = _EXCLUDED if not selected else _unsuitable(module, owners, sparsity.nm)
-        named = name_matches(name, [pattern for pattern in include if pattern != "*"])
+        reason = unselected or _unsuitable(module, owners, sparsity.nm)
         chosen = None if named or reason is not None else left_alone(model, name, module)
-        _count(report, size, wanted=selected and chosen != "an output head")
+        _count(report, size, wanted=unselected is None and (named or not is_output_head(name)))
         if (reason or chosen) is not None:
             report.skipped[name] = reason or f"{chosen}; name it in include to convert it"
             continue
@@ -204,10 +219,7 @@ def convert_quietly(
     if unused := set(given) - used:
         raise ConfigError(f"split_sizes: no converted layer has a name like {', '.join(sorted(unused))}")
     if not plan and not experts and not already:
-        reasons_text = "; ".join(f"{name}: {reason}" for name, reason in list(report.skipped.items())[:8])
-        raise ConfigError(
-            f"no layer was converted to {sparsity.pattern} ({reasons_text or 'the model has no nn.Linear'})"
-        )
+        raise ConfigError(_why_nothing(sparsity.nm, report, linear, include))
     for planned in plan:
         _convert(planned)
         report.converted.append(planned.name)
@@ -220,6 +232,27 @@ def convert_quietly(
     report.narrow = narrow[0].dtype if narrow else None
     report.swiglu = connect_layers(model)
     return report
+
+
+def _why_unselected(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Why the patterns leave out weights that are converted together; None if the patterns take all of them."""
+    if any(name_matches(name, exclude) for name in names):
+        return "excluded by name"
+    return None if all(name_matches(name, include) for name in names) else "include does not name it"
+
+
+def _why_nothing(pattern: NMPattern, report: ConversionReport, linear: Sequence[str], include: Sequence[str]) -> str:
+    """Say why no layer was converted, and what would help."""
+    known = f"{', '.join(linear[:8])}{f' and {len(linear) - 8} more' if len(linear) > 8 else ''}"
+    if linear and not any(name_matches(name, include) for name in linear):
+        return f"include fits no linear layer of the model: {', '.join(include)}; the linear layers are {known}"
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in list(report.skipped.items())[:8])
+    text = f"no layer was converted to {pattern} ({reasons or 'the model has no nn.Linear'})"
+    if widths := [int(cut[1]) for reason in report.skipped.values() if (cut := re.match(_CUT, reason))]:
+        text += f"; {pattern_for(*widths)}"
+    if report.unmatched:
+        text += f"; include or exclude has names that fit nothing in the model: {', '.join(report.unmatched)}"
+    return text
 
 
 def _count(report: ConversionReport, parameters: int, wanted: bool) -> None:
@@ -268,7 +301,7 @@ def _unsuitable(module: nn.Module, owners: Counter[int], pattern: NMPattern) -> 
 
 
 def _unmatched(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """The patterns that fit no module and no parameter. The default pattern ``lm_head`` is not counted."""
+    """The patterns that fit no module and no parameter. ``lm_head`` is not counted: many programs always pass it."""
     names = [name for name, _ in named_modules(model)] + [name for name, _ in model.named_parameters()]
     asked = dict.fromkeys(pattern for pattern in patterns if pattern not in ("*", "lm_head"))
     return [pattern for pattern in asked if not any(name_matches(name, [pattern]) for name in names)]

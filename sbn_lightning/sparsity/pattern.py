@@ -12,6 +12,7 @@ never share a byte, so a mask can be sharded along ``out_features``.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -92,8 +93,23 @@ class NMPattern:
         if in_features % self.m:
             raise ConfigError(
                 f"{layer}: in_features={in_features} is not a multiple of M={self.m} of the pattern {self}; "
-                f"choose a pattern whose M divides {in_features}, or exclude the layer"
+                f"{pattern_for(in_features)}, or exclude the layer"
             )
+
+
+def pattern_for(*widths: int) -> str:
+    """Say which patterns split rows of these widths into whole groups: the way out, for the message of an error.
+
+    Args:
+        *widths: The numbers of weights in a row. If no M divides all of them, the first one with such an M counts.
+    """
+    for group in (sorted(set(widths)), *([width] for width in widths)):
+        common = math.gcd(*group)
+        m = next((m for m in (4, *range(2, MAX_GROUP + 1)) if common % m == 0), None)
+        if m is not None:
+            numbers = f"{', '.join(map(str, group[:4]))}{' and so on' if len(group) > 4 else ''}"
+            return f"choose a pattern whose M divides {numbers}, for example {2 if m == 4 else m - 1}:{m}"
+    return f"no M from 2 to {MAX_GROUP} divides {widths[0]}: give the layer another in_features"
 
 
 def group_ranks(weight: Tensor, m: int) -> Tensor:

@@ -12,11 +12,14 @@ from tests.helpers import ForeignModule, quiet_trainer, regression_loader
 from tests.preloaded import Preloaded
 
 
-@pytest.mark.parametrize(("options", "left"), [({"exclude": "*.0"}, "net.0"), ({"include": "*.0"}, "net.2")])
-def test_one_name_is_a_pattern_too(options, left):
+@pytest.mark.parametrize(
+    ("options", "skipped"),
+    [({"exclude": "*.0"}, {"net.0": "excluded by name"}), ({"include": "*.0"}, {"net.2": "include does not name it"})],
+)
+def test_one_name_is_a_pattern_too(options, skipped):
     conversion = TernarySparseConversion("2:4", **options)
     quiet_trainer([conversion], max_steps=1).fit(ForeignModule(), regression_loader())
-    assert conversion.report.skipped == {left: "excluded by name"}
+    assert conversion.report.skipped == skipped
 
 
 @pytest.mark.parametrize("in_configure_model", [False, True])
@@ -73,7 +76,7 @@ def test_training_in_a_forked_process_says_what_the_model_here_is(tmp_path):
 
 
 def test_a_conversion_that_matches_nothing_is_an_error():
-    with pytest.raises(ConfigError, match="no layer was converted"):
+    with pytest.raises(ConfigError, match=r"include fits no linear layer of the model: encoder; .* net\.0, net\.2"):
         quiet_trainer([TernarySparseConversion(include=("encoder",))]).fit(ForeignModule(), regression_loader())
 
 
@@ -110,6 +113,17 @@ def test_a_checkpoint_of_a_converted_module_loads_into_plain_layers():
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in other.state_dict().items())
     with pytest.raises(ConfigError, match="converted already: use its load_state_dict"):
         TernarySparseConversion.load(other, "converted.ckpt")
+    # The state dict of a sharded model carries no metadata.
+    saved = torch.load("converted.ckpt", weights_only=True)
+    saved["state_dict"] = dict(saved["state_dict"])
+    torch.save(saved, "sharded.ckpt")
+    other = ForeignModule()
+    assert TernarySparseConversion.load(other, "sharded.ckpt") == ["net.0", "net.2"]
+    assert other.net[0].sparsity == module.net[0].sparsity
+    torch.save({"state_dict": saved["state_dict"]}, "bare.ckpt")
+    with pytest.raises(ConfigError, match=r'give the options of the training, for example pattern="2:4"'):
+        TernarySparseConversion.load(ForeignModule(), "bare.ckpt")
+    assert TernarySparseConversion.load(ForeignModule(), "bare.ckpt", "2:4", activation_bits=4) == ["net.0", "net.2"]
 
 
 class OtherWidth(ForeignModule):

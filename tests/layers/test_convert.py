@@ -159,7 +159,7 @@ def state_of(model):
         ({"activation_bits": 7}, "activation_bits=7"),
         ({"split_sizes": {"0": (8, 8), "2": (9, 8)}}, r"2: split_sizes=\(9, 8\) do not add up"),
         ({"split_sizes": {"*.qkv": (8, 8)}}, r"no converted layer has a name like \*\.qkv"),
-        ({"include": ("nothing",)}, "no layer was converted"),
+        ({"include": ("nothing",)}, "include fits no linear layer of the model: nothing; the linear layers are 0, 2"),
     ],
 )
 def test_a_refused_conversion_changes_nothing(options, message):
@@ -273,6 +273,8 @@ def test_the_way_back_from_a_state_dict_of_a_converted_model(tmp_path):
         assert torch.equal(other(x), model(x))
     with pytest.raises(ConfigError, match="has no masks"):
         convert_to_match(model, nn.Linear(2, 2).state_dict())
+    with pytest.raises(ConfigError, match="leave out exclude: the masks of the state dict name the converted layers"):
+        convert_to_match(other, state, "2:4", exclude=["2"])
 
 
 class OwnLinear(nn.Linear):

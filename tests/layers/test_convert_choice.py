@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from sbn_lightning.integrations.pytorch import convert_by_name
-from sbn_lightning.layers.conversion import convert_linears
+from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.integrations.pytorch import convert, convert_by_name
+from sbn_lightning.layers.conversion import convert_linears, convert_quietly
+from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 
 
 def test_a_name_that_fits_nothing_is_a_warning():
@@ -58,6 +60,88 @@ def test_heads_routers_gates_and_loras_are_left_alone_unless_named():
     named = convert_linears(Decoder(), "2:4", include=("*", "classifier", "*.moe.gate"))
     assert set(report.converted) < set(named.converted)
     assert {"classifier.0", "blocks.1.moe.gate"} <= set(named.converted)
+
+
+def heads():
+    blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+    return nn.ModuleDict({"blocks": blocks, "lm_head": nn.Linear(16, 64)})
+
+
+@pytest.mark.parametrize("include", [["lm_head"], ["lm_head", "blocks"], "lm_head", ["*", "lm_*"]])
+def test_include_names_an_output_head_without_another_option(include):
+    model = heads()
+    report = convert(model, "2:4", include=include)
+    assert "lm_head" in report.converted
+    assert isinstance(model["lm_head"], SparseBitLinear)
+    assert convert_linears(heads(), "2:4", include=include).converted == report.converted
+
+
+def test_a_head_is_left_alone_by_default_also_in_a_list_of_models():
+    model = nn.ModuleList([heads(), heads()])
+    report = convert_linears(model, "2:4")
+    assert report.converted == [f"{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]
+    assert set(report.skipped) == {"0.lm_head", "1.lm_head"}
+    assert all("an output head; name it in include" in reason for reason in report.skipped.values())
+
+
+def test_a_converted_head_is_not_in_the_way_of_a_second_conversion():
+    """The head keeps its options, because a conversion that does not name the head leaves the head alone."""
+    model = heads()
+    convert_linears(model, "1:4", include=("lm_head",))
+    with warnings.catch_warnings():  # The head counts as sparse.
+        warnings.simplefilter("error")
+        assert convert_linears(model, "2:4").converted == ["blocks.0", "blocks.1"]
+    assert str(model["lm_head"].pattern) == "1:4"
+
+
+def test_a_large_head_that_cannot_be_converted_is_no_reason_to_warn():
+    model = nn.ModuleDict({"body": nn.Linear(16, 16), "lm_head": nn.Linear(18, 512)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert convert_linears(model, "2:4").converted == ["body"]
+
+
+@pytest.mark.parametrize("name", ["lm_head", "gate", "router"])
+def test_layers_that_a_conversion_leaves_alone_are_converted_by_name(name):
+    """This is how a saved model gets its layers back, so the names must not matter."""
+    model = nn.ModuleDict({"body": nn.Linear(16, 16), name: nn.Linear(16, 2)})
+    convert_by_name(model, {name: {"pattern": "2:4"}})
+    assert isinstance(model[name], SparseBitLinear)
+    assert type(model["body"]) is nn.Linear
+
+
+def test_an_include_that_fits_no_layer_says_so_and_names_the_layers():
+    message = (
+        r"include fits no linear layer of the model: zzz, lm\.\*; the linear layers are blocks\.0, blocks\.1, lm_head$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        convert_linears(heads(), "2:4", include=("zzz", "lm.*"))
+    with pytest.raises(ConfigError, match="the linear layers are 0, 1, 2, 3, 4, 5, 6, 7 and 2 more"):
+        convert_linears(nn.Sequential(*(nn.Linear(16, 16) for _ in range(10))), "2:4", include="x")
+
+
+def test_what_include_leaves_out_is_not_called_excluded():
+    report = convert_linears(heads(), "2:4", include="blocks", exclude="blocks.0")
+    assert report.skipped == {"blocks.0": "excluded by name", "lm_head": "include does not name it"}
+
+
+@pytest.mark.parametrize(
+    ("widths", "remedy", "example"),
+    [
+        ((64, 64), "choose a pattern whose M divides 64, for example 2:4", "2:4"),
+        ((18, 36), "choose a pattern whose M divides 18, 36, for example 1:2", "1:2"),
+        ((16, 37), "choose a pattern whose M divides 16, for example 2:4", "2:4"),
+        ((37,), "no M from 2 to 32 divides 37: give the layer another in_features", None),
+    ],
+)
+def test_if_no_layer_divides_the_error_names_a_pattern_that_does(widths, remedy, example):
+    def model():
+        return nn.Sequential(*(nn.Linear(width, 16) for width in widths))
+
+    with pytest.raises(ConfigError, match=f"no layer was converted to 2:5 .*; {remedy}$"):
+        convert_linears(model(), "2:5")
+    if example is not None:
+        assert convert_quietly(model(), example).converted
 
 
 class Fused(nn.Module):

@@ -53,7 +53,7 @@ class CausalLM(SparseBitNet):
             gives random weights.
         linear: ``"ternary"``, ``"masked"`` for sparse weights without quantisation, or ``"dense"``.
         pattern: The pattern "N:M" of the converted layers.
-        include: Name patterns of the layers to convert.
+        include: Name patterns of the layers to convert. An output head is converted only if a pattern names it.
         exclude: Name patterns of the layers to leave alone.
         activation_bits: The number of bits of activations: 8, 4, or None for no quantisation.
         mask_source: The numbers that rank the weights of a group: ``"latent"`` weights or ``"ternary"`` codes.
@@ -88,7 +88,7 @@ class CausalLM(SparseBitNet):
         linear: Linear = "ternary",
         pattern: str = "6:8",
         include: Sequence[str] = ("*",),
-        exclude: Sequence[str] = ("lm_head", "embed_out"),
+        exclude: Sequence[str] = (),
         activation_bits: int | None = 8,
         mask_source: MaskSource = "latent",
         gradient: Gradient = "dense",

@@ -69,7 +69,7 @@ class SBNConfig(QuantizationConfigMixin):
         pattern: str = "6:8",
         activation_bits: int | None = 8,
         include: Sequence[str] = ("*",),
-        exclude: Sequence[str] = ("lm_head",),
+        exclude: Sequence[str] = (),
         form: Form = "latent",
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         version: int = VERSION,
