@@ -12,9 +12,30 @@ from sbn_lightning.checkpoints import lightning_file, sharded
 from sbn_lightning.checkpoints.io import say
 from sbn_lightning.formats.init_from import FIXED, inserts_sub_norms
 from sbn_lightning.formats.load import read_config
+from sbn_lightning.formats.recognise import recognise
 from sbn_lightning.models.config import TransformerConfig
 
 OPTION = "model.config"
+# The options that name a model. Several functions read the model, each from the path.
+MODELS = ("model.init_from", "model.distillation.teacher")
+
+
+def find_states(config: Namespace) -> None:
+    """Replace the folder of a run, where an option names a model, by the newest state of the run.
+
+    So all who read the model read the same file, also while the run goes on, and a damaged file is named once. A run
+    that continues from a checkpoint does not read ``model.init_from``.
+
+    Args:
+        config: The options of a training command; changed in place.
+
+    Raises:
+        DataError: If a folder holds no model.
+    """
+    for option in MODELS[1:] if config.get("ckpt_path") else MODELS:
+        path = config.get(option)
+        if isinstance(path, str) and Path(path).is_dir() and (place := recognise(Path(path)).place).is_file():
+            config[option] = str(place)
 
 
 def take_shape(config: Namespace, arguments: Sequence[str]) -> None:

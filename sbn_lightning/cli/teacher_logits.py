@@ -63,7 +63,7 @@ def teacher_logits(
     if top_k >= config.vocab_size:
         raise ConfigError(f"top_k={top_k} is not below the teacher's vocab_size={config.vocab_size}")
     source = TokenDataModule(data)
-    check_tokenizer(checkpoint, source, "checkpoint")
+    check_tokenizer(str(loaded.path), source, "checkpoint")
     if source.vocab_size > config.vocab_size:
         raise ConfigError(
             f"{data} has a vocabulary of {source.vocab_size} tokens, the teacher {checkpoint} of {config.vocab_size}: "

@@ -45,7 +45,7 @@ from sbn_lightning.checkpoints.lock import RunIsBusy, RunLock
 from sbn_lightning.checkpoints.resume import check_can_be_read
 from sbn_lightning.cli import recipes, run_place
 from sbn_lightning.cli.model_class import model_class
-from sbn_lightning.cli.model_shape import take_shape
+from sbn_lightning.cli.model_shape import find_states, take_shape
 from sbn_lightning.cli.parsing import OneLineErrors, what_is_wrong
 from sbn_lightning.cli.redaction import without_secrets
 from sbn_lightning.core.errors import ConfigError, DataError, SBNError
@@ -138,6 +138,8 @@ class SBNCLI(LightningCLI):
             check_can_be_read(path, training=training, weights_only=config.get("weights_only"))
         elif training:
             run_place.continue_after_requeue(config, lock)
+        if training:
+            find_states(config)
         take_shape(config, self.arguments if isinstance(self.arguments, list) else [])
 
     def _trains(self) -> bool:

@@ -58,8 +58,11 @@ def open_any(
         ConfigError: If there is no such device, the backend cannot run there, or transformers is missing.
         DataError: If there is no such model, or the model is damaged.
     """
-    if (found := for_transformers(Path(checkpoint))) is None:
-        return open_model(checkpoint, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend, compile=compile)
+    found = recognise(Path(checkpoint))
+    if not needs_transformers(found):
+        # The place and not the path, so that the newest state of a run is looked for once.
+        place = str(found.place)
+        return open_model(place, tokenizer=tokenizer, device=device, dtype=dtype, backend=backend, compile=compile)
     where = choose_device(device)
     chosen = choose_dtype(dtype, where)
     loaded = _load(found, tokenizer, chosen)
@@ -79,31 +82,28 @@ def load_any(checkpoint: str, *, tokenizer: str | None = None, dtype: torch.dtyp
         ConfigError: If transformers is missing.
         DataError: If there is no such model, or the model is damaged.
     """
-    if (found := for_transformers(Path(checkpoint))) is None:
-        return load_model(checkpoint, dtype=dtype, tokenizer=tokenizer)
+    found = recognise(Path(checkpoint))
+    if not needs_transformers(found):
+        return load_model(found.place, dtype=dtype, tokenizer=tokenizer)
     return _load(found, tokenizer, dtype)
 
 
-def for_transformers(path: Path) -> Found | None:
-    """Find out whether transformers has to run the model at ``path``, and not our own transformer.
+def needs_transformers(found: Found) -> bool:
+    """Whether transformers has to run a model, because our own transformer cannot be the model.
 
     A folder of another architecture is named on stderr, with the reason.
 
     Args:
-        path: A file, the folder of a model, or the folder of a run.
-
-    Returns:
-        The place of the model; None for a model that our own transformer can be.
+        found: The place of the model.
 
     Raises:
-        DataError: If there is no model.
-        ConfigError: If the folder does not say how to build its model, or transformers is missing.
+        DataError: If the model is damaged.
+        ConfigError: If the folder does not say how to build its model.
     """
-    found = recognise(path)
     if found.format == "lightning":
-        return found if lightning_file.holds_hugging_face(found.place) else None
+        return lightning_file.holds_hugging_face(found.place)
     if found.format != "hf":
-        return None
+        return False
     values = read_json(found.place / CONFIG)
     if values.get("format") == "sbn-sparse":
         if lightning_file.HUGGING_FACE not in values:
@@ -111,21 +111,21 @@ def for_transformers(path: Path) -> Found | None:
                 f"{found.place} was written by save_sparse, and only your own code can build its model: build it, and "
                 "call load_sparse(model, folder)"
             )
-        return found
+        return True
     quantization = values.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "sbn":
-        return found
+        return True
     from sbn_lightning.formats.huggingface.folder import read_hf_config
 
     try:
         read_hf_config(found.place)
     except ConfigError as error:
         if not isinstance(values.get("model_type"), str) or find_spec("transformers") is None:
-            return None  # load_model raises this error again.
+            return False  # load_model raises this error again.
         reason = str(error).removeprefix(f"{found.place / CONFIG}: ")
         print(f"note: transformers runs this model, our own transformer cannot: {reason}", file=sys.stderr)
-        return found
-    return None
+        return True
+    return False
 
 
 def _load(found: Found, tokenizer: str | None, dtype: torch.dtype | None) -> LoadedModel:

@@ -261,6 +261,22 @@ def test_the_shape_comes_from_the_weights_and_a_moved_run_finds_its_tokenizer(tm
     assert moved.text.stop_ids == [256]
 
 
+def test_a_run_that_is_named_as_a_folder_is_searched_once(tmp_path, tokens, monkeypatch, capsys):
+    """The shape, the tokenizer and the weights come from the same file, and a damaged one is named once."""
+    monkeypatch.setattr(sys, "argv", ["sbn"])
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    path = save(make_model(linear="dense", n_layers=1), tmp_path / "run/checkpoints/step=3.ckpt")
+    (tmp_path / "run/checkpoints/last.ckpt").write_text("cut short")
+    options = [*plain_run(tmp_path / "run", tokens), "--trainer.max_steps=1"]
+    options += [f"--model.distillation.teacher={tmp_path / 'run'}", "--model.distillation.hidden=0"]
+    assert main(["fit", "--config", str(RECIPE), *options]) == 0
+    told = capsys.readouterr()
+    assert told.err.count("looking for an older state") == 2  # once for each option
+    assert f"model.config takes from {path}: " in told.out
+    path.unlink()
+    assert main(["fit", "--config", str(RECIPE), *options, "--model.distillation=null", "--ckpt_path=last"]) == 0
+
+
 def test_a_value_of_the_command_line_is_not_replaced(tmp_path, tokens, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sbn"])
     path = save(make_model(linear="dense", n_layers=1), tmp_path / "m.ckpt")

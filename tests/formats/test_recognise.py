@@ -73,6 +73,9 @@ def test_a_run_is_searched_as_training_searches(tmp_path, capsys):
         assert recognise(place) == ("lightning", newest)
         assert "last.ckpt is damaged" in capsys.readouterr().err
     assert load_model(tmp_path / "run").config == make_model().config
+    capsys.readouterr()
+    assert main(["export", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "packed")]) == 0
+    assert capsys.readouterr().err.count("last.ckpt is damaged") == 1
 
 
 def test_what_exists_is_never_said_not_to_exist(tmp_path):

@@ -15,7 +15,6 @@ from sbn_lightning.core.errors import ConfigError, SBNError  # noqa: E402
 from sbn_lightning.data.tokenizer import byte_tokenizer  # noqa: E402
 from sbn_lightning.evaluation.probes import make_tasks, probe  # noqa: E402
 from sbn_lightning.formats.loaded import LoadedModel  # noqa: E402
-from sbn_lightning.formats.recognise import recognise  # noqa: E402
 from sbn_lightning.inference import Generator, generate  # noqa: E402
 from sbn_lightning.integrations import convert  # noqa: E402
 from sbn_lightning.integrations.huggingface import save_packed  # noqa: E402
@@ -152,7 +151,7 @@ def test_inspect_measures_what_a_conversion_does(family, parts, text, monkeypatc
     model.save_pretrained(tmp_path / "dense")
     (tmp_path / "dense/tokenizer.json").write_text(byte_tokenizer().to_str())
     # Our own transformer can be a Qwen3, and is not asked here.
-    monkeypatch.setattr("sbn_lightning.integrations.opening.for_transformers", lambda path: recognise(path))
+    monkeypatch.setattr("sbn_lightning.integrations.opening.needs_transformers", lambda found: True)
     options = ["--data", text, "--max_tokens", "60", "--window", "20", "--pattern", "2:4", "--json", "true"]
     assert main(["inspect", "--checkpoint", str(tmp_path / "dense"), *options]) == 0
     results = json.loads(capsys.readouterr().out)["results"]

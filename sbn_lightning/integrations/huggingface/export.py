@@ -50,9 +50,10 @@ def export_network(
     linear = network.config.linear
     name = type(hf).__name__
     if format not in FORMATS:
+        fitting = "hf-sbn or packed" if linear == "ternary" else "hf"
         raise ConfigError(
             f"--format {format} is written from our own transformer, and this model is {name} of transformers; use "
-            f"--format {', '.join(FORMATS)}"
+            f"--format {fitting}"
         )
     if (format == "hf") == (linear == "ternary"):
         raise ConfigError(
