@@ -26,6 +26,15 @@ def batches_done_in_epoch(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
+def batches_done_at_epoch_start(trainer: Trainer) -> int:
+    """The number of micro-batches that the starting epoch has seen: none, unless a run resumes inside the epoch.
+
+    In ``on_train_epoch_start`` Lightning still counts the batches of the epoch before, if there was one.
+    """
+    ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return 0 if ended else batches_done_in_epoch(trainer)
+
+
 def is_compiled_module(module: nn.Module) -> bool:
     """Whether ``torch.compile`` was used on exactly this module, by the user or by Lightning."""
     return (

@@ -3,8 +3,10 @@
 import traceback
 from contextlib import ExitStack
 
+import pytest
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sbn_lightning import LossProgressBar, MaskRefresh, NonFiniteGuard, TokenThroughput, WeightDecaySchedule
@@ -84,6 +86,38 @@ def test_the_bar_fetches_when_it_draws(capsys):
 def test_it_is_lightnings_bar():
     assert isinstance(LossProgressBar(), TQDMProgressBar)
     assert LossProgressBar(refresh_rate=3).refresh_rate == 3
+
+
+@pytest.mark.parametrize("max_epochs", [None, 2])
+def test_the_bar_goes_on_after_a_resume_inside_an_epoch(max_epochs):
+    shown = []
+
+    class Shown(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            bar = trainer.progress_bar_callback.train_progress_bar
+            shown.append((bar.desc, bar.n, bar.total, bar.initial))
+
+    save = ModelCheckpoint(dirpath="saved", every_n_train_steps=5, save_last=True)
+    options = {"enable_progress_bar": True, "enable_checkpointing": True, "max_epochs": max_epochs or -1}
+    first = quiet_trainer([LossProgressBar(refresh_rate=1), save], max_steps=5, **options)
+    first.fit(small_module(), token_loader(batches=8))
+    again = quiet_trainer([LossProgressBar(refresh_rate=1), Shown()], max_steps=10, **options)
+    again.fit(small_module(), token_loader(batches=8), ckpt_path="saved/last.ckpt")
+    total = 8
+    resumed = [("Epoch 0: ", n, total, 5) for n in (6, 7, 8)]
+    assert shown == [*resumed, *(("Epoch 1: ", n, total if max_epochs else 2, 0) for n in (1, 2))]
+
+
+@pytest.mark.parametrize(
+    ("versions", "number"),
+    [(["version_12"], 12), ([3], 3), (["version_4", 4], None), (["version_4", "version_4"], 4), (["job7"], "job7")],
+)
+def test_the_bar_shows_the_number_of_the_version(tmp_path, versions, number):
+    loggers = [CSVLogger(tmp_path / str(i), version=version) for i, version in enumerate(versions)]
+    trainer = quiet_trainer([bar := LossProgressBar()], max_steps=1, enable_progress_bar=True, logger=loggers)
+    trainer.fit(small_module(), token_loader(batches=1))
+    shown = bar.get_metrics(trainer, trainer.lightning_module)["v_num"]
+    assert shown == number if number is not None else isinstance(shown, str)
 
 
 def test_the_bar_has_a_total_after_a_resume():
