@@ -228,7 +228,7 @@ def _gather_lists(argv: list[str], takes_list: dict[str, bool], flags: Collectio
     option gets its last value. ``~`` and ``$VARIABLE`` are replaced in paths.
 
     Args:
-        argv: The arguments as typed. The name of an option may be cut short.
+        argv: The arguments as typed.
         takes_list: Whether an option takes a list, by the option's name.
         flags: The names of the options that are true or false; such an option without a value is true.
     """
@@ -238,9 +238,6 @@ def _gather_lists(argv: list[str], takes_list: dict[str, bool], flags: Collectio
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word.partition("=")
-            meant = [known for known in takes_list if known.startswith(name[2:])]
-            if len(meant) == 1:
-                name = f"--{meant[0]}"
             is_list = takes_list.get(name[2:], False)
             values = gathered.setdefault(name, [])
             if not is_list:

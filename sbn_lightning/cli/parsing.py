@@ -23,7 +23,13 @@ _OTHER_TYPE = re.compile(
 
 
 class OneLineErrors(ArgumentParser):
-    """A parser that raises a one-line :class:`ConfigError`; jsonargparse would print its usage and all alternatives."""
+    """A parser that raises a one-line :class:`ConfigError`; jsonargparse would print its usage and all alternatives.
+
+    The names of options are never cut short: ``--trainer.max_step`` is a misspelt key, as it is in a recipe.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         found = _PATTERN_MESSAGE.search(message)
@@ -35,7 +41,7 @@ class OneLineErrors(ArgumentParser):
             r"accept option '(\w+[\w.]*)'", message
         )
         known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
-        return _close_to(wrong[1], known) if wrong else ""
+        return close_to(wrong[1], known) if wrong else ""
 
 
 def what_is_wrong(message: str) -> str:
@@ -69,9 +75,10 @@ def _suggestion_for_class(message: str) -> str:
     wrong = re.search(r"Option '(\w+)' is not accepted", message)
     kinds = [locate(path) for path in set(re.findall(r"class_path'?[=:] ?'([\w.]+)'", message))] if wrong else []
     known = [name for kind in kinds if isinstance(kind, type) for name in inspect.signature(kind).parameters]
-    return _close_to(wrong[1], known) if wrong else ""
+    return close_to(wrong[1], known) if wrong else ""
 
 
-def _close_to(wrong: str, known: list[str]) -> str:
+def close_to(wrong: str, known: list[str]) -> str:
+    """Suggest the one of ``known`` that ``wrong`` is most like; empty if there is none."""
     close = get_close_matches(wrong, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

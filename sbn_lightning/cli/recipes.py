@@ -118,7 +118,7 @@ def recipes(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: If the words make no command, or the copy cannot be made.
     """
-    parser = _Parser(prog="sbn recipes")
+    parser = _Parser(prog="sbn recipes", allow_abbrev=False)
     parser.add_argument("action", nargs="?", choices=("list", "copy"), default="list")
     parser.add_argument("name", nargs="?")
     parser.add_argument("to", nargs="?", default=".")

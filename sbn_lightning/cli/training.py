@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sbn_lightning.callbacks import (
@@ -46,7 +47,7 @@ from sbn_lightning.checkpoints.resume import check_can_be_read
 from sbn_lightning.cli import recipes, run_place
 from sbn_lightning.cli.model_class import model_class
 from sbn_lightning.cli.model_shape import find_states, take_shape
-from sbn_lightning.cli.parsing import OneLineErrors, what_is_wrong
+from sbn_lightning.cli.parsing import OneLineErrors, close_to, what_is_wrong
 from sbn_lightning.cli.redaction import without_secrets
 from sbn_lightning.core.errors import ConfigError, DataError, SBNError
 from sbn_lightning.data import TokenDataModule, folders, shards
@@ -176,6 +177,8 @@ class SBNCLI(LightningCLI):
             check_checkpoint(self.config[subcommand].get("ckpt_path"), self.trainer.strategy)
         meet_afresh()
         try:
+            if isinstance(self.trainer, Trainer) and self.trainer.world_size == 1:
+                self._check_data(subcommand)
             super()._run_subcommand(subcommand)
         except SBNError:
             raise
@@ -192,7 +195,18 @@ class SBNCLI(LightningCLI):
             explain(error, self.datamodule)
             raise
 
+    def _check_data(self, stage: str) -> None:
+        """Check the data before the Trainer starts, which opens its loggers first: a refused run leaves no folder.
+
+        Several processes check the data when they have met. If one of them fails then, the others learn why.
+        """
+        self.datamodule.trainer = self.trainer
+        self.datamodule.prepare_data()
+        self.datamodule.setup(stage)
+        self.model.check_data(self.datamodule, stage)
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
+        check_strategy_name(config["strategy"])
         own = config["callbacks"] or []
         own = own if isinstance(own, list) else [own]
         if self.model.config.linear == "dense" and not any(isinstance(one, TernarySparseConversion) for one in own):
@@ -224,6 +238,22 @@ class SBNCLI(LightningCLI):
             raise
         except (ImportError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(f"the trainer's options do not work here: {why_refused(error, config)}") from error
+
+
+def check_strategy_name(strategy: Any) -> None:
+    """Refuse a name that no strategy has. Lightning's own message names none of this project's strategies.
+
+    Args:
+        strategy: The option ``trainer.strategy``: a name, or a strategy, which passes.
+
+    Raises:
+        ConfigError: If there is no strategy of this name.
+    """
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(strategy, str) and strategy.lower() not in known:
+        suggestion = close_to(strategy.lower(), known)
+        ours = f"{' Ours' if suggestion else '; ours'} are {' and '.join(n for n in known if n.startswith('sbn_'))}"
+        raise ConfigError(f"trainer.strategy={strategy} does not exist{suggestion}{ours}")
 
 
 def why_refused(error: Exception, config: dict[str, Any]) -> str:

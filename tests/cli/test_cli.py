@@ -158,6 +158,8 @@ def test_a_dense_model_needs_no_mask_callbacks(tokens):
     [
         ("--mask_refresh.intervall=3", "did you mean mask_refresh.interval?"),
         ("--model.config.d_modell=3", "did you mean model.config.d_model?"),
+        ("--trainer.max_step=3", "unrecognized arguments: --trainer.max_step=3; did you mean trainer.max_steps?"),
+        ("--mask_refresh.interva=3", "did you mean mask_refresh.interval?"),
         ("--mask_refresh.interval=often", 'key "mask_refresh.interval"'),
         ("--mask_refresh.interval=0", "MaskRefresh: interval=0"),
         ("--model.config.pattern=5:9", "in_features=32 is not a multiple of M=9"),
@@ -174,6 +176,12 @@ def test_errors_are_one_clear_line(tokens, capsys, option, message):
     assert message in error_of(capsys, fit(tokens, option))
 
 
+@pytest.mark.parametrize("command", [*TRAINING, *TOOLS])
+def test_no_command_takes_a_name_that_is_cut_short(capsys, command):
+    """A name that is cut short is a misspelt one: it would stop working as soon as another option begins like it."""
+    assert "unrecognized arguments: --hel" in error_of(capsys, main([command, "--hel"]))
+
+
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
@@ -185,7 +193,9 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
         pytest.param("--trainer.accelerator=cuda", "torch sees no GPU here: --trainer.accelerator cpu", marks=no_gpu),
         ("--trainer.accelerator=nope", "invalid accelerator name: `accelerator='nope'`"),
         ("--trainer.devices=0", "(devices='0')` value is not a valid input"),
-        ("--trainer.strategy=nope", "strategy"),
+        ("--trainer.strategy=nope", "trainer.strategy=nope does not exist; ours are sbn_ddp and sbn_fsdp2"),
+        ("--trainer.strategy=sbn_fsdp", "sbn_fsdp does not exist; did you mean sbn_fsdp2? Ours are sbn_ddp and"),
+        ("--trainer.strategy=sbn_ddp2", "sbn_ddp2 does not exist; did you mean sbn_ddp? Ours are"),
         ("--ckpt_path=nope.ckpt", "--ckpt_path nope.ckpt does not exist"),
         (f"--ckpt_path={RECIPE}", "sparse_pretrain.yaml is no checkpoint; give"),
     ],
