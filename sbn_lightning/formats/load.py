@@ -16,6 +16,7 @@ import torch
 from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.checkpoints.text_files import KEY, TextFiles, find_text_files
 from sbn_lightning.checkpoints.tokenizers import TOKENIZER
+from sbn_lightning.core.devices import usable_device
 from sbn_lightning.formats.assemble import build_model, cast_model
 from sbn_lightning.formats.loaded import LoadedModel
 from sbn_lightning.formats.recognise import Found, recognise
@@ -44,13 +45,14 @@ def load_model(
 
     Raises:
         DataError: If there is no model, the model is damaged, or there is no such tokenizer.
-        ConfigError: If :class:`TernaryTransformer` cannot be this model.
+        ConfigError: If :class:`TernaryTransformer` cannot be this model, or the device cannot be used here.
     """
+    where = usable_device(device, "load_model: device", 'load it with device="cpu", the default')
     found = recognise(Path(path))
     model, text = _read(found)
     if dtype is not None:
         cast_model(model, dtype)
-    model.to(device).eval().requires_grad_(False)
+    model.to(where).eval().requires_grad_(False)
     text = find_text_files(found.place, text, tokenizer)
     _ = text.tokenizer  # A damaged tokenizer is found now, and not after minutes of work.
     return LoadedModel(model, model.config, found.format, found.place, text)

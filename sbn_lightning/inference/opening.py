@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sbn_lightning.backends.selection import choose, require, table
-from sbn_lightning.core.errors import ConfigError
+from sbn_lightning.core.devices import usable_device
 from sbn_lightning.formats.load import load_model
 from sbn_lightning.formats.loaded import LoadedModel
 from sbn_lightning.layers.packed import PackedTernaryLinear
@@ -95,14 +95,9 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()  # The device "meta" exists and holds no values.
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # Some kernels and graphs run on the current device.
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError.
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used here ({reason}); use auto, cpu or cuda") from error
+    device = usable_device(name, "device", "use auto, cpu or cuda")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Some kernels and graphs run on the current device.
     return device
 
 

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from sbn_lightning.backends.base import Gradients, SavedGates
 from sbn_lightning.backends.reference import REFERENCE
 from sbn_lightning.backends.selection import BackendName, check_options, choose, table
+from sbn_lightning.core.devices import usable_device
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.layers.conversion import (
     ConversionReport,
@@ -157,11 +158,15 @@ def use_kernels(
         A table that says what each layer runs on and why.
 
     Raises:
-        ConfigError: If the model has no ternary layer, or a backend that was asked for cannot run here.
+        ConfigError: If the model has no ternary layer, or the device or a backend that was asked for cannot be used
+            here.
     """
     check_options("use_kernels", backend, gradients, saved_gates, tokens)
     if device is not None:
-        model.to(device)
+        here = usable_device(
+            device, "use_kernels: device", "leave device out: on a CPU every layer runs on the reference"
+        )
+        model.to(here)
     packed = [module for module in model.modules() if isinstance(module, PackedTernaryLinear)]
     layers = ternary_layers(model)
     if not layers and not packed:

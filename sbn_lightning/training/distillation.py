@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sbn_lightning.core.devices import usable_device
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.models.distillation import (
     Divergence,
@@ -130,6 +131,7 @@ class Distiller:
 
     Raises:
         DataError: If there is no teacher, or its file is damaged.
+        ConfigError: If the device cannot be used here.
     """
 
     def __init__(
@@ -139,8 +141,9 @@ class Distiller:
         device: torch.device | str = "cpu",
     ) -> None:
         self.options = options
+        where = usable_device(device, "Distiller: device", 'leave device out: the teacher then runs on "cpu"')
         teacher = load_teacher(options) if teacher is None else teacher
-        self.teacher = None if teacher is None else teacher.to(device).eval().requires_grad_(False)
+        self.teacher = None if teacher is None else teacher.to(where).eval().requires_grad_(False)
 
     def check(self, student: TernaryTransformer) -> None:
         """Check that a student can learn from the teacher.

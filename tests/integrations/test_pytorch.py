@@ -11,6 +11,7 @@ from torch import nn
 
 from sbn_lightning.backends.selection import Choice
 from sbn_lightning.core.errors import ConfigError, DataError
+from sbn_lightning.formats import load_model
 from sbn_lightning.integrations import load_sparse, pytorch, revert, save_sparse, use_kernels
 from sbn_lightning.integrations.folder import conversion_options, describe
 from sbn_lightning.integrations.pytorch import convert, convert_by_name
@@ -18,6 +19,7 @@ from sbn_lightning.layers.packed import PackedTernaryLinear
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.layers.sparse_linear import SparseLinear
 from sbn_lightning.sparsity.config import SparsityConfig
+from sbn_lightning.training.distillation import Distillation, Distiller
 from tests.helpers import imported
 
 
@@ -157,6 +159,31 @@ def test_kernels_by_one_call_and_back():
     assert revert(model) == ["qkv", "up"]
     assert type(model.qkv) is nn.Linear
     assert torch.equal(model.qkv.weight, effective)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda")])
+def test_a_gpu_that_is_not_there_is_one_line_with_the_way_out(device, tmp_path):
+    model = nn.Sequential(nn.Linear(16, 16))
+    convert(model, "2:4")
+    reason = r"cannot be used here \(torch sees no GPU here\)"
+    way_out = "leave device out: on a CPU every layer runs on the reference$"
+    with pytest.raises(ConfigError, match=f"use_kernels: device '{device}' {reason}; {way_out}"):
+        use_kernels(model, device)
+    assert "reference" in use_kernels(model)
+    with pytest.raises(ConfigError, match=f"load_model: device '{device}' {reason}; "):
+        load_model(tmp_path, device=device)
+    with pytest.raises(ConfigError, match=f"Distiller: device '{device}' {reason}; "):
+        Distiller(Distillation(teacher=str(tmp_path)), device=device)
+
+
+@pytest.mark.parametrize("device", ["meta", "gpu"])
+def test_a_device_that_holds_no_values_leaves_the_model_where_it_is(device):
+    model = nn.Sequential(nn.Linear(16, 16))
+    convert(model, "2:4")
+    with pytest.raises(ConfigError, match=f"use_kernels: device '{device}' cannot be used here"):
+        use_kernels(model, device)
+    assert model[0].weight.device.type == "cpu"
 
 
 def test_kernels_get_the_modes_of_the_precision_plugin(monkeypatch):
