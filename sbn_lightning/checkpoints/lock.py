@@ -35,6 +35,7 @@ class RunLock:
         self.folder: Path | None = None
         self._file: Path | None = None
         self._descriptor = -1
+        self._made: list[Path] = []  # The folders that did not exist before, the inner ones first.
 
     def acquire(self, folder: Path) -> None:
         """Take the run that saves to ``folder``, and release the run that this lock held.
@@ -51,9 +52,13 @@ class RunLock:
         self.release()
         file = folder.with_name(f"{folder.name}.lock")
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            while not self._take(file, folder):
-                pass  # The file was removed while this process opened it.
+            self._made = [one for one in (folder.parent, *folder.parent.parents) if not one.exists()]
+            while True:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                # The file, or the folder, may be removed by another process while this process opens the file.
+                with suppress(FileNotFoundError):
+                    if self._take(file, folder):
+                        break
         except OSError as error:
             raise DataError(
                 f"cannot write to {folder.parent}: {error.strerror or error}; give another folder, such as "
@@ -87,11 +92,17 @@ class RunLock:
                 os.close(descriptor)
 
     def release(self) -> None:
-        """Give the run up, so that another process can take it. Do nothing if this lock holds no run."""
+        """Give the run up, so that another process can take it. Do nothing if this lock holds no run.
+
+        The folders that this lock made are removed if nobody wrote into them.
+        """
         if self._file is not None:
             with suppress(OSError):
                 self._file.unlink()
             os.close(self._descriptor)
+            with suppress(OSError):  # A folder with files in it is not removed, and neither are those above.
+                for folder in self._made:
+                    folder.rmdir()
         self.folder, self._file, self._descriptor = None, None, -1
 
 

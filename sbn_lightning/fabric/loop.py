@@ -75,6 +75,7 @@ def train(run: FabricRun, module: SparseBitNet, data: LightningDataModule, ckpt_
         data.prepare_data()
     fabric.barrier()
     data.setup("fit")
+    module.check_data(data, "fit")  # The callbacks write into the run's folder. A refused run shall leave none.
     run.call("setup", stage="fit")
     module.setup("fit")
     module.configure_model()

@@ -148,11 +148,7 @@ class SparseBitNet(LightningModule):
         check_strategy(self.trainer.strategy)
         keep_masks_out_of_broadcasts(self)
         data = getattr(self.trainer, "datamodule", None)
-        if self.init_from is not None:
-            check_tokenizer(self.init_from, data)
-        if self.distillation is not None and stage == "fit":
-            self.check_teacher(self.distillation, self.config, data)
-        check_lengths(self.config, data)
+        self.check_data(data, stage)
         if self.answers is not None:
             tokenizer = getattr(data, "tokenizer", None)
             if tokenizer is None:
@@ -165,6 +161,23 @@ class SparseBitNet(LightningModule):
                     "model.separate_documents needs the token that ends a document: give the trainer a "
                     "TokenDataModule, or set model.separate_documents to false"
                 )
+
+    def check_data(self, data: Any, stage: str) -> None:
+        """Check that the data fit the model; :meth:`setup` does so.
+
+        Args:
+            data: The data module.
+            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+
+        Raises:
+            ConfigError: If the data were made with another tokenizer than the weights of ``init_from`` or the teacher,
+                the tokenizer has more tokens than the embedding has rows, or sequences are too long.
+        """
+        if self.init_from is not None:
+            check_tokenizer(self.init_from, data)
+        if self.distillation is not None and stage == "fit":
+            self.check_teacher(self.distillation, self.config, data)
+        check_lengths(self.config, data)
 
     def configure_model(self) -> None:
         """Load the weights of ``init_from``, compile the blocks, and shard them under ``ModelParallelStrategy``."""

@@ -335,6 +335,31 @@ def test_missing_or_damaged_shards_are_named(tokens, capsys, tmp_path, damage, m
     error = error_of(capsys, fit(folder))
     assert shard.name in error
     assert message in error
+    assert not Path("logs").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "fabric", "validate"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.config.vocab_size=256", "has 257 tokens, the model's vocab_size is 256"),
+        ("--data.sequence_length=200000", "a block needs 200001"),
+        ("--data.path=unfinished", "unfinished"),
+    ],
+)
+def test_a_refused_start_leaves_no_folder(tokens, capsys, command, option, message):
+    Path("unfinished/.work").mkdir(parents=True)
+    words = [command, "--config", str(RECIPE), *small(tokens, option, "--trainer.devices=1")]
+    assert message in error_of(capsys, main(words))
+    assert not Path("logs").exists()
+
+
+def test_a_refused_start_keeps_the_runs_of_before(tokens, capsys):
+    assert fit(tokens) == 0
+    before = sorted(Path("logs").rglob("*"))
+    error_of(capsys, fit(tokens, "--model.config.vocab_size=256"))
+    error_of(capsys, fit(tokens, "--model.config.vocab_size=256", "--ckpt_path=last"))
+    assert sorted(Path("logs").rglob("*")) == before
 
 
 def test_debug_shows_the_traceback(tokens, monkeypatch):
