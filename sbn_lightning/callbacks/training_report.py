@@ -20,8 +20,19 @@ class TrainingReport(RunCallback):
     """Print a summary when training ends.
 
     The summary has the validation loss and perplexity, zeros and flip rates by kind of layer, and the places of logs
-    and checkpoints. Zeros and flip rates come from the last look of the run's :class:`SparsityPatternLogger`.
+    and checkpoints. Zeros and flip rates come from the last look of the run's :class:`SparsityPatternLogger`. A run
+    that continues from a checkpoint at its end, or beyond it, trains nothing, and the summary says so.
     """
+
+    _trained = False  # Whether a batch was trained in this fit.
+
+    def on_fit_start(self, trainer: Run, pl_module: nn.Module) -> None:
+        """Forget an earlier fit."""
+        self._trained = False
+
+    def on_train_batch_end(self, trainer: Run, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note that this fit trains."""
+        self._trained = True
 
     def on_fit_end(self, trainer: Run, pl_module: nn.Module) -> None:
         """Print the summary, on one process."""
@@ -30,7 +41,7 @@ class TrainingReport(RunCallback):
 
     def text(self, trainer: Run) -> str:
         """Return the summary as text."""
-        blocks = [f"Trained {trainer.global_step} steps."]
+        blocks = [self._trained_steps(trainer)]
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
         if metrics:
             blocks.append(format_table(("validation", "value"), [(k, f"{v:.4f}") for k, v in sorted(metrics.items())]))
@@ -46,6 +57,19 @@ class TrainingReport(RunCallback):
         if save_dir := getattr(trainer.logger, "save_dir", None):
             places.append(f"look at it: tensorboard --logdir {save_dir}")
         return "\n\n".join([*blocks, "\n".join(places)]).rstrip()
+
+    def _trained_steps(self, trainer: Run) -> str:
+        """Return the line about the steps."""
+        step = trainer.global_step
+        if self._trained or step == 0:
+            return f"Trained {step} steps."
+        place = f"the checkpoint is at step {step}" if trainer.ckpt_path else f"the run is at step {step} already"
+        if 0 <= trainer.max_steps <= step:
+            return f"Nothing to do: {place}, and max_steps is {trainer.max_steps}. A larger max_steps trains on."
+        epochs = getattr(trainer, "max_epochs", None)
+        if epochs is not None and 0 <= epochs <= getattr(trainer, "current_epoch", 0):
+            return f"Nothing to do: {place}, and max_epochs is {epochs}. A larger max_epochs trains on."
+        return f"Trained no step: {place}."
 
     @staticmethod
     def _sparsity(logger: SparsityPatternLogger) -> str:

@@ -353,6 +353,39 @@ def test_report_names_losses_zeros_and_places(tmp_path, capsys):
     assert f"logs: {trainer.logger.log_dir}" in printed
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (
+            {"max_steps": 2},
+            "Nothing to do: the checkpoint is at step 4, and max_steps is 2. A larger max_steps trains on.",
+        ),
+        (
+            {"max_steps": 4},
+            "Nothing to do: the checkpoint is at step 4, and max_steps is 4. A larger max_steps trains on.",
+        ),
+        ({"max_steps": 9, "max_epochs": 1}, "Nothing to do: the checkpoint is at step 4, and max_epochs is 1."),
+        ({"max_steps": 6, "limit_train_batches": 0}, "Trained no step: the checkpoint is at step 4."),
+        ({"max_steps": 6}, "Trained 6 steps."),
+    ],
+)
+def test_a_run_that_continues_beyond_its_end_says_that_nothing_was_done(tmp_path, capsys, options, line):
+    first = quiet_trainer([TrainingReport()], max_steps=4)
+    first.fit(small_module(), token_loader(batches=4))
+    assert "Trained 4 steps." in capsys.readouterr().out
+    first.save_checkpoint(tmp_path / "state.ckpt")
+    report = TrainingReport()
+    quiet_trainer([report], **options).fit(small_module(), token_loader(batches=4), ckpt_path=tmp_path / "state.ckpt")
+    assert line in capsys.readouterr().out
+
+
+def test_a_second_fit_without_a_checkpoint_has_nothing_to_do(capsys):
+    trainer = quiet_trainer([TrainingReport()], max_steps=2)
+    for line in ("Trained 2 steps.", "Nothing to do: the run is at step 2 already, and max_steps is 2."):
+        trainer.fit(small_module(), token_loader())
+        assert line in capsys.readouterr().out
+
+
 def test_callback_state_loads_with_weights_only(tmp_path):
     callbacks = [MaskRefresh(2), DenseToSparseRamp("walk"), WeightDecaySchedule(), SparsityPatternLogger(2)]
     trainer = quiet_trainer(copy.deepcopy(callbacks), max_steps=3, logger=CSVLogger(tmp_path))

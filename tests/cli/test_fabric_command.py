@@ -47,6 +47,12 @@ def test_fabric_and_fit_take_the_same_recipe_and_continue_each_other(tokens, cap
     assert main([*fit, *small(tokens, "--trainer.max_steps=4", "--ckpt_path=last")]) == 0
     last = folder / "version_1/checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4
+    capsys.readouterr()
+    beyond = small(tokens, "--trainer.max_steps=3", "--ckpt_path=last")
+    for command in ("fit", "fabric"):
+        assert main([command, "--config", str(RECIPE), *beyond]) == 0
+        assert "Nothing to do: the checkpoint is at step 4, and max_steps is 3." in capsys.readouterr().out
+        assert torch.load(last, weights_only=True)["global_step"] == 4
     assert not list(folder.glob("**/*.tmp"))
     options = [option for option in small(tokens) if "checkpoint" not in option]
     checkpoint = str(folder / "version_0/checkpoints/last.ckpt")
