@@ -52,7 +52,10 @@ MOVED: dict[str, tuple[str, ...]] = {
     "sbn_lightning.data.options": ("sbn_lightning.data.tokenization.options",),
     "sbn_lightning.data.prepare": ("sbn_lightning.data.tokenization.prepare",),
     "sbn_lightning.data.readers": ("sbn_lightning.data.tokenization.readers",),
-    "sbn_lightning.data.sources": ("sbn_lightning.data.tokenization.sources",),
+    "sbn_lightning.data.sources": (
+        "sbn_lightning.data.tokenization.sources",
+        "sbn_lightning.data.tokenization.splits",
+    ),
     "sbn_lightning.data.tokenize_segments": ("sbn_lightning.data.tokenization.segments",),
     "sbn_lightning.errors": ("sbn_lightning.core.errors",),
     "sbn_lightning.evaluation.command": ("sbn_lightning.cli.evaluate",),

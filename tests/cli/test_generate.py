@@ -99,7 +99,8 @@ def test_prompts_are_taken_as_they_are_typed(checkpoint, capsys, prompts):
 
 def test_options_stand_in_any_order(checkpoint, capsys):
     """Options may be repeated. An option that takes a list collects all values; for others the last value counts."""
-    arguments = ["--checkpoint", "nowhere", "--prompt", "a", "--max_new", "1", "--prompt", "b", "c", "--json=true"]
+    arguments = ["--checkpoint", "nowhere", "--prompt", "a", "--max_new_tokens", "1", "--prompt", "b", "c"]
+    arguments.append("--json=true")
     status, out, _ = run(capsys, *arguments, "--checkpoint", checkpoint, "--max_new_tokens", "2", "--device", "cpu")
     assert status == 0
     assert [(row["prompt"], row["tokens"]) for row in json.loads(out)] == [("a", 2), ("b", 2), ("c", 2)]

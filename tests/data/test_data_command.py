@@ -10,7 +10,7 @@ from sbn_lightning.cli import main
 from tests.data.helpers import write_corpus
 
 
-@pytest.mark.parametrize("overwrite", [["--overwrite"], ["--overwrite", "true"], ["--overwrite=true"], ["--over"]])
+@pytest.mark.parametrize("overwrite", [["--overwrite"], ["--overwrite", "true"], ["--overwrite=true"]])
 def test_overwrite_alone_is_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str], overwrite: list[str]) -> None:
     corpus = write_corpus(tmp_path / "in", files=5)
     words = ["prepare", "--input", str(corpus), "--output", str(tmp_path / "out"), "--tokenizer", "byte"]
