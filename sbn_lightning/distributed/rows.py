@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # Newer versions of torch have the first name, and deprecate the second one.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 ALIGNED = 16  # Kernels read most tensors in pieces of 16 bytes.
 
@@ -65,7 +65,7 @@ def gather_rows(mine: Tensor, cut: RowCut, group: dist.ProcessGroup) -> Tensor:
     """Gather the rows of all ranks, in order: ``[count, ...]`` on each rank -> ``[rows, ...]`` on every rank."""
     padded = cut.pad(mine)
     whole = padded.new_empty(cut.padded * cut.ranks, *padded.shape[1:])
-    _all_gather(whole, padded, group=group)
+    all_gather(whole, padded, group=group)
     return whole[: cut.rows]
 
 
@@ -92,7 +92,7 @@ class FlatGather:
                 pieces.append(torch.zeros(rest, dtype=torch.uint8, device=device))
         self._sent = torch.cat(pieces)
         self.buffer = torch.empty(cuts[0].ranks * end, dtype=torch.uint8, device=device)
-        self._work = _all_gather(self.buffer, self._sent, group=group, async_op=True)
+        self._work = all_gather(self.buffer, self._sent, group=group, async_op=True)
         self.buffer = self.buffer.view(-1, end)
 
     def wait(self) -> list[Tensor]:

@@ -29,13 +29,10 @@ from torch.distributed.tensor import DTensor
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.gradients import PIECE
 from sbn_lightning.distributed.packed import exchange_of
-from sbn_lightning.distributed.rows import FlatGather, RowCut
+from sbn_lightning.distributed.rows import FlatGather, RowCut, all_gather
 from sbn_lightning.distributed.sharding import OPTIONS, prepare_sharded
 from sbn_lightning.layers.mask_tracker import optimizer_steps, version
 from sbn_lightning.layers.masked_linear import masked_layers, prepare_layers
-
-# Newer versions of torch have the first name, and deprecate the second one.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 WANTED = {"gather": "packed_step", "reduce": "micro_batch", "param_dtype": None}
 
@@ -63,8 +60,8 @@ class WholeParameters:
         layers = [layer for _, layer in masked_layers(model)]
         self._parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
         exchange = exchange_of(layers)
+        others = any(exchange_of([layer]) is None for layer in layers)
         for options in [vars(part)[OPTIONS] for part in self._parts if OPTIONS in vars(part)] or [{}]:
-            others = any(exchange_of([layer]) is None for layer in layers)
             if exchange is None or others or any(options[key] != value for key, value in WANTED.items()):
                 raise ConfigError(
                     "cuda_graphs: the layers of a sharded model must be ternary, without experts, and sharded with "
@@ -135,7 +132,7 @@ class WholeParameters:
             if copy.whole.nbytes < PIECE or copy.cut.rows % copy.cut.ranks:
                 small.append((mine, copy))
                 continue
-            work = _all_gather(copy.whole.detach(), mine.contiguous(), group=self._exchange.group, async_op=True)
+            work = all_gather(copy.whole.detach(), mine.contiguous(), group=self._exchange.group, async_op=True)
             self._coming.append(cast(dist.Work, work))
             torch.autograd.graph.increment_version(copy.whole)
         if small:

@@ -112,15 +112,13 @@ class GraphedLoss:
         while len(self._graphs) >= self.most:
             del self._graphs[next(iter(self._graphs))]
         self._graphs[state] = found
+        if isinstance(found, _Seen) and self._waits(found, model):
+            self._graphs[state] = _Seen(found.times + 1, found.step)
+            return shared.without_graphs(loss, batch)
+        shared.bring_up_to_date(hold=True)
         if isinstance(found, _Seen):
-            if self._waits(found, model):
-                self._graphs[state] = _Seen(found.times + 1, found.step)
-                return shared.without_graphs(loss, batch)
-            shared.bring_up_to_date(hold=True)
             means = [mean for mean in means_of(model) if not mean.hold]
             found = self._graphs[state] = _Graphs(shared, loss, means)
-        else:
-            shared.bring_up_to_date(hold=True)
         return found(batch)
 
     def _waits(self, seen: _Seen, model: nn.Module) -> bool:
@@ -367,7 +365,7 @@ class _Replayed(torch.autograd.Function):
 
 
 def _free_at_exit(graphs: _Graphs) -> None:
-    """Free graphs that contain collectives before the process group ends, which waits for them.
+    """Free graphs that contain collectives before the process group ends. Its end waits for such graphs.
 
     The process group ends at the exit of the process, and what is registered last runs first.
     """

@@ -268,13 +268,13 @@ def fail(made: nn.Module) -> None:
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """Count how many collectives gather rows."""
-    calls, gather = [0], rows._all_gather
+    calls, gather = [0], rows.all_gather
 
     def call(*args: object, **kwargs: object) -> object:
         calls[0] += 1
         return gather(*args, **kwargs)
 
-    with mock.patch.object(rows, "_all_gather", call):
+    with mock.patch.object(rows, "all_gather", call):
         yield calls
 
 
