@@ -51,6 +51,12 @@ def large() -> Iterator[Trial]:
         yield from trials("31M", 10, [1], PAIR, (family,))
 
 
+def larger() -> Iterator[Trial]:
+    """Yield a pair of each family at 63M, ternary first."""
+    for family in FAMILIES:
+        yield from trials("63M", 10, [1], PAIR, (family,))
+
+
 def seeds() -> Iterator[Trial]:
     """Yield the trials that decide whether BF16 pays more for 2:4 than ternary at 31M: the seeds 2 and 3."""
     for seed in (2, 3):
@@ -101,4 +107,5 @@ def smoke() -> Iterator[Trial]:
     yield replace(base, family="bf16", lr=4e-3)
 
 
-ROUNDS = {"main": list(main()), "large": list(large()), "seeds": list(seeds()), "smoke": list(smoke())}
+ROUNDS = {"main": list(main()), "large": list(large()), "larger": list(larger()), "seeds": list(seeds())}
+ROUNDS["smoke"] = list(smoke())
