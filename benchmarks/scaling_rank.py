@@ -118,9 +118,11 @@ class Clock(Callback):
         say: Prints progress.
         steps: The steps of the run.
         taken: The bytes that earlier runs of this process have left on the GPU.
+        graphs: Whether micro-batches are replayed. Their memory counts while they are recorded, and not in a replay, so
+            the peak is that of the whole run.
     """
 
-    def __init__(self, say: Say, steps: Sequence[Step], taken: int) -> None:
+    def __init__(self, say: Say, steps: Sequence[Step], taken: int, graphs: bool) -> None:
         self.say = say
         self.steps = steps
         self.ends: list[Any] = []
@@ -130,8 +132,10 @@ class Clock(Callback):
         self._wire: Wire | None = None
         self._began = -1
         self._taken = taken
+        self._graphs = graphs
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.cuda.reset_peak_memory_stats()
         if trainer.is_global_zero:
             self.say("training starts")
 
@@ -142,7 +146,7 @@ class Clock(Callback):
         self._began = now
         count, what = self.steps[now]
         trainer.accumulate_grad_batches = count
-        if what == "timed" and self.steps[now - 1] != self.steps[now]:
+        if what == "timed" and self.steps[now - 1] != self.steps[now] and not self._graphs:
             torch.cuda.reset_peak_memory_stats()
         if what == "wire":
             self._wire = Wire()  # Blocks run uncompiled until its end.
@@ -280,7 +284,7 @@ def measure(
         )
     if isinstance(module, Dense):
         module.float8 = run.strategy.startswith("float8")
-    clock = Clock(say, steps, taken)
+    clock = Clock(say, steps, taken, run.graphs)
     tokens = torch.randint(config.vocab_size, (sum(step.batches for step in steps) * run.sequences, LENGTH + 1))
     precision = {"plugins": [SparseTernaryPrecision(BACKEND, run.gradients)]}  # type: ignore[arg-type]
     trainer = Trainer(

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sbn_lightning.layers.conversion import convert_linears
     from sbn_lightning.layers.reversion import revert_linears
     from sbn_lightning.layers.sparse_linear import SparseBitLinear, SparseLinear
+    from sbn_lightning.layers.ties import break_ties
     from sbn_lightning.models.config import TransformerConfig
     from sbn_lightning.models.rope_scaling import RopeScaling
     from sbn_lightning.models.transformer import TernaryTransformer
@@ -79,6 +80,7 @@ _MODULE_OF = {
     "UnshardedAccumulation": "callbacks",
     "WeightDecaySchedule": "callbacks",
     "audit": "layers.audit",
+    "break_ties": "layers.ties",
     "convert": "integrations",
     "convert_linears": "layers.conversion",
     "load_sparse": "integrations",
@@ -120,6 +122,7 @@ __all__ = [
     "UnshardedAccumulation",
     "WeightDecaySchedule",
     "audit",
+    "break_ties",
     "convert",
     "convert_linears",
     "load_sparse",

@@ -30,8 +30,15 @@ from sbn_lightning.layers.conversion import (
 )
 from sbn_lightning.layers.masked_linear import masked_layers
 from sbn_lightning.layers.matching import convert_to_match
+from sbn_lightning.layers.ties import break_ties, of_ties
 from sbn_lightning.sparsity.config import SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern
+
+
+def decide_ties(model: nn.Module, noise: float) -> None:
+    """Call :func:`~sbn_lightning.layers.ties.break_ties`, and log what it changed."""
+    if found := break_ties(model, noise):
+        rank_zero_info(of_ties(found, noise))
 
 
 class TernarySparseConversion(Callback):
@@ -49,6 +56,8 @@ class TernarySparseConversion(Callback):
             also matches all layers inside.
         exclude: The patterns for layers to leave alone. ``exclude`` wins over ``include``.
         split_sizes: The rows of each part of fused layers, by name pattern; see :func:`convert_linears`.
+        break_ties: Noise on weights that have ties at the edge of the mask when a training begins, as a share of their
+            standard deviation; see :func:`~sbn_lightning.layers.ties.break_ties`. 0 takes weights as they are.
         **options: Single fields of :class:`SparsityConfig`. A recipe writes them beside ``include``, for example
             ``pattern: "2:4"``.
 
@@ -65,8 +74,10 @@ class TernarySparseConversion(Callback):
         exclude: str | Sequence[str] = (),
         *,
         split_sizes: dict[str, tuple[int, ...] | None] | None = None,
+        break_ties: float = 0.01,
         **options: Any,
     ) -> None:
+        self.break_ties = break_ties
         self.sparsity = SparsityConfig.make(sparsity, **options)
         self.split_sizes = split_sizes
         self.include, self.exclude = as_patterns(include), as_patterns(exclude)
@@ -128,7 +139,7 @@ class TernarySparseConversion(Callback):
                 "call convert_linears on it with the same options, or load a checkpoint"
             )
         if not isinstance(pl_module, LightningModule) or not is_overridden("configure_model", pl_module):
-            self._convert(pl_module)
+            self._convert(pl_module, stage)
             return
         # The model may build its layers in configure_model. That runs after this hook, and no other hook fires before
         # the code that must see converted layers. So configure_model itself is wrapped.
@@ -138,7 +149,7 @@ class TernarySparseConversion(Callback):
         def build_and_convert() -> None:
             pl_module.__dict__.pop("configure_model", None)
             build()
-            self._convert(pl_module)
+            self._convert(pl_module, stage)
 
         pl_module.configure_model = build_and_convert  # type: ignore[method-assign]
 
@@ -185,10 +196,13 @@ class TernarySparseConversion(Callback):
         pl_module.__dict__.pop("configure_model", None)
         self._stop_watching()
 
-    def _convert(self, module: LightningModule) -> None:
+    def _convert(self, module: LightningModule, stage: str) -> None:
         self.report = convert_quietly(
             module, self.sparsity, include=self.include, exclude=self.exclude, split_sizes=self.split_sizes
         )
+        if stage == "fit" and self.break_ties and self.report.tied:
+            decide_ties(module, self.break_ties)
+            self.report.tied = {}
         if self.report.warning is not None:
             rank_zero_warn(f"TernarySparseConversion: {self.report.warning}")
         self._module = module

@@ -274,7 +274,8 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         max_ctas: The most multiprocessors that NCCL takes while it sends gradients beside the backward; None for NCCL's
             own choice.
         **options: The other options of ``DDPStrategy``. With an option of torch's ``DistributedDataParallel``, such as
-            ``find_unused_parameters``, or with a ``ddp_comm_hook``, torch's class averages the gradients.
+            ``find_unused_parameters``, or with a ``ddp_comm_hook``, torch's class averages the gradients. An option
+            that has torch's default counts as not given, because a recipe gives all options.
 
     Attributes:
         by_torch: Whether torch's class averages the gradients.
@@ -296,11 +297,13 @@ class ReplicatedStrategy(_Together, DDPStrategy):
             raise ConfigError(
                 "reduce_dtype='bfloat16' and ddp_comm_hook both change gradients: leave one of the two out"
             )
+        known = signature(DistributedDataParallel).parameters
+        own = ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period")
+        defaults = dict.fromkeys(own) | {name: one.default for name, one in known.items()}
+        options = {name: value for name, value in options.items() if name not in defaults or value != defaults[name]}
         if max_ctas is not None and "process_group" in options:
             raise ConfigError("max_ctas makes a process_group of its own: leave one of the two out")
-        known = signature(DistributedDataParallel).parameters
-        by_torch = {"ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period", *known}
-        self.by_torch = any(name in by_torch and options[name] is not None for name in options)
+        self.by_torch = any(name in defaults for name in options)
         if self.by_torch and reduce_dtype == "bfloat16":
             options["ddp_comm_hook"] = bf16_compress_hook
         # Newer versions of torch have the first name, and deprecate the second one.

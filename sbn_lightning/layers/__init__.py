@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sbn_lightning.layers.reversion import revert_linears
     from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear, ternary_layers
     from sbn_lightning.layers.sparse_linear import SparseLinear
+    from sbn_lightning.layers.ties import break_ties
     from sbn_lightning.sparsity.config import Gradient, MaskSource, SparsityConfig
 
 _MODULE_OF = {
@@ -26,6 +27,7 @@ _MODULE_OF = {
     "SparseBitLinear": "layers.sparse_bit_linear",
     "SparseLinear": "layers.sparse_linear",
     "SparsityConfig": "sparsity.config",
+    "break_ties": "layers.ties",
     "convert_linears": "layers.conversion",
     "convert_to_match": "layers.matching",
     "masked_layers": "layers.masked_linear",
@@ -45,6 +47,7 @@ __all__ = [
     "SparseBitLinear",
     "SparseLinear",
     "SparsityConfig",
+    "break_ties",
     "convert_linears",
     "convert_to_match",
     "masked_layers",

@@ -54,6 +54,7 @@ from sbn_lightning.layers.masked_linear import MaskedLinear
 from sbn_lightning.layers.reversion import revert_linears as revert_linears
 from sbn_lightning.layers.sparse_bit_linear import SparseBitLinear
 from sbn_lightning.layers.sparse_linear import SparseLinear
+from sbn_lightning.layers.ties import find_ties
 from sbn_lightning.sparsity.config import Kind, SparsityConfig
 from sbn_lightning.sparsity.pattern import NMPattern, pattern_for
 
@@ -93,8 +94,8 @@ def convert_linears(
 
     Output heads, routers, gates with one row and the matrices of a LoRA are skipped (:func:`left_alone`) unless
     ``include`` names them with a pattern other than ``"*"``. If less than half of the linear parameters became sparse,
-    if a pattern fits no name in the model, if frozen layers were converted, or if weights that are to be trained have
-    16 bits, a warning says so.
+    if a pattern fits no name in the model, if frozen layers were converted, if weights that are to be trained have 16
+    bits, or if equal weights lie on both sides of the edge of many masks, a warning says so.
 
     Args:
         model: The model, changed in place: as a whole or, on an error, not at all.
@@ -231,6 +232,7 @@ def convert_quietly(
     note_told(narrow if shown else [])
     report.narrow = narrow[0].dtype if narrow else None
     report.swiglu = connect_layers(model)
+    report.tied = find_ties(model) if shown else {}
     return report
 
 

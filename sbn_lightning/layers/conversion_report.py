@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sbn_lightning.layers.latent_dtype import what_is_lost
+from sbn_lightning.layers.ties import of_ties
 
 _MOST_NAMES = 20  # A longer list in a warning helps nobody.
 
@@ -28,6 +29,8 @@ class ConversionReport:
         unmatched: The patterns of ``include`` and ``exclude`` that are no name in the model, perhaps misspelt.
         frozen: The names of the converted layers whose weights were frozen (``requires_grad=False``) at the time.
         narrow: The dtype of converted weights that are to be trained and have only 16 bits; None if there are none.
+        tied: The masked layers in which equal weights lie on both sides of the mask's edge, with the share of groups
+            (:func:`~sbn_lightning.layers.ties.find_ties`).
         converted_parameters: The number of weights in converted layers.
         linear_parameters: The number of linear parameters in the model.
         wanted_parameters: The number of linear parameters without those that the caller excluded by name, and without
@@ -42,6 +45,7 @@ class ConversionReport:
     unmatched: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
     narrow: torch.dtype | None = None
+    tied: dict[str, float] = field(default_factory=dict)
     converted_parameters: int = 0
     linear_parameters: int = 0
     wanted_parameters: int = 0
@@ -52,7 +56,7 @@ class ConversionReport:
         """A line of warning; None if all went as asked.
 
         The line warns if less than half of the wanted parameters were converted, if a pattern fits no name, if frozen
-        layers were converted, and if latent weights have only 16 bits.
+        layers were converted, if latent weights have only 16 bits, and if weights are tied.
         """
         found = []
         if self.unmatched:
@@ -67,6 +71,8 @@ class ConversionReport:
             found.append(self._of_frozen())
         if self.narrow is not None:
             found.append(what_is_lost(self.narrow))
+        if self.tied:
+            found.append(f"{of_ties(self.tied)}; call break_ties(model) before training, or the loss jumps")
         return "; ".join(found) or None
 
     def _of_frozen(self) -> str:

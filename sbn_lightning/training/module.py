@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from sbn_lightning.callbacks.conversion import decide_ties
 from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
 from sbn_lightning.checkpoints.text_files import KEY, TextFiles, text_of_run
 from sbn_lightning.core.errors import ConfigError
@@ -75,6 +76,8 @@ class SparseBitNet(LightningModule):
         separate_documents: Whether tokens attend to their own document alone, where a row holds several documents
             (:mod:`sbn_lightning.models.documents`). Needs a :class:`TokenDataModule`, which knows the token that ends a
             document. Masked attention is slower.
+        break_ties: Noise on weights that come from ``init_from`` and have ties at the edge of the mask, as a share of
+            their standard deviation; see :func:`~sbn_lightning.layers.ties.break_ties`. 0 takes weights as they are.
     """
 
     # The values of a subclass whose __init__ has no such options.
@@ -83,6 +86,7 @@ class SparseBitNet(LightningModule):
     learning_rates: Sequence[LearningRateRule] = ()
     cuda_graphs = False
     separate_documents = False
+    break_ties = 0.01
     # A subclass has other teachers.
     check_teacher = staticmethod(check_teacher)
     load_teacher = staticmethod(load_teacher)
@@ -105,6 +109,7 @@ class SparseBitNet(LightningModule):
         learning_rates: list[LearningRateRule] | None = None,
         cuda_graphs: bool = False,
         separate_documents: bool = False,
+        break_ties: float = 0.01,
     ) -> None:
         super().__init__()
         if isinstance(distillation, dict):
@@ -112,14 +117,14 @@ class SparseBitNet(LightningModule):
         if isinstance(config, dict):  # A checkpoint holds the configuration as plain values.
             config = TransformerConfig(**config)
         unsaved = ["config", "optimizer", "init_from", "distillation", "answers", "learning_rates", "cuda_graphs"]
-        self.save_hyperparameters(ignore=unsaved)
+        self.save_hyperparameters(ignore=[*unsaved, "break_ties"])
         self.save_hyperparameters({"config": config.to_dict()})
         if distillation is not None:  # The checkpoint says where the teacher is, and does not hold its weights.
             self.save_hyperparameters({"distillation": asdict(distillation)})
         self.distillation = distillation
         self.config = config
         self.model = TernaryTransformer(config)
-        self.init_from = init_from
+        self.init_from, self.break_ties = init_from, break_ties
         self.text_files = TextFiles()  # Every checkpoint holds tokenizer, chat template, stop tokens.
         self.cuda_graphs = cuda_graphs
         self.separate_documents = separate_documents
@@ -183,6 +188,7 @@ class SparseBitNet(LightningModule):
         """Load the weights of ``init_from``, compile the blocks, and shard them under ``ModelParallelStrategy``."""
         if self.init_from is not None:
             self.text_files = self.load_initial_weights(self.init_from)
+            decide_ties(self.model, self.break_ties)
             self.init_from = None  # Only once: a Trainer configures the model again for each of its commands.
         if self.hparams["compile"] and not self.model.is_compiled:
             self.model.compile_blocks()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from jsonargparse import ArgumentParser
+from lightning.pytorch.strategies import Strategy
 
 from sbn_lightning.distributed.strategies import ReplicatedStrategy
 from tests.distributed.forked_runs import statuses
@@ -25,3 +27,16 @@ def test_an_option_of_torchs_class_lets_torch_do_it():
     assert not ReplicatedStrategy("bfloat16", process_group_backend="gloo", max_ctas=8).by_torch
     assert ReplicatedStrategy(find_unused_parameters=True).by_torch
     assert ReplicatedStrategy(ddp_comm_hook=print).by_torch
+
+
+@pytest.mark.parametrize("options", [{}, {"max_ctas": 8}, {"find_unused_parameters": True}])
+def test_a_recipe_which_gives_every_option_its_default_is_no_other_choice(options):
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Strategy, "strategy")
+    path = f"{ReplicatedStrategy.__module__}.ReplicatedStrategy"
+    config = parser.parse_object({"strategy": {"class_path": path, "init_args": options}})
+    assert "process_group" in config.strategy.init_args  # The parser knows the options of torch's class, too.
+    made = parser.instantiate(config).strategy
+    assert made.by_torch == ("find_unused_parameters" in options)
+    assert made._ddp_kwargs == ReplicatedStrategy(**options)._ddp_kwargs
+    assert made.max_ctas == options.get("max_ctas")

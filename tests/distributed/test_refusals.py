@@ -122,7 +122,7 @@ def test_the_dtypes_of_gradients():
 
 def test_a_group_for_the_gradients():
     with pytest.raises(ConfigError, match="max_ctas makes a process_group of its own"):
-        ReplicatedStrategy(max_ctas=8, process_group=None)
+        ReplicatedStrategy(max_ctas=8, process_group=object())
     config = {"strategy": ReplicatedStrategy(max_ctas=8, bucket_cap_mb=9), "val_check_interval": 1, "max_steps": 1}
     with pytest.raises(ConfigError, match="the Fabric loop cannot honour max_ctas of sbn_ddp"):
         check_fabric_options(config)

@@ -128,7 +128,8 @@ def test_a_replay_averages_gradients_over_nccl(recorded, monkeypatch):
         assert_equal(actual, expected)
         counts.append(len(sent))
     assert len(recorded) == 4  # The last micro-batch of a step has graphs of its own.
-    assert 8 * counts[1] == (8 + 3) * counts[0] > 0  # The third backward is recorded, with its collectives.
+    plain, replayed = counts[0], counts[1] - counts[0]
+    assert plain - replayed == 5  # The third of eight backwards is recorded, with its collective.
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

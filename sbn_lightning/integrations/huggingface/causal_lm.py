@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 from torch.optim import AdamW
 
+from sbn_lightning.callbacks.conversion import decide_ties
 from sbn_lightning.checkpoints.text_files import KEY, TextFiles
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.formats.init_from import check_tokenizer, without_masks
@@ -75,6 +76,9 @@ class CausalLM(SparseBitNet):
             the hub. None trains on the text alone.
         learning_rates: Rules for parameters that have a learning rate or a weight decay of their own. A run that
             resumes needs the same rules.
+        break_ties: Noise on weights that come from ``source`` or ``init_from`` and have ties at the edge of the mask,
+            as a share of their standard deviation; see :func:`~sbn_lightning.layers.ties.break_ties`. 0 takes weights
+            as they are.
 
     Raises:
         DataError: If there is no such model.
@@ -103,6 +107,7 @@ class CausalLM(SparseBitNet):
         init_from: str | None = None,
         distillation: Distillation | None = None,
         learning_rates: list[LearningRateRule] | None = None,
+        break_ties: float = 0.01,
     ) -> None:
         super(SparseBitNet, self).__init__()  # SparseBitNet's own __init__ would build a TernaryTransformer
         if isinstance(distillation, dict):  # A checkpoint holds the options as plain values.
@@ -119,7 +124,8 @@ class CausalLM(SparseBitNet):
             gamma_over=gamma_over,
             learnable_scales=learnable_scales,
         )
-        self.save_hyperparameters(ignore=["source", "optimizer", "init_from", "distillation", "learning_rates"])
+        unsaved = ["source", "optimizer", "init_from", "distillation", "learning_rates", "break_ties"]
+        self.save_hyperparameters(ignore=unsaved)
         self.config = network.config  # type: ignore[assignment]
         # A checkpoint builds the same network, with weights of its own: load_from_checkpoint finds no other source.
         self.save_hyperparameters({"source": network.config.hugging_face, "config": network.config.to_dict()})
@@ -129,7 +135,9 @@ class CausalLM(SparseBitNet):
         self.distillation = distillation
         self.learning_rates = learning_rates or ()
         self.model = network  # type: ignore[assignment]
-        self.init_from = init_from
+        self.init_from, self.break_ties = init_from, break_ties
+        if isinstance(source, str):
+            decide_ties(network, break_ties)
         # Every checkpoint holds tokenizer, chat template, stop tokens.
         self.text_files = text_of_source(source) if isinstance(source, str) else TextFiles()
         self._source = source
