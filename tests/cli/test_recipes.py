@@ -25,6 +25,7 @@ SHRUNKEN = {
     "model.config.n_kv_heads": 2,
     "model.config.d_ffn": 64,
     "model.compile": "false",
+    "model.cuda_graphs": "false",
     "data.batch_size": 2,
     "data.sequence_length": 16,
     "data.num_workers": 0,
@@ -53,6 +54,7 @@ def test_one_switch_makes_a_gpu_recipe_fit_two_cpu_cores(recipe, capsys):
     values = yaml.safe_load(capsys.readouterr().out)
     assert (values["trainer"]["accelerator"], values["trainer"]["plugins"]) == ("cpu", None)
     assert (values["model"]["config"]["d_model"], values["model"]["compile"]) == (192, False)
+    assert values["model"]["cuda_graphs"] is False
     assert values["model"]["config"]["pattern"] == "6:8"  # what the size does not name stays the recipe's
     tokens = 16 * 256
     assert values["data"]["batch_size"] * values["data"]["sequence_length"] == tokens
