@@ -4,10 +4,11 @@ A gap is the loss of a way (2:4, for example) minus the loss of the dense model 
 seed, in nats. A way is a pattern, with or without masked decay. Both models read the same text in the same order. (A
 machine with other packages has another text, and a gap between models of two texts means nothing.)
 
-The noise of one seed's gap differs much between sizes, so each size has its own noise. The estimate comes from the
-first of these that exists: the seeds of the way at this size; the seeds of all ways of the family at this size; at 15M
-the 119 runs of ``research/reproduce``; the seeds of both families at this size; and the next smaller size. Estimates
-with fewer than two degrees of freedom do not count.
+The noise of one seed's gap differs much between sizes, so each size has its own noise. There are four estimates: from
+the seeds of the way at this size; from the seeds of all ways of the family at this size; at 15M from the 119 runs of
+``research/reproduce``; and from the seeds of both families at this size. The first one with four degrees of freedom
+counts: three seeds that happen to agree would outweigh all other places in a fit. If none has four, the one with the
+most counts, and if none has two, the noise of the next smaller size.
 
 Two curves are fitted by least squares, each place weighted by the inverse of its variance:
 
@@ -39,6 +40,7 @@ from research.sizes.trials import PARAMETERS, SIZES, Family
 Row = dict[str, Any]
 Array = NDArray[np.float64]
 SAMPLES = 4000
+ENOUGH_FREEDOM = 4
 EARLIER = Path(__file__).parents[1] / "reproduce" / "results.jsonl"
 
 
@@ -174,17 +176,16 @@ def noise(all_ways: dict[tuple[str, str], list[Gap]], family: str, way: str, siz
         size: The name of the size.
     """
     here = {found: [place for place in places if place.size == size] for found, places in all_ways.items()}
-    own = _pooled(here.get((family, way), []), f"{way} at {size}")
-    if own is not None:
-        return own
     of_family = [place for found, places in here.items() for place in places if found[0] == family]
-    if (estimate := _pooled(of_family, f"all patterns at {size}")) is not None:
-        return estimate
-    if size == "15M":
-        return earlier_noise(family, way.partition(" ")[0].rstrip(","))
-    every = [place for places in here.values() for place in places]
-    if (estimate := _pooled(every, f"both families at {size}")) is not None:
-        return estimate
+    estimates = [
+        _pooled(here.get((family, way), []), f"{way} at {size}"),
+        _pooled(of_family, f"all patterns at {size}"),
+        earlier_noise(family, way.partition(" ")[0].rstrip(",")) if size == "15M" else None,
+        _pooled([place for places in here.values() for place in places], f"both families at {size}"),
+    ]
+    if known := [estimate for estimate in estimates if estimate is not None]:
+        sure = [estimate for estimate in known if estimate.freedom >= ENOUGH_FREEDOM]
+        return sure[0] if sure else max(known, key=lambda estimate: estimate.freedom)
     before = list(SIZES).index(size) - 1
     return noise(all_ways, family, way, list(SIZES)[before]) if before >= 0 else None
 

@@ -223,6 +223,12 @@ def test_two_seeds_of_both_families_show_the_noise_of_a_size():
     assert (found.source, found.freedom) == ("both families at 5M", 2)
 
 
+@pytest.mark.parametrize(("seeds", "source"), [(3, "both families at 9M"), (5, "2:4 at 9M")])
+def test_three_seeds_that_happen_to_agree_do_not_outweigh_the_other_family(seeds, source):
+    found = gaps(of_both_families(("9M",), 0.0, seeds), "ternary", "2:4")[-1].noise
+    assert (found.source, found.freedom) == (source, 4)
+
+
 def of_both_families(sizes, extra, seeds=4):
     """Rows of both families, in which BF16 pays ``extra`` nats more for 2:4 than ternary models do."""
     rows = rows_of(-0.03, sizes=sizes, seeds=seeds)
