@@ -52,9 +52,10 @@ def large() -> Iterator[Trial]:
 
 
 def larger() -> Iterator[Trial]:
-    """Yield a pair of each family at 63M, ternary first."""
-    for family in FAMILIES:
-        yield from trials("63M", 10, [1], PAIR, (family,))
+    """Yield the pairs at 63M."""
+    for seed in (1, 2):
+        for family in FAMILIES:
+            yield from trials("63M", 10, [seed], PAIR, (family,))
 
 
 def seeds() -> Iterator[Trial]:
