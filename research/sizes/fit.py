@@ -6,9 +6,9 @@ machine with other packages has another text, and a gap between models of two te
 
 The noise of one seed's gap differs much between sizes, so each size has its own noise. There are four estimates: from
 the seeds of the way at this size; from the seeds of all ways of the family at this size; at 15M from the 119 runs of
-``research/reproduce``; and from the seeds of both families at this size. The first one with four degrees of freedom
-counts: three seeds that happen to agree would outweigh all other places in a fit. If none has four, the one with the
-most counts, and if none has two, the noise of the next smaller size.
+``research/reproduce``; and from the seeds of both families at this size. The first estimate with at least four degrees
+of freedom counts. With fewer, three seeds that happen to agree would outweigh all other places in a fit. If no estimate
+has four, the one with the most degrees of freedom counts. If none has two, the noise of the next smaller size counts.
 
 Two curves are fitted by least squares, each place weighted by the inverse of its variance:
 
