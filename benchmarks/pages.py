@@ -190,6 +190,8 @@ ALL = (
         "scaling",
         "Several GPUs",
         "Training steps on two and on four GPUs of one host.\n\n"
+        "- `sequences` is the number of sequences of 2,048 tokens in a micro-batch of one GPU, and `accumulate` the "
+        "number of micro-batches in an optimiser step. `ms` is the time of the optimiser step.\n"
         "- `scaling` is the throughput divided by that of one GPU in the same run times the number of GPUs. The row "
         "`one` of this table may be from another run. `scaling` is empty if one GPU was not measured or was "
         "disturbed.\n"
@@ -208,12 +210,13 @@ ALL = (
         "Hosts differ:\n\n"
         "- Two micro-batches of 0.5B take 213 to 276 ms on one GPU, and 249 to 307 ms under torch's DDP.\n"
         "- `fsdp2 packed` at 1.5B with int8 gradients took 277, 501 and 1,965 ms for 1, 2 and 8 micro-batches on a "
-        "slow host (`scaling` 0.86, 0.92 and 0.92), and 247, 480 and 1,856 ms on another one (0.96, 0.96 and 0.95).\n"
+        "slow host (`scaling` 0.86, 0.92 and 0.92), and 247, 480 and 1,856 ms on another one (0.96, 0.96 and 0.95). "
+        "The table has a third host.\n"
         "- `bf16 one` at 1.5B takes 628 to 666 ms for two micro-batches. It was slow in the run of `bf16 ddp` on two "
         "GPUs, so `scaling` goes beyond 1 there.\n"
-        "- Rows of 19:36 were measured while two other trainings ran on two further GPUs of the host, on other "
-        "processor cores. Rows of this run at 0.5B without graphs, which wait for the host, are in the log and not "
-        "here.\n"
+        "- Rows whose column `measured` in the CSV says 19:36 were measured while two other trainings ran on two "
+        "further GPUs of the host, on other processor cores. Rows of this run at 0.5B without graphs, which wait for "
+        "the host, are in the log and not here.\n"
         "- In the night of 2026-11-29 the work of the host under `sbn_fsdp2` was reduced. Rows of `fsdp2 step`, of 8 "
         "multiprocessors (`on 8 ctas`) and of 4 sequences at 3B are from before.",
         render,
