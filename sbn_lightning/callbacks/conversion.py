@@ -20,7 +20,7 @@ from sbn_lightning.callbacks.weight_averaging import refuse_plain_averaging
 from sbn_lightning.checkpoints import lightning_file, search
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.distributed.own_module import check_not_alone
-from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts
+from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts, reshard
 from sbn_lightning.distributed.strategies import check_strategy
 from sbn_lightning.layers.conversion import (
     ConversionReport,
@@ -36,7 +36,8 @@ from sbn_lightning.sparsity.pattern import NMPattern
 
 
 def decide_ties(model: nn.Module, noise: float) -> None:
-    """Call :func:`~sbn_lightning.layers.ties.break_ties`, and log what it changed."""
+    """Call :func:`~sbn_lightning.layers.ties.break_ties` before a training, and log what it changed."""
+    reshard(model)  # A validation may have left whole weights in the place of the rows that are trained.
     if found := break_ties(model, noise):
         rank_zero_info(of_ties(found, noise))
 
@@ -83,6 +84,7 @@ class TernarySparseConversion(Callback):
         self.include, self.exclude = as_patterns(include), as_patterns(exclude)
         self.report: ConversionReport | None = None
         self._module: LightningModule | None = None
+        self._ties_open = False  # Whether a training would be the first one of the converted layers.
         self._not_called: dict[str, RemovableHandle] = {}
 
     @staticmethod
@@ -131,6 +133,7 @@ class TernarySparseConversion(Callback):
         refuse_plain_averaging(trainer.callbacks)  # type: ignore[attr-defined]
         check_strategy(trainer.strategy)
         if self._module is pl_module:
+            self._decide_ties(pl_module, stage)  # A validation may have converted the module.
             return
         if stage == "fit" and isinstance(getattr(trainer.strategy, "launcher", None), _MultiProcessingLauncher):
             rank_zero_warn(
@@ -200,14 +203,18 @@ class TernarySparseConversion(Callback):
         self.report = convert_quietly(
             module, self.sparsity, include=self.include, exclude=self.exclude, split_sizes=self.split_sizes
         )
-        if stage == "fit" and self.break_ties and self.report.tied:
-            decide_ties(module, self.break_ties)
-            self.report.tied = {}
+        self.report.tied, self._ties_open = {}, True  # The callback sees to them.
+        self._decide_ties(module, stage)
         if self.report.warning is not None:
             rank_zero_warn(f"TernarySparseConversion: {self.report.warning}")
         self._module = module
         keep_masks_out_of_broadcasts(module)
         rank_zero_info(f"TernarySparseConversion({self.sparsity.pattern}): {self.report}")
+
+    def _decide_ties(self, module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self._ties_open:
+            decide_ties(module, self.break_ties)
+            self._ties_open = False
 
     def _note_call(self, name: str, layer: nn.Module, inputs: Any) -> None:
         self._not_called.pop(name).remove()

@@ -16,7 +16,7 @@ checkpoint nor an optimiser holds its weights. A run that resumes reads the teac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -301,3 +301,11 @@ def _head(model: TernaryTransformer) -> Tensor | None:
 def _split(model: TernaryTransformer, qkv: Tensor | None) -> tuple[Tensor, ...]:
     assert qkv is not None
     return qkv.split(model.blocks[0].get_submodule("attention").splits, -1)  # type: ignore[arg-type]
+
+
+def split_batch(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, StoredLogits | None]:
+    """Return the token ids of a batch, and what a teacher said about them if the data hold that."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    tokens, classes, log_probabilities = batch
+    return tokens, StoredLogits(classes.flatten(0, 1), log_probabilities.flatten(0, 1))

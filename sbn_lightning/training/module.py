@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -30,12 +31,11 @@ from sbn_lightning.distributed.sharding import keep_masks_out_of_broadcasts, sha
 from sbn_lightning.distributed.strategies import check_strategy
 from sbn_lightning.formats.init_from import SHAPE, check_tokenizer, load_weights, without_masks
 from sbn_lightning.models.config import TransformerConfig
-from sbn_lightning.models.distillation import StoredLogits
 from sbn_lightning.models.moe import busiest, load_balance_loss, loads
 from sbn_lightning.models.transformer import TernaryTransformer
 from sbn_lightning.training.answers import AnswerLoss, Answers
 from sbn_lightning.training.checks import check_graphs, check_lengths, check_teacher, warn_of_other_options
-from sbn_lightning.training.distillation import Distillation, Distiller, load_teacher
+from sbn_lightning.training.distillation import Distillation, Distiller, load_teacher, split_batch
 from sbn_lightning.training.graphs import GraphedLoss
 from sbn_lightning.training.metrics import Perplexity
 from sbn_lightning.training.parameter_groups import LearningRateRule, parameter_groups, scale_learning_rates
@@ -76,8 +76,9 @@ class SparseBitNet(LightningModule):
         separate_documents: Whether tokens attend to their own document alone, where a row holds several documents
             (:mod:`sbn_lightning.models.documents`). Needs a :class:`TokenDataModule`, which knows the token that ends a
             document. Masked attention is slower.
-        break_ties: Noise on weights that come from ``init_from`` and have ties at the edge of the mask, as a share of
-            their standard deviation; see :func:`~sbn_lightning.layers.ties.break_ties`. 0 takes weights as they are.
+        break_ties: Noise at the start of a training on weights that come from ``init_from`` and have ties at the edge
+            of the mask, as a share of their standard deviation; see :func:`~sbn_lightning.layers.ties.break_ties`. 0
+            takes weights as they are.
     """
 
     # The values of a subclass whose __init__ has no such options.
@@ -93,6 +94,7 @@ class SparseBitNet(LightningModule):
 
     answer_loss: AnswerLoss | None = None  # Made when the tokenizer of the data is known.
     _distiller: Distiller | None = None  # Made at the first batch.
+    _ties_open = False  # Whether the weights are those of another model, and were not trained here yet.
 
     def __init__(
         self,
@@ -185,11 +187,14 @@ class SparseBitNet(LightningModule):
         check_lengths(self.config, data)
 
     def configure_model(self) -> None:
-        """Load the weights of ``init_from``, compile the blocks, and shard them under ``ModelParallelStrategy``."""
+        """Load ``init_from`` (a training decides its ties), compile blocks, shard under ``ModelParallelStrategy``."""
         if self.init_from is not None:
             self.text_files = self.load_initial_weights(self.init_from)
-            decide_ties(self.model, self.break_ties)
+            self._ties_open = True
             self.init_from = None  # Only once: a Trainer configures the model again for each of its commands.
+        if self._ties_open and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            decide_ties(self.model, self.break_ties)
+            self._ties_open = False
         if self.hparams["compile"] and not self.model.is_compiled:
             self.model.compile_blocks()
         if self.device_mesh is not None:  # ModelParallelStrategy
@@ -270,7 +275,7 @@ class SparseBitNet(LightningModule):
             times the average load the busiest expert has.
         """
         metrics: dict[str, Tensor] = {}
-        batch, stored = _split(batch)
+        batch, stored = split_batch(batch)
         if self.distillation is not None:
             if self.cuda_graphs:
                 loss, *found = self._graphed(self.model, self._distilled, batch).unbind()
@@ -344,7 +349,7 @@ class SparseBitNet(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the log-likelihood of each token after the first, float32 ``[batch, sequence_length]``."""
-        batch, _ = _split(batch)
+        batch, _ = split_batch(batch)
         log_probabilities = self.model(batch[:, :-1]).float().log_softmax(-1)
         return log_probabilities.gather(-1, batch[:, 1:].unsqueeze(-1)).squeeze(-1)
 
@@ -354,7 +359,7 @@ class SparseBitNet(LightningModule):
         Args:
             batch: The token ids, int64 ``[batch, sequence_length + 1]``; or a tuple that begins with them.
         """
-        batch, _ = _split(batch)
+        batch, _ = split_batch(batch)
         if self.answer_loss is not None:
             loss, count = self.model.run(self.answer_loss, batch)
             return loss, count, count
@@ -393,11 +398,3 @@ class SparseBitNet(LightningModule):
         )
         scheduler = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def _split(batch: Batch) -> tuple[Tensor, StoredLogits | None]:
-    """Return the token ids of a batch, and what a teacher said about them if the data hold that."""
-    if isinstance(batch, Tensor):
-        return batch, None
-    tokens, classes, log_probabilities = batch
-    return tokens, StoredLogits(classes.flatten(0, 1), log_probabilities.flatten(0, 1))

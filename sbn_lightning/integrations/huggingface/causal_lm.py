@@ -19,7 +19,6 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 from torch.optim import AdamW
 
-from sbn_lightning.callbacks.conversion import decide_ties
 from sbn_lightning.checkpoints.text_files import KEY, TextFiles
 from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.formats.init_from import check_tokenizer, without_masks
@@ -76,9 +75,9 @@ class CausalLM(SparseBitNet):
             the hub. None trains on the text alone.
         learning_rates: Rules for parameters that have a learning rate or a weight decay of their own. A run that
             resumes needs the same rules.
-        break_ties: Noise on weights that come from ``source`` or ``init_from`` and have ties at the edge of the mask,
-            as a share of their standard deviation; see :func:`~sbn_lightning.layers.ties.break_ties`. 0 takes weights
-            as they are.
+        break_ties: Noise at the start of a training on weights that come from ``source`` or ``init_from`` and have ties
+            at the edge of the mask, as a share of their standard deviation; see
+            :func:`~sbn_lightning.layers.ties.break_ties`. 0 takes weights as they are.
 
     Raises:
         DataError: If there is no such model.
@@ -136,8 +135,7 @@ class CausalLM(SparseBitNet):
         self.learning_rates = learning_rates or ()
         self.model = network  # type: ignore[assignment]
         self.init_from, self.break_ties = init_from, break_ties
-        if isinstance(source, str):
-            decide_ties(network, break_ties)
+        self._ties_open = isinstance(source, str)
         # Every checkpoint holds tokenizer, chat template, stop tokens.
         self.text_files = text_of_source(source) if isinstance(source, str) else TextFiles()
         self._source = source

@@ -7,6 +7,7 @@ name or a configuration, and makes its layers sparse. Nothing here needs Lightni
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,8 +22,7 @@ from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.core.install import how_to_install
 from sbn_lightning.formats.huggingface.folder import read_hf_text
 from sbn_lightning.integrations.huggingface.decoder import NetworkDecoder, NetworkRows
-from sbn_lightning.integrations.pytorch import convert
-from sbn_lightning.layers.conversion import ConversionReport
+from sbn_lightning.layers.conversion import ConversionReport, convert_quietly
 from sbn_lightning.sparsity.config import SparsityOptions
 
 T = TypeVar("T")
@@ -176,7 +176,10 @@ def make_network(
     hf = build_network(source)
     report = None
     if linear != "dense":
-        report = convert(hf, pattern, kind=linear, include=include, exclude=exclude, **options)
+        report = convert_quietly(hf, pattern, kind=linear, include=include, exclude=exclude, **options)
+        report.tied = {}  # The start of a training sees to them.
+        if report.warning is not None:
+            warnings.warn(report.warning, stacklevel=3)
     return Network(hf, linear), report
 
 
