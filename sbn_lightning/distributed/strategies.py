@@ -275,7 +275,9 @@ class ReplicatedStrategy(_Together, DDPStrategy):
             own choice.
         **options: The other options of ``DDPStrategy``. With an option of torch's ``DistributedDataParallel``, such as
             ``find_unused_parameters``, or with a ``ddp_comm_hook``, torch's class averages the gradients. An option
-            that has torch's default counts as not given, because a recipe gives all options.
+            that has torch's default counts as not given. In a program, ``broadcast_buffers=True`` and
+            ``gradient_as_bucket_view=False`` count, because this class has other defaults. A recipe gives all options,
+            so nobody can tell there what was chosen; ``strategy: ddp`` broadcasts buffers.
 
     Attributes:
         by_torch: Whether torch's class averages the gradients.
@@ -300,7 +302,13 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         known = signature(DistributedDataParallel).parameters
         own = ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period")
         defaults = dict.fromkeys(own) | {name: one.default for name, one in known.items()}
-        options = {name: value for name, value in options.items() if name not in defaults or value != defaults[name]}
+        by_recipe = 2 * len(known.keys() & options.keys()) > len(known)  # A recipe gives nearly all, a program a few.
+        other_here = () if by_recipe else ("broadcast_buffers", "gradient_as_bucket_view")
+        options = {
+            name: value
+            for name, value in options.items()
+            if name not in defaults or value != defaults[name] or (name in other_here and value is not None)
+        }
         if max_ctas is not None and "process_group" in options:
             raise ConfigError("max_ctas makes a process_group of its own: leave one of the two out")
         self.by_torch = any(name in defaults for name in options)

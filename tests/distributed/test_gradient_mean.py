@@ -27,6 +27,16 @@ def test_an_option_of_torchs_class_lets_torch_do_it():
     assert not ReplicatedStrategy("bfloat16", process_group_backend="gloo", max_ctas=8).by_torch
     assert ReplicatedStrategy(find_unused_parameters=True).by_torch
     assert ReplicatedStrategy(ddp_comm_hook=print).by_torch
+    assert not ReplicatedStrategy(find_unused_parameters=False, ddp_comm_hook=None).by_torch
+
+
+@pytest.mark.parametrize(("name", "value"), [("broadcast_buffers", True), ("gradient_as_bucket_view", False)])
+def test_a_program_gets_torchs_default_where_it_asks_for_it(name, value):
+    """This class has other defaults, so a value that equals torch's default is a choice all the same."""
+    made = ReplicatedStrategy(**{name: value})
+    assert made.by_torch
+    assert made._ddp_kwargs[name] is value
+    assert ReplicatedStrategy(static_graph=True, **{name: value})._ddp_kwargs[name] is value
 
 
 @pytest.mark.parametrize("options", [{}, {"max_ctas": 8}, {"find_unused_parameters": True}])
