@@ -99,7 +99,7 @@ def break_ties(model: nn.Module, noise: float = 0.01) -> dict[str, float]:
 def _concerned(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
     """The layers whose masks a training can change, because it changes the weights that rank a group."""
     for name, layer in masked_layers(model):
-        weight = layer._parameters["weight"]
+        weight = layer._parameters.get("weight")
         trained = weight is not None and weight.requires_grad and not weight.is_meta
         if trained and layer.mask_source == "latent":
             yield name, layer
