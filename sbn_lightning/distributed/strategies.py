@@ -273,11 +273,12 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         timeout: How long a collective may take before the rank gives up.
         max_ctas: The most multiprocessors that NCCL takes while it sends gradients beside the backward; None for NCCL's
             own choice.
+        broadcast_buffers: Whether buffers, except masks, are broadcast in each forward. True needs torch's class.
+        gradient_as_bucket_view: Whether gradients lie in the buffers that travel, where torch's class averages them.
+            False needs torch's class.
         **options: The other options of ``DDPStrategy``. With an option of torch's ``DistributedDataParallel``, such as
             ``find_unused_parameters``, or with a ``ddp_comm_hook``, torch's class averages the gradients. An option
-            that has torch's default counts as not given. In a program, ``broadcast_buffers=True`` and
-            ``gradient_as_bucket_view=False`` count, because this class has other defaults. A recipe gives all options,
-            so nobody can tell there what was chosen; ``strategy: ddp`` broadcasts buffers.
+            that has torch's default counts as not given, because a recipe gives all options.
 
     Attributes:
         by_torch: Whether torch's class averages the gradients.
@@ -292,6 +293,8 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         reduce_dtype: Literal["float32", "bfloat16"] = "float32",
         timeout: timedelta = TIMEOUT,
         max_ctas: int | None = None,
+        broadcast_buffers: bool = False,
+        gradient_as_bucket_view: bool = True,
         **options: Any,
     ) -> None:
         _check_reduce_dtype(reduce_dtype)
@@ -302,23 +305,15 @@ class ReplicatedStrategy(_Together, DDPStrategy):
         known = signature(DistributedDataParallel).parameters
         own = ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period")
         defaults = dict.fromkeys(own) | {name: one.default for name, one in known.items()}
-        by_recipe = 2 * len(known.keys() & options.keys()) > len(known)  # A recipe gives nearly all, a program a few.
-        other_here = () if by_recipe else ("broadcast_buffers", "gradient_as_bucket_view")
-        options = {
-            name: value
-            for name, value in options.items()
-            if name not in defaults or value != defaults[name] or (name in other_here and value is not None)
-        }
+        options = {name: value for name, value in options.items() if name not in defaults or value != defaults[name]}
         if max_ctas is not None and "process_group" in options:
             raise ConfigError("max_ctas makes a process_group of its own: leave one of the two out")
-        self.by_torch = any(name in defaults for name in options)
+        self.by_torch = broadcast_buffers or not gradient_as_bucket_view or any(name in defaults for name in options)
         if self.by_torch and reduce_dtype == "bfloat16":
             options["ddp_comm_hook"] = bf16_compress_hook
         # Newer versions of torch have the first name, and deprecate the second one.
         broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        if "broadcast_buffers" not in options:
-            options.setdefault(broadcast, False)
-        options.setdefault("gradient_as_bucket_view", True)
+        options = {broadcast: broadcast_buffers, "gradient_as_bucket_view": gradient_as_bucket_view} | options
         super().__init__(timeout=timeout, **options)
         self.max_ctas = max_ctas
         self.reduce_dtype: torch.dtype = getattr(torch, reduce_dtype)

@@ -23,6 +23,16 @@ def test_means_equal_those_of_torch(job, forked_runs):
     assert statuses(folder) == [0, 0], [(folder / f"rank{rank}.log").read_text() for rank in (0, 1)]
 
 
+def by_recipe(options):
+    """The strategy as a recipe makes it."""
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Strategy, "strategy")
+    path = f"{ReplicatedStrategy.__module__}.ReplicatedStrategy"
+    config = parser.parse_object({"strategy": {"class_path": path, "init_args": options}})
+    assert "process_group" in config.strategy.init_args  # The parser knows the options of torch's class, too.
+    return parser.instantiate(config).strategy
+
+
 def test_an_option_of_torchs_class_lets_torch_do_it():
     assert not ReplicatedStrategy("bfloat16", process_group_backend="gloo", max_ctas=8).by_torch
     assert ReplicatedStrategy(find_unused_parameters=True).by_torch
@@ -31,22 +41,16 @@ def test_an_option_of_torchs_class_lets_torch_do_it():
 
 
 @pytest.mark.parametrize(("name", "value"), [("broadcast_buffers", True), ("gradient_as_bucket_view", False)])
-def test_a_program_gets_torchs_default_where_it_asks_for_it(name, value):
-    """This class has other defaults, so a value that equals torch's default is a choice all the same."""
-    made = ReplicatedStrategy(**{name: value})
-    assert made.by_torch
-    assert made._ddp_kwargs[name] is value
-    assert ReplicatedStrategy(static_graph=True, **{name: value})._ddp_kwargs[name] is value
+def test_torchs_default_is_a_choice_where_this_class_has_another(name, value):
+    for made in (ReplicatedStrategy(**{name: value}), by_recipe({name: value})):
+        assert made.by_torch
+        given = made._ddp_kwargs
+        assert given["forward_sync_buffers" if "forward_sync_buffers" in given and "broad" in name else name] is value
 
 
 @pytest.mark.parametrize("options", [{}, {"max_ctas": 8}, {"find_unused_parameters": True}])
 def test_a_recipe_which_gives_every_option_its_default_is_no_other_choice(options):
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(Strategy, "strategy")
-    path = f"{ReplicatedStrategy.__module__}.ReplicatedStrategy"
-    config = parser.parse_object({"strategy": {"class_path": path, "init_args": options}})
-    assert "process_group" in config.strategy.init_args  # The parser knows the options of torch's class, too.
-    made = parser.instantiate(config).strategy
+    made = by_recipe(options)
     assert made.by_torch == ("find_unused_parameters" in options)
     assert made._ddp_kwargs == ReplicatedStrategy(**options)._ddp_kwargs
     assert made.max_ctas == options.get("max_ctas")
