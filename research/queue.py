@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from research.reproduce.results import read_results
+from sbn_lightning.core.errors import ConfigError
 
-__all__ = ["append_row", "claim", "read_rows"]
+__all__ = ["append_row", "claim", "read_all_rows", "read_rows"]
 
 read_rows = read_results
+
+
+def read_all_rows(files: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """Return the rows of several files, for a report.
+
+    Args:
+        files: The files, in the order of their rows.
+
+    Raises:
+        ConfigError: If a file is not there or has no rows. A page of empty tables would replace one with figures.
+    """
+    rows = []
+    for file in files:
+        found = read_rows(Path(file))
+        if not found:
+            raise ConfigError(f"{file} holds no results; `work` writes them")
+        rows += found
+    return rows
 
 
 def append_row(file: Path, row: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ from research.pretrained.report import tasks as report_tasks
 from research.pretrained.speed import measure_speed, random_weights
 from research.pretrained.train import Setting
 from research.pretrained.trials import SHORT, WAYS, Trial, lengthy, options
-from research.queue import append_row, read_rows
+from research.queue import append_row, read_all_rows
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.data.tokenizer import find_eos
 from sbn_lightning.evaluation.probes import make_tasks
@@ -98,10 +98,10 @@ def run_speed(args: argparse.Namespace) -> None:
 
 def run_report(args: argparse.Namespace) -> None:
     """Print the tables."""
-    print(report([row for file in args.results for row in read_rows(Path(file))]))
+    print(report(read_all_rows(args.results)))
     for make, files in ((report_tasks, args.answers), (report_copying, args.copying)):
         if files:
-            print("\n" + make([row for file in files for row in read_rows(Path(file))]))
+            print("\n" + make(read_all_rows(files)))
 
 
 def run_work(args: argparse.Namespace) -> None:

@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 
-from research.queue import append_row, claim, read_rows
+from research.queue import append_row, claim, read_all_rows, read_rows
 from research.sizes.rates import AT_15M, best_rates, is_complete, resolve
 from research.sizes.rounds import ROUNDS
 from research.sizes.train import FILE, Setting, Training
 from research.sizes.trials import Trial, tokens_of
 from research.training import STATE
+from sbn_lightning.core.errors import ConfigError
 
 SUFFIXES = [".py", ".md", ".rst", ".txt"]
 OVERHEAD = 12.0  # seconds of a trial besides its steps
@@ -235,9 +236,11 @@ def main() -> None:
     if args.command == "report":
         from research.sizes.report import write_report
 
-        write_report(
-            [row for file in args.results for row in read_rows(Path(file))], Path(args.output), Path(args.images)
-        )
+        try:
+            rows = read_all_rows(args.results)
+        except ConfigError as error:
+            parser.error(str(error))
+        write_report(rows, Path(args.output), Path(args.images))
         return
     if args.command == "corpus":
         make_corpus(args.output, args.folders, args.max_bytes)

@@ -1,5 +1,6 @@
 """The study of sizes: a stopped trial continues, variants do what they say, and the fit finds a slope that is there."""
 
+import importlib
 import math
 import time
 from dataclasses import asdict, replace
@@ -271,6 +272,18 @@ def test_gaps_pair_seeds_and_leave_other_learning_rates_out():
     of_other_text = [row | {"text_tokens": 2000} if row["trial"]["pattern"] == "2:4" else row for row in rows]
     assert not gaps(of_other_text, "ternary", "2:4")
     assert fit([place]) is None
+
+
+@pytest.mark.parametrize("study", ["sizes", "pretrained"])
+def test_a_report_of_a_file_that_is_not_there_writes_nothing(study, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"{MARK}\n\nFigures.\n", encoding="utf-8")
+    words = ["--output", str(page), "--images", str(tmp_path)] if study == "sizes" else []
+    monkeypatch.setattr("sys.argv", ["research", "report", str(tmp_path / "nope.jsonl"), *words])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"research.{study}.__main__").main()
+    assert "nope.jsonl holds no results" in capsys.readouterr().err
+    assert "Figures." in page.read_text(encoding="utf-8")
 
 
 def test_the_report_keeps_the_words_above_its_mark(tmp_path):
