@@ -34,7 +34,8 @@ class OneLineErrors(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         found = _PATTERN_MESSAGE.search(message)
         line = re.sub(r"\s+", " ", found[0] if found else what_is_wrong(message)).strip()
-        raise ConfigError(line + (self._suggestion(line) or _suggestion_for_class(message))) from ex
+        hint = self._suggestion(line) or _suggestion_for_class(message) or _class_of_strategy(line)
+        raise ConfigError(line + hint) from ex
 
     def _suggestion(self, message: str) -> str:
         wrong = re.match(r"unrecognized arguments: --([\w.]+)", message) or re.search(
@@ -76,6 +77,20 @@ def _suggestion_for_class(message: str) -> str:
     kinds = [locate(path) for path in set(re.findall(r"class_path'?[=:] ?'([\w.]+)'", message))] if wrong else []
     known = [name for kind in kinds if isinstance(kind, type) for name in inspect.signature(kind).parameters]
     return close_to(wrong[1], known) if wrong else ""
+
+
+def _class_of_strategy(message: str) -> str:
+    """Name the class of a strategy whose short name was given options; empty for another message.
+
+    A short name takes no options. Options on the command line also need the class before them.
+    """
+    short = re.search(r'"trainer\.strategy": Expected a dot import path string: (\w+)', message)
+    if short is None:
+        return ""
+    classes = {"sbn_ddp": "ReplicatedStrategy", "sbn_fsdp2": "ShardedStrategy"}
+    wanted = classes.values() if short[1] not in classes else [classes[short[1]]]
+    paths = " or ".join(f"sbn_lightning.distributed.strategies.{name}" for name in wanted)
+    return f"; a name takes no options: give a class first, {paths}"
 
 
 def close_to(wrong: str, known: list[str]) -> str:

@@ -293,6 +293,32 @@ def test_errors_in_the_plugins_options_are_one_clear_line(tokens, capsys, option
     assert len(line) < 200
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--trainer.strategy=sbn_ddp", "--trainer.strategy.reduce_dtype=bfloat16"], "Replicated"),
+        (["--trainer.strategy=sbn_fsdp2", "--trainer.strategy.gather=latent"], "Sharded"),
+    ],
+)
+def test_options_of_a_strategys_short_name_name_its_class(tokens, capsys, given, message):
+    line = error_of(capsys, fit(tokens, *given))
+    assert line.endswith(f"give a class first, sbn_lightning.distributed.strategies.{message}Strategy")
+
+
+def test_a_strategys_short_name_as_class_path_names_its_class(tokens, capsys, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "trainer: {strategy: {class_path: sbn_ddp, init_args: {reduce_dtype: bfloat16}}}\n", encoding="utf-8"
+    )
+    line = error_of(capsys, fit(tokens, "--config", str(recipe)))
+    assert line.endswith("give a class first, sbn_lightning.distributed.strategies.ReplicatedStrategy")
+
+
+def test_a_strategys_option_before_its_class_says_to_give_the_class_first(tokens, capsys):
+    line = error_of(capsys, fit(tokens, "--trainer.strategy.reduce_dtype=bfloat16"))
+    assert "give a class first, sbn_lightning.distributed.strategies.ReplicatedStrategy or " in line
+
+
 def test_a_misspelt_plugin_and_a_second_precision_are_one_clear_line(tokens, capsys):
     line = error_of(capsys, fit(tokens, f"--trainer.plugins={PLUGIN[:-1]}"))
     assert "has no attribute 'SparseTernaryPrecisio'" in line
