@@ -76,8 +76,9 @@ def check_checkpoint(path: str | Path | None, strategy: Any) -> None:
         # The checkpoint is not read here, because torch.distributed.checkpoint unpickles its metadata. Unpickling can
         # run code that the file contains.
         raise ConfigError(
-            f"{path} is a sharded checkpoint, which only ModelParallelStrategy reads; if you trust it, make one file "
-            f"of it: sbn consolidate --checkpoint {path} --output {path.with_suffix('.whole.ckpt')}"
+            f"{path} is a sharded checkpoint: continue it with a Trainer whose strategy is sbn_fsdp2, on any number of "
+            "processes; or, if you trust it, make one file of it: "
+            f"sbn consolidate --checkpoint {path} --output {path.with_suffix('.whole.ckpt')}"
         )
     if path.is_file() and sharding:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

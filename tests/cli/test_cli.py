@@ -146,7 +146,9 @@ def test_last_as_a_sharded_checkpoint(tokens, capsys):
     torch.save({}, last / "meta.pt")
     for command in ("fit", "fabric"):
         words = [command, "--config", str(RECIPE), *small(tokens), "--ckpt_path=last"]
-        assert f"sbn consolidate --checkpoint {last} --output " in error_of(capsys, main(words))
+        told = error_of(capsys, main(words))
+        assert f"sbn consolidate --checkpoint {last} --output " in told
+        assert "continue it with a Trainer whose strategy is sbn_fsdp2" in told
 
 
 def test_a_dense_model_needs_no_mask_callbacks(tokens):

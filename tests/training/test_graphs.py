@@ -278,7 +278,7 @@ def test_an_evaluation_records_nothing(recordings):
 def test_a_run_is_refused_before_its_first_step():
     module = small_module(pattern="2:4")
     module.cuda_graphs = True
-    with pytest.raises(ConfigError, match=r"does not work with a run on cpu; set model\.cuda_graphs to false"):
+    with pytest.raises(ConfigError, match=r"a run on cpu; set model\.cuda_graphs to false; --config sizes/cpu makes"):
         quiet_trainer().fit(module, token_loader())
     for options, reason in (
         ({"devices": 1}, "a run on cpu"),
