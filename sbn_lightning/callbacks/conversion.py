@@ -203,7 +203,7 @@ class TernarySparseConversion(Callback):
         self.report = convert_quietly(
             module, self.sparsity, include=self.include, exclude=self.exclude, split_sizes=self.split_sizes
         )
-        self.report.tied, self._ties_open = {}, True  # The callback sees to them.
+        self._ties_open = True
         self._decide_ties(module, stage)
         if self.report.warning is not None:
             rank_zero_warn(f"TernarySparseConversion: {self.report.warning}")

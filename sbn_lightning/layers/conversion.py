@@ -119,6 +119,7 @@ def convert_linears(
             fits no layer, or if an option cannot work.
     """
     report = convert_quietly(model, sparsity, include=include, exclude=exclude, split_sizes=split_sizes, **options)
+    report.tied = find_ties(model)
     if report.warning is not None:
         warnings.warn(report.warning, stacklevel=2)
     return report
@@ -134,7 +135,7 @@ def convert_quietly(
     shown: bool = True,
     **options: Any,
 ) -> ConversionReport:
-    """Convert layers as :func:`convert_linears` does, but without a warning.
+    """Convert layers as :func:`convert_linears` does, but without a warning and without a look for ties.
 
     Args:
         model: The model.
@@ -232,7 +233,6 @@ def convert_quietly(
     note_told(narrow if shown else [])
     report.narrow = narrow[0].dtype if narrow else None
     report.swiglu = connect_layers(model)
-    report.tied = find_ties(model) if shown else {}
     return report
 
 

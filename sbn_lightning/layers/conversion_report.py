@@ -30,7 +30,7 @@ class ConversionReport:
         frozen: The names of the converted layers whose weights were frozen (``requires_grad=False``) at the time.
         narrow: The dtype of converted weights that are to be trained and have only 16 bits; None if there are none.
         tied: The masked layers in which equal weights lie on both sides of the mask's edge, with the share of groups
-            (:func:`~sbn_lightning.layers.ties.find_ties`).
+            (:func:`~sbn_lightning.layers.ties.find_ties`). Only :func:`convert_linears` looks for them.
         converted_parameters: The number of weights in converted layers.
         linear_parameters: The number of linear parameters in the model.
         wanted_parameters: The number of linear parameters without those that the caller excluded by name, and without

@@ -176,8 +176,8 @@ def make_network(
     hf = build_network(source)
     report = None
     if linear != "dense":
+        # No look for ties: the start of a training decides them.
         report = convert_quietly(hf, pattern, kind=linear, include=include, exclude=exclude, **options)
-        report.tied = {}  # The start of a training sees to them.
         if report.warning is not None:
             warnings.warn(report.warning, stacklevel=3)
     return Network(hf, linear), report
