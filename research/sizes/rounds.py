@@ -108,5 +108,4 @@ def smoke() -> Iterator[Trial]:
     yield replace(base, family="bf16", lr=4e-3)
 
 
-ROUNDS = {"main": list(main()), "large": list(large()), "larger": list(larger()), "seeds": list(seeds())}
-ROUNDS["smoke"] = list(smoke())
+ROUNDS = {make.__name__: list(make()) for make in (main, large, larger, seeds, smoke)}

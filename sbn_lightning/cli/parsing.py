@@ -87,9 +87,11 @@ def _class_of_strategy(message: str) -> str:
     short = re.search(r'"trainer\.strategy": Expected a dot import path string: (\w+)', message)
     if short is None:
         return ""
-    classes = {"sbn_ddp": "ReplicatedStrategy", "sbn_fsdp2": "ShardedStrategy"}
-    wanted = classes.values() if short[1] not in classes else [classes[short[1]]]
-    paths = " or ".join(f"sbn_lightning.distributed.strategies.{name}" for name in wanted)
+    from lightning.pytorch.strategies import StrategyRegistry  # Only a training command comes here.
+
+    ours = [name for name in StrategyRegistry.available_strategies() if name.startswith("sbn_")]
+    kinds = [StrategyRegistry[name]["strategy"] for name in ([short[1]] if short[1] in ours else ours)]
+    paths = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
     return f"; a name takes no options: give a class first, {paths}"
 
 

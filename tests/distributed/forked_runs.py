@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,13 @@ def statuses(folder: Path) -> list[int]:
     """The exit statuses of the ranks of a job."""
     found: list[int] = json.loads((folder / "done.json").read_text())["statuses"]
     return found
+
+
+def jobs_on_two_ranks(folder: Path, functions: Iterable[str]) -> list[dict[str, Any]]:
+    """One job on two ranks for each function, in a folder of its name."""
+    return [{"ranks": 2, "function": name, "folder": folder / name} for name in functions]
+
+
+def assert_two_ended(folder: Path) -> None:
+    """Both ranks of a job ended well; otherwise the failure shows their logs."""
+    assert statuses(folder) == [0, 0], [(folder / f"rank{rank}.log").read_text() for rank in (0, 1)]

@@ -7,20 +7,19 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import Strategy
 
 from sbn_lightning.distributed.strategies import ReplicatedStrategy
-from tests.distributed.forked_runs import statuses
+from tests.distributed.forked_runs import assert_two_ended, jobs_on_two_ranks
 
 JOBS = ("mean", "fabric_mean")
 
 
 def jobs_of_ranks(folder, tokens):
-    return [{"ranks": 2, "function": name, "folder": folder / name} for name in JOBS]
+    return jobs_on_two_ranks(folder, JOBS)
 
 
 @pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
 @pytest.mark.parametrize("job", JOBS)
 def test_means_equal_those_of_torch(job, forked_runs):
-    folder = forked_runs / "test_gradient_mean" / job
-    assert statuses(folder) == [0, 0], [(folder / f"rank{rank}.log").read_text() for rank in (0, 1)]
+    assert_two_ended(forked_runs / "test_gradient_mean" / job)
 
 
 def by_recipe(options):

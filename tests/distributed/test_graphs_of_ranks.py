@@ -14,21 +14,20 @@ from sbn_lightning.distributed.gradients import GradientScatter
 from sbn_lightning.layers import SparseLinear
 from sbn_lightning.training import graphs
 from sbn_lightning.training.graphs import GraphedLoss
-from tests.distributed.forked_runs import statuses
+from tests.distributed.forked_runs import assert_two_ended, jobs_on_two_ranks
 from tests.helpers import small_module
 
 JOBS = ("graphed", "graphed_sharded", "graphed_fabric", "graphed_bare")
 
 
 def jobs_of_ranks(folder, tokens):
-    return [{"ranks": 2, "function": name, "folder": folder / name} for name in JOBS]
+    return jobs_on_two_ranks(folder, JOBS)
 
 
 @pytest.mark.timeout(900)  # The first of these tests runs the jobs of all.
 @pytest.mark.parametrize("job", JOBS)
 def test_a_replay_sends_gradients_as_a_backward_does(job, forked_runs):
-    folder = forked_runs / "test_graphs_of_ranks" / job
-    assert statuses(folder) == [0, 0], [(folder / f"rank{rank}.log").read_text() for rank in (0, 1)]
+    assert_two_ended(forked_runs / "test_graphs_of_ranks" / job)
 
 
 @pytest.fixture
