@@ -204,7 +204,8 @@ fitted, to three rows of ours of the day before.
 - **Ours, all rows but the last three:** the model is off by at most 5.0 % for `sbn_fsdp2` and by at most 4.3 % for DDP.
   With one micro-batch DDP takes longer than the model says. With CUDA graphs, which take the host away, `sbn_fsdp2` at
   3B takes less time than the model says.
-- **Four GPUs** were measured after the model was made, and nothing was fitted to them: ours is off by at most 3.7 %.
+- **Four GPUs** were measured after the model was made. No number was fitted to these rows. For ours the model is off
+  by at most 3.7 %.
 - **The last three rows:** the model knows nothing of the host, which limited several runs, above all of small models.
   These rows are most likely such a run. It was not profiled. On the same host the model fits exact gradients and 3B,
   for which the GPU computes longer.
