@@ -9,21 +9,22 @@
 
 The link is measured first: all-reduces of 1 GiB over NCCL. ``link_gb_per_s`` is their bus bandwidth, 2 (n - 1) / n of
 the bytes of one all-reduce over its time. One process for each GPU trains all runs (``scaling_rank.py``). If a run
-fails, new processes go on with the next. Runs on one GPU come first, side by side on different GPUs. A run is
-``Trainer`` with ``SparseBitNet`` (2:4, blocks compiled), the precision plugin, clipping and a fused AdamW, as in a
-recipe, on random tokens. ``fsdp2 packed`` sends packed weights between GPUs once a step, ``fsdp2 layer`` for each
-block, ``fsdp2 latent`` latent weights. ``fsdp2 step`` is ``fsdp2 packed`` with gradients sent once a step, which takes
-4 bytes a weight. ``ddp`` is the strategy ``sbn_ddp``, and ``ddp bfloat16`` sums its gradients in bfloat16, as the rows
-of FSDP2 do. ``ddp lightning`` is Lightning's own strategy. In rows whose names end in ``waiting`` kernels make no room
-for collectives: a kernel starts one program for each multiprocessor. In rows whose names end in ``on 8 ctas``, NCCL
-takes at most so many multiprocessors while it sends gradients. In rows whose names end in ``in 25 mb``, torch's
-DDP averages the gradients, in buffers of so many megabytes. In rows whose names end in ``graphs``, micro-batches are
-replayed as CUDA graphs. They are compared with a single GPU that does the same, ``one graphs``.
-Names with ``bf16`` train the dense model in bfloat16, names with ``float8`` on torchao's float8 tensor cores, under
-FSDP2 with its float8 all-gather. Every GPU gets as many tokens as the single GPU, so ``scaling`` is the tokens a second
-of all GPUs over those of one GPU times their number. ``scaling`` is empty if there is no run on one GPU. ``same_masks``
-compares a digest of every layer's mask on every rank after the last step; a run whose ranks differ gets no row.
-``wire_mib`` is what a rank receives in one more step of the smallest number of micro-batches, counted as the
+fails, new processes go on with the next. GPUs of one host differ by some percent, and GPUs that average their gradients
+wait for the slowest. So each GPU trains the runs on one GPU, side by side with the others, and the row is that of the
+slowest. These runs come first. A run is ``Trainer`` with ``SparseBitNet`` (2:4, blocks compiled), the precision plugin,
+clipping and a fused AdamW, as in a recipe, on random tokens. ``fsdp2 packed`` sends packed weights between GPUs once a
+step, ``fsdp2 layer`` for each block, ``fsdp2 latent`` latent weights. ``fsdp2 step`` is ``fsdp2 packed`` with gradients
+sent once a step, which takes 4 bytes a weight. ``ddp`` is the strategy ``sbn_ddp``, and ``ddp bfloat16`` sums its
+gradients in bfloat16, as the rows of FSDP2 do. ``ddp lightning`` is Lightning's own strategy. In rows whose names end
+in ``waiting`` kernels make no room for collectives: a kernel starts one program for each multiprocessor. In rows whose
+names end in ``on 8 ctas``, NCCL takes at most so many multiprocessors while it sends gradients. In rows whose names end
+in ``in 25 mb``, torch's DDP averages the gradients, in buffers of so many megabytes. In rows whose names end in
+``graphs``, micro-batches are replayed as CUDA graphs. They are compared with a single GPU that does the same, ``one
+graphs``. Names with ``bf16`` train the dense model in bfloat16, names with ``float8`` on torchao's float8 tensor cores,
+under FSDP2 with its float8 all-gather. Every GPU gets as many tokens as the single GPU, so ``scaling`` is the tokens a
+second of all GPUs over those of one GPU times their number. ``scaling`` is empty if there is no run on one GPU.
+``same_masks`` compares a digest of every layer's mask on every rank after the last step; a run whose ranks differ gets
+no row. ``wire_mib`` is what a rank receives in one more step of the smallest number of micro-batches, counted as the
 collectives run (``wire.py``). Rows are written as they are measured. Progress, with the seconds since the start, goes
 to stderr.
 """
@@ -89,6 +90,7 @@ class Table:
         self.devices = devices
         self.link: float | str = ""
         self.alone: dict[tuple[Any, ...], float] = {}  # tokens a second of one GPU, by model and batch
+        self.found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # what each GPU measured alone, by run and count
         self.begun: list[Run] = []
         self.measured: list[tuple[Run, int]] = []
         self.missing: list[str] = []  # Rows whose ranks hold different masks.
@@ -105,7 +107,13 @@ class Table:
         record = json.loads(line)
         self.link = record.get("link_gb_per_s", self.link)
         if "ms" in record:
-            self.add(runs[record["run"]], record)
+            run = runs[record["run"]]
+            found = self.found.setdefault((*run[:4], record["accumulate"]), [])
+            found.append(record)
+            if not run.alone:
+                self.add(run, record)
+            elif len(found) == self.devices:
+                self.add(run, max(found, key=lambda one: one["ms"]))
         elif "run" in record:
             self.begun.append(runs[record["run"]])
 

@@ -2,7 +2,7 @@
 
 All runs share the processes, because a process needs half a minute for its imports and for NCCL. A run is one ``fit``,
 and measures all numbers of micro-batches that are wanted of it, so a model is made and compiled once for them. Runs on
-one GPU come first, and each rank has its own.
+one GPU come first, and every rank trains them on its own GPU.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ def put(record: dict[str, Any]) -> None:
 
 
 def train_all(runs: Sequence[Run], args: Any) -> None:
-    """Train the runs of this rank: its share of those on one GPU, and all others. Ends the process.
+    """Train the runs on one GPU, and then all others. Ends the process.
 
     Args:
         runs: All runs.
@@ -345,7 +345,7 @@ def train_all(runs: Sequence[Run], args: Any) -> None:
     alone = [run for run in runs if run.alone]
     several = [run for run in runs if not run.alone]
     torch.cuda.set_device(rank)
-    for run in [*alone[rank :: args.devices], *several]:
+    for run in [*alone, *several]:
         if several and run is several[0] and not args.no_link:
             rate = link(args.devices)
             if rank == 0:
