@@ -5,13 +5,15 @@
     python benchmarks/simulate.py --check    # changes nothing; fails if the page differs from what this file says
 
 Needs nothing but Python. ``simulate_model.py`` has the model. The page says what the model takes for granted, and how
-far it is from measured figures.
+far it is from the measured figures in ``results/scaling.csv``.
 """
 
 from __future__ import annotations
 
+import csv
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from simulate_model import BUSY, GIB, SHAPES, Cluster, Plan, Shape, memory, scaling, step
 
@@ -24,85 +26,89 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-# Shape, how it is trained, GPUs, micro-batches of a step and their sequences; milliseconds on these GPUs and on one.
-MEASURED = (
-    (0, "packed_step", 2, 1, 8, 246.7, 236.6),
-    (0, "packed_step", 2, 2, 8, 479.6, 458.5),
-    (0, "packed_step", 2, 8, 8, 1856.1, 1768.5),
-    (0, "packed_step, exact", 2, 1, 8, 296.5, 287.2),
-    (0, "packed_step, exact", 2, 2, 8, 587.3, 570.9),
-    (0, "packed_step, exact", 2, 8, 8, 2273.2, 2208.3),
-    (0, "ddp", 2, 1, 8, 256.1, 237.8),
-    (0, "ddp", 2, 2, 8, 481.1, 459.0),
-    (0, "ddp", 2, 8, 8, 1823.1, 1801.8),
-    (0, "ddp, exact", 2, 1, 8, 316.2, 287.2),
-    (0, "ddp, exact", 2, 2, 8, 589.4, 570.9),
-    (0, "ddp, exact", 2, 8, 8, 2238.0, 2208.3),
-    (0, "bf16", 2, 1, 8, 350.3, 316.3),
-    (0, "bf16", 2, 2, 8, 693.6, 631.6),
-    (1, "packed_step", 2, 1, 8, 426.4, 415.7),
-    (1, "packed_step", 2, 2, 8, 828.9, 807.2),
-    (1, "packed_step", 2, 8, 8, 3225.9, 3102.4),
-    (1, "ddp", 2, 1, 8, 446.8, 415.7),
-    (1, "ddp", 2, 2, 8, 839.2, 807.2),
-    (1, "ddp", 2, 8, 8, 3153.8, 3102.4),
-    (1, "bf16", 2, 2, 8, 1305.2, 1247.2),
-    (0, "packed_step, graphs", 2, 1, 8, 251.9, 246.0),
-    (0, "packed_step, graphs", 2, 2, 8, 484.2, 468.3),
-    (0, "packed_step, graphs", 2, 8, 8, 1872.5, 1803.3),
-    (0, "ddp, graphs", 2, 1, 8, 263.0, 246.0),
-    (0, "ddp, graphs", 2, 2, 8, 486.8, 468.3),
-    (0, "ddp, graphs", 2, 8, 8, 1826.3, 1803.3),
-    (0, "packed_step, exact, graphs", 2, 1, 8, 299.7, 298.0),
-    (0, "packed_step, exact, graphs", 2, 2, 8, 581.2, 572.1),
-    (0, "packed_step, exact, graphs", 2, 8, 8, 2274.7, 2218.7),
-    (1, "packed_step, graphs", 2, 1, 8, 434.0, 433.8),
-    (1, "packed_step, graphs", 2, 2, 8, 830.0, 818.3),
-    (1, "packed_step, graphs", 2, 8, 8, 3226.6, 3119.3),
-    (1, "ddp, graphs", 2, 1, 8, 460.7, 433.8),
-    (1, "ddp, graphs", 2, 2, 8, 849.1, 818.3),
-    (1, "ddp, graphs", 2, 8, 8, 3162.4, 3119.3),
-    (0, "packed_step", 4, 2, 8, 496.4, 459.5),
-    (0, "packed_step, graphs", 4, 2, 8, 485.3, 463.8),
-    (0, "ddp", 4, 2, 8, 491.4, 459.5),
-    (0, "ddp, graphs", 4, 2, 8, 483.0, 463.8),
-    (0, "bf16", 4, 2, 8, 699.4, 638.2),
-)
-SLOW = (  # Rows that the host most likely limited.
-    (0, "packed_step, slow host", 2, 1, 8, 276.8, 237.8),
-    (0, "packed_step, slow host", 2, 2, 8, 500.8, 459.0),
-    (0, "packed_step, slow host", 2, 8, 8, 1965.2, 1801.8),
-)
-PEAKS = ((0, 43.8), (1, 73.3))  # Shape, and the measured GiB of each of two GPUs under packed_step.
+RESULTS = Path(__file__).parent / "results" / "scaling.csv"
+GATHERS = {"fsdp2 packed": "packed_step", "ddp": "ddp", "bf16 fsdp2": "bf16"}  # Strategy of a row -> gather of a Plan.
+
+
+class Measured(NamedTuple):
+    """A row of ``scaling.csv`` with a strategy and a shape that the model knows.
+
+    Attributes:
+        shape: The shape.
+        gather: How the ranks exchange weights, as in a plan.
+        more: What else the row says of itself: exact gradients, CUDA graphs.
+        gpus: The number of GPUs of one host.
+        accumulate: The micro-batches of a step.
+        sequences: The sequences of a micro-batch.
+        ms: The milliseconds of a step.
+        alone: The milliseconds of the slowest of these GPUs alone.
+        gib: The peak memory of a GPU.
+    """
+
+    shape: Shape
+    gather: str
+    more: str
+    gpus: int
+    accumulate: int
+    sequences: int
+    ms: float
+    alone: float
+    gib: float
+
+    def predicted(self) -> float:
+        """The milliseconds of a step, from what one GPU took."""
+        plan = Plan(gather=self.gather, sequences=self.sequences, length=2048, accumulate=self.accumulate)
+        found = step(self.shape, Cluster(self.gpus, 400), plan)
+        return self.alone * found.total / found.compute
+
+    def error(self) -> float:
+        """How much longer a step is on paper than measured, as a part of what was measured."""
+        return self.predicted() / self.ms - 1
+
+
+def measured() -> list[Measured]:
+    """The rows that the model can be checked against."""
+    shapes = {f"qwen2.5-{shape.name.lower()}": shape for shape in SHAPES}
+    found = []
+    with RESULTS.open(newline="") as file:
+        for row in csv.DictReader(file):
+            strategy = row["strategy"].removesuffix(" graphs")
+            if row["shape"] not in shapes or strategy not in GATHERS:
+                continue
+            exact = ", exact" if row["gradients"] == "bf16" else ""
+            graphs = ", graphs" if strategy != row["strategy"] else ""
+            ms = float(row["ms"])
+            numbers = (int(row["gpus"]), int(row["accumulate"]), int(row["sequences"]), ms, ms * float(row["scaling"]))
+            found.append(
+                Measured(shapes[row["shape"]], GATHERS[strategy], exact + graphs, *numbers, float(row["peak_gib"]))
+            )
+    return found
+
+
 NAMES = {"ddp": "ours, DDP", "packed_step": "ours, `sbn_fsdp2`", "bf16": "BF16 dense, FSDP2, gathered in bf16"}
-
-
-def predicted(number: int, kind: str, gpus: int, accumulate: int, sequences: int, alone: float) -> float:
-    """The milliseconds of a step on some GPUs of one host, from what one GPU took."""
-    plan = Plan(gather=kind.split(",")[0], sequences=sequences, length=2048, accumulate=accumulate)
-    found = step(SHAPES[number], Cluster(gpus, 400), plan)
-    return alone * found.total / found.compute
 
 
 def check_table() -> str:
     """The model against the figures of two and four GPUs."""
-    rows = []
-    for number, kind, gpus, accumulate, sequences, measured, alone in MEASURED + SLOW:
-        model = predicted(number, kind, gpus, accumulate, sequences, alone)
-        gather, _, more = kind.partition(",")
-        rows.append(
-            [
-                f"{SHAPES[number].name}, {NAMES[gather]}{',' * bool(more)}{more}",
-                str(gpus),
-                f"{accumulate} of {sequences}",
-                f"{alone:.0f}",
-                f"{measured:.0f}",
-                f"{model:.0f}",
-                f"{model / measured - 1:+.1%}",
-            ]
-        )
+    rows = [
+        [
+            f"{row.shape.name}, {NAMES[row.gather]}{row.more}",
+            str(row.gpus),
+            f"{row.accumulate} of {row.sequences}",
+            f"{row.alone:.0f}",
+            f"{row.ms:.0f}",
+            f"{row.predicted():.0f}",
+            f"{row.error():+.1%}",
+        ]
+        for row in measured()
+    ]
     headings = ["H200 of one host", "GPUs", "micro-batches", "one GPU, ms", "measured, ms", "model, ms", "error"]
     return table(headings, rows)
+
+
+def worst(gather: str, gpus: int = 2) -> str:
+    """The largest error of the rows of a strategy, in percent."""
+    return f"{max(abs(row.error()) for row in measured() if (row.gather, row.gpus) == (gather, gpus)):.1%}"
 
 
 def scaling_table(gbit: float, plan: Plan) -> str:
@@ -145,9 +151,10 @@ def memory_table(gpus: int) -> str:
 def peaks() -> str:
     """The memory of the model against the peaks of two GPUs, in a sentence."""
     told = []
-    for number, measured in PEAKS:
-        size = sum(memory(SHAPES[number], 2, Plan(sequences=8, length=2048)).values())
-        told.append(f"{size:.1f} GiB at {SHAPES[number].name}, where the peak was {measured:.1f}")
+    for row in measured():
+        if (row.gather, row.more, row.gpus, row.accumulate) == ("packed_step", "", 2, 1):
+            size = sum(memory(row.shape, 2, Plan(sequences=row.sequences, length=2048)).values())
+            told.append(f"{size:.1f} GiB at {row.shape.name}, where the peak was {row.gib:.1f}")
     return f"On two GPUs with 8 sequences of 2,048 tokens the same sums are:\n{'; '.join(told)}."
 
 
@@ -198,19 +205,15 @@ bandwidth, the latencies of rings, and what a backward hides. [Several GPUs](sca
 
 {check_table()}
 
-Gradients are int8, or exact where a row says so. "2 of 8" means two micro-batches of 8 sequences. One number was
-fitted, to three rows of ours of the day before.
+Gradients are int8, or exact where a row says so. "2 of 8" means two micro-batches of 8 sequences. "one GPU" is the
+slowest of the GPUs. One number was fitted, to three rows of ours of 2026-11-28, which are not in this table.
 
-- **Ours, all rows but the last three:** the model is off by at most 5.0 % for `sbn_fsdp2` and by at most 4.3 % for DDP.
-  With one micro-batch DDP takes longer than the model says. With CUDA graphs, which take the host away, `sbn_fsdp2` at
-  3B takes less time than the model says.
-- **Four GPUs** were measured after the model was made. No number was fitted to these rows. For ours the model is off
-  by at most 3.7 %.
-- **The last three rows:** the model knows nothing of the host, which limited several runs, above all of small models.
-  These rows are most likely such a run. It was not profiled. On the same host the model fits exact gradients and 3B,
-  for which the GPU computes longer.
-- **BF16 at 1.5B** takes longer than the model says, perhaps because its matrix products do not make room for
-  collectives.
+- **Two GPUs:** the model is off by at most {worst("packed_step")} for `sbn_fsdp2`, by {worst("ddp")} for DDP, and by
+  {worst("bf16")} for BF16 under FSDP2.
+- **Four GPUs:** {worst("packed_step", 4)}, {worst("ddp", 4)} and {worst("bf16", 4)}.
+- `sbn_fsdp2` takes less time than the model says, above all with one micro-batch. There the ranks share the work of the
+  optimiser, which the model does not know.
+- The model knows nothing of the host. So shapes that a host limits, such as 0.5B without CUDA graphs, are not here.
 
 ## Scaling: throughput over that of one GPU times the number of GPUs
 
