@@ -51,6 +51,29 @@ def tokens(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def recordings(monkeypatch):
+    """Record on a CPU: the function runs at once, and again in each replay. The list counts both."""
+    from sbn_lightning.training import graphs
+
+    calls = {"recorded": 0, "replayed": 0}
+
+    def record(function, pool):
+        calls["recorded"] += 1
+        function()
+
+        def replay():
+            calls["replayed"] += 1
+            with torch.enable_grad():
+                function()
+
+        return replay
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr("sbn_lightning.training.module.check_graphs", lambda module, trainer: None)
+    return calls
+
+
 @pytest.fixture(autouse=True)
 def _in_tmp_path(tmp_path, monkeypatch):
     """Each test writes its logs and checkpoints to a folder of its own."""

@@ -94,7 +94,8 @@ def check_graphs(module: Any, trainer: Any) -> None:
     """Refuse what a CUDA graph of the step cannot hold.
 
     Args:
-        module: The :class:`~sbn_lightning.training.module.SparseBitNet` that is trained with ``cuda_graphs``.
+        module: The :class:`~sbn_lightning.training.module.SparseBitNet`, or a subclass, that is trained with
+            ``cuda_graphs``.
         trainer: The Trainer, or what stands for it in the Fabric loop.
 
     Raises:
@@ -111,10 +112,11 @@ def check_graphs(module: Any, trainer: Any) -> None:
         and sharding["gather"] != "packed_step",
         "reduce: step in sbn_fsdp2, only with micro_batch": sharding.get("reduce") == "step",
         "options of torch's DistributedDataParallel in sbn_ddp": getattr(strategy, "by_torch", False),
-        "a mixture of experts, whose host reads how many tokens each expert has": bool(module.config.n_experts),
+        "a mixture of experts, whose host reads how many tokens each expert has": bool(module.config.n_experts)
+        or "router_aux_loss_coef" in getattr(module.config, "hugging_face", {}),
         "distillation.teacher: null": distillation is not None and distillation.teacher is None,
         "answers": module.answers is not None,
-        "loss: liger, which waits for the GPU": module.config.loss == "liger",
+        "loss: liger, which waits for the GPU": getattr(module.config, "loss", None) == "liger",
         f"a run on {strategy.root_device.type}": strategy.root_device.type != "cuda",
     }
     if reason := next((reason for reason, applies in reasons.items() if applies), None):

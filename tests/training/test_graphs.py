@@ -23,27 +23,6 @@ from sbn_lightning.training.graphs import GraphedLoss
 from tests.helpers import Losses, quiet_trainer, small_module, token_loader, unbounded
 
 
-@pytest.fixture
-def recordings(monkeypatch):
-    """Record on a CPU: the function runs at once, and again in each replay. The list counts both."""
-    calls = {"recorded": 0, "replayed": 0}
-
-    def record(function, pool):
-        calls["recorded"] += 1
-        function()
-
-        def replay():
-            calls["replayed"] += 1
-            with torch.enable_grad():
-                function()
-
-        return replay
-
-    monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr("sbn_lightning.training.module.check_graphs", lambda module, trainer: None)
-    return calls
-
-
 def train(cuda_graphs, steps=12, interval=3, ckpt_path=None, save=None, loader=None, **changes):
     module = small_module(pattern="2:4", **changes)
     module.cuda_graphs, module.hparams["schedule_steps"] = cuda_graphs, 12

@@ -75,6 +75,9 @@ class CausalLM(SparseBitNet):
             the hub. None trains on the text alone.
         learning_rates: Rules for parameters that have a learning rate or a weight decay of their own. A run that
             resumes needs the same rules.
+        cuda_graphs: Whether to replay the forward and the backward of a micro-batch as CUDA graphs
+            (:mod:`sbn_lightning.training.graphs`). A small model, whose step waits for the host, becomes faster. Needs
+            the strategy ``auto`` on one GPU, ``sbn_ddp`` or ``sbn_fsdp2``, and micro-batches of one shape.
         break_ties: Noise at the start of a training on weights that come from ``source`` or ``init_from`` and have ties
             at the edge of the mask, as a share of their standard deviation; see
             :func:`~sbn_lightning.layers.ties.break_ties`. 0 takes weights as they are.
@@ -106,6 +109,7 @@ class CausalLM(SparseBitNet):
         init_from: str | None = None,
         distillation: Distillation | None = None,
         learning_rates: list[LearningRateRule] | None = None,
+        cuda_graphs: bool = False,
         break_ties: float = 0.01,
     ) -> None:
         super(SparseBitNet, self).__init__()  # SparseBitNet's own __init__ would build a TernaryTransformer
@@ -123,7 +127,7 @@ class CausalLM(SparseBitNet):
             gamma_over=gamma_over,
             learnable_scales=learnable_scales,
         )
-        unsaved = ["source", "optimizer", "init_from", "distillation", "learning_rates", "break_ties"]
+        unsaved = ["source", "optimizer", "init_from", "distillation", "learning_rates", "cuda_graphs", "break_ties"]
         self.save_hyperparameters(ignore=unsaved)
         self.config = network.config  # type: ignore[assignment]
         # A checkpoint builds the same network, with weights of its own: load_from_checkpoint finds no other source.
@@ -133,6 +137,8 @@ class CausalLM(SparseBitNet):
             self.save_hyperparameters({"distillation": asdict(distillation)})
         self.distillation = distillation
         self.learning_rates = learning_rates or ()
+        self.cuda_graphs = cuda_graphs
+        self._graphed = self._new_graphs()
         self.model = network  # type: ignore[assignment]
         self.init_from, self.break_ties = init_from, break_ties
         self._ties_open = isinstance(source, str)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -86,7 +87,7 @@ class Network(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids int64 ``[B, T]`` -> logits ``[B, T, vocab_size]``."""
-        logits: Tensor = self.hf(input_ids=tokens, use_cache=False).logits
+        logits: Tensor = self._output(tokens).logits
         return logits
 
     def hidden(self, tokens: Tensor) -> Tensor:
@@ -113,12 +114,16 @@ class Network(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats of ``targets [B, T]``, and a router's balance loss in training."""
-        output = self.hf(input_ids=tokens, use_cache=False)
+        output = self._output(tokens)
         loss = F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten())
         balance = getattr(output, "aux_loss", None)
         if self.training and isinstance(balance, Tensor):
             loss = loss + self.hf.config.router_aux_loss_coef * balance  # type: ignore[union-attr, operator]
         return loss
+
+    def _output(self, tokens: Tensor) -> Any:
+        with _unpacked_rows():
+            return self.hf(input_ids=tokens, use_cache=False)
 
     def compile_blocks(self) -> None:
         """Compile each block with ``torch.compile``."""
@@ -143,6 +148,26 @@ class Network(nn.Module):
             max_length: The number of tokens that a row can have.
         """
         return NetworkRows(self.hf, batch_size, max_length, self.config.vocab_size)
+
+
+@contextmanager
+def _unpacked_rows() -> Iterator[None]:
+    """Answer for transformers the question whether a row holds several sequences, each with positions from 0.
+
+    transformers looks at the positions on the GPU, so the host waits for the GPU in each forward, and a CUDA graph
+    cannot hold the look. Positions here go on from 0 to the end of a row.
+    """
+    from transformers import masking_utils
+
+    look = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if look is None:  # A version that does not look.
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 def make_network(
