@@ -189,14 +189,14 @@ ALL = (
     Page(
         "scaling",
         "Several GPUs",
-        "Training steps on two and on four GPUs of one host, all measured in one night on one host.\n\n"
+        "Training steps on two and on four GPUs, all measured on the same host within a quarter of an hour.\n\n"
         "- `sequences` is the number of sequences of 2,048 tokens in a micro-batch of one GPU, and `accumulate` the "
         "number of micro-batches in an optimiser step. `ms` is the time of the optimiser step.\n"
         "- `scaling` is the throughput of each GPU divided by the throughput of a single GPU in the same run. GPUs of "
-        "one host differ: here by 1 %, on other hosts by up to 5 %. GPUs that average their gradients wait for the "
-        "slowest. So each GPU trains the rows `one` for itself, side by side with the others, and the slowest counts. "
-        "The rows on four GPUs are from a run of their own. There one GPU took 466.0 ms without graphs, 469.1 with "
-        "graphs, and 664.6 for the dense model.\n"
+        "one host differ: here by up to 2 %, on another host most likely by up to 5 %. GPUs that average their "
+        "gradients wait for the slowest. So each GPU trains the rows `one` for itself, side by side with the others, "
+        "and the slowest counts. The rows on four GPUs are from a run of their own. There the slowest GPU took "
+        "466.0 ms without graphs, 469.1 with graphs, and 664.6 for the dense model.\n"
         "- `peak_gib` is the peak memory of one GPU. With CUDA graphs it is the peak of the whole run.\n"
         "- `wire_mib` is what a rank receives in a step of the smallest number of micro-batches, counted as the "
         "collectives run. Rows with CUDA graphs were not counted: they send what the rows without graphs send.\n"
@@ -210,9 +210,9 @@ ALL = (
         "block (`gather: packed_layer`).\n"
         "- `graphs` means that micro-batches were replayed as CUDA graphs. These rows are compared with one GPU that "
         "does the same.\n\n"
-        "0.5B without CUDA graphs waits for the host, so these rows differ most between hosts. Two micro-batches took "
-        "213 to 276 ms on one GPU, 238 to 333 ms under `sbn_ddp`, and 347 to 404 ms under `sbn_fsdp2`, on five "
-        "hosts.",
+        "0.5B without CUDA graphs waits for the host, so these rows differ most between hosts. With int8 gradients two "
+        "micro-batches took 213 to 276 ms on one GPU, 238 to 333 ms under `sbn_ddp`, and 347 to 404 ms under "
+        "`sbn_fsdp2`, on several hosts.",
         render,
     ),
     Page(
