@@ -7,11 +7,14 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
+from torch._dynamo.testing import CompileCounter  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 from transformers import masking_utils  # noqa: E402
 
 from sbn_lightning.core.errors import ConfigError  # noqa: E402
 from sbn_lightning.integrations.huggingface.causal_lm import CausalLM  # noqa: E402
 from sbn_lightning.integrations.huggingface.network import Network  # noqa: E402
+from sbn_lightning.training.graphs import GraphedLoss  # noqa: E402
 from tests.helpers import Losses, quiet_trainer, token_loader  # noqa: E402
 from tests.integrations.families import FAMILIES, build  # noqa: E402
 
@@ -28,6 +31,12 @@ def make(model_type="llama", **options):
     return CausalLM(source, pattern="2:4", optimizer=partial(torch.optim.AdamW, lr=1e-2), warmup_steps=2, **options)
 
 
+def record_now(monkeypatch, now):
+    """Say that the stream of the GPU is being recorded, or not."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_forward_waits_for_the_positions(name, monkeypatch):
     """The logits are those of a forward that looks whether rows are packed. The host would wait for that look."""
@@ -40,6 +49,42 @@ def test_no_forward_waits_for_the_positions(name, monkeypatch):
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", look)
     assert torch.equal(Network(hf, "dense")(tokens), expected)
     assert masking_utils.find_packed_sequence_indices is look
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-sliding", "gemma3", "gpt2", "phi3"])
+def test_a_recording_attends_as_before(name, monkeypatch):
+    """In a recording, some versions of transformers make a mask where there is none otherwise."""
+    network, tokens = Network(build(name), "dense"), torch.arange(3, 27).view(2, 12)
+    given, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention",
+        lambda *args, **options: given.append(options.get("attn_mask")) or attention(*args, **options),
+    )  # fmt: skip
+    expected = network(tokens)
+    before, given[:] = list(given), []
+    record_now(monkeypatch, True)
+    assert torch.equal(network(tokens), expected)
+    assert before
+    assert [mask is None for mask in given] == [mask is None for mask in before]
+
+
+def test_compiled_blocks_are_not_compiled_again_while_recording(recordings, monkeypatch):
+    counter, compiled = CompileCounter(), []
+    network = make().model
+    for block in network.blocks:
+        block.compile(backend=counter)
+    network.is_compiled = True
+    graphed, optimizer = GraphedLoss(), torch.optim.AdamW(network.parameters(), lr=1e-2)
+    for step, batch in enumerate(token_loader()):
+        record_now(monkeypatch, step >= 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = graphed(network, lambda rows: network.loss(rows[:, :-1], rows[:, 1:]), batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        compiled.append(counter.frame_count)
+    assert recordings["recorded"] == 2
+    assert compiled == [compiled[0]] * len(compiled)
 
 
 def test_training_is_the_same_to_the_last_bit(recordings):

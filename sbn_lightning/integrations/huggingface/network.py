@@ -122,7 +122,7 @@ class Network(nn.Module):
         return loss
 
     def _output(self, tokens: Tensor) -> Any:
-        with _unpacked_rows():
+        with _plain_rows():
             return self.hf(input_ids=tokens, use_cache=False)
 
     def compile_blocks(self) -> None:
@@ -151,23 +151,35 @@ class Network(nn.Module):
 
 
 @contextmanager
-def _unpacked_rows() -> Iterator[None]:
-    """Answer for transformers the question whether a row holds several sequences, each with positions from 0.
+def _plain_rows() -> Iterator[None]:
+    """Tell transformers what it would ask of the GPU before it makes attention masks.
 
-    transformers looks at the positions on the GPU, so the host waits for the GPU in each forward, and a CUDA graph
-    cannot hold the look. Positions here go on from 0 to the end of a row.
+    * Whether a row holds several sequences, each with positions from 0. transformers looks at the positions, so the
+      host waits for the GPU in each forward. Here a row is one sequence.
+    * Whether the stream is being recorded as a CUDA graph. If so, some versions make the mask of causal attention,
+      which they leave out otherwise. Kernels of attention without a mask are faster, and compiled blocks would be
+      compiled again for the mask, which cannot be recorded.
     """
     from transformers import masking_utils
 
-    look = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if look is None:  # A version that does not look.
+    if torch.compiler.is_compiling():
         yield
         return
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    recorded = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    traced = getattr(masking_utils, "is_tracing", None)
+
+    def is_tracing(tensor: Tensor | None = None) -> bool:
+        return traced is not None and not recorded and bool(traced(tensor))
+
+    answers = {"find_packed_sequence_indices": lambda positions: None, "is_tracing": is_tracing}
+    before = {name: getattr(masking_utils, name) for name in answers if hasattr(masking_utils, name)}
     try:
+        for name in before:
+            setattr(masking_utils, name, answers[name])
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = look
+        for name, asks in before.items():
+            setattr(masking_utils, name, asks)
 
 
 def make_network(
