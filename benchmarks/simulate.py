@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,11 +112,11 @@ def worst(gather: str, gpus: int = 2) -> str:
     return f"{max(abs(row.error()) for row in measured() if (row.gather, row.gpus) == (gather, gpus)):.1%}"
 
 
-def scaling_table(gbit: float, plan: Plan) -> str:
-    """Scaling of all shapes over numbers of GPUs."""
+def scaling_table(gbit: float, plan: Plan, shapes: Sequence[Shape] = SHAPES) -> str:
+    """Scaling of shapes over numbers of GPUs."""
     sizes = (8, 16, 64, 256, 1024)
     rows = []
-    for shape in SHAPES:
+    for shape in shapes:
         cells = [f"{scaling(shape, Cluster(gpus, gbit), plan):.2f}" for gpus in sizes]
         rows.append([shape.name, *cells])
     return table(["", *(f"{gpus:,} GPUs" for gpus in sizes)], rows)
@@ -193,7 +194,7 @@ bandwidth, the latencies of rings, and what a backward hides. [Several GPUs](sca
   rate of four blocks of the 8B shape.
 - Hosts of 8 GPUs. Inside a host 312 GB/s, the measured bus bandwidth. Each GPU has its own link to other hosts, of 50
   or 400 Gbit/s. A collective costs 15 microseconds, and 1.5 microseconds a hop inside a host and 6 between hosts.
-  These three latencies are assumed.
+  These three latencies are assumed. An all-reduce between hosts takes a tree, other collectives a ring.
 - A micro-batch of one GPU is two sequences of 4,096 tokens, one micro-batch a step, gradients travel in bfloat16. More
   tokens in a micro-batch hide more.
 - The backward hides reductions of gradients, and blocks hide the gathers of the next block. With `packed_step` nothing
@@ -229,6 +230,16 @@ The same with rows shared within a host (a mesh of two dimensions), 50 Gbit/s:
 
 {scaling_table(50, Plan(hybrid=True))}
 
+`sbn_ddp` for the shapes that fit into one GPU, links of 400 Gbit/s. Gradients travel in float32, once a step:
+
+{scaling_table(400, Plan(gather="ddp"), SHAPES[:2])}
+
+`sbn_ddp`, links of 50 Gbit/s. With eight micro-batches in a step it is the second table:
+
+{scaling_table(50, Plan(gather="ddp"), SHAPES[:2])}
+
+{scaling_table(50, Plan(gather="ddp", accumulate=8), SHAPES[:2])}
+
 ## An 8B step by part, milliseconds, 400 Gbit/s
 
 {parts_table(small, 400)}
@@ -246,6 +257,8 @@ The same with rows shared within a host (a mesh of two dimensions), 50 Gbit/s:
   1,024 GPUs these reductions have {flat.latency:,.0f} ms of latency in a 1.5B step that computes for
   {flat.compute:,.0f} ms. With rows shared within a host (a mesh of two dimensions) they have {near.latency:,.0f} ms.
   Large models hide this latency.
+- **Slow links under `sbn_ddp`: gradients.** An all-reduce in float32 sends four times the bytes of a reduce-scatter in
+  bfloat16. With eight micro-batches in a step they weigh less.
 - **Rows shared within a host need fast links**: gradients then cross hosts twice, in both directions of an all-reduce,
   instead of once. At 50 Gbit/s one ring is better up to some hundred GPUs.
 

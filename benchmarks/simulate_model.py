@@ -103,6 +103,19 @@ class Cluster:
         latency = self.start + (members - hosts) * self.hop + (hosts - 1) * self.far_hop
         return max(near, far) + latency
 
+    def all_reduce(self, size: float) -> float:
+        """Seconds of an all-reduce of ``size`` bytes over all GPUs.
+
+        As many bytes travel as in a reduce-scatter and an all-gather over a ring. Between hosts NCCL takes a tree. Its
+        latency grows with the logarithm of the number of hosts.
+        """
+        if self.gpus == 1:
+            return 0.0
+        near = size * (self.gpus - 1) / self.gpus / (self.inside * GB)
+        far = size * (self.hosts - 1) / self.hosts / (self.gpus / self.hosts) / (self.gbit / 8 * GB)
+        hops = (self.gpus // self.hosts - 1) * self.hop + ceil(log2(self.hosts)) * self.far_hop
+        return 2 * max(near, far) + self.start + 2 * hops
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -127,6 +140,7 @@ class Plan:
 
 BUSY = 1.04  # How much longer several GPUs of a host compute than one: the one number that is fitted, see the page.
 MATRICES = 4  # Ternary matrices of a block: qkv, o, gate and up, down.
+DDP_COLLECTIVES = 3  # of a block: gate and up, down, and the two smaller ones together
 PIECE, MOST = 2**24, 2**27  # Gradients travel together until each rank gets PIECE bytes, or all have MOST bytes.
 
 
@@ -191,11 +205,10 @@ def step(shape: Shape, cluster: Cluster, plan: Plan) -> Step:
     # Gradients. All reductions run beside the backward, except the one of the last matrix.
     size = float(plan.gradient_bytes)
     if plan.gather == "ddp":
-        size, times = 4.0, 1
-        buckets = max(1, round(4 * shape.ternary / 25e6))
-        each = 2 * buckets * cluster.ring(4 * shape.ternary / buckets, n, hosts)
-        last = each / buckets
-        latency = 2 * buckets * cluster.ring(0.0, n, hosts)
+        size, times, number = 4.0, 1, float(DDP_COLLECTIVES * blocks)
+        each = number * cluster.all_reduce(size * shape.ternary / number)
+        last = each / number
+        latency = number * cluster.all_reduce(0.0)
     else:
         times = plan.accumulate
         number = float(blocks)
@@ -218,10 +231,11 @@ def step(shape: Shape, cluster: Cluster, plan: Plan) -> Step:
     width = 2.0 if plan.gather == "bf16" else 4.0
     back = 4.0 if plan.gather == "ddp" else size
     gathers = times if plan.gather == "bf16" else 1
-    members = n if plan.gather == "ddp" else group
-    rest = gathers * cluster.ring(width * shape.rest, members, spread) + times * cluster.ring(
-        back * shape.rest, members, spread
-    )
+    if plan.gather == "ddp":
+        rest = cluster.all_reduce(back * shape.rest)
+    else:
+        rest = gathers * cluster.ring(width * shape.rest, group, spread)
+        rest += times * cluster.ring(back * shape.rest, group, spread)
     if plan.hybrid and hosts > 1:
         rest += times * 2 * back * shape.rest / group * (hosts - 1) / hosts / (cluster.gbit / 8 * GB)
     sent += (gathers * width + times * back) * shape.rest
