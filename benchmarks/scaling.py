@@ -14,19 +14,19 @@ wait for the slowest. So each GPU trains the runs on one GPU, side by side with 
 slowest. These runs come first. A run is ``Trainer`` with ``SparseBitNet`` (2:4, blocks compiled), the precision plugin,
 clipping and a fused AdamW, as in a recipe, on random tokens. ``fsdp2 packed`` sends packed weights between GPUs once a
 step, ``fsdp2 layer`` for each block, ``fsdp2 latent`` latent weights. ``fsdp2 step`` is ``fsdp2 packed`` with gradients
-sent once a step, which takes 4 bytes a weight. ``ddp`` is the strategy ``sbn_ddp``, and ``ddp bfloat16`` sums its
-gradients in bfloat16, as the rows of FSDP2 do. ``ddp lightning`` is Lightning's own strategy. In rows whose names end
-in ``waiting`` kernels make no room for collectives: a kernel starts one program for each multiprocessor. In rows whose
-names end in ``on 8 ctas``, NCCL takes at most so many multiprocessors while it sends gradients. In rows whose names end
-in ``in 25 mb``, torch's DDP averages the gradients, in buffers of so many megabytes. In rows whose names end in
-``graphs``, micro-batches are replayed as CUDA graphs. They are compared with a single GPU that does the same, ``one
-graphs``. Names with ``bf16`` train the dense model in bfloat16, names with ``float8`` on torchao's float8 tensor cores,
-under FSDP2 with its float8 all-gather. Every GPU gets as many tokens as the single GPU, so ``scaling`` is the tokens a
-second of all GPUs over those of one GPU times their number. ``scaling`` is empty if there is no run on one GPU.
-``same_masks`` compares a digest of every layer's mask on every rank after the last step; a run whose ranks differ gets
-no row. ``wire_mib`` is what a rank receives in one more step of the smallest number of micro-batches, counted as the
-collectives run (``wire.py``). Rows are written as they are measured. Progress, with the seconds since the start, goes
-to stderr.
+sent once a step, which takes 4 bytes a weight. Gradients of these rows travel in bfloat16, in ``fsdp2 packed float32``
+in float32. ``ddp`` is the strategy ``sbn_ddp``, and ``ddp bfloat16`` sums its gradients in bfloat16, as the rows of
+FSDP2 do. ``ddp lightning`` is Lightning's own strategy. In rows whose names end in ``waiting`` kernels make no room for
+collectives: a kernel starts one program for each multiprocessor. In rows whose names end in ``on 8 ctas``, NCCL takes
+at most so many multiprocessors while it sends gradients. In rows whose names end in ``in 25 mb``, torch's DDP averages
+the gradients, in buffers of so many megabytes. In rows whose names end in ``graphs``, micro-batches are replayed as
+CUDA graphs. They are compared with a single GPU that does the same, ``one graphs``. Names with ``bf16`` train the dense
+model in bfloat16, names with ``float8`` on torchao's float8 tensor cores, under FSDP2 with its float8 all-gather. Every
+GPU gets as many tokens as the single GPU, so ``scaling`` is the tokens a second of all GPUs over those of one GPU times
+their number. ``scaling`` is empty if there is no run on one GPU. ``same_masks`` compares a digest of every layer's mask
+on every rank after the last step; a run whose ranks differ gets no row. ``wire_mib`` is what a rank receives in one
+more step of the smallest number of micro-batches, counted as the collectives run (``wire.py``). Rows are written as
+they are measured. Progress, with the seconds since the start, goes to stderr.
 """
 
 from __future__ import annotations
@@ -50,7 +50,14 @@ STRATEGIES = ("one", "bf16 one", "float8 one", "fsdp2 packed", "ddp", "bf16 fsdp
 STRATEGIES += ("ddp bfloat16", "float8 ddp", "fsdp2 step", "fsdp2 layer", "fsdp2 latent", "ddp lightning")
 STRATEGIES += tuple(name + WAITING for name in ("fsdp2 packed", "ddp", "ddp bfloat16"))
 STRATEGIES += tuple(f"{name} on {ctas} ctas" for name in ("fsdp2 packed", "ddp") for ctas in (4, 8, 16))
-STRATEGIES += ("ddp in 25 mb", "ddp in 100 mb", "one graphs", "ddp graphs", "fsdp2 packed graphs")
+STRATEGIES += (
+    "fsdp2 packed float32",
+    "ddp in 25 mb",
+    "ddp in 100 mb",
+    "one graphs",
+    "ddp graphs",
+    "fsdp2 packed graphs",
+)
 MICRO_BATCHES = (2, 1, 8)  # of a step, with --all
 # Shape -> sequences of a micro-batch of one GPU, micro-batches of a step: 32,768 tokens, as in training_step.py.
 BATCHES = {"qwen2.5-1.5b": (8, 2), "qwen2.5-3b": (8, 2), "qwen2.5-0.5b": (8, 2)}

@@ -43,6 +43,7 @@ WARM_STEPS_OF_GRAPHS = 5  # One of these steps records the graphs.
 LINK_BYTES = 2**30
 # Under all other strategies of FSDP2 the ranks gather latent weights.
 GATHERS = {"fsdp2 packed": "packed_step", "fsdp2 step": "packed_step", "fsdp2 layer": "packed_layer"}
+IN_FLOAT32 = " float32"  # The end of the name of a row of FSDP2 whose gradients travel in float32.
 WAITING = " waiting"  # The end of the name of a row whose kernels make no room for collectives.
 GRAPHS = " graphs"  # The end of the name of a row whose micro-batches are replayed as CUDA graphs.
 ACCELERATOR = "gpu"
@@ -250,8 +251,9 @@ def strategy_of(name: str) -> Any:
         sizes = {"bucket_cap_mb": int(bucket)} if bucket else {}
         return ReplicatedStrategy("bfloat16" if "bfloat16" in name else "float32", max_ctas=most, **sizes)
     reduce = "step" if name == "fsdp2 step" else "micro_batch"
-    gather: Any = GATHERS.get(name, "latent")
-    return ShardedStrategy("bfloat16", reduce=reduce, gather=gather, max_ctas=most)  # type: ignore[arg-type]
+    dtype = "float32" if name.endswith(IN_FLOAT32) else "bfloat16"
+    gather: Any = GATHERS.get(name.removesuffix(IN_FLOAT32), "latent")
+    return ShardedStrategy(dtype, reduce=reduce, gather=gather, max_ctas=most)  # type: ignore[arg-type]
 
 
 @contextmanager

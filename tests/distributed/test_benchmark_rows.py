@@ -16,7 +16,7 @@ ROWS = {
     "ternary": ["ddp", "ddp bfloat16", "ddp in 25 mb", "ddp lightning"],
     "dense": ["bf16 ddp", "bf16 fsdp2"],
 }
-ROWS["ternary"] += ["fsdp2 packed", "fsdp2 step", "fsdp2 layer", "fsdp2 latent"]
+ROWS["ternary"] += ["fsdp2 packed", "fsdp2 packed float32", "fsdp2 step", "fsdp2 layer", "fsdp2 latent"]
 if importlib.util.find_spec("torchao"):
     ROWS["float8"] = ["float8 ddp", "float8 fsdp2"]
 
