@@ -60,11 +60,24 @@ def record(function: Callable[[], None], pool: Any) -> Replay:
 
     Returns:
         A function that launches the same work.
+
+    Raises:
+        RuntimeError: If CUDA cannot record what the function does. It is the error of the function itself.
     """
     graph = torch.cuda.CUDAGraph()
-    # Other threads, for example one that pins batches, may use the GPU meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        function()
+    first: Exception | None = None
+    try:
+        # Other threads, for example one that pins batches, may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            try:
+                function()
+            except Exception as error:
+                first = error
+                raise
+    except Exception:
+        if first is not None:  # The end of a broken recording is another error, which does not say what broke it.
+            raise first  # noqa: B904
+        raise
     replay: Replay = graph.replay
     return replay
 

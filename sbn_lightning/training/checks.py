@@ -112,8 +112,11 @@ def check_graphs(module: Any, trainer: Any) -> None:
         and sharding["gather"] != "packed_step",
         "reduce: step in sbn_fsdp2, only with micro_batch": sharding.get("reduce") == "step",
         "options of torch's DistributedDataParallel in sbn_ddp": getattr(strategy, "by_torch", False),
-        "a mixture of experts, whose host reads how many tokens each expert has": bool(module.config.n_experts)
-        or "router_aux_loss_coef" in getattr(module.config, "hugging_face", {}),
+        f"linear: {module.config.linear} in sbn_fsdp2, only with ternary": sharding
+        and module.config.linear != "ternary",
+        "a mixture of experts, whose host reads how many tokens each expert has": any(
+            "Experts" in type(part).__name__ for part in module.model.modules()
+        ),
         "distillation.teacher: null": distillation is not None and distillation.teacher is None,
         "answers": module.answers is not None,
         "loss: liger, which waits for the GPU": getattr(module.config, "loss", None) == "liger",

@@ -27,9 +27,11 @@ from __future__ import annotations
 
 import atexit
 import gc
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -87,7 +89,7 @@ class GraphedLoss:
             batch: The micro-batch, on the GPU.
 
         Raises:
-            ConfigError: If the loss cannot be recorded.
+            ConfigError: If the loss cannot be recorded, or draws random numbers on the host.
         """
         if not torch.is_grad_enabled():
             return loss(batch)
@@ -245,6 +247,7 @@ class _Graphs:
         for parameter, own in pairs:
             parameter.grad = own
         live: list[Tensor] = []
+        drawn = torch.get_rng_state()
 
         def forward() -> None:
             # Casts of parameters that autocast remembers would be those of an earlier step, and those made here belong
@@ -268,7 +271,8 @@ class _Graphs:
                     stack.enter_context(mean.recorded())
                 self._backward = record(backward, shared.pool)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{str(error).strip().splitlines()[0]}; {Path(place.filename).name}, line {place.lineno}"
             raise ConfigError(
                 f"the training step cannot be recorded as a CUDA graph ({reason}); set model.cuda_graphs to false"
             ) from error
@@ -277,6 +281,11 @@ class _Graphs:
             self.used = [pair for pair, (_, old) in zip(pairs, before, strict=True) if local(pair[1])._version != old]
             for (parameter, _), (given, _) in zip(pairs, before, strict=True):
                 parameter.grad = given
+        if not torch.equal(torch.get_rng_state(), drawn):
+            raise ConfigError(
+                "the training step draws random numbers on the host, which a CUDA graph would repeat in each "
+                "micro-batch (layerdrop of some models of transformers does so); set model.cuda_graphs to false"
+            )
 
     def free(self) -> None:
         """Free the graphs. A replay is an error from now on."""

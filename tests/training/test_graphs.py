@@ -1,6 +1,7 @@
 """CUDA graphs of the training step, as far as a CPU goes: a recording that runs its function again in a replay."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -195,6 +196,29 @@ def test_an_operation_that_cannot_be_recorded_is_one_error(monkeypatch):
     with pytest.raises(ConfigError, match=r"cannot be recorded as a CUDA graph \(CUDA error: operation not permitted"):
         GraphedLoss(warm_up=0)(model, lambda rows: model.loss(rows[:, :-1], rows[:, 1:]), batch)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_first_error_of_a_recording_is_told_with_its_place(monkeypatch):
+    """CUDA raises another error at the end of a recording that was broken."""
+
+    @contextmanager
+    def record(graph, **options):
+        try:
+            yield
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    model, batch = small_module(pattern="2:4").model, next(iter(token_loader()))
+
+    def wait(rows):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    with pytest.raises(ConfigError, match=r"not permitted when stream is capturing; test_graphs\.py, line \d+\)"):
+        GraphedLoss(warm_up=0)(model, wait, batch)
+    with pytest.raises(ConfigError, match="due to a previous error"):
+        GraphedLoss(warm_up=0)(model, lambda rows: model.loss(rows[:, :-1], rows[:, 1:]), batch)
 
 
 @pytest.mark.parametrize(

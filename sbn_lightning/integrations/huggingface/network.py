@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,6 +22,7 @@ from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.core.install import how_to_install
 from sbn_lightning.formats.huggingface.folder import read_hf_text
 from sbn_lightning.integrations.huggingface.decoder import NetworkDecoder, NetworkRows
+from sbn_lightning.integrations.huggingface.plain_rows import plain_rows
 from sbn_lightning.layers.conversion import ConversionReport, convert_quietly
 from sbn_lightning.sparsity.config import SparsityOptions
 
@@ -122,7 +122,9 @@ class Network(nn.Module):
         return loss
 
     def _output(self, tokens: Tensor) -> Any:
-        with _plain_rows():
+        if torch.compiler.is_compiling():
+            return self.hf(input_ids=tokens, use_cache=False)
+        with plain_rows():
             return self.hf(input_ids=tokens, use_cache=False)
 
     def compile_blocks(self) -> None:
@@ -148,38 +150,6 @@ class Network(nn.Module):
             max_length: The number of tokens that a row can have.
         """
         return NetworkRows(self.hf, batch_size, max_length, self.config.vocab_size)
-
-
-@contextmanager
-def _plain_rows() -> Iterator[None]:
-    """Tell transformers what it would ask of the GPU before it makes attention masks.
-
-    * Whether a row holds several sequences, each with positions from 0. transformers looks at the positions, so the
-      host waits for the GPU in each forward. Here a row is one sequence.
-    * Whether the stream is being recorded as a CUDA graph. If so, some versions make the mask of causal attention,
-      which they leave out otherwise. Kernels of attention without a mask are faster, and compiled blocks would be
-      compiled again for the mask, which cannot be recorded.
-    """
-    from transformers import masking_utils
-
-    if torch.compiler.is_compiling():
-        yield
-        return
-    recorded = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    traced = getattr(masking_utils, "is_tracing", None)
-
-    def is_tracing(tensor: Tensor | None = None) -> bool:
-        return traced is not None and not recorded and bool(traced(tensor))
-
-    answers = {"find_packed_sequence_indices": lambda positions: None, "is_tracing": is_tracing}
-    before = {name: getattr(masking_utils, name) for name in answers if hasattr(masking_utils, name)}
-    try:
-        for name in before:
-            setattr(masking_utils, name, answers[name])
-        yield
-    finally:
-        for name, asks in before.items():
-            setattr(masking_utils, name, asks)
 
 
 def make_network(
