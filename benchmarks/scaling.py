@@ -97,8 +97,9 @@ class Table:
         self.devices = devices
         self.link: float | str = ""
         self.alone: dict[tuple[Any, ...], float] = {}  # tokens a second of one GPU, by model and batch
-        self.found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # what each GPU measured alone, by run and count
-        self.begun: list[Run] = []
+        self.found: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}  # run and count -> rank -> what it measured
+        self.begun: list[tuple[Run, int]] = []  # Runs of these processes, and the ranks that have begun them.
+        self.failed: list[Run] = []  # Runs of these processes that ended with an error.
         self.measured: list[tuple[Run, int]] = []
         self.missing: list[str] = []  # Rows whose ranks hold different masks.
 
@@ -115,14 +116,27 @@ class Table:
         self.link = record.get("link_gb_per_s", self.link)
         if "ms" in record:
             run = runs[record["run"]]
-            found = self.found.setdefault((*run[:4], record["accumulate"]), [])
-            found.append(record)
-            if not run.alone:
-                self.add(run, record)
-            elif len(found) == self.devices:
-                self.add(run, max(found, key=lambda one: one["ms"]))
-        elif "run" in record:
-            self.begun.append(runs[record["run"]])
+            found = self.found.setdefault((*run[:4], record["accumulate"]), {})
+            found[record["rank"]] = record
+            if len(found) == (self.devices if run.alone else 1):
+                self.add(run, max(found.values(), key=lambda one: one["ms"]))
+        elif "began" in record:
+            self.begun.append((runs[record["run"]], record["rank"]))
+        elif "failed" in record:
+            self.failed.append(runs[record["run"]])
+
+    def left(self, runs: Sequence[Run]) -> list[Run]:
+        """The runs that new processes train. All that began is over, except what GPUs ran alone while others failed.
+
+        Args:
+            runs: The runs of the processes, which have ended.
+        """
+        over = [run for run in runs if all((run, count) in self.measured for count in run.counts)]
+        over += self.failed or [
+            run for run in runs if all((run, rank) in self.begun for rank in range(self.devices if run.alone else 1))
+        ]
+        self.found, self.begun, self.failed = {}, [], []
+        return [run for run in runs if run not in over]
 
     def add(self, run: Run, found: dict[str, Any]) -> None:
         """Writes a row, if the ranks agree."""
@@ -201,9 +215,9 @@ def main() -> None:
             limit = min(limit, args.budget - (time.time() - args.started))
         if limit > 0 and (failure := start(left, args).finish(limit, partial(table.take, left))[1]):
             print(failure, file=sys.stderr, flush=True)
-        rest = [run for run in left if run not in table.begun]
+        rest = table.left(left)
         if len(rest) == len(left):
-            break  # Not even one run began.
+            break  # Not even one run began on all GPUs.
         left = rest
     missing = [run.told(count) for run in wanted for count in run.counts if (run, count) not in table.measured]
     if missing or table.missing:

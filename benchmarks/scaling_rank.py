@@ -356,16 +356,20 @@ def train_all(runs: Sequence[Run], args: Any) -> None:
         first = run.alone or rank == 0
         say = partial(_say, f"{run.shape} {run.strategy} {run.gradients}", args.started)
         if first:
-            put({"run": number, "began": True})
+            put({"run": number, "rank": rank, "began": True})
             say(f"begins; {torch.cuda.memory_allocated() / 2**30:.1f} GiB are taken")
         steps = plan(
             run.counts, args.steps, not (args.no_wire or run.alone or run.graphs), run.strategy in args.profile,
             WARM_STEPS_OF_GRAPHS if run.graphs else WARM_STEPS,
         )  # fmt: skip
-        with kernels_of(run.strategy):
-            rows = measure(run, steps, rank, args.devices, say)
+        try:
+            with kernels_of(run.strategy):
+                rows = measure(run, steps, rank, args.devices, say)
+        except Exception:
+            put({"run": number, "failed": True})
+            raise
         for row in rows if first else ():
-            put({"run": number, **row})
+            put({"run": number, "rank": rank, **row})
         if first:
             say(f"done: {', '.join(format(row['ms'], '.1f') for row in rows)} ms")
         del rows

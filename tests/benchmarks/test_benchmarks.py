@@ -209,10 +209,10 @@ def test_summary_of_generation(tmp_path: Path) -> None:
     assert len(text.splitlines()) == 4 + len({(row["model"], row["what"], row["batch"]) for row in rows})
 
 
-def line(run: int, count: int, milliseconds: float, masks: bool = True) -> str:
+def line(run: int, count: int, milliseconds: float, masks: bool = True, rank: int = 0) -> str:
     """What a process of the scaling benchmark prints for a row."""
-    row = {"run": run, "accumulate": count, "ms": milliseconds, "peak_gib": 1.0, "wire_mib": 5.0, "same_masks": masks}
-    return json.dumps(row)
+    row = {"run": run, "rank": rank, "accumulate": count, "ms": milliseconds, "peak_gib": 1.0, "wire_mib": 5.0}
+    return json.dumps(row | {"same_masks": masks})
 
 
 def test_scaling_rows(tmp_path: Path) -> None:
@@ -223,13 +223,12 @@ def test_scaling_rows(tmp_path: Path) -> None:
     args = argparse.Namespace(**options, shapes=shapes, strategies=["ddp", "one", "fsdp2 packed"])
     runs = scaling.runs_of(args)
     assert [(run.sequences, run.counts) for run in runs] == [(8, [2])] * 6
-    printed = [json.dumps({"run": i, "began": True}) for i in range(4)] + ["Trainer stopped"]
-    printed += [line(1, 2, 500.0), line(1, 2, 480.0), line(4, 2, 100.0)]  # No row of run 4: one GPU has not ended.
+    printed = ["Trainer stopped", line(1, 2, 500.0), line(1, 2, 480.0, rank=1)]
+    printed += [line(4, 2, 100.0), line(4, 2, 100.0)]  # No row of run 4: the other GPU has not ended.
     printed += [json.dumps({"link_gb_per_s": 300.0}), line(0, 2, 500.0), line(2, 2, 1.0, False)]
     table = scaling.Table(tmp_path / "scaling.csv", 2)
     for text in printed:
         table.take(runs, text)
-    assert table.begun == runs[:4]
     assert table.measured == [(runs[i], 2) for i in (1, 0, 2)]
     rows = read(table.path)
     assert [(row["strategy"], row["tokens_per_s"], row["scaling"], row["link_gb_per_s"]) for row in rows] == [
@@ -245,6 +244,40 @@ def test_scaling_rows(tmp_path: Path) -> None:
     assert [(row["strategy"], row["scaling"]) for row in read(table.path)] == [("one", "1"), ("ddp", "1"), ("ddp", "")]
     args.run = [["qwen2.5-3b", "bf16 one", "bf16", "2,1"]]
     assert scaling.runs_of(args) == [scaling.Run("qwen2.5-3b", "bf16 one", "bf16", 8, [2, 1])]
+
+
+@pytest.mark.parametrize(
+    ("begun", "ended", "failed", "left"),
+    [
+        ([(1, 0), (1, 1), (4, 0)], [], 1, [0, 2, 3, 4, 5]),  # The other GPU was ahead.
+        ([(1, 0), (1, 1), (4, 0)], [0], 4, [0, 1, 2, 3, 5]),  # The GPU that failed was ahead.
+        ([(1, 0), (1, 1), (4, 0)], [0], None, [0, 2, 3, 4, 5]),  # The time was up.
+        ([(1, 0), (1, 1), (0, 0)], [0, 1], 0, [2, 3, 4, 5]),
+        ([(1, 0), (1, 1), (0, 0)], [0, 1], None, [2, 3, 4, 5]),
+        ([], [], None, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_what_scaling_goes_on_with(
+    begun: list[tuple[int, int]], ended: list[int], failed: int | None, left: list[int], tmp_path: Path
+) -> None:
+    """A run that failed is not tried again. What other GPUs ran meanwhile is tried again, on all GPUs."""
+    scaling = importlib.import_module("scaling")
+    options = {"run": None, "sequences": None, "accumulate": [2], "gradients": ["int8"]}
+    strategies = ["ddp", "one", "fsdp2 packed"]
+    runs = scaling.runs_of(argparse.Namespace(**options, shapes=["qwen2.5-0.5b", "qwen2.5-3b"], strategies=strategies))
+    table = scaling.Table(tmp_path / "scaling.csv", 2)
+    for run, rank in begun:
+        table.take(runs, json.dumps({"run": run, "rank": rank, "began": True}))
+    for rank in ended:
+        table.take(runs, line(1, 2, 500.0, rank=rank))
+    if failed is not None:
+        table.take(runs, json.dumps({"run": failed, "failed": True}))
+    again = table.left(runs)
+    assert [runs.index(run) for run in again] == left
+    if runs[1] in again:  # What a GPU measured beside processes that failed does not count.
+        table.take(again, line(again.index(runs[1]), 2, 400.0, rank=1))
+        assert not table.measured
+    assert table.left(again) == again  # Nothing began.
 
 
 def test_the_steps_of_a_scaling_run() -> None:
