@@ -68,13 +68,13 @@ class Measured(NamedTuple):
 
 
 def measured() -> list[Measured]:
-    """The rows that the model can be checked against."""
+    """The rows that the model can be checked against: those with a run on one GPU beside them."""
     shapes = {f"qwen2.5-{shape.name.lower()}": shape for shape in SHAPES}
     found = []
     with RESULTS.open(newline="") as file:
         for row in csv.DictReader(file):
             strategy = row["strategy"].removesuffix(" graphs")
-            if row["shape"] not in shapes or strategy not in GATHERS:
+            if row["shape"] not in shapes or strategy not in GATHERS or not row["scaling"]:
                 continue
             exact = ", exact" if row["gradients"] == "bf16" else ""
             graphs = ", graphs" if strategy != row["strategy"] else ""

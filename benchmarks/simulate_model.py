@@ -91,17 +91,25 @@ class Cluster:
     def hosts(self) -> int:
         return -(-self.gpus // self.per_host)
 
+    def transfer(self, size: float, members: int, hosts: int) -> float:
+        """Seconds until each GPU of ``members`` has what the others hold of ``size`` bytes, without latency.
+
+        The GPUs of a host share the traffic between hosts. So the last host, which may not be full, is the slowest.
+        """
+        last = members - (hosts - 1) * self.per_host
+        near = size * (members - 1) / members / (self.inside * GB)
+        far = size * (members - last) / members / last / (self.gbit / 8 * GB)
+        return max(near, far)
+
     def ring(self, size: float, members: int, hosts: int) -> float:
         """Seconds of an all-gather or a reduce-scatter of ``size`` bytes in all, over ``members`` GPUs of ``hosts``.
 
-        A ring passes through all GPUs of a host before it goes on. The GPUs of a host share the traffic between hosts.
+        A ring passes through all GPUs of a host before it goes on.
         """
         if members == 1:
             return 0.0
-        near = size * (members - 1) / members / (self.inside * GB)
-        far = size * (hosts - 1) / hosts / (members / hosts) / (self.gbit / 8 * GB)
         latency = self.start + (members - hosts) * self.hop + (hosts - 1) * self.far_hop
-        return max(near, far) + latency
+        return self.transfer(size, members, hosts) + latency
 
     def all_reduce(self, size: float) -> float:
         """Seconds of an all-reduce of ``size`` bytes over all GPUs.
@@ -111,10 +119,8 @@ class Cluster:
         """
         if self.gpus == 1:
             return 0.0
-        near = size * (self.gpus - 1) / self.gpus / (self.inside * GB)
-        far = size * (self.hosts - 1) / self.hosts / (self.gpus / self.hosts) / (self.gbit / 8 * GB)
-        hops = (self.gpus // self.hosts - 1) * self.hop + ceil(log2(self.hosts)) * self.far_hop
-        return 2 * max(near, far) + self.start + 2 * hops
+        hops = (min(self.gpus, self.per_host) - 1) * self.hop + ceil(log2(self.hosts)) * self.far_hop
+        return 2 * self.transfer(size, self.gpus, self.hosts) + self.start + 2 * hops
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import simulate
 from simulate import measured
 from simulate_model import BUSY, SHAPES, Cluster, Plan, memory, scaling, step
 
@@ -37,6 +38,33 @@ def test_bytes_on_the_wire():
     assert packed == pytest.approx(own * ((0.25 + 2) * shape.ternary + (4 + 2) * shape.rest) / gib)
     dense = step(shape, eight, Plan(gather="bf16")).gib
     assert dense == pytest.approx(own * (6 * shape.ternary + 4 * shape.rest) / gib)
+
+
+@pytest.mark.parametrize("gpus", [2, 8])
+def test_one_host_needs_no_link_to_others(gpus):
+    """The rate inside is the bus bandwidth of an all-reduce: 2 (n - 1) / n of its bytes over its time."""
+    found = Cluster(gpus, 1).all_reduce(1e12)
+    assert found == Cluster(gpus, 400).all_reduce(1e12)
+    assert found == pytest.approx(2 * (gpus - 1) / gpus * 1e12 / 312e9, rel=1e-4)
+
+
+@pytest.mark.parametrize(("gpus", "least"), [(9, 1), (12, 4), (16, 8), (20, 4), (24, 8)])
+def test_the_smallest_host_has_the_fewest_links(gpus, least):
+    """In an all-gather a host receives what the other hosts have, over the links of its own GPUs."""
+    cluster = Cluster(gpus, 50)
+    seconds = 1e12 * (gpus - least) / gpus / least / 6.25e9
+    assert cluster.ring(1e12, gpus, cluster.hosts) == pytest.approx(seconds, rel=1e-4)
+    assert cluster.all_reduce(1e12) == pytest.approx(2 * seconds, rel=1e-4)
+
+
+def test_rows_without_a_run_on_one_gpu_are_left_out(tmp_path, monkeypatch):
+    rows = simulate.RESULTS.read_text().splitlines()
+    row = next(row for row in rows if row.startswith("qwen2.5-1.5b,ddp,2,"))
+    names = rows[0].split(",")
+    values = dict(zip(names, row.split(","), strict=True)) | {"scaling": ""}
+    (tmp_path / "scaling.csv").write_text("\n".join([rows[0], row, ",".join(values[name] for name in names)]) + "\n")
+    monkeypatch.setattr(simulate, "RESULTS", tmp_path / "scaling.csv")
+    assert [found.gather for found in measured()] == ["ddp"]
 
 
 def test_states_are_shared_and_words_of_a_step_are_not():
