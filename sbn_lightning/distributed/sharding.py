@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sbn_lightning.core.errors import ConfigError, SBNError
 from sbn_lightning.distributed.first_rank import send_from_first_rank
 from sbn_lightning.distributed.packed import exchange_of, forget_backward, shard_packed
+from sbn_lightning.layers.conv1d import SparseBitConv1D, SparseConv1D
 from sbn_lightning.layers.mask_tracker import trust_weights
 from sbn_lightning.layers.sparse_bit_linear import ternary_layers
 from sbn_lightning.layers.sparse_linear import masked_layers, prepare_layers
@@ -93,8 +94,9 @@ def shard(
             model has no attribute ``blocks`` and none are given, if ``blocks`` lists something else than modules, if
             ``reduce="step"`` meets ``gather="latent"``, if ``replicate`` does not divide the ranks or the mesh has two
             dimensions already, if the mesh has ranks for tensor parallelism, if a layer that FSDP2 shards has fewer
-            rows than there are ranks, or if the model is sharded already with other options. (Lightning gives all GPUs
-            of a node to tensor parallelism by default. Each of them would then train a model of its own, unnoticed.)
+            rows than there are ranks, if a layer is a ``Conv1D`` of transformers (GPT-2), or if the model is sharded
+            already with other options. (Lightning gives all GPUs of a node to tensor parallelism by default. Each of
+            them would then train a model of its own, unnoticed.)
     """
     if not isinstance(mesh, DeviceMesh):
         if not old or not isinstance(old[0], DeviceMesh):
@@ -128,6 +130,12 @@ def shard(
                 f"data_parallel_size={mesh.size()}, tensor_parallel_size=1)"
             )
         mesh = mesh["data_parallel"]
+    for name, layer in masked_layers(module):
+        if isinstance(layer, SparseBitConv1D | SparseConv1D):
+            raise ConfigError(
+                f"{name} is a Conv1D, whose weight is transposed, and sharding cuts weights by rows: use the strategy "
+                "sbn_ddp"
+            )
     if replicate != 1:
         mesh = _hybrid(mesh, replicate)
     send_from_first_rank(module, [mesh.get_group(i) for i in range(mesh.ndim)], mesh.device_type)

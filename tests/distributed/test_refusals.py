@@ -20,6 +20,7 @@ from sbn_lightning.distributed.background import BackgroundSaver
 from sbn_lightning.distributed.fabric_strategy import FabricReplicatedStrategy
 from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.fabric.options import check_fabric_options
+from sbn_lightning.layers import convert_linears
 from tests.helpers import small_module
 
 
@@ -100,6 +101,17 @@ def test_a_model_that_is_sharded_already(mesh):
     shard(model, mesh, gather="latent")
     with pytest.raises(ConfigError, match="with gather='latent', not 'packed_step'"):
         shard(model, mesh)
+
+
+@pytest.mark.parametrize("gather", ["packed_step", "packed_layer", "latent"])
+@pytest.mark.parametrize("kind", ["ternary", "masked"])
+def test_a_transposed_weight(kind, gather, mesh):
+    """Conv1D of GPT-2."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([conv1d(8, 16)])})
+    convert_linears(model, "2:4", kind=kind, exclude=())
+    with pytest.raises(ConfigError, match=r"blocks\.0 is a Conv1D.*: use the strategy sbn_ddp"):
+        shard(model, mesh, blocks=model["blocks"], gather=gather)
 
 
 def test_multiprocessors_of_a_collective(mesh):
