@@ -1,25 +1,31 @@
 """CUDA graphs of the training step of a model of transformers, as far as a CPU goes."""
 
+from contextlib import nullcontext
 from functools import partial
 from threading import Event, Thread
 
 import pytest
 import torch
+import torch.distributed as dist
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
 from lightning.fabric import Fabric  # noqa: E402
 from torch._dynamo.testing import CompileCounter  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from transformers import masking_utils  # noqa: E402
 
 from sbn_lightning.core.errors import ConfigError  # noqa: E402
 from sbn_lightning.data import TokenDataModule  # noqa: E402
+from sbn_lightning.distributed import shard  # noqa: E402
+from sbn_lightning.distributed.gradient_mean import replicate  # noqa: E402
 from sbn_lightning.distributed.strategies import ShardedStrategy  # noqa: E402
 from sbn_lightning.fabric import FabricRun  # noqa: E402
 from sbn_lightning.fabric import train as fit_with_fabric  # noqa: E402
 from sbn_lightning.integrations.huggingface.causal_lm import CausalLM  # noqa: E402
 from sbn_lightning.integrations.huggingface.network import Network  # noqa: E402
+from sbn_lightning.layers import convert_linears  # noqa: E402
 from sbn_lightning.training.distillation import Distillation  # noqa: E402
 from sbn_lightning.training.graphs import GraphedLoss  # noqa: E402
 from tests.helpers import Losses, quiet_trainer, token_loader  # noqa: E402
@@ -184,6 +190,37 @@ def test_the_fabric_loop_replays_micro_batches(recordings, tokens):
     for (name, one), (_, other) in zip(*(module.state_dict().items() for module in trained), strict=True):
         assert torch.equal(one, other), name
     assert (recordings["recorded"], recordings["replayed"]) == (2, 2 * (8 - 2))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3"])
+@pytest.mark.parametrize("strategy", ["sbn_ddp", "sbn_fsdp2"])
+def test_replays_send_gradients(strategy, name, recordings, tmp_path):
+    """In a group of this process alone, with the hooks and the copies of several ranks."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        mesh, found = init_device_mesh("cpu", (1,)), []
+        for cuda_graphs in (False, True):
+            hf = build(name)
+            convert_linears(hf, "2:4")
+            network, graphed, mean = Network(hf, "ternary"), GraphedLoss(), None
+            if strategy == "sbn_fsdp2":
+                shard(network, mesh)
+            else:
+                mean = replicate(network, mesh.get_group(), torch.float32)
+            optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+            for batch in token_loader(vocab_size=96):
+                loss = partial(lambda model, rows: model.loss(rows[:, :-1], rows[:, 1:]), network)
+                value = graphed(network, loss, batch) if cuda_graphs else loss(batch)
+                with nullcontext() if mean is None else mean.backward(network):
+                    value.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                found.append(value.item())
+    finally:
+        dist.destroy_process_group()
+    half = len(found) // 2
+    assert found[half:] == found[:half]
+    assert recordings["recorded"] == 2
 
 
 @pytest.mark.parametrize(
