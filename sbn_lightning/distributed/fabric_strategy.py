@@ -95,7 +95,7 @@ class FabricShardedStrategy(ModelParallelStrategy):
     """Shards latent weights, gradients and optimiser states over all GPUs: ``Fabric(strategy="sbn_fsdp2")``.
 
     The optimiser must be made from the module that ``fabric.setup_module`` returns, because sharding replaces
-    parameters. The module must have an attribute ``blocks``, its transformer blocks in the order in which they run, and
+    parameters. ``fabric.setup(module, optimizer)`` is an error. The module must have an attribute ``blocks``, its transformer blocks in the order in which they run, and
     may have a method ``loss`` besides ``forward``.
 
     In ``fabric.no_backward_sync`` embedding and head stay whole after a backward. With ``reduce="step"`` gradients of
@@ -136,6 +136,15 @@ class FabricShardedStrategy(ModelParallelStrategy):
     def _shard(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         shard(module, mesh, **self.sharding)
         return module
+
+    @override
+    def setup_module_and_optimizers(self, *_: Any, **__: Any) -> Any:
+        """Refuse ``fabric.setup(module, optimizer)``. The optimiser would change weights that the model has no more."""
+        raise ConfigError(
+            "sbn_fsdp2 replaces the parameters of the module, so make the optimizer afterwards: "
+            "model = fabric.setup_module(module), and then "
+            "optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters()))"
+        )
 
     @property
     @override

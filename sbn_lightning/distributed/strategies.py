@@ -53,7 +53,7 @@ def check_strategy(strategy: Strategy) -> None:
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise ConfigError(
             f"{type(strategy).__name__} flattens weights, which cuts groups of M and hides each layer's gamma; "
-            "use DDPStrategy, or ModelParallelStrategy (FSDP2) to shard"
+            "use the strategy sbn_ddp, or sbn_fsdp2 to shard"
         )
 
 

@@ -50,3 +50,10 @@ def test_fabric_takes_the_name_and_the_options_of_the_strategy():
     assert taken.sharding == {"reduce_dtype": torch.bfloat16, **options}
     with pytest.raises(ConfigError, match="save_distributed_checkpoint=false"):
         fabric_sharded(ShardedStrategy(save_distributed_checkpoint=True))
+
+
+def test_an_optimiser_that_is_older_than_the_sharded_parameters_is_refused():
+    """It would change weights that the model has no more, and the ternary layers would never train."""
+    module = torch.nn.Linear(4, 4)
+    with pytest.raises(ConfigError, match=r"make the optimizer afterwards: model = fabric\.setup_module\(module\)"):
+        FabricShardedStrategy().setup_module_and_optimizers(module, [torch.optim.SGD(module.parameters())], None)
