@@ -8,20 +8,19 @@ complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from sbn_lightning.checkpoints.sharded import REST
-from sbn_lightning.core.errors import DataError
+from sbn_lightning.core.files import atomic_stream
+from sbn_lightning.distributed.shard_files import ShardWriter, cannot_write, failures_named
 
 
 class BackgroundSaver:
@@ -48,11 +47,12 @@ class BackgroundSaver:
             path.mkdir(parents=True, exist_ok=True)
             if dist.get_rank() == 0:
                 (path / REST).unlink(missing_ok=True)
-                torch.save(rest, path / f"{REST}.part")
-        except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError on a full disk.
-            raise _cannot_write(path, error) from error
+                with atomic_stream(path / f"{REST}.part") as stream:
+                    torch.save(rest, stream)
+        except OSError as error:
+            raise cannot_write(path, error) from error
         self._writing = _Writing(path)
-        shards_written = async_save(shards, checkpoint_id=path, process_group=self._group)
+        shards_written = async_save(shards, storage_writer=ShardWriter(path), process_group=self._group)
         assert isinstance(shards_written, Future)
         shards_written.add_done_callback(self._writing.complete)
 
@@ -81,7 +81,7 @@ class BackgroundSaver:
             try:
                 writing.done.result()
             except (OSError, RuntimeError) as error:  # A RuntimeError says that another rank is gone.
-                raise _cannot_write(writing.path, error) from error
+                raise cannot_write(writing.path, error) from error
 
 
 class _Writing:
@@ -113,24 +113,3 @@ class _Writing:
                 self._postponed.append(action)
             elif self.done.exception() is None:
                 action()
-
-
-@contextmanager
-def failures_named(path: str | Path) -> Iterator[None]:
-    """Name the rank that could not write its shard, and why. All ranks get the error.
-
-    Args:
-        path: The checkpoint that is being written.
-
-    Raises:
-        DataError: If a rank could not write.
-    """
-    try:
-        yield
-    except CheckpointException as error:  # It is no Exception, and its text is a traceback.
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise DataError(f"cannot write the checkpoint {path}: rank {rank}: {cause}") from error
-
-
-def _cannot_write(path: Path, error: BaseException) -> DataError:
-    return DataError(f"cannot write the checkpoint {path}: {error}")

@@ -32,11 +32,12 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from sbn_lightning.core.errors import ConfigError
-from sbn_lightning.distributed.background import BackgroundSaver, failures_named
+from sbn_lightning.distributed.background import BackgroundSaver
 from sbn_lightning.distributed.gradient_mean import GradientMean, replicate
 from sbn_lightning.distributed.gradients import group_for_gradients
 from sbn_lightning.distributed.meeting import TIMEOUT, prepare_to_meet
 from sbn_lightning.distributed.own_module import check_sharded, configured, is_sharded, shard_module
+from sbn_lightning.distributed.shard_files import save_shards
 from sbn_lightning.distributed.sharding import Gather, Reduce, between_micro_batches, make_buffers, reshard
 from sbn_lightning.distributed.stopping import stop_together
 
@@ -225,13 +226,13 @@ class ShardedStrategy(_Together, ModelParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        if self._saver is None or storage_options is not None:
-            with failures_named(filepath):
-                super().save_checkpoint(checkpoint, filepath, storage_options)
+        if storage_options is not None or not self._save_distributed_checkpoint or "://" in str(filepath):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         shards = {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
         shards["state_dict"] = checkpoint.pop("state_dict")
-        self._saver.save(shards, checkpoint, Path(self.broadcast(filepath)))
+        write = save_shards if self._saver is None else self._saver.save
+        write(shards, checkpoint, Path(self.broadcast(filepath)))
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import weakref
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from sbn_lightning.core.errors import ConfigError, DataError
 from sbn_lightning.distributed import shard
 from sbn_lightning.distributed.background import BackgroundSaver
 from sbn_lightning.distributed.fabric_strategy import FabricReplicatedStrategy
+from sbn_lightning.distributed.shard_files import save_shards
 from sbn_lightning.distributed.strategies import ReplicatedStrategy, ShardedStrategy
 from sbn_lightning.fabric.options import check_fabric_options
 from sbn_lightning.layers import convert_linears
@@ -56,6 +58,26 @@ def test_a_checkpoint_that_cannot_be_begun(mesh, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot write the checkpoint .*last\.ckpt: .*Not a directory"):
         BackgroundSaver().save({}, {}, tmp_path / "file" / "last.ckpt")
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_shard_that_the_disk_does_not_take(in_background, mesh, tmp_path):
+    """torch speaks of positions in the file. The error has the reason of the system instead, and says what to do."""
+
+    def save(shards, rest, path):
+        saver = BackgroundSaver()
+        saver.save(shards, rest, path)
+        saver.finish()
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(DataError, match=r"step=1\.ckpt: rank 0: File too large; .*: make room and continue with"):
+            (save if in_background else save_shards)({"a": torch.zeros(50_000)}, {}, tmp_path / "step=1.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    save_shards({"a": torch.zeros(50_000)}, {"step": 1}, tmp_path / "step=1.ckpt")
+    assert {path.name for path in (tmp_path / "step=1.ckpt").iterdir()} >= {".metadata", "__0_0.distcp", "meta.pt"}
 
 
 def test_the_blocks_of_a_model(mesh):
