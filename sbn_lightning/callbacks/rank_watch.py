@@ -84,3 +84,13 @@ def cause_elsewhere(callbacks: Any) -> str | None:
         callbacks: The callbacks of the run.
     """
     return next((one.cause for one in callbacks if isinstance(one, RankWatch) and one.cause is not None), None)
+
+
+def because_of(cause: str) -> str:
+    """The error of a rank that ends because another rank failed. It says once how to go on.
+
+    Args:
+        cause: What the other rank wrote down.
+    """
+    advice = "" if "--ckpt_path last" in cause else "; --ckpt_path last continues from the last checkpoint"
+    return f"this rank ends because of {cause}{advice}"

@@ -40,7 +40,7 @@ from sbn_lightning.callbacks.lightning_internals import (
     keep_slurm_checkpoints_with_their_run,
     take_next_version,
 )
-from sbn_lightning.callbacks.rank_watch import RankWatch, cause_elsewhere
+from sbn_lightning.callbacks.rank_watch import RankWatch, because_of, cause_elsewhere
 from sbn_lightning.checkpoints.io import say
 from sbn_lightning.checkpoints.lock import RunIsBusy, RunLock
 from sbn_lightning.checkpoints.resume import check_can_be_read
@@ -189,9 +189,7 @@ class SBNCLI(LightningCLI):
             raise
         except Exception as error:
             if (cause := cause_elsewhere(self.trainer.callbacks)) is not None:  # type: ignore[attr-defined]
-                raise SBNError(
-                    f"this rank ends because of {cause}; --ckpt_path last continues from the last checkpoint"
-                ) from error
+                raise SBNError(because_of(cause)) from error
             explain(error, self.datamodule)
             raise
 

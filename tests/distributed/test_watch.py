@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from sbn_lightning.callbacks import RankWatch
+from sbn_lightning.callbacks.rank_watch import because_of
 from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed import watch as watching
 from sbn_lightning.distributed.watch import Watch, is_consequence
@@ -92,3 +93,11 @@ def test_a_store_that_vanishes_hides_no_error(alone, monkeypatch):
     watch._store = Vanishing()
     watch.stop()
     assert watch.report("DataError: no room") == watching.GONE
+
+
+@pytest.mark.parametrize(
+    "cause", ["rank 1: OutOfMemoryError: no memory", "rank 1: DataError: make room and continue with --ckpt_path last"]
+)
+def test_an_error_says_once_how_to_go_on(cause):
+    assert because_of(cause).startswith(f"this rank ends because of {cause}")
+    assert because_of(cause).count("--ckpt_path last") == 1
