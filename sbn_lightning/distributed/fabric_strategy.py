@@ -95,8 +95,8 @@ class FabricShardedStrategy(ModelParallelStrategy):
     """Shards latent weights, gradients and optimiser states over all GPUs: ``Fabric(strategy="sbn_fsdp2")``.
 
     The optimiser must be made from the module that ``fabric.setup_module`` returns, because sharding replaces
-    parameters. ``fabric.setup(module, optimizer)`` is an error. The module must have an attribute ``blocks``, its transformer blocks in the order in which they run, and
-    may have a method ``loss`` besides ``forward``.
+    parameters. ``fabric.setup(module, optimizer)`` is an error. The module must have an attribute ``blocks``, its
+    transformer blocks in the order in which they run, and may have a method ``loss`` besides ``forward``.
 
     In ``fabric.no_backward_sync`` embedding and head stay whole after a backward. With ``reduce="step"`` gradients of
     ternary layers stay whole, too. All other gradients are reduced in each backward, so they take no memory.

@@ -65,8 +65,8 @@ def shard(
 
     Args:
         module: The whole model, which is changed in place. A second call with the same options does nothing. All ranks
-            begin with the weights and buffers of the first one. Do not replace layers later, because the model
-            remembers which masked layers it has.
+            begin with the weights and buffers of the first one. Parameters are replaced, so make the optimiser later.
+            Do not replace layers later, because the model remembers which masked layers it has.
         mesh: The ranks. In a mesh of one dimension all ranks share the rows. In a mesh of two dimensions the ranks of
             the first hold the same rows, and those of the second share the rows. Lightning's mesh has the dimensions
             ``data_parallel`` and ``tensor_parallel``; the size of ``tensor_parallel`` must be 1.

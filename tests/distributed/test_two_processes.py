@@ -265,5 +265,5 @@ def test_ranks_left_for_tensor_parallelism_are_refused(runs):
 
 def test_strategies_that_flatten_weights_are_refused():
     check_strategy(DDPStrategy())
-    with pytest.raises(ConfigError, match=r"FSDPStrategy flattens weights.*use the strategy sbn_ddp, or sbn_fsdp2 to shard"):
+    with pytest.raises(ConfigError, match=r"FSDPStrategy flattens weights.*use the strategy sbn_ddp, or sbn_fsdp2"):
         check_strategy(object.__new__(FSDPStrategy))
