@@ -123,7 +123,8 @@ def check_graphs(module: Any, trainer: Any) -> None:
         f"a run on {strategy.root_device.type}": strategy.root_device.type != "cuda",
     }
     if reason := next((reason for reason, applies in reasons.items() if applies), None):
-        or_shrink = "; --config sizes/cpu makes a recipe for a GPU fit a CPU" if reason == "a run on cpu" else ""
+        can_shrink = reason == "a run on cpu" and not hasattr(module.config, "hugging_face")
+        or_shrink = "; --config sizes/cpu makes a recipe for a GPU fit a CPU" if can_shrink else ""
         raise ConfigError(f"model.cuda_graphs does not work with {reason}; set model.cuda_graphs to false{or_shrink}")
 
 
