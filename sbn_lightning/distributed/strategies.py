@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from sbn_kernels.runtime.sharing import beside_collectives
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -35,6 +36,7 @@ from sbn_lightning.core.errors import ConfigError
 from sbn_lightning.distributed.background import BackgroundSaver
 from sbn_lightning.distributed.gradient_mean import GradientMean, replicate
 from sbn_lightning.distributed.gradients import group_for_gradients
+from sbn_lightning.distributed.launching import PatientLauncher
 from sbn_lightning.distributed.meeting import TIMEOUT, prepare_to_meet
 from sbn_lightning.distributed.own_module import check_sharded, configured, is_sharded, shard_module
 from sbn_lightning.distributed.shard_files import save_shards
@@ -98,9 +100,16 @@ def _check_reduce_dtype(name: str) -> None:
 
 
 class _Together(Strategy):
-    """How the ranks of this package's strategies meet, and how they stop."""
+    """How the ranks of this package's strategies start, meet and stop."""
 
     _timeout: timedelta | None
+
+    @override
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if type(self._launcher) is _SubprocessScriptLauncher:
+            given = self._launcher
+            self._launcher = PatientLauncher(given.cluster_environment, given.num_processes, given.num_nodes)
 
     @override
     def setup_environment(self) -> None:
