@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sbn_lightning.checkpoints import lightning_file
 from sbn_lightning.checkpoints.lock import RunLock
-from sbn_lightning.checkpoints.search import Place, newest_first, newest_run, why_unreadable
+from sbn_lightning.checkpoints.search import Place, is_half_written, newest_first, newest_run, why_unreadable
 from sbn_lightning.core.errors import ConfigError, DataError
 
 __all__ = ["Newest", "check_can_be_read", "newest_state", "why_unreadable"]
@@ -38,7 +38,8 @@ def newest_state(
 ) -> Newest | None:
     """The newest state of a command's run that can be read.
 
-    Without any checkpoint, training starts anew and a line says so. A job that was stopped before its first checkpoint
+    Without any checkpoint, training starts anew and a line says so. A folder of shards that was never complete is no
+    checkpoint. A job that was stopped before its first checkpoint
     can then be started again with the same command. A checkpoint that cannot be read is put aside, and the next older
     one takes its place.
 
@@ -72,6 +73,10 @@ def newest_state(
             continue
         break
     else:
+        if training and all(map(is_half_written, damage)):
+            passed = "".join(f"; passed over {path} (only half written)" for path in damage)
+            tell(f"--ckpt_path last: no checkpoint in {place} is complete yet, training starts anew{passed}")
+            return None
         reasons = "; ".join(f"{path} {reason}" for path, reason in damage.items())
         raise DataError(f"--ckpt_path last: no checkpoint of the run can be read: {reasons}; delete them to start anew")
     for bad, reason in damage.items():

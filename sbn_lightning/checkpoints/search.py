@@ -201,6 +201,13 @@ def why_unreadable(path: Path, training: bool = False) -> str:
     return ""
 
 
+def is_half_written(path: Path) -> bool:
+    """Whether a checkpoint is a folder of shards that was never complete: its last file is not there."""
+    if not path.is_dir() or (path / "config.json").is_file() or checkpoints_in(path):
+        return False
+    return sharded.what_is_missing(path) != ""
+
+
 def _on_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 

@@ -160,3 +160,18 @@ def test_a_folder_of_several_runs_is_refused_with_their_names():
 def test_steps_of_a_file_that_cannot_be_read():
     Path("bad.ckpt").write_bytes(b"PK")
     assert steps_done(Path("bad.ckpt")) is None
+
+
+def test_a_folder_of_shards_that_was_never_complete_is_no_checkpoint(tmp_path):
+    """A run that was killed while its first checkpoint was written starts anew with the same command."""
+    folder, lines = tmp_path / "run" / "version_0" / "checkpoints", []
+    (folder / "step=1.ckpt").mkdir(parents=True)
+    (folder / "step=1.ckpt" / "__0_0.distcp").write_bytes(b"half")
+    assert newest_state(Place(tmp_path / "run"), lines.append) is None
+    assert "training starts anew" in lines[0]
+    assert lines[0].endswith("passed over " + str(folder / "step=1.ckpt") + " (only half written)")
+    with pytest.raises(DataError, match="is not complete"):
+        newest_state(Place(tmp_path / "run"), lines.append, training=False)
+    (folder / "last.ckpt").write_bytes(b"")  # A file was whole once.
+    with pytest.raises(DataError, match=r"step=1.ckpt is not complete .*delete them to start anew"):
+        newest_state(Place(tmp_path / "run"), lines.append)
