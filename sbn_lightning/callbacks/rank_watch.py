@@ -47,6 +47,11 @@ class RankWatch(RunCallback):
         self.cause: str | None = None
         self._watch: Watch | None = None
 
+    @property
+    def seconds_to_end(self) -> float:
+        """The seconds in which all ranks end by themselves after one has failed."""
+        return self.silence + self.grace
+
     def setup(self, trainer: Run, pl_module: nn.Module, stage: str) -> None:  # type: ignore[override]
         """Compare the recipes, start to watch, and make ranks agree on signals without their GPUs."""
         if stage == "fit" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

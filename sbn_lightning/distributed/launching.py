@@ -18,8 +18,6 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from typing_extensions import override
 
-from sbn_lightning.callbacks.rank_watch import RankWatch
-
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -59,10 +57,10 @@ class Observer(_ChildProcessObserver):
 
 
 def patience(trainer: Trainer | None) -> float:
-    """The seconds in which all ranks of a run end by themselves if one fails; 0 if nothing makes them end.
+    """The seconds in which all ranks of a run end by themselves if one fails; 0 if no callback makes them end.
 
     Args:
         trainer: The Trainer of the run, if there is one.
     """
-    watches = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, RankWatch)]
-    return max((one.silence + one.grace + MORE for one in watches), default=0.0)
+    seconds = [getattr(callback, "seconds_to_end", 0.0) for callback in getattr(trainer, "callbacks", ())]
+    return max(seconds, default=0.0) + MORE if any(seconds) else 0.0
