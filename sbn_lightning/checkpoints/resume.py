@@ -39,9 +39,8 @@ def newest_state(
     """The newest state of a command's run that can be read.
 
     Without any checkpoint, training starts anew and a line says so. A folder of shards that was never complete is no
-    checkpoint. A job that was stopped before its first checkpoint
-    can then be started again with the same command. A checkpoint that cannot be read is put aside, and the next older
-    one takes its place.
+    checkpoint. A job that was stopped before its first checkpoint can then be started again with the same command. A
+    checkpoint that cannot be read is put aside, and the next older one takes its place.
 
     Args:
         place: Where the command's runs keep their checkpoints.

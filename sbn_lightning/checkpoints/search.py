@@ -179,10 +179,8 @@ def why_unreadable(path: Path, training: bool = False) -> str:
     """
     try:
         if path.is_dir():
-            if (path / "config.json").is_file():
-                return "is a model to run and no training to continue (model.init_from starts from a .ckpt)"
-            if found := newest_first(checkpoints_in(path)):
-                return f"is a folder of checkpoints, such as {found[0]}"
+            if other := _other_folder(path):
+                return other
             if missing := sharded.what_is_missing(path):
                 return f"is not complete (it has no {missing})"
             torch.load(path / sharded.REST, map_location="cpu", weights_only=True)  # This file is written last.
@@ -203,9 +201,16 @@ def why_unreadable(path: Path, training: bool = False) -> str:
 
 def is_half_written(path: Path) -> bool:
     """Whether a checkpoint is a folder of shards that was never complete: its last file is not there."""
-    if not path.is_dir() or (path / "config.json").is_file() or checkpoints_in(path):
-        return False
-    return sharded.what_is_missing(path) != ""
+    return path.is_dir() and not _other_folder(path) and sharded.what_is_missing(path) != ""
+
+
+def _other_folder(path: Path) -> str:
+    """What a folder is that is no sharded checkpoint; empty if it may be one."""
+    if (path / "config.json").is_file():
+        return "is a model to run and no training to continue (model.init_from starts from a .ckpt)"
+    if found := newest_first(checkpoints_in(path)):
+        return f"is a folder of checkpoints, such as {found[0]}"
+    return ""
 
 
 def _on_stderr(line: str) -> None:

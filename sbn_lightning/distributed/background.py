@@ -43,14 +43,12 @@ class BackgroundSaver:
             DataError: If the checkpoint before it could not be written, or if this one cannot be begun.
         """
         self.finish()
-        try:
+        with failures_named(path):
             path.mkdir(parents=True, exist_ok=True)
             if dist.get_rank() == 0:
                 (path / REST).unlink(missing_ok=True)
                 with atomic_stream(path / f"{REST}.part") as stream:
                     torch.save(rest, stream)
-        except OSError as error:
-            raise cannot_write(path, error) from error
         self._writing = _Writing(path)
         shards_written = async_save(shards, storage_writer=ShardWriter(path), process_group=self._group)
         assert isinstance(shards_written, Future)
@@ -80,7 +78,7 @@ class BackgroundSaver:
         with failures_named(writing.path):
             try:
                 writing.done.result()
-            except (OSError, RuntimeError) as error:  # A RuntimeError says that another rank is gone.
+            except RuntimeError as error:  # Another rank is gone.
                 raise cannot_write(writing.path, error) from error
 
 

@@ -49,30 +49,29 @@ def save_shards(shards: dict[str, Any], rest: dict[str, Any], path: Path) -> Non
         DataError: If a rank could not write.
     """
     with failures_named(path):
-        try:
-            if path.is_file():
-                path.unlink(missing_ok=True)  # Another rank may have been faster.
-            path.mkdir(parents=True, exist_ok=True)
-            save(shards, storage_writer=ShardWriter(path))
-            if dist.get_rank() == 0:
-                with atomic_stream(path / REST) as stream:
-                    torch.save(rest, stream)
-        except OSError as error:
-            raise cannot_write(path, error) from error
+        if path.is_file():
+            path.unlink(missing_ok=True)  # Another rank may have been faster.
+        path.mkdir(parents=True, exist_ok=True)
+        save(shards, storage_writer=ShardWriter(path))
+        if dist.get_rank() == 0:
+            with atomic_stream(path / REST) as stream:
+                torch.save(rest, stream)
 
 
 @contextmanager
 def failures_named(path: str | Path) -> Iterator[None]:
-    """Name the rank that could not write its shard, and why. All ranks get the error.
+    """Say why a checkpoint could not be written. If a rank could not write its shard, all ranks get its name.
 
     Args:
         path: The checkpoint that is being written.
 
     Raises:
-        DataError: If a rank could not write.
+        DataError: If this rank or another one could not write.
     """
     try:
         yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
     except CheckpointException as error:  # It is no Exception, and its text is a traceback.
         rank, (cause, _) = next(iter(error.failures.items()))
         raise cannot_write(path, cause, f"rank {rank}: ") from error
