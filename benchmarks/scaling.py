@@ -50,14 +50,8 @@ STRATEGIES = ("one", "bf16 one", "float8 one", "fsdp2 packed", "ddp", "bf16 fsdp
 STRATEGIES += ("ddp bfloat16", "float8 ddp", "fsdp2 step", "fsdp2 layer", "fsdp2 latent", "ddp lightning")
 STRATEGIES += tuple(name + WAITING for name in ("fsdp2 packed", "ddp", "ddp bfloat16"))
 STRATEGIES += tuple(f"{name} on {ctas} ctas" for name in ("fsdp2 packed", "ddp") for ctas in (4, 8, 16))
-STRATEGIES += (
-    "fsdp2 packed float32",
-    "ddp in 25 mb",
-    "ddp in 100 mb",
-    "one graphs",
-    "ddp graphs",
-    "fsdp2 packed graphs",
-)
+STRATEGIES += ("fsdp2 packed float32", "ddp in 25 mb", "ddp in 100 mb")
+STRATEGIES += ("one graphs", "ddp graphs", "fsdp2 packed graphs")
 MICRO_BATCHES = (2, 1, 8)  # of a step, with --all
 # Shape -> sequences of a micro-batch of one GPU, micro-batches of a step: 32,768 tokens, as in training_step.py.
 BATCHES = {"qwen2.5-1.5b": (8, 2), "qwen2.5-3b": (8, 2), "qwen2.5-0.5b": (8, 2)}
