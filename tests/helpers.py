@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sbn_lightning import SparseBitNet, TransformerConfig
 from sbn_lightning.callbacks.base import RunCallback
 from sbn_lightning.layers.sparse_linear import masked_layers
+from sbn_lightning.training.graphs import GraphedLoss
 
 
 def small_config(**changes):
@@ -120,6 +121,24 @@ class Losses(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.values.append(outputs["loss"].item())
+
+
+def compiled_frames(model, counter, before=lambda number: None):
+    """Train a model with CUDA graphs; return how many frames ``counter`` had compiled after each micro-batch.
+
+    ``before`` is called with the number of each micro-batch.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    graphed, compiled = GraphedLoss(), []
+    for number, batch in enumerate(token_loader()):
+        before(number)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = graphed(model, lambda rows: model.loss(rows[:, :-1], rows[:, 1:]), batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        compiled.append(counter.frame_count)
+    return compiled
 
 
 class Interrupted(Exception):

@@ -28,7 +28,7 @@ from sbn_lightning.integrations.huggingface.network import Network  # noqa: E402
 from sbn_lightning.layers import convert_linears  # noqa: E402
 from sbn_lightning.training.distillation import Distillation  # noqa: E402
 from sbn_lightning.training.graphs import GraphedLoss  # noqa: E402
-from tests.helpers import Losses, quiet_trainer, token_loader  # noqa: E402
+from tests.helpers import Losses, compiled_frames, quiet_trainer, token_loader  # noqa: E402
 from tests.integrations.families import FAMILIES, build  # noqa: E402
 
 SMALL = {
@@ -143,20 +143,11 @@ def test_a_recording_attends_as_before(name, monkeypatch):
 
 
 def test_compiled_blocks_are_not_compiled_again_while_recording(recordings, monkeypatch):
-    counter, compiled = CompileCounter(), []
-    network = make().model
+    network, counter = make().model, CompileCounter()
     for block in network.blocks:
         block.compile(backend=counter)
     network.is_compiled = True
-    graphed, optimizer = GraphedLoss(), torch.optim.AdamW(network.parameters(), lr=1e-2)
-    for step, batch in enumerate(token_loader()):
-        record_now(monkeypatch, step >= 2)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = graphed(network, lambda rows: network.loss(rows[:, :-1], rows[:, 1:]), batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        compiled.append(counter.frame_count)
+    compiled = compiled_frames(network, counter, lambda number: record_now(monkeypatch, number >= 2))
     assert recordings["recorded"] == 2
     assert compiled == [compiled[0]] * len(compiled)
 

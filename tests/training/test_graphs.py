@@ -21,7 +21,7 @@ from sbn_lightning.layers.sparse_linear import masked_layers
 from sbn_lightning.training import graphs
 from sbn_lightning.training.checks import check_graphs
 from sbn_lightning.training.graphs import GraphedLoss
-from tests.helpers import Losses, quiet_trainer, small_module, token_loader, unbounded
+from tests.helpers import Losses, compiled_frames, quiet_trainer, small_module, token_loader, unbounded
 
 
 def train(cuda_graphs, steps=12, interval=3, ckpt_path=None, save=None, loader=None, **changes):
@@ -310,14 +310,6 @@ def test_the_fabric_loop_replays_micro_batches(recordings, tokens):
 def test_compiled_blocks_are_not_compiled_again_while_recording(recordings):
     model, counter = small_module(pattern="2:4").model, CompileCounter()
     model.compile_blocks(backend=counter)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    graphed, compiled = GraphedLoss(), []
-    for batch in token_loader():
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = graphed(model, lambda rows: model.loss(rows[:, :-1], rows[:, 1:]), batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        compiled.append(counter.frame_count)
+    compiled = compiled_frames(model, counter)
     assert recordings["recorded"] == 2
     assert compiled == [compiled[0]] * len(compiled)
