@@ -80,7 +80,7 @@ def check_checkpoint(path: str | Path | None, strategy: Any) -> None:
         # run code that the file contains.
         raise ConfigError(
             f"{path} is a sharded checkpoint: continue it with a Trainer whose strategy is sbn_fsdp2, on any number of "
-            "processes; or, if you trust it, make one file of it: "
+            "processes; or, if you trust the checkpoint, make one file: "
             f"sbn consolidate --checkpoint {path} --output {path.with_suffix('.whole.ckpt')}"
         )
     if path.is_file() and sharding:
